@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sglang-fl: SGLang on any AI chip with FlagOS.
+
+SGLang finds this package through two entry points and calls the two functions below in each of its
+processes. Both run where SGLang swallows exceptions, so they do nothing that can fail; settings are
+read and checked in ``PlatformFL.apply_server_args_defaults``.
+"""
+
+import logging
+import os
+import sys
+
+__version__ = "0.1.0"
+
+
+def activate_platform() -> str:
+    """Entry point ``sglang.srt.platforms``: the platform class, as ``module:name``.
+
+    SGLang calls it in the middle of its own import and imports the class right afterwards. If that
+    import fails, this SGLang has another platform interface, and the process ends with a message:
+    SGLang itself would go on without this package and say so only in its log.
+    """
+    try:
+        import sglang_fl.platform  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        from .compat import unsupported
+
+        sys.exit(unsupported([f"{type(error).__name__}: {error}"]))
+    return "sglang_fl.platform:PlatformFL"
+
+
+def load_plugin() -> None:
+    """Entry point ``sglang.srt.plugins``: sets the level of sglang-fl's loggers."""
+    level = os.environ.get("SGLANG_FL_LOG_LEVEL", "").strip().upper()
+    if level in logging.getLevelNamesMapping():
+        logging.getLogger("sglang_fl").setLevel(level)

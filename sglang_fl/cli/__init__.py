@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``sglang-fl``. One file a verb; each has ``add_arguments(parser)`` and ``run(args) -> int``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..config import SettingsError
+from . import config, demo, doctor, ops
+
+VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb. Exit codes: 0 well, 1 something is wrong, 2 wrong use or settings that cannot be used."""
+    parser = argparse.ArgumentParser(prog="sglang-fl", description="SGLang on any AI chip with FlagOS.")
+    parser.add_argument("--version", action="version", version=f"sglang-fl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        help_line = (verb.__doc__ or "").strip().splitlines()[0]
+        verb.add_arguments(verbs.add_parser(name, help=help_line, description=help_line))
+    args = parser.parse_args(argv)
+    try:
+        return VERBS[args.verb].run(args)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sglang-fl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone; say nothing about it at exit
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

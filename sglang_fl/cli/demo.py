@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a small model through SGLang with the plugin, ask it something, show what ran where."""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..config.options import PREFERENCES
+from ..device import probe
+from ..dispatch.manager import get_default_manager
+from ..runtime import check_settings
+from .demo_model import QUESTION, RECITAL, cache_directory, demo_model
+
+if TYPE_CHECKING:
+    from .server import Server
+
+_MAX_TOKENS = 400
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prefer", choices=PREFERENCES, help="which implementations to try first")
+    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor parallel ranks (1 or 2 for this model)")
+    parser.add_argument("--port", type=_positive, metavar="PORT", help="the server's port; default: any free one")
+    parser.add_argument("--keep", action="store_true", help="leave the server running")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    from .server import Server, ServerFailed, free_port, interrupt_on_termination
+
+    console = Console()
+    if args.tp > 2:
+        console.print("The demo's model has two kv heads: --tp can be 1 or 2.")
+        return 2
+    environ = {"SGLANG_FL_PREFER": args.prefer} if args.prefer else {}
+    settings = check_settings({**os.environ, **environ}, probe(), get_default_manager())
+    interrupt_on_termination()
+
+    directory = Path(tempfile.mkdtemp(prefix="sglang-fl-demo-"))
+    dispatch_log = Path(settings.dispatch_log).expanduser() if settings.dispatch_log else directory / "dispatch.log"
+    start_of_log = dispatch_log.stat().st_size if dispatch_log.exists() else 0
+    environ["SGLANG_FL_DISPATCH_LOG"] = str(dispatch_log)
+    model = _model(console)
+    arguments = ["--tp", str(args.tp)] if args.tp > 1 else []
+    server = Server(model, port=args.port or free_port(), log=directory / "server.log", arguments=arguments, environ=environ)
+    try:
+        with server:
+            server.keep = args.keep
+            _wait(console, server)
+            right = _ask(console, server)
+            _show_dispatch(console, dispatch_log, start_of_log)
+    except ServerFailed as error:
+        console.print(f"The SGLang server failed: {error}", markup=False, style="red")
+        console.print(f"All it printed: {server.log}", markup=False)
+        return 1
+    if args.keep:
+        console.print(f"\nThe server is still up: {server.url}/v1 (pid {server.pid}; stop it with: kill {server.pid})", markup=False)
+        console.print(f"Its log: {server.log}", markup=False)
+    return 0 if right else 1
+
+
+def _model(console: Console) -> Path:
+    if cache_directory().exists():
+        console.print(f"Model: a tiny Qwen3 that recites a sonnet, trained earlier ({cache_directory()})", markup=False)
+        return demo_model()
+    console.print("Model: training a tiny Qwen3 to recite a sonnet; this happens once.")
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=None, loss="–")
+        model = demo_model(lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=f"{loss:.3f}"))
+        progress.update(task, total=progress.tasks[0].completed)
+    return model
+
+
+def _wait(console: Console, server: "Server") -> None:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task("starting the SGLang server (most of a minute: it imports SGLang in three processes)")
+        started = time.monotonic()
+        server.wait_until_ready()
+    console.print(f"Server: python -m sglang.launch_server, ready after {time.monotonic() - started:.0f} s at {server.url}", markup=False)
+
+
+def _ask(console: Console, server: "Server") -> bool:
+    """Ask over the OpenAI API, show the answer as it comes; whether it is the text, word for word."""
+    from openai import OpenAI
+
+    console.print(f"\n> {QUESTION}\n", style="bold", markup=False)
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=_MAX_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    answer, tokens, first, last = "", 0, 0.0, 0.0
+    for chunk in stream:
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            if choice.delta.content:
+                last = time.monotonic()
+                first = first or last
+                answer += choice.delta.content
+                console.print(choice.delta.content, end="", markup=False, highlight=False, soft_wrap=True)
+    right = answer == RECITAL
+    speed = f"{(tokens - 1) / (last - first):.0f} tokens/s after the first" if tokens > 1 and last > first else "no speed measured"
+    console.print(f"\n\n{'Exactly the text' if right else 'NOT the text'} ({tokens} tokens, {speed}).", markup=False)
+    return right
+
+
+def _show_dispatch(console: Console, dispatch_log: Path, start: int) -> None:
+    """Which backend ran each layer class: the lines that the server's processes wrote when it did."""
+    table = Table(title="What ran where", title_justify="left")
+    table.add_column("SGLang layer")
+    table.add_column("ran on")
+    lines = dispatch_log.read_bytes()[start:].decode().splitlines() if dispatch_log.exists() else []
+    for line in dict.fromkeys(lines):
+        class_name, _, destination = line.removeprefix("[OOT-DISPATCH] ").partition(" → ")
+        table.add_row(class_name, destination)
+    console.print()
+    console.print(table)

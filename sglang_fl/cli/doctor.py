@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show the platform, versions and each layer's state, and what is wrong and what to do about it."""
+
+import argparse
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..config import Settings, SettingsError
+from ..device import Device, detect, probe
+from ..dispatch.manager import OpManager
+from ..runtime import check_settings
+from ..vendors import VENDORS
+from .ops import operator_rows
+
+_PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
+_PLATFORM_GROUP = "sglang.srt.platforms"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong, and what to do about it. A fatal one stops a server."""
+
+    what: str
+    remedy: str
+    fatal: bool = False
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor found."""
+
+    device: dict[str, str | None]
+    versions: dict[str, str | None]
+    layers: list[dict[str, str]] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--deep", action="store_true", help="import SGLang too: ask PyTorch for the device and check what sglang-fl stands on"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = diagnose(os.environ, deep=args.deep)
+    if args.json:
+        print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+    else:
+        _print(found)
+    return 1 if any(problem.fatal for problem in found.problems) else 0
+
+
+def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
+    """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute."""
+    device = detect() if deep else probe(environ)
+    vendor = VENDORS[device.vendor]
+    found = Diagnosis(
+        device={
+            "vendor": device.vendor,
+            "chip": vendor.chip,
+            "device type": device.device_type,
+            "platform": f"SGLang's own ({device.in_tree})" if device.in_tree else "out of tree",
+            "collectives": vendor.collective,
+            "attention": vendor.attention or "SGLang's choice",
+            "known by": device.evidence,
+        },
+        versions={"sglang-fl": __version__, **{name: _version(name) for name in _PACKAGES}},
+    )
+    found.problems += _package_problems(device)
+    found.problems += _plugin_problems(environ)
+    manager = OpManager()
+    try:
+        settings = check_settings(environ, device, manager)
+    except SettingsError as error:
+        found.problems += [Problem(told, "correct it; a server does not start with it", fatal=True) for told in error.problems]
+    else:
+        found.layers = _layers(settings, device, manager)
+    if manager.discovery is not None:
+        found.backends = list(manager.discovery.loaded)
+        found.problems += [
+            Problem(f"backend {failure.origin} is not in use: {failure.reason}", "mend or uninstall that package")
+            for failure in manager.discovery.failed
+            if "SGLANG_FL_PLUGIN_MODULES" not in failure.origin
+        ]
+    if deep:
+        found.problems += _sglang_problems()
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _package_problems(device: Device) -> list[Problem]:
+    problems = []
+    installed = _version("sglang")
+    if installed is None:
+        problems.append(Problem("SGLang is not installed", "pip install sglang-fl", fatal=True))
+    else:
+        for line in _requirements():
+            if line.name == "sglang" and not line.specifier.contains(installed, prereleases=True):
+                problems.append(
+                    Problem(
+                        f"SGLang {installed} is installed; sglang-fl {__version__} was tested with {line.specifier}",
+                        f"pip install 'sglang{line.specifier}'",
+                    )
+                )
+    if VENDORS[device.vendor].flaggems and importlib.util.find_spec("flag_gems") is None:
+        problems.append(Problem(f"FlagGems is not installed, and serves {device.vendor}", "pip install 'sglang-fl[flaggems]'"))
+    return problems
+
+
+def _requirements() -> list[Requirement]:
+    try:
+        return [Requirement(line) for line in requires("sglang-fl") or ()]
+    except PackageNotFoundError:
+        return []
+
+
+def _plugin_problems(environ: Mapping[str, str]) -> list[Problem]:
+    problems = []
+    names = {entry.name for entry in entry_points(group=_PLATFORM_GROUP)}
+    others = sorted(names - {"sglang_fl"})
+    chosen = environ.get("SGLANG_PLATFORM", "")
+    if "sglang_fl" not in names:
+        problems.append(
+            Problem(
+                "SGLang cannot find sglang-fl: its entry points are not installed",
+                "pip install sglang-fl (or -e . in a checkout)",
+                fatal=True,
+            )
+        )
+    if chosen and chosen != "sglang_fl":
+        problems.append(Problem(f"SGLANG_PLATFORM={chosen}: SGLang will not use sglang-fl", "set SGLANG_PLATFORM=sglang_fl, or unset it"))
+    elif others and not chosen:
+        told = f"other platform plugins are installed ({', '.join(others)}); if one of them activates too, SGLang stops"
+        problems.append(Problem(told, "set SGLANG_PLATFORM=sglang_fl"))
+    allowed = [name.strip() for name in environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if allowed and "sglang_fl" not in allowed:
+        problems.append(Problem(f"SGLANG_PLUGINS={','.join(allowed)}: SGLang will not load sglang-fl", "add sglang_fl to it, or unset it"))
+    return problems
+
+
+def _sglang_problems() -> list[Problem]:
+    from ..compat import IncompatibleSGLang, check_layers, check_platform
+
+    problems = []
+    for check in (check_platform, check_layers):
+        try:
+            check()
+        except IncompatibleSGLang as error:
+            problems.append(Problem(str(error), "install a supported SGLang", fatal=True))
+    return problems
+
+
+def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict[str, str]]:
+    """One entry a layer of the plugin, Layer 2 with one an operator."""
+    if not VENDORS[device.vendor].flaggems:
+        first = f"off: FlagGems has nothing for {device.vendor}"
+    elif not settings.use_flaggems:
+        first = f"off: {settings.source('use_flaggems')}"
+    else:
+        first = "off: this version of sglang-fl does not replace ATen operators yet"
+    rows = [{"layer": "1 ATen operators", "state": first, "why": str(settings.source("use_flaggems"))}]
+    for row in operator_rows(manager, settings):
+        rows.append({"layer": f"2 {row.op}", "state": row.picked, "why": f"{row.order} ({row.order_from})"})
+    state = settings.dist_backend or VENDORS[device.vendor].collective
+    rows.append({"layer": "3 collectives", "state": f"{state}, through SGLang", "why": str(settings.source("dist_backend"))})
+    return rows
+
+
+def _print(found: Diagnosis) -> None:
+    console = Console()
+    facts = Table(title="Platform and versions", title_justify="left", show_header=False)
+    for name, value in {**found.device, **found.versions}.items():
+        facts.add_row(name, value or "not installed")
+    console.print(facts)
+    layers = Table(title="Layers", title_justify="left")
+    for column in ("layer", "state", "why"):
+        layers.add_column(column, overflow="fold")
+    for row in found.layers:
+        layers.add_row(row["layer"], row["state"], row["why"])
+    if found.layers:
+        console.print(layers)
+    console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)
+    if not found.problems:
+        console.print("No problems found.")
+    for problem in found.problems:
+        console.print(f"{'ERROR' if problem.fatal else 'warning'}: {problem.what}", markup=False, soft_wrap=True)
+        console.print(f"  → {problem.remedy}", markup=False, soft_wrap=True)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of SGLang's layers a model uses, read from its config.json and SGLang's source.
+
+Nothing of SGLang is imported: the file that defines the model's architecture is parsed, and the model
+files that it takes classes from.
+"""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Settings, SettingsError
+from ..dispatch.bridge.catalog import LAYERS, OVERRIDING
+
+#: How ``get_rope`` names the class it makes, by the config's rope type.
+_ROPE_CLASSES = {
+    "default": "RotaryEmbedding",
+    "llama3": "Llama3RotaryEmbedding",
+    "linear": "LinearScalingRotaryEmbedding",
+    "dynamic": "DynamicNTKScalingRotaryEmbedding",
+    "yarn": "YaRNScalingRotaryEmbedding",
+    "deepseek_yarn": "DeepseekScalingRotaryEmbedding",
+    "longrope": "Phi3LongRoPEScaledRotaryEmbedding",
+    "mrope": "MRotaryEmbedding",
+}
+#: Layers that the first operators of this package do not cover.
+_OTHERS = ("GemmaRMSNorm", "Gemma3RMSNorm", "Gemma4RMSNorm", "LayerNorm", "GeluAndMul", "QuickGELU", "NewGELU", "ReLU2", "TopK", "FusedMoE")
+_KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers}
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer class of a model; ``op`` is None where no operator of sglang-fl is for it."""
+
+    class_name: str
+    op: str | None
+    size: str
+    destination: str
+
+    def as_json(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+def model_layers(directory: Path, picked: dict[str, str], settings: Settings) -> list[LayerRow]:
+    """The layer classes of the model in ``directory``.
+
+    Args:
+        directory: where config.json lies, or that file itself.
+        picked: what each operator would run on.
+
+    Raises:
+        SettingsError: config.json is missing or broken, or SGLang does not know the architecture.
+    """
+    config = _read_config(directory)
+    text = {**config, **(config.get("text_config") or {})}
+    used: dict[str, None] = {}
+    for architecture in config.get("architectures") or []:
+        used |= dict.fromkeys(_classes_of(architecture))
+    if not used:
+        raise SettingsError(f"{directory}: SGLang has no model for the architecture {config.get('architectures')}")
+    rows = []
+    for class_name in dict.fromkeys(_rope_class(text) if name == "get_rope" else name for name in used):
+        op = _KNOWN.get(class_name)
+        if op is None:
+            destination = "sglang (no operator of sglang-fl is for it)"
+        elif class_name in OVERRIDING:
+            destination = "sglang (it has a forward of its own)"
+        elif settings.oot_blacklist and {class_name, LAYERS[op][0][1]} & set(settings.oot_blacklist):
+            destination = "sglang (oot_blacklist)"
+        elif settings.oot_whitelist is not None and not {class_name, LAYERS[op][0][1]} & set(settings.oot_whitelist):
+            destination = "sglang (not in oot_whitelist)"
+        else:
+            destination = picked[op]
+        rows.append(LayerRow(class_name, op, _size(op, text), destination))
+    return rows
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json" if directory.is_dir() else directory
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"--model: there is no file {str(path)!r}") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--model: {str(path)!r} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise SettingsError(f"--model: {str(path)!r} is not a model's configuration")
+    return config
+
+
+def _rope_class(config: dict[str, Any]) -> str:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if "mrope_section" in rope:
+        return "MRotaryEmbedding"
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return _ROPE_CLASSES.get(kind, f"rotary embedding of type {kind}")
+
+
+def _size(op: str | None, config: dict[str, Any]) -> str:
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    return {
+        "rms_norm": f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}",
+        "silu_and_mul": f"intermediate_size {config.get('intermediate_size')}",
+        "rotary_embedding": f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads",
+    }.get(op or "", "")
+
+
+def _classes_of(architecture: str) -> Iterator[str]:
+    """The layer classes that a model's file, and the model files it builds on, call."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise SettingsError("SGLang is not installed: pip install sglang-fl installs it")
+    models = Path(spec.submodule_search_locations[0]) / "srt" / "models"
+    start = next((f for f in sorted(models.glob("*.py")) if f"class {architecture}(" in f.read_text(encoding="utf-8")), None)
+    if start is None:
+        return
+    wanted = {*_KNOWN, *_OTHERS, "get_rope"}
+    # (file, the class in it that is used, None: all of them)
+    pending: list[tuple[Path, str]] = [(start, architecture)]
+    seen: set[tuple[Path, str]] = set()
+    trees: dict[Path, ast.Module] = {}
+    while pending:
+        path, class_name = pending.pop(0)
+        if (path, class_name) in seen or not path.exists():
+            continue
+        seen.add((path, class_name))
+        tree = trees.setdefault(path, ast.parse(path.read_text(encoding="utf-8")))
+        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        assigned = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        imported = {
+            alias.asname or alias.name: (models / f"{node.module.rpartition('.')[2]}.py", alias.name)
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sglang.srt.models.")
+            for alias in node.names
+        }
+        body = classes.get(class_name) or assigned.get(class_name)
+        if body is None:
+            if class_name in imported:
+                pending.append(imported[class_name])
+            continue
+        yield from (
+            node.func.id
+            for node in ast.walk(body)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in wanted
+        )
+        for name in {node.id for node in ast.walk(body) if isinstance(node, ast.Name)} - wanted:
+            if name in imported:
+                pending.append(imported[name])
+            elif name in classes or name in assigned:
+                pending.append((path, name))

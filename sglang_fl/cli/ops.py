@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show every operator's implementations, the order in force, and which one would be picked."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import Settings
+from ..device import probe
+from ..dispatch.bridge.catalog import LAYERS
+from ..dispatch.manager import OpManager, Plan, get_default_manager
+from ..dispatch.policy import SelectionPolicy
+from ..runtime import check_settings
+from .model_layers import model_layers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="DIR", help="show the layers of the model whose config.json is in DIR")
+    parser.add_argument("--deep", action="store_true", help="import PyTorch and ask it for the device, as a server does")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """An operator: what there is, in which order, and what comes of it."""
+
+    op: str
+    order: str
+    order_from: str
+    picked: str
+    implementations: list[dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+def operator_rows(manager: OpManager, settings: Settings) -> list[OpRow]:
+    """A row for each operator, under the settings in force."""
+    policy = SelectionPolicy.from_settings(settings)
+    return [_row(manager, settings, policy, op) for op in manager.registry.list_operators()]
+
+
+def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: str) -> OpRow:
+    plan = manager.plan(op, policy)
+    ordered = list(plan.candidates)
+    rest = sorted((i for i in manager.registry.get_implementations(op) if i not in ordered), key=lambda i: i.impl_id)
+    not_used = dict(plan.passed_over)
+    implementations = [
+        {
+            "impl": impl.impl_id,
+            "kind": impl.kind.value,
+            "vendor": impl.vendor,
+            "available": impl.is_available(),
+            "why": impl.why_unavailable() or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order"),
+        }
+        for impl in [*ordered, *rest]
+    ]
+    source = settings.source("op_backends" if op in dict(settings.op_backends) else "prefer")
+    return OpRow(op, " | ".join(plan.order), str(source), picked(plan, settings), implementations)
+
+
+def picked(plan: Plan, settings: Settings) -> str:
+    """What a layer of this operator would run on, before its trial."""
+    if not settings.oot_enabled:
+        return "sglang (Layer 2 is off)"
+    if plan.candidates:
+        return str(plan.candidates[0])
+    return "sglang" if plan.to_sglang else f"sglang (no implementation can run: {plan.describe()})"
+
+
+def _told(impl: dict[str, Any]) -> str:
+    if impl["available"]:
+        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "")
+    return f"{impl['impl']}: not available: {impl['why']}"
+
+
+def run(args: argparse.Namespace) -> int:
+    device = probe()
+    if args.deep:
+        from ..device import detect
+
+        device = detect()
+    manager = get_default_manager()
+    settings = check_settings(os.environ, device, manager)
+    rows = operator_rows(manager, settings)
+    layers = model_layers(args.model, {row.op: row.picked for row in rows}, settings) if args.model else None
+    if args.json:
+        data: dict[str, Any] = {"device": device.vendor, "operators": [row.as_json() for row in rows]}
+        if layers is not None:
+            data["layers"] = [layer.as_json() for layer in layers]
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+        return 0
+    console = Console()
+    table = Table(title=f"Operators on {device.vendor} ({device.evidence})", title_justify="left")
+    table.add_column("operator", no_wrap=True)
+    table.add_column("implementations", overflow="fold")
+    table.add_column("order in force, and from where", overflow="fold")
+    table.add_column("picked", overflow="fold")
+    for row in rows:
+        table.add_row(row.op, "\n".join(map(_told, row.implementations)), f"{row.order}\n({row.order_from})", row.picked)
+        table.add_section()
+    console.print(table)
+    if layers is not None:
+        shown = Table(title=f"Layers of {args.model}", title_justify="left")
+        for column in ("layer class", "operator", "size", "runs on"):
+            shown.add_column(column, overflow="fold")
+        for layer in layers:
+            shown.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
+        console.print(shown)
+        console.print(
+            "Read from config.json and SGLang's source. A layer's own attributes decide when it is loaded; the server's log then says."
+        )
+    else:
+        console.print(
+            "Layer classes: " + "; ".join(f"{op}: {', '.join(name for _, name in found)}" for op, found in LAYERS.items()), style="dim"
+        )
+    return 0

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real SGLang server as a child process that never outlives its block, unless asked to."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import requests
+
+_STARTUP_SECONDS = 600
+_STOP_SECONDS = 15
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or did not come up in time. The message ends with its last lines."""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """``python -m sglang.launch_server`` on 127.0.0.1, with its output in a file.
+
+    Use it in a ``with`` statement. The server leads a session of its own, so that Ctrl-C reaches it
+    through us, once, and everything it started can be ended with it.
+    """
+
+    def __init__(self, model: Path, *, port: int, log: Path, arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None):
+        self.port = port
+        self.log = log
+        self.keep = False
+        self._command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        self._command += arguments
+        self._environ = {**os.environ, **(environ or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def __enter__(self) -> "Server":
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=self._environ, start_new_session=True
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not (self.keep and kind is None):
+            self.stop()
+
+    def wait_until_ready(self, tick: Callable[[float], None] | None = None, timeout: float = _STARTUP_SECONDS) -> None:
+        """Return once the server answers.
+
+        Args:
+            tick: called about once a second with the seconds passed.
+            timeout: in seconds.
+
+        Raises:
+            ServerFailed: the server ended, or is not ready in time.
+        """
+        started = time.monotonic()
+        while True:
+            passed = time.monotonic() - started
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise ServerFailed(f"the server ended with exit code {self.process.returncode}:\n{self.last_lines()}")
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            if passed > timeout:
+                raise ServerFailed(f"the server was not ready after {timeout:.0f} s:\n{self.last_lines()}")
+            if tick is not None:
+                tick(passed)
+            time.sleep(1)
+
+    def last_lines(self, count: int = 30) -> str:
+        """The end of what the server printed."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join([line for line in lines if line.strip()][-count:])
+
+    def stop(self) -> None:
+        """End the server and everything that it started."""
+        if self.process is None:
+            return
+        family = self._family()
+        for send in (psutil.Process.terminate, psutil.Process.kill):
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    send(process)
+            _, family = psutil.wait_procs(family, timeout=_STOP_SECONDS)
+            if not family:
+                break
+        self.process.wait()
+
+    def _family(self) -> list[psutil.Process]:
+        """Every process of the server's session: its children may outlive it, orphaned."""
+        assert self.process is not None
+        session = self.process.pid
+        family = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == session:
+                    family.append(process)
+        return family
+
+
+def interrupt_on_termination() -> None:
+    """Make SIGTERM and SIGHUP do what Ctrl-C does, so that blocks are left in order."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), interrupt)

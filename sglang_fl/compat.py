@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sglang-fl stands on in SGLang, checked against the SGLang that is installed."""
+
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+#: What the platform relies on; checked while arguments resolve.
+_PLATFORM = {
+    "sglang.srt.platforms.interface:SRTPlatform.apply_server_args_defaults": ("self", "server_args"),
+    "sglang.srt.platforms.interface:SRTPlatform.post_load_model": ("self", "model"),
+    "sglang.srt.platforms.interface:SRTPlatform.get_default_attention_backend": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_compile_backend": ("self", "mode"),
+    "sglang.srt.platforms.interface:SRTPlatform.get_group_coordinator_device": ("self", "local_rank"),
+    "sglang.srt.platforms.interface:SRTPlatform.get_dispatch_key_name": ("self",),
+    "sglang.srt.platforms.device_mixin:DeviceMixin.get_torch_distributed_backend_str": ("self",),
+    "sglang.srt.arg_groups.overrides:record_of": ("view",),
+    "sglang.srt.arg_groups.overrides:model_config_of": ("server_args",),
+    "sglang.srt.platforms.device_mixin:DeviceMixin.is_out_of_tree": ("self",),
+}
+#: What the bridges rely on; checked where a model was loaded, since importing it takes seconds.
+_LAYERS = {
+    "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method": ("self",),
+    "sglang.kernels.fused_op:BaseFusedOp.enter_torch_compile": ("self", "num_tokens"),
+    "sglang.kernels.fused_op:BaseFusedOp.leave_torch_compile": ("self",),
+    "sglang.srt.layers.activation:SiluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm:RMSNorm.forward_native": ("self", "x", "residual", "post_residual_addition", "quant_linear"),
+    "sglang.srt.layers.layernorm:_fp8_static_input_scale": ("linear",),
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_native": (
+        "self",
+        "positions",
+        "query",
+        "key",
+        "offsets",
+        "fused_set_kv_buffer_arg",
+    ),
+    "sglang.srt.runtime_context:get_exec": (),
+}
+_FUSED_OP_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
+
+
+class IncompatibleSGLang(RuntimeError):
+    """The installed SGLang lacks something sglang-fl stands on."""
+
+
+def installed_version() -> str:
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def supported_versions() -> str:
+    """The range of SGLang versions, as this package's metadata states it."""
+    try:
+        wanted = [line for line in requires("sglang-fl") or () if line.split(";")[0].strip().startswith("sglang")]
+    except PackageNotFoundError:
+        wanted = []
+    return wanted[0].removeprefix("sglang") if wanted else "the one in sglang-fl's pyproject.toml"
+
+
+def unsupported(problems: Iterable[str]) -> str:
+    """The message for an SGLang that cannot be used."""
+    lines = [
+        f"sglang-fl cannot work with the installed SGLang {installed_version()} (supported: {supported_versions()}):",
+        *(f"  - {problem}" for problem in problems),
+        "Install a supported SGLang, or uninstall sglang-fl.",
+    ]
+    return "\n".join(lines)
+
+
+def _look_up(path: str) -> Any:
+    module, _, names = path.partition(":")
+    found = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _problems(expected: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    for path, parameters in expected.items():
+        try:
+            found = tuple(inspect.signature(_look_up(path)).parameters)
+        except (ImportError, AttributeError) as error:
+            yield f"{path} is missing ({error})"
+            continue
+        if found != parameters:
+            yield f"{path} takes ({', '.join(found)}), not ({', '.join(parameters)})"
+
+
+def check_platform() -> None:
+    """Raises IncompatibleSGLang unless the platform interface is the one this package extends."""
+    problems = list(_problems(_PLATFORM))
+    if problems:
+        raise IncompatibleSGLang(unsupported(problems))
+
+
+def check_layers() -> None:
+    """Raises IncompatibleSGLang unless the layers are the ones the bridges are for."""
+    problems = list(_problems(_LAYERS))
+    if not problems:
+        from sglang.srt.layers.activation import SiluAndMul
+
+        layer = vars(SiluAndMul())
+        problems = [f"BaseFusedOp has no attribute {name}" for name in _FUSED_OP_ATTRIBUTES if name not in layer]
+    if problems:
+        raise IncompatibleSGLang(unsupported(problems))

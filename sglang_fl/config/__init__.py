@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of sglang-fl. ``load_settings`` reads and checks them; the ``get_…`` functions are what
+tools of FlagOS call today. It knows the vendors' names and nothing of the rest of the package."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..device import probe
+from .errors import SettingsError, suggest
+from .loader import load_settings, platform_name, profile_path, settings_of_parent
+from .options import CONFIG_FILE, OPTIONS, RESOLVED, Option, Vocabulary
+from .settings import Settings, Source
+from .yaml_file import read_mapping
+
+__all__ = [
+    "CONFIG_FILE",
+    "OPTIONS",
+    "RESOLVED",
+    "Option",
+    "Settings",
+    "SettingsError",
+    "Source",
+    "Vocabulary",
+    "get_config_path",
+    "get_effective_config",
+    "get_flagos_blacklist",
+    "get_oot_blacklist",
+    "get_per_op_order",
+    "get_platform_name",
+    "load_platform_config",
+    "load_settings",
+    "settings_of_parent",
+    "suggest",
+]
+
+
+def get_platform_name() -> str:
+    """The profile's name: what SGLANG_FL_PLATFORM says, or the vendor that was detected."""
+    return platform_name(os.environ, probe())[0]
+
+
+def get_config_path() -> str | None:
+    """The user's YAML if SGLANG_FL_CONFIG names one, else the platform's profile, else None."""
+    asked = os.environ.get(CONFIG_FILE, "").strip()
+    if asked:
+        return str(Path(asked).expanduser())
+    name, in_tree = platform_name(os.environ, probe())
+    path = profile_path(name, in_tree=in_tree)
+    return str(path) if path else None
+
+
+def load_platform_config(platform: str | None = None) -> dict[str, Any] | None:
+    """What a platform's profile says, or None where there is no profile."""
+    environ = dict(os.environ) if platform is None else {**os.environ, "SGLANG_FL_PLATFORM": platform}
+    name, in_tree = platform_name(environ, probe())
+    path = profile_path(name, in_tree=in_tree)
+    return {key: entry.value for key, entry in read_mapping(path, what=CONFIG_FILE).items()} if path else None
+
+
+def get_per_op_order() -> dict[str, list[str]] | None:
+    """The orders in force for single operators, or None."""
+    return {op: list(order) for op, order in load_settings().op_backends} or None
+
+
+def get_flagos_blacklist() -> list[str] | None:
+    """The FlagGems functions that stay out of Layer 1, or None."""
+    names = load_settings().flagos_blacklist
+    return None if names is None else list(names)
+
+
+def get_oot_blacklist() -> list[str] | None:
+    """The SGLang classes that stay out of Layer 2, or None."""
+    names = load_settings().oot_blacklist
+    return None if names is None else list(names)
+
+
+def get_effective_config() -> dict[str, Any]:
+    """Every setting in force, by name."""
+    return {name: value for name, value, _ in load_settings().items()}

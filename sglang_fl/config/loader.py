@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the settings: defaults < platform profile < the user's YAML < environment."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..device import Device, probe
+from ..vendors import ALIASES, VENDORS, canonical
+from .errors import SettingsError, suggest
+from .options import CONFIG_FILE, OPTIONS, PREFIXES, PROFILE, RESOLVED, VARIABLES, Option, Unusable, Vocabulary
+from .settings import DEFAULT, ENVIRONMENT, FILE, Settings, Source
+from .settings import PROFILE as PROFILE_PLACE
+from .yaml_file import Entry, read_mapping
+
+PROFILES = Path(__file__).parent
+_PAIRS = (("oot_whitelist", "oot_blacklist"), ("flagos_whitelist", "flagos_blacklist"))
+
+
+@dataclass
+class _Value:
+    """A value on its way into the Settings, with the names to blame it by."""
+
+    value: Any
+    source: Source
+    label: str
+    item_labels: dict[Any, str] = field(default_factory=dict)
+
+    def blame(self, item: Any) -> str:
+        return self.item_labels.get(item, self.label)
+
+
+def profile_path(name: str, *, in_tree: bool = False) -> Path | None:
+    """The profile's file, or None where a platform has none.
+
+    A platform that SGLang knows and nobody has measured falls to ``in_tree.yaml``, which leaves
+    every operator to SGLang.
+    """
+    path = PROFILES / f"{name}.yaml"
+    if in_tree and (name == "cpu" or not path.exists()):
+        return PROFILES / "in_tree.yaml"
+    return path if path.exists() else None
+
+
+def platform_name(environ: Mapping[str, str], device: Device) -> tuple[str, bool]:
+    """The profile's name and whether the platform is one of SGLang's own."""
+    asked = environ.get(PROFILE, "").strip()
+    if not asked:
+        return device.vendor, device.is_in_tree
+    name = canonical(asked)
+    if name not in VENDORS:
+        raise SettingsError(f"{PROFILE}: unknown platform {asked!r}{suggest(asked, VENDORS.keys() | ALIASES.keys())}")
+    return name, VENDORS[name].in_tree is not None
+
+
+def load_settings(
+    environ: Mapping[str, str] | None = None,
+    *,
+    device: Device | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> Settings:
+    """Read the settings from the environment, the user's YAML and the platform's profile.
+
+    Args:
+        environ: the environment; the process's own if None.
+        device: what was detected; asked of the drivers if None.
+        vocabulary: the names that may be used; None checks values and keys, but not names.
+
+    Raises:
+        SettingsError: with every problem that was found, each with its file and line or variable.
+    """
+    environ = os.environ if environ is None else environ
+    vocabulary = vocabulary or Vocabulary()
+    platform, in_tree = platform_name(environ, device or probe(environ))
+    problems: list[str] = [*_unknown_variables(environ)]
+    chosen: dict[str, _Value] = {}
+
+    profile = profile_path(platform, in_tree=in_tree)
+    if profile is not None:
+        _read_file(profile, PROFILE_PLACE, f"profile {profile.stem}", chosen, problems)
+    user_file = environ.get(CONFIG_FILE, "").strip()
+    if user_file:
+        _read_file(Path(user_file).expanduser(), FILE, user_file, chosen, problems)
+    _read_environment(environ, chosen, problems)
+
+    problems += _clashing_lists(chosen)
+    problems += [problem for name, value in chosen.items() for problem in _unknown_names(OPTIONS[name], value, vocabulary)]
+    if problems:
+        raise SettingsError(problems)
+    _set_aside_weaker_orders(chosen)
+    return Settings(
+        **{name: value.value for name, value in chosen.items()},
+        platform=platform,
+        profile_file=str(profile) if profile else None,
+        sources={name: value.source for name, value in chosen.items()},
+    )
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    for variable in environ:
+        if variable.startswith(PREFIXES) and variable not in VARIABLES:
+            yield f"{variable}: there is no such setting{suggest(variable, VARIABLES)}"
+
+
+def _read_file(path: Path, place: int, name: str, chosen: dict[str, _Value], problems: list[str]) -> None:
+    by_key = {option.yaml: option for option in OPTIONS.values() if option.yaml}
+    try:
+        entries = read_mapping(path, what=CONFIG_FILE)
+    except SettingsError as error:
+        problems += error.problems
+        return
+    for key, entry in entries.items():
+        where = f"{path}:{entry.line}"
+        option = by_key.get(key)
+        if option is None:
+            other = OPTIONS.get(key) if isinstance(key, str) else None
+            hint = f"; it is set with the variable {other.env}" if other else suggest(str(key), by_key)
+            problems.append(f"{where}: unknown key {key!r}{hint}")
+        elif entry.value is None:
+            chosen[option.name] = _Value(option.default, Source(place, f"{name}:{entry.line}"), f"{where}: {key}")
+        else:
+            _parse(option, entry, Source(place, f"{name}:{entry.line}"), path, chosen, problems)
+
+
+def _parse(option: Option, entry: Entry, source: Source, path: Path, chosen: dict[str, _Value], problems: list[str]) -> None:
+    label = f"{path}:{entry.line}: {option.yaml}"
+    labels = {item: f"{path}:{line}: {option.yaml}" for item, line in entry.item_lines.items()}
+    try:
+        chosen[option.name] = _Value(option.parse(entry.value), source, label, labels)
+    except Unusable as error:
+        problems.append(f"{label}: {error}")
+
+
+def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], problems: list[str]) -> None:
+    for option in OPTIONS.values():
+        if option.env is None or not environ.get(option.env, "").strip():
+            continue
+        try:
+            value = option.parse(environ[option.env])
+        except Unusable as error:
+            problems.append(f"{option.env}: {error}")
+            continue
+        chosen[option.name] = _Value(value, Source(ENVIRONMENT, option.env), option.env)
+
+
+def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
+    """A whitelist beats a blacklist of a weaker file; otherwise the two together are a contradiction."""
+    for white, black in _PAIRS:
+        first, second = chosen.get(white), chosen.get(black)
+        if first is None or second is None or first.value is None or second.value is None:
+            continue
+        if first.source.place > second.source.place and second.source.place < ENVIRONMENT:
+            del chosen[black]
+            continue
+        yield (
+            f"{first.label} and {second.label}: give one or the other, not both"
+            + (f" (set {white}: null in a file to drop the weaker list)" if first.source.place != second.source.place else "")
+        )
+
+
+def _unknown_names(option: Option, value: _Value, vocabulary: Vocabulary) -> Iterator[str]:
+    if option.name == "op_backends":
+        for op, order in value.value:
+            problem = vocabulary.problem_with("operators", op)
+            if problem:
+                yield f"{value.blame(op)}: {problem}"
+            for token in order:
+                problem = vocabulary.problem_with_token(token)
+                if problem:
+                    yield f"{value.blame(op)}: {op}: {problem}"
+            if len(set(order)) < len(order):
+                yield f"{value.blame(op)}: {op}: {'|'.join(order)!r} names a backend twice"
+    elif option.names:
+        for word in value.value or ():
+            problem = vocabulary.problem_with(option.names, word)
+            if problem:
+                yield f"{value.blame(word)}: {problem}"
+
+
+def _set_aside_weaker_orders(chosen: dict[str, _Value]) -> None:
+    """A preference is about every operator, so it replaces single orders from a weaker place."""
+    prefer, orders = chosen.get("prefer"), chosen.get("op_backends")
+    if prefer is not None and orders is not None and prefer.source.place > orders.source.place > DEFAULT:
+        note = f"default; the orders of {orders.source.where} give way to prefer from {prefer.source.where}"
+        chosen["op_backends"] = _Value((), Source(DEFAULT, note), prefer.label)
+
+
+def settings_of_parent(environ: Mapping[str, str] | None = None) -> Settings | None:
+    """The settings that the server's main process resolved, in a process that it started."""
+    text = (os.environ if environ is None else environ).get(RESOLVED)
+    return Settings.from_json(text) if text else None

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: what was asked for, whole and checked, and where each part of it came from."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .options import OPTIONS
+
+#: Places a value can come from, weakest first.
+DEFAULT, PROFILE, FILE, ENVIRONMENT = range(4)
+_PLACES = ("default", "profile", "file", "environment")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value came from: its place, and a name for it that a reader can go to."""
+
+    place: int
+    where: str
+
+    def __str__(self) -> str:
+        return self.where
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings in force. Build one with :func:`sglang_fl.config.load_settings`.
+
+    The attributes are the rows of :data:`sglang_fl.config.options.OPTIONS`; ``sources`` has a
+    :class:`Source` for each of them, and ``platform`` is the name of the profile in use.
+    """
+
+    oot_enabled: bool = True
+    prefer: str = "flagos"
+    op_backends: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    strict: bool = False
+    oot_whitelist: tuple[str, ...] | None = None
+    oot_blacklist: tuple[str, ...] | None = None
+    allow_vendors: tuple[str, ...] | None = None
+    deny_vendors: tuple[str, ...] | None = None
+    dispatch_log: str | None = None
+    use_flaggems: bool = True
+    flagos_whitelist: tuple[str, ...] | None = None
+    flagos_blacklist: tuple[str, ...] | None = None
+    flaggems_record: bool = False
+    flaggems_log_path: str | None = None
+    flaggems_log_once: bool = True
+    dist_backend: str | None = None
+    flagcx_path: str | None = None
+    plugin_modules: tuple[str, ...] | None = None
+    log_level: str = "INFO"
+    dispatch_debug: bool = False
+    platform: str = "cpu"
+    profile_file: str | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+    @property
+    def collective(self) -> str | None:
+        """The collective library that was asked for, or None: FLAGCX_PATH alone asks for FlagCX."""
+        if self.dist_backend is None and self.flagcx_path is not None:
+            return "flagcx"
+        return self.dist_backend
+
+    def source(self, name: str) -> Source:
+        return self.sources.get(name, Source(DEFAULT, "default"))
+
+    def items(self) -> Iterator[tuple[str, Any, Source]]:
+        """(name, value, source) of every setting, in the table's order."""
+        for name in OPTIONS:
+            yield name, getattr(self, name), self.source(name)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Settings":
+        data = json.loads(text)
+        for name in OPTIONS:
+            if isinstance(data[name], list):
+                data[name] = tuple(data[name])
+        data["op_backends"] = tuple((op, tuple(order)) for op, order in data["op_backends"])
+        data["sources"] = {name: Source(**source) for name, source in data["sources"].items()}
+        return cls(**{f.name: data[f.name] for f in fields(cls)})

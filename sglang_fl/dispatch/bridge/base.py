@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every bridge does: tell which layers it can take over, and build their forward."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from .catalog import LAYERS
+
+Forward = Callable[..., Any]
+#: An instance of one of SGLang's layer classes, which are not imported here.
+Layer = Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer stands: what its trial needs to know beyond the layer itself.
+
+    Attributes:
+        dtype: the model's activation dtype.
+        device: where the model lies.
+        intermediate_size: the width of the activations in this part of the model, if known.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    intermediate_size: int | None = None
+
+
+class Contexts(Protocol):
+    """``active`` is not zero while a policy context is open somewhere in the process."""
+
+    active: int
+
+
+class NoContexts:
+    """For a forward that is itself what a context asked for."""
+
+    active = 0
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where a bound forward may send a call.
+
+    Attributes:
+        fn: the implementation in force, called as the operator's signature says.
+        own: SGLang's forward for the layer's class: ``own(layer, *sglang_args)``.
+        contexts: tells whether a policy context is open.
+        divert: takes the call then: ``divert(layer, *sglang_args)``.
+        failed: takes a call in which ``fn`` raised: ``failed(layer, error, operator_args, sglang_args)``.
+    """
+
+    fn: Forward
+    own: Forward
+    contexts: Contexts
+    divert: Forward
+    failed: Forward
+
+
+class Bridge(ABC):
+    """Between one SGLang layer class and one operator."""
+
+    op: ClassVar[str]
+
+    @property
+    def layer_class(self) -> type[nn.Module] | None:
+        """SGLang's class, or None where its module is not imported: then no layer of it exists."""
+        module, name = LAYERS[self.op][0]
+        found: type[nn.Module] | None = getattr(sys.modules.get(module), name, None)
+        return found
+
+    def reason_to_leave(self, layer: Layer) -> str | None:
+        """Why the standard signature cannot say what this layer computes, or None."""
+        base = self.layer_class
+        assert base is not None
+        changed = sorted(overridden(type(layer), base))
+        if changed:
+            return f"{type(layer).__name__} overrides {', '.join(changed)}"
+        if "forward" in vars(layer):
+            return "its forward was replaced"
+        return self._reason_in_attributes(layer)
+
+    @abstractmethod
+    def _reason_in_attributes(self, layer: Layer) -> str | None: ...
+
+    @abstractmethod
+    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+        """Equal for layers that one trial speaks for."""
+
+    @abstractmethod
+    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
+        """Run ``fn`` as serving will, on scratch tensors of the layer's size and dtype.
+
+        Raises:
+            Exception: what ``fn`` raised, or a TypeError or ValueError that says how its result
+                breaks the operator's contract.
+        """
+
+    @abstractmethod
+    def forward(self, routes: Routes) -> Forward:
+        """A forward for the layer class, as a function of the layer and SGLang's arguments.
+
+        It is called for every token served: everything that can be settled here is.
+        """
+
+
+def overridden(cls: type, base: type) -> set[str]:
+    """The forwards that a subclass defines for itself, ``__call__`` included."""
+    names: set[str] = set()
+    for klass in cls.__mro__[: cls.__mro__.index(base)]:
+        names |= {name for name in vars(klass) if name.startswith("forward") or name in ("__call__", "_resolve_forward_method")}
+    return names
+
+
+def check_result(what: str, result: Any, like: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Raises TypeError or ValueError unless ``result`` is a tensor of that shape, dtype and device."""
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"{what} is {type(result).__name__}, not a tensor")
+    wanted = tuple(like.shape) if shape is None else shape
+    if tuple(result.shape) != wanted:
+        raise ValueError(f"{what} has shape {tuple(result.shape)}, not {wanted}")
+    if result.dtype != like.dtype or result.device != like.device:
+        raise ValueError(f"{what} is {result.dtype} on {result.device}, not {like.dtype} on {like.device}")
+
+
+def scratch(site: Site, *shape: int) -> torch.Tensor:
+    """A tensor with values in [-1, 1]. Not random: drawing would move the model's random numbers."""
+    count = torch.Size(shape).numel()
+    return torch.linspace(-1, 1, count, dtype=torch.float32, device=site.device).reshape(shape).to(site.dtype)

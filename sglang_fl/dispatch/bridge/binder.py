@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binds a model's layers to implementations, and keeps them bound to what the policy says.
+
+SGLang calls ``layer._forward_method`` and seeds that attribute itself to pin a layer; a layer is bound
+by putting a forward there, as a method of the layer, so that copying the layer copies the binding.
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import Settings
+from ..logger_manager import dispatch_log, get_logger
+from ..manager import OpManager, Plan, is_capturing
+from ..policy import PolicyManager, SelectionPolicy, current_override, overrides
+from ..types import OpImpl
+from .base import Bridge, Forward, NoContexts, Routes, Site
+from .report import BindReport
+from .rms_norm import RMSNormBridge
+from .rotary_embedding import RotaryEmbeddingBridge
+from .silu_and_mul import SiluAndMulBridge
+
+logger = get_logger()
+
+BRIDGES: tuple[Bridge, ...] = (RMSNormBridge(), RotaryEmbeddingBridge(), SiluAndMulBridge())
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that a bridge can take over: everything about it that does not change."""
+
+    bridge: Bridge
+    site: Site
+    own: Forward
+    class_name: str
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a policy means for a layer; ``impl`` is None where it stays with SGLang, with the reason."""
+
+    impl: OpImpl | None
+    why: str
+
+    @property
+    def destination(self) -> str:
+        return str(self.impl) if self.impl else f"sglang({self.why})"
+
+
+class Binder:
+    """One for each process that runs a model."""
+
+    def __init__(self, manager: OpManager, settings: Settings, *, deterministic: bool = False):
+        """``deterministic``: only implementations declared batch-invariant may be used."""
+        self.manager = manager
+        self.settings = settings
+        self.deterministic = deterministic
+        self._layers: weakref.WeakKeyDictionary[nn.Module, _Layer] = weakref.WeakKeyDictionary()
+        self._forwards: dict[tuple[Any, ...], Forward] = {}
+        self._ours: set[Forward] = set()
+        self._trials: dict[tuple[Any, ...], Exception | None] = {}
+        self._lock = threading.RLock()
+        PolicyManager.get_instance().subscribe(self.refresh)
+        _binders.add(self)
+
+    # --- at load -------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module) -> BindReport:
+        """Bind the layers of a model that the settings and the policy move.
+
+        Raises:
+            RuntimeError: under ``strict``, an implementation failed its trial, or there is none.
+        """
+        report = BindReport()
+        log = dispatch_log()
+        policy = PolicyManager.get_instance().get_global_policy()
+        with self._lock:
+            taken: dict[nn.Module, _Layer] = {}
+            for layer, bridge, site in _layers_of(model):
+                why = self._why_left(layer, bridge)
+                if why is None:
+                    taken[layer] = _Layer(bridge, site, _own_forward(layer), type(layer).__name__)
+                else:
+                    report.add(bridge.op, type(layer).__name__, f"sglang({why})")
+                    log.record(type(layer).__name__, f"sglang({why})")
+            choices = {layer: self._choose(layer, info, policy) for layer, info in taken.items()}
+            self._layers.update(taken)
+            for layer, choice in choices.items():
+                self._install(layer, taken[layer], choice)
+                report.add(taken[layer].bridge.op, taken[layer].class_name, choice.destination)
+                if choice.impl is None:
+                    log.record(taken[layer].class_name, choice.destination)
+        return report
+
+    def _why_left(self, layer: nn.Module, bridge: Bridge) -> str | None:
+        """Why a layer stays with SGLang whatever the policy says, or None."""
+        if not self.settings.oot_enabled:
+            return "Layer 2 is off"
+        names = {cls.__name__ for cls in type(layer).__mro__}
+        if self.settings.oot_blacklist is not None and names & set(self.settings.oot_blacklist):
+            return "oot_blacklist"
+        if self.settings.oot_whitelist is not None and not names & set(self.settings.oot_whitelist):
+            return "not in oot_whitelist"
+        method = layer._forward_method
+        if method is not None and getattr(method, "__func__", None) not in self._ours:
+            return f"SGLang pinned it to {getattr(method, '__name__', method)}"
+        return bridge.reason_to_leave(layer)
+
+    # --- the choice ----------------------------------------------------------------------------
+
+    def _choose(self, layer: nn.Module, info: _Layer, policy: SelectionPolicy) -> _Choice:
+        """The first implementation in order that passes its trial on this layer."""
+        plan = self.manager.plan(info.bridge.op, policy)
+        passed_over = dict(plan.passed_over)
+        for index, impl in enumerate(plan.candidates):
+            why = self._unfit(impl, info.site)
+            if why is not None:
+                passed_over[impl.impl_id] = why
+                continue
+            error = self._try(impl, layer, info)
+            if error is None:
+                return _Choice(impl, "")
+            told = f"{info.bridge.op}: {impl.impl_id} failed its trial on {info.class_name}: {type(error).__name__}: {error}"
+            if policy.strict:
+                raise RuntimeError(f"sglang-fl: {told} (strict is set, so nothing takes its place)") from error
+            passed_over[impl.impl_id] = f"failed its trial: {type(error).__name__}: {error}"
+            self._warn_once(f"{told}; {_successor(plan, index)} takes its place", impl, layer, info)
+        if plan.to_sglang:
+            return _Choice(None, "policy")
+        if self.deterministic:
+            return _Choice(None, "deterministic mode")
+        reasons = "; ".join(f"{what}: {why}" for what, why in passed_over.items())
+        told = f"no implementation of {info.bridge.op} can run for {info.class_name} (order {'|'.join(plan.order)}: {reasons})"
+        if policy.strict:
+            raise RuntimeError(f"sglang-fl: {told}")
+        self._warn_once(f"{told}; it stays with SGLang", None, layer, info)
+        return _Choice(None, "no implementation can run")
+
+    def _unfit(self, impl: OpImpl, site: Site) -> str | None:
+        if self.deterministic and not impl.batch_invariant:
+            return "it is not declared batch-invariant"
+        if impl.supported_dtypes is not None and site.dtype not in impl.supported_dtypes:
+            return f"it does not take {site.dtype}"
+        return None
+
+    def _try(self, impl: OpImpl, layer: nn.Module, info: _Layer) -> Exception | None:
+        """The trial's error, or None. One trial speaks for all layers of the same shape."""
+        key = (impl, info.bridge.op, info.bridge.trial_key(layer, info.site))
+        if key in self._trials:
+            return self._trials[key]
+        if is_capturing():
+            return None
+        try:
+            with torch.inference_mode():
+                info.bridge.trial(layer, info.site, impl.fn)
+            torch.get_device_module(info.site.device).synchronize()
+        except Exception as error:
+            self._trials[key] = error
+        else:
+            self._trials[key] = None
+        return self._trials[key]
+
+    def _warn_once(self, told: str, impl: OpImpl | None, layer: nn.Module, info: _Layer) -> None:
+        key = (impl, info.bridge.op, told)
+        if key not in self._trials:
+            self._trials[key] = None
+            logger.warning(told)
+
+    # --- the binding ---------------------------------------------------------------------------
+
+    def _install(self, layer: nn.Module, info: _Layer, choice: _Choice) -> None:
+        if choice.impl is None and not overrides.active:
+            self._put(layer, info, None)
+            return
+        self._put(layer, info, MethodType(self._forward(info, choice.impl, watch=True), layer))
+
+    def _put(self, layer: nn.Module, info: _Layer, method: Any) -> None:
+        """Put a method in the layer's place for its forward; None gives the place back to SGLang."""
+        for place in ("_forward_method", "_original_forward_method") if layer.is_torch_compile else ("_forward_method",):
+            found = getattr(layer, place)
+            function = getattr(found, "__func__", None)
+            # Under torch.compile the first place holds a forward made for it, and the second the usual one.
+            free = place == "_original_forward_method" or not layer.is_torch_compile
+            if function in self._ours or (free and method is not None and (found is None or function is info.own)):
+                setattr(layer, place, method)
+
+    def _forward(self, info: _Layer, impl: OpImpl | None, *, watch: bool) -> Forward:
+        """The forward that layers like this one share.
+
+        ``watch``: it gives way to open policy contexts, and its first call is put on record.
+        """
+        key = (info.bridge, info.own, impl, watch)
+        if key not in self._forwards:
+            self._forwards[key] = forward = self._build(info, impl, watch)
+            self._ours.add(forward)
+        return self._forwards[key]
+
+    def _build(self, info: _Layer, impl: OpImpl | None, watch: bool) -> Forward:
+        if impl is None:
+            return self._divert if watch else info.own
+        routes = Routes(impl.fn, info.own, overrides if watch else NoContexts(), self._divert, self._failed(impl))
+        forward = _named(info.bridge.forward(routes), impl)
+        if not watch:
+            return forward
+        self._ours.add(forward)
+        return _named(_recording(forward, str(impl)), impl)
+
+    def _divert(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A call while a policy context is open somewhere: here, or in another thread or task."""
+        info = self._layers.get(layer)
+        if info is None:  # a copy of a bound layer
+            with self._lock:
+                info = self._layers[layer] = self._adopt(layer)
+        policy = current_override() or PolicyManager.get_instance().get_global_policy()
+        choice = self._choose(layer, info, policy)
+        dispatch_log().record(info.class_name, choice.destination)
+        return self._forward(info, choice.impl, watch=False)(layer, *args, **kwargs)
+
+    def _adopt(self, layer: nn.Module) -> _Layer:
+        for info in self._layers.values():
+            if info.class_name == type(layer).__name__:
+                return info
+        raise RuntimeError(f"{type(layer).__name__} was never bound")
+
+    def _failed(self, impl: OpImpl) -> Forward:
+        def failed(layer: nn.Module, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...]) -> Any:
+            policy = current_override() or PolicyManager.get_instance().get_global_policy()
+            plan = self.manager.plan(impl.op_name, policy)
+
+            def call(other: OpImpl) -> Any:
+                result = other.fn(layer, *args)
+                dispatch_log().record(type(layer).__name__, str(other))
+                return result
+
+            return self.manager.call_after_failure(plan, policy, impl, error, call, lambda: _own_forward(layer)(layer, *sglang_args))
+
+        return failed
+
+    # --- when the policy changes ---------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Follow a change of the global policy, or of whether any policy context is open.
+
+        Raises:
+            RuntimeError: a strict policy that a layer cannot follow; then nothing has changed.
+        """
+        policy = PolicyManager.get_instance().get_global_policy()
+        with self._lock:
+            layers = list(self._layers.items())
+            choices = [(layer, info, self._choose(layer, info, policy)) for layer, info in layers]
+            for layer, info, choice in choices:
+                self._install(layer, info, choice)
+
+
+def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, Bridge, Site]]:
+    """The layers that a bridge is for, each with its site."""
+    dtype, device = _activation_dtype(model), _device(model)
+    modules = dict(model.named_modules())
+    for name, layer in modules.items():
+        for bridge in BRIDGES:
+            if bridge.layer_class is not None and isinstance(layer, bridge.layer_class):
+                parent = modules.get(name.rpartition(".")[0], model)
+                yield layer, bridge, Site(dtype, device, _intermediate_size(parent))
+
+
+def _activation_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point type that most of the model's parameters have, quantised ones aside."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32):
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.get_default_dtype()
+
+
+def _device(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _intermediate_size(parent: nn.Module) -> int | None:
+    """The width of the activations behind a gated MLP's first matrix, on this rank."""
+    width = getattr(getattr(parent, "gate_up_proj", None), "output_size_per_partition", None)
+    return width // 2 if isinstance(width, int) else None
+
+
+def _own_forward(layer: Any) -> Forward:
+    """The function that SGLang itself would run for this layer."""
+    method = layer._resolve_forward_method()
+    function: Forward | None = getattr(method, "__func__", None)
+    if function is not None:
+        return function
+
+    def resolve_and_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        return layer._resolve_forward_method()(*args, **kwargs)
+
+    return resolve_and_call
+
+
+def _successor(plan: Plan, index: int) -> str:
+    if index + 1 < len(plan.candidates):
+        return plan.candidates[index + 1].impl_id
+    return "SGLang"
+
+
+def _named(forward: Forward, impl: OpImpl) -> Forward:
+    """SGLang's tracing labels a call by the name of the forward behind ``forward_``."""
+    forward.__name__ = forward.__qualname__ = f"forward_{impl.impl_id}"
+    return forward
+
+
+def _recording(forward: Forward, destination: str) -> Forward:
+    """A forward that puts its first call on record and then gives its place to ``forward``."""
+
+    def first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (overrides.active or torch.compiler.is_compiling()):
+            dispatch_log().record(type(self).__name__, destination)
+            if getattr(self._forward_method, "__func__", None) is first:
+                self._forward_method = MethodType(forward, self)
+        return forward(self, *args, **kwargs)
+
+    return first
+
+
+_binders: "weakref.WeakSet[Binder]" = weakref.WeakSet()
+
+
+def _new_locks_after_fork() -> None:
+    for binder in _binders:
+        binder._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_locks_after_fork)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What binding did: how many layers of each class run on what, and why the others were left."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class BindReport:
+    """Counts of layers by (operator, SGLang class, destination).
+
+    A destination is an implementation, ``reference(reference.torch)``, or ``sglang(why)``.
+    """
+
+    layers: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+    def add(self, op: str, class_name: str, destination: str) -> None:
+        self.layers[op, class_name, destination] += 1
+
+    @property
+    def bound(self) -> int:
+        return sum(count for (_, _, to), count in self.layers.items() if not to.startswith("sglang("))
+
+    @property
+    def left(self) -> int:
+        return sum(self.layers.values()) - self.bound
+
+    def summary(self) -> str:
+        """One text for the server's log."""
+        lines = [f"sglang-fl: {self.bound} layers bound, {self.left} left to SGLang"]
+        for (op, class_name, destination), count in sorted(self.layers.items()):
+            lines.append(f"  {op:<18} {class_name:<28} → {destination}, {count} {'layer' if count == 1 else 'layers'}")
+        return "\n".join(lines)

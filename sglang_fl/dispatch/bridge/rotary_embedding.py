@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+
+from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+
+_TRIAL_TOKENS, _TRIAL_HEADS, _TRIAL_KV_HEADS = 2, 4, 2
+#: Where a layer keeps (its cos_sin_cache, the cos half, the sin half).
+_HALVES = "_sglang_fl_cos_sin"
+
+
+def cos_sin(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The halves of a layer's ``cos_sin_cache``, as views that last until SGLang replaces the cache.
+
+    Returns:
+        (cache ``[max_position, rotary_dim]``, cos and sin ``[max_position, rotary_dim / 2]``).
+    """
+    cache = layer._buffers["cos_sin_cache"]
+    assert cache is not None
+    cos, sin = cache.chunk(2, dim=-1)
+    halves = (cache, cos, sin)
+    layer.__dict__[_HALVES] = halves
+    return halves
+
+
+class RotaryEmbeddingBridge(Bridge):
+    """SGLang's RotaryEmbedding: ``forward(positions, query, key, offsets, fused_set_kv_buffer_arg)``."""
+
+    op = "rotary_embedding"
+
+    def _reason_in_attributes(self, layer: Layer) -> str | None:
+        cache = layer._buffers.get("cos_sin_cache")
+        if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
+            return "its cos_sin_cache is not [max_position, rotary_dim]"
+        if hasattr(layer, "sin_cos_cache"):
+            return "it reads sin_cos_cache instead of positions"
+        return None
+
+    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+        return site.dtype, site.device, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
+
+    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
+        query = scratch(site, _TRIAL_TOKENS, _TRIAL_HEADS, layer.head_size)
+        key = scratch(site, _TRIAL_TOKENS, _TRIAL_KV_HEADS, layer.head_size)
+        _, cos, sin = cos_sin(layer)
+        positions = torch.arange(_TRIAL_TOKENS, device=site.device) % cos.shape[0]
+        result = fn(layer, query.clone(), key.clone(), cos, sin, positions, not layer.is_neox_style, True)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"its result is {type(result).__name__}, not (query, key)")
+        check_result("its query", result[0], query)
+        check_result("its key", result[1], key)
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, own, contexts, divert, failed = routes.fn, routes.own, routes.contexts, routes.divert, routes.failed
+
+        def forward(
+            self: Layer,
+            positions: torch.Tensor,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            offsets: torch.Tensor | None = None,
+            fused_set_kv_buffer_arg: Any = None,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if fused_set_kv_buffer_arg is not None:
+                # The model relies on SGLang's kernel to write the KV cache as well.
+                return own(self, positions, query, key, offsets, fused_set_kv_buffer_arg)
+            if contexts.active:
+                return divert(self, positions, query, key, offsets)
+            state = self.__dict__
+            halves = state.get(_HALVES)
+            if halves is None or halves[0] is not state["_buffers"]["cos_sin_cache"]:
+                halves = cos_sin(self)
+            rows = (positions if offsets is None else positions + offsets).flatten()
+            head_size = state["head_size"]
+            args = (
+                _by_head(query, rows.shape[0], head_size),
+                _by_head(key, rows.shape[0], head_size),
+                halves[1],
+                halves[2],
+                rows,
+                not state["is_neox_style"],
+                True,
+            )
+            try:
+                rotated = fn(self, *args)
+            except Exception as error:
+                rotated = failed(self, error, args, (positions, query, key, offsets))
+            return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
+
+        return forward
+
+
+def _by_head(x: torch.Tensor, num_tokens: int, head_size: int) -> torch.Tensor:
+    """``[num_tokens, heads, head_size]``; without tokens the number of heads must be worked out."""
+    return x.reshape(num_tokens, -1 if num_tokens else x.shape[1:].numel() // head_size, head_size)

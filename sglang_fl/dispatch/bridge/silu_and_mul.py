@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+
+from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+
+_TRIAL_TOKENS = 2
+_UNKNOWN_SIZE = 128
+
+
+class SiluAndMulBridge(Bridge):
+    """SGLang's SiluAndMul: ``forward(x)``."""
+
+    op = "silu_and_mul"
+
+    def _reason_in_attributes(self, layer: Layer) -> str | None:
+        return None
+
+    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+        return site.dtype, site.device, site.intermediate_size
+
+    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
+        size = site.intermediate_size or _UNKNOWN_SIZE
+        x = scratch(site, _TRIAL_TOKENS, 2 * size)
+        check_result("its result", fn(layer, x), x, (_TRIAL_TOKENS, size))
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, contexts, divert, failed = routes.fn, routes.contexts, routes.divert, routes.failed
+
+        def forward(self: Layer, x: torch.Tensor) -> torch.Tensor:
+            if contexts.active:
+                return divert(self, x)
+            try:
+                return fn(self, x)
+            except Exception as error:
+                return failed(self, error, (x,), (x,))
+
+        return forward

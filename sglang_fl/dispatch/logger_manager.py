@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logging of the dispatch, and the file that says which operator ran on what."""
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+
+def get_logger(name: str = "sglang_fl.dispatch") -> logging.Logger:
+    """A logger of sglang-fl. It writes where the process's logging writes."""
+    return logging.getLogger(name)
+
+
+def set_log_level(level: int | str, name: str = "sglang_fl.dispatch") -> None:
+    """Set a logger's level, by number or name (``"DEBUG"``)."""
+    get_logger(name).setLevel(level.upper() if isinstance(level, str) else level)
+
+
+class DispatchLog:
+    """The file named by SGLANG_FL_DISPATCH_LOG: ``[OOT-DISPATCH] RMSNorm → vendor(vendor.cuda)``.
+
+    A line is written when a layer of a class first runs on an implementation in this process, and,
+    for classes left to SGLang, when that is settled. Processes share the file: lines are appended
+    whole.
+    """
+
+    def __init__(self, path: str | None):
+        self.path = Path(path).expanduser() if path else None
+        self._seen: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def check(self) -> str | None:
+        """Why the file cannot be written, or None."""
+        if self.path is None:
+            return None
+        try:
+            with self.path.open("a", encoding="utf-8"):
+                return None
+        except OSError as error:
+            return f"{str(self.path)!r} cannot be written: {error.strerror or error}"
+
+    def record(self, class_name: str, destination: str) -> None:
+        """Write that layers of a class run on a destination, once per process."""
+        if (class_name, destination) in self._seen:
+            return
+        with self._lock:
+            if (class_name, destination) in self._seen:
+                return
+            self._seen.add((class_name, destination))
+        line = f"[OOT-DISPATCH] {class_name} → {destination}"
+        get_logger().debug(line)
+        if self.path is not None:
+            try:
+                with self.path.open("ab", buffering=0) as file:
+                    file.write(f"{line}\n".encode())
+            except OSError as error:
+                get_logger().error("the dispatch log %s cannot be written: %s", self.path, error)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+
+_open_log = DispatchLog(None)
+
+
+def dispatch_log() -> DispatchLog:
+    """The process's dispatch log."""
+    return _open_log
+
+
+def open_dispatch_log(path: str | None) -> DispatchLog:
+    """Make a file the process's dispatch log; None: no file."""
+    global _open_log
+    _open_log = DispatchLog(path)
+    return _open_log
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _open_log.after_fork())

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpManager: from an operator's name to the implementation that the policy wants, and its call."""
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import load_settings, settings_of_parent, suggest
+from .builtin_ops import Discovery, discover
+from .logger_manager import get_logger
+from .policy import PolicyManager, SelectionPolicy, get_policy
+from .registry import OpRegistry
+from .types import SGLANG, OpImpl, match_token
+
+logger = get_logger()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a policy means for an operator on this machine.
+
+    Attributes:
+        candidates: the implementations that can run, in the order to try them.
+        to_sglang: the order comes to ``sglang`` after them; what stands behind it is never tried.
+        passed_over: (implementation id or word of the order, why) of what the order names in vain.
+    """
+
+    op: str
+    order: tuple[str, ...]
+    candidates: tuple[OpImpl, ...]
+    to_sglang: bool
+    passed_over: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        """Why there is no candidate, in one line."""
+        reasons = "; ".join(f"{what}: {why}" for what, why in self.passed_over) or "nothing is registered for it"
+        return f"order {'|'.join(self.order)}: {reasons}"
+
+
+def is_capturing() -> bool:
+    """Whether the current device is recording a graph."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.accelerator.is_available():
+        return False
+    check = getattr(torch.get_device_module(), "is_current_stream_capturing", None)
+    return bool(check is not None and check())
+
+
+class OpManager:
+    """Resolves operators and calls them. Safe from threads and after a fork."""
+
+    def __init__(self, registry: OpRegistry | None = None):
+        self.registry = registry or OpRegistry()
+        self.discovery: Discovery | None = Discovery() if registry is not None else None
+        self._plans: dict[tuple[str, SelectionPolicy], Plan] = {}
+        self._plans_version = -1
+        self._lock = threading.RLock()
+        self._reported: set[tuple[str, str, str]] = set()
+        _managers.add(self)
+
+    def ensure_initialized(self, plugin_modules: Sequence[str] | None = None) -> None:
+        """Register every backend there is, once.
+
+        Args:
+            plugin_modules: further modules to ask; None: those that the settings name.
+        """
+        if self.discovery is not None:
+            return
+        with self._lock:
+            if self.discovery is None:
+                if plugin_modules is None:
+                    plugin_modules = (settings_of_parent() or load_settings()).plugin_modules or ()
+                self.discovery = discover(self.registry, plugin_modules)
+
+    def plan(self, op_name: str, policy: SelectionPolicy | None = None) -> Plan:
+        """What the policy (the one in force here if None) means for an operator."""
+        self.ensure_initialized()
+        policy = policy or get_policy()
+        if self._plans_version != self.registry.version:
+            self.bump_policy_epoch()
+        found = self._plans.get((op_name, policy))
+        if found is None:
+            with self._lock:
+                found = self._plans[op_name, policy] = self._make_plan(op_name, policy)
+        return found
+
+    def _make_plan(self, op_name: str, policy: SelectionPolicy) -> Plan:
+        order = policy.order_for(op_name)
+        impls = sorted(self.registry.get_implementations(op_name), key=lambda impl: (-impl.priority, impl.impl_id))
+        candidates: list[OpImpl] = []
+        passed_over: dict[str, str] = {}
+        to_sglang = False
+        for token in order:
+            if token == SGLANG:
+                to_sglang = True
+                break
+            matching = [impl for impl in impls if match_token(impl, token)]
+            if not matching:
+                passed_over[token] = "no backend implements it"
+            for impl in matching:
+                if impl in candidates:
+                    continue
+                why = f"vendor {impl.vendor} is not allowed" if not policy.is_vendor_allowed(impl.vendor) else impl.why_unavailable()
+                if why is None:
+                    candidates.append(impl)
+                else:
+                    passed_over[impl.impl_id] = why
+        return Plan(op_name, order, tuple(candidates), to_sglang, tuple(passed_over.items()))
+
+    def resolve_candidates(self, op_name: str) -> list[OpImpl]:
+        """The implementations that can run, in the order to try them.
+
+        Raises:
+            RuntimeError: there is none, or the order comes to ``sglang`` first.
+        """
+        plan = self.plan(op_name)
+        if not plan.candidates:
+            raise RuntimeError(self._nothing_for(plan))
+        return list(plan.candidates)
+
+    def _nothing_for(self, plan: Plan) -> str:
+        if plan.to_sglang:
+            return (
+                f"No available implementation for op={plan.op!r}: its order {'|'.join(plan.order)} leaves it to SGLang, "
+                "which is possible for layers of a served model and not for a call by name"
+            )
+        hint = suggest(plan.op, self.registry.list_operators()) if not self.registry.get_implementations(plan.op) else ""
+        return f"No available implementation for op={plan.op!r}: {plan.describe()}{hint}"
+
+    def resolve(self, op_name: str) -> Callable[..., Any]:
+        """The function of the first implementation in order. Raises as :meth:`resolve_candidates`."""
+        return self.resolve_candidates(op_name)[0].fn
+
+    def call(self, op_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run an operator on the first implementation in order.
+
+        One that raises is reported. The next in order is tried only if it is declared not to write
+        its inputs, no graph is being captured, and the policy is not strict.
+
+        Raises:
+            RuntimeError: there is no implementation, or all of them failed.
+            Exception: what the implementation raised, where no other may be tried.
+        """
+        policy = get_policy()
+        plan = self._plans.get((op_name, policy)) if self._plans_version == self.registry.version else None
+        if plan is None:
+            plan = self.plan(op_name, policy)
+        if not plan.candidates:
+            raise RuntimeError(self._nothing_for(plan))
+        impl = plan.candidates[0]
+        try:
+            return impl.fn(*args, **kwargs)
+        except Exception as error:
+            return self.call_after_failure(plan, policy, impl, error, lambda other: other.fn(*args, **kwargs))
+
+    def call_after_failure(
+        self,
+        plan: Plan,
+        policy: SelectionPolicy,
+        failed: OpImpl,
+        error: Exception,
+        call: Callable[[OpImpl], Any],
+        call_sglang: Callable[[], Any] | None = None,
+    ) -> Any:
+        """Report a failure and run ``call`` on the next implementations, where that is allowed.
+
+        ``call_sglang`` is what the word ``sglang`` at the end of the order means here, if anything.
+        """
+        self.report_failure(failed, error)
+        failures = [(failed, error)]
+        others = plan.candidates[plan.candidates.index(failed) + 1 :] if failed in plan.candidates else ()
+        for other in others:
+            if not self._may_retry(failures[-1][0], policy):
+                break
+            try:
+                result = call(other)
+            except Exception as next_error:
+                self.report_failure(other, next_error)
+                failures.append((other, next_error))
+            else:
+                return result
+        else:
+            if plan.to_sglang and call_sglang is not None and self._may_retry(failures[-1][0], policy):
+                return call_sglang()
+        if len(failures) == 1:
+            raise error
+        told = "; ".join(f"{impl.impl_id}: {type(e).__name__}: {e}" for impl, e in failures)
+        raise RuntimeError(f"All implementations failed for op={plan.op!r}: {told}") from failures[-1][1]
+
+    def _may_retry(self, failed: OpImpl, policy: SelectionPolicy) -> bool:
+        return not (policy.strict or failed.writes_inputs or is_capturing())
+
+    def report_failure(self, impl: OpImpl, error: BaseException) -> None:
+        """Log that an implementation raised; the same again is not logged again."""
+        key = (impl.op_name, impl.impl_id, f"{type(error).__name__}: {error}")
+        if key not in self._reported:
+            self._reported.add(key)
+            logger.error("%s: %s raised %s", impl.op_name, impl.impl_id, key[2])
+
+    def bump_policy_epoch(self) -> None:
+        """Forget what was resolved, so that it is worked out anew, for bound layers too."""
+        with self._lock:
+            self._plans = {}
+            changed = self._plans_version != -1
+            self._plans_version = self.registry.version
+        if changed:
+            PolicyManager.get_instance().notify()
+
+
+_managers: "weakref.WeakSet[OpManager]" = weakref.WeakSet()
+_default: OpManager | None = None
+_default_lock = threading.Lock()
+
+
+def get_default_manager() -> OpManager:
+    """The process's manager."""
+    global _default
+    if _default is None:
+        with _default_lock:
+            if _default is None:
+                _default = OpManager()
+    return _default
+
+
+def reset_default_manager() -> None:
+    """Throw the process's manager away; the next use makes a new one."""
+    global _default
+    with _default_lock:
+        _default = None
+
+
+def call_op(op_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Run an operator; see :meth:`OpManager.call`."""
+    return get_default_manager().call(op_name, *args, **kwargs)
+
+
+def resolve_op(op_name: str) -> Callable[..., Any]:
+    """The function that the policy picks for an operator; see :meth:`OpManager.resolve`."""
+    return get_default_manager().resolve(op_name)
+
+
+def _new_locks_after_fork() -> None:
+    # A lock that another thread held while the process forked stays locked in the child for ever.
+    global _default_lock
+    _default_lock = threading.Lock()
+    for manager in _managers:
+        manager._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_locks_after_fork)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators: what every implementation is called with, and what it must give back.
+
+Common to all of them:
+
+- ``obj`` is the layer that is being computed; its weights and constants are read from it
+  (``obj.weight``, ``obj.variance_epsilon``). An implementation never writes to it.
+- Activations are fp32, bf16 or fp16. A result has the dtype and device of its input.
+- Any input may have no tokens (a dimension of size 0), and may be not contiguous.
+- Arithmetic inside is fp32 or better; only the result is rounded to the activation's dtype.
+- Inputs are only read, except where an operator's text allows writing them. The caller uses what is
+  returned and nothing else.
+- An implementation works under graph capture where its device has graphs: no synchronisation with
+  the host, no allocation outside the framework's allocator, no shape that depends on data.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FLBackendBase(ABC):
+    """A backend: the operators that one source of kernels implements.
+
+    A backend overrides the operators it has, and registers an
+    :class:`~sglang_fl.dispatch.types.OpImpl` for each of them.
+    """
+
+    @abstractmethod
+    def is_available(self) -> bool:
+        """Whether this backend can run on this machine. Called once, before anything else."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The backend's name."""
+
+    @property
+    def vendor(self) -> str | None:
+        """Whose chip the backend is for; None: any."""
+        return None
+
+    def silu_and_mul(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        """SiLU of the first half of the last dimension, times the second half.
+
+        ``out[..., i] = silu(x[..., i]) * x[..., d + i]``, with ``silu(v) = v / (1 + exp(-v))``
+        (Shazeer 2020, arXiv:2002.05202, SwiGLU).
+
+        Args:
+            obj: the layer; nothing of it is needed.
+            x: ``[..., 2 * d]``.
+
+        Returns:
+            ``[..., d]``, a new tensor.
+        """
+        raise NotImplementedError(f"{self.name} has no silu_and_mul")
+
+    def rms_norm(self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Root mean square normalisation over the last dimension, after adding the residual if there is one.
+
+        ``y = h / sqrt(mean(h ** 2) + eps) * weight`` with ``h = x`` or ``h = x + residual``
+        (Zhang and Sennrich 2019, arXiv:1910.07467). ``h`` is not rounded before it is normalised.
+
+        Args:
+            obj: the layer: ``obj.weight`` ``[hidden_size]``, possibly of another dtype than x, and
+                ``obj.variance_epsilon``, a float.
+            x: ``[..., hidden_size]``. Written only if there is a residual.
+            residual: the shape and dtype of x, or None. May be written.
+
+        Returns:
+            Without residual ``y``, a new tensor; with it ``(y, h)``, both in x's dtype, in the
+            storage of x and residual or in new tensors.
+        """
+        raise NotImplementedError(f"{self.name} has no rms_norm")
+
+    def rotary_embedding(
+        self,
+        obj: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position_ids: torch.Tensor,
+        rotary_interleaved: bool = False,
+        inplace: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary position embedding of query and key (Su et al. 2021, arXiv:2104.09864).
+
+        The first ``rotary_dim`` numbers of each head are rotated in pairs ``(a, b)`` to
+        ``(a * cos - b * sin, b * cos + a * sin)``; the rest of the head is passed on. Pair ``i`` is
+        ``(i, i + rotary_dim / 2)``, or ``(2 * i, 2 * i + 1)`` if ``rotary_interleaved``.
+
+        Args:
+            obj: the layer; nothing of it is needed.
+            query: ``[num_tokens, num_heads, head_dim]``, the last dimension contiguous.
+            key: ``[num_tokens, num_kv_heads, head_dim]``, the last dimension contiguous.
+            cos, sin: ``[max_position, rotary_dim / 2]``, possibly of another dtype than query and
+                not contiguous; ``rotary_dim <= head_dim``.
+            position_ids: ``[num_tokens]``, int32 or int64: the rows of cos and sin.
+            rotary_interleaved: which numbers make a pair.
+            inplace: True allows writing query and key; False forbids it.
+
+        Returns:
+            ``(query, key)`` rotated, in their shapes and dtypes.
+        """
+        raise NotImplementedError(f"{self.name} has no rotary_embedding")
+
+
+def _operators() -> tuple[str, ...]:
+    methods = inspect.getmembers(FLBackendBase, inspect.isfunction)
+    return tuple(name for name, _ in methods if name != "is_available" and not name.startswith("_"))
+
+
+#: The operators' names.
+OPERATORS: tuple[str, ...] = _operators()

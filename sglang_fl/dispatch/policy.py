@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation goes first: a policy, the one in force, and the ways to change it.
+
+A change with :func:`set_global_policy` is everywhere at once. A change with a context manager is in
+its own thread or task only.
+"""
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import Settings, load_settings, settings_of_parent, suggest
+from .types import SGLANG
+
+PREFER_DEFAULT = "flagos"
+PREFER_VENDOR = "vendor"
+PREFER_REFERENCE = "reference"
+
+_DEFAULT_ORDERS = {
+    PREFER_DEFAULT: ("flagos", "vendor", "reference"),
+    PREFER_VENDOR: ("vendor", "flagos", "reference"),
+    PREFER_REFERENCE: ("reference", "flagos", "vendor"),
+}
+_WORDS = frozenset({"flagos", "vendor", "reference", SGLANG})
+
+
+def _check_token(token: str) -> None:
+    head, colon, tail = token.partition(":")
+    if not (token in _WORDS or (colon and head in ("vendor", "impl") and tail)):
+        raise ValueError(f"unknown backend {token!r}{suggest(token, _WORDS)}")
+
+
+@dataclass(frozen=True)
+class SelectionPolicy:
+    """An order of preference, as a value: hashable, and usable in a ``with`` statement.
+
+    Attributes:
+        prefer: ``flagos``, ``vendor`` or ``reference``: the kind that goes first.
+        strict: an implementation that fails stops the caller; the next in order is not tried.
+        per_op_order: (operator, order) pairs. An order lists all that may be used: what is not in
+            it is not tried.
+        deny_vendors: vendors whose implementations may not be used.
+        allow_vendors: if given, the only vendors whose implementations may be used.
+
+    Raises:
+        ValueError: an unknown preference or backend.
+    """
+
+    prefer: str = PREFER_DEFAULT
+    strict: bool = False
+    per_op_order: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    deny_vendors: frozenset[str] = frozenset()
+    allow_vendors: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefer not in _DEFAULT_ORDERS:
+            raise ValueError(f"unknown preference {self.prefer!r}{suggest(self.prefer, _DEFAULT_ORDERS)}")
+        pairs = tuple(sorted((op, tuple(order)) for op, order in self.per_op_order))
+        for op, order in pairs:
+            if not order:
+                raise ValueError(f"the order for {op!r} is empty")
+            for token in order:
+                _check_token(token)
+        object.__setattr__(self, "per_op_order", pairs)
+        object.__setattr__(self, "deny_vendors", frozenset(self.deny_vendors))
+        if self.allow_vendors is not None:
+            object.__setattr__(self, "allow_vendors", frozenset(self.allow_vendors))
+        object.__setattr__(self, "_hash", hash((self.prefer, self.strict, self.per_op_order, self.deny_vendors, self.allow_vendors)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_dict(
+        cls,
+        prefer: str = PREFER_DEFAULT,
+        strict: bool = False,
+        per_op_order: Mapping[str, list[str] | tuple[str, ...]] | None = None,
+        deny_vendors: Any = None,
+        allow_vendors: Any = None,
+    ) -> "SelectionPolicy":
+        """The same from a dict of orders and any iterables of vendors."""
+        return cls(
+            prefer=prefer,
+            strict=strict,
+            per_op_order=tuple((op, tuple(order)) for op, order in (per_op_order or {}).items()),
+            deny_vendors=frozenset(deny_vendors or ()),
+            allow_vendors=None if allow_vendors is None else frozenset(allow_vendors),
+        )
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "SelectionPolicy":
+        return cls.from_dict(settings.prefer, settings.strict, dict(settings.op_backends), settings.deny_vendors, settings.allow_vendors)
+
+    @property
+    def per_op_order_dict(self) -> dict[str, list[str]]:
+        return {op: list(order) for op, order in self.per_op_order}
+
+    def get_per_op_order(self, op_name: str) -> list[str] | None:
+        return self.per_op_order_dict.get(op_name)
+
+    def get_default_order(self) -> list[str]:
+        """The order for operators that have none of their own."""
+        return list(_DEFAULT_ORDERS[self.prefer])
+
+    def order_for(self, op_name: str) -> tuple[str, ...]:
+        """The order for an operator."""
+        for op, order in self.per_op_order:
+            if op == op_name:
+                return order
+        return _DEFAULT_ORDERS[self.prefer]
+
+    def is_vendor_allowed(self, vendor: str | None) -> bool:
+        """Whether a vendor's implementations may be used; those of no vendor always may."""
+        if vendor is None:
+            return True
+        return vendor not in self.deny_vendors and (self.allow_vendors is None or vendor in self.allow_vendors)
+
+    def fingerprint(self) -> str:
+        """Equal for equal policies, in every process."""
+        text = repr(
+            (self.prefer, self.strict, self.per_op_order, sorted(self.deny_vendors), self.allow_vendors and sorted(self.allow_vendors))
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __enter__(self) -> "SelectionPolicy":
+        _entered.set((*_entered.get(), _push(self)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        *rest, token = _entered.get()
+        _entered.set(tuple(rest))
+        _pop(token)
+
+
+class _Overrides:
+    """How many ``policy_context`` blocks are open in the process.
+
+    Bound layers read ``active`` on every call, and look at the context variable only when it is not
+    zero: an attribute read costs a fraction of ``ContextVar.get``.
+    """
+
+    __slots__ = ("active",)
+
+    def __init__(self) -> None:
+        self.active = 0
+
+
+overrides = _Overrides()
+_override: ContextVar[SelectionPolicy | None] = ContextVar("sglang_fl_policy", default=None)
+_entered: ContextVar[tuple[Token[SelectionPolicy | None], ...]] = ContextVar("sglang_fl_policies_entered", default=())
+
+
+class PolicyManager:
+    """The policy of the process. One instance; see :meth:`get_instance`."""
+
+    _instance: "PolicyManager | None" = None
+    _instance_lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self._global: SelectionPolicy | None = None
+        self._from_settings: SelectionPolicy | None = None
+        self._lock = threading.RLock()
+        self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
+
+    @classmethod
+    def get_instance(cls) -> "PolicyManager":
+        if cls._instance is None:
+            with cls._instance_lock:
+                if cls._instance is None:
+                    cls._instance = cls()
+        return cls._instance
+
+    def get_policy(self) -> SelectionPolicy:
+        """What is in force here: the innermost context's, else the global one, else the settings'."""
+        return _override.get() or self.get_global_policy()
+
+    def get_global_policy(self) -> SelectionPolicy:
+        """What is in force where no context manager changes it."""
+        policy = self._global or self._from_settings
+        if policy is None:
+            with self._lock:
+                if self._from_settings is None:
+                    self._from_settings = SelectionPolicy.from_settings(settings_of_parent() or load_settings())
+                policy = self._global or self._from_settings
+        return policy
+
+    def use_settings(self, settings: Settings) -> None:
+        """Take the policy that these settings describe as the one that holds when none is set."""
+        with self._lock:
+            self._from_settings = SelectionPolicy.from_settings(settings)
+        self.notify()
+
+    def set_global_policy(self, policy: SelectionPolicy | None) -> None:
+        """Put a policy in force for the whole process; None: what the settings say.
+
+        If a listener refuses it (a strict policy that a layer cannot follow), the old one stays and
+        the listener's error is raised.
+        """
+        with self._lock:
+            before, self._global = self._global, policy
+            try:
+                self.notify()
+            except Exception:
+                self._global = before
+                self.notify()
+                raise
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call a method whenever the global policy, or whether any context is open, changes.
+
+        Its object is not kept alive.
+        """
+        with self._lock:
+            self._listeners = [known for known in self._listeners if known() is not None]
+            self._listeners.append(weakref.WeakMethod(listener))
+
+    def notify(self) -> None:
+        """Tell the listeners to look again."""
+        for known in tuple(self._listeners):
+            listener = known()
+            if listener is not None:
+                listener()
+
+    def count_override(self, step: int) -> None:
+        with self._lock:
+            overrides.active += step
+            if overrides.active == (1 if step > 0 else 0):
+                self.notify()
+
+
+def _push(policy: SelectionPolicy) -> Token[SelectionPolicy | None]:
+    token = _override.set(policy)
+    PolicyManager.get_instance().count_override(+1)
+    return token
+
+
+def _pop(token: Token[SelectionPolicy | None]) -> None:
+    _override.reset(token)
+    PolicyManager.get_instance().count_override(-1)
+
+
+def current_override() -> SelectionPolicy | None:
+    """The policy of the innermost open context here, or None."""
+    return _override.get()
+
+
+def get_policy() -> SelectionPolicy:
+    """The policy in force in this thread or task."""
+    return PolicyManager.get_instance().get_policy()
+
+
+def set_global_policy(policy: SelectionPolicy) -> None:
+    """Put a policy in force everywhere in the process, also for layers already bound."""
+    PolicyManager.get_instance().set_global_policy(policy)
+
+
+def reset_global_policy() -> None:
+    """Back to what the settings say."""
+    PolicyManager.get_instance().set_global_policy(None)
+
+
+@contextmanager
+def policy_context(policy: SelectionPolicy) -> Iterator[SelectionPolicy]:
+    """Put a policy in force inside the block, in this thread or task only."""
+    token = _push(policy)
+    try:
+        yield policy
+    finally:
+        _pop(token)
+
+
+def policy_from_config(path: str | Path) -> SelectionPolicy:
+    """The policy that a YAML file describes; also usable as ``with policy_from_config(path):``.
+
+    Raises:
+        SettingsError: the file is missing or broken, or says something unknown.
+    """
+    return SelectionPolicy.from_settings(load_settings({"SGLANG_FL_CONFIG": str(path)}))
+
+
+def with_preference(prefer: str) -> SelectionPolicy:
+    """The policy in force here with another preference, for a ``with`` statement.
+
+    A preference is about every operator: orders for single operators are set aside.
+    """
+    return replace(get_policy(), prefer=prefer, per_op_order=())
+
+
+def with_strict_mode(strict: bool = True) -> SelectionPolicy:
+    """The policy in force here, strict, for a ``with`` statement."""
+    return replace(get_policy(), strict=strict)
+
+
+def with_allowed_vendors(*vendors: str) -> SelectionPolicy:
+    """The policy in force here with these vendors only, for a ``with`` statement."""
+    return replace(get_policy(), allow_vendors=frozenset(vendors))
+
+
+def with_denied_vendors(*vendors: str) -> SelectionPolicy:
+    """The policy in force here without these vendors, for a ``with`` statement."""
+    policy = get_policy()
+    return replace(policy, deny_vendors=policy.deny_vendors | frozenset(vendors))
+
+
+def _after_fork() -> None:
+    # A lock that another thread held while the process forked stays locked in the child for ever.
+    PolicyManager._instance_lock = threading.Lock()
+    if PolicyManager._instance is not None:
+        PolicyManager._instance._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The implementations there are."""
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .types import OpImpl
+
+
+@dataclass(frozen=True)
+class OpRegistrySnapshot:
+    """The registry at one moment; later registrations do not show in it."""
+
+    impls_by_op: Mapping[str, tuple[OpImpl, ...]]
+
+
+class OpRegistry:
+    """Implementations by operator. Safe from threads and after a fork."""
+
+    def __init__(self) -> None:
+        self._impls: dict[str, dict[str, OpImpl]] = {}
+        self._lock = threading.RLock()
+        self.version = 0
+        _registries.add(self)
+
+    def register_impl(self, impl: OpImpl) -> None:
+        """Raises ValueError if the operator has an implementation of that id already."""
+        with self._lock:
+            by_id = self._impls.setdefault(impl.op_name, {})
+            if impl.impl_id in by_id:
+                raise ValueError(f"Duplicate impl_id {impl.impl_id!r} for op={impl.op_name!r}")
+            by_id[impl.impl_id] = impl
+            self.version += 1
+
+    def register_many(self, impls: Iterable[OpImpl]) -> None:
+        """All of them, or none if one cannot be registered."""
+        impls = list(impls)
+        with self._lock:
+            before = {op: dict(by_id) for op, by_id in self._impls.items()}
+            try:
+                for impl in impls:
+                    self.register_impl(impl)
+            except ValueError:
+                self._impls = before
+                raise
+
+    def snapshot(self) -> OpRegistrySnapshot:
+        with self._lock:
+            return OpRegistrySnapshot({op: tuple(by_id.values()) for op, by_id in self._impls.items()})
+
+    def get_implementations(self, op_name: str) -> list[OpImpl]:
+        with self._lock:
+            return list(self._impls.get(op_name, {}).values())
+
+    def get_implementation(self, op_name: str, impl_id: str) -> OpImpl | None:
+        with self._lock:
+            return self._impls.get(op_name, {}).get(impl_id)
+
+    def list_operators(self) -> list[str]:
+        with self._lock:
+            return sorted(op for op, by_id in self._impls.items() if by_id)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._impls = {}
+            self.version += 1
+
+
+_registries: "weakref.WeakSet[OpRegistry]" = weakref.WeakSet()
+
+
+def _new_locks_after_fork() -> None:
+    # A lock that another thread held while the process forked stays locked in the child for ever.
+    for registry in _registries:
+        registry._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_locks_after_fork)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of this process: resolved once in the server's main process, handed to its workers.
+
+The main process puts what it resolved into the environment that its workers inherit, so that a file
+edited while a server starts cannot give its ranks different settings.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+
+from .config import RESOLVED, Settings, SettingsError, load_settings, settings_of_parent
+from .device import Device
+from .dispatch.logger_manager import DispatchLog, open_dispatch_log
+from .dispatch.manager import OpManager, get_default_manager
+from .dispatch.policy import PolicyManager
+from .vocabulary import vocabulary
+
+_current: Settings | None = None
+
+
+def check_settings(environ: Mapping[str, str], device: Device, manager: OpManager) -> Settings:
+    """Read the settings and check all of them, names included.
+
+    Raises:
+        SettingsError: with every problem that was found.
+    """
+    problems: list[str] = []
+    try:
+        modules = load_settings(environ, device=device).plugin_modules or ()
+    except SettingsError:
+        modules = ()  # the full check below tells of it
+    manager.ensure_initialized(modules)
+    assert manager.discovery is not None
+    problems += [
+        f"SGLANG_FL_PLUGIN_MODULES: {failure.origin.split()[0]} cannot be used: {failure.reason}"
+        for failure in manager.discovery.failed
+        if failure.origin.split()[0] in modules
+    ]
+    try:
+        settings = load_settings(environ, device=device, vocabulary=vocabulary(manager))
+    except SettingsError as error:
+        raise SettingsError([*error.problems, *problems]) from None
+    unwritable = DispatchLog(settings.dispatch_log).check()
+    if unwritable:
+        problems.append(f"SGLANG_FL_DISPATCH_LOG: {unwritable}")
+    if settings.collective == "flagcx":
+        source = "dist_backend" if settings.dist_backend else "flagcx_path"
+        problems.append(
+            f"{settings.source(source)}: FlagCX is asked for, and this version of sglang-fl has no collectives of its own; "
+            "unset it, and SGLang's collectives serve"
+        )
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def resolve(device: Device) -> Settings:
+    """Read, check and put in force the settings of a server that starts in this process.
+
+    Raises:
+        SettingsError: with every problem that was found.
+    """
+    settings = check_settings(os.environ, device, get_default_manager())
+    os.environ[RESOLVED] = settings.to_json()
+    apply(settings)
+    return settings
+
+
+def settings_in_worker(device: Device) -> Settings:
+    """The settings in a process that runs the model; put in force there on the first call."""
+    if _current is None:
+        inherited = settings_of_parent()
+        if inherited is None:
+            return resolve(device)
+        get_default_manager().ensure_initialized(inherited.plugin_modules or ())
+        apply(inherited)
+        return inherited
+    return _current
+
+
+def apply(settings: Settings) -> None:
+    """Put settings in force in this process."""
+    global _current
+    _current = settings
+    logging.getLogger("sglang_fl").setLevel("DEBUG" if settings.dispatch_debug else settings.log_level)
+    open_dispatch_log(settings.dispatch_log)
+    PolicyManager.get_instance().use_settings(settings)
