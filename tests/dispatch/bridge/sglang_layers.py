@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of each of SGLang's layers that the bridges are for, with every option that changes a result."""
+
+from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang_fl.dispatch.bridge.catalog import LAYERS
+
+HEAD, ROTARY, MAX_POSITION, BASE = 64, 64, 256, 10000
+HIDDEN = 64
+
+
+def sglang_class(name: str) -> type[nn.Module]:
+    for layers in LAYERS.values():
+        for module, class_name in layers:
+            if class_name == name:
+                found: type[nn.Module] = getattr(import_module(module), name)
+                return found
+    raise KeyError(name)
+
+
+def rotary(
+    name: str, *more: Any, head: int = HEAD, rotary_dim: int = ROTARY, neox: bool = True, dtype: torch.dtype = torch.float32, **named: Any
+) -> nn.Module:
+    return sglang_class(name)(head, rotary_dim, MAX_POSITION, BASE, neox, *more, **named, dtype=dtype)
+
+
+def _beam(dtype: torch.dtype = torch.float32) -> nn.Module:
+    theta = {"sliding_attention": {"rope_theta": BASE}}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return sglang_class("BeamRotaryEmbedding")(
+            SimpleNamespace(head_dim=HEAD, max_position_embeddings=MAX_POSITION, rope_parameters=theta)
+        )
+    finally:
+        torch.set_default_dtype(before)
+
+
+#: class name -> a function that makes a layer of it, with an activation dtype.
+ROTARY_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "RotaryEmbedding": lambda dtype: rotary("RotaryEmbedding", dtype=dtype),
+    "LinearScalingRotaryEmbedding": lambda dtype: rotary("LinearScalingRotaryEmbedding", scaling_factors=[1.0, 4.0], dtype=dtype),
+    "DynamicNTKAlphaRotaryEmbedding": lambda dtype: rotary("DynamicNTKAlphaRotaryEmbedding", 2.0, dtype=dtype),
+    "DynamicNTKScalingRotaryEmbedding": lambda dtype: rotary("DynamicNTKScalingRotaryEmbedding", 2.0, dtype=dtype),
+    "YaRNScalingRotaryEmbedding": lambda dtype: rotary("YaRNScalingRotaryEmbedding", 4.0, dtype=dtype),
+    "Llama3RotaryEmbedding": lambda dtype: rotary(
+        "Llama3RotaryEmbedding", dtype=dtype, scaling_factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig_max_position=64
+    ),
+    "Gemma4RotaryEmbedding": lambda dtype: rotary("Gemma4RotaryEmbedding", rotary_dim=16, dtype=dtype),
+    "BeamRotaryEmbedding": _beam,
+    "ScalingRotaryEmbedding": lambda dtype: rotary("ScalingRotaryEmbedding", 4.0, dtype=dtype),
+    "DeepseekScalingRotaryEmbedding": lambda dtype: rotary("DeepseekScalingRotaryEmbedding", 4.0, dtype=dtype, device="cpu"),
+    "MRotaryEmbedding": lambda dtype: rotary("MRotaryEmbedding", dtype=dtype, mrope_section=[8, 12, 12]),
+    "YaRNScalingMRotaryEmbedding": lambda dtype: rotary("YaRNScalingMRotaryEmbedding", 4.0, dtype=dtype, mrope_section=[8, 12, 12]),
+    "Ernie4_5_VLRotaryEmbedding": lambda dtype: rotary("Ernie4_5_VLRotaryEmbedding", dtype=dtype, mrope_section=[22, 22, 20]),
+    "BailingMRotaryEmbedding": lambda dtype: rotary("BailingMRotaryEmbedding", dtype=dtype, mrope_section=[8, 12, 12]),
+    "Llama4VisionRotaryEmbedding": lambda dtype: rotary("Llama4VisionRotaryEmbedding", dtype=dtype),
+}
+
+NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "RMSNorm": lambda **options: sglang_class("RMSNorm")(HIDDEN, **options),
+    "Gemma3nRMSNorm": lambda: sglang_class("Gemma3nRMSNorm")(HIDDEN),
+    "Glm4vRMSNorm": lambda: sglang_class("Glm4vRMSNorm")(HIDDEN),
+    "GlmOcrRMSNorm": lambda: sglang_class("GlmOcrRMSNorm")(HIDDEN),
+}
+
+ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "SiluAndMul": lambda: sglang_class("SiluAndMul")(),
+    "BeamSiluAndMul": lambda: sglang_class("BeamSiluAndMul")(),
+}
+
+
+class Model(nn.Module):
+    """A model of some layers, and a parameter that gives it a dtype."""
+
+    def __init__(self, *layers: nn.Module, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.embedding = nn.Parameter(torch.zeros(512, 64, dtype=dtype))

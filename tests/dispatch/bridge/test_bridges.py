@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every SGLang class that a bridge is for: bound it computes what SGLang computes, or it is left alone."""
+
+import ast
+import inspect
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sglang
+import torch
+from accuracy import U32, Norm, assert_within
+from torch import nn
+
+from sglang_fl.config import Settings
+from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, reset_global_policy, set_global_policy
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.catalog import LAYERS, OVERRIDING
+from sglang_fl.dispatch.bridge.report import BindReport
+
+from .sglang_layers import ACTIVATION_LAYERS, HEAD, HIDDEN, MAX_POSITION, NORM_LAYERS, ROTARY_LAYERS, Model, rotary, sglang_class
+
+reference = ReferenceBackend()
+CALLS: list[str] = []
+
+
+def counted(op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        CALLS.append(op)
+        return fn(*args, **kwargs)
+
+    return call
+
+
+def bind(
+    *layers: nn.Module, dtype: torch.dtype = torch.float32, settings: Settings | None = None, **wrong: Callable[..., Any]
+) -> BindReport:
+    """Bind layers to the reference, or to a function given for an operator; the calls of the trial are not counted."""
+    registry = OpRegistry()
+    for op in LAYERS:
+        registry.register_impl(
+            OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, counted(op, wrong.get(op) or getattr(reference, op)))
+        )
+    binder = Binder(OpManager(registry), settings or Settings())
+    for layer in layers:
+        layer.test_keeps_alive = binder  # type: ignore[assignment]
+    report = binder.bind(Model(*layers, dtype=dtype))
+    CALLS.clear()
+    return report
+
+
+@pytest.fixture(autouse=True)
+def reference_policy() -> Iterator[None]:
+    set_global_policy(SelectionPolicy("reference"))
+    yield
+    reset_global_policy()
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+# --- the catalog -----------------------------------------------------------------------------------
+
+
+def sglang_subclasses() -> dict[str, set[str]]:
+    """operator -> its class and all subclasses, read from the source of the installed SGLang."""
+    parents: dict[str, set[str]] = {}
+    for path in (Path(sglang.__file__).parent / "srt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                names = {
+                    base.id if isinstance(base, ast.Name) else base.attr
+                    for base in node.bases
+                    if isinstance(base, (ast.Name, ast.Attribute))
+                }
+                parents.setdefault(node.name, set()).update(names)
+    found = {}
+    for op, layers in LAYERS.items():
+        family = {layers[0][1]}
+        while grown := {name for name, bases in parents.items() if bases & family} - family:
+            family |= grown
+        found[op] = family
+    return found
+
+
+def test_catalog_names_every_subclass_of_the_installed_sglang() -> None:
+    assert {op: {name for _, name in layers} for op, layers in LAYERS.items()} == sglang_subclasses()
+
+
+def test_every_class_of_the_catalog_is_walked_here() -> None:
+    walked = ROTARY_LAYERS.keys() | NORM_LAYERS.keys() | ACTIVATION_LAYERS.keys()
+    assert walked == {name for layers in LAYERS.values() for _, name in layers}
+
+
+# --- every class -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROTARY_LAYERS)
+def test_rotary_class(rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
+    layer = ROTARY_LAYERS[name](dtype=dtype)
+    report = bind(layer, dtype=dtype)
+    if name in OVERRIDING:
+        assert report.bound == 0 and layer._forward_method is None, report.summary()
+        assert "overrides" in report.summary()
+        return
+    assert report.bound == 1, report.summary()
+    positions = torch.randint(0, MAX_POSITION, (7,), generator=rng)
+    query, key = torch.randn(7, 3 * HEAD, generator=rng).to(dtype), torch.randn(7, 2 * HEAD, generator=rng).to(dtype)
+    agree_with_native(layer, positions, query, key)
+    assert CALLS == ["rotary_embedding"]
+
+
+def agree_with_native(layer: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *more: Any) -> None:
+    """Native rounds each product and the sum in the activation's dtype; the reference rounds once."""
+    got = layer(positions, query.clone(), key.clone(), *more)
+    native = layer.forward_native(positions, query.clone(), key.clone(), *more)
+    for name, x, a, b in zip(("query", "key"), (query, key), got, native, strict=True):
+        assert a.shape == b.shape == x.shape and a.dtype == b.dtype == x.dtype
+        terms = x.double().abs().max().expand(x.shape) * 2
+        roundings = 4 * max(1.0, torch.finfo(x.dtype).eps / 2 / U32)
+        assert_within(name, a, b.double(), terms, roundings)
+
+
+@pytest.mark.parametrize("name", NORM_LAYERS)
+def test_norm_class(rng: torch.Generator, name: str) -> None:
+    layer: Any = NORM_LAYERS[name]()
+    layer.weight.data.copy_(torch.randn(HIDDEN, generator=rng))
+    report = bind(layer)
+    x = torch.randn(5, HIDDEN, generator=rng)
+    if name in OVERRIDING:
+        assert report.bound == 0 and layer._forward_method is None, report.summary()
+        return
+    assert report.bound == 1
+    residual = torch.randn(5, HIDDEN, generator=rng)
+    norms_agree(layer, x, residual)
+    assert CALLS == ["rms_norm", "rms_norm"]
+
+
+def norms_agree(layer: Any, x: torch.Tensor, residual: torch.Tensor) -> None:
+    native = layer.forward_native(x.clone())
+    assert_within("rms_norm", layer(x.clone()), native.double(), native.double().abs(), roundings=16)
+    normed, total = layer(x.clone(), residual.clone())
+    native, native_total = layer.forward_native(x.clone(), residual.clone())
+    assert_within("rms_norm", normed, native.double(), native.double().abs(), roundings=16)
+    assert torch.equal(total, native_total)
+
+
+@pytest.mark.parametrize("name", ACTIVATION_LAYERS)
+def test_activation_class(rng: torch.Generator, name: str) -> None:
+    layer: Any = ACTIVATION_LAYERS[name]()
+    assert bind(layer).bound == 1
+    x = torch.randn(3, 5, 64, generator=rng)
+    native = layer.forward_native(x)
+    assert_within("silu_and_mul", layer(x), native.double(), native.double().abs(), roundings=8)
+    assert CALLS == ["silu_and_mul"]
+
+
+# --- what the signatures cannot say ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"var_hidden_size": 32}, "variance_size_override=32"),
+        ({"cast_x_before_out_mul": True}, "cast_x_before_out_mul=True"),
+        ({"fp32_residual": True}, "fp32_residual=True"),
+        ({"override_orig_dtype": torch.float32}, "override_orig_dtype=torch.float32"),
+        ({"force_native": True}, "SGLang pinned it to forward_native"),
+    ],
+)
+def test_norm_with_an_option_that_changes_its_result_is_left(options: dict[str, Any], reason: str) -> None:
+    layer: Any = NORM_LAYERS["RMSNorm"](**options)
+    before = layer._forward_method
+    report = bind(layer)
+    assert (report.bound, report.left) == (0, 1)
+    assert reason in report.summary()
+    assert layer._forward_method == before
+
+
+@pytest.mark.parametrize("options", [{"has_weight": False}, {"weight_dtype": torch.bfloat16}, {"eps": 1e-3}, {"var_hidden_size": HIDDEN}])
+def test_norm_with_an_option_that_the_signature_can_say(rng: torch.Generator, options: dict[str, Any]) -> None:
+    layer = NORM_LAYERS["RMSNorm"](**options)
+    assert bind(layer).bound == 1
+    norms_agree(layer, torch.randn(4, HIDDEN, generator=rng), torch.randn(4, HIDDEN, generator=rng))
+
+
+def test_every_option_of_the_installed_norm_is_known() -> None:
+    """A new option of SGLang's RMSNorm may change its result: then the bridge must look at it."""
+    known = {
+        "hidden_size",
+        "eps",
+        "var_hidden_size",
+        "cast_x_before_out_mul",
+        "fp32_residual",
+        "has_weight",
+        "weight_dtype",
+        "override_orig_dtype",
+    }
+    known |= {"x_pad_to_multiple", "force_native", "self"}
+    assert set(inspect.signature(sglang_class("RMSNorm").__init__).parameters) == known
+
+
+def test_norm_whose_output_sglang_quantises_is_left() -> None:
+    from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+
+    linear = nn.Module()
+    linear.quant_method = Fp8LinearMethod.__new__(Fp8LinearMethod)
+    linear.input_scale = torch.ones(1)
+    layer: Any = NORM_LAYERS["RMSNorm"]()
+    layer.fuse_input_quant(linear)
+    assert "quantised to FP8" in bind(layer).summary()
+
+
+def test_norm_that_carries_an_unquantised_linear_is_bound() -> None:
+    layer: Any = NORM_LAYERS["RMSNorm"]()
+    layer.fuse_input_quant(nn.Linear(2, 2))
+    assert bind(layer).bound == 1
+
+
+def test_post_residual_addition_goes_to_sglang(rng: torch.Generator) -> None:
+    layer: Any = NORM_LAYERS["RMSNorm"]()
+    bind(layer)
+    x, residual, post = (torch.randn(3, HIDDEN, generator=rng) for _ in range(3))
+    got = layer(x.clone(), residual.clone(), post.clone())
+    native = layer.forward_native(x, residual, post)
+    assert all(torch.equal(a, b) for a, b in zip(got, native, strict=True))
+    assert CALLS == []
+
+
+def test_fused_kv_write_goes_to_sglang() -> None:
+    layer = ROTARY_LAYERS["RotaryEmbedding"](dtype=torch.float32)
+    bind(layer)
+    q = torch.zeros(2, HEAD)
+    with pytest.raises(AssertionError, match="fused_set_kv_buffer_arg"):  # SGLang's own words on a CPU
+        layer(torch.tensor([0, 1]), q, q, fused_set_kv_buffer_arg=object())
+    assert CALLS == []
+
+
+def test_a_replaced_forward_is_left() -> None:
+    layer: Any = NORM_LAYERS["RMSNorm"]()
+    layer.forward = lambda x: x
+    assert "its forward was replaced" in bind(layer).summary()
+
+
+def test_a_subclass_of_tomorrow_is_left() -> None:
+    class Tomorrow(sglang_class("RMSNorm")):  # type: ignore[misc]
+        def forward_cuda(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    assert "Tomorrow overrides forward_cuda" in bind(Tomorrow(HIDDEN)).summary()
+
+
+# --- every shape that SGLang sends -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, HIDDEN), (1, HIDDEN), (3, 4, HIDDEN), (2, 0, HIDDEN)])
+def test_norm_shapes(rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    layer = NORM_LAYERS["RMSNorm"]()
+    bind(layer)
+    norms_agree(layer, torch.randn(shape, generator=rng), torch.randn(shape, generator=rng))
+    norms_agree(layer, torch.randn(*shape[:-1], 2 * HIDDEN, generator=rng)[..., :HIDDEN], torch.randn(shape, generator=rng))
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize(("head", "rotary_dim"), [(64, 64), (128, 64), (80, 80), (96, 24)])
+@pytest.mark.parametrize("form", ["flat", "heads", "slices", "batch", "offsets", "int32"])
+def test_rotary_shapes(rng: torch.Generator, form: str, head: int, rotary_dim: int, neox: bool) -> None:
+    layer = rotary("RotaryEmbedding", head=head, rotary_dim=rotary_dim, neox=neox)
+    bind(layer)
+    positions = torch.randint(0, MAX_POSITION // 2, (6,), generator=rng)
+    query, key = torch.randn(6, 4 * head, generator=rng), torch.randn(6, 2 * head, generator=rng)
+    more: tuple[Any, ...] = ()
+    if form == "heads":
+        query, key = query.unflatten(1, (4, head)), key.unflatten(1, (2, head))
+    elif form == "slices":
+        query, key, _ = torch.cat([query, key, key], -1).split([4 * head, 2 * head, 2 * head], -1)
+    elif form == "batch":
+        positions, query, key = positions.view(2, 3), query.view(2, 3, -1), key.view(2, 3, -1)
+    elif form == "offsets":
+        more = (torch.randint(0, MAX_POSITION // 2, (6,), generator=rng),)
+    elif form == "int32":
+        positions = positions.int()
+    agree_with_native(layer, positions, query, key, *more)
+    assert CALLS == ["rotary_embedding"]
+
+
+@pytest.mark.parametrize("shape", [(0, 4 * HEAD), (0, 4, HEAD)])
+def test_rotary_without_tokens(shape: tuple[int, ...]) -> None:
+    layer = rotary("RotaryEmbedding")
+    bind(layer)
+    query, key = layer(torch.zeros(0, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape))
+    assert query.shape == key.shape == shape
+
+
+def test_rotary_follows_a_cache_that_grows(rng: torch.Generator) -> None:
+    layer: Any = rotary("RotaryEmbedding")
+    bind(layer)
+    query = torch.randn(1, HEAD, generator=rng)
+    layer(torch.tensor([3]), query, query)
+    layer._ensure_cos_sin_cache_length(5000)
+    assert layer.cos_sin_cache.shape[0] > 5000
+    agree_with_native(layer, torch.tensor([5000]), query, query)
+
+
+def test_rotary_follows_a_cache_that_is_replaced(rng: torch.Generator) -> None:
+    layer: Any = rotary("RotaryEmbedding")
+    bind(layer)
+    query = torch.randn(1, HEAD, generator=rng)
+    layer(torch.tensor([3]), query, query)
+    layer.cos_sin_cache = layer.cos_sin_cache.flip(0).contiguous()
+    agree_with_native(layer, torch.tensor([3]), query, query)
+
+
+def test_nothing_of_the_cache_is_made_anew_per_call() -> None:
+    layer: Any = rotary("RotaryEmbedding")
+    seen = []
+
+    def keep(obj: Any, query: Any, key: Any, cos: Any, sin: Any, *_: Any) -> Any:
+        seen.append((cos, sin))
+        return query, key
+
+    bind(layer, rotary_embedding=keep)
+    seen.clear()
+    query = torch.zeros(1, HEAD)
+    for _ in range(3):
+        layer(torch.tensor([3]), query, query)
+    assert all(cos is seen[0][0] and sin is seen[0][1] for cos, sin in seen)
+    assert seen[0][0].data_ptr() == layer.cos_sin_cache.data_ptr(), "cos is a view of the cache, not a copy"
+
+
+# --- mistakes planted in the bridged functions ------------------------------------------------------
+
+
+def eps_a_thousand_times_too_large(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    return reference.rms_norm(Norm(layer.weight, 1e-3), x, residual)
+
+
+def residual_dropped(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    normed = reference.rms_norm(layer, x)
+    return normed if residual is None else (normed, residual)
+
+
+def bf16_accumulation(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    hidden = x if residual is None else x + residual
+    mean = hidden.bfloat16().square().mean(-1, keepdim=True).float()
+    normed = hidden * torch.rsqrt(mean + layer.variance_epsilon) * layer.weight
+    return normed if residual is None else (normed, hidden)
+
+
+@pytest.mark.parametrize("mistake", [eps_a_thousand_times_too_large, residual_dropped, bf16_accumulation])
+def test_a_wrong_norm_does_not_agree(rng: torch.Generator, mistake: Callable[..., Any]) -> None:
+    layer = NORM_LAYERS["RMSNorm"]()
+    assert bind(layer, rms_norm=mistake).bound == 1
+    with pytest.raises(AssertionError):
+        norms_agree(layer, torch.randn(8, HIDDEN, generator=rng), torch.randn(8, HIDDEN, generator=rng))
+
+
+def test_a_swapped_rotary_layout_does_not_agree(rng: torch.Generator) -> None:
+    def swapped(obj: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved: bool, inplace: bool) -> Any:
+        return reference.rotary_embedding(obj, q, k, c, s, p, not interleaved, inplace)
+
+    layer = rotary("RotaryEmbedding")
+    bind(layer, rotary_embedding=swapped)
+    query = torch.randn(4, HEAD, generator=rng)
+    with pytest.raises(AssertionError):
+        agree_with_native(layer, torch.arange(1, 5), query, query)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_fl.config import SettingsError
+from sglang_fl.dispatch import (
+    PREFER_DEFAULT,
+    PREFER_REFERENCE,
+    PREFER_VENDOR,
+    PolicyManager,
+    SelectionPolicy,
+    get_policy,
+    policy_context,
+    policy_from_config,
+    reset_global_policy,
+    set_global_policy,
+    with_allowed_vendors,
+    with_denied_vendors,
+    with_preference,
+    with_strict_mode,
+)
+from sglang_fl.dispatch.policy import overrides
+
+
+@pytest.fixture(autouse=True)
+def known_policy() -> Iterator[None]:
+    set_global_policy(SelectionPolicy())
+    yield
+    reset_global_policy()
+    assert overrides.active == 0
+
+
+def test_default_orders() -> None:
+    orders = {prefer: SelectionPolicy(prefer).get_default_order() for prefer in (PREFER_DEFAULT, PREFER_VENDOR, PREFER_REFERENCE)}
+    assert orders == {
+        "flagos": ["flagos", "vendor", "reference"],
+        "vendor": ["vendor", "flagos", "reference"],
+        "reference": ["reference", "flagos", "vendor"],
+    }
+
+
+def test_unknown_words_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'flagoss'; did you mean 'flagos'"):
+        SelectionPolicy(prefer="flagoss")
+    with pytest.raises(ValueError, match="'vendr'; did you mean 'vendor'"):
+        SelectionPolicy(per_op_order=(("rms_norm", ("vendr",)),))
+    with pytest.raises(ValueError, match="empty"):
+        SelectionPolicy.from_dict(per_op_order={"rms_norm": []})
+
+
+def test_from_dict_and_back() -> None:
+    policy = SelectionPolicy.from_dict("vendor", True, {"b": ["flagos"], "a": ["vendor:x", "sglang"]}, ["m"], {"x", "m"})
+    assert policy.per_op_order_dict == {"a": ["vendor:x", "sglang"], "b": ["flagos"]}
+    assert policy.order_for("a") == ("vendor:x", "sglang")
+    assert policy.order_for("other") == ("vendor", "flagos", "reference")
+    assert policy.is_vendor_allowed("x")
+    assert not policy.is_vendor_allowed("m")
+    assert not policy.is_vendor_allowed("y")
+    assert policy.is_vendor_allowed(None)
+
+
+orders = st.lists(st.sampled_from(["flagos", "vendor", "reference", "sglang", "vendor:x", "impl:a.b"]), min_size=1, unique=True)
+policies = st.builds(
+    SelectionPolicy.from_dict,
+    prefer=st.sampled_from(["flagos", "vendor", "reference"]),
+    strict=st.booleans(),
+    per_op_order=st.dictionaries(st.sampled_from(["rms_norm", "silu_and_mul", "rotary_embedding"]), orders),
+    deny_vendors=st.sets(st.sampled_from("abc")),
+    allow_vendors=st.none() | st.sets(st.sampled_from("abc")),
+)
+
+
+@given(policies, policies)
+def test_equality_hash_and_fingerprint_agree(one: SelectionPolicy, other: SelectionPolicy) -> None:
+    assert (one == other) == (one.fingerprint() == other.fingerprint())
+    if one == other:
+        assert hash(one) == hash(other)
+    assert one != SelectionPolicy.from_dict(one.prefer, not one.strict, one.per_op_order_dict, one.deny_vendors, one.allow_vendors)
+
+
+def test_order_of_the_dict_does_not_matter() -> None:
+    one = SelectionPolicy.from_dict(per_op_order={"a": ["flagos"], "b": ["vendor"]})
+    assert one == SelectionPolicy.from_dict(per_op_order={"b": ["vendor"], "a": ["flagos"]})
+
+
+def test_global_policy() -> None:
+    set_global_policy(SelectionPolicy("vendor"))
+    assert get_policy().prefer == "vendor"
+    reset_global_policy()
+    assert get_policy() == PolicyManager.get_instance().get_global_policy()
+
+
+def test_contexts_nest_and_end_on_errors() -> None:
+    with policy_context(SelectionPolicy("vendor")):
+        with pytest.raises(RuntimeError), with_preference("reference"):
+            assert get_policy().prefer == "reference"
+            raise RuntimeError
+        assert get_policy().prefer == "vendor"
+    assert get_policy().prefer == "flagos"
+
+
+def test_derived_contexts() -> None:
+    with with_denied_vendors("a"), with_denied_vendors("b"), with_allowed_vendors("c", "a"), with_strict_mode():
+        policy = get_policy()
+    assert (policy.deny_vendors, policy.allow_vendors, policy.strict) == ({"a", "b"}, {"a", "c"}, True)
+
+
+def test_the_same_policy_can_be_entered_twice_at_once() -> None:
+    policy = SelectionPolicy("vendor")
+    with policy, policy_context(SelectionPolicy("reference")), policy:
+        assert get_policy() is policy
+    assert get_policy().prefer == "flagos"
+
+
+def test_preference_sets_aside_single_orders() -> None:
+    set_global_policy(SelectionPolicy.from_dict(per_op_order={"rms_norm": ["sglang"]}))
+    with with_preference("reference"):
+        assert get_policy().order_for("rms_norm") == ("reference", "flagos", "vendor")
+
+
+def test_another_thread_never_sees_a_context() -> None:
+    inside, seen, release = threading.Event(), [], threading.Event()
+
+    def other() -> None:
+        inside.wait()
+        seen.append(get_policy().prefer)
+        release.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with with_preference("vendor"):
+        inside.set()
+        release.wait()
+    thread.join()
+    assert seen == ["flagos"]
+
+
+def test_another_task_never_sees_a_context() -> None:
+    async def main() -> list[str]:
+        seen: list[str] = []
+        entered, looked = asyncio.Event(), asyncio.Event()
+
+        async def enters() -> None:
+            with with_preference("vendor"):
+                entered.set()
+                await looked.wait()
+                seen.append(get_policy().prefer)
+
+        async def looks() -> None:
+            await entered.wait()
+            seen.append(get_policy().prefer)
+            looked.set()
+
+        await asyncio.gather(enters(), looks())
+        return seen
+
+    assert asyncio.run(main()) == ["flagos", "vendor"]
+
+
+def test_a_listener_that_refuses_keeps_the_old_policy() -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def look(self) -> None:
+            self.seen.append(get_policy().prefer)
+            if self.seen[-1] == "vendor":
+                raise RuntimeError("no vendor here")
+
+    listener = Listener()
+    PolicyManager.get_instance().subscribe(listener.look)
+    with pytest.raises(RuntimeError, match="no vendor here"):
+        set_global_policy(SelectionPolicy("vendor"))
+    assert get_policy().prefer == "flagos"
+    assert listener.seen == ["vendor", "flagos"]
+
+
+def test_policy_from_config(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("prefer: vendor\nstrict: true\nop_backends:\n  rms_norm: [sglang]\ndeny_vendors: [metax]\n")
+    policy = policy_from_config(path)
+    assert policy == SelectionPolicy.from_dict("vendor", True, {"rms_norm": ["sglang"]}, ["metax"])
+    with policy_from_config(path):
+        assert get_policy() == policy
+    with pytest.raises(SettingsError, match="there is no file"):
+        policy_from_config(tmp_path / "nope.yaml")
+
+
+def test_policy_of_the_settings_when_none_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_FL_PREFER", "vendor")
+    monkeypatch.setenv("SGLANG_FL_PER_OP", "rms_norm=reference")
+    monkeypatch.setenv("SGLANG_FL_DENY_VENDORS", "metax")
+    fresh = PolicyManager()
+    assert fresh.get_global_policy() == SelectionPolicy.from_dict("vendor", False, {"rms_norm": ["reference"]}, ["metax"])

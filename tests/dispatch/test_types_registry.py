@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+import threading
+
+import pytest
+
+from sglang_fl.dispatch import BackendImplKind, BackendPriority, OpImpl, OpRegistry, match_token
+from sglang_fl.dispatch.types import parse_arch
+
+
+def impl(impl_id: str = "default.flagos", kind: BackendImplKind = BackendImplKind.DEFAULT, **more: object) -> OpImpl:
+    return OpImpl("rms_norm", impl_id, kind, lambda obj, x: x, **more)  # type: ignore[arg-type]
+
+
+def test_names_and_values_that_vendors_rely_on() -> None:
+    assert [kind.value for kind in BackendImplKind] == ["flagos", "reference", "vendor"]
+    assert (BackendPriority.DEFAULT, BackendPriority.VENDOR, BackendPriority.REFERENCE) == (150, 100, 50)
+    positional = OpImpl("op", "vendor.x", BackendImplKind.VENDOR, print, "x", 3, frozenset({"bf16"}), "9.0")
+    assert (positional.vendor, positional.priority, positional.supported_dtypes, positional.min_arch) == ("x", 3, {"bf16"}, "9.0")
+
+
+def test_vendor_implementation_needs_a_vendor() -> None:
+    with pytest.raises(ValueError, match=r"rms_norm.*vendor\.x.*vendor"):
+        impl("vendor.x", BackendImplKind.VENDOR)
+
+
+def test_an_implementation_is_a_value() -> None:
+    one = impl()
+    with pytest.raises(AttributeError):
+        one.priority = 3  # type: ignore[misc]
+    assert hash(one) == hash(OpImpl(one.op_name, one.impl_id, one.kind, one.fn))
+
+
+@pytest.mark.parametrize(
+    ("token", "matches"),
+    [
+        ("vendor", True),
+        ("vendor:metax", True),
+        ("vendor:cuda", False),
+        ("impl:vendor.metax", True),
+        ("impl:vendor.metax2", False),
+        ("flagos", False),
+        ("reference", False),
+        ("sglang", False),
+        ("metax", False),
+    ],
+)
+def test_tokens(token: str, matches: bool) -> None:
+    assert match_token(impl("vendor.metax", BackendImplKind.VENDOR, vendor="metax"), token) is matches
+
+
+def test_vendor_token_means_vendor_kind_only() -> None:
+    assert not match_token(impl("default.flagos", vendor="metax"), "vendor:metax")
+
+
+def test_available_without_a_check() -> None:
+    assert impl().is_available()
+
+
+def test_availability_check_and_its_exception() -> None:
+    def fn(obj: object, x: object) -> object:
+        return x
+
+    fn._is_available = lambda: False  # type: ignore[attr-defined]
+    one = OpImpl("op", "default.flagos", BackendImplKind.DEFAULT, fn)
+    assert not one.is_available()
+    assert one.why_unavailable() == "its availability check says no"
+
+    def broken() -> bool:
+        raise OSError("libfoo.so: cannot open shared object file")
+
+    fn._is_available = broken  # type: ignore[attr-defined]
+    assert not one.is_available()
+    assert "OSError: libfoo.so: cannot open" in str(one.why_unavailable())
+
+
+def test_availability_of_a_bound_method() -> None:
+    class Backend:
+        def op(self, x: object) -> object:
+            return x
+
+        op._is_available = lambda: False  # type: ignore[attr-defined]
+
+    assert not OpImpl("op", "default.flagos", BackendImplKind.DEFAULT, Backend().op).is_available()
+
+
+@pytest.mark.parametrize("arch", [(9, 0), "9.0", "sm90", "sm_90", "90", 90])
+def test_min_arch_spellings(arch: object) -> None:
+    assert parse_arch(arch) == (9, 0)
+
+
+def test_min_arch_two_digits() -> None:
+    assert parse_arch("sm100") == parse_arch(100) == parse_arch("10.0") == (10, 0)
+
+
+def test_min_arch_that_cannot_be_read() -> None:
+    with pytest.raises(ValueError, match="hopper"):
+        impl(min_arch="hopper")
+
+
+def test_min_arch_against_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = impl(min_arch=(9, 0))
+    for capability, word in (((8, 9), "this one has 8.9"), (None, "states none"), ((9, 0), None), ((10, 0), None)):
+        monkeypatch.setattr("sglang_fl.dispatch.types.device_capability", lambda found=capability: found)
+        assert (one.why_unavailable() is None) == (word is None)
+        assert word is None or word in str(one.why_unavailable())
+
+
+def test_registry_refuses_a_second_impl_of_one_id() -> None:
+    registry = OpRegistry()
+    registry.register_impl(impl())
+    with pytest.raises(ValueError, match="Duplicate impl_id 'default.flagos'"):
+        registry.register_impl(impl())
+    assert len(registry.get_implementations("rms_norm")) == 1
+
+
+def test_register_many_is_all_or_nothing() -> None:
+    registry = OpRegistry()
+    registry.register_impl(impl())
+    with pytest.raises(ValueError, match="Duplicate"):
+        registry.register_many([impl("reference.torch", BackendImplKind.REFERENCE), impl()])
+    assert [i.impl_id for i in registry.get_implementations("rms_norm")] == ["default.flagos"]
+
+
+def test_registry_queries() -> None:
+    registry = OpRegistry()
+    assert registry.list_operators() == []
+    registry.register_impl(impl())
+    before = registry.snapshot()
+    registry.register_impl(impl("reference.torch", BackendImplKind.REFERENCE))
+    assert registry.list_operators() == ["rms_norm"]
+    assert registry.get_implementation("rms_norm", "reference.torch") is not None
+    assert registry.get_implementation("rms_norm", "nope") is None
+    assert registry.get_implementation("nope", "reference.torch") is None
+    assert len(before.impls_by_op["rms_norm"]) == 1
+    registry.clear()
+    assert registry.list_operators() == []
+    assert registry.get_implementations("rms_norm") == []
+
+
+def test_registering_from_many_threads_loses_nothing() -> None:
+    registry = OpRegistry()
+    start = threading.Barrier(8)
+
+    def register(number: int) -> None:
+        start.wait()
+        for i in range(50):
+            registry.register_impl(impl(f"default.{number}.{i}"))
+
+    threads = [threading.Thread(target=register, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(registry.get_implementations("rms_norm")) == 400
