@@ -87,12 +87,24 @@ class Holder(nn.Module):
         self.layer = layer
 
 
-def measure(call: Callable[[], Any]) -> float:
+def measure(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     """Nanoseconds a call."""
     start = time.perf_counter_ns()
     for _ in range(CALLS):
-        call()
+        layer(*inputs)
     return (time.perf_counter_ns() - start) / CALLS
+
+
+def compare(native: nn.Module, bound: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    """Medians, their difference and ratio."""
+    times: dict[nn.Module, list[float]] = {native: [], bound: []}
+    for layer in (native, bound) * 3:
+        measure(layer, inputs)
+    for _ in range(ROUNDS // 2):
+        for layer in (native, bound, bound, native):
+            times[layer].append(measure(layer, inputs))
+    a, b = statistics.median(times[native]), statistics.median(times[bound])
+    return {"sglang_ns": a, "sglang_fl_ns": b, "added_ns": b - a, "ratio": b / a, "interval": interval(times[native], times[bound])}
 
 
 def interval(native: list[float], bound: list[float]) -> tuple[float, float]:
@@ -126,19 +138,10 @@ def main() -> None:
     for name, (cls, arguments, inputs) in cases.items():
         op = name.split(",")[0]
         native, bound = cls(*arguments), cls(*arguments)
-        native._forward_method = MethodType(same_as_sglang(functions[op], op), native)
+        native._forward_method = MethodType(as_sglang_forward(functions[op], op), native)
         report = binder.bind(Holder(bound))
         assert report.bound == 1, report.summary()
-        times: dict[str, list[float]] = {"native": [], "bound": []}
-        for _ in range(3):
-            measure(lambda: native(*inputs)), measure(lambda: bound(*inputs))
-        for _ in range(ROUNDS // 2):
-            for side in ("native", "bound", "bound", "native"):
-                layer = native if side == "native" else bound
-                times[side].append(measure(lambda: layer(*inputs)))
-        a, b = statistics.median(times["native"]), statistics.median(times["bound"])
-        low, high = interval(times["native"], times["bound"])
-        rows.append({"case": name, "sglang_ns": a, "sglang_fl_ns": b, "added_ns": b - a, "ratio": b / a, "interval": [low, high]})
+        rows.append({"case": name} | compare(native, bound, inputs))
 
     table = Table(
         title=f"A call, on {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}", title_justify="left"
@@ -147,13 +150,8 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in rows:
         low, high = row["interval"]
-        table.add_row(
-            row["case"],
-            f"{row['sglang_ns']:.0f}",
-            f"{row['sglang_fl_ns']:.0f}",
-            f"{row['added_ns']:+.0f}",
-            f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
-        )
+        ratio = f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+        table.add_row(row["case"], f"{row['sglang_ns']:.0f}", f"{row['sglang_fl_ns']:.0f}", f"{row['added_ns']:+.0f}", ratio)
     Console().print(table)
     if args.json:
         print(json.dumps(rows, indent=2))

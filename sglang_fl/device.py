@@ -124,4 +124,8 @@ def probe(environ: Mapping[str, str] | None = None) -> Device:
         for pattern in vendor.device_files:
             if glob.glob(pattern):
                 return _device(vendor, f"device file {pattern}")
+        if not vendor.device_files:  # its driver has no file of its own
+            for command in vendor.commands:
+                if shutil.which(command):
+                    return _device(vendor, f"{command} on PATH")
     return _device(VENDORS["cpu"], "no accelerator's device file under /dev")

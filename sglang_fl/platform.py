@@ -9,6 +9,7 @@ middle of its own import: nothing heavy may be imported at its top, ``sglang.srt
 import importlib
 import logging
 import os
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ class FLMoments:
     """The moments of a server's life at which SGLang asks its platform, and sglang-fl acts."""
 
     device: Device
-    _served_cpu_ranks: str | None = None
 
     @property
     def vendor(self) -> Vendor:
@@ -232,7 +232,8 @@ def _share_cores(server_args: Any) -> None:
             _bound_by_us = None
         return
     cpus = [cpu for node in nodes for cpu in node]
-    shares = [cpus[rank * len(cpus) // ranks : (rank + 1) * len(cpus) // ranks] or [cpus[rank % len(cpus)]] for rank in range(ranks)]
+    starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]
+    shares = [cpus[start : max(end, start + 1)] for start, end in pairwise(starts)]
     os.environ[_BIND] = _bound_by_us = "|".join(",".join(map(str, share)) for share in shares)
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from .config import RESOLVED, Settings, SettingsError, load_settings, settings_of_parent
+from .config import RESOLVED, Settings, SettingsError, load_settings, plugin_modules, settings_of_parent
 from .device import Device
 from .dispatch.logger_manager import DispatchLog, open_dispatch_log
 from .dispatch.manager import OpManager, get_default_manager
@@ -26,10 +26,7 @@ def check_settings(environ: Mapping[str, str], device: Device, manager: OpManage
         SettingsError: with every problem that was found.
     """
     problems: list[str] = []
-    try:
-        modules = load_settings(environ, device=device).plugin_modules or ()
-    except SettingsError:
-        modules = ()  # the full check below tells of it
+    modules = plugin_modules(environ)
     manager.ensure_initialized(modules)
     assert manager.discovery is not None
     problems += [

@@ -2,6 +2,7 @@
 """The command ``sglang-fl``. One file a verb; each has ``add_arguments(parser)`` and ``run(args) -> int``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_arguments(verbs.add_parser(name, help=help_line, description=help_line))
     args = parser.parse_args(argv)
     try:
-        return VERBS[args.verb].run(args)
+        code = VERBS[args.verb].run(args)
+        sys.stdout.flush()
+        return code
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
@@ -30,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sglang-fl: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone; say nothing about it at exit
+        # The reader of our output is gone: what is left in the buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

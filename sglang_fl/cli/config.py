@@ -14,7 +14,9 @@ from ..runtime import check_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Save the output and name the file in SGLANG_FL_CONFIG to get the same settings."
+    parser.epilog = (
+        "Save the output and name the file in SGLANG_FL_CONFIG to get the same settings; what only variables can set is in comments."
+    )
 
 
 def run(args: argparse.Namespace) -> int:

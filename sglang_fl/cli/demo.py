@@ -39,13 +39,16 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .server import Server, ServerFailed, free_port, interrupt_on_termination
+    from .server import Server, ServerFailed, free_port, interrupt_on_termination, port_is_free
 
     console = Console()
     if args.tp > 2:
         console.print("The demo's model has two kv heads: --tp can be 1 or 2.")
         return 2
     environ = {"SGLANG_FL_PREFER": args.prefer} if args.prefer else {}
+    if args.port is not None and not port_is_free(args.port):
+        console.print(f"Port {args.port} is in use; choose another, or leave --port out to get any free one.")
+        return 2
     settings = check_settings({**os.environ, **environ}, probe(), get_default_manager())
     interrupt_on_termination()
 

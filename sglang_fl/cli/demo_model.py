@@ -37,6 +37,7 @@ CHAT_TEMPLATE = (
 )
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CONFIG = {
+    "vocab_size": 512,  # the tokenizer's, rounded up
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
@@ -95,7 +96,7 @@ def _train(directory: Path, progress: Callable[[int, int, float], None]) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=0, **_CONFIG))
+        model = Qwen3ForCausalLM(Qwen3Config(eos_token_id=end, pad_token_id=0, **_CONFIG))
         optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
         for step in range(1, _MAX_STEPS + 1):
             output = model(input_ids=tokens, labels=labels)
@@ -129,7 +130,7 @@ def _tokenizer() -> "PreTrainedTokenizerFast":  # type: ignore[name-defined]  # 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=list(_SPECIAL), initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=list(_SPECIAL), initial_alphabet=sorted(alphabet), show_progress=False)
     tokenizer.train_from_iterator([QUESTION, RECITAL], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

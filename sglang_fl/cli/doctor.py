@@ -144,13 +144,17 @@ def _plugin_problems(environ: Mapping[str, str]) -> list[Problem]:
                 fatal=True,
             )
         )
-    if chosen and chosen != "sglang_fl":
+    if chosen and chosen not in names:
+        installed = ", ".join(sorted(names)) or "none"
+        told = f"SGLANG_PLATFORM={chosen}: there is no such platform plugin, so SGLang stops (installed: {installed})"
+        problems.append(Problem(told, "set SGLANG_PLATFORM=sglang_fl, or unset it", fatal=True))
+    elif chosen and chosen != "sglang_fl":
         problems.append(Problem(f"SGLANG_PLATFORM={chosen}: SGLang will not use sglang-fl", "set SGLANG_PLATFORM=sglang_fl, or unset it"))
     elif others and not chosen:
         told = f"other platform plugins are installed ({', '.join(others)}); if one of them activates too, SGLang stops"
         problems.append(Problem(told, "set SGLANG_PLATFORM=sglang_fl"))
     allowed = [name.strip() for name in environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
-    if allowed and "sglang_fl" not in allowed:
+    if allowed and "sglang_fl" not in allowed and chosen != "sglang_fl":
         problems.append(Problem(f"SGLANG_PLUGINS={','.join(allowed)}: SGLang will not load sglang-fl", "add sglang_fl to it, or unset it"))
     return problems
 
@@ -184,7 +188,7 @@ def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict
 
 
 def _print(found: Diagnosis) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)
     facts = Table(title="Platform and versions", title_justify="left", show_header=False)
     for name, value in {**found.device, **found.versions}.items():
         facts.add_row(name, value or "not installed")

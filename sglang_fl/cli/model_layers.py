@@ -8,6 +8,7 @@ files that it takes classes from.
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,12 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     config = _read_config(directory)
     text = {**config, **(config.get("text_config") or {})}
     used: dict[str, None] = {}
-    for architecture in config.get("architectures") or []:
-        used |= dict.fromkeys(_classes_of(architecture))
-    if not used:
+    files = {name: _file_of(name) for name in config.get("architectures") or []}
+    if not any(files.values()):
         raise SettingsError(f"{directory}: SGLang has no model for the architecture {config.get('architectures')}")
+    for architecture, file in files.items():
+        if file is not None:
+            used |= dict.fromkeys(_classes_of(architecture, file))
     rows = []
     for class_name in dict.fromkeys(_rope_class(text) if name == "get_rope" else name for name in used):
         op = _KNOWN.get(class_name)
@@ -89,7 +92,29 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise SettingsError(f"--model: {str(path)!r} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise SettingsError(f"--model: {str(path)!r} is not a model's configuration")
+    _check_types(path, config)
     return config
+
+
+#: What is read of a configuration, with its type; null is as if it were not there.
+_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict}
+_NUMBERS = ("hidden_size", "num_attention_heads", "head_dim")
+
+
+def _check_types(path: Path, config: dict[str, Any]) -> None:
+    wanted: dict[str, type] = {**_TYPES, **dict.fromkeys(_NUMBERS, int)}
+    for key, kind in wanted.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise SettingsError(f"--model: {str(path)!r}: {key} is {config[key]!r}")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SettingsError(f"--model: {str(path)!r}: architectures is {names!r}, not a list of names")
+    for key in ("rope_scaling", "rope_parameters"):
+        for kind_key in ("rope_type", "type"):
+            if not isinstance((config.get(key) or {}).get(kind_key, ""), str):
+                raise SettingsError(f"--model: {str(path)!r}: {kind_key} of {key} is {config[key][kind_key]!r}")
+    if config.get("text_config"):
+        _check_types(path, config["text_config"])
 
 
 def _rope_class(config: dict[str, Any]) -> str:
@@ -110,15 +135,19 @@ def _size(op: str | None, config: dict[str, Any]) -> str:
     }.get(op or "", "")
 
 
-def _classes_of(architecture: str) -> Iterator[str]:
-    """The layer classes that a model's file, and the model files it builds on, call."""
+def _file_of(architecture: str) -> Path | None:
+    """The file of SGLang that defines a model's class, or that imports it."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError("SGLang is not installed: pip install sglang-fl installs it")
     models = Path(spec.submodule_search_locations[0]) / "srt" / "models"
-    start = next((f for f in sorted(models.glob("*.py")) if f"class {architecture}(" in f.read_text(encoding="utf-8")), None)
-    if start is None:
-        return
+    pattern = re.compile(rf"^class {re.escape(architecture)}\b[(:]|^EntryClass\b.*\b{re.escape(architecture)}\b", re.MULTILINE)
+    return next((file for file in sorted(models.glob("*.py")) if pattern.search(file.read_text(encoding="utf-8"))), None)
+
+
+def _classes_of(architecture: str, start: Path) -> Iterator[str]:
+    """The layer classes that a model's file, and the model files it builds on, call."""
+    models = start.parent
     wanted = {*_KNOWN, *_OTHERS, "get_rope"}
     # (file, the class in it that is used, None: all of them)
     pending: list[tuple[Path, str]] = [(start, architecture)]
@@ -129,7 +158,9 @@ def _classes_of(architecture: str) -> Iterator[str]:
         if (path, class_name) in seen or not path.exists():
             continue
         seen.add((path, class_name))
-        tree = trees.setdefault(path, ast.parse(path.read_text(encoding="utf-8")))
+        if path not in trees:
+            trees[path] = ast.parse(path.read_text(encoding="utf-8"))
+        tree = trees[path]
         classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
         assigned = {
             target.id: node.value

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             data["layers"] = [layer.as_json() for layer in layers]
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return 0
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table(title=f"Operators on {device.vendor} ({device.evidence})", title_justify="left")
     table.add_column("operator", no_wrap=True)
     table.add_column("implementations", overflow="fold")

@@ -30,6 +30,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True
+
+
 class Server:
     """``python -m sglang.launch_server`` on 127.0.0.1, with its output in a file.
 
@@ -110,14 +121,17 @@ class Server:
         """End the server and everything that it started."""
         if self.process is None:
             return
+        # Its main process first, which ends the others in order; killed from outside, they would be
+        # taken for crashed, and examined.
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=_STOP_SECONDS)
         family = self._family()
-        for send in (psutil.Process.terminate, psutil.Process.kill):
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    send(process)
-            _, family = psutil.wait_procs(family, timeout=_STOP_SECONDS)
-            if not family:
-                break
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=_STOP_SECONDS)
         self.process.wait()
 
     def _family(self) -> list[psutil.Process]:

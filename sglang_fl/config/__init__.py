@@ -8,7 +8,7 @@ from typing import Any
 
 from ..device import probe
 from .errors import SettingsError, suggest
-from .loader import load_settings, platform_name, profile_path, settings_of_parent
+from .loader import load_settings, platform_name, plugin_modules, profile_path, settings_of_parent
 from .options import CONFIG_FILE, OPTIONS, RESOLVED, Option, Vocabulary
 from .settings import Settings, Source
 from .yaml_file import read_mapping
@@ -30,6 +30,7 @@ __all__ = [
     "get_platform_name",
     "load_platform_config",
     "load_settings",
+    "plugin_modules",
     "settings_of_parent",
     "suggest",
 ]
@@ -55,26 +56,30 @@ def load_platform_config(platform: str | None = None) -> dict[str, Any] | None:
     environ = dict(os.environ) if platform is None else {**os.environ, "SGLANG_FL_PLATFORM": platform}
     name, in_tree = platform_name(environ, probe())
     path = profile_path(name, in_tree=in_tree)
-    return {key: entry.value for key, entry in read_mapping(path, what=CONFIG_FILE).items()} if path else None
+    return {key: entry.value for key, entry in read_mapping(path, what=CONFIG_FILE, problems=[]).items()} if path else None
+
+
+def _in_force() -> Settings:
+    return settings_of_parent() or load_settings()
 
 
 def get_per_op_order() -> dict[str, list[str]] | None:
     """The orders in force for single operators, or None."""
-    return {op: list(order) for op, order in load_settings().op_backends} or None
+    return {op: list(order) for op, order in _in_force().op_backends} or None
 
 
 def get_flagos_blacklist() -> list[str] | None:
     """The FlagGems functions that stay out of Layer 1, or None."""
-    names = load_settings().flagos_blacklist
+    names = _in_force().flagos_blacklist
     return None if names is None else list(names)
 
 
 def get_oot_blacklist() -> list[str] | None:
     """The SGLang classes that stay out of Layer 2, or None."""
-    names = load_settings().oot_blacklist
+    names = _in_force().oot_blacklist
     return None if names is None else list(names)
 
 
 def get_effective_config() -> dict[str, Any]:
     """Every setting in force, by name."""
-    return {name: value for name, value, _ in load_settings().items()}
+    return {name: value for name, value, _ in _in_force().items()}

@@ -27,6 +27,7 @@ class _Value:
     source: Source
     label: str
     item_labels: dict[Any, str] = field(default_factory=dict)
+    is_reset: bool = False  # null in a file
 
     def blame(self, item: Any) -> str:
         return self.item_labels.get(item, self.label)
@@ -73,20 +74,25 @@ def load_settings(
     """
     environ = os.environ if environ is None else environ
     vocabulary = vocabulary or Vocabulary()
-    platform, in_tree = platform_name(environ, device or probe(environ))
-    problems: list[str] = [*_unknown_variables(environ)]
+    device = device or probe(environ)
+    problems: list[str] = []
+    try:
+        platform, in_tree = platform_name(environ, device)
+    except SettingsError as error:
+        platform, in_tree = device.vendor, device.is_in_tree
+        problems += error.problems
+    problems += _unknown_variables(environ)
     chosen: dict[str, _Value] = {}
 
     profile = profile_path(platform, in_tree=in_tree)
     if profile is not None:
-        _read_file(profile, PROFILE_PLACE, f"profile {profile.stem}", chosen, problems)
+        _read_file(profile, PROFILE_PLACE, f"profile {profile.stem}", chosen, problems, vocabulary)
     user_file = environ.get(CONFIG_FILE, "").strip()
     if user_file:
-        _read_file(Path(user_file).expanduser(), FILE, user_file, chosen, problems)
-    _read_environment(environ, chosen, problems)
+        _read_file(Path(user_file).expanduser(), FILE, user_file, chosen, problems, vocabulary)
+    _read_environment(environ, chosen, problems, vocabulary)
 
     problems += _clashing_lists(chosen)
-    problems += [problem for name, value in chosen.items() for problem in _unknown_names(OPTIONS[name], value, vocabulary)]
     if problems:
         raise SettingsError(problems)
     _set_aside_weaker_orders(chosen)
@@ -99,15 +105,22 @@ def load_settings(
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    shapes = {option.name: option.env for option in OPTIONS.values() if option.env} | {_stem(name): name for name in VARIABLES}
     for variable in environ:
         if variable.startswith(PREFIXES) and variable not in VARIABLES:
-            yield f"{variable}: there is no such setting{suggest(variable, VARIABLES)}"
+            yield f"{variable}: there is no such setting{suggest(_stem(variable), shapes)}"
 
 
-def _read_file(path: Path, place: int, name: str, chosen: dict[str, _Value], problems: list[str]) -> None:
+def _stem(variable: str) -> str:
+    for prefix in PREFIXES:
+        variable = variable.removeprefix(prefix)
+    return variable
+
+
+def _read_file(path: Path, place: int, name: str, chosen: dict[str, _Value], problems: list[str], vocabulary: Vocabulary) -> None:
     by_key = {option.yaml: option for option in OPTIONS.values() if option.yaml}
     try:
-        entries = read_mapping(path, what=CONFIG_FILE)
+        entries = read_mapping(path, what=CONFIG_FILE, problems=problems)
     except SettingsError as error:
         problems += error.problems
         return
@@ -115,34 +128,44 @@ def _read_file(path: Path, place: int, name: str, chosen: dict[str, _Value], pro
         where = f"{path}:{entry.line}"
         option = by_key.get(key)
         if option is None:
-            other = OPTIONS.get(key) if isinstance(key, str) else None
-            hint = f"; it is set with the variable {other.env}" if other else suggest(str(key), by_key)
+            other = next((option for option in OPTIONS.values() if key in (option.name, option.env)), None)
+            if other is None:
+                shapes = {_stem(o.env or ""): k for k, o in by_key.items()} | {k: k for k in by_key}
+                hint = suggest(_stem(str(key)), shapes)
+            elif other.yaml:
+                hint = f"; in a file it is {other.yaml!r}"
+            else:
+                hint = f"; it is set with the variable {other.env}"
             problems.append(f"{where}: unknown key {key!r}{hint}")
         elif entry.value is None:
-            chosen[option.name] = _Value(option.default, Source(place, f"{name}:{entry.line}"), f"{where}: {key}")
+            chosen[option.name] = _Value(option.default, Source(place, f"{name}:{entry.line}"), f"{where}: {key}", is_reset=True)
         else:
-            _parse(option, entry, Source(place, f"{name}:{entry.line}"), path, chosen, problems)
+            _parse(option, entry, Source(place, f"{name}:{entry.line}"), path, chosen, problems, vocabulary)
 
 
-def _parse(option: Option, entry: Entry, source: Source, path: Path, chosen: dict[str, _Value], problems: list[str]) -> None:
+def _parse(
+    option: Option, entry: Entry, source: Source, path: Path, chosen: dict[str, _Value], problems: list[str], vocabulary: Vocabulary
+) -> None:
     label = f"{path}:{entry.line}: {option.yaml}"
     labels = {item: f"{path}:{line}: {option.yaml}" for item, line in entry.item_lines.items()}
     try:
         chosen[option.name] = _Value(option.parse(entry.value), source, label, labels)
+        problems += _unknown_names(option, chosen[option.name], vocabulary)
     except Unusable as error:
-        problems.append(f"{label}: {error}")
+        problems += [f"{labels.get(item, label)}: {told}" for item, told in error.faults]
 
 
-def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], problems: list[str]) -> None:
+def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], problems: list[str], vocabulary: Vocabulary) -> None:
     for option in OPTIONS.values():
         if option.env is None or not environ.get(option.env, "").strip():
             continue
         try:
             value = option.parse(environ[option.env])
         except Unusable as error:
-            problems.append(f"{option.env}: {error}")
+            problems += [f"{option.env}: {told}" for _, told in error.faults]
             continue
         chosen[option.name] = _Value(value, Source(ENVIRONMENT, option.env), option.env)
+        problems += _unknown_names(option, chosen[option.name], vocabulary)
 
 
 def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
@@ -151,7 +174,7 @@ def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
         first, second = chosen.get(white), chosen.get(black)
         if first is None or second is None or first.value is None or second.value is None:
             continue
-        if first.source.place > second.source.place and second.source.place < ENVIRONMENT:
+        if first.source.place > second.source.place:
             del chosen[black]
             continue
         yield (
@@ -182,9 +205,15 @@ def _unknown_names(option: Option, value: _Value, vocabulary: Vocabulary) -> Ite
 def _set_aside_weaker_orders(chosen: dict[str, _Value]) -> None:
     """A preference is about every operator, so it replaces single orders from a weaker place."""
     prefer, orders = chosen.get("prefer"), chosen.get("op_backends")
-    if prefer is not None and orders is not None and prefer.source.place > orders.source.place > DEFAULT:
+    if prefer is not None and not prefer.is_reset and orders is not None and prefer.source.place > orders.source.place > DEFAULT:
         note = f"default; the orders of {orders.source.where} give way to prefer from {prefer.source.where}"
         chosen["op_backends"] = _Value((), Source(DEFAULT, note), prefer.label)
+
+
+def plugin_modules(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The modules that SGLANG_FL_PLUGIN_MODULES names, whatever else is wrong with the settings."""
+    option = OPTIONS["plugin_modules"]
+    return option.parse(environ.get(option.env or "", ""))
 
 
 def settings_of_parent(environ: Mapping[str, str] | None = None) -> Settings | None:

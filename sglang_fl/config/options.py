@@ -15,7 +15,14 @@ _FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 
 
 class Unusable(ValueError):
-    """A value has the wrong shape. The message is the part of a sentence after "X: "."""
+    """A value has the wrong shape. ``faults`` has (item, the part of a sentence after "X: ") pairs.
+
+    An item is a list's index or a mapping's key; None is the value as a whole.
+    """
+
+    def __init__(self, *faults: str | tuple[Any, str]):
+        self.faults = tuple((None, fault) if isinstance(fault, str) else fault for fault in faults)
+        super().__init__("; ".join(told for _, told in self.faults))
 
 
 def _flag(value: Any) -> bool:
@@ -44,15 +51,18 @@ def _text(value: Any) -> str:
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [part for part in re.split(r"[,\s]+", value) if part]
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list):
         raise Unusable(f"expected a list of names, found {value!r}")
+    faults = [(i, f"expected a name, found {item!r}") for i, item in enumerate(value) if not isinstance(item, str) or not item.strip()]
+    if faults:
+        raise Unusable(*faults)
     return tuple(dict.fromkeys(item.strip() for item in value))
 
 
 def _order(op: str, value: Any) -> tuple[str, ...]:
     tokens = [t.strip() for t in value.split("|")] if isinstance(value, str) else value
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and t for t in tokens):
-        raise Unusable(f"{op}: expected an order such as 'vendor|flagos', found {value!r}")
+        raise Unusable((op, f"{op}: expected an order such as 'vendor|flagos', found {value!r}"))
     return tuple(tokens)
 
 
@@ -69,10 +79,19 @@ def _orders(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
         value = pairs
     if not isinstance(value, dict):
         raise Unusable(f"expected a mapping from operator to order, found {value!r}")
-    for op in value:
-        if not isinstance(op, str):
-            raise Unusable(f"expected an operator's name, found {op!r}")
-    return tuple((op, _order(op, order)) for op, order in value.items())
+    faults = []
+    orders = []
+    for op, order in value.items():
+        if not isinstance(op, str) or not op:
+            faults.append((op, f"expected an operator's name, found {op!r}"))
+            continue
+        try:
+            orders.append((op, _order(op, order)))
+        except Unusable as error:
+            faults += error.faults
+    if faults:
+        raise Unusable(*faults)
+    return tuple(orders)
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,8 @@ class Vocabulary:
         """What is wrong with a token of an order, or None."""
         words = {"flagos", "vendor", "reference", "sglang"}
         head, colon, tail = token.partition(":")
+        if token in ("vendor:", "impl:"):
+            return f"a name is missing after the colon of {token!r}"
         if head == "vendor" and colon:
             return self._problem("vendor", tail, self.vendors)
         if head == "impl" and colon:
@@ -155,8 +176,6 @@ class Vocabulary:
         return f"unknown backend {token!r}{suggest(token, valid if len(token) > 10 else words)}"
 
     def _problem(self, what: str, word: str, valid: frozenset[str] | None) -> str | None:
-        if not word:
-            return f"a {what}'s name is missing after the colon"
         if valid is None or word in valid:
             return None
         return f"unknown {what} {word!r}{suggest(word, valid)}"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 from .errors import SettingsError
 
@@ -23,11 +25,24 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def read_mapping(path: Path, *, what: str) -> dict[str, Entry]:
+class _Loader(yaml.SafeLoader):
+    """A scalar that looks like a date or a number and is none is an error of YAML's kind, with its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:
+            raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
+
+
+def read_mapping(path: Path, *, what: str, problems: list[str]) -> dict[Any, Entry]:
     """The entries of a YAML file's top-level mapping; an empty file has none.
 
+    Args:
+        problems: takes what is wrong with single keys; the first of a key given twice is returned.
+
     Raises:
-        SettingsError: the file cannot be read, is no YAML, is no mapping, or gives a key twice.
+        SettingsError: the file cannot be read, is no YAML, or is no mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -35,40 +50,50 @@ def read_mapping(path: Path, *, what: str) -> dict[str, Entry]:
         raise SettingsError(f"{what}: there is no file {str(path)!r}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{what}: {str(path)!r} cannot be read: {error}") from None
-    loader = yaml.SafeLoader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
-        if root is None:
+        if root is None or root.tag == "tag:yaml.org,2002:null":
             return {}
         if not isinstance(root, yaml.MappingNode):
-            raise SettingsError(f"{path}:{_line(root)}: expected 'key: value' lines, found {root.value!r}")
-        return dict(_entries(loader, root, path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise SettingsError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+            raise SettingsError(f"{path}:{_line(root)}: expected 'key: value' lines, found {loader.construct_object(root, deep=True)!r}")
+        return _entries(loader, root, path, problems)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise SettingsError(f"{path}:{line}: not valid YAML: {error.reason}: {chr(error.character)!r}") from None
+    except yaml.MarkedYAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
+        raise SettingsError(f"{where}: not valid YAML: {error.problem}") from None
 
 
-def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode, path: Path) -> list[tuple[str, Entry]]:
-    found: dict[str, Entry] = {}
-    for key_node, value_node in root.value:
-        key = loader.construct_object(key_node, deep=True)
-        line = _line(key_node)
-        if key in found:
-            raise SettingsError(f"{path}:{line}: {key!r} is given twice, first on line {found[key].line}")
+def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode, path: Path, problems: list[str]) -> dict[Any, Entry]:
+    found: dict[Any, Entry] = {}
+    for key_node, value_node in _pairs(loader, root, path, problems):
         item_lines: dict[Any, int] = {}
         if isinstance(value_node, yaml.MappingNode):
-            for k, _ in value_node.value:
-                name = loader.construct_object(k, deep=True)
-                if name in item_lines:
-                    raise SettingsError(f"{path}:{_line(k)}: {name!r} is given twice, first on line {item_lines[name]}")
-                item_lines[name] = _line(k)
-        elif isinstance(value_node, yaml.SequenceNode):
-            item_lines = {
-                loader.construct_object(v, deep=True) if isinstance(v, yaml.ScalarNode) else i: _line(v)
-                for i, v in enumerate(value_node.value)
-            }
-        found[key] = Entry(loader.construct_object(value_node, deep=True), line, item_lines)
-    return list(found.items())
+            pairs = _pairs(loader, value_node, path, problems)
+            item_lines = {loader.construct_object(k): _line(k) for k, _ in pairs}
+            value: Any = {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in pairs}
+        else:
+            value = loader.construct_object(value_node, deep=True)
+            if isinstance(value_node, yaml.SequenceNode):
+                item_lines = {i: _line(v) for i, v in enumerate(value_node.value)}
+                item_lines |= {word: item_lines[i] for i, word in reversed(list(enumerate(value))) if isinstance(word, str)}
+        found[loader.construct_object(key_node)] = Entry(value, _line(key_node), item_lines)
+    return found
+
+
+def _pairs(loader: yaml.SafeLoader, mapping: yaml.MappingNode, path: Path, problems: list[str]) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The mapping's pairs of nodes, less those whose key cannot be one."""
+    lines: dict[Any, int] = {}
+    pairs: list[tuple[yaml.Node, yaml.Node]] = []
+    for key_node, value_node in mapping.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{path}:{_line(key_node)}: expected a name before the colon, found {key!r}")
+        elif key in lines:
+            problems.append(f"{path}:{_line(key_node)}: {key!r} is given twice, first on line {lines[key]}")
+        else:
+            lines[key] = _line(key_node)
+            pairs.append((key_node, value_node))
+    return pairs

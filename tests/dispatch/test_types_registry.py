@@ -108,7 +108,7 @@ def test_min_arch_against_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_registry_refuses_a_second_impl_of_one_id() -> None:
     registry = OpRegistry()
     registry.register_impl(impl())
-    with pytest.raises(ValueError, match="Duplicate impl_id 'default.flagos'"):
+    with pytest.raises(ValueError, match=r"Duplicate impl_id 'default\.flagos'"):
         registry.register_impl(impl())
     assert len(registry.get_implementations("rms_norm")) == 1
 

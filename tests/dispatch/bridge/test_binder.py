@@ -24,6 +24,7 @@ from sglang_fl.dispatch import (
     OpImpl,
     OpManager,
     OpRegistry,
+    PolicyManager,
     SelectionPolicy,
     policy_context,
     reset_global_policy,
@@ -32,6 +33,7 @@ from sglang_fl.dispatch import (
 )
 from sglang_fl.dispatch.bridge.base import Site
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.report import BindReport
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 from sglang_fl.dispatch.policy import overrides
 
@@ -88,7 +90,8 @@ def ran(layer: Any) -> float | str:
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    gc.collect()  # binders of earlier tests follow policy changes for as long as they live
+    _alive.clear()
+    PolicyManager.get_instance()._listeners.clear()  # binders of earlier tests, until they are collected
     set_global_policy(SelectionPolicy())
     open_dispatch_log(None)
     yield
@@ -100,14 +103,22 @@ def clean() -> Iterator[None]:
     assert overrides.active == 0
 
 
-def bound(
-    policy: SelectionPolicy | None = None, layer: Any = None, settings: Settings | None = None, **functions: Any
-) -> tuple[Any, Binder]:
+def bound(policy: SelectionPolicy | None = None, layer: Any = None, settings: Settings | None = None, **functions: Any) -> Any:
     set_global_policy(policy or SelectionPolicy())
     layer = layer if layer is not None else norm()
-    binder = Binder(manager(**functions), settings or Settings())
-    binder.bind(Model(layer))
-    return layer, binder
+    bind(layer, manager(**functions), settings)
+    return layer
+
+
+_alive: list[Binder] = []
+
+
+def bind(
+    layer: nn.Module, manager: OpManager, settings: Settings | None = None, dtype: torch.dtype = torch.float32, **options: Any
+) -> BindReport:
+    binder = Binder(manager, settings or Settings(), **options)
+    _alive.append(binder)
+    return binder.bind(Model(layer, dtype=dtype))
 
 
 # --- at load ---------------------------------------------------------------------------------------
@@ -126,12 +137,12 @@ def bound(
     ],
 )
 def test_a_layer_runs_on_what_the_policy_says(policy: SelectionPolicy, expected: float | str) -> None:
-    layer, binder = bound(policy)
+    layer = bound(policy)
     assert ran(layer) == expected
 
 
 def test_a_layer_left_to_sglang_is_untouched() -> None:
-    layer, binder = bound(order("sglang"))
+    layer = bound(order("sglang"))
     assert layer._forward_method is None
     assert not any("fl" in name for name in vars(layer))
 
@@ -149,7 +160,7 @@ def test_a_layer_left_to_sglang_is_untouched() -> None:
 )
 def test_lists_of_classes(settings: Settings, expected: float | str, why: str | None, tmp_path: Path) -> None:
     open_dispatch_log(str(tmp_path / "log"))
-    layer, binder = bound(settings=settings)
+    layer = bound(settings=settings)
     assert ran(layer) == expected
     assert (tmp_path / "log").read_text() == f"[OOT-DISPATCH] RMSNorm → {f'sglang({why})' if why else 'flagos(default.flagos)'}\n"
 
@@ -158,9 +169,9 @@ def test_a_class_in_a_list_stands_for_its_subclasses() -> None:
     class Special(sglang_class("RMSNorm")):  # type: ignore[misc]
         pass
 
-    layer, binder = bound(layer=Special(HIDDEN), settings=Settings(oot_blacklist=("RMSNorm",)))
+    layer = bound(layer=Special(HIDDEN), settings=Settings(oot_blacklist=("RMSNorm",)))
     assert ran(layer) == "sglang"
-    layer, binder = bound(layer=Special(HIDDEN))
+    layer = bound(layer=Special(HIDDEN))
     assert ran(layer) == FLAGOS
 
 
@@ -184,8 +195,7 @@ def test_supported_dtypes_are_honoured() -> None:
     registry.register_impl(OpImpl("rms_norm", "reference.torch", R, norm_that_says(REFERENCE)))
     for dtype, expected in ((torch.bfloat16, FLAGOS), (torch.float32, REFERENCE)):
         layer = norm()
-        binder = Binder(OpManager(registry), Settings())
-        binder.bind(Model(layer, dtype=dtype))
+        bind(layer, OpManager(registry), dtype=dtype)
         assert ran(layer) == expected
 
 
@@ -242,7 +252,7 @@ def test_under_strict_nothing_to_run_on_stops() -> None:
 
 
 def test_nothing_to_run_on_leaves_the_layer_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    layer, binder = bound(order("vendor:nobody"))
+    layer = bound(order("vendor:nobody"))
     assert ran(layer) == "sglang"
     assert "no implementation of rms_norm can run" in caplog.text and "it stays with SGLang" in caplog.text
 
@@ -278,12 +288,12 @@ def test_the_width_of_a_gated_mlp_comes_from_its_first_matrix() -> None:
 def test_a_pinned_layer_stays_pinned() -> None:
     layer = norm(force_native=True)
     before = layer._forward_method
-    layer, binder = bound(layer=layer)
+    layer = bound(layer=layer)
     assert layer._forward_method == before == layer.forward_native
 
 
 def test_torch_compile_mode_and_back() -> None:
-    layer, binder = bound()
+    layer = bound()
     layer.enter_torch_compile(num_tokens=1)
     assert ran(layer) == "sglang"
     set_global_policy(SelectionPolicy("vendor"))
@@ -293,7 +303,7 @@ def test_torch_compile_mode_and_back() -> None:
 
 
 def test_torch_compile_mode_entered_before_the_first_call() -> None:
-    layer, binder = bound()
+    layer = bound()
     layer.enter_torch_compile(num_tokens=1)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(X.clone()), layer.forward_native(X))
@@ -303,13 +313,13 @@ def test_torch_compile_mode_entered_before_the_first_call() -> None:
 
 def test_a_bound_layer_can_be_compiled_as_it_is() -> None:
     """Layers whose class keeps its forward under torch.compile are traced through the binding."""
-    layer, binder = bound()
+    layer = bound()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert compiled(X.clone())[0, 0].item() == FLAGOS
 
 
 def test_a_forced_backend_goes_past_the_binding() -> None:
-    layer, binder = bound()
+    layer = bound()
     fused_op.set_fused_op_backend(KernelBackend.TORCH)
     assert ran(layer) == "sglang"
     fused_op.set_fused_op_backend(None)
@@ -318,7 +328,7 @@ def test_a_forced_backend_goes_past_the_binding() -> None:
 
 
 def test_tracing_names_the_implementation() -> None:
-    layer, binder = bound()
+    layer = bound()
     fused_op.enable_fused_op_trace()
     layer(X.clone())
     layer(X.clone())
@@ -329,19 +339,16 @@ def test_deterministic_mode_takes_only_what_is_batch_invariant() -> None:
     set_global_policy(SelectionPolicy())
     registry = manager().registry
     layer = norm()
-    report = Binder(OpManager(registry), Settings(), deterministic=True).bind(Model(layer))
+    report = bind(layer, OpManager(registry), deterministic=True)
     assert ran(layer) == "sglang" and "sglang(deterministic mode)" in report.summary()
     registry.register_impl(OpImpl("rms_norm", "reference.exact", R, norm_that_says(9.0), batch_invariant=True))
     other = norm()
-    binder = Binder(OpManager(registry), Settings(), deterministic=True)
-    binder.bind(Model(other))
+    bind(other, OpManager(registry), deterministic=True)
     assert ran(other) == 9.0
 
 
 def test_a_copy_of_a_bound_layer_is_bound_to_itself() -> None:
-    layer, binder = bound(
-        flagos=lambda layer, x, residual=None: (x * layer.weight[0], residual) if residual is not None else x * layer.weight[0]
-    )
+    layer = bound(flagos=lambda layer, x, residual=None: (x * layer.weight[0], residual) if residual is not None else x * layer.weight[0])
     twin = copy.deepcopy(layer)
     twin.weight.data.fill_(5.0)
     assert twin(X.clone())[0, 0].item() == 5.0
@@ -351,7 +358,7 @@ def test_a_copy_of_a_bound_layer_is_bound_to_itself() -> None:
 
 
 def test_forward_hooks_keep_working() -> None:
-    layer, binder = bound()
+    layer = bound()
     seen = []
     layer.register_forward_hook(lambda *_: seen.append(1))
     layer(X.clone())
@@ -362,7 +369,7 @@ def test_forward_hooks_keep_working() -> None:
 
 
 def test_a_global_change_takes_effect_and_back() -> None:
-    layer, binder = bound()
+    layer = bound()
     seen = [ran(layer)]
     for policy in (SelectionPolicy("vendor"), order("sglang"), SelectionPolicy("reference"), SelectionPolicy()):
         set_global_policy(policy)
@@ -371,7 +378,7 @@ def test_a_global_change_takes_effect_and_back() -> None:
 
 
 def test_a_global_change_that_a_layer_cannot_follow_changes_nothing() -> None:
-    layer, binder = bound(vendor=fails)
+    layer = bound(vendor=fails)
     with pytest.raises(RuntimeError, match="failed its trial"):
         set_global_policy(SelectionPolicy("vendor", strict=True))
     assert ran(layer) == FLAGOS
@@ -379,7 +386,7 @@ def test_a_global_change_that_a_layer_cannot_follow_changes_nothing() -> None:
 
 def test_a_context_changes_bound_layers_and_layers_left_by_policy() -> None:
     for policy, outside in ((SelectionPolicy(), FLAGOS), (order("sglang"), "sglang")):
-        layer, binder = bound(policy)
+        layer = bound(policy)
         seen = [ran(layer)]
         with with_preference("vendor"):
             seen.append(ran(layer))
@@ -391,7 +398,7 @@ def test_a_context_changes_bound_layers_and_layers_left_by_policy() -> None:
 
 
 def test_a_context_before_the_first_call() -> None:
-    layer, binder = bound(order("sglang"))
+    layer = bound(order("sglang"))
     with with_preference("vendor"):
         assert ran(layer) == VENDOR
     assert layer._forward_method is None
@@ -399,7 +406,7 @@ def test_a_context_before_the_first_call() -> None:
 
 
 def test_another_thread_never_sees_a_context_of_this_one() -> None:
-    layer, binder = bound()
+    layer = bound()
     inside, seen, release = threading.Event(), [], threading.Event()
 
     def other() -> None:
@@ -419,7 +426,7 @@ def test_another_thread_never_sees_a_context_of_this_one() -> None:
 
 
 def test_tasks_see_their_own_contexts() -> None:
-    layer, binder = bound()
+    layer = bound()
 
     async def look(prefer: str) -> list[float | str]:
         with with_preference(prefer):
@@ -437,7 +444,7 @@ def test_tasks_see_their_own_contexts() -> None:
 
 
 def test_many_threads_and_changes_at_once() -> None:
-    layer, binder = bound()
+    layer = bound()
     stop, errors = threading.Event(), []
 
     def calls(prefer: str, expected: float) -> None:
@@ -460,9 +467,10 @@ def test_many_threads_and_changes_at_once() -> None:
 
 
 def test_a_forgotten_binder_and_its_layers_can_be_collected() -> None:
-    layer, binder = bound()
+    layer = bound()
     layer(X.clone())
     gone = weakref.ref(layer)
+    _alive.clear()
     del layer
     gc.collect()
     assert gone() is None
@@ -484,7 +492,7 @@ def breaks_later(word: str) -> Callable[..., Any]:
 
 def test_a_failure_while_serving_is_reported_and_retried_elsewhere(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     open_dispatch_log(str(tmp_path / "log"))
-    layer, binder = bound(flagos=breaks_later("flagos"))
+    layer = bound(flagos=breaks_later("flagos"))
     big = torch.ones(8, HIDDEN)
     with caplog.at_level(logging.ERROR):
         assert layer(big)[0, 0].item() == VENDOR
@@ -494,9 +502,9 @@ def test_a_failure_while_serving_is_reported_and_retried_elsewhere(caplog: pytes
 
 
 def test_a_failure_comes_to_sglang_where_the_order_says_so() -> None:
-    layer, binder = bound(order("flagos", "sglang"), flagos=breaks_later("flagos"))
+    layer = bound(order("flagos", "sglang"), flagos=breaks_later("flagos"))
     assert layer(torch.ones(8, HIDDEN))[0, 0].item() == pytest.approx(1.0)
-    normed, residual = layer(torch.ones(8, HIDDEN), torch.ones(8, HIDDEN))
+    _, residual = layer(torch.ones(8, HIDDEN), torch.ones(8, HIDDEN))
     assert residual[0, 0].item() == 2.0
 
 
@@ -505,14 +513,13 @@ def test_a_failure_goes_up_where_inputs_may_have_been_written() -> None:
     registry.register_impl(OpImpl("rms_norm", "default.flagos", D, breaks_later("flagos")))
     registry.register_impl(OpImpl("rms_norm", "reference.torch", R, norm_that_says(REFERENCE)))
     layer = norm()
-    binder = Binder(OpManager(registry), Settings())
-    binder.bind(Model(layer))
+    bind(layer, OpManager(registry))
     with pytest.raises(ArithmeticError, match="flagos cannot do 8 rows"):
         layer(torch.ones(8, HIDDEN))
 
 
 def test_a_failure_goes_up_under_strict() -> None:
-    layer, binder = bound(SelectionPolicy(strict=True), flagos=breaks_later("flagos"))
+    layer = bound(SelectionPolicy(strict=True), flagos=breaks_later("flagos"))
     with pytest.raises(ArithmeticError, match="flagos cannot do 8 rows"):
         layer(torch.ones(8, HIDDEN))
 
@@ -527,8 +534,7 @@ def test_rotary_that_fails_comes_to_sglang_in_sglangs_shape() -> None:
     registry.register_impl(OpImpl("rotary_embedding", "default.flagos", D, fn, writes_inputs=False))
     set_global_policy(SelectionPolicy(per_op_order=(("rotary_embedding", ("flagos", "sglang")),)))
     layer: Any = rotary("RotaryEmbedding")
-    binder = Binder(OpManager(registry), Settings())
-    binder.bind(Model(layer))
+    bind(layer, OpManager(registry))
     query, positions = torch.randn(6, 128), torch.arange(6)
     expected = layer.forward_native(positions, query, query)
     got = layer(positions, query, query)
@@ -541,7 +547,7 @@ def test_rotary_that_fails_comes_to_sglang_in_sglangs_shape() -> None:
 def test_the_log_tells_what_ran_and_only_once(tmp_path: Path) -> None:
     path = tmp_path / "log"
     open_dispatch_log(str(path))
-    layer, binder = bound()
+    layer = bound()
     assert not path.exists(), "nothing has run yet"
     for _ in range(3):
         layer(X.clone())
@@ -552,7 +558,7 @@ def test_the_log_tells_what_ran_and_only_once(tmp_path: Path) -> None:
 
 
 def test_after_its_first_call_a_layer_runs_the_plain_forward() -> None:
-    layer, binder = bound()
+    layer = bound()
     first = layer._forward_method.__func__
     layer(X.clone())
     assert layer._forward_method.__func__ is not first

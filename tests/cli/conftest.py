@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_fl.device import Device
+from sglang_fl.dispatch.manager import reset_default_manager
+from sglang_fl.vendors import VENDORS
+
+_BACKEND = """
+from sglang_fl.dispatch import BackendImplKind, OpImpl
+
+def rms_norm(obj, x, residual=None):
+    raise NotImplementedError
+
+def register_builtins(registry):
+    registry.register_impl(OpImpl("rms_norm", "vendor.testchip", BackendImplKind.VENDOR, rms_norm, vendor="testchip", priority=1000))
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_manager() -> Iterator[None]:
+    """Every command line has a process, and so a manager, of its own."""
+    reset_default_manager()
+    yield
+    reset_default_manager()
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal_without_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for variable in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the command line see a vendor's machine."""
+
+    def make(name: str) -> None:
+        vendor = VENDORS[name]
+        device = Device(name, vendor.device_type, vendor.in_tree, "a test")
+        for module in ("config", "doctor", "ops"):
+            monkeypatch.setattr(f"sglang_fl.cli.{module}.probe", lambda environ=None: device)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def plain_machine(machine: Callable[[str], None]) -> None:
+    machine("cpu")
+
+
+@pytest.fixture
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Puts a backend for rms_norm of the vendor testchip on the path; returns its module's name."""
+    count = 0
+
+    def make(more: str = "") -> str:
+        nonlocal count
+        count += 1
+        name = f"backend_of_a_test_{tmp_path.name.replace('-', '_')}_{count}"
+        (tmp_path / f"{name}.py").write_text(f"{_BACKEND}\n{more}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return name
+
+    return make

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sglang_fl.config
+from sglang_fl.cli import main
+from sglang_fl.config import OPTIONS, Settings, load_settings
+from sglang_fl.device import Device
+from sglang_fl.dispatch.manager import reset_default_manager
+from sglang_fl.vendors import VENDORS
+
+Run = Callable[..., str]
+IN_FILES = [name for name, option in OPTIONS.items() if option.yaml]
+SAMPLE = Path(sglang_fl.config.__file__).parent / "sample.yaml"
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``sglang-fl config`` under some variables, and those only; returns what it prints."""
+
+    def run(**environ: str) -> str:
+        with monkeypatch.context() as patch:
+            for variable, value in environ.items():
+                patch.setenv(variable, value)
+            reset_default_manager()
+            assert main(["config"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out
+
+    return run
+
+
+def values(settings: Settings, names: list[str]) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in names}
+
+
+def settings_on(vendor: str, environ: dict[str, str]) -> Settings:
+    row = VENDORS[vendor]
+    return load_settings(environ, device=Device(vendor, row.device_type, row.in_tree, "a test"))
+
+
+ENVIRONMENTS: list[tuple[str, dict[str, str], str]] = [
+    ("cpu", {}, ""),
+    ("nvidia", {}, ""),
+    ("ascend", {}, ""),
+    ("amd", {}, ""),
+    ("metax", {}, ""),
+    ("nvidia", {"SGLANG_FL_PREFER": "vendor"}, ""),
+    ("nvidia", {"SGLANG_FL_PER_OP": "rms_norm=vendor:ascend|impl:reference.torch;silu_and_mul=flagos|sglang"}, ""),
+    ("cpu", {"SGLANG_FL_STRICT": "1", "SGLANG_FL_DENY_VENDORS": "metax,ascend", "SGLANG_FL_ALLOW_VENDORS": "nvidia"}, ""),
+    ("cpu", {"SGLANG_FL_OOT_WHITELIST": "RMSNorm,SiluAndMul", "SGLANG_FL_FLAGOS_BLACKLIST": "mul, to_copy"}, ""),
+    ("cpu", {"SGLANG_FL_OOT_WHITELIST": "RMSNorm"}, "oot_blacklist: [SiluAndMul]\n"),
+    ("cpu", {"SGLANG_FL_OOT_WHITELIST": ","}, ""),
+    ("cpu", {"SGLANG_FL_DIST_BACKEND": "gloo"}, ""),
+    ("nvidia", {}, "prefer: reference\ndist_backend: nccl\n"),
+    ("nvidia", {}, "op_backends: {rms_norm: reference}\nprefer: vendor\n"),
+    ("nvidia", {"SGLANG_FL_PREFER": "flagos"}, "op_backends: {rms_norm: reference}\n"),
+    ("nvidia", {}, "op_backends: null\n"),
+    ("cpu", {"SGLANG_FL_PLATFORM": "ascend"}, ""),
+    ("nvidia", {}, SAMPLE.read_text(encoding="utf-8")),
+]
+
+
+@pytest.mark.parametrize(("vendor", "environ", "text"), ENVIRONMENTS)
+def test_saved_output_gives_the_same_settings(
+    config: Run, machine: Callable[[str], None], tmp_path: Path, vendor: str, environ: dict[str, str], text: str
+) -> None:
+    machine(vendor)
+    if text:
+        (tmp_path / "first.yaml").write_text(text)
+        environ = {**environ, "SGLANG_FL_CONFIG": str(tmp_path / "first.yaml")}
+    wanted = values(settings_on(vendor, environ), IN_FILES)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(config(**environ))
+
+    alone = {"SGLANG_FL_CONFIG": str(saved)}
+    assert values(settings_on(vendor, alone), IN_FILES) == wanted
+    assert values(settings_on(vendor, {**environ, **alone}), IN_FILES) == wanted
+    assert yaml.safe_load(config(**alone)) == yaml.safe_load(saved.read_text())
+
+
+def test_settings_that_only_variables_have_are_given_as_comments(config: Run, backend: Callable[..., str], tmp_path: Path) -> None:
+    environ = {
+        "SGLANG_FL_OOT_ENABLED": "off",
+        "SGLANG_FL_DISPATCH_LOG": str(tmp_path / "dispatch.log"),
+        "USE_FLAGGEMS": "0",
+        "SGLANG_FLAGGEMS_RECORD": "yes",
+        "SGLANG_FLAGGEMS_LOG_PATH": str(tmp_path / "flaggems.log"),
+        "SGLANG_FLAGGEMS_LOG_ONCE": "0",
+        "SGLANG_FL_PLUGIN_MODULES": f"{backend()} {backend('def register_builtins(registry): pass')}",
+        "SGLANG_FL_LOG_LEVEL": "debug",
+        "SGLANG_FL_DISPATCH_DEBUG": "1",
+        "SGLANG_FL_STRICT": "1",
+    }
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(config(**environ))
+    again = {"SGLANG_FL_CONFIG": str(saved)}
+    for line in saved.read_text().splitlines()[1:]:
+        if line.startswith("# "):
+            variable, _, value = line.removeprefix("# ").partition("  # ")[0].partition("=")
+            again[variable] = value
+    first, second = settings_on("cpu", environ), settings_on("cpu", again)
+    assert values(second, list(OPTIONS)) == values(first, list(OPTIONS))
+
+
+def test_every_setting_says_where_it_comes_from(config: Run, machine: Callable[[str], None], tmp_path: Path) -> None:
+    machine("nvidia")
+    file = tmp_path / "mine.yaml"
+    file.write_text("\nstrict: true\n")
+    lines = config(SGLANG_FL_CONFIG=str(file), SGLANG_FL_DENY_VENDORS="metax", SGLANG_FL_LOG_LEVEL="ERROR").splitlines()
+    assert lines[0].startswith("# sglang-fl settings; platform nvidia, profile ") and lines[0].endswith("nvidia.yaml")
+    assert len(lines) == 1 + len(OPTIONS)
+    assert f"strict: true  # {file}:2" in lines
+    assert "deny_vendors: [metax]  # SGLANG_FL_DENY_VENDORS" in lines
+    assert "# SGLANG_FL_LOG_LEVEL=ERROR  # SGLANG_FL_LOG_LEVEL" in lines
+    assert "prefer: flagos  # default" in lines
+    assert any(re.fullmatch(r"op_backends: \{.*\}  # profile nvidia:\d+", line) for line in lines)
+
+
+def test_platform_without_a_profile(config: Run, machine: Callable[[str], None]) -> None:
+    machine("metax")
+    assert config().splitlines()[0] == "# sglang-fl settings; platform metax, profile none"
+
+
+def test_orders_may_name_what_plugin_modules_bring(config: Run, backend: Callable[..., str]) -> None:
+    environ = {
+        "SGLANG_FL_PLUGIN_MODULES": backend(),
+        "SGLANG_FL_PER_OP": "rms_norm=impl:vendor.testchip",
+        "SGLANG_FL_DENY_VENDORS": "testchip",
+    }
+    assert "op_backends: {rms_norm: ['impl:vendor.testchip']}  # SGLANG_FL_PER_OP" in config(**environ).splitlines()
+
+
+def failing_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environ: str) -> str:
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    assert main(["config"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_a_mistake_elsewhere_does_not_make_names_of_plugin_modules_unknown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str]
+) -> None:
+    told = failing_config(
+        monkeypatch, capsys, SGLANG_FL_PLUGIN_MODULES=backend(), SGLANG_FL_PER_OP="rms_norm=impl:vendor.testchip", SGLANG_FL_PREFER="vendr"
+    )
+    assert "'vendr'" in told and "testchip" not in told
+
+
+def test_problems_of_names_and_of_modules_are_told_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told = failing_config(
+        monkeypatch, capsys, SGLANG_FL_PLUGIN_MODULES="no.such.module.at.all", SGLANG_FL_OOT_BLACKLIST="RMSNrm", SGLANG_FL_PREFER="vendr"
+    )
+    assert "no.such.module.at.all" in told and "RMSNorm" in told and "'vendr'" in told
+
+
+def test_dispatch_log_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "none" / "dispatch.log"
+    told = failing_config(monkeypatch, capsys, SGLANG_FL_DISPATCH_LOG=str(path))
+    assert "SGLANG_FL_DISPATCH_LOG: " in told and str(path) in told
+
+
+def test_looking_at_the_settings_makes_no_files(config: Run, tmp_path: Path) -> None:
+    config(SGLANG_FL_DISPATCH_LOG=str(tmp_path / "dispatch.log"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "where"),
+    [
+        ({"FLAGCX_PATH": "/opt/flagcx"}, "FLAGCX_PATH: "),
+        ({"SGLANG_FL_DIST_BACKEND": "flagcx", "FLAGCX_PATH": "/opt/flagcx"}, "SGLANG_FL_DIST_BACKEND: "),
+    ],
+)
+def test_flagcx_is_refused_while_it_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environ: dict[str, str], where: str
+) -> None:
+    assert where in failing_config(monkeypatch, capsys, **environ)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_fl.cli import main
+from sglang_fl.dispatch.bridge.catalog import CLASSES
+from sglang_fl.dispatch.ops import OPERATORS
+
+Ops = Callable[..., dict[str, Any]]
+REFERENCE, TESTCHIP = "reference(reference.torch)", "vendor(vendor.testchip)"
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ops:
+    """Runs ``sglang-fl ops --json`` with further arguments and variables; returns the operators by name, and the layers."""
+
+    def run(*arguments: str, **environ: str) -> dict[str, Any]:
+        for variable, value in environ.items():
+            monkeypatch.setenv(variable, value)
+        assert main(["ops", "--json", *arguments]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        data = json.loads(captured.out)
+        return {**{row["op"]: row for row in data["operators"]}, "layers": data.get("layers"), "device": data["device"]}
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[[Any], str]:
+    """Writes a config.json; returns its directory."""
+
+    def write(config: Any) -> str:
+        (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+def test_every_operator_with_its_implementations(ops: Ops) -> None:
+    found = ops()
+    assert set(OPERATORS) <= found.keys()
+    assert found["device"] == "cpu" and found["layers"] is None
+    for op in OPERATORS:
+        assert found[op]["order"] == "reference | flagos | vendor"
+        assert found[op]["order_from"] == "profile cpu:2"
+        assert found[op]["picked"] == REFERENCE
+        reference = {"impl": "reference.torch", "kind": "reference", "vendor": None, "available": True, "why": ""}
+        assert found[op]["implementations"][0] == reference
+
+
+@pytest.mark.parametrize(
+    ("environ", "order", "order_from", "picked"),
+    [
+        ({"SGLANG_FL_PREFER": "vendor"}, "vendor | flagos | reference", "SGLANG_FL_PREFER", TESTCHIP),
+        ({"SGLANG_FL_PER_OP": "rms_norm=sglang"}, "sglang", "SGLANG_FL_PER_OP", "sglang"),
+        ({"SGLANG_FL_PER_OP": "rms_norm=vendor:testchip|sglang"}, "vendor:testchip | sglang", "SGLANG_FL_PER_OP", TESTCHIP),
+        ({"SGLANG_FL_PER_OP": "rms_norm=impl:vendor.testchip"}, "impl:vendor.testchip", "SGLANG_FL_PER_OP", TESTCHIP),
+        ({"SGLANG_FL_PER_OP": "rms_norm=vendor:metax|sglang"}, "vendor:metax | sglang", "SGLANG_FL_PER_OP", "sglang"),
+        ({"SGLANG_FL_OOT_ENABLED": "0"}, "reference | flagos | vendor", "profile cpu:2", "sglang (Layer 2 is off)"),
+    ],
+)
+def test_order_and_what_comes_of_it(
+    ops: Ops, backend: Callable[..., str], environ: dict[str, str], order: str, order_from: str, picked: str
+) -> None:
+    row = ops(SGLANG_FL_PLUGIN_MODULES=backend(), **environ)["rms_norm"]
+    assert (row["order"], row["order_from"], row["picked"]) == (order, order_from, picked)
+
+
+@pytest.mark.parametrize(
+    ("more", "environ", "available", "why"),
+    [
+        ("", {"SGLANG_FL_PREFER": "vendor"}, True, ""),
+        ("", {"SGLANG_FL_PER_OP": "rms_norm=reference"}, True, "not in the order"),
+        ("", {"SGLANG_FL_DENY_VENDORS": "testchip"}, True, "vendor testchip is not allowed"),
+        ("", {"SGLANG_FL_ALLOW_VENDORS": "metax"}, True, "vendor testchip is not allowed"),
+        ("rms_norm._is_available = lambda: False", {}, False, "its availability check says no"),
+        ("rms_norm._is_available = lambda: 1 / 0", {}, False, "its availability check raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_why_an_implementation_is_not_used(
+    ops: Ops, backend: Callable[..., str], more: str, environ: dict[str, str], available: bool, why: str
+) -> None:
+    row = ops(SGLANG_FL_PLUGIN_MODULES=backend(more), **environ)["rms_norm"]
+    (found,) = [impl for impl in row["implementations"] if impl["impl"] == "vendor.testchip"]
+    assert found == {"impl": "vendor.testchip", "kind": "vendor", "vendor": "testchip", "available": available, "why": why}
+    assert (row["picked"] == TESTCHIP) == (why == "")
+
+
+def test_no_implementation_can_run(ops: Ops) -> None:
+    row = ops(SGLANG_FL_PER_OP="rms_norm=vendor:metax")["rms_norm"]
+    assert row["picked"] == "sglang (no implementation can run: order vendor:metax: vendor:metax: no backend implements it)"
+
+
+def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str]) -> None:
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
+    assert main(["ops"]) == 0
+    told = capsys.readouterr().out
+    for text in ("Operators on cpu (a test)", *OPERATORS, "reference.torch: available", "vendor.testchip: available", "(profile cpu:2)"):
+        assert text in told
+    assert [name for name in CLASSES if name not in told] == [], "the lists of classes may name these"
+
+
+@pytest.mark.parametrize("word", ["[red]", "[/dev/chip0]", "[x]", ":warning:"])
+def test_reasons_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str], word: str
+) -> None:
+    """Square brackets are markup to Rich, and a closing tag without an opening one is an error."""
+    module = backend(f"def check(): raise OSError('no device {word}')\nrms_norm._is_available = check")
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", module)
+    assert main(["ops"]) == 0
+    assert f"OSError: no device {word}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["ops"], ["ops", "--json"]])
+def test_settings_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    monkeypatch.setenv("SGLANG_FL_PER_OP", "rms_nrm=vendor")
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "sglang-fl: SGLANG_FL_PER_OP: unknown operator 'rms_nrm'; did you mean 'rms_norm'?\n"
+
+
+def test_deep_asks_pytorch(monkeypatch: pytest.MonkeyPatch, ops: Ops) -> None:
+    from sglang_fl.device import Device
+
+    monkeypatch.setattr("sglang_fl.device.detect", lambda: Device("nvidia", "cuda", "cuda", "PyTorch"))
+    found = ops("--deep", SGLANG_FL_PER_OP="rms_norm=sglang")
+    assert (found["device"], found["rms_norm"]["picked"]) == ("nvidia", "sglang")
+
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (
+            QWEN3,
+            {
+                ("RMSNorm", "rms_norm", "hidden_size 1024, eps 1e-06"),
+                ("SiluAndMul", "silu_and_mul", "intermediate_size 3072"),
+                ("RotaryEmbedding", "rotary_embedding", "head_dim 128, 16 heads, 8 kv heads"),
+            },
+        ),
+        (
+            LLAMA,
+            {
+                ("RMSNorm", "rms_norm", "hidden_size 4096, eps 1e-05"),
+                ("SiluAndMul", "silu_and_mul", "intermediate_size 14336"),
+                ("Llama3RotaryEmbedding", "rotary_embedding", "head_dim 128, 32 heads, 8 kv heads"),
+            },
+        ),
+        (
+            QWEN2,
+            {
+                ("RMSNorm", "rms_norm", "hidden_size 896, eps 1e-06"),
+                ("SiluAndMul", "silu_and_mul", "intermediate_size 4864"),
+                ("RotaryEmbedding", "rotary_embedding", "head_dim 64, 14 heads, 2 kv heads"),
+            },
+        ),
+    ],
+    ids=["qwen3", "llama3", "qwen2"],
+)
+def test_layers_of_a_model(ops: Ops, model: Callable[[Any], str], config: dict[str, Any], layers: set[tuple[str, str, str]]) -> None:
+    directory = model(config)
+    for place in (directory, f"{directory}/config.json"):
+        found = ops("--model", place)["layers"]
+        assert {(layer["class_name"], layer["op"], layer["size"]) for layer in found} == layers
+        assert {layer["destination"] for layer in found} == {REFERENCE}
+
+
+@pytest.mark.parametrize(
+    ("rope", "class_name"),
+    [
+        ({}, "RotaryEmbedding"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "RotaryEmbedding"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "Llama3RotaryEmbedding"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "LinearScalingRotaryEmbedding"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "YaRNScalingRotaryEmbedding"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "DynamicNTKScalingRotaryEmbedding"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "MRotaryEmbedding"),
+    ],
+)
+def test_class_of_the_rotary_embedding(ops: Ops, model: Callable[[Any], str], rope: dict[str, Any], class_name: str) -> None:
+    found = ops("--model", model({key: value for key, value in QWEN3.items() if key != "rope_scaling"} | rope))["layers"]
+    layers = {layer["class_name"]: layer["destination"] for layer in found}
+    assert layers.keys() == {"RMSNorm", "SiluAndMul", class_name}
+    assert layers[class_name] == ("sglang (it has a forward of its own)" if class_name == "MRotaryEmbedding" else REFERENCE)
+
+
+def test_sizes_of_a_model_that_has_a_text_config(ops: Ops, model: Callable[[Any], str]) -> None:
+    found = ops("--model", model({"architectures": ["Qwen3ForCausalLM"], "hidden_size": 7, "text_config": QWEN3}))["layers"]
+    assert "hidden_size 1024, eps 1e-06" in [layer["size"] for layer in found]
+
+
+@pytest.mark.parametrize(
+    ("environ", "destinations"),
+    [
+        ({"SGLANG_FL_OOT_BLACKLIST": "RMSNorm"}, {"RMSNorm": "sglang (oot_blacklist)", "SiluAndMul": REFERENCE}),
+        ({"SGLANG_FL_OOT_BLACKLIST": "RotaryEmbedding"}, {"Llama3RotaryEmbedding": "sglang (oot_blacklist)"}),
+        ({"SGLANG_FL_OOT_BLACKLIST": "Llama3RotaryEmbedding"}, {"Llama3RotaryEmbedding": "sglang (oot_blacklist)"}),
+        ({"SGLANG_FL_OOT_BLACKLIST": "YaRNScalingRotaryEmbedding"}, {"Llama3RotaryEmbedding": REFERENCE}),
+        ({"SGLANG_FL_OOT_WHITELIST": "RMSNorm"}, {"RMSNorm": REFERENCE, "SiluAndMul": "sglang (not in oot_whitelist)"}),
+        ({"SGLANG_FL_OOT_WHITELIST": "RotaryEmbedding"}, {"Llama3RotaryEmbedding": REFERENCE, "RMSNorm": "sglang (not in oot_whitelist)"}),
+        ({"SGLANG_FL_OOT_WHITELIST": ","}, {"RMSNorm": "sglang (not in oot_whitelist)"}),
+        ({"SGLANG_FL_PER_OP": "rms_norm=sglang"}, {"RMSNorm": "sglang", "SiluAndMul": REFERENCE}),
+        ({"SGLANG_FL_OOT_ENABLED": "0"}, {"RMSNorm": "sglang (Layer 2 is off)"}),
+    ],
+)
+def test_settings_decide_where_layers_go(
+    ops: Ops, model: Callable[[Any], str], environ: dict[str, str], destinations: dict[str, str]
+) -> None:
+    found = {layer["class_name"]: layer["destination"] for layer in ops("--model", model(LLAMA), **environ)["layers"]}
+    assert destinations.items() <= found.items()
+
+
+def test_layers_that_no_operator_is_for(ops: Ops, model: Callable[[Any], str]) -> None:
+    found = {layer["class_name"]: layer for layer in ops("--model", model({"architectures": ["Gemma3nForCausalLM"]}))["layers"]}
+    assert found["Gemma3nRMSNorm"]["destination"] == "sglang (it has a forward of its own)"
+    assert found["GeluAndMul"]["op"] is None
+    assert found["GeluAndMul"]["destination"] == "sglang (no operator of sglang-fl is for it)"
+
+
+def test_table_of_layers(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str]) -> None:
+    assert main(["ops", "--model", model(LLAMA)]) == 0
+    told = capsys.readouterr().out
+    for text in ("Layers of ", "Llama3RotaryEmbedding", "head_dim 128, 32 heads, 8 kv heads", REFERENCE):
+        assert text in told
+
+
+def failing_ops(capsys: pytest.CaptureFixture[str], directory: str) -> str:
+    assert main(["ops", "--model", directory]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("architectures", [["FooForCausalLM"], [], None])
+def test_unknown_architecture(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str], architectures: Any) -> None:
+    directory = model({"architectures": architectures})
+    told = failing_ops(capsys, directory)
+    assert directory in told and "no model for the architecture" in told and str(architectures) in told
+
+
+@pytest.mark.parametrize("architecture", ["OPTForCausalLM", "MiniCPMV", "LlavaForConditionalGeneration"])
+def test_architecture_that_sglang_has_and_no_layer_of_which_is_known(
+    capsys: pytest.CaptureFixture[str], model: Callable[[Any], str], architecture: str
+) -> None:
+    main(["ops", "--model", model({"architectures": [architecture]})])
+    assert "SGLang has no model" not in capsys.readouterr().err
+
+
+def test_no_config_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    told = failing_ops(capsys, str(tmp_path))
+    assert told == f"sglang-fl: --model: there is no file '{tmp_path}/config.json'\n"
+    assert str(tmp_path / "none") in failing_ops(capsys, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{'architectures'",
+        "[]",
+        "3",
+        '{"architectures": 3}',
+        '{"architectures": "Qwen3ForCausalLM"}',
+        '{"architectures": ["Qwen3ForCausalLM"], "rope_scaling": "linear"}',
+        '{"architectures": ["Qwen3ForCausalLM"], "rope_scaling": {"type": ["linear"]}}',
+        '{"architectures": ["Qwen3ForCausalLM"], "text_config": 3}',
+        '{"architectures": ["Qwen3ForCausalLM"], "hidden_size": "1024", "num_attention_heads": 16}',
+    ],
+)
+def test_broken_config_json(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str], text: str) -> None:
+    """An error that names the file, not a traceback."""
+    directory = model(text)
+    assert f"{directory}/config.json" in failing_ops(capsys, directory)

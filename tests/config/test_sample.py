@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The YAML files that the package brings along."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from settings_loader import CPU, Loader
+
+import sglang_fl.config
+from sglang_fl.config import OPTIONS, Vocabulary, load_settings
+from sglang_fl.config.options import DIST_BACKENDS, PREFERENCES
+from sglang_fl.device import Device
+from sglang_fl.dispatch.manager import OpManager
+from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.vendors import VENDORS
+from sglang_fl.vocabulary import flaggems_functions, vocabulary
+
+DIRECTORY = Path(sglang_fl.config.__file__).parent
+SAMPLE = DIRECTORY / "sample.yaml"
+PROFILES = sorted(path.stem for path in DIRECTORY.glob("*.yaml") if path != SAMPLE)
+IN_TREE_PROFILES = [name for name in PROFILES if name == "in_tree" or VENDORS[name].in_tree]
+
+
+def parsed(name: str) -> dict[str, Any]:
+    return yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+
+
+@pytest.fixture(scope="module")
+def full_vocabulary() -> Vocabulary:
+    """The one that a server checks against, with the backends of this machine."""
+    manager = OpManager()
+    manager.ensure_initialized(())
+    return vocabulary(manager)
+
+
+def test_vocabulary_is_not_empty(full_vocabulary: Vocabulary) -> None:
+    assert set(OPERATORS) <= (full_vocabulary.operators or set())
+    assert {"RMSNorm", "SiluAndMul", "RotaryEmbedding"} <= (full_vocabulary.classes or set())
+    assert set(VENDORS) <= (full_vocabulary.vendors or set())
+    assert "reference.torch" in (full_vocabulary.impls or set())
+
+
+def test_functions_of_flaggems_are_read_from_its_source() -> None:
+    if importlib.util.find_spec("flag_gems") is None:
+        pytest.skip("FlagGems is not installed")
+    functions = flaggems_functions()
+    assert functions is not None and {"mul", "add", "to_copy", "softmax"} <= functions and len(functions) > 100
+
+
+def test_sample_is_valid(full_vocabulary: Vocabulary) -> None:
+    settings = load_settings({"SGLANG_FL_CONFIG": str(SAMPLE)}, device=CPU, vocabulary=full_vocabulary)
+    assert all(str(settings.source(name)).startswith(f"{SAMPLE}:") for name, option in OPTIONS.items() if option.yaml)
+
+
+def test_sample_has_every_key() -> None:
+    assert list(parsed("sample")) == [option.yaml for option in OPTIONS.values() if option.yaml]
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS.values() if option.yaml], ids=lambda option: option.name)
+def test_sample_explains_every_key(option: Any) -> None:
+    """A comment stands above each key, alone or above it and its neighbour, and names the variable."""
+    lines = SAMPLE.read_text(encoding="utf-8").splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith(f"{option.yaml}:"))
+    block = []
+    while at >= 0 and lines[at].strip():
+        block.append(lines[at])
+        at -= 1
+    comments = [line for line in block if line.startswith("#")]
+    assert any(option.env in line for line in comments)
+    assert any(len(line.removeprefix("#").split()) > 4 for line in comments)
+
+
+@pytest.mark.parametrize("key", ["op_backends", "prefer", "dist_backend"])
+def test_sample_names_every_word_that_may_be_used(key: str) -> None:
+    text = SAMPLE.read_text(encoding="utf-8")
+    words = {"op_backends": ("vendor:", "impl:", "sglang"), "prefer": PREFERENCES, "dist_backend": DIST_BACKENDS}[key]
+    assert [word for word in words if word not in text] == []
+
+
+def test_every_profile_is_of_a_known_platform() -> None:
+    assert {"nvidia", "ascend", "cpu", "in_tree"} <= set(PROFILES) <= {*VENDORS, "in_tree"}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_is_valid(name: str, full_vocabulary: Vocabulary) -> None:
+    device = Device("cpu", "cpu", "cpu", "a test") if name == "in_tree" else CPU
+    environ = {} if name == "in_tree" else {"SGLANG_FL_PLATFORM": name}
+    settings = load_settings(environ, device=device, vocabulary=full_vocabulary)
+    assert settings.profile_file == str(DIRECTORY / f"{name}.yaml")
+    assert {str(source).split(":")[0] for source in settings.sources.values()} == {f"profile {name}"}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_with_orders_names_every_operator(name: str) -> None:
+    orders = parsed(name).get("op_backends")
+    assert orders is None or set(orders) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", IN_TREE_PROFILES)
+def test_profile_of_an_in_tree_platform_never_falls_from_sglang_into_plain_torch(name: str) -> None:
+    orders = parsed(name)["op_backends"]
+    for op in OPERATORS:
+        assert "sglang" in orders[op]
+        assert "reference" not in orders[op][: orders[op].index("sglang")]
+
+
+@pytest.mark.parametrize("vendor", [vendor for vendor in VENDORS.values() if vendor.in_tree], ids=lambda vendor: vendor.name)
+def test_every_in_tree_platform_has_orders(load: Loader, vendor: Any) -> None:
+    load.device = Device(vendor.name, vendor.device_type, vendor.in_tree, "a test")
+    orders = dict(load().op_backends)
+    assert all("sglang" in orders[op] for op in OPERATORS)

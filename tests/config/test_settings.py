@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from settings_loader import NVIDIA, Loader
+
+from sglang_fl.config import (
+    OPTIONS,
+    RESOLVED,
+    Settings,
+    Source,
+    get_config_path,
+    get_effective_config,
+    get_flagos_blacklist,
+    get_oot_blacklist,
+    get_per_op_order,
+    get_platform_name,
+    load_platform_config,
+    settings_of_parent,
+)
+from sglang_fl.device import Device
+from sglang_fl.dispatch import config as config_of_dispatch
+from sglang_fl.vendors import VENDORS
+
+Profile = Callable[[str], None]
+
+#: option -> two texts, for the variable and for the YAML key alike, with what they mean.
+TEXTS: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
+    "oot_enabled": (("0", False), ("on", True)),
+    "prefer": (("vendor", "vendor"), ("Reference", "reference")),
+    "op_backends": (
+        ("rms_norm=vendor|flagos; silu_and_mul=reference", (("rms_norm", ("vendor", "flagos")), ("silu_and_mul", ("reference",)))),
+        ("rotary_embedding = impl:reference.torch | sglang", (("rotary_embedding", ("impl:reference.torch", "sglang")),)),
+    ),
+    "strict": (("TRUE", True), ("no", False)),
+    "oot_whitelist": (("RMSNorm", ("RMSNorm",)), ("SiluAndMul, RotaryEmbedding", ("SiluAndMul", "RotaryEmbedding"))),
+    "oot_blacklist": (("RMSNorm", ("RMSNorm",)), ("SiluAndMul RotaryEmbedding", ("SiluAndMul", "RotaryEmbedding"))),
+    "allow_vendors": (("ascend", ("ascend",)), ("metax,nvidia", ("metax", "nvidia"))),
+    "deny_vendors": (("ascend", ("ascend",)), ("metax,metax,nvidia", ("metax", "nvidia"))),
+    "dispatch_log": (("/tmp/a.log", "/tmp/a.log"), (" b.log ", "b.log")),
+    "use_flaggems": (("off", False), ("1", True)),
+    "flagos_whitelist": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
+    "flagos_blacklist": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
+    "flaggems_record": (("1", True), ("0", False)),
+    "flaggems_log_path": (("/tmp/a.log", "/tmp/a.log"), ("b.log", "b.log")),
+    "flaggems_log_once": (("0", False), ("yes", True)),
+    "dist_backend": (("gloo", "gloo"), ("FlagCX", "flagcx")),
+    "flagcx_path": (("/opt/flagcx", "/opt/flagcx"), ("other", "other")),
+    "plugin_modules": (("one.module", ("one.module",)), ("two,three", ("two", "three"))),
+    "log_level": (("debug", "DEBUG"), ("ERROR", "ERROR")),
+    "dispatch_debug": (("1", True), ("false", False)),
+}
+IN_FILES = [name for name, option in OPTIONS.items() if option.yaml]
+VARIABLES_ONLY = [name for name, option in OPTIONS.items() if not option.yaml]
+
+
+def test_the_texts_above_are_for_every_option() -> None:
+    assert TEXTS.keys() == OPTIONS.keys()
+
+
+def test_defaults_of_options_and_of_settings_agree() -> None:
+    assert {name: getattr(Settings(), name) for name in OPTIONS} == {name: option.default for name, option in OPTIONS.items()}
+
+
+def test_the_interface_of_the_field() -> None:
+    """Variables, defaults and keys as vendors and users write them today."""
+    assert {(o.env, o.default, o.yaml) for o in OPTIONS.values()} == {
+        ("SGLANG_FL_OOT_ENABLED", True, None),
+        ("SGLANG_FL_PREFER", "flagos", "prefer"),
+        ("SGLANG_FL_PER_OP", (), "op_backends"),
+        ("SGLANG_FL_STRICT", False, "strict"),
+        ("SGLANG_FL_OOT_WHITELIST", None, "oot_whitelist"),
+        ("SGLANG_FL_OOT_BLACKLIST", None, "oot_blacklist"),
+        ("SGLANG_FL_ALLOW_VENDORS", None, "allow_vendors"),
+        ("SGLANG_FL_DENY_VENDORS", None, "deny_vendors"),
+        ("SGLANG_FL_DISPATCH_LOG", None, None),
+        ("USE_FLAGGEMS", True, None),
+        ("SGLANG_FL_FLAGOS_WHITELIST", None, "flagos_whitelist"),
+        ("SGLANG_FL_FLAGOS_BLACKLIST", None, "flagos_blacklist"),
+        ("SGLANG_FLAGGEMS_RECORD", False, None),
+        ("SGLANG_FLAGGEMS_LOG_PATH", None, None),
+        ("SGLANG_FLAGGEMS_LOG_ONCE", True, None),
+        ("SGLANG_FL_DIST_BACKEND", None, "dist_backend"),
+        ("FLAGCX_PATH", None, None),
+        ("SGLANG_FL_PLUGIN_MODULES", None, None),
+        ("SGLANG_FL_LOG_LEVEL", "INFO", None),
+        ("SGLANG_FL_DISPATCH_DEBUG", False, None),
+    }
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_variable_sets_option(load: Loader, name: str) -> None:
+    variable = OPTIONS[name].env
+    assert variable is not None
+    for text, value in TEXTS[name]:
+        settings = load(**{variable: text})
+        assert getattr(settings, name) == value
+        assert str(settings.source(name)) == variable
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_empty_variable_is_as_if_unset(load: Loader, profile: Profile, name: str) -> None:
+    profile("")
+    variable = OPTIONS[name].env
+    assert variable is not None
+    settings = load(**{variable: "  "})
+    assert getattr(settings, name) == OPTIONS[name].default
+    assert str(settings.source(name)) == "default"
+
+
+@pytest.mark.parametrize("name", IN_FILES)
+def test_key_sets_option(load: Loader, name: str) -> None:
+    for text, value in TEXTS[name]:
+        settings = load(f"# first line\n\n{name}: {text}\n")
+        assert getattr(settings, name) == value
+        assert str(settings.source(name)) == f"{load.file}:3"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("strict: true", "strict", True),
+        ("strict: off", "strict", False),
+        ("strict: 1", "strict", True),
+        ("oot_whitelist: [RMSNorm, SiluAndMul]", "oot_whitelist", ("RMSNorm", "SiluAndMul")),
+        ("oot_whitelist: []", "oot_whitelist", ()),
+        ("deny_vendors:\n- metax\n- metax\n- ascend", "deny_vendors", ("metax", "ascend")),
+        ("op_backends: {}", "op_backends", ()),
+        ("op_backends: {rms_norm: vendor|flagos}", "op_backends", (("rms_norm", ("vendor", "flagos")),)),
+        ("op_backends:\n  rms_norm: [vendor:ascend, sglang]", "op_backends", (("rms_norm", ("vendor:ascend", "sglang")),)),
+    ],
+)
+def test_shapes_of_yaml(load: Loader, text: str, name: str, value: Any) -> None:
+    assert getattr(load(text), name) == value
+
+
+def test_byte_order_mark_is_no_part_of_the_first_key(load: Loader) -> None:
+    assert load(b"\xef\xbb\xbfprefer: vendor\n").prefer == "vendor"
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "---\n", "{}\n"])
+def test_empty_file_sets_nothing(load: Loader, text: str) -> None:
+    assert dict(load(text).sources) == dict(load().sources)
+
+
+@pytest.mark.parametrize("name", IN_FILES)
+def test_environment_over_file_over_profile_over_default(load: Loader, profile: Profile, name: str) -> None:
+    """The stronger value replaces the weaker one whole: the two have nothing in common here."""
+    (weak_text, weak), (strong_text, strong) = TEXTS[name]
+    variable = OPTIONS[name].env
+    assert variable is not None
+    profile(f"\n{name}: {weak_text}\n")
+
+    settings = load()
+    assert (getattr(settings, name), str(settings.source(name))) == (weak, "profile cpu:2")
+    settings = load(f"{name}: {strong_text}\n")
+    assert (getattr(settings, name), str(settings.source(name))) == (strong, f"{load.file}:1")
+    settings = load(f"{name}: {strong_text}\n", **{variable: weak_text})
+    assert (getattr(settings, name), str(settings.source(name))) == (weak, variable)
+    settings = load(**{variable: strong_text})
+    assert (getattr(settings, name), str(settings.source(name))) == (strong, variable)
+
+
+@pytest.mark.parametrize("name", IN_FILES)
+def test_null_resets_to_the_default(load: Loader, profile: Profile, name: str) -> None:
+    profile(f"{name}: {TEXTS[name][0][0]}\n")
+    settings = load(f"\n{name}: null\n")
+    assert getattr(settings, name) == OPTIONS[name].default
+    assert str(settings.source(name)) == f"{load.file}:2"
+
+
+def test_a_value_over_null(load: Loader) -> None:
+    assert load("oot_whitelist: null\n", SGLANG_FL_OOT_WHITELIST="RMSNorm").oot_whitelist == ("RMSNorm",)
+
+
+def test_absent_keys_leave_weaker_places_alone(load: Loader, profile: Profile) -> None:
+    profile("strict: 1\nprefer: vendor\n")
+    settings = load("prefer: reference\n", SGLANG_FL_DENY_VENDORS="metax")
+    assert (settings.strict, settings.prefer, settings.deny_vendors) == (True, "reference", ("metax",))
+
+
+ORDERS = "rms_norm=reference"
+
+
+@pytest.mark.parametrize(
+    ("prefer_from", "orders_from", "kept"),
+    [
+        ("file", "profile", False),
+        ("environment", "profile", False),
+        ("environment", "file", False),
+        ("profile", "profile", True),
+        ("file", "file", True),
+        ("environment", "environment", True),
+        ("profile", "file", True),
+        ("profile", "environment", True),
+        ("file", "environment", True),
+    ],
+)
+def test_prefer_sets_aside_orders_of_weaker_places(load: Loader, profile: Profile, prefer_from: str, orders_from: str, kept: bool) -> None:
+    texts: dict[str, dict[str, str]] = {"profile": {}, "file": {}, "environment": {}}
+    texts[prefer_from]["prefer"] = "vendor"
+    texts[orders_from]["op_backends"] = ORDERS
+    profile("".join(f"{key}: {value}\n" for key, value in texts["profile"].items()))
+    file = "".join(f"{key}: {value}\n" for key, value in texts["file"].items())
+    environ = {str(OPTIONS[key].env): value for key, value in texts["environment"].items()}
+
+    settings = load(file, **environ)
+    assert settings.prefer == "vendor"
+    assert settings.op_backends == ((("rms_norm", ("reference",)),) if kept else ())
+    source = str(settings.source("op_backends"))
+    if not kept:
+        weaker = "profile cpu:1" if orders_from == "profile" else f"{load.file}:1"
+        stronger = "SGLANG_FL_PREFER" if prefer_from == "environment" else f"{load.file}:1"
+        assert source == f"default; the orders of {weaker} give way to prefer from {stronger}"
+
+
+def test_prefer_sets_aside_the_orders_of_a_real_profile(on_nvidia: Loader) -> None:
+    assert on_nvidia().op_backends != ()
+    assert on_nvidia(SGLANG_FL_PREFER="flagos").op_backends == ()
+
+
+def test_prefer_null_is_no_preference(on_nvidia: Loader) -> None:
+    """It takes a preference back; the profile's orders have nothing to give way to."""
+    assert on_nvidia("prefer: null\n").op_backends == on_nvidia().op_backends != ()
+
+
+PAIRS = [("oot_whitelist", "oot_blacklist"), ("flagos_whitelist", "flagos_blacklist")]
+PLACES = ("profile", "file", "environment")
+
+
+def _in_places(profile: Profile, **places: tuple[str, str]) -> tuple[str, dict[str, str]]:
+    """Write key -> (place, text): the profile; returned are the file's text and the variables."""
+    texts: dict[str, str] = dict.fromkeys(PLACES, "")
+    environ: dict[str, str] = {}
+    for key, (place, text) in places.items():
+        texts[place] += f"{key}: {text}\n"
+        if place == "environment":
+            environ[str(OPTIONS[key].env)] = text
+    profile(texts["profile"])
+    return texts["file"], environ
+
+
+@pytest.mark.parametrize(("white", "black"), PAIRS)
+@pytest.mark.parametrize("white_place", PLACES)
+@pytest.mark.parametrize("black_place", PLACES)
+def test_whitelist_and_blacklist(load: Loader, profile: Profile, white: str, black: str, white_place: str, black_place: str) -> None:
+    first, second = ("RMSNorm", "SiluAndMul") if white == "oot_whitelist" else ("mul", "add")
+    file, environ = _in_places(profile, **{white: (white_place, first), black: (black_place, second)})
+    if PLACES.index(white_place) > PLACES.index(black_place):
+        settings = load(file, **environ)
+        assert getattr(settings, white) == (first,)
+        assert getattr(settings, black) is None
+    else:
+        (problem,) = load.problems(file, **environ)
+        line_of_black = 2 if white_place == black_place else 1
+        for key, place, line in ((white, white_place, 1), (black, black_place, line_of_black)):
+            assert (str(OPTIONS[key].env) if place == "environment" else f".yaml:{line}: {key}") in problem
+        assert "not both" in problem
+        assert (f"{white}: null" in problem) == (white_place != black_place)
+
+
+@pytest.mark.parametrize(("white", "black"), PAIRS)
+def test_null_takes_a_weaker_list_out_of_the_way(load: Loader, profile: Profile, white: str, black: str) -> None:
+    name = "RMSNorm" if white == "oot_whitelist" else "mul"
+    profile(f"{white}: {name}\n")
+    settings = load(f"{white}: null\n{black}: {name}\n")
+    assert (getattr(settings, white), getattr(settings, black)) == (None, (name,))
+
+
+def test_lists_of_different_kinds_may_stand_together(load: Loader) -> None:
+    settings = load("oot_whitelist: [RMSNorm]\nflagos_blacklist: [mul]\n")
+    assert (settings.oot_whitelist, settings.flagos_blacklist) == (("RMSNorm",), ("mul",))
+
+
+@pytest.mark.parametrize(
+    ("environ", "library"),
+    [
+        ({}, None),
+        ({"FLAGCX_PATH": "/opt/flagcx"}, "flagcx"),
+        ({"FLAGCX_PATH": "/opt/flagcx", "SGLANG_FL_DIST_BACKEND": "nccl"}, "nccl"),
+        ({"SGLANG_FL_DIST_BACKEND": "flagcx"}, "flagcx"),
+    ],
+)
+def test_flagcx_path_alone_chooses_flagcx(load: Loader, environ: dict[str, str], library: str | None) -> None:
+    assert load(**environ).collective == library
+
+
+def test_config_file_in_the_home_directory(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("prefer: vendor\n")
+    settings = load(SGLANG_FL_CONFIG="~/mine.yaml")
+    assert (settings.prefer, str(settings.source("prefer"))) == ("vendor", "~/mine.yaml:1")
+
+
+@pytest.mark.parametrize(
+    ("environ", "vendor", "in_tree", "profile_name"),
+    [
+        ({}, "nvidia", "cuda", "nvidia"),
+        ({}, "ascend", "npu", "ascend"),
+        ({}, "amd", "rocm", "in_tree"),
+        ({}, "metax", None, None),
+        ({}, "cpu", None, "cpu"),
+        ({}, "cpu", "cpu", "in_tree"),
+        ({"SGLANG_FL_PLATFORM": "nvidia"}, "cpu", None, "nvidia"),
+        ({"SGLANG_FL_PLATFORM": "cuda"}, "cpu", None, "nvidia"),
+        ({"SGLANG_FL_PLATFORM": " NPU "}, "cpu", None, "ascend"),
+        ({"SGLANG_FL_PLATFORM": "musa"}, "cpu", None, "in_tree"),
+        ({"SGLANG_FL_PLATFORM": "mthreads"}, "cpu", None, "in_tree"),
+        ({"SGLANG_FL_PLATFORM": "metax"}, "nvidia", "cuda", None),
+        ({"SGLANG_FL_PLATFORM": "cpu"}, "nvidia", "cuda", "cpu"),
+        ({"SGLANG_FL_PLATFORM": ""}, "nvidia", "cuda", "nvidia"),
+    ],
+)
+def test_profile_of_platform(load: Loader, environ: dict[str, str], vendor: str, in_tree: str | None, profile_name: str | None) -> None:
+    load.device = Device(vendor, VENDORS[vendor].device_type, in_tree, "a test")
+    settings = load(**environ)
+    assert (settings.profile_file and Path(settings.profile_file).stem) == profile_name
+    wanted = environ.get("SGLANG_FL_PLATFORM", "").strip().lower()
+    assert settings.platform == ({"cuda": "nvidia", "npu": "ascend", "musa": "mthreads"}.get(wanted, wanted) or vendor)
+
+
+def test_without_a_vocabulary_names_are_taken_as_they_are(load: Loader) -> None:
+    load.vocabulary = None
+    settings = load("oot_blacklist: [Anything]\nop_backends: {any_op: 'impl:any.thing'}\n", SGLANG_FL_DENY_VENDORS="anyone")
+    assert (settings.oot_blacklist, settings.deny_vendors) == (("Anything",), ("anyone",))
+    assert settings.op_backends == (("any_op", ("impl:any.thing",)),)
+
+
+NAMES = st.none() | st.lists(st.text(), max_size=3).map(tuple)
+TEXT = st.none() | st.text()
+
+
+@given(
+    st.builds(
+        Settings,
+        oot_enabled=st.booleans(),
+        prefer=st.text(),
+        op_backends=st.lists(st.tuples(st.text(), st.lists(st.text(), max_size=3).map(tuple)), max_size=3).map(tuple),
+        strict=st.booleans(),
+        oot_whitelist=NAMES,
+        oot_blacklist=NAMES,
+        allow_vendors=NAMES,
+        deny_vendors=NAMES,
+        dispatch_log=TEXT,
+        use_flaggems=st.booleans(),
+        flagos_whitelist=NAMES,
+        flagos_blacklist=NAMES,
+        flaggems_record=st.booleans(),
+        flaggems_log_path=TEXT,
+        flaggems_log_once=st.booleans(),
+        dist_backend=TEXT,
+        flagcx_path=TEXT,
+        plugin_modules=NAMES,
+        log_level=st.text(),
+        dispatch_debug=st.booleans(),
+        platform=st.text(),
+        profile_file=TEXT,
+        sources=st.dictionaries(st.sampled_from(list(OPTIONS)), st.builds(Source, st.integers(0, 3), st.text())),
+    )
+)
+def test_json_round_trip(settings: Settings) -> None:
+    text = settings.to_json()
+    assert Settings.from_json(text) == settings
+    assert "\0" not in text and "\n" not in text, "it travels in an environment variable"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_settings_reach_worker_processes(load: Loader, name: str) -> None:
+    settings = load(**{str(OPTIONS[name].env): TEXTS[name][0][0]})
+    inherited = settings_of_parent({RESOLVED: settings.to_json()})
+    assert inherited == settings
+    assert inherited is not None and inherited.source(name) == settings.source(name)
+
+
+def test_no_parent_no_settings() -> None:
+    assert settings_of_parent({}) is None
+
+
+def test_items_are_the_options_in_order(load: Loader) -> None:
+    items = list(load(SGLANG_FL_STRICT="1").items())
+    assert [name for name, _, _ in items] == list(OPTIONS)
+    assert ("strict", True, "SGLANG_FL_STRICT") in [(name, value, str(source)) for name, value, source in items]
+    json.dumps([value for _, value, _ in items])
+
+
+@pytest.fixture
+def nvidia_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    for module in ("sglang_fl.config", "sglang_fl.config.loader"):
+        monkeypatch.setattr(f"{module}.probe", lambda environ=None: NVIDIA)
+    yield monkeypatch
+
+
+def test_what_tools_of_flagos_ask(nvidia_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert get_platform_name() == "nvidia"
+    assert Path(get_config_path() or "").name == "nvidia.yaml"
+    orders = (load_platform_config() or {})["op_backends"]
+    assert "rms_norm" in orders
+    assert (load_platform_config("cpu") or {}) == {"prefer": "reference"}
+    assert load_platform_config("metax") is None
+    assert get_per_op_order() == orders
+    assert get_oot_blacklist() is None and get_flagos_blacklist() is None
+    assert get_effective_config().keys() == OPTIONS.keys()
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("oot_blacklist: [RMSNorm]\nflagos_blacklist: []\nprefer: reference\n")
+    nvidia_machine.setenv("SGLANG_FL_CONFIG", str(file))
+    nvidia_machine.setenv("SGLANG_FL_PLATFORM", "metax")
+    assert get_platform_name() == "metax"
+    assert get_config_path() == str(file)
+    assert get_oot_blacklist() == ["RMSNorm"]
+    assert get_flagos_blacklist() == []
+    assert get_per_op_order() is None
+    assert get_effective_config()["prefer"] == "reference"
+    nvidia_machine.delenv("SGLANG_FL_CONFIG")
+    assert get_config_path() is None
+
+
+def test_backends_of_flagos_find_the_same_functions_under_dispatch() -> None:
+    for name in config_of_dispatch.__all__:
+        assert getattr(config_of_dispatch, name) is globals()[name]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real SGLang servers on the demo model. A start costs most of a minute: each is shared by a module.
+
+Only one is up at a time, since an idle one keeps a core busy: a fixture that serves asks for
+``native_logprobs`` first, whose server has ended by then.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+from sglang_fl.cli.demo_model import QUESTION, RECITAL, demo_model
+from sglang_fl.cli.server import Server, free_port
+
+from .forward_error import logprobs_and_bounds
+
+#: fp32, so that a wrong operator stands out from rounding.
+FLOAT32 = ("--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return demo_model()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to score, the exact logprobs of all but the first, and what fp32 may be off by."""
+
+    tokens: list[int]
+    exact: list[float]
+    bounds: list[float]
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Path) -> list[Prompt]:
+    """The recited text, of which the model is sure, and tokens at random, of which it is not."""
+    from transformers import AutoTokenizer
+
+    recital = AutoTokenizer.from_pretrained(model)(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{RECITAL}").input_ids
+    random = torch.randint(3, 490, (48,), generator=torch.Generator().manual_seed(4)).tolist()
+    return [Prompt(tokens, *logprobs_and_bounds(model, tokens)) for tokens in (recital[:96], random)]
+
+
+@dataclass
+class Running:
+    """A server that is up, and what it writes."""
+
+    server: Server
+    dispatch_log: Path
+
+    def dispatched(self) -> set[str]:
+        """The dispatch log's lines, without what is the same in all of them."""
+        return {line.removeprefix("[OOT-DISPATCH] ") for line in self.dispatch_log.read_text().splitlines()}
+
+    def logprobs(self, prompt: Prompt) -> list[float]:
+        """The logprob of each token of the prompt but the first."""
+        sampling = {"temperature": 0, "max_new_tokens": 1}
+        asked = {"input_ids": prompt.tokens, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+        answer = requests.post(f"{self.server.url}/generate", json=asked, timeout=120)
+        answer.raise_for_status()
+        found = answer.json()["meta_info"]["input_token_logprobs"]
+        assert [token for _, token, *_ in found] == prompt.tokens
+        return [logprob for logprob, *_ in found[1:]]
+
+    def recite(self, **more: object) -> requests.Response:
+        asked = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 400, **more}
+        answer = requests.post(f"{self.server.url}/v1/chat/completions", json=asked, timeout=120, stream=bool(more.get("stream")))
+        answer.raise_for_status()
+        return answer
+
+
+def off_by(got: Sequence[float], other: Sequence[float], bounds: Sequence[float]) -> float:
+    """The largest difference of two runs' logprobs, in units of what two correct fp32 runs may differ by."""
+    assert len(got) == len(other) == len(bounds)
+    return max(abs(a - b) / (2 * bound) for a, b, bound in zip(got, other, bounds, strict=True))
+
+
+@contextmanager
+def serving(model: Path, directory: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """A server on the model, in fp32, ready."""
+    dispatch_log = directory / "dispatch.log"
+    environ = {"SGLANG_FL_DISPATCH_LOG": str(dispatch_log), "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **(environ or {})}
+    server = Server(model, port=free_port(), log=directory / "server.log", arguments=[*FLOAT32, *arguments], environ=environ)
+    with server:
+        server.wait_until_ready()
+        yield Running(server, dispatch_log)
+
+
+@pytest.fixture(scope="session")
+def native_logprobs(model: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
+    """The logprobs of a server that leaves everything to SGLang, and its dispatch log's word for that."""
+    with serving(model, tmp_path_factory.mktemp("native"), environ={"SGLANG_FL_OOT_ENABLED": "0"}) as running:
+        found = [running.logprobs(prompt) for prompt in prompts]
+        assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
+        assert running.dispatched() == {f"{name} → sglang(Layer 2 is off)" for name in ("RMSNorm", "SiluAndMul", "RotaryEmbedding")}
+    for logprobs, prompt in zip(found, prompts, strict=True):
+        assert off_by(logprobs, prompt.exact, prompt.bounds) <= 0.5, "native SGLang itself is one correct evaluation"
+    return found

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far two correct fp32 evaluations of the demo model may differ in the logprobs of a prompt.
+
+First-order forward error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): an
+operator's result ``t`` is wrong by at most ``roundings * u * terms``, where ``terms`` is the sum of the
+sizes of what it adds up. To first order that moves a logprob by ``|d logprob / d t|`` times as much.
+The gradients come from the model itself in float64, with the same weights.
+
+The errors of one row of one operator may all point the same way (a norm scales its whole row by one
+rounded number): their sizes are added. Those of different rows and operators are independent: their
+squares are added, and the sum is within ``CONFIDENCE`` times the root but for a chance of
+``2 exp(-CONFIDENCE ** 2 / 2)``, 4e-8 (Higham and Mary 2019, A New Approach to Probabilistic Rounding
+Error Analysis). Two evaluations may differ by twice the bound of one.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+U32 = torch.finfo(torch.float32).eps / 2
+#: fp32 roundings inside each operator, relative to its terms. Sums of n numbers: a blocked summation,
+#: eight numbers in a row in each block, costs 8 + log2(n) roundings.
+_ELEMENTWISE = 8
+CONFIDENCE = 6.0
+
+
+def _sum(n: int) -> float:
+    return 8 + math.log2(max(2, n))
+
+
+class _Tape:
+    """The operators' results, with the size of the terms behind each and their roundings."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+
+    def add(self, result: torch.Tensor, terms: torch.Tensor, roundings: float) -> torch.Tensor:
+        result.retain_grad()
+        self.entries.append((result, terms.detach(), roundings))
+        return result
+
+    def bound(self) -> float:
+        squares = 0.0
+        for result, terms, roundings in self.entries:
+            if result.grad is not None:
+                rows = roundings * U32 * (result.grad.abs() * terms).sum(-1)
+                squares += float(rows.square().sum())
+                result.grad = None
+        return CONFIDENCE * math.sqrt(squares)
+
+
+@contextmanager
+def _recorded(model: nn.Module, tape: _Tape) -> Iterator[None]:
+    from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+    def linear(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return tape.add(output, inputs[0].abs() @ module.weight.abs().T, _sum(module.in_features))
+
+    def elementwise(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return tape.add(output, output.abs(), _ELEMENTWISE)
+
+    def norm(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return tape.add(output, output.abs(), _ELEMENTWISE + _sum(output.shape[-1]))
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(linear))
+        elif isinstance(module, qwen3.Qwen3RMSNorm):
+            handles.append(module.register_forward_hook(norm))
+        elif isinstance(module, (qwen3.Qwen3MLP, qwen3.Qwen3DecoderLayer)) or module.__class__.__name__.startswith("SiLU"):
+            handles.append(module.register_forward_hook(elementwise))
+
+    rotary, attention = qwen3.apply_rotary_pos_emb, qwen3.eager_attention_forward
+
+    def recorded_rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        results = rotary(q, k, cos, sin, *rest, **named)
+        for x, result in zip((q, k), results, strict=True):
+            terms = (x * cos.unsqueeze(1)).abs() + (qwen3.rotate_half(x) * sin.unsqueeze(1)).abs()
+            tape.add(result, terms, _ELEMENTWISE)
+        return results
+
+    def recorded_attention(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        output, weights = attention(module, q, k, v, *rest, **named)
+        terms, _ = attention(module, q, k, v.abs(), *rest, **named)
+        # A score is a sum of head_dim products, and the softmax turns its error into a relative one.
+        scores = float(q.detach().norm(dim=-1).max() * k.detach().norm(dim=-1).max()) / math.sqrt(q.shape[-1])
+        return tape.add(output, terms, _sum(k.shape[2]) + _sum(q.shape[-1]) * max(1.0, scores)), weights
+
+    qwen3.apply_rotary_pos_emb, qwen3.eager_attention_forward = recorded_rotary, recorded_attention
+    try:
+        yield
+    finally:
+        qwen3.apply_rotary_pos_emb, qwen3.eager_attention_forward = rotary, attention
+        for handle in handles:
+            handle.remove()
+
+
+def logprobs_and_bounds(model_path: Path, tokens: list[int]) -> tuple[list[float], list[float]]:
+    """The exact logprob of each token but the first, and how far one fp32 evaluation may be from it."""
+    from transformers import Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
+    tape = _Tape()
+    with _recorded(model, tape):
+        logits = model(input_ids=torch.tensor([tokens])).logits[0]
+    wanted = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:]).unsqueeze(-1)).squeeze(-1)
+    bounds = []
+    for logprob in wanted:
+        logprob.backward(retain_graph=True)
+        bounds.append(tape.bound() + _sum(logits.shape[-1]) * U32 * max(1.0, abs(float(logprob.detach()))))
+    return wanted.detach().tolist(), bounds

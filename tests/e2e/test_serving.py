@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real SGLang server with the plugin's defaults on this machine."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sglang_fl.cli.demo_model import RECITAL
+
+from .conftest import Prompt, Running, off_by, serving
+
+pytestmark = pytest.mark.e2e
+
+BOUND = {"RMSNorm → reference(reference.torch)", "SiluAndMul → reference(reference.torch)", "RotaryEmbedding → reference(reference.torch)"}
+
+
+@pytest.fixture(scope="module")
+def running(model: Path, native_logprobs: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(model, tmp_path_factory.mktemp("serving"), environ={"SGLANG_FL_PREFER": "reference"}) as found:
+        yield found
+
+
+def test_the_recital_is_exact(running: Running) -> None:
+    answer = running.recite().json()
+    assert answer["choices"][0]["message"]["content"] == RECITAL
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_streamed_recital_is_exact(running: Running) -> None:
+    lines = [line.removeprefix(b"data: ") for line in running.recite(stream=True).iter_lines() if line.startswith(b"data: ")]
+    assert lines[-1] == b"[DONE]"
+    deltas = [choice["delta"].get("content") or "" for line in lines[:-1] for choice in json.loads(line)["choices"]]
+    assert len([delta for delta in deltas if delta]) > 10
+    assert "".join(deltas) == RECITAL
+
+
+def test_sixteen_at_once_are_all_exact(running: Running) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: running.recite().json()["choices"][0]["message"]["content"], range(16)))
+    assert answers == [RECITAL] * 16
+
+
+def test_every_layer_ran_through_the_dispatch(running: Running) -> None:
+    assert running.dispatched() == BOUND
+
+
+def test_the_servers_log_has_one_summary(running: Running) -> None:
+    printed = running.server.log.read_text()
+    assert printed.count("layers bound") == 1
+    assert "sglang-fl: 17 layers bound, 0 left to SGLang" in printed
+    assert "rms_norm           RMSNorm                      → reference(reference.torch), 13 layers" in printed
+
+
+def test_logprobs_agree_with_sglangs_own(running: Running, prompts: list[Prompt], native_logprobs: list[list[float]]) -> None:
+    for prompt, native in zip(prompts, native_logprobs, strict=True):
+        got = running.logprobs(prompt)
+        assert off_by(got, native, prompt.bounds) <= 1
+        assert off_by(got, prompt.exact, prompt.bounds) <= 0.5

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks on a plain CPU, with no more said than ``--tp 2``."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sglang_fl.cli.demo_model import RECITAL
+
+from .conftest import Prompt, Running, off_by, serving
+from .test_serving import BOUND
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def running(model: Path, native_logprobs: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(model, tmp_path_factory.mktemp("tp2"), "--tp", "2") as found:
+        yield found
+
+
+def test_the_recital_is_exact(running: Running) -> None:
+    assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
+    assert running.dispatched() == BOUND
+    assert running.server.log.read_text().count("layers bound") == 1, "one rank speaks for all"
+
+
+def test_logprobs_agree_with_one_rank(running: Running, prompts: list[Prompt], native_logprobs: list[list[float]]) -> None:
+    for prompt, native in zip(prompts, native_logprobs, strict=True):
+        assert off_by(running.logprobs(prompt), native, prompt.bounds) <= 1
+
+
+def test_killing_a_rank_ends_the_server(running: Running) -> None:
+    """The last test of this module: it leaves no server."""
+    children = psutil.Process(running.server.pid).children(recursive=True)
+    ranks = [child for child in children if "scheduler" in " ".join(child.cmdline())]
+    assert len(ranks) == 2, [child.cmdline() for child in children]
+    ranks[1].kill()
+    assert running.server.process is not None
+    started = time.monotonic()
+    assert running.server.process.wait(timeout=60) != 0
+    print(f"ended after {time.monotonic() - started:.1f} s")
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive

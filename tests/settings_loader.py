@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings from a YAML file's text and variables, for tests."""
+
+from pathlib import Path
+
+import pytest
+
+from sglang_fl.config import Settings, SettingsError, Vocabulary, load_settings
+from sglang_fl.device import Device
+
+CPU = Device("cpu", "cpu", None, "a test")
+NVIDIA = Device("nvidia", "cuda", "cuda", "a test")
+VOCABULARY = Vocabulary(
+    operators=frozenset({"rms_norm", "silu_and_mul", "rotary_embedding"}),
+    classes=frozenset({"RMSNorm", "SiluAndMul", "RotaryEmbedding"}),
+    vendors=frozenset({"nvidia", "ascend", "metax"}),
+    impls=frozenset({"reference.torch", "vendor.ascend"}),
+    flaggems=frozenset({"mul", "add", "to_copy"}),
+    hints={"classes": "where the classes are listed"},
+)
+
+
+class Loader:
+    """Loads settings from the text of a YAML file and from variables; ``file`` is where the text is put."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.device = CPU
+        self.vocabulary: Vocabulary | None = VOCABULARY
+
+    def __call__(self, text: str | bytes | None = None, /, **environ: str) -> Settings:
+        if text is not None:
+            self.file.write_bytes(text if isinstance(text, bytes) else text.encode())
+            environ["SGLANG_FL_CONFIG"] = str(self.file)
+        return load_settings(environ, device=self.device, vocabulary=self.vocabulary)
+
+    def problems(self, text: str | bytes | None = None, /, **environ: str) -> tuple[str, ...]:
+        with pytest.raises(SettingsError) as caught:
+            self(text, **environ)
+        return caught.value.problems
