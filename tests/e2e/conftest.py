@@ -20,9 +20,6 @@ from sglang_fl.cli.server import Server, free_port
 
 from .forward_error import logprobs_and_bounds
 
-#: fp32, so that a wrong operator stands out from rounding.
-FLOAT32 = ("--dtype", "float32")
-
 
 @pytest.fixture(scope="session")
 def model() -> Path:
@@ -83,11 +80,13 @@ def off_by(got: Sequence[float], other: Sequence[float], bounds: Sequence[float]
 
 
 @contextmanager
-def serving(model: Path, directory: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """A server on the model, in fp32, ready."""
+def serving(
+    model: Path, directory: Path, *arguments: str, dtype: str = "float32", environ: Mapping[str, str] | None = None
+) -> Iterator[Running]:
+    """A server on the model, ready; in fp32, so that a wrong operator stands out from rounding."""
     dispatch_log = directory / "dispatch.log"
     environ = {"SGLANG_FL_DISPATCH_LOG": str(dispatch_log), "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **(environ or {})}
-    server = Server(model, port=free_port(), log=directory / "server.log", arguments=[*FLOAT32, *arguments], environ=environ)
+    server = Server(model, port=free_port(), log=directory / "server.log", arguments=["--dtype", dtype, *arguments], environ=environ)
     with server:
         server.wait_until_ready()
         yield Running(server, dispatch_log)

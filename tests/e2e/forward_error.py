@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two correct fp32 evaluations of the demo model may differ in the logprobs of a prompt.
+"""How far two correct evaluations of the demo model may differ in the logprobs of a prompt.
 
 First-order forward error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): an
 operator's result ``t`` is wrong by at most ``roundings * u * terms``, where ``terms`` is the sum of the
 sizes of what it adds up. To first order that moves a logprob by ``|d logprob / d t|`` times as much.
-The gradients come from the model itself in float64, with the same weights.
+The gradients come from the model itself in float64, with the same weights. In bf16 or fp16 the operators
+still work in fp32 inside, and each number of a result is rounded ``OUTPUT`` times to its own type.
 
 The errors of one row of one operator may all point the same way (a norm scales its whole row by one
 rounded number): their sizes are added. Those of different rows and operators are independent: their
@@ -26,6 +27,8 @@ U32 = torch.finfo(torch.float32).eps / 2
 #: fp32 roundings inside each operator, relative to its terms. Sums of n numbers: a blocked summation,
 #: eight numbers in a row in each block, costs 8 + log2(n) roundings.
 _ELEMENTWISE = 8
+#: Roundings to the activation's type: SGLang's own operators round up to three times, ours once.
+OUTPUT = 3
 CONFIDENCE = 6.0
 
 
@@ -36,7 +39,8 @@ def _sum(n: int) -> float:
 class _Tape:
     """The operators' results, with the size of the terms behind each and their roundings."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.u = torch.finfo(dtype).eps / 2
         self.entries: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
     def add(self, result: torch.Tensor, terms: torch.Tensor, roundings: float) -> torch.Tensor:
@@ -49,7 +53,8 @@ class _Tape:
         for result, terms, roundings in self.entries:
             if result.grad is not None:
                 rows = roundings * U32 * (result.grad.abs() * terms).sum(-1)
-                squares += float(rows.square().sum())
+                each = OUTPUT * self.u * result.grad * terms
+                squares += float(rows.square().sum() + each.square().sum())
                 result.grad = None
         return CONFIDENCE * math.sqrt(squares)
 
@@ -101,12 +106,12 @@ def _recorded(model: nn.Module, tape: _Tape) -> Iterator[None]:
             handle.remove()
 
 
-def logprobs_and_bounds(model_path: Path, tokens: list[int]) -> tuple[list[float], list[float]]:
-    """The exact logprob of each token but the first, and how far one fp32 evaluation may be from it."""
+def logprobs_and_bounds(model_path: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> tuple[list[float], list[float]]:
+    """The exact logprob of each token but the first, and how far one evaluation in ``dtype`` may be from it."""
     from transformers import Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
-    tape = _Tape()
+    tape = _Tape(dtype)
     with _recorded(model, tape):
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
     wanted = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:]).unsqueeze(-1)).squeeze(-1)
