@@ -215,7 +215,7 @@ _bound_by_us: str | None = None
 
 
 def _share_cores(server_args: Any) -> None:
-    """Give each rank its share of the cores.
+    """Give each rank of this machine its share of the cores.
 
     SGLang gives each rank a NUMA node, and stops where there are more ranks than nodes unless the
     user spells out the cores in SGLANG_CPU_OMP_THREADS_BIND.
@@ -225,12 +225,13 @@ def _share_cores(server_args: Any) -> None:
         return
     from sglang.srt.utils import get_cpu_ids_by_node
 
-    ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
+    world_size = server_args.tp_size * server_args.pp_size * server_args.dp_size
     nodes = [[int(cpu) for cpu in node.split(",")] for node in get_cpu_ids_by_node()]
-    if ranks <= len(nodes):
+    if world_size <= len(nodes):
         if _bound_by_us is not None and os.environ.pop(_BIND, ""):
             _bound_by_us = None
         return
+    ranks = max(1, world_size // server_args.nnodes)  # on this machine
     cpus = [cpu for node in nodes for cpu in node]
     starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]
     shares = [cpus[start : max(end, start + 1)] for start, end in pairwise(starts)]

@@ -260,20 +260,20 @@ def test_an_sglang_without_our_interface_ends_the_process_with_a_message(tmp_pat
         ((2, 1, 1), ["0,1", "2,3"], None),
         ((2, 2, 1), ["0,1", "2,3"], "0|1|2|3"),
         ((1, 1, 2), ["0,1"], "0|1"),
+        ((2, 1, 1, 2), ["0,1"], "0,1"),
+        ((4, 1, 1, 2), ["0,1"], "0|1"),
     ],
 )
-def test_ranks_share_the_cores(
-    ranks: tuple[int, int, int], nodes: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_share_the_cores(ranks: tuple[int, ...], nodes: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang_fl import platform
 
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setattr(platform, "_bound_by_us", None)
     monkeypatch.setattr("sglang.srt.utils.get_cpu_ids_by_node", lambda: nodes)
-    tp, pp, dp = ranks
-    platform._share_cores(SimpleNamespace(tp_size=tp, pp_size=pp, dp_size=dp))
+    tp, pp, dp, nnodes = (*ranks, 1)[:4]
+    platform._share_cores(SimpleNamespace(tp_size=tp, pp_size=pp, dp_size=dp, nnodes=nnodes))
     assert os.environ.get("SGLANG_CPU_OMP_THREADS_BIND") == expected
-    platform._share_cores(SimpleNamespace(tp_size=1, pp_size=1, dp_size=1))
+    platform._share_cores(SimpleNamespace(tp_size=1, pp_size=1, dp_size=1, nnodes=1))
     assert os.environ.get("SGLANG_CPU_OMP_THREADS_BIND") is None, "what we set for one engine does not bind the next"
 
 
@@ -281,5 +281,5 @@ def test_cores_that_the_user_bound_stay(monkeypatch: pytest.MonkeyPatch) -> None
     from sglang_fl import platform
 
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "1|0")
-    platform._share_cores(SimpleNamespace(tp_size=2, pp_size=1, dp_size=1))
+    platform._share_cores(SimpleNamespace(tp_size=2, pp_size=1, dp_size=1, nnodes=1))
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "1|0"

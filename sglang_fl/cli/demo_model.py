@@ -85,7 +85,9 @@ def _train(directory: Path, progress: Callable[[int, int, float], None]) -> None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # for one file of two megabytes
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(directory)
     prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -104,7 +106,7 @@ def _train(directory: Path, progress: Callable[[int, int, float], None]) -> None
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            progress(step, _MAX_STEPS, float(output.loss))
+            progress(step, _MAX_STEPS, output.loss.item())
             if step % 10 == 0 and _recites(output.logits, labels):
                 break
         else:

@@ -318,6 +318,17 @@ def test_a_bound_layer_can_be_compiled_as_it_is() -> None:
     assert compiled(X.clone())[0, 0].item() == FLAGOS
 
 
+def test_a_bound_rotary_embedding_can_be_compiled_as_it_is() -> None:
+    registry = OpRegistry()
+    registry.register_impl(OpImpl("rotary_embedding", "default.flagos", D, lambda obj, q, k, *_: (q + 1, k + 2)))
+    layer: Any = rotary("RotaryEmbedding")
+    bind(layer, OpManager(registry))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    query, positions = torch.zeros(3, 128), torch.arange(3)
+    got = compiled(positions, query, query)
+    assert (got[0].sum().item(), got[1].sum().item()) == (384, 768)
+
+
 def test_a_forced_backend_goes_past_the_binding() -> None:
     layer = bound()
     fused_op.set_fused_op_backend(KernelBackend.TORCH)
