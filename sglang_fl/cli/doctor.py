@@ -109,7 +109,9 @@ def _package_problems(device: Device) -> list[Problem]:
     problems = []
     installed = _version("sglang")
     if installed is None:
-        problems.append(Problem("SGLang is not installed", "pip install sglang-fl", fatal=True))
+        problems.append(
+            Problem("SGLang is not installed", "install sglang-fl again, with what it depends on (uv pip install .)", fatal=True)
+        )
     else:
         for line in _requirements():
             if line.name == "sglang" and not line.specifier.contains(installed, prereleases=True):
@@ -120,7 +122,12 @@ def _package_problems(device: Device) -> list[Problem]:
                     )
                 )
     if VENDORS[device.vendor].flaggems and importlib.util.find_spec("flag_gems") is None:
-        problems.append(Problem(f"FlagGems is not installed, and serves {device.vendor}", "pip install 'sglang-fl[flaggems]'"))
+        problems.append(
+            Problem(
+                f"FlagGems is not installed, and serves {device.vendor}",
+                "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems",
+            )
+        )
     return problems
 
 
@@ -140,7 +147,7 @@ def _plugin_problems(environ: Mapping[str, str]) -> list[Problem]:
         problems.append(
             Problem(
                 "SGLang cannot find sglang-fl: its entry points are not installed",
-                "pip install sglang-fl (or -e . in a checkout)",
+                "uv pip install . in sglang-fl's checkout",
                 fatal=True,
             )
         )

@@ -139,7 +139,7 @@ def _file_of(architecture: str) -> Path | None:
     """The file of SGLang that defines a model's class, or that imports it."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
-        raise SettingsError("SGLang is not installed: pip install sglang-fl installs it")
+        raise SettingsError("SGLang is not installed: install sglang-fl again, with what it depends on")
     models = Path(spec.submodule_search_locations[0]) / "srt" / "models"
     pattern = re.compile(rf"^class {re.escape(architecture)}\b[(:]|^EntryClass\b.*\b{re.escape(architecture)}\b", re.MULTILINE)
     return next((file for file in sorted(models.glob("*.py")) if pattern.search(file.read_text(encoding="utf-8"))), None)
