@@ -1,5 +1,7 @@
 # Needs python3.11 or newer, and the network for the package index. Everything goes into .venv.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs and is new enough: a name on PATH may be a shim with nothing behind it.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
 .PHONY: demo test test-gpu lint clean
@@ -19,7 +21,7 @@ lint: .venv/ready-test
 	$(BIN)/mypy
 
 .venv/bin/uv:
-	@$(PYTHON) -c 'import sys; sys.exit("sglang-fl needs Python 3.11 or newer; this is " + sys.version) if sys.version_info < (3, 11) else None'
+	@test -n "$(PYTHON)" || { echo "sglang-fl needs Python 3.11 or newer, and found none; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 

@@ -210,8 +210,7 @@ def _limit_kv_cache(server_args: Any) -> None:
 
 
 _USUAL_TOKENS = 32768
-_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
-_bound_by_us: str | None = None
+_BIND, _BOUND_BY_US = "SGLANG_CPU_OMP_THREADS_BIND", "_SGLANG_FL_CPU_OMP_THREADS_BIND"
 
 
 def _share_cores(server_args: Any) -> None:
@@ -220,22 +219,20 @@ def _share_cores(server_args: Any) -> None:
     SGLang gives each rank a NUMA node, and stops where there are more ranks than nodes unless the
     user spells out the cores in SGLANG_CPU_OMP_THREADS_BIND.
     """
-    global _bound_by_us
-    if os.environ.get(_BIND) not in (None, "", _bound_by_us):
+    if os.environ.get(_BIND) not in (None, "", os.environ.get(_BOUND_BY_US)):
         return
+    os.environ.pop(_BIND, "")
     from sglang.srt.utils import get_cpu_ids_by_node
 
     world_size = server_args.tp_size * server_args.pp_size * server_args.dp_size
     nodes = [[int(cpu) for cpu in node.split(",")] for node in get_cpu_ids_by_node()]
     if world_size <= len(nodes):
-        if _bound_by_us is not None and os.environ.pop(_BIND, ""):
-            _bound_by_us = None
         return
     ranks = max(1, world_size // server_args.nnodes)  # on this machine
     cpus = [cpu for node in nodes for cpu in node]
     starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]
     shares = [cpus[start : max(end, start + 1)] for start, end in pairwise(starts)]
-    os.environ[_BIND] = _bound_by_us = "|".join(",".join(map(str, share)) for share in shares)
+    os.environ[_BIND] = os.environ[_BOUND_BY_US] = "|".join(",".join(map(str, share)) for share in shares)
 
 
 def _base_class(device: Device) -> type[SRTPlatform]:

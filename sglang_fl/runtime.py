@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from .config import RESOLVED, Settings, SettingsError, load_settings, plugin_modules, settings_of_parent
+from .config import Settings, SettingsError, hand_down, load_settings, plugin_modules, settings_of_parent
 from .device import Device
 from .dispatch.logger_manager import DispatchLog, open_dispatch_log
 from .dispatch.manager import OpManager, get_default_manager
@@ -59,7 +59,7 @@ def resolve(device: Device) -> Settings:
         SettingsError: with every problem that was found.
     """
     settings = check_settings(os.environ, device, get_default_manager())
-    os.environ[RESOLVED] = settings.to_json()
+    hand_down(settings, os.environ)
     apply(settings)
     return settings
 

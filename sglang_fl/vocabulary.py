@@ -7,21 +7,22 @@ from functools import lru_cache
 from pathlib import Path
 
 from .config import Vocabulary
-from .dispatch.bridge.catalog import CLASSES
+from .dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES, NOT_COVERED_OPERATORS
 from .dispatch.manager import OpManager
 from .dispatch.ops import OPERATORS
-from .vendors import VENDORS
+from .vendors import ALIASES, VENDORS
 
 
 def vocabulary(manager: OpManager) -> Vocabulary:
     """Names of this package, and of the backends that were found."""
     impls = [impl for group in manager.registry.snapshot().impls_by_op.values() for impl in group]
     return Vocabulary(
-        operators=frozenset(OPERATORS) | frozenset(manager.registry.list_operators()),
+        operators=frozenset(OPERATORS),
         classes=CLASSES,
-        vendors=frozenset(VENDORS) | {impl.vendor for impl in impls if impl.vendor},
+        vendors=frozenset(VENDORS) | ALIASES.keys() | {impl.vendor for impl in impls if impl.vendor},
         impls=frozenset(impl.impl_id for impl in impls),
         flaggems=flaggems_functions(),
+        not_covered=NOT_COVERED_OPERATORS | NOT_COVERED_CLASSES,
         hints={"classes": "sglang-fl ops lists the classes"},
     )
 

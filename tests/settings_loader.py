@@ -16,6 +16,7 @@ VOCABULARY = Vocabulary(
     vendors=frozenset({"nvidia", "ascend", "metax"}),
     impls=frozenset({"reference.torch", "vendor.ascend"}),
     flaggems=frozenset({"mul", "add", "to_copy"}),
+    not_covered=frozenset({"GemmaRMSNorm", "TopK", "fused_moe"}),
     hints={"classes": "where the classes are listed"},
 )
 

@@ -268,7 +268,7 @@ def test_ranks_share_the_cores(ranks: tuple[int, ...], nodes: list[str], expecte
     from sglang_fl import platform
 
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
-    monkeypatch.setattr(platform, "_bound_by_us", None)
+    monkeypatch.setenv("_SGLANG_FL_CPU_OMP_THREADS_BIND", "")
     monkeypatch.setattr("sglang.srt.utils.get_cpu_ids_by_node", lambda: nodes)
     tp, pp, dp, nnodes = (*ranks, 1)[:4]
     platform._share_cores(SimpleNamespace(tp_size=tp, pp_size=pp, dp_size=dp, nnodes=nnodes))

@@ -3,8 +3,10 @@
 
 import argparse
 import os
+import shutil
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,25 +28,21 @@ _MAX_TOKENS = 400
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefer", choices=PREFERENCES, help="which implementations to try first")
-    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor parallel ranks (1 or 2 for this model)")
-    parser.add_argument("--port", type=_positive, metavar="PORT", help="the server's port; default: any free one")
+    parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="tensor parallel ranks; the model has two kv heads")
+    parser.add_argument("--port", type=_port, metavar="PORT", help="the server's port; default: any free one")
     parser.add_argument("--keep", action="store_true", help="leave the server running")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 1 to 65535")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     from .server import Server, ServerFailed, free_port, interrupt_on_termination, port_is_free
 
     console = Console()
-    if args.tp > 2:
-        console.print("The demo's model has two kv heads: --tp can be 1 or 2.")
-        return 2
     environ = {"SGLANG_FL_PREFER": args.prefer} if args.prefer else {}
     if args.port is not None and not port_is_free(args.port):
         console.print(f"Port {args.port} is in use; choose another, or leave --port out to get any free one.")
@@ -52,26 +50,34 @@ def run(args: argparse.Namespace) -> int:
     settings = check_settings({**os.environ, **environ}, probe(), get_default_manager())
     interrupt_on_termination()
 
-    directory = Path(tempfile.mkdtemp(prefix="sglang-fl-demo-"))
-    dispatch_log = Path(settings.dispatch_log).expanduser() if settings.dispatch_log else directory / "dispatch.log"
-    start_of_log = dispatch_log.stat().st_size if dispatch_log.exists() else 0
-    environ["SGLANG_FL_DISPATCH_LOG"] = str(dispatch_log)
-    model = _model(console)
-    arguments = ["--tp", str(args.tp)] if args.tp > 1 else []
-    server = Server(model, port=args.port or free_port(), log=directory / "server.log", arguments=arguments, environ=environ)
-    try:
-        with server:
-            server.keep = args.keep
-            _wait(console, server)
-            right = _ask(console, server)
-            _show_dispatch(console, dispatch_log, start_of_log)
-    except ServerFailed as error:
-        console.print(f"The SGLang server failed: {error}", markup=False, style="red")
-        console.print(f"All it printed: {server.log}", markup=False)
-        return 1
-    if args.keep:
-        console.print(f"\nThe server is still up: {server.url}/v1 (pid {server.pid}; stop it with: kill {server.pid})", markup=False)
-        console.print(f"Its log: {server.log}", markup=False)
+    with ExitStack() as leftovers:
+        directory = Path(tempfile.mkdtemp(prefix="sglang-fl-demo-"))
+        leftovers.callback(shutil.rmtree, directory, ignore_errors=True)
+        dispatch_log = Path(settings.dispatch_log).expanduser() if settings.dispatch_log else directory / "dispatch.log"
+        start_of_log = dispatch_log.stat().st_size if dispatch_log.exists() else 0
+        environ["SGLANG_FL_DISPATCH_LOG"] = str(dispatch_log)
+        try:
+            model = _model(console)
+        except OSError as error:
+            console.print(f"The model's directory cannot be used: {error}. XDG_CACHE_HOME names another place for it.", markup=False)
+            return 1
+        arguments = ["--tp", str(args.tp)] if args.tp > 1 else []
+        server = Server(model, port=args.port or free_port(), log=directory / "server.log", arguments=arguments, environ=environ)
+        try:
+            with server:
+                server.keep = args.keep
+                _wait(console, server)
+                right = _ask(console, server)
+                _show_dispatch(console, dispatch_log, start_of_log)
+        except ServerFailed as error:
+            leftovers.pop_all()
+            console.print(f"The SGLang server failed: {error}", markup=False, style="red")
+            console.print(f"All it printed: {server.log}", markup=False)
+            return 1
+        if args.keep:
+            leftovers.pop_all()
+            console.print(f"\nThe server is still up: {server.url}/v1 (pid {server.pid}; stop it with: kill {server.pid})", markup=False)
+            console.print(f"Its log: {server.log}", markup=False)
     return 0 if right else 1
 
 
@@ -99,28 +105,34 @@ def _wait(console: Console, server: "Server") -> None:
 
 def _ask(console: Console, server: "Server") -> bool:
     """Ask over the OpenAI API, show the answer as it comes; whether it is the text, word for word."""
-    from openai import OpenAI
+    import httpx
+    from openai import OpenAI, OpenAIError
+
+    from .server import ServerFailed
 
     console.print(f"\n> {QUESTION}\n", style="bold", markup=False)
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    stream = client.chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
-        max_tokens=_MAX_TOKENS,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
     answer, tokens, first, last = "", 0, 0.0, 0.0
-    for chunk in stream:
-        if chunk.usage is not None:
-            tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            if choice.delta.content:
-                last = time.monotonic()
-                first = first or last
-                answer += choice.delta.content
-                console.print(choice.delta.content, end="", markup=False, highlight=False, soft_wrap=True)
+    try:
+        stream = client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": QUESTION}],
+            temperature=0,
+            max_tokens=_MAX_TOKENS,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        for chunk in stream:
+            if chunk.usage is not None:
+                tokens = chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                if choice.delta.content:
+                    last = time.monotonic()
+                    first = first or last
+                    answer += choice.delta.content
+                    console.print(choice.delta.content, end="", markup=False, highlight=False, soft_wrap=True)
+    except (OpenAIError, httpx.HTTPError) as error:
+        raise ServerFailed(f"while it was asked: {type(error).__name__}: {error}\n{server.last_lines()}") from error
     right = answer == RECITAL
     speed = f"{(tokens - 1) / (last - first):.0f} tokens/s after the first" if tokens > 1 and last > first else "no speed measured"
     console.print(f"\n\n{'Exactly the text' if right else 'NOT the text'} ({tokens} tokens, {speed}).", markup=False)

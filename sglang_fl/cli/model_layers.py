@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import LAYERS, OVERRIDING
+from ..dispatch.bridge.catalog import LAYERS, NOT_COVERED_CLASSES, OVERRIDING
 
 #: How ``get_rope`` names the class it makes, by the config's rope type.
 _ROPE_CLASSES = {
@@ -28,8 +28,8 @@ _ROPE_CLASSES = {
     "longrope": "Phi3LongRoPEScaledRotaryEmbedding",
     "mrope": "MRotaryEmbedding",
 }
-#: Layers that the first operators of this package do not cover.
-_OTHERS = ("GemmaRMSNorm", "Gemma3RMSNorm", "Gemma4RMSNorm", "LayerNorm", "GeluAndMul", "QuickGELU", "NewGELU", "ReLU2", "TopK", "FusedMoE")
+#: SGLang's functions that make a rotary embedding.
+_MAKE_ROPE = ("get_rope", "get_rope_wrapper")
 _KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers}
 
 
@@ -66,7 +66,7 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
         if file is not None:
             used |= dict.fromkeys(_classes_of(architecture, file))
     rows = []
-    for class_name in dict.fromkeys(_rope_class(text) if name == "get_rope" else name for name in used):
+    for class_name in dict.fromkeys(_rope_class(text) if name in _MAKE_ROPE else name for name in used):
         op = _KNOWN.get(class_name)
         if op is None:
             destination = "sglang (no operator of sglang-fl is for it)"
@@ -148,7 +148,7 @@ def _file_of(architecture: str) -> Path | None:
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
     """The layer classes that a model's file, and the model files it builds on, call."""
     models = start.parent
-    wanted = {*_KNOWN, *_OTHERS, "get_rope"}
+    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE}
     # (file, the class in it that is used, None: all of them)
     pending: list[tuple[Path, str]] = [(start, architecture)]
     seen: set[tuple[Path, str]] = set()
@@ -171,7 +171,7 @@ def _classes_of(architecture: str, start: Path) -> Iterator[str]:
         }
         imported = {
             alias.asname or alias.name: (models / f"{node.module.rpartition('.')[2]}.py", alias.name)
-            for node in tree.body
+            for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sglang.srt.models.")
             for alias in node.names
         }

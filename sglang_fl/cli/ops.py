@@ -67,6 +67,8 @@ def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: st
 
 def picked(plan: Plan, settings: Settings) -> str:
     """What a layer of this operator would run on, before its trial."""
+    if plan.op not in LAYERS:
+        return "nothing: this version binds no layer of SGLang to it"
     if not settings.oot_enabled:
         return "sglang (Layer 2 is off)"
     if plan.candidates:

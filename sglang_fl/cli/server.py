@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -87,11 +87,10 @@ class Server:
         if not (self.keep and kind is None):
             self.stop()
 
-    def wait_until_ready(self, tick: Callable[[float], None] | None = None, timeout: float = _STARTUP_SECONDS) -> None:
+    def wait_until_ready(self, timeout: float = _STARTUP_SECONDS) -> None:
         """Return once the server answers.
 
         Args:
-            tick: called about once a second with the seconds passed.
             timeout: in seconds.
 
         Raises:
@@ -108,8 +107,6 @@ class Server:
                     return
             if passed > timeout:
                 raise ServerFailed(f"the server was not ready after {timeout:.0f} s:\n{self.last_lines()}")
-            if tick is not None:
-                tick(passed)
             time.sleep(1)
 
     def last_lines(self, count: int = 30) -> str:

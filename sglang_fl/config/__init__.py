@@ -8,7 +8,7 @@ from typing import Any
 
 from ..device import probe
 from .errors import SettingsError, suggest
-from .loader import load_settings, platform_name, plugin_modules, profile_path, settings_of_parent
+from .loader import hand_down, load_settings, platform_name, plugin_modules, profile_path, settings_of_parent
 from .options import CONFIG_FILE, OPTIONS, RESOLVED, Option, Vocabulary
 from .settings import Settings, Source
 from .yaml_file import read_mapping
@@ -28,6 +28,7 @@ __all__ = [
     "get_oot_blacklist",
     "get_per_op_order",
     "get_platform_name",
+    "hand_down",
     "load_platform_config",
     "load_settings",
     "plugin_modules",

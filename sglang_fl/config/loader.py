@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the settings: defaults < platform profile < the user's YAML < environment."""
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,8 @@ def _unknown_names(option: Option, value: _Value, vocabulary: Vocabulary) -> Ite
                 yield f"{value.blame(op)}: {op}: {'|'.join(order)!r} names a backend twice"
     elif option.names:
         for word in value.value or ():
+            if option.name == "oot_blacklist" and word in vocabulary.not_covered:
+                continue
             problem = vocabulary.problem_with(option.names, word)
             if problem:
                 yield f"{value.blame(word)}: {problem}"
@@ -218,5 +221,18 @@ def plugin_modules(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 def settings_of_parent(environ: Mapping[str, str] | None = None) -> Settings | None:
     """The settings that the server's main process resolved, in a process that it started."""
-    text = (os.environ if environ is None else environ).get(RESOLVED)
-    return Settings.from_json(text) if text else None
+    environ = os.environ if environ is None else environ
+    if RESOLVED not in environ:
+        return None
+    handed = json.loads(environ[RESOLVED])
+    # A process that was started later, with other variables, is no worker of that server.
+    return Settings.from_json(handed["settings"]) if handed["variables"] == _variables(environ) else None
+
+
+def hand_down(settings: Settings, environ: MutableMapping[str, str]) -> None:
+    """Put settings into the environment that worker processes inherit."""
+    environ[RESOLVED] = json.dumps({"settings": settings.to_json(), "variables": _variables(environ)})
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: environ[name] for name in sorted(VARIABLES | {"GEMS_VENDOR"}) if name in environ}

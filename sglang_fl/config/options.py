@@ -106,10 +106,6 @@ class Option:
     doc: str
     names: str | None = None  # the Vocabulary field that its words come from
 
-    @property
-    def shown_as(self) -> str:
-        return self.yaml or self.env or self.name
-
 
 def _row(name: str, env: str | None, yaml: bool, default: Any, parse: Callable[[Any], Any], doc: str, names: str | None = None) -> Option:
     return Option(name, env, name if yaml else None, default, parse, doc, names)
@@ -151,13 +147,18 @@ VARIABLES = frozenset(option.env for option in _OPTIONS if option.env) | {CONFIG
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The names that settings may use. A field that is None is not checked."""
+    """The names that settings may use. A field that is None is not checked.
+
+    ``not_covered`` are operators and classes that exist, and that this version leaves to SGLang: they
+    may stand in a blacklist, where that is what is asked.
+    """
 
     operators: frozenset[str] | None = None
     classes: frozenset[str] | None = None
     vendors: frozenset[str] | None = None
     impls: frozenset[str] | None = None
     flaggems: frozenset[str] | None = None
+    not_covered: frozenset[str] = frozenset()
     hints: Mapping[str, str] = field(default_factory=dict)
 
     def problem_with_token(self, token: str) -> str | None:
@@ -183,6 +184,8 @@ class Vocabulary:
     def problem_with(self, kind: str, word: str) -> str | None:
         """What is wrong with a word of one of the lists, or None."""
         label = {"classes": "SGLang layer class", "vendors": "vendor", "flaggems": "FlagGems function", "operators": "operator"}[kind]
+        if word in self.not_covered:
+            return f"{label} {word!r} is not covered by this version of sglang-fl; it stays with SGLang, so leave it out here"
         problem = self._problem(label, word, getattr(self, kind))
         if problem and kind in self.hints:
             problem += f" ({self.hints[kind]})"

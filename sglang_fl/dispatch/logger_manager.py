@@ -3,8 +3,9 @@
 
 import logging
 import os
-import threading
 from pathlib import Path
+
+from .locks import ForkSafeLock
 
 
 def get_logger(name: str = "sglang_fl.dispatch") -> logging.Logger:
@@ -28,7 +29,7 @@ class DispatchLog:
     def __init__(self, path: str | None):
         self.path = Path(path).expanduser() if path else None
         self._seen: set[tuple[str, str]] = set()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def check(self) -> str | None:
         """Why the file cannot be written, or None."""
@@ -58,9 +59,6 @@ class DispatchLog:
             except OSError as error:
                 get_logger().error("the dispatch log %s cannot be written: %s", self.path, error)
 
-    def after_fork(self) -> None:
-        self._lock = threading.Lock()
-
 
 _open_log = DispatchLog(None)
 
@@ -75,7 +73,3 @@ def open_dispatch_log(path: str | None) -> DispatchLog:
     global _open_log
     _open_log = DispatchLog(path)
     return _open_log
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _open_log.after_fork())

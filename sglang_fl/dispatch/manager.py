@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpManager: from an operator's name to the implementation that the policy wants, and its call."""
 
-import os
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import load_settings, settings_of_parent, suggest
 from .builtin_ops import Discovery, discover
+from .locks import ForkSafeLock
 from .logger_manager import get_logger
 from .policy import PolicyManager, SelectionPolicy, get_policy
 from .registry import OpRegistry
@@ -58,9 +56,8 @@ class OpManager:
         self.discovery: Discovery | None = Discovery() if registry is not None else None
         self._plans: dict[tuple[str, SelectionPolicy], Plan] = {}
         self._plans_version = -1
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self._reported: set[tuple[str, str, str]] = set()
-        _managers.add(self)
 
     def ensure_initialized(self, plugin_modules: Sequence[str] | None = None) -> None:
         """Register every backend there is, once.
@@ -211,9 +208,8 @@ class OpManager:
             PolicyManager.get_instance().notify()
 
 
-_managers: "weakref.WeakSet[OpManager]" = weakref.WeakSet()
 _default: OpManager | None = None
-_default_lock = threading.Lock()
+_default_lock = ForkSafeLock()
 
 
 def get_default_manager() -> OpManager:
@@ -241,15 +237,3 @@ def call_op(op_name: str, *args: Any, **kwargs: Any) -> Any:
 def resolve_op(op_name: str) -> Callable[..., Any]:
     """The function that the policy picks for an operator; see :meth:`OpManager.resolve`."""
     return get_default_manager().resolve(op_name)
-
-
-def _new_locks_after_fork() -> None:
-    # A lock that another thread held while the process forked stays locked in the child for ever.
-    global _default_lock
-    _default_lock = threading.Lock()
-    for manager in _managers:
-        manager._lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_locks_after_fork)

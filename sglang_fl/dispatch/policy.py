@@ -7,7 +7,6 @@ its own thread or task only.
 
 import hashlib
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, load_settings, settings_of_parent, suggest
+from ..vendors import canonical
+from .locks import ForkSafeLock
 from .types import SGLANG
 
 PREFER_DEFAULT = "flagos"
@@ -61,7 +62,7 @@ class SelectionPolicy:
 
     def __post_init__(self) -> None:
         if self.prefer not in _DEFAULT_ORDERS:
-            raise ValueError(f"unknown preference {self.prefer!r}{suggest(self.prefer, _DEFAULT_ORDERS)}")
+            raise ValueError(f"unknown preference {self.prefer!r}{suggest(self.prefer, list(_DEFAULT_ORDERS))}")
         pairs = tuple(sorted((op, tuple(order)) for op, order in self.per_op_order))
         for op, order in pairs:
             if not order:
@@ -121,7 +122,9 @@ class SelectionPolicy:
         """Whether a vendor's implementations may be used; those of no vendor always may."""
         if vendor is None:
             return True
-        return vendor not in self.deny_vendors and (self.allow_vendors is None or vendor in self.allow_vendors)
+        name = canonical(vendor)
+        denied = name in map(canonical, self.deny_vendors)
+        return not denied and (self.allow_vendors is None or name in map(canonical, self.allow_vendors))
 
     def fingerprint(self) -> str:
         """Equal for equal policies, in every process."""
@@ -155,6 +158,8 @@ class _Overrides:
 
 overrides = _Overrides()
 _override: ContextVar[SelectionPolicy | None] = ContextVar("sglang_fl_policy", default=None)
+#: Contexts open in this thread or task.
+_depth: ContextVar[int] = ContextVar("sglang_fl_policy_depth", default=0)
 _entered: ContextVar[tuple[Token[SelectionPolicy | None], ...]] = ContextVar("sglang_fl_policies_entered", default=())
 
 
@@ -162,12 +167,12 @@ class PolicyManager:
     """The policy of the process. One instance; see :meth:`get_instance`."""
 
     _instance: "PolicyManager | None" = None
-    _instance_lock = threading.Lock()
+    _instance_lock = ForkSafeLock()
 
     def __init__(self) -> None:
         self._global: SelectionPolicy | None = None
         self._from_settings: SelectionPolicy | None = None
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
 
     @classmethod
@@ -238,13 +243,21 @@ class PolicyManager:
 
 def _push(policy: SelectionPolicy) -> Token[SelectionPolicy | None]:
     token = _override.set(policy)
-    PolicyManager.get_instance().count_override(+1)
+    _depth.set(_depth.get() + 1)
+    try:
+        PolicyManager.get_instance().count_override(+1)
+    except Exception:
+        _pop(token)
+        raise
     return token
 
 
 def _pop(token: Token[SelectionPolicy | None]) -> None:
-    _override.reset(token)
-    PolicyManager.get_instance().count_override(-1)
+    try:
+        _override.reset(token)
+        _depth.set(_depth.get() - 1)
+    finally:
+        PolicyManager.get_instance().count_override(-1)
 
 
 def current_override() -> SelectionPolicy | None:
@@ -310,12 +323,10 @@ def with_denied_vendors(*vendors: str) -> SelectionPolicy:
     return replace(policy, deny_vendors=policy.deny_vendors | frozenset(vendors))
 
 
-def _after_fork() -> None:
-    # A lock that another thread held while the process forked stays locked in the child for ever.
-    PolicyManager._instance_lock = threading.Lock()
-    if PolicyManager._instance is not None:
-        PolicyManager._instance._lock = threading.RLock()
+def _count_in_child() -> None:
+    # The contexts that other threads had open are not in the child.
+    overrides.active = _depth.get()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_count_in_child)

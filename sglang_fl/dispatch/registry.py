@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The implementations there are."""
 
-import os
-import threading
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from .locks import ForkSafeLock
 from .types import OpImpl
 
 
@@ -22,9 +20,8 @@ class OpRegistry:
 
     def __init__(self) -> None:
         self._impls: dict[str, dict[str, OpImpl]] = {}
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self.version = 0
-        _registries.add(self)
 
     def register_impl(self, impl: OpImpl) -> None:
         """Raises ValueError if the operator has an implementation of that id already."""
@@ -67,16 +64,3 @@ class OpRegistry:
         with self._lock:
             self._impls = {}
             self.version += 1
-
-
-_registries: "weakref.WeakSet[OpRegistry]" = weakref.WeakSet()
-
-
-def _new_locks_after_fork() -> None:
-    # A lock that another thread held while the process forked stays locked in the child for ever.
-    for registry in _registries:
-        registry._lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_locks_after_fork)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..vendors import canonical
+
 #: The word of an order that leaves an operator to SGLang itself. No OpImpl answers to it.
 SGLANG = "sglang"
 
@@ -130,5 +132,5 @@ def match_token(impl: OpImpl, token: str) -> bool:
     if not colon:
         return impl.kind.value == token
     if head == "vendor":
-        return impl.kind is BackendImplKind.VENDOR and impl.vendor == tail
+        return impl.kind is BackendImplKind.VENDOR and canonical(impl.vendor or "") == canonical(tail)
     return head == "impl" and impl.impl_id == tail

@@ -58,9 +58,11 @@ def test_the_table_above_has_every_verb() -> None:
         (["ops", "too-much"], "too-much"),
         (["ops", "--model"], "--model"),
         (["demo", "--prefer", "fastest"], "'fastest'"),
-        (["demo", "--tp", "0"], "0 is less than 1"),
+        (["demo", "--tp", "0"], "invalid choice: 0"),
         (["demo", "--tp", "two"], "two"),
         (["demo", "--port", "-1"], "-1"),
+        (["demo", "--port", "70000"], "'70000' is no port: a number from 1 to 65535"),
+        (["demo", "--port", "abc"], "'abc' is no port"),
     ],
 )
 def test_wrong_use(capsys: pytest.CaptureFixture[str], argv: list[str], told: str) -> None:

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 
 from sglang_fl.cli import main
+from sglang_fl.cli.model_layers import model_layers
+from sglang_fl.cli.ops import operator_rows
+from sglang_fl.config import Settings
+from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry
 from sglang_fl.dispatch.bridge.catalog import CLASSES
 from sglang_fl.dispatch.ops import OPERATORS
 
@@ -306,3 +310,25 @@ def test_broken_config_json(capsys: pytest.CaptureFixture[str], model: Callable[
     """An error that names the file, not a traceback."""
     directory = model(text)
     assert f"{directory}/config.json" in failing_ops(capsys, directory)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("Llama4ForConditionalGeneration", {"RMSNorm", "SiluAndMul", "RotaryEmbedding"}),
+        ("DeepseekV3ForCausalLM", {"RMSNorm", "SiluAndMul", "RotaryEmbedding"}),
+        ("Gemma3ForCausalLM", {"Gemma3RMSNorm", "GeluAndMul", "RotaryEmbedding"}),
+    ],
+)
+def test_layers_made_in_roundabout_ways_are_found(architecture: str, expected: set[str], tmp_path: Path) -> None:
+    """Imported inside a function, or made by a wrapper of SGLang's."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "hidden_size": 64}))
+    assert expected <= {layer.class_name for layer in model_layers(tmp_path, dict.fromkeys(OPERATORS, "here"), Settings())}
+
+
+def test_an_operator_that_nothing_is_bound_to_is_not_picked() -> None:
+    registry = OpRegistry()
+    registry.register_impl(OpImpl("gemma_rms_norm", "vendor.x", BackendImplKind.VENDOR, print, vendor="x"))
+    assert [row.picked for row in operator_rows(OpManager(registry), Settings())] == [
+        "nothing: this version binds no layer of SGLang to it"
+    ]

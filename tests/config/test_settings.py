@@ -11,7 +11,6 @@ from settings_loader import NVIDIA, Loader
 
 from sglang_fl.config import (
     OPTIONS,
-    RESOLVED,
     Settings,
     Source,
     get_config_path,
@@ -20,6 +19,7 @@ from sglang_fl.config import (
     get_oot_blacklist,
     get_per_op_order,
     get_platform_name,
+    hand_down,
     load_platform_config,
     settings_of_parent,
 )
@@ -372,7 +372,9 @@ def test_json_round_trip(settings: Settings) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_settings_reach_worker_processes(load: Loader, name: str) -> None:
     settings = load(**{str(OPTIONS[name].env): TEXTS[name][0][0]})
-    inherited = settings_of_parent({RESOLVED: settings.to_json()})
+    environ = {str(OPTIONS[name].env): TEXTS[name][0][0]}
+    hand_down(settings, environ)
+    inherited = settings_of_parent(environ)
     assert inherited == settings
     assert inherited is not None and inherited.source(name) == settings.source(name)
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from settings_loader import Loader
 
 from sglang_fl.config import OPTIONS, Settings, SettingsError, load_platform_config, suggest
+from sglang_fl.dispatch import OpManager, OpRegistry
+from sglang_fl.vocabulary import vocabulary
 
 VARIABLES_ONLY = [(name, option.env) for name, option in OPTIONS.items() if not option.yaml]
 
@@ -307,3 +309,22 @@ def test_any_variable_gives_settings_or_a_settings_error(loader: Loader, variabl
     except SettingsError as error:
         for problem in error.problems:
             assert place_of(problem) == variable
+
+
+@pytest.mark.parametrize("word", ["GemmaRMSNorm", "TopK"])
+def test_what_is_not_covered_may_be_blacklisted(load: Loader, word: str) -> None:
+    """It stays with SGLang, as asked."""
+    assert load(SGLANG_FL_OOT_BLACKLIST=word).oot_blacklist == (word,)
+    with pytest.raises(SettingsError, match=f"'{word}' is not covered by this version of sglang-fl"):
+        load(SGLANG_FL_OOT_WHITELIST=word)
+
+
+def test_an_order_for_an_operator_that_is_not_covered_is_refused(load: Loader) -> None:
+    with pytest.raises(SettingsError, match="operator 'fused_moe' is not covered by this version of sglang-fl"):
+        load(SGLANG_FL_PER_OP="fused_moe=vendor")
+
+
+@pytest.mark.parametrize("word", ["cuda", "npu", "musa"])
+def test_vendors_may_be_called_by_their_aliases(load: Loader, word: str) -> None:
+    load.vocabulary = vocabulary(OpManager(OpRegistry()))
+    assert load(SGLANG_FL_DENY_VENDORS=word).deny_vendors == (word,)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import asyncio
+import contextvars
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +181,57 @@ def test_a_listener_that_refuses_keeps_the_old_policy() -> None:
         set_global_policy(SelectionPolicy("vendor"))
     assert get_policy().prefer == "flagos"
     assert listener.seen == ["vendor", "flagos"]
+
+
+def test_a_context_that_a_listener_refuses_was_never_entered() -> None:
+    class Listener:
+        def look(self) -> None:
+            if overrides.active:
+                raise RuntimeError("not now")
+
+    listener = Listener()
+    PolicyManager.get_instance().subscribe(listener.look)
+    with pytest.raises(RuntimeError, match="not now"), with_preference("vendor"):
+        pytest.fail("entered")
+    assert get_policy().prefer == "flagos"
+    assert overrides.active == 0
+
+
+def test_a_context_left_from_another_context_is_still_counted_out() -> None:
+    manager = policy_context(SelectionPolicy("vendor"))
+    contextvars.copy_context().run(manager.__enter__)
+    assert overrides.active == 1
+    with pytest.raises(ValueError, match="different Context"):
+        manager.__exit__(None, None, None)
+    assert overrides.active == 0
+
+
+def test_contexts_of_other_threads_are_not_in_a_forked_child() -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with with_preference("vendor"):
+            inside.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    with with_preference("reference"):
+        assert overrides.active == 2
+        child = os.fork()
+        if child == 0:
+            os._exit(overrides.active)
+        _, status = os.waitpid(child, 0)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 1
+
+
+def test_vendors_have_aliases() -> None:
+    policy = SelectionPolicy(deny_vendors=frozenset({"cuda"}))
+    assert not policy.is_vendor_allowed("nvidia") and not policy.is_vendor_allowed("cuda")
+    assert SelectionPolicy(allow_vendors=frozenset({"npu"})).is_vendor_allowed("ascend")
 
 
 def test_policy_from_config(tmp_path: Path) -> None:

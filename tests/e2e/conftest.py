@@ -23,6 +23,8 @@ from .forward_error import logprobs_and_bounds
 
 @pytest.fixture(scope="session")
 def model() -> Path:
+    if torch.accelerator.is_available():
+        pytest.skip("these tests are for a plain CPU; make test-gpu serves on a GPU")
     return demo_model()
 
 

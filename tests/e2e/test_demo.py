@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that ``make demo`` runs, as a user runs it."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,8 +25,20 @@ def start_demo(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
 
 
-def servers() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if "sglang.launch_server" in " ".join(p.info["cmdline"] or [])]
+def children(demo: subprocess.Popen[str]) -> list[psutil.Process]:
+    """What the demo has started: the server, and what that started."""
+    return psutil.Process(demo.pid).children(recursive=True)
+
+
+def wait_for(demo: subprocess.Popen[str], word: str) -> list[psutil.Process]:
+    """The demo's children, once one with a word in its command line is among them."""
+    for _ in range(1200):
+        found = children(demo)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(word in " ".join(child.cmdline()) for child in found):
+                return found
+        time.sleep(0.1)
+    raise AssertionError(f"no child of the demo has {word!r} in its command line")
 
 
 def test_the_demo_recites_and_cleans_up(model: Path) -> None:
@@ -34,28 +49,22 @@ def test_the_demo_recites_and_cleans_up(model: Path) -> None:
     assert "Exactly the text" in printed and "tokens/s" in printed
     for name in ("RMSNorm", "SiluAndMul", "RotaryEmbedding"):
         assert any(name in line and "reference(reference.torch)" in line for line in printed.splitlines())
-    assert not servers()
+    assert not list(Path(tempfile.gettempdir()).glob("sglang-fl-demo-*")), "its temporary files are gone too"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_nothing(model: Path, signum: signal.Signals) -> None:
+@pytest.mark.parametrize(("signum", "stage"), [(signal.SIGINT, "sglang::scheduler"), (signal.SIGTERM, "sglang.launch_server")])
+def test_an_interrupted_demo_leaves_nothing(model: Path, signum: signal.Signals, stage: str) -> None:
     demo = start_demo()
-    for _ in range(300):
-        if servers():
-            break
-        time.sleep(0.1)
-    assert servers()
-    time.sleep(2)
+    started = wait_for(demo, stage)
     demo.send_signal(signum)
     printed, _ = demo.communicate(timeout=60)
     assert demo.returncode == 130, printed
     assert "interrupted" in printed
-    assert not servers()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
 
 
 def test_a_port_in_use_is_said(model: Path) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -63,4 +72,12 @@ def test_a_port_in_use_is_said(model: Path) -> None:
         printed, _ = demo.communicate(timeout=120)
     assert demo.returncode == 2
     assert "is in use" in printed
-    assert not servers()
+
+
+def test_a_cache_that_cannot_be_used_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    demo = start_demo()
+    printed, _ = demo.communicate(timeout=120)
+    assert demo.returncode == 1
+    assert "XDG_CACHE_HOME" in printed and "Traceback" not in printed

@@ -50,6 +50,8 @@ class Routes:
 
     Attributes:
         fn: the implementation in force, called as the operator's signature says.
+        dtypes: the activation dtypes that it takes, None: all. A few models call a layer in another
+            dtype than their own; such a call goes to ``own``.
         own: SGLang's forward for the layer's class: ``own(layer, *sglang_args)``.
         contexts: tells whether a policy context is open.
         divert: takes the call then: ``divert(layer, *sglang_args)``.
@@ -57,6 +59,7 @@ class Routes:
     """
 
     fn: Forward
+    dtypes: frozenset[torch.dtype] | None
     own: Forward
     contexts: Contexts
     divert: Forward
@@ -119,7 +122,7 @@ def overridden(cls: type, base: type) -> set[str]:
 
 
 def check_result(what: str, result: Any, like: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Raises TypeError or ValueError unless ``result`` is a tensor of that shape, dtype and device."""
+    """Raises TypeError or ValueError unless ``result`` is a finite tensor of that shape, dtype and device."""
     if not isinstance(result, torch.Tensor):
         raise TypeError(f"{what} is {type(result).__name__}, not a tensor")
     wanted = tuple(like.shape) if shape is None else shape
@@ -127,6 +130,8 @@ def check_result(what: str, result: Any, like: torch.Tensor, shape: tuple[int, .
         raise ValueError(f"{what} has shape {tuple(result.shape)}, not {wanted}")
     if result.dtype != like.dtype or result.device != like.device:
         raise ValueError(f"{what} is {result.dtype} on {result.device}, not {like.dtype} on {like.device}")
+    if not result.isfinite().all():
+        raise ValueError(f"{what} holds inf or nan, for inputs between -1 and 1")
 
 
 def scratch(site: Site, *shape: int) -> torch.Tensor:

@@ -5,11 +5,9 @@ SGLang calls ``layer._forward_method`` and seeds that attribute itself to pin a 
 by putting a forward there, as a method of the layer, so that copying the layer copies the binding.
 """
 
-import os
-import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from ...config import Settings
+from ..locks import ForkSafeLock
 from ..logger_manager import dispatch_log, get_logger
 from ..manager import OpManager, Plan, is_capturing
 from ..policy import PolicyManager, SelectionPolicy, current_override, overrides
@@ -66,9 +65,9 @@ class Binder:
         self._forwards: dict[tuple[Any, ...], Forward] = {}
         self._ours: set[Forward] = set()
         self._trials: dict[tuple[Any, ...], Exception | None] = {}
-        self._lock = threading.RLock()
+        self._warned: set[str] = set()
+        self._lock = ForkSafeLock()
         PolicyManager.get_instance().subscribe(self.refresh)
-        _binders.add(self)
 
     # --- at load -------------------------------------------------------------------------------
 
@@ -80,11 +79,13 @@ class Binder:
         """
         report = BindReport()
         log = dispatch_log()
-        policy = PolicyManager.get_instance().get_global_policy()
+        policies = PolicyManager.get_instance()
+        policies.get_global_policy()  # settled before our lock is taken, which its listeners take after its own
         with self._lock:
+            policy = policies.get_global_policy()
             taken: dict[nn.Module, _Layer] = {}
             for layer, bridge, site in _layers_of(model):
-                why = self._why_left(layer, bridge)
+                why = self._why_left(layer, bridge, site)
                 if why is None:
                     taken[layer] = _Layer(bridge, site, _own_forward(layer), type(layer).__name__)
                 else:
@@ -99,7 +100,7 @@ class Binder:
                     log.record(taken[layer].class_name, choice.destination)
         return report
 
-    def _why_left(self, layer: nn.Module, bridge: Bridge) -> str | None:
+    def _why_left(self, layer: nn.Module, bridge: Bridge, site: Site) -> str | None:
         """Why a layer stays with SGLang whatever the policy says, or None."""
         if not self.settings.oot_enabled:
             return "Layer 2 is off"
@@ -111,6 +112,8 @@ class Binder:
         method = layer._forward_method
         if method is not None and getattr(method, "__func__", None) not in self._ours:
             return f"SGLang pinned it to {getattr(method, '__name__', method)}"
+        if any(parameter.device != site.device for parameter in layer.parameters()):
+            return "its weights are offloaded"
         return bridge.reason_to_leave(layer)
 
     # --- the choice ----------------------------------------------------------------------------
@@ -131,7 +134,7 @@ class Binder:
             if policy.strict:
                 raise RuntimeError(f"sglang-fl: {told} (strict is set, so nothing takes its place)") from error
             passed_over[impl.impl_id] = f"failed its trial: {type(error).__name__}: {error}"
-            self._warn_once(f"{told}; {_successor(plan, index)} takes its place", impl, layer, info)
+            self._warn_once(f"{told}; {_successor(plan, index)} takes its place")
         if plan.to_sglang:
             return _Choice(None, "policy")
         if self.deterministic:
@@ -140,7 +143,7 @@ class Binder:
         told = f"no implementation of {info.bridge.op} can run for {info.class_name} (order {'|'.join(plan.order)}: {reasons})"
         if policy.strict:
             raise RuntimeError(f"sglang-fl: {told}")
-        self._warn_once(f"{told}; it stays with SGLang", None, layer, info)
+        self._warn_once(f"{told}; it stays with SGLang")
         return _Choice(None, "no implementation can run")
 
     def _unfit(self, impl: OpImpl, site: Site) -> str | None:
@@ -162,15 +165,17 @@ class Binder:
                 info.bridge.trial(layer, info.site, impl.fn)
             torch.get_device_module(info.site.device).synchronize()
         except Exception as error:
+            logger.debug("trial of %s on %s", impl.impl_id, info.class_name, exc_info=True)
+            # Its traceback would keep the layer and the scratch tensors.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             self._trials[key] = error
         else:
             self._trials[key] = None
         return self._trials[key]
 
-    def _warn_once(self, told: str, impl: OpImpl | None, layer: nn.Module, info: _Layer) -> None:
-        key = (impl, info.bridge.op, told)
-        if key not in self._trials:
-            self._trials[key] = None
+    def _warn_once(self, told: str) -> None:
+        if told not in self._warned:
+            self._warned.add(told)
             logger.warning(told)
 
     # --- the binding ---------------------------------------------------------------------------
@@ -205,7 +210,7 @@ class Binder:
     def _build(self, info: _Layer, impl: OpImpl | None, watch: bool) -> Forward:
         if impl is None:
             return self._divert if watch else info.own
-        routes = Routes(impl.fn, info.own, overrides if watch else NoContexts(), self._divert, self._failed(impl))
+        routes = Routes(impl.fn, impl.supported_dtypes, info.own, overrides if watch else NoContexts(), self._divert, self._failed(impl))
         forward = _named(info.bridge.forward(routes), impl)
         if not watch:
             return forward
@@ -233,6 +238,10 @@ class Binder:
         def failed(layer: nn.Module, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...]) -> Any:
             policy = current_override() or PolicyManager.get_instance().get_global_policy()
             plan = self.manager.plan(impl.op_name, policy)
+            info = self._layers.get(layer)
+            if info is not None:
+                fit = [i for i in plan.candidates if i is impl or (self._unfit(i, info.site) is None and self._try(i, layer, info) is None)]
+                plan = replace(plan, candidates=tuple(fit))
 
             def call(other: OpImpl) -> Any:
                 result = other.fn(layer, *args)
@@ -251,8 +260,10 @@ class Binder:
         Raises:
             RuntimeError: a strict policy that a layer cannot follow; then nothing has changed.
         """
-        policy = PolicyManager.get_instance().get_global_policy()
+        policies = PolicyManager.get_instance()
+        policies.get_global_policy()
         with self._lock:
+            policy = policies.get_global_policy()
             layers = list(self._layers.items())
             choices = [(layer, info, self._choose(layer, info, policy)) for layer, info in layers]
             for layer, info, choice in choices:
@@ -327,15 +338,3 @@ def _recording(forward: Forward, destination: str) -> Forward:
         return forward(self, *args, **kwargs)
 
     return first
-
-
-_binders: "weakref.WeakSet[Binder]" = weakref.WeakSet()
-
-
-def _new_locks_after_fork() -> None:
-    for binder in _binders:
-        binder._lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_locks_after_fork)

@@ -40,6 +40,42 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
 #: Every class that the lists may name.
 CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers)
 
+#: Operators and layer classes that backends and settings of FlagOS name, and that this version does not
+#: cover: their layers stay with SGLang.
+NOT_COVERED_OPERATORS = frozenset(
+    {
+        "chunk_gated_delta_rule",
+        "fused_moe",
+        "fused_recurrent_gated_delta_rule",
+        "fused_recurrent_gated_delta_rule_packed_decode",
+        "gelu_and_mul",
+        "gemma_rms_norm",
+        "layer_norm",
+        "mrotary_embedding",
+        "new_gelu",
+        "quick_gelu",
+        "relu2",
+        "topk",
+    }
+)
+NOT_COVERED_CLASSES = frozenset(
+    {
+        "FusedMoE",
+        "Gemma3RMSNorm",
+        "Gemma4RMSNorm",
+        "GemmaRMSNorm",
+        "GeluAndMul",
+        "LayerNorm",
+        "Mixer2RMSNormGated",
+        "NewGELU",
+        "QuickGELU",
+        "RMSNormWithoutScale",
+        "ReLU2",
+        "TopK",
+        "UnquantizedFusedMoEMethod",
+    }
+)
+
 #: Those that have a forward of their own, and so always stay with SGLang.
 OVERRIDING = frozenset(
     {

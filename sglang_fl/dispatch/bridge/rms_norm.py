@@ -59,7 +59,8 @@ class RMSNormBridge(Bridge):
             check_result(what, result, x)
 
     def forward(self, routes: Routes) -> Forward:
-        fn, own, contexts, divert, failed = routes.fn, routes.own, routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
 
         def forward(
             self: Layer,
@@ -72,6 +73,8 @@ class RMSNormBridge(Bridge):
                 return own(self, x, residual, post_residual_addition, quant_linear)
             if contexts.active:
                 return divert(self, x, residual)
+            if dtypes is not None and x.dtype not in dtypes:
+                return own(self, x, residual)
             try:
                 return fn(self, x, residual)
             except Exception as error:

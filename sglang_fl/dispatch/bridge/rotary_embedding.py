@@ -6,6 +6,8 @@ import torch
 from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
 
 _TRIAL_TOKENS, _TRIAL_HEADS, _TRIAL_KV_HEADS = 2, 4, 2
+#: SGLang's forwards that return new tensors.
+_OUT_OF_PLACE = frozenset({"forward_native", "forward_npu"})
 #: Where a layer keeps (its cos_sin_cache, the cos half, the sin half).
 _HALVES = "_sglang_fl_cos_sin"
 
@@ -52,7 +54,11 @@ class RotaryEmbeddingBridge(Bridge):
         check_result("its key", result[1], key)
 
     def forward(self, routes: Routes) -> Forward:
-        fn, own, contexts, divert, failed = routes.fn, routes.own, routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        # Where SGLang's own forward writes query and key in place, some of its models rely on that
+        # and do not look at the result (models/llama4.py).
+        in_place = own.__name__ not in _OUT_OF_PLACE
 
         def forward(
             self: Layer,
@@ -67,6 +73,8 @@ class RotaryEmbeddingBridge(Bridge):
                 return own(self, positions, query, key, offsets, fused_set_kv_buffer_arg)
             if contexts.active:
                 return divert(self, positions, query, key, offsets)
+            if dtypes is not None and query.dtype not in dtypes:
+                return own(self, positions, query, key, offsets)
             state = self.__dict__
             halves = state.get(_HALVES)
             if halves is None or halves[0] is not state["_buffers"]["cos_sin_cache"]:
@@ -86,9 +94,18 @@ class RotaryEmbeddingBridge(Bridge):
                 rotated = fn(self, *args)
             except Exception as error:
                 rotated = failed(self, error, args, (positions, query, key, offsets))
+            if in_place:
+                return _write_back(query, args[0], rotated[0]), _write_back(key, args[1], rotated[1])
             return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
 
         return forward
+
+
+def _write_back(given: torch.Tensor, by_head: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+    """``given``, holding the result; nothing is copied if the implementation wrote it there."""
+    if rotated is not by_head or by_head.data_ptr() != given.data_ptr():
+        given.copy_(rotated.reshape(given.shape))
+    return given
 
 
 def _by_head(x: torch.Tensor, num_tokens: int, head_size: int) -> torch.Tensor:

@@ -26,11 +26,14 @@ class SiluAndMulBridge(Bridge):
         check_result("its result", fn(layer, x), x, (_TRIAL_TOKENS, size))
 
     def forward(self, routes: Routes) -> Forward:
-        fn, contexts, divert, failed = routes.fn, routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
 
         def forward(self: Layer, x: torch.Tensor) -> torch.Tensor:
             if contexts.active:
                 return divert(self, x)
+            if dtypes is not None and x.dtype not in dtypes:
+                return own(self, x)
             try:
                 return fn(self, x)
             except Exception as error:

@@ -7,6 +7,7 @@ import gc
 import logging
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_supported_dtypes_are_honoured() -> None:
     for dtype, expected in ((torch.bfloat16, FLAGOS), (torch.float32, REFERENCE)):
         layer = norm()
         bind(layer, OpManager(registry), dtype=dtype)
-        assert ran(layer) == expected
+        assert layer(X.to(dtype))[0, 0].item() == expected
 
 
 # --- the trial -------------------------------------------------------------------------------------
@@ -210,6 +211,10 @@ def wrong_dtype(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = Non
     return x.double() if residual is None else (x.double(), residual)
 
 
+def not_finite(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    return x * float("nan") if residual is None else (x * float("nan"), residual)
+
+
 def forgets_residual(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
     return x
 
@@ -219,6 +224,7 @@ def forgets_residual(layer: Any, x: torch.Tensor, residual: torch.Tensor | None 
     [
         (fails, "ArithmeticError: this kernel is broken"),
         (wrong_shape, r"ValueError: its result has shape \(2, 1\), not \(2, 64\)"),
+        (not_finite, "ValueError: its result holds inf or nan"),
         (wrong_dtype, r"torch.float64 on cpu, not torch.float32"),
         (forgets_residual, r"TypeError: with a residual its result is Tensor, not \(normed, residual\)"),
     ],
@@ -388,6 +394,28 @@ def test_a_global_change_takes_effect_and_back() -> None:
     assert seen == [FLAGOS, VENDOR, VENDOR, "sglang", "sglang", REFERENCE, REFERENCE, FLAGOS, FLAGOS]
 
 
+def test_a_policy_set_while_a_model_is_being_bound_is_followed() -> None:
+    """The policy that binding started from may be another by the time the layers are known."""
+    set_global_policy(SelectionPolicy())
+    layer = norm()
+    binder = Binder(manager(), Settings())
+    _alive.append(binder)
+    with binder._lock:
+        thread = threading.Thread(target=binder.bind, args=(Model(layer),))
+        thread.start()
+        time.sleep(0.2)  # the thread waits for the lock now
+        set_global_policy(SelectionPolicy("vendor"))
+    thread.join()
+    assert ran(layer) == VENDOR
+
+
+def test_offloaded_weights_stay_with_sglang() -> None:
+    layer = norm()
+    layer.weight = nn.Parameter(torch.ones(HIDDEN, device="meta"))
+    report = bind(layer, manager())
+    assert "sglang(its weights are offloaded)" in report.summary()
+
+
 def test_a_global_change_that_a_layer_cannot_follow_changes_nothing() -> None:
     layer = bound(vendor=fails)
     with pytest.raises(RuntimeError, match="failed its trial"):
@@ -477,11 +505,11 @@ def test_many_threads_and_changes_at_once() -> None:
     assert ran(layer) == VENDOR
 
 
-def test_a_forgotten_binder_and_its_layers_can_be_collected() -> None:
-    layer = bound()
+@pytest.mark.parametrize("broken", [{}, {"flagos": fails}])
+def test_a_forgotten_layer_can_be_collected(broken: dict[str, Any]) -> None:
+    layer = bound(**broken)
     layer(X.clone())
     gone = weakref.ref(layer)
-    _alive.clear()
     del layer
     gc.collect()
     assert gone() is None
@@ -517,6 +545,26 @@ def test_a_failure_comes_to_sglang_where_the_order_says_so() -> None:
     assert layer(torch.ones(8, HIDDEN))[0, 0].item() == pytest.approx(1.0)
     _, residual = layer(torch.ones(8, HIDDEN), torch.ones(8, HIDDEN))
     assert residual[0, 0].item() == 2.0
+
+
+def test_a_retry_is_as_choosy_as_the_binding() -> None:
+    """Neither what is not batch-invariant, nor what does not take the dtype, nor what failed its trial."""
+    for deterministic in (True, False):
+        registry = OpRegistry()
+        first = OpImpl("rms_norm", "default.flagos", D, breaks_later("flagos"), writes_inputs=False, batch_invariant=True)
+        registry.register_impl(first)
+        if deterministic:
+            registry.register_impl(OpImpl("rms_norm", "vendor.x", V, norm_that_says(VENDOR), vendor="x"))
+        else:
+            registry.register_impl(
+                OpImpl("rms_norm", "vendor.x", V, norm_that_says(VENDOR), vendor="x", supported_dtypes=frozenset({torch.bfloat16}))
+            )
+            registry.register_impl(OpImpl("rms_norm", "vendor.y", V, wrong_shape, vendor="y"))
+        set_global_policy(SelectionPolicy())
+        layer = norm()
+        bind(layer, OpManager(registry), deterministic=deterministic)
+        with pytest.raises(ArithmeticError, match="flagos cannot do 8 rows"):
+            layer(torch.ones(8, HIDDEN))
 
 
 def test_a_failure_goes_up_where_inputs_may_have_been_written() -> None:

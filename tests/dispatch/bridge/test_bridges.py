@@ -73,7 +73,10 @@ def sglang_subclasses() -> dict[str, set[str]]:
     """operator -> its class and all subclasses, read from the source of the installed SGLang."""
     parents: dict[str, set[str]] = {}
     for path in (Path(sglang.__file__).parent / "srt").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        if not any(layers[0][1] in text for layers in LAYERS.values()):
+            continue  # the rest takes ten seconds to parse
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
                 names = {
                     base.id if isinstance(base, ast.Name) else base.attr
@@ -290,6 +293,62 @@ def test_rotary_shapes(rng: torch.Generator, form: str, head: int, rotary_dim: i
         positions = positions.int()
     agree_with_native(layer, positions, query, key, *more)
     assert CALLS == ["rotary_embedding"]
+
+
+class InPlaceRotary(sglang_class("RotaryEmbedding")):  # type: ignore[misc]
+    """As on a device where SGLang's own kernel writes query and key, and models rely on it."""
+
+    def _resolve_forward_method(self) -> Callable[..., Any]:
+        return self.forward_cuda
+
+
+@pytest.mark.parametrize("form", ["flat", "heads", "slices"])
+@pytest.mark.parametrize("writes", [False, True])
+def test_callers_that_do_not_look_at_the_result(rng: torch.Generator, form: str, writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """models/llama4.py rotates views of its packed queries and keys, and goes on with the packed tensor."""
+    monkeypatch.setattr("sglang_fl.dispatch.bridge.base.overridden", lambda cls, base: set())
+
+    def writing(obj: Any, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Any:
+        rotated = reference.rotary_embedding(obj, q, k, *rest)
+        return q.copy_(rotated[0]), k.copy_(rotated[1])
+
+    layer = InPlaceRotary(HEAD, HEAD, MAX_POSITION, 10000, True, torch.float32)
+    assert bind(layer, rotary_embedding=writing if writes else reference.rotary_embedding).bound == 1
+    packed = torch.randn(5, 6 * HEAD, generator=rng)
+    query, key = (
+        packed.clone().split([4 * HEAD, 2 * HEAD], -1)
+        if form == "slices"
+        else (packed[:, : 4 * HEAD].clone(), packed[:, 4 * HEAD :].clone())
+    )
+    if form == "heads":
+        query, key = query.unflatten(1, (4, HEAD)), key.unflatten(1, (2, HEAD))
+    positions = torch.randint(0, MAX_POSITION, (5,), generator=rng)
+    expected = layer.forward_native(positions, query.clone(), key.clone())
+    result = layer(positions, query, key)
+    for given, returned, native in zip((query, key), result, expected, strict=True):
+        assert returned is given
+        assert_within("rotary_embedding", given, native.double(), native.double().abs() + 1, roundings=8)
+
+
+def test_a_call_in_a_dtype_that_is_not_supported_goes_to_sglang(rng: torch.Generator) -> None:
+    """Some models rotate, or normalise, in fp32 within a bf16 model (models/stablelm.py)."""
+    registry = OpRegistry()
+    for op in LAYERS:
+        fn = counted(op, getattr(reference, op))
+        registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, fn, supported_dtypes=frozenset({torch.bfloat16})))
+    norm, activation, embedding = (
+        NORM_LAYERS["RMSNorm"](),
+        ACTIVATION_LAYERS["SiluAndMul"](),
+        rotary("RotaryEmbedding", dtype=torch.bfloat16),
+    )
+    binder = Binder(OpManager(registry), Settings())
+    assert binder.bind(Model(norm, activation, embedding, dtype=torch.bfloat16)).bound == 3
+    CALLS.clear()
+    for dtype, expected in ((torch.float32, []), (torch.bfloat16, ["rms_norm", "rms_norm", "silu_and_mul", "rotary_embedding"])):
+        x = torch.randn(3, HIDDEN, generator=rng).to(dtype)
+        norm(x.clone()), norm(x.clone(), x.clone()), activation(x)
+        embedding(torch.arange(3), x.clone(), x.clone())
+        assert expected == CALLS
 
 
 @pytest.mark.parametrize("shape", [(0, 4 * HEAD), (0, 4, HEAD)])
