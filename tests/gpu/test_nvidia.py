@@ -86,6 +86,34 @@ def test_a_bound_layer_replays_in_a_graph_with_new_data() -> None:
         reset_global_policy()
 
 
+@pytest.mark.parametrize("form", ["flat", "heads", "slices"])
+def test_a_rotary_embedding_is_written_in_place_as_sglangs_own_is(form: str) -> None:
+    """models/llama4.py rotates views of its packed queries and keys, and goes on with the packed tensor."""
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+    set_global_policy(SelectionPolicy("reference"))
+    try:
+        layer, own = (RotaryEmbedding(64, 64, 256, 10000, True, torch.bfloat16).cuda() for _ in range(2))
+        binder = Binder(get_default_manager(), Settings())
+        assert binder.bind(torch.nn.Sequential(layer)).bound == 1
+        packed = torch.randn(5, 6 * 64, device="cuda", dtype=torch.bfloat16)
+        positions = torch.randint(0, 256, (5,), device="cuda")
+        results = []
+        for rotary in (layer, own):
+            query, key = packed.clone().split([4 * 64, 2 * 64], -1)
+            if form != "slices":
+                query, key = query.contiguous(), key.contiguous()
+            if form == "heads":
+                query, key = query.unflatten(1, (4, 64)), key.unflatten(1, (2, 64))
+            rotary(positions, query, key)
+            results.append((query, key))
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours.double() - theirs.double()).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * ours.double().abs().max()
+            assert not torch.equal(theirs.flatten(1), packed[:, : theirs.flatten(1).shape[1]])
+    finally:
+        reset_global_policy()
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
     from transformers import AutoTokenizer
