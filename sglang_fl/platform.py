@@ -45,6 +45,10 @@ class FLMoments:
     def vendor(self) -> Vendor:
         return VENDORS[self.device.vendor]
 
+    def device_count(self) -> int:
+        """How many devices PyTorch sees; 1 for a CPU."""
+        return int(torch.get_device_module(self.device.device_type).device_count())
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """While arguments resolve, in the main process: check SGLang and the settings.
 
@@ -131,9 +135,6 @@ class OutOfTree(FLMoments, SRTPlatform):
         # A string: SGLang splits it at ":". It asks with None as well.
         return self.device_type if device_id is None else f"{self.device_type}:{device_id}"
 
-    def device_count(self) -> int:
-        return int(torch.get_device_module(self.device_type).device_count())
-
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
         return torch.device(self.device_type, local_rank)
 
@@ -164,9 +165,6 @@ class PlainCpu(OutOfTree, CpuDeviceMixin):
 
     def get_device(self, device_id: int | None = 0) -> str:
         return "cpu"
-
-    def device_count(self) -> int:
-        return 1
 
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")

@@ -8,6 +8,7 @@ by putting a forward there, as a method of the layer, so that copying the layer 
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -69,8 +70,6 @@ class Binder:
         self._lock = ForkSafeLock()
         PolicyManager.get_instance().subscribe(self.refresh)
 
-    # --- at load -------------------------------------------------------------------------------
-
     def bind(self, model: nn.Module) -> BindReport:
         """Bind the layers of a model that the settings and the policy move.
 
@@ -115,8 +114,6 @@ class Binder:
         if any(parameter.device != site.device for parameter in layer.parameters()):
             return "its weights are offloaded"
         return bridge.reason_to_leave(layer)
-
-    # --- the choice ----------------------------------------------------------------------------
 
     def _choose(self, layer: nn.Module, info: _Layer, policy: SelectionPolicy) -> _Choice:
         """The first implementation in order that passes its trial on this layer."""
@@ -178,8 +175,6 @@ class Binder:
             self._warned.add(told)
             logger.warning(told)
 
-    # --- the binding ---------------------------------------------------------------------------
-
     def _install(self, layer: nn.Module, info: _Layer, choice: _Choice) -> None:
         if choice.impl is None and not overrides.active:
             self._put(layer, info, None)
@@ -201,6 +196,8 @@ class Binder:
 
         ``watch``: it gives way to open policy contexts, and its first call is put on record.
         """
+        if impl is None and not watch:
+            return info.own
         key = (info.bridge, info.own, impl, watch)
         if key not in self._forwards:
             self._forwards[key] = forward = self._build(info, impl, watch)
@@ -209,7 +206,7 @@ class Binder:
 
     def _build(self, info: _Layer, impl: OpImpl | None, watch: bool) -> Forward:
         if impl is None:
-            return self._divert if watch else info.own
+            return self._divert
         routes = Routes(impl.fn, impl.supported_dtypes, info.own, overrides if watch else NoContexts(), self._divert, self._failed(impl))
         forward = _named(info.bridge.forward(routes), impl)
         if not watch:
@@ -252,8 +249,6 @@ class Binder:
 
         return failed
 
-    # --- when the policy changes ---------------------------------------------------------------
-
     def refresh(self) -> None:
         """Follow a change of the global policy, or of whether any policy context is open.
 
@@ -291,9 +286,8 @@ def _activation_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _device(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _intermediate_size(parent: nn.Module) -> int | None:

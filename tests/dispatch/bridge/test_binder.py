@@ -122,9 +122,6 @@ def bind(
     return binder.bind(Model(layer, dtype=dtype))
 
 
-# --- at load ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
@@ -198,9 +195,6 @@ def test_supported_dtypes_are_honoured() -> None:
         layer = norm()
         bind(layer, OpManager(registry), dtype=dtype)
         assert layer(X.to(dtype))[0, 0].item() == expected
-
-
-# --- the trial -------------------------------------------------------------------------------------
 
 
 def wrong_shape(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -288,14 +282,23 @@ def test_the_width_of_a_gated_mlp_comes_from_its_first_matrix() -> None:
     assert [site for _, _, site in _layers_of(Model(mlp))] == [Site(torch.float32, torch.device("cpu"), 48)]
 
 
-# --- SGLang's special paths ------------------------------------------------------------------------
-
-
 def test_a_pinned_layer_stays_pinned() -> None:
     layer = norm(force_native=True)
     before = layer._forward_method
     layer = bound(layer=layer)
     assert layer._forward_method == before == layer.forward_native
+
+
+def test_pinned_and_compiled_layers_are_left_alone_after_a_context_that_gave_a_layer_back() -> None:
+    """SGLang's own forward, which such a context runs, is not taken for one of ours."""
+    layer = bound()
+    with policy_context(order("sglang")):
+        assert ran(layer) == "sglang"
+    pinned = norm(force_native=True)
+    assert "SGLang pinned it" in _alive[-1].bind(Model(pinned)).summary()
+    layer.enter_torch_compile(num_tokens=1)
+    set_global_policy(SelectionPolicy("vendor"))
+    assert layer._forward_method == layer.forward_native
 
 
 def test_torch_compile_mode_and_back() -> None:
@@ -380,9 +383,6 @@ def test_forward_hooks_keep_working() -> None:
     layer.register_forward_hook(lambda *_: seen.append(1))
     layer(X.clone())
     assert seen == [1]
-
-
-# --- policy changes on bound layers ----------------------------------------------------------------
 
 
 def test_a_global_change_takes_effect_and_back() -> None:
@@ -515,9 +515,6 @@ def test_a_forgotten_layer_can_be_collected(broken: dict[str, Any]) -> None:
     assert gone() is None
 
 
-# --- while serving ---------------------------------------------------------------------------------
-
-
 def breaks_later(word: str) -> Callable[..., Any]:
     """Passes its trial (four rows or fewer), fails on a larger batch."""
 
@@ -598,9 +595,6 @@ def test_rotary_that_fails_comes_to_sglang_in_sglangs_shape() -> None:
     expected = layer.forward_native(positions, query, query)
     got = layer(positions, query, query)
     assert torch.equal(got[0], expected[0]) and got[0].shape == query.shape
-
-
-# --- the dispatch log ------------------------------------------------------------------------------
 
 
 def test_the_log_tells_what_ran_and_only_once(tmp_path: Path) -> None:

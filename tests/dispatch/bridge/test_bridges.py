@@ -66,9 +66,6 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- the catalog -----------------------------------------------------------------------------------
-
-
 def sglang_subclasses() -> dict[str, set[str]]:
     """operator -> its class and all subclasses, read from the source of the installed SGLang."""
     parents: dict[str, set[str]] = {}
@@ -100,9 +97,6 @@ def test_catalog_names_every_subclass_of_the_installed_sglang() -> None:
 def test_every_class_of_the_catalog_is_walked_here() -> None:
     walked = ROTARY_LAYERS.keys() | NORM_LAYERS.keys() | ACTIVATION_LAYERS.keys()
     assert walked == {name for layers in LAYERS.values() for _, name in layers}
-
-
-# --- every class -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,9 +158,6 @@ def test_activation_class(rng: torch.Generator, name: str) -> None:
     native = layer.forward_native(x)
     assert_within("silu_and_mul", layer(x), native.double(), native.double().abs(), roundings=8)
     assert CALLS == ["silu_and_mul"]
-
-
-# --- what the signatures cannot say ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,9 +250,6 @@ def test_a_subclass_of_tomorrow_is_left() -> None:
             return x
 
     assert "Tomorrow overrides forward_cuda" in bind(Tomorrow(HIDDEN)).summary()
-
-
-# --- every shape that SGLang sends -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, HIDDEN), (1, HIDDEN), (3, 4, HIDDEN), (2, 0, HIDDEN)])
@@ -393,9 +381,6 @@ def test_nothing_of_the_cache_is_made_anew_per_call() -> None:
         layer(torch.tensor([3]), query, query)
     assert all(cos is seen[0][0] and sin is seen[0][1] for cos, sin in seen)
     assert seen[0][0].data_ptr() == layer.cos_sin_cache.data_ptr(), "cos is a view of the cache, not a copy"
-
-
-# --- mistakes planted in the bridged functions ------------------------------------------------------
 
 
 def eps_a_thousand_times_too_large(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
