@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
-_PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_")
-_NAMES = (
-    "USE_FLAGGEMS",
-    "FLAGCX_PATH",
-    "GEMS_VENDOR",
-    "SGLANG_PLATFORM",
-    "SGLANG_PLUGINS",
-    "SGLANG_USE_CPU_ENGINE",
-    "_SGLANG_FL_RESOLVED_SETTINGS",
-)
+_PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_", "_SGLANG_FL_")
+_NAMES = ("USE_FLAGGEMS", "FLAGCX_PATH", "GEMS_VENDOR", "SGLANG_PLATFORM", "SGLANG_PLUGINS", "SGLANG_USE_CPU_ENGINE")
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("sglang-fl", deadline=None)
+hypothesis.settings.load_profile("sglang-fl")
+
+
+def _settings_in_environment() -> list[str]:
+    return [name for name in os.environ if name.startswith(_PREFIXES) or name in _NAMES]
+
+
+def pytest_configure() -> None:
+    """Tests, and the servers that they share, have settings of their own, whatever the shell has exported."""
+    for variable in _settings_in_environment():
+        del os.environ[variable]
 
 
 @pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test's settings are its own, whatever the shell that runs it has exported."""
-    for variable in list(os.environ):
-        if variable.startswith(_PREFIXES) or variable in _NAMES:
-            monkeypatch.delenv(variable)
+def no_settings_of_other_tests() -> Iterator[None]:
+    """What a test leaves in the environment, by resolving settings there, ends with it."""
+    yield
+    for variable in _settings_in_environment():
+        del os.environ[variable]

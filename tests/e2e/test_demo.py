@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -41,7 +40,8 @@ def wait_for(demo: subprocess.Popen[str], word: str) -> list[psutil.Process]:
     raise AssertionError(f"no child of the demo has {word!r} in its command line")
 
 
-def test_the_demo_recites_and_cleans_up(model: Path) -> None:
+def test_the_demo_recites_and_cleans_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     demo = start_demo("--prefer", "reference")
     printed, _ = demo.communicate(timeout=300)
     assert demo.returncode == 0, printed
@@ -49,7 +49,7 @@ def test_the_demo_recites_and_cleans_up(model: Path) -> None:
     assert "Exactly the text" in printed and "tokens/s" in printed
     for name in ("RMSNorm", "SiluAndMul", "RotaryEmbedding"):
         assert any(name in line and "reference(reference.torch)" in line for line in printed.splitlines())
-    assert not list(Path(tempfile.gettempdir()).glob("sglang-fl-demo-*")), "its temporary files are gone too"
+    assert not list(tmp_path.glob("sglang-fl-demo-*")), "its temporary files are gone too"
 
 
 @pytest.mark.parametrize(("signum", "stage"), [(signal.SIGINT, "sglang::scheduler"), (signal.SIGTERM, "sglang.launch_server")])
