@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if layers is not None:
         shown = Table(title=f"Layers of {args.model}", title_justify="left")
         for column in ("layer class", "operator", "size", "runs on"):
-            shown.add_column(column, overflow="fold")
+            shown.add_column(column, overflow="fold", no_wrap=column == "layer class")
         for layer in layers:
             shown.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
         console.print(shown)
