@@ -42,9 +42,6 @@ class LayerRow:
     size: str
     destination: str
 
-    def as_json(self) -> dict[str, Any]:
-        return self.__dict__
-
 
 def model_layers(directory: Path, picked: dict[str, str], settings: Settings) -> list[LayerRow]:
     """The layer classes of the model in ``directory``.
@@ -68,16 +65,13 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     rows = []
     for class_name in dict.fromkeys(_rope_class(text) if name in _MAKE_ROPE else name for name in used):
         op = _KNOWN.get(class_name)
+        why = settings.why_left({class_name, LAYERS[op][0][1]}) if op else None
         if op is None:
             destination = "sglang (no operator of sglang-fl is for it)"
         elif class_name in OVERRIDING:
             destination = "sglang (it has a forward of its own)"
-        elif settings.oot_blacklist and {class_name, LAYERS[op][0][1]} & set(settings.oot_blacklist):
-            destination = "sglang (oot_blacklist)"
-        elif settings.oot_whitelist is not None and not {class_name, LAYERS[op][0][1]} & set(settings.oot_whitelist):
-            destination = "sglang (not in oot_whitelist)"
         else:
-            destination = picked[op]
+            destination = f"sglang ({why})" if why else picked[op]
         rows.append(LayerRow(class_name, op, _size(op, text), destination))
     return rows
 
@@ -145,48 +139,51 @@ def _file_of(architecture: str) -> Path | None:
     return next((file for file in sorted(models.glob("*.py")) if pattern.search(file.read_text(encoding="utf-8"))), None)
 
 
-def _classes_of(architecture: str, start: Path) -> Iterator[str]:
-    """The layer classes that a model's file, and the model files it builds on, call."""
-    models = start.parent
-    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE}
-    # (file, the class in it that is used, None: all of them)
-    pending: list[tuple[Path, str]] = [(start, architecture)]
-    seen: set[tuple[Path, str]] = set()
-    trees: dict[Path, ast.Module] = {}
-    while pending:
-        path, class_name = pending.pop(0)
-        if (path, class_name) in seen or not path.exists():
-            continue
-        seen.add((path, class_name))
-        if path not in trees:
-            trees[path] = ast.parse(path.read_text(encoding="utf-8"))
-        tree = trees[path]
-        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-        assigned = {
+class _ModelFile:
+    """A file of SGLang's models: what it defines, and what it takes from other model files."""
+
+    def __init__(self, path: Path):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.defined: dict[str, ast.AST] = {
             target.id: node.value
             for node in tree.body
             if isinstance(node, ast.Assign)
             for target in node.targets
             if isinstance(target, ast.Name)
         }
-        imported = {
-            alias.asname or alias.name: (models / f"{node.module.rpartition('.')[2]}.py", alias.name)
+        self.defined |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        self.imported = {
+            alias.asname or alias.name: (path.parent / f"{node.module.rpartition('.')[2]}.py", alias.name)
             for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sglang.srt.models.")
             for alias in node.names
         }
-        body = classes.get(class_name) or assigned.get(class_name)
-        if body is None:
-            if class_name in imported:
-                pending.append(imported[class_name])
+
+
+def _classes_of(architecture: str, start: Path) -> Iterator[str]:
+    """The layer classes that a model's file, and the model files it builds on, call."""
+    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE}
+    pending: list[tuple[Path, str]] = [(start, architecture)]
+    seen: set[tuple[Path, str]] = set()
+    files: dict[Path, _ModelFile] = {}
+    while pending:
+        path, name = pending.pop(0)
+        if (path, name) in seen or not path.exists():
             continue
-        yield from (
-            node.func.id
-            for node in ast.walk(body)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in wanted
-        )
-        for name in {node.id for node in ast.walk(body) if isinstance(node, ast.Name)} - wanted:
-            if name in imported:
-                pending.append(imported[name])
-            elif name in classes or name in assigned:
-                pending.append((path, name))
+        seen.add((path, name))
+        if path not in files:
+            files[path] = _ModelFile(path)
+        file = files[path]
+        body = file.defined.get(name)
+        if body is None:
+            if name in file.imported:
+                pending.append(file.imported[name])
+            continue
+        for node in ast.walk(body):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in wanted:
+                yield node.func.id
+        for used in {node.id for node in ast.walk(body) if isinstance(node, ast.Name)} - wanted:
+            if used in file.imported:
+                pending.append(file.imported[used])
+            elif used in file.defined:
+                pending.append((path, used))

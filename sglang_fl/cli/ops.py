@@ -4,7 +4,7 @@
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,6 @@ class OpRow:
     picked: str
     implementations: list[dict[str, Any]]
 
-    def as_json(self) -> dict[str, Any]:
-        return self.__dict__
-
 
 def operator_rows(manager: OpManager, settings: Settings) -> list[OpRow]:
     """A row for each operator, under the settings in force."""
@@ -51,16 +48,12 @@ def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: st
     ordered = list(plan.candidates)
     rest = sorted((i for i in manager.registry.get_implementations(op) if i not in ordered), key=lambda i: i.impl_id)
     not_used = dict(plan.passed_over)
-    implementations = [
-        {
-            "impl": impl.impl_id,
-            "kind": impl.kind.value,
-            "vendor": impl.vendor,
-            "available": impl.is_available(),
-            "why": impl.why_unavailable() or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order"),
-        }
-        for impl in [*ordered, *rest]
-    ]
+    implementations = []
+    for impl in [*ordered, *rest]:
+        unavailable = impl.why_unavailable()
+        why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
+        row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
+        implementations.append(row)
     source = settings.source("op_backends" if op in dict(settings.op_backends) else "prefer")
     return OpRow(op, " | ".join(plan.order), str(source), picked(plan, settings), implementations)
 
@@ -93,9 +86,9 @@ def run(args: argparse.Namespace) -> int:
     rows = operator_rows(manager, settings)
     layers = model_layers(args.model, {row.op: row.picked for row in rows}, settings) if args.model else None
     if args.json:
-        data: dict[str, Any] = {"device": device.vendor, "operators": [row.as_json() for row in rows]}
+        data: dict[str, Any] = {"device": device.vendor, "operators": [asdict(row) for row in rows]}
         if layers is not None:
-            data["layers"] = [layer.as_json() for layer in layers]
+            data["layers"] = [asdict(layer) for layer in layers]
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return 0
     console = Console(markup=False, emoji=False)

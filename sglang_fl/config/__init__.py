@@ -8,7 +8,7 @@ from typing import Any
 
 from ..device import probe
 from .errors import SettingsError, suggest
-from .loader import hand_down, load_settings, platform_name, plugin_modules, profile_path, settings_of_parent
+from .loader import hand_down, load_settings, platform_name, plugin_modules, profile_path, settings_in_force, settings_of_parent
 from .options import CONFIG_FILE, OPTIONS, RESOLVED, Option, Vocabulary
 from .settings import Settings, Source
 from .yaml_file import read_mapping
@@ -32,6 +32,7 @@ __all__ = [
     "load_platform_config",
     "load_settings",
     "plugin_modules",
+    "settings_in_force",
     "settings_of_parent",
     "suggest",
 ]
@@ -60,27 +61,23 @@ def load_platform_config(platform: str | None = None) -> dict[str, Any] | None:
     return {key: entry.value for key, entry in read_mapping(path, what=CONFIG_FILE, problems=[]).items()} if path else None
 
 
-def _in_force() -> Settings:
-    return settings_of_parent() or load_settings()
-
-
 def get_per_op_order() -> dict[str, list[str]] | None:
     """The orders in force for single operators, or None."""
-    return {op: list(order) for op, order in _in_force().op_backends} or None
+    return {op: list(order) for op, order in settings_in_force().op_backends} or None
 
 
 def get_flagos_blacklist() -> list[str] | None:
     """The FlagGems functions that stay out of Layer 1, or None."""
-    names = _in_force().flagos_blacklist
+    names = settings_in_force().flagos_blacklist
     return None if names is None else list(names)
 
 
 def get_oot_blacklist() -> list[str] | None:
     """The SGLang classes that stay out of Layer 2, or None."""
-    names = _in_force().oot_blacklist
+    names = settings_in_force().oot_blacklist
     return None if names is None else list(names)
 
 
 def get_effective_config() -> dict[str, Any]:
     """Every setting in force, by name."""
-    return {name: value for name, value, _ in _in_force().items()}
+    return {name: value for name, value, _ in settings_in_force().items()}

@@ -229,6 +229,11 @@ def settings_of_parent(environ: Mapping[str, str] | None = None) -> Settings | N
     return Settings.from_json(handed["settings"]) if handed["variables"] == _variables(environ) else None
 
 
+def settings_in_force() -> Settings:
+    """What the server that started this process resolved; else what the environment says."""
+    return settings_of_parent() or load_settings()
+
+
 def hand_down(settings: Settings, environ: MutableMapping[str, str]) -> None:
     """Put settings into the environment that worker processes inherit."""
     environ[RESOLVED] = json.dumps({"settings": settings.to_json(), "variables": _variables(environ)})

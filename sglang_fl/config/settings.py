@@ -63,6 +63,20 @@ class Settings:
             return "flagcx"
         return self.dist_backend
 
+    def why_left(self, class_names: set[str]) -> str | None:
+        """Why a layer stays with SGLang whatever the policy says, or None.
+
+        Args:
+            class_names: the layer's class and those it is derived from; any of them may stand in a list.
+        """
+        if not self.oot_enabled:
+            return "Layer 2 is off"
+        if self.oot_blacklist is not None and class_names & set(self.oot_blacklist):
+            return "oot_blacklist"
+        if self.oot_whitelist is not None and not class_names & set(self.oot_whitelist):
+            return "not in oot_whitelist"
+        return None
+
     def source(self, name: str) -> Source:
         return self.sources.get(name, Source(DEFAULT, "default"))
 

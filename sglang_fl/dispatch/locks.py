@@ -25,7 +25,8 @@ class ForkSafeLock:
         self._lock.release()
 
     def renew(self) -> None:
-        self._lock = threading.RLock()
+        if not self._lock._is_owned():  # type: ignore[attr-defined]  # the thread that forked lives on in the child
+            self._lock = threading.RLock()
 
 
 _locks: "weakref.WeakSet[ForkSafeLock]" = weakref.WeakSet()

@@ -35,12 +35,11 @@ class DispatchLog:
         """Why the file cannot be written, or None."""
         if self.path is None:
             return None
-        target = self.path if self.path.exists() else self.path.parent
-        if target == self.path and not target.is_dir() and os.access(target, os.W_OK):
-            return None
-        if target != self.path and target.is_dir() and os.access(target, os.W_OK | os.X_OK):
-            return None
-        return f"{str(self.path)!r} cannot be written"
+        if self.path.exists():
+            writable = not self.path.is_dir() and os.access(self.path, os.W_OK)
+        else:
+            writable = self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK | os.X_OK)
+        return None if writable else f"{str(self.path)!r} cannot be written"
 
     def record(self, class_name: str, destination: str) -> None:
         """Write that layers of a class run on a destination, once per process."""

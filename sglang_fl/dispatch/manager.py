@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import load_settings, settings_of_parent, suggest
+from ..config import settings_in_force, suggest
 from .builtin_ops import Discovery, discover
 from .locks import ForkSafeLock
 from .logger_manager import get_logger
@@ -70,7 +70,7 @@ class OpManager:
         with self._lock:
             if self.discovery is None:
                 if plugin_modules is None:
-                    plugin_modules = (settings_of_parent() or load_settings()).plugin_modules or ()
+                    plugin_modules = settings_in_force().plugin_modules or ()
                 self.discovery = discover(self.registry, plugin_modules)
 
     def plan(self, op_name: str, policy: SelectionPolicy | None = None) -> Plan:

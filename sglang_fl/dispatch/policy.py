@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings, load_settings, settings_of_parent, suggest
+from ..config import Settings, load_settings, settings_in_force, suggest
 from ..vendors import canonical
 from .locks import ForkSafeLock
 from .types import SGLANG
@@ -173,6 +173,8 @@ class PolicyManager:
         self._global: SelectionPolicy | None = None
         self._from_settings: SelectionPolicy | None = None
         self._lock = ForkSafeLock()
+        # Of its own, since listeners read the policy under their locks and are told of changes under ours.
+        self._settings_lock = ForkSafeLock()
         self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
 
     @classmethod
@@ -191,15 +193,15 @@ class PolicyManager:
         """What is in force where no context manager changes it."""
         policy = self._global or self._from_settings
         if policy is None:
-            with self._lock:
+            with self._settings_lock:
                 if self._from_settings is None:
-                    self._from_settings = SelectionPolicy.from_settings(settings_of_parent() or load_settings())
+                    self._from_settings = SelectionPolicy.from_settings(settings_in_force())
                 policy = self._global or self._from_settings
         return policy
 
     def use_settings(self, settings: Settings) -> None:
         """Take the policy that these settings describe as the one that holds when none is set."""
-        with self._lock:
+        with self._settings_lock:
             self._from_settings = SelectionPolicy.from_settings(settings)
         self.notify()
 
@@ -258,11 +260,6 @@ def _pop(token: Token[SelectionPolicy | None]) -> None:
         _depth.set(_depth.get() - 1)
     finally:
         PolicyManager.get_instance().count_override(-1)
-
-
-def current_override() -> SelectionPolicy | None:
-    """The policy of the innermost open context here, or None."""
-    return _override.get()
 
 
 def get_policy() -> SelectionPolicy:

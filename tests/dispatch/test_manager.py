@@ -278,6 +278,23 @@ def test_fork_while_another_thread_holds_every_lock() -> None:
     assert os.waitstatus_to_exitcode(status) == 7
 
 
+def test_fork_by_the_thread_that_holds_the_lock() -> None:
+    """It lives on in the child, and lets go there."""
+    lock = get_default_manager()._lock
+    child = -1
+    try:
+        with lock:
+            child = os.fork()
+        if child == 0:
+            with lock:
+                os._exit(7)
+    finally:
+        if child == 0:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+
+
 def test_core_imports_neither_sglang_nor_flaggems_nor_torch() -> None:
     code = """
 import sys

@@ -30,21 +30,25 @@ def model() -> Path:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to score, the exact logprobs of all but the first, and what fp32 may be off by."""
+    """Tokens to score, the exact logprobs of all but the first, and what the dtype may be off by."""
 
     tokens: list[int]
     exact: list[float]
     bounds: list[float]
 
 
-@pytest.fixture(scope="session")
-def prompts(model: Path) -> list[Prompt]:
+def make_prompts(model: Path, dtype: torch.dtype) -> list[Prompt]:
     """The recited text, of which the model is sure, and tokens at random, of which it is not."""
     from transformers import AutoTokenizer
 
     recital = AutoTokenizer.from_pretrained(model)(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{RECITAL}").input_ids
     random = torch.randint(3, 490, (48,), generator=torch.Generator().manual_seed(4)).tolist()
-    return [Prompt(tokens, *logprobs_and_bounds(model, tokens)) for tokens in (recital[:96], random)]
+    return [Prompt(tokens, *logprobs_and_bounds(model, tokens, dtype)) for tokens in (recital[:96], random)]
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Path) -> list[Prompt]:
+    return make_prompts(model, torch.float32)
 
 
 @dataclass

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
-from e2e.conftest import Prompt, off_by, serving
-from e2e.forward_error import logprobs_and_bounds
+from e2e.conftest import Prompt, make_prompts, off_by, serving
 
-from sglang_fl.cli.demo_model import QUESTION, RECITAL, demo_model
+from sglang_fl.cli.demo_model import RECITAL, demo_model
 from sglang_fl.config import Settings
 from sglang_fl.dispatch import SelectionPolicy, get_default_manager, reset_global_policy, set_global_policy
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
@@ -116,13 +115,7 @@ def test_a_rotary_embedding_is_written_in_place_as_sglangs_own_is(form: str) -> 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    from transformers import AutoTokenizer
-
-    recital = AutoTokenizer.from_pretrained(demo_model())(
-        f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{RECITAL}"
-    ).input_ids
-    random = torch.randint(3, 490, (48,), generator=torch.Generator().manual_seed(4)).tolist()
-    return [Prompt(tokens, *logprobs_and_bounds(demo_model(), tokens, torch.bfloat16)) for tokens in (recital[:96], random)]
+    return make_prompts(demo_model(), torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ...config import Settings
 from ..locks import ForkSafeLock
 from ..logger_manager import dispatch_log, get_logger
 from ..manager import OpManager, Plan, is_capturing
-from ..policy import PolicyManager, SelectionPolicy, current_override, overrides
+from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
 from .base import Bridge, Forward, NoContexts, Routes, Site
 from .report import BindReport
@@ -78,10 +78,8 @@ class Binder:
         """
         report = BindReport()
         log = dispatch_log()
-        policies = PolicyManager.get_instance()
-        policies.get_global_policy()  # settled before our lock is taken, which its listeners take after its own
         with self._lock:
-            policy = policies.get_global_policy()
+            policy = PolicyManager.get_instance().get_global_policy()
             taken: dict[nn.Module, _Layer] = {}
             for layer, bridge, site in _layers_of(model):
                 why = self._why_left(layer, bridge, site)
@@ -101,13 +99,9 @@ class Binder:
 
     def _why_left(self, layer: nn.Module, bridge: Bridge, site: Site) -> str | None:
         """Why a layer stays with SGLang whatever the policy says, or None."""
-        if not self.settings.oot_enabled:
-            return "Layer 2 is off"
-        names = {cls.__name__ for cls in type(layer).__mro__}
-        if self.settings.oot_blacklist is not None and names & set(self.settings.oot_blacklist):
-            return "oot_blacklist"
-        if self.settings.oot_whitelist is not None and not names & set(self.settings.oot_whitelist):
-            return "not in oot_whitelist"
+        why = self.settings.why_left({cls.__name__ for cls in type(layer).__mro__})
+        if why is not None:
+            return why
         method = layer._forward_method
         if method is not None and getattr(method, "__func__", None) not in self._ours:
             return f"SGLang pinned it to {getattr(method, '__name__', method)}"
@@ -220,7 +214,7 @@ class Binder:
         if info is None:  # a copy of a bound layer
             with self._lock:
                 info = self._layers[layer] = self._adopt(layer)
-        policy = current_override() or PolicyManager.get_instance().get_global_policy()
+        policy = get_policy()
         choice = self._choose(layer, info, policy)
         dispatch_log().record(info.class_name, choice.destination)
         return self._forward(info, choice.impl, watch=False)(layer, *args, **kwargs)
@@ -233,7 +227,7 @@ class Binder:
 
     def _failed(self, impl: OpImpl) -> Forward:
         def failed(layer: nn.Module, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...]) -> Any:
-            policy = current_override() or PolicyManager.get_instance().get_global_policy()
+            policy = get_policy()
             plan = self.manager.plan(impl.op_name, policy)
             info = self._layers.get(layer)
             if info is not None:
@@ -255,10 +249,8 @@ class Binder:
         Raises:
             RuntimeError: a strict policy that a layer cannot follow; then nothing has changed.
         """
-        policies = PolicyManager.get_instance()
-        policies.get_global_policy()
         with self._lock:
-            policy = policies.get_global_policy()
+            policy = PolicyManager.get_instance().get_global_policy()
             layers = list(self._layers.items())
             choices = [(layer, info, self._choose(layer, info, policy)) for layer, info in layers]
             for layer, info, choice in choices:
