@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 2's one moment: a model was loaded, and its layers are bound."""
+"""The one moment of Layers 1 and 2: a model was loaded; its layers are bound, then ATen operators replaced."""
 
 import logging
 
 import torch
 
+from .aten import replace_operators
 from .compat import check_layers
 from .device import Device
 from .dispatch.bridge.binder import Binder
@@ -18,21 +19,30 @@ _binder: Binder | None = None
 
 
 def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
-    """Bind a model's layers, and say in the log what was bound.
+    """Bind a model's layers, give ATen operators to FlagGems, and say in the log what was done.
 
     Raises:
         IncompatibleSGLang: SGLang's layers are not the ones the bridges are for.
-        RuntimeError: under ``strict``, an implementation failed its trial.
+        RuntimeError: under ``strict``, an implementation failed its trial, or FlagGems cannot be used.
     """
     global _binder
     from sglang.srt.runtime_context import get_exec
 
     check_layers()
     settings = settings_in_worker(device)
-    if _binder is None:
-        deterministic = bool(get_exec().deterministic.enable_deterministic_inference)
-        _binder = Binder(get_default_manager(), settings, deterministic=deterministic)
-    report = _binder.bind(model)
+    execution = get_exec()
+    deterministic = bool(execution.deterministic.enable_deterministic_inference)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    logger.log(logging.DEBUG if distributed and torch.distributed.get_rank() else logging.INFO, report.summary())
+    level = logging.DEBUG if distributed and torch.distributed.get_rank() else logging.INFO
+    if _binder is None:
+        _binder = Binder(get_default_manager(), settings, deterministic=deterministic, log_level=level)
+    report = _binder.bind(model)
+    logger.log(level, report.summary())
+    if report.bound and execution.graph.enable_torch_compile:
+        logger.log(
+            level,
+            "sglang-fl: with --enable-torch-compile SGLang compiles its own plain-PyTorch forward of each layer into the graphs of "
+            "small batches (--torch-compile-max-bs); bound layers serve elsewhere",
+        )
+    logger.log(level, replace_operators(settings, device, deterministic=deterministic).summary())
     return report

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from .config import Settings, SettingsError, hand_down, load_settings, plugin_modules, settings_of_parent
 from .device import Device
-from .dispatch.logger_manager import DispatchLog, open_dispatch_log
+from .dispatch.logger_manager import open_dispatch_log, why_unwritable
 from .dispatch.manager import OpManager, get_default_manager
 from .dispatch.policy import PolicyManager
 from .vocabulary import vocabulary
@@ -38,9 +38,10 @@ def check_settings(environ: Mapping[str, str], device: Device, manager: OpManage
         settings = load_settings(environ, device=device, vocabulary=vocabulary(manager))
     except SettingsError as error:
         raise SettingsError([*error.problems, *problems]) from None
-    unwritable = DispatchLog(settings.dispatch_log).check()
-    if unwritable:
-        problems.append(f"SGLANG_FL_DISPATCH_LOG: {unwritable}")
+    for variable, path in (("SGLANG_FL_DISPATCH_LOG", settings.dispatch_log), ("SGLANG_FLAGGEMS_LOG_PATH", settings.flaggems_log_path)):
+        unwritable = why_unwritable(path)
+        if unwritable:
+            problems.append(f"{variable}: {unwritable}")
     if settings.collective == "flagcx":
         source = "dist_backend" if settings.dist_backend else "flagcx_path"
         problems.append(

@@ -32,7 +32,8 @@ def assert_within(
     """``|got - exact| <= u(dtype) |exact| + roundings * u(fp32) * terms + lost``.
 
     Args:
-        exact: float64, computed from the same inputs.
+        got: on any device.
+        exact: float64, computed on the CPU from the same inputs.
         terms: float64, the sum of the sizes of the terms that make up each result.
         roundings: how many fp32 roundings stand between the inputs and the result.
         lost: what underflow inside may take away.
@@ -40,6 +41,7 @@ def assert_within(
     dtype = got.dtype
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     bound = u(dtype) * exact.abs() + roundings * U32 * terms * (1 + u(dtype)) + smallest(dtype) + lost
+    got = got.cpu()
     error = (got.double() - exact).abs()
     bad = ~(error <= bound)
     if bad.any():
@@ -48,6 +50,11 @@ def assert_within(
             f"{what} ({dtype}): {int(bad.sum())} of {bad.numel()} are out of bounds; at {where}: {got[where].item():.9g}, "
             f"exact {exact[where].item():.9g}, error {error[where].item():.3g}, bound {bound[where].item():.3g}"
         )
+
+
+def exactly(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float64 on the CPU."""
+    return x.cpu().double()
 
 
 class Norm:
@@ -62,7 +69,7 @@ def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:
     kept = x.clone()
     got = fn(None, x)
     assert torch.equal(x, kept), "silu_and_mul wrote its input"
-    gate, up = x.double().chunk(2, dim=-1)
+    gate, up = exactly(x).chunk(2, dim=-1)
     exact = gate / (1 + torch.exp(-gate)) * up
     assert got.dtype == x.dtype
     # exp in fp32 turns one rounding of its argument into |gate| roundings of its result.
@@ -72,8 +79,8 @@ def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:
 
 
 def check_rms_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor, residual: torch.Tensor | None) -> None:
-    hidden = x.double() if residual is None else x.double() + residual.double()
-    exact = hidden / torch.sqrt(hidden.square().mean(-1, keepdim=True) + layer.variance_epsilon) * layer.weight.double()
+    hidden = exactly(x) if residual is None else exactly(x) + exactly(residual)
+    exact = hidden / torch.sqrt(hidden.square().mean(-1, keepdim=True) + layer.variance_epsilon) * exactly(layer.weight)
     # Pairwise summation of n squares costs log2(n) roundings, and the square root halves them.
     roundings = 8 + math.log2(max(2, x.shape[-1]))
     if residual is None:
@@ -104,7 +111,7 @@ def check_rotary_embedding(
         assert torch.equal(query, kept[0]) and torch.equal(key, kept[1]), "rotary_embedding wrote its inputs"
     for name, x, y in zip(("query", "key"), kept, got, strict=True):
         assert y.dtype == x.dtype
-        exact, terms = _rotate_exactly(x.double(), cos.double(), sin.double(), positions.long(), interleaved)
+        exact, terms = _rotate_exactly(exactly(x), exactly(cos), exactly(sin), positions.long().cpu(), interleaved)
         assert_within(f"rotary_embedding's {name}", y, exact, terms, roundings=4)
         rotary_dim = 2 * cos.shape[-1]
         assert torch.equal(y[..., rotary_dim:], x[..., rotary_dim:]), f"rotary_embedding changed the rest of {name}"
@@ -114,10 +121,11 @@ def _rotate_exactly(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     half = cos.shape[-1]
+    pair = torch.arange(half)
+    first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    a, b = x[..., first], x[..., second]
     out, terms = x.clone(), x.abs()
-    for pair in range(half):
-        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
-        c, s = cos[positions, pair].unsqueeze(-1), sin[positions, pair].unsqueeze(-1)
-        out[..., a], terms[..., a] = x[..., a] * c - x[..., b] * s, (x[..., a] * c).abs() + (x[..., b] * s).abs()
-        out[..., b], terms[..., b] = x[..., b] * c + x[..., a] * s, (x[..., b] * c).abs() + (x[..., a] * s).abs()
+    out[..., first], terms[..., first] = a * c - b * s, (a * c).abs() + (b * s).abs()
+    out[..., second], terms[..., second] = b * c + a * s, (b * c).abs() + (a * s).abs()
     return out, terms

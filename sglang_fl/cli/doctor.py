@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from typing import Any
 
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -16,9 +18,11 @@ from rich.table import Table
 from .. import __version__
 from ..config import Settings, SettingsError
 from ..device import Device, detect, probe
+from ..dispatch.backends.flaggems.library import changed_signatures
 from ..dispatch.manager import OpManager
 from ..runtime import check_settings
 from ..vendors import VENDORS
+from ..vocabulary import flaggems_functions
 from .ops import operator_rows
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
@@ -41,13 +45,16 @@ class Diagnosis:
     device: dict[str, str | None]
     versions: dict[str, str | None]
     layers: list[dict[str, str]] = field(default_factory=list)
+    aten: dict[str, Any] | None = None
     backends: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--deep", action="store_true", help="import SGLang too: ask PyTorch for the device and check what sglang-fl stands on"
+        "--deep",
+        action="store_true",
+        help="import SGLang too: ask PyTorch for the device, check what sglang-fl stands on, replace the ATen operators and list them",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -62,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
-    """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute."""
+    """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
     device = detect() if deep else probe(environ)
     vendor = VENDORS[device.vendor]
     found = Diagnosis(
@@ -86,6 +93,8 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
         found.problems += [Problem(told, "correct it; a server does not start with it", fatal=True) for told in error.problems]
     else:
         found.layers = _layers(settings, device, manager)
+        if deep:
+            found.aten = _aten_operators(settings, device, found.problems)
     if manager.discovery is not None:
         found.backends = list(manager.discovery.loaded)
         found.problems += [
@@ -128,10 +137,18 @@ def _package_problems(device: Device) -> list[Problem]:
                 "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems",
             )
         )
+    elif VENDORS[device.vendor].flaggems:
+        problems += [Problem(told, f"pip install '{_flaggems_requirement()}'") for told in changed_signatures()]
     return problems
 
 
+def _flaggems_requirement() -> str:
+    wanted = [line for line in _requirements() if line.name.replace("-", "_") == "flag_gems"]
+    return f"flag_gems{wanted[0].specifier}" if wanted else "flag_gems"
+
+
 def _requirements() -> list[Requirement]:
+    """What this package's metadata asks for, with its extras."""
     try:
         return [Requirement(line) for line in requires("sglang-fl") or ()]
     except PackageNotFoundError:
@@ -180,18 +197,51 @@ def _sglang_problems() -> list[Problem]:
 
 def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict[str, str]]:
     """One entry a layer of the plugin, Layer 2 with one an operator."""
-    if not VENDORS[device.vendor].flaggems:
-        first = f"off: FlagGems has nothing for {device.vendor}"
-    elif not settings.use_flaggems:
-        first = f"off: {settings.source('use_flaggems')}"
-    else:
-        first = "off: this version of sglang-fl does not replace ATen operators yet"
-    rows = [{"layer": "1 ATen operators", "state": first, "why": str(settings.source("use_flaggems"))}]
+    rows = [_first_layer(settings, device)]
     for row in operator_rows(manager, settings):
         rows.append({"layer": f"2 {row.op}", "state": row.picked, "why": f"{row.order} ({row.order_from})"})
     state = settings.dist_backend or VENDORS[device.vendor].collective
     rows.append({"layer": "3 collectives", "state": f"{state}, through SGLang", "why": str(settings.source("dist_backend"))})
     return rows
+
+
+def _first_layer(settings: Settings, device: Device) -> dict[str, str]:
+    known = flaggems_functions() or frozenset()
+    if not settings.use_flaggems:
+        state, why = "off", str(settings.source("use_flaggems"))
+    elif not VENDORS[device.vendor].flaggems:
+        state, why = "off", f"FlagGems has nothing for {device.vendor}"
+    elif not known:
+        state, why = "off", "FlagGems is not installed"
+    elif settings.flagos_whitelist is not None:
+        count = len(settings.flagos_whitelist)
+        state, why = f"{count} of {len(known)} functions" if count else "off", f"flagos_whitelist ({settings.source('flagos_whitelist')})"
+    elif settings.flagos_blacklist:
+        left = len(known) - len(settings.flagos_blacklist)
+        state, why = f"{left} of {len(known)} functions", f"flagos_blacklist ({settings.source('flagos_blacklist')})"
+    else:
+        state, why = f"all of {len(known)} functions", str(settings.source("flagos_whitelist"))
+    return {"layer": "1 ATen operators", "state": state, "why": why}
+
+
+def _aten_operators(settings: Settings, device: Device, problems: list[Problem]) -> dict[str, Any]:
+    """Replace the operators as a server does, in this process, and say what came of it."""
+    from ..aten import AtenOperators, AtenReport, why_off
+
+    off = why_off(settings, device)
+    try:
+        with AtenOperators(settings) if off is None else nullcontext(AtenReport(off=off)) as report:
+            pass
+    except Exception as error:
+        told = f"FlagGems cannot be switched on: {type(error).__name__}: {error}"
+        problems.append(Problem(told, "mend its installation, or set USE_FLAGGEMS=0", fatal=settings.strict))
+        report = AtenReport(off=told)
+    return {
+        "off": report.off,
+        "replaced": dict(report.replaced),
+        "left": {key: why for key, _, why in report.left},
+        "left_by_reason": report.left_by_reason(),
+    }
 
 
 def _print(found: Diagnosis) -> None:
@@ -207,9 +257,24 @@ def _print(found: Diagnosis) -> None:
         layers.add_row(row["layer"], row["state"], row["why"])
     if found.layers:
         console.print(layers)
+    if found.aten is not None:
+        _print_aten(console, found.aten)
     console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)
     if not found.problems:
         console.print("No problems found.")
     for problem in found.problems:
         console.print(f"{'ERROR' if problem.fatal else 'warning'}: {problem.what}", markup=False, soft_wrap=True)
         console.print(f"  → {problem.remedy}", markup=False, soft_wrap=True)
+
+
+def _print_aten(console: Console, aten: dict[str, Any]) -> None:
+    if aten["off"] is not None:
+        console.print(f"ATen operators: none is replaced: {aten['off']}", soft_wrap=True)
+        return
+    table = Table(title="ATen operators", title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    table.add_row(f"replaced by FlagGems ({len(aten['replaced'])})", ", ".join(aten["replaced"]))
+    for why, functions in aten["left_by_reason"].items():
+        table.add_row(f"left to PyTorch: {why} ({len(functions)} functions)", ", ".join(functions))
+    console.print(table)

@@ -96,7 +96,7 @@ def load_settings(
     problems += _clashing_lists(chosen)
     if problems:
         raise SettingsError(problems)
-    _set_aside_weaker_orders(chosen)
+    _give_way_to_prefer(chosen)
     return Settings(
         **{name: value.value for name, value in chosen.items()},
         platform=platform,
@@ -170,13 +170,17 @@ def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], pro
 
 
 def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
-    """A whitelist beats a blacklist of a weaker file; otherwise the two together are a contradiction."""
+    """A whitelist beats a blacklist of a weaker place, and a user's list of either kind a profile's;
+    otherwise the two together are a contradiction."""
     for white, black in _PAIRS:
         first, second = chosen.get(white), chosen.get(black)
         if first is None or second is None or first.value is None or second.value is None:
             continue
         if first.source.place > second.source.place:
             del chosen[black]
+            continue
+        if second.source.place > first.source.place == PROFILE_PLACE:
+            del chosen[white]
             continue
         yield (
             f"{first.label} and {second.label}: give one or the other, not both"
@@ -205,12 +209,22 @@ def _unknown_names(option: Option, value: _Value, vocabulary: Vocabulary) -> Ite
                 yield f"{value.blame(word)}: {problem}"
 
 
-def _set_aside_weaker_orders(chosen: dict[str, _Value]) -> None:
-    """A preference is about every operator, so it replaces single orders from a weaker place."""
-    prefer, orders = chosen.get("prefer"), chosen.get("op_backends")
-    if prefer is not None and not prefer.is_reset and orders is not None and prefer.source.place > orders.source.place > DEFAULT:
+def _give_way_to_prefer(chosen: dict[str, _Value]) -> None:
+    """A preference is about every operator, so it replaces single orders from a weaker place.
+
+    ``flagos`` replaces a profile's ``flagos_whitelist`` too: that is a choice of what is faster. A
+    profile's ``flagos_blacklist`` stays: it is about what does not work.
+    """
+    prefer = chosen.get("prefer")
+    if prefer is None or prefer.is_reset:
+        return
+    orders, white = chosen.get("op_backends"), chosen.get("flagos_whitelist")
+    if orders is not None and prefer.source.place > orders.source.place > DEFAULT:
         note = f"default; the orders of {orders.source.where} give way to prefer from {prefer.source.where}"
         chosen["op_backends"] = _Value((), Source(DEFAULT, note), prefer.label)
+    if prefer.value == "flagos" and white is not None and prefer.source.place > white.source.place == PROFILE_PLACE:
+        note = f"default; the list of {white.source.where} gives way to prefer: flagos from {prefer.source.where}"
+        chosen["flagos_whitelist"] = _Value(None, Source(DEFAULT, note), prefer.label)
 
 
 def plugin_modules(environ: Mapping[str, str]) -> tuple[str, ...]:

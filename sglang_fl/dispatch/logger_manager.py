@@ -18,6 +18,18 @@ def set_log_level(level: int | str, name: str = "sglang_fl.dispatch") -> None:
     get_logger(name).setLevel(level.upper() if isinstance(level, str) else level)
 
 
+def why_unwritable(path: str | None) -> str | None:
+    """Why a log file cannot be written, or None."""
+    if not path:
+        return None
+    file = Path(path).expanduser()
+    if file.exists():
+        writable = not file.is_dir() and os.access(file, os.W_OK)
+    else:
+        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)
+    return None if writable else f"{str(file)!r} cannot be written"
+
+
 class DispatchLog:
     """The file named by SGLANG_FL_DISPATCH_LOG: ``[OOT-DISPATCH] RMSNorm → vendor(vendor.cuda)``.
 
@@ -30,16 +42,6 @@ class DispatchLog:
         self.path = Path(path).expanduser() if path else None
         self._seen: set[tuple[str, str]] = set()
         self._lock = ForkSafeLock()
-
-    def check(self) -> str | None:
-        """Why the file cannot be written, or None."""
-        if self.path is None:
-            return None
-        if self.path.exists():
-            writable = not self.path.is_dir() and os.access(self.path, os.W_OK)
-        else:
-            writable = self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK | os.X_OK)
-        return None if writable else f"{str(self.path)!r} cannot be written"
 
     def record(self, class_name: str, destination: str) -> None:
         """Write that layers of a class run on a destination, once per process."""

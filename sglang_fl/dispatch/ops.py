@@ -35,6 +35,10 @@ class FLBackendBase(ABC):
     def is_available(self) -> bool:
         """Whether this backend can run on this machine. Called once, before anything else."""
 
+    def why_unavailable(self) -> str | None:
+        """None if this backend can run on this machine, else the reason in words."""
+        return None if self.is_available() else f"{self.name} says that it cannot run on this machine"
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -111,9 +115,12 @@ class FLBackendBase(ABC):
         raise NotImplementedError(f"{self.name} has no rotary_embedding")
 
 
+_NOT_OPERATORS = frozenset({"is_available", "why_unavailable"})
+
+
 def _operators() -> tuple[str, ...]:
     methods = inspect.getmembers(FLBackendBase, inspect.isfunction)
-    return tuple(name for name, _ in methods if name != "is_available" and not name.startswith("_"))
+    return tuple(name for name, _ in methods if name not in _NOT_OPERATORS and not name.startswith("_"))
 
 
 #: The operators' names.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..vendors import canonical
+from .ops import FLBackendBase
 
 #: The word of an order that leaves an operator to SGLang itself. No OpImpl answers to it.
 SGLANG = "sglang"
@@ -38,7 +39,7 @@ class OpImpl:
         impl_id: unique for the operator: ``default.flagos``, ``reference.torch``, ``vendor.<name>``.
         kind: where it comes from.
         fn: called as the operator's signature says. A function ``fn._is_available`` tells whether
-            it can run on this machine.
+            it can run on this machine; without one, the backend whose method ``fn`` is tells it.
         vendor: whose chip it is for; required for VENDOR.
         priority: the higher goes first among those that a word of an order matches.
         supported_dtypes: the activation dtypes it takes; None: all.
@@ -77,16 +78,19 @@ class OpImpl:
     def why_unavailable(self) -> str | None:
         """None if it can run on this machine, else the reason in words.
 
-        An exception in ``fn._is_available`` means that it cannot, and is the reason.
+        An exception in the check means that it cannot, and is the reason.
         """
         check = getattr(self.fn, "_is_available", None)
-        if check is not None:
-            try:
-                answer = check()
-            except Exception as error:
-                return f"its availability check raised {type(error).__name__}: {error}"
-            if not answer:
-                return getattr(self.fn, "_why_unavailable", None) or "its availability check says no"
+        backend = getattr(self.fn, "__self__", None)
+        try:
+            if check is not None:
+                why = None if check() else getattr(self.fn, "_why_unavailable", None) or "its availability check says no"
+            else:
+                why = backend.why_unavailable() if isinstance(backend, FLBackendBase) else None
+        except Exception as error:
+            return f"its availability check raised {type(error).__name__}: {error}"
+        if why is not None:
+            return why
         wanted = parse_arch(self.min_arch)
         if wanted is not None:
             found = device_capability()

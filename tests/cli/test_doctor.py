@@ -12,6 +12,7 @@ from sglang_fl import __version__
 from sglang_fl.cli import main
 from sglang_fl.cli.doctor import Diagnosis, Problem, diagnose
 from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.vocabulary import flaggems_functions
 
 PLATFORMS = "sglang.srt.platforms"
 BACKENDS = "sglang_fl.plugin"
@@ -81,16 +82,32 @@ def test_device_and_layers(machine: Callable[[str], None], vendor: str, facts: d
 
 
 @pytest.mark.parametrize(
-    ("vendor", "environ", "state"),
+    ("vendor", "environ", "state", "why"),
     [
-        ("cpu", {}, "off: FlagGems has nothing for cpu"),
-        ("thead", {}, "off: FlagGems has nothing for thead"),
-        ("nvidia", {"USE_FLAGGEMS": "0"}, "off: USE_FLAGGEMS"),
+        ("cpu", {}, "off", "FlagGems has nothing for cpu"),
+        ("thead", {}, "off", "FlagGems has nothing for thead"),
+        ("metax", {}, "all of N functions", "default"),
+        ("metax", {"USE_FLAGGEMS": "0"}, "off", "USE_FLAGGEMS"),
+        ("metax", {"SGLANG_FL_FLAGOS_WHITELIST": "mul,mm"}, "2 of N functions", "flagos_whitelist (SGLANG_FL_FLAGOS_WHITELIST)"),
+        ("metax", {"SGLANG_FL_FLAGOS_BLACKLIST": "mul"}, "N-1 of N functions", "flagos_blacklist (SGLANG_FL_FLAGOS_BLACKLIST)"),
     ],
 )
-def test_why_layer_1_is_off(machine: Callable[[str], None], vendor: str, environ: dict[str, str], state: str) -> None:
+def test_the_state_of_layer_1(machine: Callable[[str], None], vendor: str, environ: dict[str, str], state: str, why: str) -> None:
     machine(vendor)
-    assert diagnose(environ).layers[0]["state"] == state
+    known = len(flaggems_functions() or ())
+    row = diagnose(environ).layers[0]
+    assert row["state"] == state.replace("N-1", str(known - 1)).replace("N", str(known))
+    assert row["why"] == why
+
+
+def test_a_flaggems_that_changed(machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine("metax")
+    monkeypatch.setattr(
+        "sglang_fl.cli.doctor.changed_signatures", lambda: ["flag_gems/modules/activation.py: there is no gems_silu_and_mul"]
+    )
+    problem = only_problem(diagnose({}))
+    assert problem.what == "flag_gems/modules/activation.py: there is no gems_silu_and_mul"
+    assert problem.remedy.startswith("pip install 'flag_gems>=") and not problem.fatal
 
 
 def test_layer_2_off() -> None:
@@ -108,7 +125,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.err == ""
     data = json.loads(captured.out)
-    assert data.keys() == {"device", "versions", "layers", "backends", "problems"}
+    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "problems"}
     assert data["versions"]["sglang-fl"] == __version__
     assert "sglang_fl.dispatch.backends.reference" in data["backends"]
     assert data["problems"] == []
@@ -289,8 +306,9 @@ def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sglang_fl.cli.doctor.detect", lambda: asked.append(1) or Device("metax", "cuda", None, "PyTorch"))
     monkeypatch.setattr(compat, "check_platform", lambda: None)
     monkeypatch.setattr(compat, "check_layers", broken)
-    found = diagnose({}, deep=True)
+    found = diagnose({"USE_FLAGGEMS": "0"}, deep=True)
     assert asked and found.device["vendor"] == "metax"
+    assert found.aten is not None and found.aten["off"] == "USE_FLAGGEMS=0 (USE_FLAGGEMS)"
     assert only_problem(found) == Problem("SGLang lacks something", "install a supported SGLang", fatal=True)
 
 

@@ -255,6 +255,10 @@ def test_whitelist_and_blacklist(load: Loader, profile: Profile, white: str, bla
         settings = load(file, **environ)
         assert getattr(settings, white) == (first,)
         assert getattr(settings, black) is None
+    elif white_place == "profile" != black_place:
+        settings = load(file, **environ)
+        assert getattr(settings, white) is None
+        assert getattr(settings, black) == (second,)
     else:
         (problem,) = load.problems(file, **environ)
         line_of_black = 2 if white_place == black_place else 1
@@ -270,6 +274,38 @@ def test_null_takes_a_weaker_list_out_of_the_way(load: Loader, profile: Profile,
     profile(f"{white}: {name}\n")
     settings = load(f"{white}: null\n{black}: {name}\n")
     assert (getattr(settings, white), getattr(settings, black)) == (None, (name,))
+    settings = load(f"{white}: null\n", **{str(OPTIONS[black].env): name})
+    assert (getattr(settings, white), getattr(settings, black)) == (None, (name,))
+
+
+@pytest.mark.parametrize(
+    ("profile_says", "file_says", "environ", "whitelist", "blacklist"),
+    [
+        ("flagos_whitelist: []", "", {}, (), None),
+        ("flagos_whitelist: [mul]", "", {"SGLANG_FL_PREFER": "flagos"}, None, None),
+        ("flagos_whitelist: [mul]", "prefer: flagos", {}, None, None),
+        ("flagos_whitelist: [mul]", "prefer: null", {}, ("mul",), None),
+        ("flagos_whitelist: [mul]", "prefer: vendor", {}, ("mul",), None),
+        ("prefer: flagos\nflagos_whitelist: [mul]", "", {}, ("mul",), None),
+        ("flagos_blacklist: [mul]", "prefer: flagos", {}, None, ("mul",)),
+        ("", "flagos_whitelist: [mul]", {"SGLANG_FL_PREFER": "flagos"}, ("mul",), None),
+    ],
+)
+def test_prefer_flagos_means_all_that_works(
+    load: Loader,
+    profile: Profile,
+    profile_says: str,
+    file_says: str,
+    environ: dict[str, str],
+    whitelist: tuple[str, ...] | None,
+    blacklist: tuple[str, ...] | None,
+) -> None:
+    """A profile's whitelist says what is faster, its blacklist what does not work; a user's lists are the user's."""
+    profile(profile_says)
+    settings = load(file_says, **environ)
+    assert (settings.flagos_whitelist, settings.flagos_blacklist) == (whitelist, blacklist)
+    if whitelist is None and "whitelist" in profile_says:
+        assert "gives way to prefer: flagos" in str(settings.source("flagos_whitelist"))
 
 
 def test_lists_of_different_kinds_may_stand_together(load: Loader) -> None:

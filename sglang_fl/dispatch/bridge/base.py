@@ -70,6 +70,8 @@ class Bridge(ABC):
     """Between one SGLang layer class and one operator."""
 
     op: ClassVar[str]
+    #: Whether a model's layers share one object of the class.
+    shared: ClassVar[bool] = False
 
     @property
     def layer_class(self) -> type[nn.Module] | None:

@@ -5,6 +5,7 @@ SGLang calls ``layer._forward_method`` and seeds that attribute itself to pin a 
 by putting a forward there, as a method of the layer, so that copying the layer copies the binding.
 """
 
+import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from ..manager import OpManager, Plan, is_capturing
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
 from .base import Bridge, Forward, NoContexts, Routes, Site
+from .first_pass import FirstPass
 from .report import BindReport
 from .rms_norm import RMSNormBridge
 from .rotary_embedding import RotaryEmbeddingBridge
@@ -40,6 +42,7 @@ class _Layer:
     site: Site
     own: Forward
     class_name: str
+    first_pass: FirstPass
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,16 @@ class _Choice:
 class Binder:
     """One for each process that runs a model."""
 
-    def __init__(self, manager: OpManager, settings: Settings, *, deterministic: bool = False):
-        """``deterministic``: only implementations declared batch-invariant may be used."""
+    def __init__(self, manager: OpManager, settings: Settings, *, deterministic: bool = False, log_level: int = logging.INFO):
+        """
+        Args:
+            deterministic: only implementations declared batch-invariant may be used.
+            log_level: for what is told once the model has run.
+        """
         self.manager = manager
         self.settings = settings
         self.deterministic = deterministic
+        self.log_level = log_level
         self._layers: weakref.WeakKeyDictionary[nn.Module, _Layer] = weakref.WeakKeyDictionary()
         self._forwards: dict[tuple[Any, ...], Forward] = {}
         self._ours: set[Forward] = set()
@@ -81,10 +89,13 @@ class Binder:
         with self._lock:
             policy = PolicyManager.get_instance().get_global_policy()
             taken: dict[nn.Module, _Layer] = {}
-            for layer, bridge, site in _layers_of(model):
+            names: dict[nn.Module, str] = {}
+            first_pass = FirstPass(self.log_level)
+            for layer, name, bridge, site in _layers_of(model):
                 why = self._why_left(layer, bridge, site)
                 if why is None:
-                    taken[layer] = _Layer(bridge, site, _own_forward(layer), type(layer).__name__)
+                    taken[layer] = _Layer(bridge, site, _own_forward(layer), type(layer).__name__, first_pass)
+                    names[layer] = name
                 else:
                     report.add(bridge.op, type(layer).__name__, f"sglang({why})")
                     log.record(type(layer).__name__, f"sglang({why})")
@@ -95,6 +106,8 @@ class Binder:
                 report.add(taken[layer].bridge.op, taken[layer].class_name, choice.destination)
                 if choice.impl is None:
                     log.record(taken[layer].class_name, choice.destination)
+                else:
+                    first_pass.expect(layer, names[layer])
         return report
 
     def _why_left(self, layer: nn.Module, bridge: Bridge, site: Site) -> str | None:
@@ -206,7 +219,36 @@ class Binder:
         if not watch:
             return forward
         self._ours.add(forward)
-        return _named(_recording(forward, str(impl)), impl)
+        return _named(self._recording(forward, str(impl)), impl)
+
+    def _recording(self, forward: Forward, destination: str) -> Forward:
+        """A forward that puts its first call on record and then gives its place to ``forward``.
+
+        The layer that was called first of all keeps watch for one call more: by then the model has run
+        as a whole, and what was not called will not be.
+        """
+
+        def first(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not (overrides.active or torch.compiler.is_compiling()):
+                dispatch_log().record(type(layer).__name__, destination)
+                if getattr(layer._forward_method, "__func__", None) is first:
+                    info = self._layers.get(layer)
+                    leads = info is not None and info.first_pass.called(layer, shared=info.bridge.shared)
+                    layer._forward_method = MethodType(second if leads else forward, layer)
+            return forward(layer, *args, **kwargs)
+
+        def second(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                info = self._layers.get(layer)
+                if info is not None:
+                    info.first_pass.over()
+                if getattr(layer._forward_method, "__func__", None) is second:
+                    layer._forward_method = MethodType(forward, layer)
+            return forward(layer, *args, **kwargs)
+
+        self._ours.add(second)
+        second.__name__ = second.__qualname__ = forward.__name__
+        return first
 
     def _divert(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A call while a policy context is open somewhere: here, or in another thread or task."""
@@ -257,15 +299,15 @@ class Binder:
                 self._install(layer, info, choice)
 
 
-def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, Bridge, Site]]:
-    """The layers that a bridge is for, each with its site."""
+def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]]:
+    """The layers that a bridge is for, each with its name and its site."""
     dtype, device = _activation_dtype(model), _device(model)
     modules = dict(model.named_modules())
     for name, layer in modules.items():
         for bridge in BRIDGES:
             if bridge.layer_class is not None and isinstance(layer, bridge.layer_class):
                 parent = modules.get(name.rpartition(".")[0], model)
-                yield layer, bridge, Site(dtype, device, _intermediate_size(parent))
+                yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent))
 
 
 def _activation_dtype(model: nn.Module) -> torch.dtype:
@@ -311,16 +353,3 @@ def _named(forward: Forward, impl: OpImpl) -> Forward:
     """SGLang's tracing labels a call by the name of the forward behind ``forward_``."""
     forward.__name__ = forward.__qualname__ = f"forward_{impl.impl_id}"
     return forward
-
-
-def _recording(forward: Forward, destination: str) -> Forward:
-    """A forward that puts its first call on record and then gives its place to ``forward``."""
-
-    def first(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (overrides.active or torch.compiler.is_compiling()):
-            dispatch_log().record(type(self).__name__, destination)
-            if getattr(self._forward_method, "__func__", None) is first:
-                self._forward_method = MethodType(forward, self)
-        return forward(self, *args, **kwargs)
-
-    return first

@@ -30,6 +30,7 @@ class RotaryEmbeddingBridge(Bridge):
     """SGLang's RotaryEmbedding: ``forward(positions, query, key, offsets, fused_set_kv_buffer_arg)``."""
 
     op = "rotary_embedding"
+    shared = True
 
     def _reason_in_attributes(self, layer: Layer) -> str | None:
         cache = layer._buffers.get("cos_sin_cache")

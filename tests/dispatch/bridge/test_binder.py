@@ -279,7 +279,7 @@ def test_the_width_of_a_gated_mlp_comes_from_its_first_matrix() -> None:
     mlp.gate_up_proj = nn.Module()
     mlp.gate_up_proj.output_size_per_partition = 96
     mlp.act_fn = sglang_class("SiluAndMul")()
-    assert [site for _, _, site in _layers_of(Model(mlp))] == [Site(torch.float32, torch.device("cpu"), 48)]
+    assert [site for *_, site in _layers_of(Model(mlp))] == [Site(torch.float32, torch.device("cpu"), 48)]
 
 
 def test_a_pinned_layer_stays_pinned() -> None:

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 1: PyTorch's own operators (ATen), replaced by FlagGems's kernels in this process.
+
+FlagGems registers its functions with PyTorch's dispatcher, for the device's key. What was registered, and
+what was not and why, is in an :class:`AtenReport`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from .config import Settings
+from .device import Device
+from .dispatch.backends.flaggems.library import load, why_unavailable
+
+logger = logging.getLogger("sglang_fl.aten")
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class AtenReport:
+    """What Layer 1 did.
+
+    Attributes:
+        replaced: (ATen operator, FlagGems function), as in ``("mul.Tensor", "mul")``.
+        left: (ATen operator, FlagGems function, why) of what FlagGems has and PyTorch keeps.
+        off: why the layer is off as a whole, or None.
+    """
+
+    replaced: tuple[tuple[str, str], ...] = ()
+    left: tuple[tuple[str, str, str], ...] = ()
+    off: str | None = None
+
+    def summary(self) -> str:
+        """One line for the server's log."""
+        if self.off is not None:
+            return f"sglang-fl: no ATen operator is replaced: {self.off}"
+        functions = {function for _, function in self.replaced}
+        return f"sglang-fl: FlagGems replaces {len(self.replaced)} ATen operators with {len(functions)} functions, {len(self.left)} left"
+
+    def left_by_reason(self) -> dict[str, list[str]]:
+        """Why -> the FlagGems functions that were left for it."""
+        reasons: dict[str, list[str]] = {}
+        for _, function, why in self.left:
+            names = reasons.setdefault(why, [])
+            if function not in names:
+                names.append(function)
+        return reasons
+
+
+def why_off(settings: Settings, device: Device, *, deterministic: bool = False) -> str | None:
+    """Why no ATen operator is to be replaced, or None. FlagGems is not imported to find out.
+
+    Args:
+        deterministic: the server runs with ``--enable-deterministic-inference``, and no FlagGems
+            function is declared batch-invariant.
+    """
+    if not settings.use_flaggems:
+        return f"USE_FLAGGEMS=0 ({settings.source('use_flaggems')})"
+    if settings.flagos_whitelist == ():
+        return f"flagos_whitelist is empty ({settings.source('flagos_whitelist')})"
+    if deterministic:
+        return "deterministic mode"
+    return why_unavailable(device)
+
+
+class AtenOperators:
+    """The ATen operators that the settings give to FlagGems: on and off, as often as needed.
+
+    Usable in a ``with`` statement. One at a time is on in a process.
+    """
+
+    _on: "AtenOperators | None" = None
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.report = AtenReport()
+        self._library: torch.library.Library | None = None
+
+    def enable(self) -> AtenReport:
+        """Register FlagGems's functions with PyTorch, from the next call of an operator on.
+
+        Raises:
+            RuntimeError: another set of operators is on; FlagGems finds no device; under ``strict``, an
+                operator that the settings name could not be registered.
+            ImportError: FlagGems is not installed.
+        """
+        if AtenOperators._on is self:
+            return self.report
+        if AtenOperators._on is not None:
+            raise RuntimeError("another set of ATen operators is replaced already; disable() it first")
+        gems = load()
+        replaced: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        self._library = torch.library.Library("aten", "IMPL")
+        AtenOperators._on = self
+        try:
+            self._register(gems, self._library, replaced, failed)
+            named = {key for key, function in _rows(gems) if function in (self.settings.flagos_whitelist or ())}
+            self._complain({key: why for key, why in failed.items() if key in named})
+        except BaseException:
+            self.disable()
+            raise
+        left = [(key, function, self._why_left(gems, key, function, failed)) for key, function in _rows(gems) if key not in replaced]
+        self.report = AtenReport(tuple(replaced.items()), tuple(left))
+        return self.report
+
+    def disable(self) -> None:
+        """Give every operator back to PyTorch."""
+        if AtenOperators._on is not self:
+            return
+        assert self._library is not None
+        self._library._destroy()
+        self._library = None
+        AtenOperators._on = None
+
+    def __enter__(self) -> AtenReport:
+        return self.enable()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.disable()
+
+    def _register(self, gems: ModuleType, library: torch.library.Library, replaced: dict[str, str], failed: dict[str, str]) -> None:
+        recorder = Recorder(self.settings) if self.settings.flaggems_record else None
+
+        class Registrar(gems.registrar):  # type: ignore[name-defined]
+            """FlagGems's own, telling what became of each operator."""
+
+            def register_impl(self, key: str, fn: Function) -> None:
+                # PyTorch takes a kernel for an operator that it does not have, and never calls it.
+                if not torch._C._dispatch_has_kernel(f"aten::{key}"):
+                    failed[key] = "this PyTorch has no such operator"
+                    return
+                try:
+                    super().register_impl(key, recorder.recording(key, fn) if recorder else fn)
+                except Exception as error:
+                    failed[key] = f"it could not be registered: {error}"
+                else:
+                    replaced[key] = fn.__name__
+
+        if self.settings.flagos_whitelist is not None:
+            gems.only_enable(lib=library, include=list(self.settings.flagos_whitelist), registrar=Registrar)
+        else:
+            gems.enable(lib=library, unused=list(self.settings.flagos_blacklist or ()), registrar=Registrar)
+
+    def _complain(self, failed: dict[str, str]) -> None:
+        """About operators that the whitelist names, and that could not be registered."""
+        for key, why in failed.items():
+            told = f"aten::{key}: {why}; PyTorch's own serves ({self.settings.source('flagos_whitelist')} names it)"
+            if self.settings.strict:
+                raise RuntimeError(f"sglang-fl: {told} (strict is set)")
+            logger.warning(told)
+
+    def _why_left(self, gems: ModuleType, key: str, function: str, failed: dict[str, str]) -> str:
+        if key in failed:
+            return failed[key]
+        settings = self.settings
+        if settings.flagos_whitelist is not None and function not in settings.flagos_whitelist:
+            return f"not in flagos_whitelist ({settings.source('flagos_whitelist')})"
+        if settings.flagos_blacklist is not None and function in settings.flagos_blacklist:
+            return f"flagos_blacklist ({settings.source('flagos_blacklist')})"
+        if function in gems.current_work_registrar.get_unused_ops():
+            return f"FlagGems leaves it out on {gems.vendor_name}"
+        if key in gems.current_work_registrar.cpp_patched_ops:
+            return "FlagGems's C++ extension has it"
+        return "FlagGems's condition for it does not hold with this PyTorch"
+
+
+def _rows(gems: ModuleType) -> list[tuple[str, str]]:
+    """(ATen operator, FlagGems function) of everything FlagGems has."""
+    return [(row[0], function) for function, rows in gems.FULL_CONFIG_BY_FUNC.items() for row in rows]
+
+
+class Recorder:
+    """The log of replaced operators, as they run: Layer 1 alone, whoever else calls FlagGems.
+
+    A line has the form of FlagGems's own log: ``[DEBUG] flag_gems.ops.mul.mul: aten::mul.Tensor``. Processes
+    share the file; without one the lines go to the server's log.
+    """
+
+    def __init__(self, settings: Settings):
+        self._path = Path(settings.flaggems_log_path).expanduser() if settings.flaggems_log_path else None
+        self._once = settings.flaggems_log_once
+        self._seen: set[str] = set()
+
+    def recording(self, key: str, fn: Function) -> Function:
+        """``fn``, putting its calls on record."""
+        line = f"{fn.__module__}.{fn.__name__}: aten::{key}"
+
+        @functools.wraps(fn)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if key not in self._seen:
+                if self._once:
+                    self._seen.add(key)
+                self._write(line)
+            return fn(*args, **kwargs)
+
+        return recorded
+
+    def _write(self, line: str) -> None:
+        if self._path is None:
+            logger.info(line)
+            return
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(f"[DEBUG] {line}\n".encode())
+        except OSError as error:
+            logger.error("the log of replaced operators %s cannot be written: %s", self._path, error)
+            self._path = None
+
+
+_operators: AtenOperators | None = None
+
+
+def replace_operators(settings: Settings, device: Device, *, deterministic: bool = False) -> AtenReport:
+    """Switch Layer 1 on in a process that runs a model, if the settings ask for it; once.
+
+    Raises:
+        RuntimeError: under ``strict``, FlagGems or an operator that the settings name cannot be used.
+    """
+    global _operators
+    off = why_off(settings, device, deterministic=deterministic)
+    if off is not None:
+        return AtenReport(off=off)
+    if _operators is None:
+        operators = AtenOperators(settings)
+        try:
+            operators.enable()
+        except Exception as error:
+            if settings.strict:
+                raise
+            told = f"FlagGems could not be switched on: {type(error).__name__}: {error}"
+            logger.warning(told, exc_info=True)
+            return AtenReport(off=told)
+        _operators = operators
+    return _operators.report
+
+
+def restore_operators() -> None:
+    """Switch Layer 1 off again in this process."""
+    global _operators
+    if _operators is not None:
+        _operators.disable()
+        _operators = None

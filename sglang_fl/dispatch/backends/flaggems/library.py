@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where FlagGems is imported, with what it needs for the installed Triton.
+
+Importing FlagGems takes seconds and fails where it has no device, so nothing here does it but
+:func:`load`, which is called in processes that run a model, and only when the settings ask for FlagGems.
+"""
+
+import ast
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ....config import settings_in_force
+from ....device import Device, detect, probe
+from ....vendors import VENDORS
+
+logger = logging.getLogger("sglang_fl.flaggems")
+
+#: Where FlagGems keeps the class that knows its device, newer releases first.
+_DETECTORS = ("flag_gems.runtime.backend.device_finder", "flag_gems.runtime.backend.device")
+
+#: What we call of FlagGems, by file: function or class.method -> the parameters it must begin with.
+_SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "__init__.py": {
+        "enable": ("lib", "unused", "registrar"),
+        "only_enable": ("lib", "include", "registrar"),
+    },
+    "runtime/register.py": {
+        "Register.register_impl": ("self", "key", "fn"),
+        "Register.get_unused_ops": ("self",),
+    },
+    "modules/activation.py": {"gems_silu_and_mul": ("x", "y")},
+    "modules/normalization.py": {"gems_rms_forward": ("x", "residual", "weight", "eps")},
+    "modules/rotary_embedding.py": {
+        "gems_rope_forward": ("query", "key", "cos", "sin", "position_ids", "rotary_interleaved", "inplace"),
+    },
+}
+#: And the names that we read.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "__init__.py": ("_FULL_CONFIG", "FULL_CONFIG_BY_FUNC", "registrar", "vendor_name", "current_work_registrar"),
+    "utils/codegen_config_utils.py": ("CODEGEN_COFIGS",),
+}
+
+
+def why_unavailable(device: Device | None = None) -> str | None:
+    """Why FlagGems cannot be used on this machine, or None. FlagGems is not imported to find out.
+
+    Args:
+        device: what was detected; None: PyTorch is asked if it is loaded, the driver's files if not.
+    """
+    if not settings_in_force().use_flaggems:
+        return "USE_FLAGGEMS=0"
+    device = device or (detect() if "torch" in sys.modules else probe())
+    if not VENDORS[device.vendor].flaggems:
+        return f"FlagGems has nothing for {device.vendor}"
+    if importlib.util.find_spec("flag_gems") is None:
+        return "FlagGems is not installed (uv pip install flag_gems)"
+    return None
+
+
+@lru_cache(maxsize=1)
+def load() -> ModuleType:
+    """FlagGems, ready to compile kernels.
+
+    Raises:
+        ImportError: it is not installed.
+        RuntimeError: FlagGems finds no device that it serves.
+    """
+    module = importlib.import_module("flag_gems")
+    if not block_pointers_are_tensors(importlib.import_module("triton.language")):
+        _generate_without_block_pointers()
+    return module
+
+
+def detector() -> Any:
+    """FlagGems's knowledge of its device: ``vendor_name``, ``vendor``, ``name``, ``dispatch_key``."""
+    for name in _DETECTORS:
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name).DeviceDetector()
+    raise ImportError(f"this FlagGems has a DeviceDetector in none of {', '.join(_DETECTORS)}")
+
+
+def changed_signatures(root: Path | None = None) -> list[str]:
+    """What we call of FlagGems and it no longer has, or takes otherwise; read from its source, without importing it.
+
+    Args:
+        root: the package's directory; None: where it is installed.
+    """
+    if root is None:
+        spec = importlib.util.find_spec("flag_gems")
+        if spec is None or spec.origin is None:
+            return []
+        root = Path(spec.origin).parent
+    return list(_changes(root))
+
+
+def _changes(root: Path) -> Iterator[str]:
+    if not any((root.parent / f"{name.replace('.', '/')}.py").exists() for name in _DETECTORS):
+        yield f"flag_gems: DeviceDetector is in none of {', '.join(_DETECTORS)}"
+    for file in sorted(_SIGNATURES.keys() | _NAMES.keys()):
+        where = f"flag_gems/{file}"
+        try:
+            body = ast.parse((root / file).read_text(encoding="utf-8")).body
+        except (OSError, SyntaxError) as error:
+            yield f"{where} cannot be read: {error}"
+            continue
+        functions = dict(_functions(body))
+        for name, expected in _SIGNATURES.get(file, {}).items():
+            found = functions.get(name)
+            if found is None:
+                yield f"{where}: there is no {name}"
+            elif found[: len(expected)] != expected:
+                yield f"{where}: {name} takes ({', '.join(found)}), not ({', '.join(expected)})"
+        assigned = {target.id for node in ast.walk(ast.Module(body, [])) for target in _targets(node) if isinstance(target, ast.Name)}
+        yield from (f"{where}: there is no {name}" for name in _NAMES.get(file, ()) if name not in assigned)
+
+
+def _functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(name, parameters) of a module's functions and of its classes' methods."""
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield from _functions(node.body, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            yield prefix + node.name, tuple(argument.arg for argument in (*node.args.posonlyargs, *node.args.args))
+
+
+def _targets(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, ast.Assign):
+        return node.targets
+    return [node.target] if isinstance(node, ast.AnnAssign) else []
+
+
+def block_pointers_are_tensors(language: ModuleType) -> bool:
+    """Whether ``tl.make_block_ptr`` makes a tensor, as FlagGems's generated kernels expect.
+
+    Triton 3.8 turned block pointers into a class of their own, without ``.type.element_ty``; until then
+    its semantic layer made them.
+    """
+    semantic = getattr(language, "semantic", None)
+    return hasattr(semantic, "make_block_ptr") or hasattr(getattr(semantic, "TritonSemantic", None), "make_block_ptr")
+
+
+def _generate_without_block_pointers() -> None:
+    """Have FlagGems generate its pointwise kernels on plain pointers.
+
+    The configuration is read when a kernel is first generated, so this must come right after the import.
+    """
+    # "COFIGS" is FlagGems's spelling.
+    configs = importlib.import_module("flag_gems.utils.codegen_config_utils").CODEGEN_COFIGS
+    vendor = detector().vendor
+    config = configs.get(vendor) or next(c for v, c in configs.items() if v.name == "NVIDIA")
+    if config.prefer_block_pointer:
+        config.prefer_block_pointer = False
+        logger.debug("FlagGems generates its pointwise kernels without block pointers, which this Triton has changed")

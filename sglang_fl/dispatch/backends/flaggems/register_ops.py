@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+from ...registry import OpRegistry
+from ...types import BackendImplKind, BackendPriority, OpImpl
+from .flaggems import FlagGemsBackend
+
+#: operator -> whether a call that raises may have written its inputs.
+_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True}
+
+
+def register_builtins(registry: OpRegistry) -> None:
+    backend = FlagGemsBackend()
+    registry.register_many(
+        OpImpl(
+            op,
+            "default.flagos",
+            BackendImplKind.DEFAULT,
+            getattr(backend, op),
+            priority=BackendPriority.DEFAULT,
+            writes_inputs=writes_inputs,
+        )
+        for op, writes_inputs in _WRITES_INPUTS.items()
+    )

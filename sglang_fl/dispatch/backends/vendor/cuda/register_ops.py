@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+from ....registry import OpRegistry
+from ....types import BackendImplKind, BackendPriority, OpImpl
+from .cuda import CudaBackend
+
+#: operator -> whether a call that raises may have written its inputs.
+_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True}
+
+
+def register_builtins(registry: OpRegistry) -> None:
+    backend = CudaBackend()
+    registry.register_many(
+        OpImpl(
+            op,
+            "vendor.cuda",
+            BackendImplKind.VENDOR,
+            getattr(backend, op),
+            vendor=backend.vendor,
+            priority=BackendPriority.VENDOR,
+            writes_inputs=writes_inputs,
+        )
+        for op, writes_inputs in _WRITES_INPUTS.items()
+    )

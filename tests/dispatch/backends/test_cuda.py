@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend's glue, on stand-ins of its kernels that take what the real ones take and no more."""
+
+import sys
+from importlib import import_module, util
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+
+from sglang_fl.device import Device
+from sglang_fl.dispatch import OpManager, SelectionPolicy
+from sglang_fl.dispatch.backends.reference import impl as reference
+from sglang_fl.dispatch.backends.vendor.cuda import cuda
+from sglang_fl.dispatch.backends.vendor.cuda.cuda import CudaBackend
+
+PACKAGE = "sglang_fl.dispatch.backends.vendor.cuda.impl"
+
+
+def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    assert input.dim() == 2 and input.stride(-1) == 1 and input.numel() and weight.dtype == input.dtype
+    return reference.rms_norm(input, weight, eps)
+
+
+def fused_add_rmsnorm(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> None:
+    assert input.dim() == residual.dim() == 2 and input.stride(-1) == residual.stride(-1) == 1 and input.numel()
+    normed, total = reference.rms_norm(input, weight, eps, residual)
+    input.copy_(normed)
+    residual.copy_(total)
+
+
+def act_and_mul(vector_bytes: int) -> Any:
+    def silu_and_mul(input: torch.Tensor, out: torch.Tensor) -> None:
+        assert out.shape[-1] * out.itemsize % vector_bytes == 0 and input.numel()
+        out.view(-1, out.shape[-1]).copy_(reference.silu_and_mul(input.view(-1, input.shape[-1])))
+
+    return silu_and_mul
+
+
+def apply_rope_inplace(
+    q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, positions: torch.Tensor, *, is_neox: bool, rope_dim: int = 0
+) -> None:
+    dim = rope_dim or cos_sin_cache.size(-1)
+    assert q.shape[-1] == k.shape[-1] == dim and q.stride(-1) == k.stride(-1) == 1 and q.numel()
+    assert cos_sin_cache.dtype == torch.float32 and cos_sin_cache.is_contiguous() and positions.is_contiguous()
+    assert q.stride(1) == k.stride(1)
+    cos, sin = cos_sin_cache.chunk(2, -1)
+    rotated = reference.rotary_embedding(q, k, cos, sin, positions, not is_neox)
+    q.copy_(rotated[0])
+    k.copy_(rotated[1])
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    modules: dict[str, dict[str, Any]] = {
+        "sgl_kernel": {"rmsnorm": rmsnorm, "fused_add_rmsnorm": fused_add_rmsnorm, "silu_and_mul": act_and_mul(8)},
+        "sglang.kernels.ops.activation.activation": {"silu_and_mul": act_and_mul(16)},
+        "sglang.kernels.ops.attention.rope": {"apply_rope_inplace": apply_rope_inplace},
+    }
+    for name, contents in modules.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name in ("activation", "normalization", "rotary"):
+        monkeypatch.delitem(sys.modules, f"{PACKAGE}.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, PACKAGE, raising=False)
+    return CudaBackend()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 8), (128,)])
+def test_norm_and_activation(backend: CudaBackend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    layer = Norm(torch.randn(shape[-1]).to(dtype))
+    check_rms_norm(backend.rms_norm, layer, x, None)
+    check_silu_and_mul(backend.silu_and_mul, x)
+    check_rms_norm(backend.rms_norm, layer, x, residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views(backend: CudaBackend, dtype: torch.dtype) -> None:
+    wide = torch.randn(6, 5, 3 * 64).to(dtype)
+    layer = Norm(torch.randn(64).to(dtype))
+    for x in (wide[..., 64:128], wide[:, 0, :64], wide.transpose(0, 2)[:64].transpose(0, 2), wide[..., ::3]):
+        check_silu_and_mul(backend.silu_and_mul, x)
+        check_rms_norm(backend.rms_norm, layer, x, None)
+        exact = x.double() + x.double()
+        normed, total = backend.rms_norm(layer, x.clone(), x.clone())
+        assert torch.allclose(total.double(), exact, rtol=1e-2) and normed.shape == x.shape
+
+
+def test_a_row_too_narrow_for_the_wide_kernel(backend: CudaBackend) -> None:
+    check_silu_and_mul(backend.silu_and_mul, torch.randn(3, 2 * 12).bfloat16())
+    with pytest.raises(ValueError, match="it cannot be 5"):
+        backend.silu_and_mul(None, torch.ones(3, 5))
+
+
+def test_weights_of_another_dtype_are_refused(backend: CudaBackend) -> None:
+    """The kernel would read them as what they are not."""
+    with pytest.raises(TypeError, match="float32"):
+        backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="hidden_size is 64"):
+        backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 32))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (64, 32), (80, 20)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 17])
+@pytest.mark.parametrize("cache", ["halves", "apart"])
+def test_rotary(
+    backend: CudaBackend, num_tokens: int, head_dim: int, rotary_dim: int, dtype: torch.dtype, interleaved: bool, inplace: bool, cache: str
+) -> None:
+    angles = torch.rand(64, rotary_dim // 2) * 6.3
+    cos, sin = torch.cat((angles.cos(), angles.sin()), -1).chunk(2, -1) if cache == "halves" else (angles.cos(), angles.sin())
+    packed = torch.randn(num_tokens, 3, 2 * head_dim).to(dtype)
+    query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
+    positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
+    check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+def test_halves_of_one_cache_are_joined_without_a_copy(backend: CudaBackend) -> None:
+    joined = import_module(f"{PACKAGE}.rotary").joined
+    cache = torch.randn(16, 8)
+    cos, sin = cache.chunk(2, -1)
+    both = joined(cos, sin)
+    assert torch.equal(both, cache) and both.data_ptr() == cache.data_ptr() and joined(cos, sin) is both
+    for other_cos, other_sin in ((sin, cos), (cos, cos), (cos[:, :2], cos[:, 2:]), (cos, sin.clone()), (cache[:8, :4], cache[8:, 4:])):
+        assert torch.equal(joined(other_cos, other_sin), torch.cat((other_cos, other_sin), -1))
+
+
+def test_a_cache_of_another_dtype_is_refused(backend: CudaBackend) -> None:
+    query, cos = torch.ones(2, 1, 8), torch.ones(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="bfloat16"):
+        backend.rotary_embedding(None, query, query.clone(), cos, cos, torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "installed", "why"),
+    [
+        ("nvidia", True, None),
+        ("thead", True, None),
+        ("metax", True, "its kernels are for nvidia and thead, and this device is metax"),
+        ("nvidia", False, "sglang-kernel is not installed (uv pip install sglang-kernel)"),
+    ],
+)
+def test_where_it_is_available(monkeypatch: pytest.MonkeyPatch, vendor: str, installed: bool, why: str | None) -> None:
+    monkeypatch.setattr(cuda, "detect", lambda: Device(vendor, "cuda", "cuda", "a test"))
+    monkeypatch.setattr(util, "find_spec", lambda _: object() if installed else None)
+    assert CudaBackend().why_unavailable() == why
+    manager = OpManager()
+    plan = manager.plan("rms_norm", SelectionPolicy("vendor"))
+    assert ("vendor.cuda" in [impl.impl_id for impl in plan.candidates]) is (why is None)
+    denied = manager.plan("rms_norm", SelectionPolicy("vendor", deny_vendors=frozenset({"cuda"})))
+    assert "vendor.cuda" not in [impl.impl_id for impl in denied.candidates]

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FlagGems backend, as far as a machine without its devices can tell."""
+
+import shutil
+import sys
+from importlib import import_module, reload
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accuracy import DTYPES, check_rotary_embedding
+from flaggems_here import gems
+
+from sglang_fl.device import Device
+from sglang_fl.dispatch.backends.flaggems import library
+from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend
+from sglang_fl.dispatch.backends.reference.impl import rotary_embedding as reference_rotary
+
+__all__ = ["gems"]
+
+
+def test_the_installed_flaggems_is_the_one_we_call() -> None:
+    assert find_spec("flag_gems") is not None, "the tests' environment has FlagGems"
+    assert library.changed_signatures() == []
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the installed FlagGems's source, to change."""
+    spec = find_spec("flag_gems")
+    assert spec is not None and spec.origin is not None
+    root = tmp_path / "flag_gems"
+    for file in {*library._SIGNATURES, *library._NAMES, "runtime/backend/device.py"}:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(spec.origin).parent / file, root / file)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("modules/normalization.py", "weight: torch.Tensor, eps: float", "w: torch.Tensor, eps: float", "takes (x, residual, w, eps), not"),
+        ("modules/activation.py", "def gems_silu_and_mul", "def gems_swiglu", "there is no gems_silu_and_mul"),
+        (
+            "runtime/register.py",
+            "def register_impl(self, key, fn)",
+            "def register_impl(self, name, key, fn)",
+            "Register.register_impl takes",
+        ),
+        ("utils/codegen_config_utils.py", "CODEGEN_COFIGS = {", "CODEGEN_CONFIGS = {", "there is no CODEGEN_COFIGS"),
+        ("__init__.py", "FULL_CONFIG_BY_FUNC = {}", "CONFIG = {}", "there is no FULL_CONFIG_BY_FUNC"),
+        ("__init__.py", "def enable(", "def enable((", "cannot be read"),
+    ],
+)
+def test_a_flaggems_that_changed_is_told(source: Path, file: str, old: str, new: str, told: str) -> None:
+    assert library.changed_signatures(source) == []
+    text = (source / file).read_text()
+    assert old in text
+    (source / file).write_text(text.replace(old, new))
+    (problem,) = library.changed_signatures(source)
+    assert problem.startswith(f"flag_gems/{file}") and told in problem
+
+
+def test_newer_flaggems_with_a_device_finder(source: Path) -> None:
+    device = source / "runtime/backend/device.py"
+    device.rename(device.with_name("device_finder.py"))
+    assert library.changed_signatures(source) == []
+    device.with_name("device_finder.py").unlink()
+    (problem,) = library.changed_signatures(source)
+    assert "DeviceDetector is in none of" in problem
+
+
+@pytest.mark.parametrize("name", ["device", "device_finder"])
+def test_the_detector_of_old_and_new_flaggems(gems: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = import_module("flag_gems.runtime.backend.device")
+    modules = {"flag_gems.runtime.backend.device": real}
+    if name == "device_finder":
+        modules = {"flag_gems.runtime.backend.device_finder": SimpleNamespace(DeviceDetector=real.DeviceDetector)}  # type: ignore[dict-item]
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda wanted: modules.get(wanted))
+    monkeypatch.setattr(library.importlib, "import_module", lambda wanted: modules[wanted])
+    assert library.detector().vendor_name == "nvidia"
+
+
+@pytest.mark.parametrize(
+    ("language", "tensors"),
+    [
+        (SimpleNamespace(semantic=SimpleNamespace(make_block_ptr=print)), True),
+        (SimpleNamespace(semantic=SimpleNamespace(TritonSemantic=SimpleNamespace(make_block_ptr=print))), True),
+        (SimpleNamespace(semantic=SimpleNamespace(TritonSemantic=object)), False),
+        (SimpleNamespace(), False),
+    ],
+)
+def test_block_pointers_of_old_and_new_triton(language: Any, tensors: bool) -> None:
+    assert library.block_pointers_are_tensors(language) is tensors
+
+
+def test_kernels_are_generated_without_block_pointers_where_triton_has_changed_them(gems: ModuleType) -> None:
+    language = import_module("triton.language")
+    config = import_module("flag_gems.utils.codegen_config_utils").get_codegen_config()
+    assert config.prefer_block_pointer is library.block_pointers_are_tensors(language)
+
+
+@pytest.mark.parametrize(
+    ("environ", "device", "installed", "why"),
+    [
+        ({"USE_FLAGGEMS": "0"}, "nvidia", True, "USE_FLAGGEMS=0"),
+        ({}, "cpu", True, "FlagGems has nothing for cpu"),
+        ({}, "thead", True, "FlagGems has nothing for thead"),
+        ({}, "metax", False, "FlagGems is not installed (uv pip install flag_gems)"),
+        ({}, "metax", True, None),
+    ],
+)
+def test_when_it_is_available(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], device: str, installed: bool, why: str | None
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(library, "detect", lambda: Device(device, "cuda", None, "a test"))
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda _: object() if installed else None)
+    backend = FlagGemsBackend()
+    assert backend.why_unavailable() == why and backend.is_available() is (why is None)
+
+
+def test_asking_whether_it_is_available_imports_nothing() -> None:
+    import subprocess
+
+    code = (
+        "import sys; from sglang_fl.dispatch import OpManager; m = OpManager(); m.plan('rms_norm'); "
+        "print([n for n in ('torch', 'flag_gems', 'sgl_kernel', 'sglang') if n in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def gems_rope_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlagGems's function as it declares itself, in PyTorch: whole heads, last dimension of cos and sin contiguous."""
+    assert cos.shape[-1] * 2 == query.shape[-1] and cos.stride(-1) == sin.stride(-1) == 1 and position_ids is not None
+    rotated = reference_rotary(query, key, cos, sin, position_ids, rotary_interleaved)
+    if not inplace:
+        return rotated
+    return query.copy_(rotated[0]), key.copy_(rotated[1])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (64, 32), (80, 20)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 17])
+def test_whole_and_partial_rotary(
+    gems: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    num_tokens: int,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+    interleaved: bool,
+    inplace: bool,
+) -> None:
+    rotary = import_module("sglang_fl.dispatch.backends.flaggems.impl.rotary")
+    monkeypatch.setattr(rotary, "gems_rope_forward", gems_rope_forward)
+    angles = torch.rand(64, rotary_dim // 2) * 6.3
+    packed = torch.randn(num_tokens, 3, 2 * head_dim).to(dtype)
+    query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
+    positions = torch.randint(0, 64, (num_tokens,))
+    check_rotary_embedding(FlagGemsBackend().rotary_embedding, query, key, angles.cos(), angles.sin(), positions, interleaved, inplace)
+
+
+def test_an_odd_width_is_refused(gems: ModuleType) -> None:
+    with pytest.raises(ValueError, match="it cannot be 7"):
+        FlagGemsBackend().silu_and_mul(None, torch.ones(2, 7))
+
+
+def test_the_functions_are_flaggems_own(gems: ModuleType) -> None:
+    impl = reload(import_module("sglang_fl.dispatch.backends.flaggems.impl"))
+    assert impl.rms_norm is gems.modules.normalization.gems_rms_forward

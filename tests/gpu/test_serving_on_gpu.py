@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On an NVIDIA GPU: real servers with SGLang's default prefill and decode graphs, one for each way to run.
+
+They start together, since a start takes minutes where kernels are compiled; each has a small share of the memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from e2e.conftest import Prompt, Running, make_prompts, off_by, serving
+
+from sglang_fl.cli.demo_model import RECITAL, demo_model
+from sglang_fl.config import load_settings
+from sglang_fl.device import Device
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+CLASSES = {"RMSNorm": "rms_norm", "RotaryEmbedding": "rotary_embedding", "SiluAndMul": "silu_and_mul"}
+#: Qwen3's query and key norms, which SGLang computes with one kernel of its own on CUDA.
+FUSED = "RMSNorm → sglang(never called: model.layers.*.self_attn.k_norm model.layers.*.self_attn.q_norm)"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run the server, and where its layers must then have run."""
+
+    destination: str
+    environ: Mapping[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+
+
+SGLANG = {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in CLASSES.values())}
+COMPILE = ("--enable-torch-compile", "--torch-compile-max-bs", "2")
+WAYS = {
+    "sglang": Way("sglang(policy)", SGLANG),
+    "profile": Way("profile"),
+    "flagos": Way("flagos(default.flagos)", {"SGLANG_FL_PREFER": "flagos", "SGLANG_FLAGGEMS_RECORD": "1"}),
+    "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_STRICT": "1"}),
+    "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
+    "compiled": Way("flagos(default.flagos)", {"SGLANG_FL_PREFER": "flagos"}, COMPILE),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return make_prompts(demo_model(), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
+    model = demo_model()
+    with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
+
+        def start(name: str, way: Way) -> Running:
+            share = ("--max-total-tokens", "16384", "--mem-fraction-static", "0.9")
+            server = serving(model, tmp_path_factory.mktemp(name), *share, *way.arguments, dtype="bfloat16", environ=way.environ)
+            return stack.enter_context(server)
+
+        found = {name: pool.submit(start, name, way) for name, way in WAYS.items()}
+        for future in found.values():
+            future.exception()
+        yield found
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def running(servers: dict[str, Future[Running]], way: str) -> Running:
+    return servers[way].result()
+
+
+def test_the_recital_is_exact(running: Running) -> None:
+    assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
+
+
+def test_sixteen_at_once_are_all_exact(running: Running) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: running.recite().json()["choices"][0]["message"]["content"], range(16)))
+    assert answers == [RECITAL] * 16
+
+
+def test_logprobs_are_within_what_rounding_to_bf16_may_cost(running: Running, way: str, prompts: list[Prompt]) -> None:
+    worst = max(off_by(running.logprobs(prompt), prompt.exact, prompt.bounds) for prompt in prompts)
+    print(f"{way}: logprobs are off by {worst:.3f} of what rounding to bf16 may cost two runs")
+    assert worst <= 0.5
+
+
+def test_every_layer_ran_where_it_should(running: Running, way: str) -> None:
+    destination = WAYS[way].destination
+    if destination == "profile":
+        profile = load_settings({}, device=Device("nvidia", "cuda", "cuda", "a test"))
+        orders = dict(profile.op_backends)
+        kinds = {"flagos": "flagos(default.flagos)", "vendor": "vendor(vendor.cuda)", "sglang": "sglang(policy)"}
+        expected = {f"{name} → {kinds[orders[op][0]]}" for name, op in CLASSES.items()}
+    else:
+        expected = {f"{name} → {destination}" for name in CLASSES}
+    if "RMSNorm → sglang(policy)" not in expected:
+        expected.add(FUSED)
+    assert running.dispatched() == expected
+    printed = running.server.log.read_text()
+    assert ("SGLang runs the model past 6 bound RMSNorm layers" in printed) is (FUSED in expected)
+    assert "capture" in printed.lower()
+
+
+def test_layer_1_is_on_where_everything_is_flagos(running: Running, way: str) -> None:
+    printed = running.server.log.read_text()
+    if way in ("flagos", "compiled"):
+        assert "FlagGems replaces 4" in printed
+        assert (": aten::" in printed) is (way == "flagos"), "the operators that ran are on record"
+    elif way == "sglang":
+        assert "no ATen operator is replaced: USE_FLAGGEMS=0" in printed
+
+
+def test_torch_compile_is_told_of(running: Running, way: str) -> None:
+    printed = running.server.log.read_text()
+    assert ("with --enable-torch-compile SGLang compiles its own" in printed) is (way == "compiled")

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 1: what is registered with PyTorch's dispatcher, with the real FlagGems and no device."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from flaggems_here import gems
+
+from sglang_fl import aten
+from sglang_fl.aten import AtenOperators, AtenReport, Recorder, replace_operators, restore_operators, why_off
+from sglang_fl.config import Settings, Source
+from sglang_fl.device import Device
+from sglang_fl.vocabulary import flaggems_functions
+
+__all__ = ["gems"]
+
+NVIDIA = Device("nvidia", "cuda", "cuda", "a test")
+CPU = Device("cpu", "cpu", None, "a test")
+
+
+def settings(**values: Any) -> Settings:
+    return Settings(**values, sources={name: Source(3, f"the test's {name}") for name in values})
+
+
+@pytest.fixture(autouse=True)
+def everything_given_back() -> Iterator[None]:
+    yield
+    restore_operators()
+    if AtenOperators._on is not None:
+        AtenOperators._on.disable()
+
+
+def kernel(operator: str) -> str:
+    """Where the dispatcher's kernel for the device comes from: the first of its lines is the one in force."""
+    return next(line for line in torch._C._dispatch_dump(f"aten::{operator}").splitlines() if line.startswith("CUDA"))
+
+
+def is_ours(operator: str) -> bool:
+    return ".py:" in kernel(operator)
+
+
+def test_everything_is_replaced_and_given_back(gems: ModuleType) -> None:
+    native = kernel("mul.Tensor")
+    assert not is_ours("mul.Tensor")
+    with AtenOperators(Settings()) as report:
+        assert is_ours("mul.Tensor") and is_ours("mm")
+        replaced = dict(report.replaced)
+        assert replaced["mul.Tensor"] == "mul" and replaced["mm"] == "mm"
+        assert set(replaced.values()) | {name for _, name, _ in report.left} == flaggems_functions()
+        assert report.off is None and str(len(replaced)) in report.summary()
+    assert kernel("mul.Tensor") == native and not is_ours("mm")
+
+
+def test_off_and_on_again(gems: ModuleType) -> None:
+    operators = AtenOperators(settings(flagos_whitelist=("mul",)))
+    for _ in range(3):
+        operators.enable()
+        assert is_ours("mul.Tensor")
+        assert operators.enable() is operators.report, "enabling twice is enabling once"
+        operators.disable()
+        operators.disable()
+        assert not is_ours("mul.Tensor")
+
+
+def test_whitelist(gems: ModuleType) -> None:
+    with AtenOperators(settings(flagos_whitelist=("mul", "mm"))) as report:
+        assert {function for _, function in report.replaced} == {"mul", "mm"}
+        assert is_ours("mm") and not is_ours("add.Tensor")
+        reasons = report.left_by_reason()
+        assert list(reasons) == ["not in flagos_whitelist (the test's flagos_whitelist)"]
+        assert {"mul", "mm"}.isdisjoint(*reasons.values()) and "add" in reasons[next(iter(reasons))]
+
+
+def test_blacklist(gems: ModuleType) -> None:
+    with AtenOperators(settings(flagos_blacklist=("mul",))) as report:
+        assert not is_ours("mul.Tensor") and is_ours("add.Tensor")
+        assert ("mul.Tensor", "mul", "flagos_blacklist (the test's flagos_blacklist)") in report.left
+        assert report.left_by_reason()["flagos_blacklist (the test's flagos_blacklist)"] == ["mul"]
+
+
+def test_one_set_at_a_time(gems: ModuleType) -> None:
+    with AtenOperators(settings(flagos_whitelist=("mul",))):
+        other = AtenOperators(settings(flagos_whitelist=("add",)))
+        with pytest.raises(RuntimeError, match="replaced already"):
+            other.enable()
+        other.disable()
+        assert is_ours("mul.Tensor") and not is_ours("add.Tensor")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_operator_that_cannot_be_registered(
+    gems: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: bool
+) -> None:
+    """An ATen operator that this PyTorch does not have."""
+    row = ("operator_of_another_pytorch", gems.FULL_CONFIG_BY_FUNC["mul"][0][1])
+    monkeypatch.setitem(gems.FULL_CONFIG_BY_FUNC, "mul", [*gems.FULL_CONFIG_BY_FUNC["mul"], row])
+    operators = AtenOperators(settings(flagos_whitelist=("mul",), strict=strict))
+    if strict:
+        with pytest.raises(RuntimeError, match=r"operator_of_another_pytorch.*strict"):
+            operators.enable()
+        assert not is_ours("mul.Tensor")
+        return
+    report = operators.enable()
+    assert is_ours("mul.Tensor")
+    (why,) = [why for key, _, why in report.left if key == "operator_of_another_pytorch"]
+    assert why == "this PyTorch has no such operator"
+    assert "operator_of_another_pytorch" in caplog.text and "the test's flagos_whitelist" in caplog.text
+
+
+def test_nothing_stays_replaced_where_enabling_fails(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise ArithmeticError("a broken FlagGems")
+
+    monkeypatch.setattr(gems, "enable", fails)
+    with pytest.raises(ArithmeticError):
+        AtenOperators(Settings()).enable()
+    monkeypatch.undo()
+    with AtenOperators(settings(flagos_whitelist=("mul",))):
+        assert is_ours("mul.Tensor")
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "deterministic", "why"),
+    [
+        ({"use_flaggems": False}, NVIDIA, False, "USE_FLAGGEMS=0 (the test's use_flaggems)"),
+        ({"flagos_whitelist": ()}, NVIDIA, False, "flagos_whitelist is empty (the test's flagos_whitelist)"),
+        ({}, NVIDIA, True, "deterministic mode"),
+        ({}, CPU, False, "FlagGems has nothing for cpu"),
+        ({}, NVIDIA, False, None),
+    ],
+)
+def test_when_it_is_off(values: dict[str, Any], device: Device, deterministic: bool, why: str | None) -> None:
+    assert why_off(settings(**values), device, deterministic=deterministic) == why
+    if why is not None:
+        report = replace_operators(settings(**values), device, deterministic=deterministic)
+        assert report == AtenReport(off=why) and why in report.summary()
+
+
+def test_the_second_model_of_a_process_finds_it_on(gems: ModuleType) -> None:
+    wanted = settings(flagos_whitelist=("mul",))
+    assert replace_operators(wanted, NVIDIA) is replace_operators(wanted, NVIDIA)
+    restore_operators()
+    assert not is_ours("mul.Tensor")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_flaggems_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: bool) -> None:
+    def fails() -> ModuleType:
+        raise RuntimeError("No device were detected")
+
+    monkeypatch.setattr(aten, "load", fails)
+    if strict:
+        with pytest.raises(RuntimeError, match="No device"):
+            replace_operators(settings(strict=True), NVIDIA)
+        return
+    report = replace_operators(Settings(), NVIDIA)
+    assert report.off == "FlagGems could not be switched on: RuntimeError: No device were detected"
+    assert "No device were detected" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["USE_FLAGGEMS", "SGLANG_FL_FLAGOS_WHITELIST"])
+def test_flaggems_is_not_imported_where_it_is_not_wanted(name: str) -> None:
+    """Not by Layer 1, and with USE_FLAGGEMS=0 not by Layer 2 either, which says why."""
+    code = (
+        "import sys, torch; from sglang_fl.aten import replace_operators; from sglang_fl.config import Settings; "
+        "from sglang_fl.device import Device; from sglang_fl.dispatch import OpManager, SelectionPolicy; "
+        f"values = {{'use_flaggems': False}} if {name!r} == 'USE_FLAGGEMS' else {{'flagos_whitelist': ()}}; "
+        "print(replace_operators(Settings(**values), Device('nvidia', 'cuda', 'cuda', '')).off); "
+        "plan = OpManager().plan('rms_norm', SelectionPolicy('flagos')); print(dict(plan.passed_over)['default.flagos']); "
+        "print([m for m in sys.modules if m.startswith('flag_gems')])"
+    )
+    environ = {**os.environ, "USE_FLAGGEMS": "0"} if name == "USE_FLAGGEMS" else dict(os.environ)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ).stdout.splitlines()
+    assert printed[2] == "[]"
+    if name == "USE_FLAGGEMS":
+        assert printed[1] == "USE_FLAGGEMS=0"
+
+
+def mul(x: int, y: int) -> int:
+    return x * y
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_record(tmp_path: Path, once: bool) -> None:
+    log = tmp_path / "operators.log"
+    recorder = Recorder(settings(flaggems_record=True, flaggems_log_once=once, flaggems_log_path=str(log)))
+    tensor, scalar = recorder.recording("mul.Tensor", mul), recorder.recording("mul.Scalar", mul)
+    assert [tensor(2, 3), tensor(4, 5), scalar(6, y=7)] == [6, 20, 42]
+    line = f"[DEBUG] {mul.__module__}.mul: aten::mul"
+    lines = [f"{line}.Tensor", f"{line}.Tensor", f"{line}.Scalar"]
+    assert log.read_text().splitlines() == (lines[1:] if once else lines)
+
+
+def test_record_without_a_file_goes_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    recorded = Recorder(settings(flaggems_record=True)).recording("mul.Tensor", mul)
+    recorded(1, 2)
+    assert f"{mul.__module__}.mul: aten::mul.Tensor" in caplog.text
+
+
+def test_record_to_a_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorded = Recorder(settings(flaggems_record=True, flaggems_log_once=False, flaggems_log_path=str(tmp_path))).recording("mm", mul)
+    assert [recorded(1, 2), recorded(3, 4)] == [2, 12]
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_recorded_operators_are_replaced_all_the_same(gems: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "operators.log"
+    values = {"flagos_whitelist": ("mul",), "flaggems_record": True, "flaggems_log_path": str(log)}
+    with AtenOperators(settings(**values)) as report:
+        assert is_ours("mul.Tensor") and dict(report.replaced)["mul.Tensor"] == "mul"
+    assert not log.exists(), "a registration is no call"
