@@ -110,6 +110,10 @@ def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     for variable in environ:
         if variable.startswith(PREFIXES) and variable not in VARIABLES:
             yield f"{variable}: there is no such setting{suggest(_stem(variable), shapes)}"
+    # FlagGems itself takes a vendor that it does not know for none, without a word.
+    forced = environ.get("GEMS_VENDOR", "").strip()
+    if forced and canonical(forced) not in VENDORS:
+        yield f"GEMS_VENDOR: unknown vendor {forced!r}{suggest(forced, VENDORS.keys())}"
 
 
 def _stem(variable: str) -> str:

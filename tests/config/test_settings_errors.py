@@ -328,3 +328,9 @@ def test_an_order_for_an_operator_that_is_not_covered_is_refused(load: Loader) -
 def test_vendors_may_be_called_by_their_aliases(load: Loader, word: str) -> None:
     load.vocabulary = vocabulary(OpManager(OpRegistry()))
     assert load(SGLANG_FL_DENY_VENDORS=word).deny_vendors == (word,)
+
+
+def test_an_unknown_vendor_for_flaggems(load: Loader) -> None:
+    """FlagGems takes it for none, and says nothing."""
+    assert load.problems(GEMS_VENDOR="nvida") == ("GEMS_VENDOR: unknown vendor 'nvida'; did you mean 'nvidia'?",)
+    assert load(GEMS_VENDOR="metax").platform == "cpu"
