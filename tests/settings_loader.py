@@ -7,6 +7,7 @@ import pytest
 
 from sglang_fl.config import Settings, SettingsError, Vocabulary, load_settings
 from sglang_fl.device import Device
+from sglang_fl.vocabulary import flaggems_functions
 
 CPU = Device("cpu", "cpu", None, "a test")
 NVIDIA = Device("nvidia", "cuda", "cuda", "a test")
@@ -15,7 +16,7 @@ VOCABULARY = Vocabulary(
     classes=frozenset({"RMSNorm", "SiluAndMul", "RotaryEmbedding"}),
     vendors=frozenset({"nvidia", "ascend", "metax"}),
     impls=frozenset({"reference.torch", "vendor.ascend"}),
-    flaggems=frozenset({"mul", "add", "to_copy"}),
+    flaggems=flaggems_functions() or frozenset({"mul", "add", "to_copy"}),
     not_covered=frozenset({"GemmaRMSNorm", "TopK", "fused_moe"}),
     hints={"classes": "where the classes are listed"},
 )

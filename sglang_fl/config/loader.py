@@ -97,6 +97,9 @@ def load_settings(
     if problems:
         raise SettingsError(problems)
     _give_way_to_prefer(chosen)
+    for white, black in _PAIRS:
+        if black in chosen and white in chosen and chosen[white].value is not None:
+            del chosen[black]
     return Settings(
         **{name: value.value for name, value in chosen.items()},
         platform=platform,
@@ -175,7 +178,10 @@ def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], pro
 
 def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
     """A whitelist beats a blacklist of a weaker place, and a user's list of either kind a profile's;
-    otherwise the two together are a contradiction."""
+    otherwise the two together are a contradiction.
+
+    A profile alone may have both: what is faster, and what does not work; see :func:`_give_way_to_prefer`.
+    """
     for white, black in _PAIRS:
         first, second = chosen.get(white), chosen.get(black)
         if first is None or second is None or first.value is None or second.value is None:
@@ -185,6 +191,8 @@ def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
             continue
         if second.source.place > first.source.place == PROFILE_PLACE:
             del chosen[white]
+            continue
+        if second.source.place == first.source.place == PROFILE_PLACE:
             continue
         yield (
             f"{first.label} and {second.label}: give one or the other, not both"

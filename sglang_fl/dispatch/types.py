@@ -42,7 +42,8 @@ class OpImpl:
             it can run on this machine; without one, the backend whose method ``fn`` is tells it.
         vendor: whose chip it is for; required for VENDOR.
         priority: the higher goes first among those that a word of an order matches.
-        supported_dtypes: the activation dtypes it takes; None: all.
+        supported_dtypes: the activation dtypes it takes, or their names (``"bfloat16"``), so that PyTorch
+            need not be imported to say it; None: all.
         min_arch: the least device capability, as ``(9, 0)``, ``"9.0"``, ``"sm90"`` or ``90``.
         writes_inputs: whether a call may have written its inputs when it raises. Only an
             implementation that says it does not is retried elsewhere while serving.
@@ -70,6 +71,22 @@ class OpImpl:
         if self.supported_dtypes is not None:
             object.__setattr__(self, "supported_dtypes", frozenset(self.supported_dtypes))
         parse_arch(self.min_arch)
+
+    def dtypes(self) -> frozenset[Any] | None:
+        """``supported_dtypes`` as PyTorch's own; None: all.
+
+        Raises:
+            ValueError: PyTorch has no such dtype.
+        """
+        if self.supported_dtypes is None:
+            return None
+        import torch
+
+        found = {name: getattr(torch, name, None) if isinstance(name, str) else name for name in self.supported_dtypes}
+        for name, dtype in found.items():
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{self.op_name}: {self.impl_id} names the dtype {name!r}, which PyTorch does not have")
+        return frozenset(found.values())
 
     def is_available(self) -> bool:
         """Whether it can run on this machine; see :meth:`why_unavailable` for why not."""

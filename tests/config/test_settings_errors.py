@@ -58,7 +58,7 @@ def place_of(problem: str) -> str:
         ("allow_vendors: nvdia\n", 1, "'nvdia'", "nvidia"),
         ("deny_vendors:\n  - metax\n\n  - acsend\n", 4, "'acsend'", "ascend"),
         ("flagos_whitelist: [tocopy]\n", 1, "'tocopy'", "to_copy"),
-        ("flagos_blacklist: [mul,\n  ad]\n", 2, "'ad'", "add"),
+        ("flagos_blacklist: [mul,\n  to_cop]\n", 2, "'to_cop'", "to_copy"),
         ("allow_vendors: {nvidia: 1}\n", 1, "{'nvidia': 1}", None),
         ("allow_vendors: 3\n", 1, "3", None),
         ("deny_vendors:\n  - metax\n  - 3\n", 3, "3", None),

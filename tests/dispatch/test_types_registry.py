@@ -152,3 +152,13 @@ def test_registering_from_many_threads_loses_nothing() -> None:
     for thread in threads:
         thread.join()
     assert len(registry.get_implementations("rms_norm")) == 400
+
+
+def test_dtypes_may_be_named() -> None:
+    import torch
+
+    named = OpImpl("rms_norm", "a", BackendImplKind.REFERENCE, print, supported_dtypes=frozenset({"bfloat16", torch.float16}))
+    assert named.dtypes() == {torch.bfloat16, torch.float16}
+    assert OpImpl("rms_norm", "a", BackendImplKind.REFERENCE, print).dtypes() is None
+    with pytest.raises(ValueError, match="'bfloat61', which PyTorch does not have"):
+        OpImpl("rms_norm", "a", BackendImplKind.REFERENCE, print, supported_dtypes=frozenset({"bfloat61"})).dtypes()

@@ -37,6 +37,8 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rms_norm(manager: OpManager, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     fn = implementation(manager, "rms_norm", kind)
+    if kind == "vendor" and dtype is torch.float32:
+        pytest.skip("vendor.cuda's kernel takes no fp32, and says so")
     layer = Norm(drawn(shape[-1:], dtype))
     check_rms_norm(fn, layer, drawn(shape, dtype), None)
     check_rms_norm(fn, layer, drawn(shape, dtype), drawn(shape, dtype))
@@ -47,7 +49,12 @@ def test_rms_norm(manager: OpManager, kind: str, shape: tuple[int, ...], dtype: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_silu_and_mul(manager: OpManager, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = drawn(shape, dtype) * 4
-    check_silu_and_mul(implementation(manager, "silu_and_mul", kind), x)
+    fn = implementation(manager, "silu_and_mul", kind)
+    if kind == "vendor" and shape[-1] // 2 * dtype.itemsize % 16:
+        with pytest.raises(ValueError, match="rows of whole 16 bytes"):
+            fn(None, x)
+        return
+    check_silu_and_mul(fn, x)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -60,13 +60,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
             server = serving(model, tmp_path_factory.mktemp(name), *share, *way.arguments, dtype="bfloat16", environ=way.environ)
             return stack.enter_context(server)
 
-        found = {name: pool.submit(start, name, way) for name, way in WAYS.items()}
-        for future in found.values():
-            future.exception()
-        yield found
+        yield {name: pool.submit(start, name, way) for name, way in WAYS.items()}
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=WAYS, scope="module")
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -153,7 +153,8 @@ class Binder:
     def _unfit(self, impl: OpImpl, site: Site) -> str | None:
         if self.deterministic and not impl.batch_invariant:
             return "it is not declared batch-invariant"
-        if impl.supported_dtypes is not None and site.dtype not in impl.supported_dtypes:
+        dtypes = impl.dtypes()
+        if dtypes is not None and site.dtype not in dtypes:
             return f"it does not take {site.dtype}"
         return None
 
@@ -214,7 +215,7 @@ class Binder:
     def _build(self, info: _Layer, impl: OpImpl | None, watch: bool) -> Forward:
         if impl is None:
             return self._divert
-        routes = Routes(impl.fn, impl.supported_dtypes, info.own, overrides if watch else NoContexts(), self._divert, self._failed(impl))
+        routes = Routes(impl.fn, impl.dtypes(), info.own, overrides if watch else NoContexts(), self._divert, self._failed(impl))
         forward = _named(info.bridge.forward(routes), impl)
         if not watch:
             return forward

@@ -5,6 +5,8 @@ from .cuda import CudaBackend
 
 #: operator -> whether a call that raises may have written its inputs.
 _WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True}
+#: Operators whose kernels do not take every activation dtype.
+_DTYPES = {"rms_norm": frozenset({"bfloat16", "float16"})}
 
 
 def register_builtins(registry: OpRegistry) -> None:
@@ -17,6 +19,7 @@ def register_builtins(registry: OpRegistry) -> None:
             getattr(backend, op),
             vendor=backend.vendor,
             priority=BackendPriority.VENDOR,
+            supported_dtypes=_DTYPES.get(op),
             writes_inputs=writes_inputs,
         )
         for op, writes_inputs in _WRITES_INPUTS.items()

@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a platform's profile from what was measured on one of its GPUs.
+
+    python benchmarks/make_profile.py            # writes sglang_fl/config/nvidia.yaml
+    python benchmarks/make_profile.py --check    # exits with 1 and a diff if the file would change
+
+It reads ``ops-<gpu>.json`` (of ``ops.py``) and ``aten-<gpu>.json`` (of ``aten.py measure``) in
+benchmarks/results; ``--gpu nvidia-h100`` says which, if there is more than one.
+
+The rule. Something of FlagOS's goes into the profile if, against what SGLang or PyTorch does by itself,
+  1. it is right, and nothing failed at any shape;
+  2. it is nowhere slower beyond measurement: the low end of the 95 % interval of its time ratio is at most
+     1.02 at every shape;
+  3. it gains at least 2 % in the median over the shapes.
+For an operator (Layer 2) the implementation with the least median ratio goes first, then SGLang's own. For
+an ATen function (Layer 1) being right includes that its call replays in a graph with new data, and one
+that serving also calls outside graphs must keep to 2. on the host as well. What is random cannot be shown
+to be right, and stays out. And
+  4. serving calls it in at least one forward pass of ten (counted by the calls of ``embedding``): FlagGems costs
+     its import at start-up, and a kernel its compilation at the first call, which a rare gain does not repay.
+An ATen function that was wrong, or ended the process, is in ``flagos_blacklist``: it stays with PyTorch too
+where a user prefers FlagOS for everything.
+"""
+
+import argparse
+import difflib
+import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import result_file
+
+from sglang_fl.dispatch.ops import OPERATORS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PROFILE = ROOT / "benchmarks" / "results", ROOT / "sglang_fl" / "config" / "nvidia.yaml"
+MAX_LOW, MAX_MEDIAN = 1.02, 0.98
+#: A model calls it once in each forward pass.
+_PASS = "embedding"
+LEAST_CALLS_PER_PASS = 0.1
+#: What aten.py says of a call that no process survives.
+_ENDED = "it ended its process"
+_FAMILIES = ("flagos", "vendor")
+_WIDTH = 110
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether something goes into the profile, and why."""
+
+    name: str
+    accepted: bool
+    reason: str
+    median: float = float("inf")
+    broken: bool = False
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}"
+
+
+def _worst(rows: Sequence[Row], name: str) -> Row | None:
+    """The row whose ratio is furthest above what is allowed, or None."""
+    slower = [row for row in rows if row.get(name) and row[name][1] > MAX_LOW]
+    return max(slower, key=lambda row: row[name][0], default=None)
+
+
+def _median(rows: Sequence[Row]) -> float:
+    return statistics.median(row["ratio"][0] for row in rows)
+
+
+# Layer 2
+
+
+def _shape(row: Row) -> str:
+    return f"{row['tokens']}x{row['hidden']}{' ' + row['variant'] if row.get('variant') else ''}"
+
+
+def judge_implementation(impl: str, rows: Sequence[Row], shapes: int) -> Verdict:
+    """``rows`` are this implementation's of one operator; ``shapes`` is how many there should be."""
+    failed = next((row for row in rows if row.get("error")), None)
+    if failed is not None:
+        return Verdict(impl, False, f"failed at {_shape(failed)}: {failed['error']}")
+    timed = [row for row in rows if row.get("ratio")]
+    if len(timed) < shapes:
+        return Verdict(impl, False, f"timed at {len(timed)} of {shapes} shapes only")
+    worst = _worst(timed, "ratio")
+    if worst is not None:
+        return Verdict(impl, False, f"{_times(worst['ratio'][0])} times SGLang's time at {_shape(worst)}")
+    return _by_gain(impl, timed, "SGLang's time")
+
+
+def _by_gain(name: str, timed: Sequence[Row], what: str) -> Verdict:
+    median = _median(timed)
+    best, worst = (pick(row["ratio"][0] for row in timed) for pick in (min, max))
+    figures = f"{median:.3f} times {what} in the median ({_times(best)} to {_times(worst)})"
+    if median > MAX_MEDIAN:
+        return Verdict(name, False, f"{figures}, which is no gain of 2 %", median)
+    return Verdict(name, True, figures, median)
+
+
+def order_of(op: str, rows: Sequence[Row]) -> tuple[list[str], list[Verdict]]:
+    """An operator's order, and the verdict on each implementation that was measured."""
+    mine = [row for row in rows if row["op"] == op]
+    shapes = len({(row.get("variant"), row["hidden"], row["tokens"]) for row in mine})
+    impls: dict[str, list[Row]] = {}
+    for row in mine:
+        if row["kind"] in _FAMILIES:
+            impls.setdefault(row["impl"], []).append(row)
+    verdicts = [judge_implementation(impl, found, shapes) for impl, found in sorted(impls.items())]
+    accepted = [verdict for verdict in verdicts if verdict.accepted]
+    if not accepted:
+        return ["sglang"], verdicts
+    best = min(accepted, key=lambda verdict: (verdict.median, verdict.name)).name
+    kind = impls[best][0]["kind"]
+    alone = len({row["impl"] for row in mine if row["kind"] == kind}) == 1
+    return [kind if alone else f"impl:{best}", "sglang"], verdicts
+
+
+# Layer 1
+
+
+def judge_function(function: str, rows: Sequence[Row], passes: int) -> Verdict:
+    """``rows`` are this function's, under all ATen names that it stands for; ``passes`` is how many forward passes were recorded."""
+    for row in rows:
+        where = f"{row['key']}({row['call']})"
+        if row.get("error"):
+            return Verdict(function, False, f"{where}: {_told(row['error'])}", broken=_ENDED in row["error"])
+        if row.get("right") is not True:
+            told = row.get("why") or "not shown to be right"
+            return Verdict(function, False, f"{where}: {told}", broken=row.get("right") is False)
+        if row.get("graph_safe") is False or (row.get("graph_safe") is None and row["seen_captured"]):
+            return Verdict(function, False, f"{where} in a graph: {row.get('graph_why') or 'not shown to work'}")
+    timed = [row for row in rows if row.get("ratio")]
+    slower = _worst(timed, "ratio")
+    slower_on_host = _worst([row for row in rows if row["seen_eager"]], "host_ratio")
+    parts = []
+    if slower is not None:
+        parts.append(f"{_times(slower['ratio'][0])} times PyTorch's time in a graph ({slower['call']})")
+    if slower_on_host is not None:
+        parts.append(f"{_times(slower_on_host['host_ratio'][0])} times on the host ({slower_on_host['call']})")
+    if parts:
+        return Verdict(function, False, ", ".join(parts))
+    if len(timed) < len(rows) or any(row["seen_eager"] and not row.get("host_ratio") for row in rows):
+        return Verdict(function, False, "not all of its calls were timed")
+    verdict = _by_gain(function, timed, "PyTorch's time in a graph")
+    calls = _calls(rows)
+    if verdict.accepted and calls < LEAST_CALLS_PER_PASS * passes:
+        return Verdict(function, False, f"{verdict.reason}, but called in {calls} of {passes} forward passes only", verdict.median)
+    return verdict
+
+
+def _calls(rows: Sequence[Row]) -> int:
+    """How often serving called the operators of these rows."""
+    return sum({row["key"]: row["seen_eager"] + row["seen_captured"] for row in rows}.values())
+
+
+def judge_functions(rows: Sequence[Row]) -> list[Verdict]:
+    by_function: dict[str, list[Row]] = {}
+    for row in rows:
+        by_function.setdefault(row["function"], []).append(row)
+    passes = _calls([row for row in rows if row["key"] == _PASS])
+    return [judge_function(function, found, passes) for function, found in sorted(by_function.items())]
+
+
+# The file
+
+
+def _comment(text: str, indent: str = "") -> Iterator[str]:
+    prefix = f"{indent}# "
+    yield from textwrap.wrap(
+        " ".join(text.split()),
+        _WIDTH,
+        initial_indent=prefix,
+        subsequent_indent=f"{prefix}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _told(error: str) -> str:
+    """An error as it is shown: of a failed assertion in C++, not where that was compiled."""
+    return re.sub(r"\S+: \S+\.cc:\d+: .*?: (?=Assertion )", "", error)
+
+
+def _paragraph(text: str) -> Iterator[str]:
+    yield from textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+
+
+def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], gpu: str) -> str:
+    """The profile's text.
+
+    Raises:
+        ValueError: the two results are not of the same GPU and versions.
+    """
+    for part in ("machine", "versions"):
+        mine, other = (result[part] if part == "versions" else result[part]["gpu"] for result in (ops, aten))
+        if mine != other:
+            raise ValueError(f"ops-{gpu}.json and aten-{gpu}.json are not of one machine: {part} {mine} and {other}; measure both again")
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(ops["versions"].items()))
+    dates = " and ".join(sorted({ops["date"], aten["date"]}))
+    lines = [
+        *_paragraph("NVIDIA GPUs. Written by benchmarks/make_profile.py; do not edit, run it again:"),
+        "#     python benchmarks/make_profile.py",
+        *_paragraph(
+            f"Measured on {ops['machine']['gpu']} on {dates} ({versions}); "
+            f"the figures are in benchmarks/results/ops-{gpu}.json and aten-{gpu}.json."
+        ),
+        *_paragraph(
+            "The rule: something of FlagOS's is used if it is right at every shape, nowhere slower than what it replaces beyond "
+            f"measurement (low end of the 95 % interval of the time ratio at most {MAX_LOW}), and at least 2 % faster in the median."
+        ),
+        "",
+        *_paragraph(f"Layer 2, in {ops['dtype']}, in CUDA graphs."),
+        "op_backends:",
+    ]
+    for op in sorted(OPERATORS):
+        order, verdicts = order_of(op, ops["rows"])
+        if not verdicts:
+            lines += _comment("nothing of FlagOS's was measured", "  ")
+        for verdict in verdicts:
+            lines += _comment(f"{verdict.name}: {verdict.reason}", "  ")
+        lines.append(f"  {op}: [{', '.join(order)}]")
+    verdicts = judge_functions(aten["rows"])
+    lines += [
+        "",
+        *_paragraph(
+            "Layer 1: the FlagGems functions that replace PyTorch's operators. Measured were those that serving "
+            f"{', '.join(aten['models'])} calls; all others stay with PyTorch because they were not measured."
+        ),
+    ]
+    for verdict in verdicts:
+        if not verdict.broken:
+            lines += _comment(f"{verdict.name}: {verdict.reason}")
+    lines += _list("flagos_whitelist", [verdict.name for verdict in verdicts if verdict.accepted])
+    broken = [verdict for verdict in verdicts if verdict.broken]
+    if broken:
+        lines += [
+            "",
+            *_paragraph("What does not work here stays with PyTorch also where FlagOS is preferred for everything (prefer: flagos)."),
+        ]
+        for verdict in broken:
+            lines += _comment(f"{verdict.name}: {verdict.reason}")
+        lines += _list("flagos_blacklist", [verdict.name for verdict in broken])
+    return "\n".join(lines) + "\n"
+
+
+def _list(key: str, names: Sequence[str]) -> list[str]:
+    return textwrap.wrap(f"{key}: [{', '.join(names)}]", _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def find_gpu(results: Path, wanted: str | None) -> str:
+    """The GPU that there are results of.
+
+    Raises:
+        ValueError: there are none, or of several GPUs and none is named.
+    """
+    found = sorted(path.stem.removeprefix("ops-") for path in results.glob("ops-*.json"))
+    if wanted is not None and wanted in found:
+        return wanted
+    if not found or wanted is not None:
+        name = wanted or "<gpu>"
+        raise ValueError(f"there is no ops-{name}.json in {results}; run benchmarks/ops.py --out {results.name}/ops-{name}.json on the GPU")
+    if len(found) > 1:
+        raise ValueError(f"there are results of {', '.join(found)}; choose one with --gpu")
+    return found[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 and a diff if the profile would change")
+    parser.add_argument("--gpu", metavar="NAME", help="the <gpu> of the result files' names")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
+    parser.add_argument("--profile", type=Path, default=PROFILE, metavar="FILE.yaml")
+    args = parser.parse_args()
+    try:
+        gpu = find_gpu(args.results, args.gpu)
+        ops, aten = (result_file.read(args.results / f"{kind}-{gpu}.json") for kind in ("ops", "aten"))
+        text = profile(ops, aten, gpu)
+    except (OSError, ValueError) as error:
+        sys.exit(f"make_profile: {error}")
+    if not args.check:
+        args.profile.write_text(text, encoding="utf-8")
+        print(f"{args.profile.name} was written from the results on {gpu}")
+        return
+    there = args.profile.read_text(encoding="utf-8")
+    if there != text:
+        sys.stdout.writelines(
+            difflib.unified_diff(there.splitlines(True), text.splitlines(True), args.profile.name, f"from {gpu}'s results")
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

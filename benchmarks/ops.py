@@ -1,0 +1,331 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Every implementation of every operator against SGLang's own, at the shapes of serving.
+
+Both sides are SGLang's real layers, called as a model calls them: one left to SGLang, the others bound by
+sglang-fl to one implementation each. On CUDA the calls are captured into graphs, as serving does.
+
+    python benchmarks/ops.py                                              # prints a table
+    python benchmarks/ops.py --out benchmarks/results/ops-nvidia-h100.json   # and keeps the data
+    python benchmarks/ops.py --quick --tokens 16 --hidden 256             # other shapes
+
+A row's ``ratio`` and ``host_ratio`` are (median, low, high) of its time over that of SGLang's layer, with a
+95 % interval; ``bandwidth_share`` is what it moves at least (each input read once, each output written
+once) over its time, as a share of what a large copy reaches.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import result_file
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from timing import ROUNDS, Candidate, CaptureStateLost, Timing, compare, copy_bandwidth, first_error, input_sets
+from torch import nn
+
+from sglang_fl.config import Settings
+from sglang_fl.dispatch import SelectionPolicy, get_default_manager, set_global_policy
+from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.manager import OpManager
+from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.dispatch.registry import OpRegistry
+from sglang_fl.dispatch.types import OpImpl
+
+SGLANG = "sglang"
+TOKENS, HIDDEN = (1, 16, 64, 512, 2048, 8192), (1024, 2048, 4096, 8192)
+QUICK_TOKENS, QUICK_HIDDEN, QUICK_ROUNDS = (1, 64, 2048), (1024, 4096), 9
+_MAX_POSITION = 8192
+#: The hidden size at which the rarer forms of rotary embeddings are measured.
+_ONE_HIDDEN = 4096
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of layer and the inputs it is called with.
+
+    Attributes:
+        variant: what sets it apart from the operator's usual form, if anything.
+        layer: makes a new layer as SGLang does.
+        inputs: makes the layer's inputs for a number of tokens.
+        moved: of those inputs, the bytes that must at least be read and written.
+        intermediate_size: the width of the activations around it, where the binder asks for it.
+    """
+
+    variant: str
+    layer: Callable[[], nn.Module]
+    inputs: Callable[[int], Tensors]
+    moved: Callable[[Tensors], int]
+    intermediate_size: int | None = None
+
+
+def silu_and_mul(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
+    from sglang.srt.layers.activation import SiluAndMul
+
+    size = 3 * hidden
+
+    def inputs(tokens: int) -> Tensors:
+        return (torch.randn(tokens, 2 * size, dtype=dtype, device=device),)
+
+    yield Form("", SiluAndMul, inputs, lambda tensors: _bytes(*tensors) * 3 // 2, size)
+
+
+def rms_norm(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    weight = hidden * dtype.itemsize
+
+    def inputs(count: int, tokens: int) -> Tensors:
+        return tuple(torch.randn(tokens, hidden, dtype=dtype, device=device) for _ in range(count))
+
+    for variant, count in (("", 1), ("residual", 2)):
+        layer = partial(RMSNorm, hidden, weight_dtype=dtype)
+        yield Form(variant, layer, partial(inputs, count), lambda tensors: 2 * _bytes(*tensors) + weight)
+
+
+def rotary_embedding(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+    forms = [("", 128, True)]
+    if hidden == _ONE_HIDDEN:
+        forms += [("interleaved", 128, False), ("head_dim 64", 64, True)]
+
+    def inputs(head_dim: int, tokens: int) -> Tensors:
+        # Views of the packed projection, as models hand them over.
+        kv_hidden = max(1, hidden // head_dim // 4) * head_dim
+        packed = torch.randn(tokens, hidden + 2 * kv_hidden, dtype=dtype, device=device)
+        query, key, _ = packed.split([hidden, kv_hidden, kv_hidden], dim=-1)
+        return torch.arange(tokens, device=device) % _MAX_POSITION, query, key
+
+    def moved(head_dim: int, tensors: Tensors) -> int:
+        positions, query, key = tensors
+        return _bytes(positions) + 2 * _bytes(query, key) + positions.numel() * head_dim * 4
+
+    for variant, head_dim, neox in forms:
+        layer = partial(RotaryEmbedding, head_dim, head_dim, _MAX_POSITION, 10000, neox, dtype)
+        yield Form(variant, layer, partial(inputs, head_dim), partial(moved, head_dim))
+
+
+#: operator -> its forms at a hidden size. An operator that is missing here is not measured.
+FORMS: dict[str, Callable[[int, torch.dtype, torch.device], Iterator[Form]]] = {
+    "silu_and_mul": silu_and_mul,
+    "rms_norm": rms_norm,
+    "rotary_embedding": rotary_embedding,
+}
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+class Model(nn.Module):
+    """As much of a model as the binder looks at to know a layer's sizes, dtype and device."""
+
+    def __init__(self, layer: nn.Module, form: Form, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.layer = layer
+        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
+        if form.intermediate_size is not None:
+            self.gate_up_proj = SimpleNamespace(output_size_per_partition=2 * form.intermediate_size)
+
+
+def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A new layer, bound to the implementation. Raises RuntimeError if it fails its trial."""
+    registry = OpRegistry()
+    registry.register_impl(impl)
+    layer = form.layer().to(device)
+    report = Binder(OpManager(registry), Settings()).bind(Model(layer, form, dtype, device))
+    if report.bound != 1:
+        raise RuntimeError(f"{impl.impl_id} was not bound: {report.summary()}")
+    return layer
+
+
+def disagreement(result: Any, expected: Any) -> str | None:
+    """How a layer's result differs from that of SGLang's layer by more than rounding, or None.
+
+    A coarse check, against mixed-up arguments; the tests compare with float64.
+    """
+    for i, (x, y) in enumerate(zip(*map(_tensors, (result, expected)), strict=True)):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"result {i} is {tuple(x.shape)} {x.dtype}, SGLang's is {tuple(y.shape)} {y.dtype}"
+        error = (x.float() - y.float()).abs().max().item()
+        allowed = 4 * torch.finfo(y.dtype).eps * y.float().abs().max().item()
+        if not error <= allowed:
+            return f"result {i} differs from SGLang's by {error:.3g}; rounding explains {allowed:.3g}"
+    return None
+
+
+def _tensors(result: Any) -> Tensors:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _copies(tensors: Tensors) -> Tensors:
+    """Copies with the layout of the originals."""
+    return tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in tensors)
+
+
+def measure(form: Form, tokens: int, impls: Sequence[OpImpl], rounds: int, device: torch.device) -> tuple[int, dict[str, Timing]]:
+    """The bytes that must be moved, and timings by implementation id, that of SGLang's own layer first."""
+    first = form.inputs(tokens)
+    dtype = next(x.dtype for x in first if x.is_floating_point())
+    moved = form.moved(first)
+    inputs = [first, *(form.inputs(tokens) for _ in range(input_sets(moved, device) - 1))]
+    own = form.layer().to(device)
+    given = _copies(first)
+    expected = own(*given)
+    candidates = {SGLANG: Candidate([partial(own, *tensors) for tensors in inputs])}
+    errors: dict[str, str] = {}
+    for impl in impls:
+        try:
+            layer = bound_layer(impl, form, dtype, device)
+            why = disagreement(layer(*_copies(first)), expected)
+        except Exception as error:
+            why = first_error(error)
+        if why is None:
+            candidates[impl.impl_id] = Candidate([partial(layer, *tensors) for tensors in inputs])
+        else:
+            errors[impl.impl_id] = why
+    return moved, compare(candidates, device, rounds) | {impl_id: Timing(error=why) for impl_id, why in errors.items()}
+
+
+def rows_of(
+    op: str,
+    form: Form,
+    hidden: int,
+    tokens: int,
+    impls: Sequence[OpImpl],
+    timings: Mapping[str, Timing],
+    bandwidth: float,
+    moved: int | None,
+) -> Iterator[dict[str, Any]]:
+    kinds = {SGLANG: SGLANG} | {impl.impl_id: impl.kind.value for impl in impls}
+    for impl_id, timing in timings.items():
+        yield {
+            "op": op,
+            "variant": form.variant or None,
+            "hidden": hidden,
+            "tokens": tokens,
+            "impl": impl_id,
+            "kind": kinds[impl_id],
+            "us": timing.us,
+            "ratio": None if impl_id == SGLANG else timing.ratio,
+            "bytes": moved,
+            "bandwidth_share": moved / (timing.us * 1e-6) / bandwidth if moved and timing.us else None,
+            "host_us": timing.host_us,
+            "host_ratio": None if impl_id == SGLANG else timing.host_ratio,
+            "error": timing.error,
+        }
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """For each operator and form: the fastest in each place, and every ratio to SGLang's time."""
+    for op, variant in dict.fromkeys((row["op"], row["variant"]) for row in rows):
+        mine = [row for row in rows if (row["op"], row["variant"]) == (op, variant)]
+        tokens = sorted({row["tokens"] for row in mine})
+        table = Table(title=f"{op}{f', {variant}' if variant else ''}: SGLang's µs, and each one's time over it", title_justify="left")
+        table.add_column("hidden")
+        for count in tokens:
+            table.add_column(f"{count} token{'s' if count > 1 else ''}", justify="right")
+        for hidden in sorted({row["hidden"] for row in mine}):
+            cells = [[row for row in mine if (row["hidden"], row["tokens"]) == (hidden, count)] for count in tokens]
+            table.add_row(str(hidden), *map(_cell, cells), end_section=True)
+        yield table
+
+
+def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    # SGLang's own wins unless one of the others is faster beyond what the measurement can tell.
+    faster = [row for row in rows if row["ratio"] and row["ratio"][2] < 1]
+    best = min(faster, key=lambda row: row["ratio"][0])["impl"] if faster else SGLANG
+    for row in rows:
+        if row["error"] or row["us"] is None:
+            text = f"{row['impl']} failed"
+        elif row["ratio"]:
+            text = f"{row['impl']} {row['ratio'][0]:.2f}"
+        else:
+            text = f"{row['impl']} {row['us']:.3g}"
+        lines.append(f"[bold green]{text}[/]" if row["impl"] == best else text)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows here, as they come")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--op", nargs="+", choices=tuple(FORMS), default=list(FORMS), help="only these operators")
+    parser.add_argument("--tokens", nargs="+", type=int, help="numbers of tokens")
+    parser.add_argument("--hidden", nargs="+", type=int, help="hidden sizes, multiples of 128")
+    args = parser.parse_args()
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
+    hidden_sizes = args.hidden or (QUICK_HIDDEN if args.quick else HIDDEN)
+    rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    console = Console(width=None if sys.stdout.isatty() else 160)
+
+    set_global_policy(SelectionPolicy(strict=True))  # a failed trial is an error, and no other implementation takes over
+    manager = get_default_manager()
+    manager.ensure_initialized()
+    impls: dict[str, list[OpImpl]] = {}
+    unavailable: dict[str, dict[str, str]] = {}
+    for op in args.op:
+        found = sorted(manager.registry.get_implementations(op), key=lambda impl: (-impl.priority, impl.impl_id))
+        why = {impl.impl_id: impl.why_unavailable() for impl in found}
+        impls[op] = [impl for impl in found if why[impl.impl_id] is None]
+        unavailable[op] = {impl_id: reason for impl_id, reason in why.items() if reason is not None}
+    for op in sorted(set(OPERATORS) - set(FORMS)):
+        console.print(f"{op} is not measured: it has no entry in FORMS")
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        bandwidth = copy_bandwidth(device)
+        head = result_file.header(dtype=args.dtype, copy_bytes_per_second=bandwidth, unavailable=unavailable)
+        cases = [
+            (op, form, hidden, count)
+            for op in args.op
+            for hidden in hidden_sizes
+            for form in FORMS[op](hidden, dtype, device)
+            for count in tokens
+        ]
+        rows: list[dict[str, Any]] = []
+        columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=len(cases))
+            for op, form, hidden, count in cases:
+                progress.update(task, description=f"{op} {form.variant} {count}x{hidden}")
+                try:
+                    moved, timings = measure(form, count, impls[op], rounds, device)
+                except CaptureStateLost:
+                    raise
+                except Exception as error:  # SGLang's own layer, or the inputs: there is nothing to compare with
+                    moved, timings = None, {SGLANG: Timing(error=first_error(error))}
+                rows += rows_of(op, form, hidden, count, impls[op], timings, bandwidth, moved)
+                if args.out is not None:
+                    result_file.write(args.out, head, rows)
+                progress.advance(task)
+
+    where = head["machine"]["gpu"] or f"CPU ({head['machine']['cpu']})"
+    console.print(f"{where}, {args.dtype}; a copy reaches {bandwidth / 1e9:.0f} GB/s; green: the fastest")
+    for table in tables(rows):
+        console.print(table)
+    for op, reasons in unavailable.items():
+        for impl_id, reason in reasons.items():
+            console.print(f"{op}: {impl_id} is not available: {reason}")
+    for error in dict.fromkeys(f"{row['op']}: {row['impl']}: {row['error']}" for row in rows if row["error"]):
+        console.print(error, markup=False)
+    if device.type == "cpu":
+        console.print("No CUDA device: these are wall times of eager calls on the CPU.")
+
+
+if __name__ == "__main__":
+    main()

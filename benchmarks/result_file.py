@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files: JSON with what was run, where and when, and one line for each row."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("sglang", "sglang-kernel", "torch", "triton", "flag_gems", "flashinfer-python")
+
+
+def header(**more: Any) -> dict[str, Any]:
+    """What was run, where and when; ``more`` is what else the reader of the rows must know."""
+    import torch
+
+    from sglang_fl import __version__
+
+    found = {"sglang-fl": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    machine: dict[str, Any] = {"gpu": None, "cpu": platform.machine(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        machine["gpu"] = torch.cuda.get_device_name()
+    # A path outside the working directory says nothing to others.
+    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+    return {"machine": machine, "versions": found, "date": datetime.date.today().isoformat(), "command": command, **more}
+
+
+def rounded(value: Any) -> Any:
+    """The same with every float rounded to 4 significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return value
+
+
+def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a result file, or replace it whole; keys of a row whose value is None are left out."""
+    lines = [json.dumps({key: value for key, value in rounded(row).items() if value is not None}) for row in rows]
+    place = '"rows": []'
+    table = '"rows": [\n' + ",\n".join(f"  {line}" for line in lines) + "\n ]" if lines else place
+    text = json.dumps(rounded(head) | {"rows": []}, indent=1).replace(place, table) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file. Raises ValueError if it is none."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise ValueError(f"{path} is no result file: it has no rows")
+    return found

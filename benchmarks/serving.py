@@ -1,0 +1,379 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's serving speed with and without sglang-fl, on this machine, in one sitting.
+
+An engine for each variant is started, all of them stay up on the same device, and the measurements alternate
+between them, one engine busy at a time; so a ratio is of neighbours in time. Of each variant: prefill
+and decode at some batch sizes, start-up and memory, and whether its greedy tokens and (with --profile)
+the kernels that it runs are the baseline's, which is the first variant.
+
+    python benchmarks/serving.py qwen3-0.6b                        # a built-in shape, random weights
+    python benchmarks/serving.py qwen3-8b:12 --profile             # its first 12 layers
+    python benchmarks/serving.py path/to/a/model --variants native,default
+    python benchmarks/serving.py tiny --batch 1 2 --input-len 32 --output-len 8 --rounds 3     # on a CPU
+
+Variants: native (SGLang without plugins), off (sglang-fl with every operator left to SGLang), default (sglang-fl
+as it comes), flagos, vendor, reference (SGLANG_FL_PREFER), and your own with --variant. Runs are
+lines of JSON in --out; the engines' logs lie beside it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from serving_lib import kernels, machine, tokens
+from serving_lib.engine import CommandFailed, Engine, Engines
+from serving_lib.results import Results
+from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
+from serving_lib.summary import summarize
+from serving_lib.table import other_table, speed_table
+from serving_lib.variants import BadVariant, Variant, choose, default_names
+from shapes import SHAPES, Shape, UnknownShape, load_shape
+
+from sglang_fl.cli.server import interrupt_on_termination
+from sglang_fl.device import probe
+
+_WARM_UP_ROUNDS, _LEAST_ROUNDS = 2, 3
+_PROMPT_FOR_TOKENS = 64
+_PROFILED_STEPS = 8
+_PROFILED_BATCH = 32
+_MEM_FRACTION_STATIC = 0.9
+_GIB = 1 << 30
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=f"a model's directory, or a shape: {', '.join(SHAPES)}, or NAME:LAYERS for one cut to so many layers")
+    parser.add_argument(
+        "--variants", metavar="A,B,…", help="what to compare; the first is the baseline (default: native,off,default,flagos)"
+    )
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME:VAR=VALUE,…", help="a variant of your own; repeatable")
+    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 32, 64], metavar="N", help="batch sizes (default: 1 32 64)")
+    parser.add_argument("--input-len", type=_positive, default=1024, metavar="N", help="tokens of a prompt for prefill (default: 1024)")
+    parser.add_argument("--decode-input-len", type=_positive, default=64, metavar="N", help="tokens of a prompt for decode (default: 64)")
+    parser.add_argument("--output-len", type=_positive, default=64, metavar="N", help="decode steps that are timed (default: 64)")
+    parser.add_argument("--rounds", type=_positive, default=10, metavar="N", help="measured rounds (default: 10)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"begin no further round this long after the program's start, once there are {_LEAST_ROUNDS}; tokens and kernels come after",
+    )
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="greedy tokens to compare; 0: none (default: 256)")
+    parser.add_argument("--profile", action="store_true", help="compare the kernels that run, by name and count")
+    parser.add_argument("--start", choices=("together", "apart"), default="together", help="apart: one after the other, for start-up times")
+    parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS", help="how long starting may take (default: 900)")
+    parser.add_argument("--max-total-tokens", type=_positive, metavar="N", help="KV cache of each engine (default: what the run needs)")
+    parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of sglang.Engine; repeatable")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("serving.jsonl"), metavar="FILE", help="results (default: serving.jsonl)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, plain_cpu: bool) -> dict[str, Any]:
+    """The arguments of ``sglang.Engine``: its defaults, but for the model and the KV cache's size.
+
+    Raises:
+        ValueError: an ``--engine-arg`` is no NAME=VALUE.
+    """
+    lengths = Lengths(args.input_len, args.decode_input_len, args.output_len)
+    arguments: dict[str, Any] = {
+        "model_path": str(shape.write(directory)),
+        "skip_tokenizer_init": True,
+        "log_level": "info",
+        "random_seed": 0,
+        "max_total_tokens": args.max_total_tokens or pool_tokens(args.batch, lengths, _PROMPT_FOR_TOKENS + args.tokens),
+        "mem_fraction_static": _MEM_FRACTION_STATIC,
+    }
+    if shape.directory is None:
+        arguments |= {"load_format": "dummy", "dtype": "float32" if plain_cpu else "bfloat16"}
+    if plain_cpu:
+        arguments["sleep_on_idle"] = True  # an idle engine would take a core from the busy one
+    for text in args.engine_arg:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--engine-arg {text!r}: expected NAME=VALUE")
+        arguments[name.replace("-", "_")] = yaml.safe_load(value)
+    return arguments
+
+
+def least_memory(shape: Shape, arguments: dict[str, Any]) -> float:
+    """GiB that an engine holds at the least: weights and KV cache; contexts and graphs come on top."""
+    if shape.directory is None:
+        weights = shape.weight_count() * 2
+    else:
+        weights = sum(path.stat().st_size for path in shape.directory.glob("*.safetensors"))
+    return (weights + arguments["max_total_tokens"] * shape.kv_numbers_per_token() * 2) / _GIB
+
+
+def refuse_if_too_large(shape: Shape, arguments: dict[str, Any], variants: list[Variant], memory_gib: float | None) -> None:
+    """Engines that start together size their KV caches by what is free at that moment.
+
+    SGLang gives the cache what is free after loading, less ``1 - mem_fraction_static`` of what was
+    free before. Whatever the others have taken by then, that leaves the asked size as long as all engines
+    together need no more than ``mem_fraction_static`` of the device.
+
+    Raises:
+        ValueError: they certainly need more.
+    """
+    if memory_gib is None:
+        return
+    each, room = least_memory(shape, arguments), memory_gib * arguments["mem_fraction_static"]
+    if each * len(variants) > room:
+        raise ValueError(
+            f"{len(variants)} engines of {each:.1f} GiB (weights and KV cache alone) do not fit in {room:.1f} GiB. "
+            f"Compare fewer variants (--variants), cut the model (NAME:LAYERS), or take smaller --batch or --input-len"
+        )
+
+
+class Run:
+    """One sitting: what is asked, the engines, and the results so far, saved as they come."""
+
+    def __init__(
+        self, args: argparse.Namespace, shape: Shape, variants: list[Variant], arguments: dict[str, Any], results: Results, console: Console
+    ):
+        self.args, self.shape, self.variants, self.results, self.console = args, shape, variants, results, console
+        self.started = time.perf_counter()
+        self._told: set[str] = set()
+        self.lengths = Lengths(args.input_len, args.decode_input_len, args.output_len)
+        now = datetime.datetime.now(datetime.UTC)
+        self.logs = results.path.with_suffix(".logs") / now.strftime("%Y%m%dT%H%M%S")
+        self.engines = Engines([Engine(variant, arguments, self.logs / variant.name, os.environ) for variant in variants])
+        self.data: dict[str, Any] = {
+            "date": now.isoformat(timespec="seconds"),
+            "command": command_without_paths(sys.argv[1:], args.model),
+            "model": shape.name,
+            "config": shape.config,
+            "machine": machine.machine(),
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "variants": {variant.name: dict(variant.settings) for variant in variants},
+            "baseline": variants[0].name,
+            "engine_arguments": {name: value for name, value in arguments.items() if name != "model_path"},
+            "lengths": vars(self.lengths),
+            "seed": args.seed,
+            "start": args.start,
+            "startup": {},
+            "memory": {},
+            "device_memory_used_gib": {"before": machine.device_memory_used()},
+            "resolved": {},
+            "rounds": [],
+            "cached_tokens": 0,
+            "summary": [],
+            "greedy": {},
+            "tokens": {},
+            "profile": {"stripped": kernels.STRIPPED, "windows": {}},
+            "kernels": {},
+            "dispatched": {},
+            "errors": self.engines.errors,
+            "interrupted": False,
+        }
+
+    def execute(self) -> None:
+        """Everything, in an order in which what is worth most comes first."""
+        with self.engines:
+            self._say(f"starting {', '.join(self.data['variants'])}")
+            self.engines.start(apart=self.args.start == "apart", seconds=self.args.start_timeout, on_ready=self._on_ready)
+            self.data["device_memory_used_gib"]["ready"] = machine.device_memory_used()
+            self._say_errors()
+            if not self.engines.up:
+                return
+            if self.data["baseline"] in self.engines.errors:
+                self.data["baseline"] = self.engines.up[0].name
+                self._say(f"the baseline is {self.data['baseline']}, as {self.variants[0].name} failed")
+            self._measure()
+            if self.args.tokens:
+                self._compare_tokens()
+            if self.args.profile:
+                self._compare_kernels()
+            for engine in self.engines.up:
+                self.data["memory"][engine.name]["host_gib_at_end"] = engine.host_memory() / _GIB
+
+    def keep(self) -> None:
+        """Save what there is."""
+        for engine in self.engines.all:
+            self.data["dispatched"][engine.name] = engine.dispatched()
+        tokens_of = {str(case): case.tokens(self.lengths) for case in cases(self.args.batch)}
+        self.data["summary"] = summarize(self.data["rounds"], list(self.data["variants"]), self.data["baseline"], tokens_of)
+        self.data["seconds"] = time.perf_counter() - self.started
+        self.results.save(self.data)
+
+    def _on_ready(self, engine: Engine) -> None:
+        said = engine.description
+        assert said is not None
+        held, asked = said["max_total_num_tokens"], self.data["engine_arguments"]["max_total_tokens"]
+        self.data["startup"][engine.name] = {"spawn_to_ready": engine.startup_seconds, **said["startup"]}
+        self.data["memory"][engine.name] = {
+            "device_gib": machine.device_memory_of(engine.pids()),
+            "device_used_gib_when_ready": machine.device_memory_used(),
+            "host_gib": engine.host_memory() / _GIB,
+            "sglang": said["memory"],
+            "max_total_num_tokens": said["max_total_num_tokens"],
+        }
+        self.data["resolved"][engine.name] = said["resolved"]
+        self._say(f"{engine.name} is up after {engine.startup_seconds:.1f} s")
+        if held is not None and held < asked:
+            self._say(f"{engine.name}: its KV cache has {held} tokens instead of {asked}; large batches will wait for room")
+        self._say_errors()
+        self.keep()
+
+    def _measure(self) -> None:
+        vocabulary = self.shape.config["vocab_size"]
+        for number in range(_WARM_UP_ROUNDS):
+            run_round(self.engines, number, self.args.batch, self.lengths, vocabulary, self.args.seed)
+            self._say(f"warm-up round {number + 1} of {_WARM_UP_ROUNDS}")
+            self._say_errors()
+        for number in range(self.args.rounds):
+            over = self.args.budget is not None and time.perf_counter() - self.started > self.args.budget
+            if self.data["baseline"] in self.engines.errors or not self.engines.up or (over and number >= _LEAST_ROUNDS):
+                break
+            began = time.perf_counter()
+            found = run_round(self.engines, _WARM_UP_ROUNDS + number, self.args.batch, self.lengths, vocabulary, self.args.seed)
+            self.data["rounds"].append({"round": number, "seconds": found["seconds"]})
+            self.data["cached_tokens"] += found["cached_tokens"]
+            self.keep()
+            self._say(f"round {number + 1} of {self.args.rounds}, {time.perf_counter() - began:.1f} s")
+            self._say_errors()
+        if self.data["cached_tokens"]:
+            self._say(f"{self.data['cached_tokens']} prompt tokens came from the prefix cache: these times are not of whole prefills")
+
+    def _compare_tokens(self) -> None:
+        (prompt,) = make_prompts(self.shape.config["vocab_size"], 1, _PROMPT_FOR_TOKENS, (self.args.seed,))
+
+        def greedy(engine: Engine) -> dict[str, Any]:
+            engine.ask("flush")
+            return engine.ask("tokens", input_ids=prompt, max_new_tokens=self.args.tokens)
+
+        self._compare("tokens", greedy, tokens.compare, self.data["greedy"])
+
+    def _compare_kernels(self) -> None:
+        def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+            return {window: kernels.compare(ours[window], theirs[window]) for window in ours}
+
+        self._compare("kernels", self._profile, compare, self.data["profile"]["windows"])
+
+    def _compare(
+        self,
+        what: str,
+        collect: Callable[[Engine], dict[str, Any]],
+        compare: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+        collected: dict[str, Any],
+    ) -> None:
+        """Collect something from each engine and compare it with the baseline's, the baseline's own a second time."""
+        baseline = self.data["baseline"]
+        for engine in [*(e for e in self.engines.up if e.name == baseline), *self.engines.up]:
+            if not engine.ready:
+                continue
+            with self.engines.dropping(engine):
+                try:
+                    found = collect(engine)
+                    again = engine.name in collected
+                    collected.setdefault(engine.name, found)
+                    if baseline not in collected:
+                        raise ValueError(f"there is nothing of {baseline} to compare with")
+                    if again or engine.name != baseline:
+                        self.data[what][engine.name] = compare(collected[baseline], found)
+                except (CommandFailed, OSError, ValueError) as error:
+                    self.data[what][engine.name] = {"error": f"{type(error).__name__}: {error}"}
+                    self._say(f"{what} of {engine.name}: {error}")
+            self.keep()
+        self._say(f"compared {what}")
+        self._say_errors()
+
+    def _profile(self, engine: Engine) -> dict[str, Any]:
+        """What ran in the prefill of a prompt, and in decode steps alone and of a batch."""
+        found = {"prefill/1": self._window(engine, 1, self.lengths.prefill, 1).per_step(1)}
+        for batch in dict.fromkeys((1, min(_PROFILED_BATCH, max(self.args.batch)))):
+            short, long = (self._window(engine, batch, self.lengths.decode, FIRST_TOKENS + more) for more in (0, _PROFILED_STEPS))
+            found[f"decode/{batch}"] = (long - short).per_step(_PROFILED_STEPS)
+        return found
+
+    def _window(self, engine: Engine, batch: int, length: int, max_new_tokens: int) -> kernels.Window:
+        prompts = make_prompts(self.shape.config["vocab_size"], batch, length, (self.args.seed, batch, length))
+        engine.ask("flush")
+        with tempfile.TemporaryDirectory(prefix="sglang-fl-traces-") as directory:
+            answer = engine.ask("profile", input_ids=prompts, max_new_tokens=max_new_tokens, directory=directory)
+            return kernels.read_window(Path(answer["trace"]))
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"{time.perf_counter() - self.started:6.1f} s  {text}", markup=False, highlight=False)
+
+    def _say_errors(self) -> None:
+        for name, error in self.engines.errors.items():
+            if name not in self._told:
+                self._told.add(name)
+                self._say(f"out of the run: {error}")
+
+
+def command_without_paths(words: list[str], model: str) -> str:
+    """The command line, without where things lie on this machine."""
+    kept, skip = [], False
+    for word in words:
+        if skip or word.startswith("--out="):
+            skip = False
+        elif word == "--out":
+            skip = True
+        elif word == model and "/" in word:
+            kept.append(Path(word).resolve().name)
+        else:
+            kept.append(word)
+    return shlex.join(["benchmarks/serving.py", *kept])
+
+
+def main() -> int:
+    command = parser()
+    args = command.parse_args()
+    plain_cpu = probe().device_type == "cpu"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    with contextlib.ExitStack() as leftovers:
+        directory = Path(leftovers.enter_context(tempfile.TemporaryDirectory(prefix="sglang-fl-shape-")))
+        try:
+            names = args.variants.split(",") if args.variants else default_names(plain_cpu)
+            variants = choose(names, args.variant, plain_cpu)
+            shape = load_shape(args.model)
+            arguments = engine_arguments(args, shape, directory, plain_cpu)
+            refuse_if_too_large(shape, arguments, variants, machine.machine()["memory_gib"])
+        except (BadVariant, UnknownShape, ValueError) as error:
+            command.error(str(error))
+        results = Results(args.out)
+        if results.recovered:
+            console.print("The run before this one was cut off; what it had is in the results.", markup=False)
+        run = Run(args, shape, variants, arguments, results, console)
+        interrupt_on_termination()
+        try:
+            run.execute()
+        except KeyboardInterrupt:
+            run.data["interrupted"] = True
+            console.print("Interrupted.")
+        finally:
+            run.keep()
+            results.finish(run.data)
+    if run.data["summary"]:
+        console.print(speed_table(run.data))
+    if run.data["startup"]:
+        console.print(other_table(run.data))
+    for name, told in run.data["errors"].items():
+        console.print(f"{name} failed: {told.splitlines()[0]}", markup=False, style="red")
+    return 130 if run.data["interrupted"] else 1 if run.data["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

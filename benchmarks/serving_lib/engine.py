@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines, each in a process of its own with an environment of its own, that never outlive their block."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from .variants import Variant
+
+_WORKER = Path(__file__).with_name("worker.py")
+_STOP_SECONDS = 20
+_COMMAND_SECONDS = 240
+
+
+class EngineFailed(RuntimeError):
+    """An engine ended, did not answer in time, or reported an error. The message ends with its log's last lines."""
+
+
+class CommandFailed(EngineFailed):
+    """An engine could not do what it was asked, and is there for the next command."""
+
+
+class Engine:
+    """The process of one variant. Commands are ``worker.py``'s."""
+
+    def __init__(self, variant: Variant, arguments: Mapping[str, Any], directory: Path, environ: Mapping[str, str]):
+        self.name = variant.name
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.log = directory / "engine.log"
+        self.dispatch_log = directory / "dispatch.log"
+        self._arguments = dict(arguments)
+        self._environ = variant.environ(environ, self.dispatch_log)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers = -1
+        self._unread = b""
+        self._started = 0.0
+        self.description: dict[str, Any] | None = None
+        self.startup_seconds = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self.description is not None
+
+    def start(self) -> None:
+        self._answers, theirs = os.pipe()
+        self._started = time.perf_counter()
+        try:
+            with self.log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    # -P: the benchmark's own modules must not stand before those that SGLang imports.
+                    [sys.executable, "-P", str(_WORKER), str(theirs)],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=self._environ,
+                    pass_fds=(theirs,),
+                    start_new_session=True,
+                )
+        finally:
+            os.close(theirs)
+        self._send(self._arguments)
+
+    def wait_until_ready(self, deadline: float) -> None:
+        """Return once the engine serves.
+
+        Raises:
+            EngineFailed: it does not by ``deadline`` (of ``time.perf_counter``).
+        """
+        self.description = self._receive(deadline, "the start")
+        self.startup_seconds = time.perf_counter() - self._started
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        """Have a command executed.
+
+        Raises:
+            CommandFailed: it could not be.
+            EngineFailed: the engine is of no use any more.
+        """
+        self._send({"do": do, **values})
+        return self._receive(time.perf_counter() + _COMMAND_SECONDS, do)
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def fileno(self) -> int:
+        return self._answers
+
+    def request_stop(self) -> None:
+        """Ask an idle engine to end in order."""
+        if self.ready and self.alive():
+            with contextlib.suppress(EngineFailed):
+                self._send({"do": "stop"})
+
+    def kill(self) -> None:
+        """End the process and everything that it started, orphans included."""
+        if self._process is None:
+            return
+        family = self._family()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=_STOP_SECONDS)
+        self._process.wait()
+        with contextlib.suppress(OSError):  # what could not be written to it any more
+            self._process.stdin.close()  # type: ignore[union-attr]
+        os.close(self._answers)
+        self._process, self.description = None, None
+
+    def wait(self, deadline: float) -> None:
+        """Return once the process has ended, or at the deadline."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=max(0.0, deadline - time.perf_counter()))
+
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._family()]
+
+    def host_memory(self) -> int:
+        """Bytes of the machine's memory that its processes hold, what they share counted for each."""
+        total = 0
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total
+
+    def dispatched(self) -> list[str]:
+        """What the dispatch log says ran where, each line once."""
+        if not self.dispatch_log.exists():
+            return []
+        lines = self.dispatch_log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return list(dict.fromkeys(line.removeprefix("[OOT-DISPATCH] ") for line in lines))
+
+    def last_lines(self, count: int = 15) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join([line for line in lines if line.strip()][-count:])
+
+    def _family(self) -> list[psutil.Process]:
+        """Every process of its session: its children may outlive it, orphaned."""
+        assert self._process is not None
+        family = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == self._process.pid:
+                    family.append(process)
+        return family
+
+    def _send(self, values: Mapping[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(values).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise self._failed(f"it cannot be reached any more ({error})") from error
+
+    def _receive(self, deadline: float, what: str) -> dict[str, Any]:
+        while b"\n" not in self._unread:
+            readable, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.perf_counter()))
+            if not readable:
+                raise self._failed(f"no answer to {what} in time")
+            more = os.read(self._answers, 1 << 16)
+            if not more:
+                self.wait(time.perf_counter() + 5)
+                code = self._process.poll() if self._process is not None else None
+                raise self._failed(f"it ended during {what} (exit code {code})")
+            self._unread += more
+        line, _, self._unread = self._unread.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise CommandFailed(f"{self.name}: {answer['error']}\n{self.last_lines()}")
+        return answer
+
+    def _failed(self, why: str) -> EngineFailed:
+        return EngineFailed(f"{self.name}: {why}\n{self.last_lines()}")
+
+
+class Engines:
+    """The engines of a run, in a ``with`` statement that ends all of them."""
+
+    def __init__(self, engines: Sequence[Engine]):
+        self.all = list(engines)
+        #: Why a variant is out of the run, by its name.
+        self.errors: dict[str, str] = {}
+
+    @property
+    def up(self) -> list[Engine]:
+        return [engine for engine in self.all if engine.ready]
+
+    def start(self, *, apart: bool, seconds: float, on_ready: Callable[[Engine], None]) -> None:
+        """Start all of them, together or one after the other; those that fail are out of the run.
+
+        Args:
+            apart: one is started when the one before it is up.
+            seconds: how long each may take.
+            on_ready: called for each that is up, when it is.
+        """
+        for group in [[engine] for engine in self.all] if apart else [self.all]:
+            deadline = time.perf_counter() + seconds
+            for engine in group:
+                with self.dropping(engine):
+                    engine.start()
+            waiting = [engine for engine in group if engine.name not in self.errors]
+            while waiting:
+                readable, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.perf_counter()))
+                for engine in readable or list(waiting):
+                    waiting.remove(engine)
+                    with self.dropping(engine):
+                        engine.wait_until_ready(deadline)
+                        on_ready(engine)
+
+    @contextlib.contextmanager
+    def dropping(self, engine: Engine) -> Any:
+        """A block in which the engine is used: if it fails, it is ended, and out of the run."""
+        try:
+            yield
+        except EngineFailed as error:
+            self.errors[engine.name] = str(error)
+            engine.kill()
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # A second Ctrl-C must not leave an engine behind.
+        kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            # Interrupted, an engine may be busy and would not hear of it.
+            if kind is None:
+                for engine in self.all:
+                    engine.request_stop()
+                deadline = time.perf_counter() + _STOP_SECONDS
+                for engine in self.up:
+                    engine.wait(deadline)
+            for engine in self.all:
+                engine.kill()
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)

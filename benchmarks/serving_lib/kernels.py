@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a window of steps ran on the device, by kernel name, and how two engines differ in it."""
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: What differs between processes in the names of compiled kernels: hexadecimal hashes and addresses. A
+#: hash is a word of 8 to 64 digits and letters a to f, with at least one of each.
+STRIPPED = r"0x[0-9a-f]+|(?<![0-9A-Za-z])(?=[a-f]*[0-9])(?=[0-9]*[a-f])[0-9a-f]{8,64}(?![0-9A-Za-z])"
+#: The trace's categories that are work of the device; on a CPU, operators take their place.
+_KERNELS, _COPIES, _OPERATORS = ("kernel",), ("gpu_memcpy", "gpu_memset"), ("cpu_op",)
+_TOP = 15
+
+
+def strip(name: str) -> str:
+    """A kernel's name without what differs between processes."""
+    return re.sub(STRIPPED, "#", name)
+
+
+@dataclass
+class Window:
+    """How often each kernel ran between two moments, for how many microseconds, and copies, which are not compared."""
+
+    kind: str
+    kernels: Counter[str]
+    microseconds: Counter[str]
+    copies: Counter[str]
+
+    def __sub__(self, other: "Window") -> "Window":
+        """What this window has more than another, which is its beginning."""
+        copies, kernels, microseconds = Counter(self.copies), Counter(self.kernels), Counter(self.microseconds)
+        copies.subtract(other.copies)
+        kernels.subtract(other.kernels)
+        microseconds.subtract(other.microseconds)
+        return Window(self.kind, kernels, microseconds, copies)
+
+    def per_step(self, steps: int) -> dict[str, Any]:
+        """``kernels`` and ``copies``: name -> count per step; ``top``: the kernels that took longest."""
+        kernels = {name: count / steps for name, count in sorted(self.kernels.items()) if count}
+        slowest = sorted(kernels, key=lambda name: (-self.microseconds[name], name))[:_TOP]
+        return {
+            "kind": self.kind,
+            "steps": steps,
+            "kernels": kernels,
+            "copies": {name: count / steps for name, count in sorted(self.copies.items()) if count},
+            "microseconds_per_step": sum(self.microseconds.values()) / steps,
+            "top": [
+                {"name": name, "count_per_step": kernels[name], "microseconds_per_step": self.microseconds[name] / steps}
+                for name in slowest
+            ],
+        }
+
+
+def read_window(trace: Path) -> Window:
+    """What a trace of torch's profiler (``.json.gz``) has.
+
+    On a CPU, "kernels" are ATen operators, whose times include those of the operators they call.
+    """
+    with gzip.open(trace, "rt", encoding="utf-8", errors="replace") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    kernels = [event for event in events if event.get("cat") in _KERNELS]
+    kind = "kernels"
+    if not kernels:
+        kernels, kind = [event for event in events if event.get("cat") in _OPERATORS], "operators"
+    if not kernels:
+        raise ValueError("nothing that ran is in the trace")
+    microseconds: Counter[str] = Counter()
+    for event in kernels:
+        microseconds[strip(event["name"])] += event.get("dur", 0.0)
+    copies = Counter(strip(event["name"]) for event in events if event.get("cat") in _COPIES)
+    return Window(kind, Counter(strip(event["name"]) for event in kernels), microseconds, copies)
+
+
+def compare(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether two windows ran the same kernels equally often; else both counts of those that differ."""
+    differing = _differing(baseline["kernels"], other["kernels"])
+    return {"identical": not differing, "differing": differing, "differing_copies": _differing(baseline["copies"], other["copies"])}
+
+
+def _differing(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, list[float]]:
+    pairs = {name: [ours.get(name, 0.0), theirs.get(name, 0.0)] for name in sorted({*ours, *theirs})}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

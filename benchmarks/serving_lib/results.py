@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of results, one run a line, and what a run has so far in a file beside it."""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """JSON lines. ``save`` keeps what a run has in FILE.partial; ``finish`` makes it a line of FILE.
+
+    A run that was killed left its FILE.partial: the next one puts it into FILE.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.recovered = self.partial.exists()
+        if self.recovered:
+            self._append()
+
+    def save(self, run: dict[str, Any]) -> None:
+        scratch = self.partial.with_name(self.partial.name + ".new")
+        scratch.write_text(json.dumps(without_paths(run), ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.replace(self.partial)
+
+    def finish(self, run: dict[str, Any]) -> None:
+        self.save(run)
+        self._append()
+
+    def _append(self) -> None:
+        with self.path.open("ab") as file:
+            file.write(self.partial.read_bytes())
+        self.partial.unlink()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file of results."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def without_paths(value: Any) -> Any:
+    """A value of JSON whose texts do not say where on this machine things lie."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str):
+        for path, name in _PLACES:
+            value = value.replace(path, name)
+    return value
+
+
+_PLACES = [
+    (path, name)
+    for path, name in (
+        (sys.prefix, "<python>"),
+        (sys.base_prefix, "<python>"),
+        (str(Path(__file__).resolve().parents[2]), "<checkout>"),
+        (os.path.expanduser("~"), "~"),
+        (tempfile.gettempdir(), "<tmp>"),
+    )
+    if len(path) > 1
+]

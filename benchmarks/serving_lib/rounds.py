@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: prefill and decode at some batch sizes, on all engines in turn."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .engine import Engine, Engines
+
+#: A decode step is the difference of two runs, and this is how many tokens the shorter one makes.
+FIRST_TOKENS = 8
+#: Per prompt; the largest pages that SGLang's attention backends have.
+_PAGE = 64
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt for prefill and for decode, and the decode steps that are timed."""
+
+    prefill: int
+    decode: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A phase at a batch size."""
+
+    phase: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.phase}/{self.batch}"
+
+    def tokens(self, lengths: Lengths) -> int:
+        """How many tokens are processed in the time that is measured."""
+        return self.batch * lengths.prefill if self.phase == "prefill" else self.batch
+
+    def measure(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], others: Sequence[Sequence[int]], lengths: Lengths
+    ) -> dict[str, Any]:
+        """Seconds for the prefill of a batch, or for one decode step of it.
+
+        Args:
+            prompts: one for each of the batch.
+            others: as many that begin differently.
+        """
+        if self.phase == "prefill":
+            return _generate(engine, prompts, 1, before=[prompt[: lengths.decode] for prompt in others])
+        short = _generate(engine, prompts, FIRST_TOKENS)
+        long = _generate(engine, prompts, FIRST_TOKENS + lengths.output)
+        return {
+            "seconds": (long["seconds"] - short["seconds"]) / lengths.output,
+            "cached_tokens": short["cached_tokens"] + long["cached_tokens"],
+        }
+
+
+def _generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: Sequence[Sequence[int]] | None = None
+) -> dict[str, Any]:
+    engine.ask("flush")
+    if before is not None:
+        # SGLang gives the allocator's free memory back when it flushes; a short prefill of a batch this
+        # large gets it again, which is not what is to be measured. (In a decode step it cancels out.)
+        engine.ask("generate", input_ids=before, max_new_tokens=1)
+    return engine.ask("generate", input_ids=prompts, max_new_tokens=max_new_tokens)
+
+
+def cases(batches: Sequence[int]) -> list[Case]:
+    return [Case(phase, batch) for phase in ("prefill", "decode") for batch in batches]
+
+
+def pool_tokens(batches: Sequence[int], lengths: Lengths, single: int) -> int:
+    """How many tokens an engine's KV cache must hold for all measurements.
+
+    Args:
+        single: tokens of the longest sequence that is generated alone.
+    """
+    longest = max(lengths.prefill + 1, lengths.decode + FIRST_TOKENS + lengths.output)
+    return max(max(batches) * (longest + _PAGE), single + _PAGE) + _PAGE
+
+
+def make_prompts(vocabulary: int, batch: int, length: int, seed: Sequence[int]) -> list[list[int]]:
+    """Random token ids, each prompt beginning with a token of its own, so that none is a prefix of another's."""
+    generator = np.random.default_rng(list(seed))
+    prompts = generator.integers(0, vocabulary, (batch, length))
+    prompts[:, 0] = generator.choice(vocabulary, batch, replace=False)
+    return [[int(token) for token in prompt] for prompt in prompts]
+
+
+def run_round(engines: Engines, number: int, batches: Sequence[int], lengths: Lengths, vocabulary: int, seed: int) -> dict[str, Any]:
+    """Measure every case on every engine; an engine that fails is out of the run.
+
+    The engines of a case get the same prompts, one right after the other; the order turns with each case and
+    round (A B C D, D C B A, …).
+    """
+    found: dict[str, Any] = {"seconds": {}, "cached_tokens": 0}
+    for index, case in enumerate(cases(batches)):
+        prompts = make_prompts(vocabulary, 2 * case.batch, getattr(lengths, case.phase), (seed, number, index))
+        seconds = found["seconds"][str(case)] = {}
+        for engine in _turning(engines.up, number + index):
+            with engines.dropping(engine):
+                measured = case.measure(engine, prompts[: case.batch], prompts[case.batch :], lengths)
+                seconds[engine.name] = measured["seconds"]
+                found["cached_tokens"] += measured["cached_tokens"]
+    return found
+
+
+def _turning(engines: Sequence[Engine], turn: int) -> Iterator[Engine]:
+    return iter(engines) if turn % 2 == 0 else reversed(engines)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rounds say: medians, and ratios to the baseline with their uncertainty."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_RESAMPLES, _SEED = 10_000, 0
+
+
+def ratio_with_interval(baseline: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """The median of the paired ratios of times, baseline over other, and its 95 % bootstrap interval.
+
+    Above 1 the other one is faster. Pairs, because what else the machine does in a round falls on both.
+    """
+    ratios = np.asarray(baseline, dtype=float) / np.asarray(other, dtype=float)
+    chosen = np.random.default_rng(_SEED).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[chosen], axis=1), (2.5, 97.5))
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def summarize(
+    rounds: Sequence[Mapping[str, Any]], variants: Sequence[str], baseline: str, tokens: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """A row for each case and variant.
+
+    Args:
+        rounds: each with ``seconds``: case -> variant -> seconds; a variant that failed is absent.
+        tokens: case -> how many tokens are processed in those seconds.
+
+    Returns:
+        Rows of case, variant, rounds, seconds (the median), tokens_per_second and, but for the
+        baseline, ratio, low, high, pairs. A pair in which a time is not positive (a decode
+        step is a difference of two times, and on a disturbed machine it may be) is left out.
+    """
+    rows = []
+    for case, count in tokens.items():
+        for variant in variants:
+            both = [(found.get(baseline), found.get(variant)) for found in (r["seconds"].get(case, {}) for r in rounds)]
+            times = [time for _, time in both if time is not None]
+            if not times:
+                continue
+            median = statistics.median(times)
+            row = {"case": case, "variant": variant, "rounds": len(times), "seconds": median}
+            row["tokens_per_second"] = count / median if median > 0 else None
+            pairs = [(a, b) for a, b in both if a is not None and b is not None and a > 0 and b > 0]
+            if variant != baseline and pairs:
+                row["ratio"], row["low"], row["high"] = ratio_with_interval(*zip(*pairs, strict=True))
+                row["pairs"] = len(pairs)
+            rows.append(row)
+    return rows

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: the same engine under different settings, which are environment variables."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_fl.config.errors import suggest
+from sglang_fl.config.options import PREFERENCES
+from sglang_fl.dispatch.ops import OPERATORS
+
+_OURS = re.compile(r"_?SGLANG_FL_.*|SGLANG_FLAGGEMS_.*|USE_FLAGGEMS|FLAGCX_PATH|SGLANG_PLUGINS")
+
+#: The variables that make each built-in variant what it is.
+BUILT_IN: dict[str, dict[str, str]] = {
+    # No plugin has this name, so SGLang loads none: neither platforms nor general ones.
+    "native": {"SGLANG_PLUGINS": "none"},
+    "off": {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in OPERATORS)},
+    "default": {},
+    **{preference: {"SGLANG_FL_PREFER": preference} for preference in PREFERENCES},
+}
+
+
+class BadVariant(ValueError):
+    """A variant that does not exist, cannot be had here, or is not spelled ``NAME:VAR=VALUE,VAR=VALUE``."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, and the variables that are set for it."""
+
+    name: str
+    settings: Mapping[str, str]
+
+    @property
+    def native(self) -> bool:
+        return self.settings.get("SGLANG_PLUGINS") == "none"
+
+    def environ(self, base: Mapping[str, str], dispatch_log: Path) -> dict[str, str]:
+        """The environment of its engine: the machine's, without settings of sglang-fl, with its own."""
+        environ = {name: value for name, value in base.items() if not _OURS.fullmatch(name)}
+        if self.native:
+            environ.pop("SGLANG_PLATFORM", None)  # it would load that plugin past SGLANG_PLUGINS
+        else:
+            environ["SGLANG_FL_DISPATCH_LOG"] = str(dispatch_log)
+        return environ | dict(self.settings)
+
+
+def default_names(plain_cpu: bool) -> tuple[str, ...]:
+    return ("off", "default") if plain_cpu else ("native", "off", "default", "flagos")
+
+
+def choose(names: Sequence[str], own: Sequence[str], plain_cpu: bool) -> list[Variant]:
+    """The variants of a run, the baseline first.
+
+    Args:
+        names: built-in ones, or those of ``own``.
+        own: ``NAME:VAR=VALUE,VAR=VALUE``; those that ``names`` lacks come last.
+        plain_cpu: whether there is no accelerator.
+
+    Raises:
+        BadVariant: there is no such, or it cannot be had here.
+    """
+    known = dict(BUILT_IN)
+    added = []
+    for text in own:
+        name, settings = _parse(text)
+        known[name] = settings
+        added.append(name)
+    variants = []
+    for name in dict.fromkeys([*names, *added]):
+        if name not in known:
+            raise BadVariant(f"no variant {name!r}{suggest(name, tuple(known))}; there are {', '.join(known)}")
+        variant = Variant(name, known[name])
+        if variant.native and plain_cpu:
+            raise BadVariant(
+                "native SGLang cannot serve on a plain CPU: its CPU engine needs kernels of its own build. "
+                "Take 'off' as the baseline, which is SGLang's own layers on sglang-fl's platform: --variants off,default"
+            )
+        variants.append(variant)
+    return variants
+
+
+def _parse(text: str) -> tuple[str, dict[str, str]]:
+    name, colon, rest = text.partition(":")
+    # A value may have commas; a comma before VAR= begins the next variable.
+    pairs = [part.partition("=") for part in re.split(r",(?=[A-Za-z_][A-Za-z0-9_]*=)", rest)] if rest else []
+    if not name or not colon or not all(variable and equals for variable, equals, _ in pairs):
+        raise BadVariant(f"--variant {text!r}: expected NAME:VAR=VALUE,VAR=VALUE")
+    return name, {variable: value for variable, _, value in pairs}

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by their shape alone: the published config.json, to be served with random weights.
+
+``load_shape("qwen3-8b")`` is the whole model, ``load_shape("qwen3-8b:12")`` its first 12 layers: each layer
+does the work it does in the whole model, and a cut model leaves room on a device for several engines.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+#: As published on the Hugging Face hub, but for ``tiny``, which is there to try things on a CPU.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_QWEN3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 64,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "max_position_embeddings": 4096,
+        "max_window_layers": 3,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "vocab_size": 2048,
+    },
+    "qwen3-0.6b": {
+        **_QWEN3,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_window_layers": 36,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN3,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "tie_word_embeddings": False,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 128256,
+    },
+}
+
+
+class UnknownShape(ValueError):
+    """Neither a model's directory nor a built-in shape. The message names the nearest one."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's config.json, and its directory if it has weights."""
+
+    name: str
+    config: dict[str, Any]
+    directory: Path | None = None
+
+    def write(self, directory: Path) -> Path:
+        """The directory to serve: the model's own, or this one, with the config.json written to it."""
+        if self.directory is not None:
+            return self.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        return directory
+
+    def _head_dim(self) -> int:
+        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
+
+    def weight_count(self) -> int:
+        """How many numbers the weights have, but for the norms' and biases, which are few."""
+        config, head_dim = self.config, self._head_dim()
+        hidden = config["hidden_size"]
+        embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        attention = hidden * head_dim * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
+        experts = config.get("num_experts")
+        mlp = experts * (3 * config["moe_intermediate_size"] + 1) if experts else 3 * config["intermediate_size"]
+        return int(embeddings + config["num_hidden_layers"] * (attention + hidden * mlp))
+
+    def kv_numbers_per_token(self) -> int:
+        """How many numbers the KV cache keeps for a token."""
+        return int(2 * self.config["num_hidden_layers"] * self.config["num_key_value_heads"] * self._head_dim())
+
+
+def load_shape(text: str) -> Shape:
+    """A built-in shape by name, ``NAME:LAYERS`` for one cut to that many layers, or a model's directory.
+
+    Raises:
+        UnknownShape: it is none of them, or cannot be cut so.
+    """
+    if (Path(text) / "config.json").is_file():
+        return Shape(Path(text).resolve().name, json.loads((Path(text) / "config.json").read_text(encoding="utf-8")), Path(text))
+    name, colon, layers = text.partition(":")
+    if name not in SHAPES:
+        near = difflib.get_close_matches(name, SHAPES, n=1, cutoff=0.4)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownShape(f"{text!r} is no directory with a config.json and no built-in shape ({', '.join(SHAPES)}){meant}")
+    config = dict(SHAPES[name])
+    if colon:
+        whole = config["num_hidden_layers"]
+        if not layers.isdecimal() or not 0 < int(layers) <= whole:
+            raise UnknownShape(f"{text!r}: {layers!r} is no number of layers from 1 to {whole}, which {name} has")
+        config |= {name: int(layers) for name in ("num_hidden_layers", "max_window_layers") if name in config}
+    return Shape(text, config)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times functions on the device against each other, and what they cost the host.
+
+On CUDA a candidate's calls are captured into one graph, as serving does, so that what is timed is the
+device alone; the graph cycles over several sets of inputs and outputs, more than twice what the L2 cache
+holds. The host's time is that of the eager call, without waiting for the device. On a CPU there is wall
+time only.
+
+Rounds alternate (A B C, C B A), so that clocks and other work fall on all candidates, and a ratio to the
+first candidate is the median of the rounds' ratios, with a 95 % bootstrap interval.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+CALLS, ROUNDS = 20, 15
+#: One timing lasts at least this long, and a graph at most about ten times it.
+_LEAST_US = 1000.0
+_WARM_UP = 3
+_COPIED_BYTES = {"cuda": 1 << 29, "cpu": 1 << 26}
+
+Ratio = tuple[float, float, float]
+
+
+class CaptureStateLost(RuntimeError):
+    """A capture failed in a way that leaves the process unable to capture graphs; start another."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time.
+
+    Attributes:
+        calls: the same call, one for each set of inputs.
+        active: entered around the calls, for a candidate that must be switched on.
+    """
+
+    calls: Sequence[Callable[[], Any]]
+    active: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in microseconds a call, and (median, low, high) of the ratio to the first candidate's."""
+
+    us: float | None = None
+    ratio: Ratio | None = None
+    host_us: float | None = None
+    host_ratio: Ratio | None = None
+    error: str | None = None
+
+
+def input_sets(set_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs and outputs of that size make more than twice the L2 cache, at most CALLS."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(CALLS, math.ceil(2 * cache / max(1, set_bytes))))
+
+
+def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: int = ROUNDS, *, graphs: bool = True) -> dict[str, Timing]:
+    """Time candidates against the first of them. One that fails is returned with its error.
+
+    Args:
+        graphs: False for calls that no graph can hold: the host's time alone is measured.
+
+    Raises:
+        CaptureStateLost: a failed capture cannot be cleaned up.
+    """
+    if device.type != "cuda":
+        return _compare_on_host(candidates, rounds)
+    errors: dict[str, str] = {}
+    on_device: dict[str, Callable[[], float]] = {}
+    on_host: dict[str, Callable[[], float]] = {}
+    for name, candidate in candidates.items():
+        try:
+            us = warm_up(candidate)
+            if graphs:
+                # At least once around all sets; short of that, no more calls than fit the time.
+                count = max(min(len(candidate.calls), CALLS), min(CALLS, math.ceil(10 * _LEAST_US / us)))
+                graph, _ = capture(candidate, count)
+                on_device[name] = partial(_replay, graph, _replays(graph), count)
+            on_host[name] = partial(_host_us, candidate, max(5, min(CALLS, math.ceil(5 * _LEAST_US / us))))
+        except CaptureStateLost:
+            raise
+        except Exception as error:
+            errors[name] = first_error(error)
+    device_us, host_us = _rounds(on_device, rounds), _rounds(on_host, rounds)
+    baseline = next(iter(candidates))
+    return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, device_us, host_us) for name in candidates}
+
+
+def _compare_on_host(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Timing]:
+    errors: dict[str, str] = {}
+    measures: dict[str, Callable[[], float]] = {}
+    for name, candidate in candidates.items():
+        try:
+            measures[name] = partial(_wall_us, candidate, math.ceil(_LEAST_US / max(1.0, _wall_us(candidate, _WARM_UP))))
+        except Exception as error:
+            errors[name] = first_error(error)
+    wall_us = _rounds(measures, rounds)
+    baseline = next(iter(candidates))
+    return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, wall_us, {}) for name in candidates}
+
+
+def _timing(name: str, baseline: str, device_us: Mapping[str, np.ndarray], host_us: Mapping[str, np.ndarray]) -> Timing:
+    def median(times: Mapping[str, np.ndarray]) -> float | None:
+        return float(np.median(times[name])) if name in times else None
+
+    def ratio(times: Mapping[str, np.ndarray]) -> Ratio | None:
+        return paired_ratio(times[name], times[baseline]) if name in times and baseline in times else None
+
+    return Timing(median(device_us), ratio(device_us), median(host_us), ratio(host_us))
+
+
+def paired_ratio(times: np.ndarray, baseline: np.ndarray) -> Ratio:
+    """The median of the rounds' ratios, and its 95 % bootstrap interval."""
+    ratios = times / baseline
+    medians = np.median(np.random.default_rng(0).choice(ratios, (1000, len(ratios))), axis=1)
+    low, high = np.percentile(medians, (2.5, 97.5))
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def _rounds(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+    """Each measure's results by round; the order turns around each time."""
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    order = list(measures)
+    for _ in range(rounds):
+        for name in order:
+            times[name].append(measures[name]())
+        order.reverse()
+    return {name: np.array(found) for name, found in times.items()}
+
+
+def warm_up(candidate: Candidate) -> float:
+    """Run all calls on a stream of their own, as capturing needs it.
+
+    Returns:
+        About how many microseconds one takes.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), candidate.active():
+        for _ in range(math.ceil(_WARM_UP / len(candidate.calls))):
+            for call in candidate.calls:
+                call()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        candidate.calls[0]()
+        end.record()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    return max(0.1, 1000 * start.elapsed_time(end))
+
+
+def capture(candidate: Candidate, count: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of that many calls of a candidate that was warmed up, and the last call's result.
+
+    Raises:
+        CaptureStateLost: the capture failed, and no other can follow it in this process.
+        Exception: the capture failed; the process can go on.
+    """
+    calls = candidate.calls
+    stream = torch.cuda.current_stream()
+    graph = torch.cuda.CUDAGraph()
+    # Outputs live until their inputs' turn comes again, so that they take turns in memory as inputs do.
+    kept: deque[Any] = deque(maxlen=len(calls))
+    try:
+        with candidate.active(), torch.cuda.graph(graph):
+            for i in range(count):
+                kept.append(calls[i % len(calls)]())
+    except Exception as error:
+        kept.clear()
+        torch.cuda.set_stream(stream)  # torch.cuda.graph does not, if ending the capture raises
+        if not _can_capture():
+            raise CaptureStateLost(first_error(error)) from error
+        raise
+    return graph, kept[-1]
+
+
+def _can_capture() -> bool:
+    """Whether streams, memory and random numbers are in order again after a failed capture."""
+    stream = torch.cuda.current_stream()
+    try:
+        torch.cuda.synchronize()
+        x = torch.randn(4, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x + 1
+        graph.replay()
+        return torch.equal(y, x + 1)
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        return False
+
+
+def first_error(error: BaseException) -> str:
+    """An error in one line; where ending a capture raised, the error that spoiled the capture."""
+    while error.__cause__ or (error.__context__ and "captur" in str(error)):
+        error = error.__cause__ or error.__context__ or error
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def _replays(graph: torch.cuda.CUDAGraph) -> int:
+    """How often to replay a graph for one timing."""
+    graph.replay()
+    return max(1, min(1000, math.ceil(_LEAST_US / max(1.0, _replay(graph, 3, 1)))))
+
+
+def _replay(graph: torch.cuda.CUDAGraph, replays: int, count: int) -> float:
+    """Microseconds a call."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return 1000 * start.elapsed_time(end) / (replays * count)
+
+
+def _host_us(candidate: Candidate, count: int) -> float:
+    """Microseconds that the host is busy with a call; so few calls that the device's queue takes them all."""
+    calls = candidate.calls
+    with candidate.active():
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        for i in range(count):
+            calls[i % len(calls)]()
+        end = time.perf_counter_ns()
+        torch.cuda.synchronize()
+    return (end - start) / 1000 / count
+
+
+def _wall_us(candidate: Candidate, count: int) -> float:
+    calls = candidate.calls
+    with candidate.active():
+        start = time.perf_counter_ns()
+        for i in range(count):
+            calls[i % len(calls)]()
+        return (time.perf_counter_ns() - start) / 1000 / count
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy on the device."""
+    source = torch.ones(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = Candidate([partial(target.copy_, source)])
+    timing = compare({"copy": copy}, device, rounds=5)["copy"]
+    if timing.us is None:
+        raise RuntimeError(f"a copy of {source.numel()} bytes on {device} cannot be timed: {timing.error}")
+    return 2 * source.numel() / timing.us * 1e6

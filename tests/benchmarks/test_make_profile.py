@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/make_profile.py: its rules on made-up results, and the profile in the repository against the measured ones."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import make_profile
+import pytest
+import result_file
+import yaml
+from make_profile import judge_function, judge_functions, order_of, profile
+
+from sglang_fl.config import load_settings
+from sglang_fl.dispatch.ops import OPERATORS
+
+HEAD = {"machine": {"gpu": "Made-up GPU"}, "versions": {"torch": "9.9", "flag_gems": "8.8"}, "date": "2026-01-02"}
+FASTER, EVEN, SLOWER = [0.9, 0.88, 0.92], [1.0, 0.97, 1.03], [1.5, 1.4, 1.6]
+FLAGOS, VENDOR = ("default.flagos", "flagos"), ("vendor.cuda", "vendor")
+
+
+def op_rows(op: str, ratios: Mapping[tuple[str, str], list[Any]]) -> list[dict[str, Any]]:
+    """Rows of SGLang's own layer and of implementations; one ratio, or error text, for each shape."""
+    rows: list[dict[str, Any]] = []
+    for shape in range(max(map(len, ratios.values()))):
+        base = {"op": op, "hidden": 1024, "tokens": 4**shape}
+        rows.append(base | {"impl": "sglang", "kind": "sglang", "us": 2.0})
+        for (impl, kind), found in ratios.items():
+            if shape < len(found):
+                result = {"error": found[shape]} if isinstance(found[shape], str) else {"us": 1.0, "ratio": found[shape]}
+                rows.append(base | {"impl": impl, "kind": kind} | result)
+    return rows
+
+
+def order(**ratios: list[Any]) -> tuple[list[str], dict[str, str]]:
+    kinds = {"flagos": FLAGOS, "vendor": VENDOR, "reference": ("reference.torch", "reference")}
+    found, verdicts = order_of("rms_norm", op_rows("rms_norm", {kinds[kind]: values for kind, values in ratios.items()}))
+    return found, {verdict.name: verdict.reason for verdict in verdicts}
+
+
+def aten_row(**changes: Any) -> dict[str, Any]:
+    row = {"key": "neg", "function": "neg", "call": "16x1024 bf16", "seen_eager": 3, "seen_captured": 5, "right": True, "graph_safe": True}
+    return row | {"ratio": FASTER, "host_ratio": FASTER} | changes
+
+
+class TestOperators:
+    def test_what_is_faster_goes_first(self) -> None:
+        assert order(flagos=[FASTER, FASTER])[0] == ["flagos", "sglang"]
+        assert order(vendor=[FASTER, EVEN, FASTER])[0] == ["vendor", "sglang"]
+
+    def test_the_fastest_in_the_median_goes_first(self) -> None:
+        assert order(flagos=[FASTER, FASTER], vendor=[[0.8, 0.7, 0.9], FASTER])[0] == ["vendor", "sglang"]
+
+    def test_one_slower_shape_disqualifies(self) -> None:
+        found, reasons = order(flagos=[FASTER, FASTER, FASTER, SLOWER])
+        assert found == ["sglang"]
+        assert reasons["default.flagos"] == "1.50 times SGLang's time at 64x1024"
+
+    def test_slower_within_measurement_does_not(self) -> None:
+        assert order(flagos=[FASTER, FASTER, [1.3, 1.02, 1.4]])[0] == ["flagos", "sglang"]
+        assert order(flagos=[FASTER, FASTER, [1.3, 1.021, 1.4]])[0] == ["sglang"]
+
+    def test_no_gain_in_the_median_disqualifies(self) -> None:
+        found, reasons = order(flagos=[EVEN, FASTER, EVEN])
+        assert found == ["sglang"]
+        assert "1.000 times SGLang's time in the median (0.90 to 1.00), which is no gain of 2 %" in reasons["default.flagos"]
+        assert order(flagos=[[0.98, 0.97, 0.99]] * 3)[0] == ["flagos", "sglang"]
+
+    def test_an_error_disqualifies(self) -> None:
+        found, reasons = order(flagos=[FASTER, "RuntimeError: no"], vendor=[EVEN, EVEN])
+        assert found == ["sglang"]
+        assert reasons["default.flagos"] == "failed at 4x1024: RuntimeError: no"
+
+    def test_a_shape_that_was_not_measured_disqualifies(self) -> None:
+        found, reasons = order(flagos=[FASTER], vendor=[EVEN, EVEN])
+        assert (found, reasons["default.flagos"]) == (["sglang"], "timed at 1 of 2 shapes only")
+
+    def test_plain_pytorch_is_never_an_answer(self) -> None:
+        assert order(reference=[FASTER]) == (["sglang"], {})
+
+    def test_of_two_of_a_kind_one_is_named(self) -> None:
+        rows = op_rows("rms_norm", {VENDOR: [EVEN], ("vendor.other", "vendor"): [FASTER]})
+        assert order_of("rms_norm", rows)[0] == ["impl:vendor.other", "sglang"]
+
+
+class TestFunctions:
+    def test_one_that_gains_everywhere_is_used(self) -> None:
+        verdict = judge_function("neg", [aten_row(), aten_row(ratio=EVEN), aten_row()], passes=8)
+        assert verdict.accepted
+        assert verdict.reason == "0.900 times PyTorch's time in a graph in the median (0.90 to 1.00)"
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"ratio": SLOWER}, "1.50 times PyTorch's time in a graph (16x1024 bf16)"),
+            ({"host_ratio": [9.14, 9.0, 9.3]}, "9.14 times on the host (16x1024 bf16)"),
+            (
+                {"ratio": [42.4, 40, 45], "host_ratio": SLOWER},
+                "42 times PyTorch's time in a graph (16x1024 bf16), 1.50 times on the host (16x1024 bf16)",
+            ),
+            ({"right": False, "why": "it is off"}, "neg(16x1024 bf16): it is off"),
+            ({"right": None, "why": "its results are random"}, "neg(16x1024 bf16): its results are random"),
+            ({"graph_safe": False, "graph_why": "it synchronises"}, "neg(16x1024 bf16) in a graph: it synchronises"),
+            ({"graph_safe": None}, "neg(16x1024 bf16) in a graph: not shown to work"),
+            ({"error": "it took too long", "ratio": None}, "neg(16x1024 bf16): it took too long"),
+            ({"ratio": None}, "not all of its calls were timed"),
+            ({"host_ratio": None}, "not all of its calls were timed"),
+        ],
+    )
+    def test_one_bad_call_disqualifies(self, changes: dict[str, Any], reason: str) -> None:
+        verdict = judge_function("neg", [aten_row(), aten_row(**changes), aten_row()], passes=8)
+        assert (verdict.accepted, verdict.reason) == (False, reason)
+
+    @pytest.mark.parametrize(("passes", "accepted"), [(80, True), (81, False)])
+    def test_a_gain_in_few_forward_passes_does_not_pay(self, passes: int, accepted: bool) -> None:
+        verdict = judge_function("neg", [aten_row(), aten_row()], passes=passes)
+        assert verdict.accepted is accepted
+        assert ("called in 8 of 81 forward passes only" in verdict.reason) is not accepted
+
+    @pytest.mark.parametrize(
+        ("changes", "broken"),
+        [
+            ({"right": False, "why": "it is off"}, True),
+            ({"error": "it ended its process (exit code -6): ..."}, True),
+            ({"error": "it was not measured: the time was used up"}, False),
+            ({"right": None, "why": "its results are random"}, False),
+            ({"graph_safe": False, "graph_why": "it synchronises"}, False),
+            ({"ratio": SLOWER}, False),
+        ],
+    )
+    def test_what_is_broken_is_told_apart_from_what_is_slow(self, changes: dict[str, Any], broken: bool) -> None:
+        assert judge_function("neg", [aten_row(), aten_row(**changes)], passes=8).broken is broken
+
+    def test_no_gain_disqualifies(self) -> None:
+        verdict = judge_function("neg", [aten_row(ratio=EVEN)], passes=8)
+        assert not verdict.accepted and "no gain of 2 %" in verdict.reason
+
+    def test_the_hosts_time_does_not_matter_where_graphs_alone_are_served(self) -> None:
+        assert judge_function("neg", [aten_row(seen_eager=0, host_ratio=SLOWER)], passes=8).accepted
+
+    def test_a_function_answers_for_all_its_names(self) -> None:
+        rows = [aten_row(function="div"), aten_row(key="div.Scalar", function="div", ratio=SLOWER), aten_row(function="abs")]
+        assert [(verdict.name, verdict.accepted) for verdict in judge_functions(rows)] == [("abs", True), ("div", False)]
+
+
+def results(tmp_path: Path, gpu: str = "made-up", **changes: Any) -> Path:
+    rows = [row for op in OPERATORS for row in op_rows(op, {FLAGOS: [FASTER if op == "rms_norm" else SLOWER], VENDOR: [EVEN]})]
+    aten_rows = [aten_row(function=name, ratio=FASTER if name < "n" else SLOWER) for name in ("zeros", "abs", "neg", "cos")]
+    result_file.write(tmp_path / f"ops-{gpu}.json", HEAD | {"dtype": "bfloat16"}, rows)
+    result_file.write(tmp_path / f"aten-{gpu}.json", HEAD | {"models": ["qwen3-0.6b", "qwen3-8b"]} | changes, aten_rows)
+    return tmp_path
+
+
+def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
+    ops, aten = (result_file.read(results(tmp_path) / f"{kind}-made-up.json") for kind in ("ops", "aten"))
+    text = profile(ops, aten, "made-up")
+    assert text == profile(ops, aten | {"rows": aten["rows"][::-1]}, "made-up")
+    found = yaml.safe_load(text)
+    assert set(found) == {"op_backends", "flagos_whitelist"}
+    assert found["flagos_whitelist"] == ["abs", "cos"]
+    assert found["op_backends"] == {op: ["flagos", "sglang"] if op == "rms_norm" else ["sglang"] for op in OPERATORS}
+    assert "# neg: 1.50 times PyTorch's time in a graph (16x1024 bf16)\n" in text
+    assert "  # default.flagos: 1.50 times SGLang's time at 1x1024\n" in text
+    assert "Made-up GPU on 2026-01-02" in text and "aten-made-up.json" in text
+    assert all(len(line) <= 110 for line in text.splitlines())
+    (tmp_path / "profile.yaml").write_text(text)
+    settings = load_settings({"SGLANG_FL_CONFIG": str(tmp_path / "profile.yaml")})
+    assert settings.flagos_whitelist == ("abs", "cos")
+
+
+def test_no_function_is_an_empty_list(tmp_path: Path) -> None:
+    ops, aten = (result_file.read(results(tmp_path) / f"{kind}-made-up.json") for kind in ("ops", "aten"))
+    text = profile(ops, aten | {"rows": []}, "made-up")
+    assert yaml.safe_load(text)["flagos_whitelist"] == []
+
+
+def test_what_is_broken_is_on_the_blacklist(tmp_path: Path) -> None:
+    ops, aten = (result_file.read(results(tmp_path) / f"{kind}-made-up.json") for kind in ("ops", "aten"))
+    died = "it ended its process (exit code -6): python3: /build/triton/src/a.cc:6: bool visit(int *, int): Assertion `a == b' failed."
+    rows = [*aten["rows"], aten_row(function="mm", error=died), aten_row(function="mul", right=False, why="it is off")]
+    text = profile(ops, aten | {"rows": rows}, "made-up")
+    assert yaml.safe_load(text)["flagos_blacklist"] == ["mm", "mul"]
+    assert "(exit code -6): Assertion `a == b' failed." in text and "/build" not in text
+    (tmp_path / "nvidia.yaml").write_text(text)
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, make_profile.__file__, *args], capture_output=True, text=True)
+
+
+def test_check_compares_and_writes_nothing(tmp_path: Path) -> None:
+    places = ("--results", str(results(tmp_path)), "--profile", str(tmp_path / "nvidia.yaml"))
+    assert run(*places).returncode == 0
+    assert run(*places, "--check").returncode == 0
+    changed = (tmp_path / "nvidia.yaml").read_text().replace("[abs, cos]", "[abs]")
+    (tmp_path / "nvidia.yaml").write_text(changed)
+    checked = run(*places, "--check")
+    assert checked.returncode == 1 and "+flagos_whitelist: [abs, cos]" in checked.stdout
+    assert (tmp_path / "nvidia.yaml").read_text() == changed
+
+
+def test_results_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    results(tmp_path, versions={"torch": "9.8"})
+    assert "are not of one machine" in run("--results", str(tmp_path), "--profile", str(tmp_path / "p.yaml")).stderr
+    results(tmp_path, "another")
+    assert "choose one with --gpu" in run("--results", str(tmp_path), "--profile", str(tmp_path / "p.yaml")).stderr
+    assert make_profile.find_gpu(tmp_path, "another") == "another"
+    with pytest.raises(ValueError, match=r"no ops-lost\.json"):
+        make_profile.find_gpu(tmp_path, "lost")
+
+
+def test_the_profile_in_the_repository_is_what_the_results_say() -> None:
+    if not list(make_profile.RESULTS.glob("ops-*.json")) or not list(make_profile.RESULTS.glob("aten-*.json")):
+        pytest.skip("benchmarks/results has no measured ops-<gpu>.json and aten-<gpu>.json")
+    checked = run("--check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/ops.py, timing.py and result_file.py, on the CPU and at small shapes."""
+
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ops
+import pytest
+import result_file
+import torch
+from timing import Candidate, compare, copy_bandwidth, first_error, paired_ratio
+
+from sglang_fl.dispatch import SelectionPolicy, get_default_manager, reset_global_policy, set_global_policy
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.dispatch.types import BackendImplKind, OpImpl
+
+CPU = torch.device("cpu")
+#: Bytes to be moved at 3 tokens of hidden size 256 in bf16, one head_dim of 128, cos and sin in fp32.
+MOVED = {
+    ("silu_and_mul", ""): 3 * (2 + 1) * 768 * 2,
+    ("rms_norm", ""): 3 * 2 * 256 * 2 + 256 * 2,
+    ("rms_norm", "residual"): 3 * 4 * 256 * 2 + 256 * 2,
+    ("rotary_embedding", ""): 3 * (2 * (256 + 128) * 2 + 8 + 128 * 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    set_global_policy(SelectionPolicy(strict=True))
+    with torch.inference_mode():
+        yield
+    reset_global_policy()
+
+
+def test_every_operator_has_shapes() -> None:
+    assert set(ops.FORMS) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_implementations_are_measured_on_sglangs_layers(op: str) -> None:
+    manager = get_default_manager()
+    manager.ensure_initialized(())
+    impl = manager.registry.get_implementation(op, "reference.torch")
+    assert impl is not None
+    for form in ops.FORMS[op](256, torch.bfloat16, CPU):
+        moved, timings = ops.measure(form, 3, [impl], 2, CPU)
+        assert moved == MOVED[op, form.variant]
+        assert list(timings) == ["sglang", "reference.torch"]
+        assert all(timing.error is None and timing.us for timing in timings.values())
+        assert timings["sglang"].ratio == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("hidden", [4096])
+def test_rare_forms_of_rotary_embeddings(hidden: int) -> None:
+    forms = {form.variant: form for form in ops.FORMS["rotary_embedding"](hidden, torch.bfloat16, CPU)}
+    assert set(forms) == {"", "interleaved", "head_dim 64"}
+    assert not forms["interleaved"].layer().is_neox_style
+    assert forms["head_dim 64"].layer().head_size == 64
+    positions, query, key = forms[""].inputs(5)
+    assert (positions.shape, query.shape, key.shape) == ((5,), (5, 4096), (5, 1024))
+
+
+def _wrong(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(ReferenceBackend().silu_and_mul(obj, x))
+
+
+def _failing(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("out of luck")
+
+
+@pytest.mark.parametrize(("fn", "told"), [(_wrong, "differs from SGLang's"), (_failing, "out of luck")])
+def test_what_is_wrong_or_fails_is_a_row_with_an_error(fn: Any, told: str) -> None:
+    impl = OpImpl("silu_and_mul", "vendor.test", BackendImplKind.VENDOR, fn, vendor="nvidia")
+    (form,) = ops.FORMS["silu_and_mul"](128, torch.float32, CPU)
+    moved, timings = ops.measure(form, 2, [impl], 2, CPU)
+    rows = list(ops.rows_of("silu_and_mul", form, 128, 2, [impl], timings, 1e9, moved))
+    assert [row["impl"] for row in rows] == ["sglang", "vendor.test"]
+    assert told in rows[1]["error"]
+    assert rows[0]["us"] and rows[1]["us"] is None
+    assert "failed" in ops._cell(rows)
+
+
+def test_the_fastest_is_the_one_that_is_faster_beyond_measurement() -> None:
+    def row(impl: str, ratio: Any) -> dict[str, Any]:
+        return {"impl": impl, "us": 2.0, "ratio": ratio, "error": None}
+
+    rows = [row("sglang", None), row("a", [0.9, 0.8, 1.01]), row("b", [0.95, 0.93, 0.97])]
+    assert ops._cell(rows).splitlines()[2].startswith("[bold green]b")
+    assert ops._cell(rows[:2]).splitlines()[0].startswith("[bold green]sglang")
+
+
+def test_a_candidate_that_fails_leaves_the_others() -> None:
+    def slow() -> None:
+        time.sleep(0.001)
+
+    timings = compare(
+        {"slow": Candidate([slow]), "broken": Candidate([partial(_failing, None, None)]), "slower": Candidate([slow, slow])}, CPU, 3
+    )
+    assert timings["broken"].error == "ZeroDivisionError: out of luck"
+    assert timings["slow"].us is not None and timings["slow"].us > 900
+    assert timings["slower"].ratio is not None
+
+
+def test_the_interval_of_a_paired_ratio_holds_the_true_one() -> None:
+    rng = np.random.default_rng(1)
+    clock = rng.uniform(1, 2, 15)
+    median, low, high = paired_ratio(3 * clock * rng.normal(1, 0.01, 15), 2 * clock)
+    assert low <= median <= high
+    assert low <= 1.5 <= high and high - low < 0.06
+    assert paired_ratio(clock, clock) == (1.0, 1.0, 1.0)
+
+
+def test_the_error_that_spoiled_a_capture_is_told() -> None:
+    def capturing() -> None:
+        try:
+            raise ValueError("a pinned allocation")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as caught:
+        capturing()
+    assert first_error(caught.value) == "ValueError: a pinned allocation"
+
+
+def test_a_copy_moves_bytes() -> None:
+    assert 1e8 < copy_bandwidth(CPU) < 1e13
+
+
+def test_result_files_have_a_line_for_each_row(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "ops.json"
+    result_file.write(file, {"dtype": "bfloat16", "share": 0.123456}, [{"a": 1.23456789, "b": None, "c": [98765.4, "x"]}, {"a": 2}])
+    assert '  {"a": 1.235, "c": [98770.0, "x"]},' in file.read_text().splitlines()
+    assert result_file.read(file) == {"dtype": "bfloat16", "share": 0.1235, "rows": [{"a": 1.235, "c": [98770.0, "x"]}, {"a": 2}]}
+    result_file.write(file, {}, [])
+    assert result_file.read(file) == {"rows": []}
+    file.write_text(json.dumps([]))
+    with pytest.raises(ValueError, match="no result file"):
+        result_file.read(file)
+
+
+def test_the_header_names_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/ops.py", "--out", "/tmp/x/ops.json", "--quick"])
+    head = result_file.header(dtype="bfloat16")
+    assert head["command"] == "python benchmarks/ops.py --out ops.json --quick"
+    assert head["dtype"] == "bfloat16" and head["versions"]["torch"] == torch.__version__.split("+")[0]

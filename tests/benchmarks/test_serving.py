@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of benchmarks/serving.py that need no engine."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serving
+import shapes
+from serving_lib import kernels, results, rounds, summary, tokens, variants
+from serving_lib.engine import EngineFailed, Engines
+
+from sglang_fl.dispatch.ops import OPERATORS
+
+
+class Answering:
+    """Stands for an engine: takes as long as it is told, and remembers what it was asked."""
+
+    def __init__(self, name: str, seconds_per_token: float, log: list[Any], fails_at: int | None = None):
+        self.name, self.ready = name, True
+        self._seconds, self._log, self._fails_at = seconds_per_token, log, fails_at
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        if do == "flush":
+            return {}
+        self._log.append((self.name, values))
+        if self._fails_at == len(self._log):
+            raise EngineFailed(f"{self.name}: gone")
+        return {"seconds": 1.0 + self._seconds * values["max_new_tokens"], "cached_tokens": 0}
+
+    def kill(self) -> None:
+        self.ready = False
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        ("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19), ("llama-3-8b", 8.03), ("qwen3-30b-a3b", 30.5)]
+    )
+    def test_the_weights_add_up_to_the_published_size(self, name: str, billions: float) -> None:
+        assert shapes.load_shape(name).weight_count() / 1e9 == pytest.approx(billions, rel=2e-3)
+
+    def test_a_cut_shape_differs_in_nothing_but_its_layers(self) -> None:
+        whole, cut = shapes.load_shape("llama-3-8b").config, shapes.load_shape("llama-3-8b:4").config
+        assert cut == {**whole, "num_hidden_layers": 4}
+        assert shapes.load_shape("qwen3-8b:2").config["max_window_layers"] == 2
+
+    @pytest.mark.parametrize("text", ["qwen3-8b:0", "qwen3-8b:37", "qwen3-8b:x", "qwen3-8b:"])
+    def test_a_shape_has_so_many_layers(self, text: str) -> None:
+        with pytest.raises(shapes.UnknownShape, match="from 1 to 36"):
+            shapes.load_shape(text)
+
+    def test_an_unknown_shape_names_the_nearest(self) -> None:
+        with pytest.raises(shapes.UnknownShape, match="did you mean 'llama-3-8b'"):
+            shapes.load_shape("llama3-8b")
+
+    def test_a_model_is_served_from_its_directory(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(shapes.SHAPES["tiny"]))
+        assert shapes.load_shape(str(tmp_path)).write(tmp_path / "elsewhere") == tmp_path
+
+    def test_a_shape_is_written(self, tmp_path: Path) -> None:
+        directory = shapes.load_shape("tiny:2").write(tmp_path / "model")
+        assert json.loads((directory / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+SHELL = {"PATH": "/bin", "SGLANG_FL_STRICT": "1", "_SGLANG_FL_X": "1", "USE_FLAGGEMS": "1", "FLAGCX_PATH": "/x", "SGLANG_PLUGINS": "a"}
+
+
+class TestVariants:
+    def test_settings_of_the_shell_do_not_reach_an_engine(self) -> None:
+        (default,) = variants.choose(["default"], [], plain_cpu=False)
+        assert default.environ(SHELL, Path("log")) == {"PATH": "/bin", "SGLANG_FL_DISPATCH_LOG": "log"}
+
+    def test_native_loads_no_plugin(self) -> None:
+        (native,) = variants.choose(["native"], [], plain_cpu=False)
+        assert native.environ({**SHELL, "SGLANG_PLATFORM": "sglang_fl"}, Path("log")) == {"PATH": "/bin", "SGLANG_PLUGINS": "none"}
+
+    def test_off_leaves_every_operator_to_sglang(self) -> None:
+        (off,) = variants.choose(["off"], [], plain_cpu=True)
+        assert set(off.settings["SGLANG_FL_PER_OP"].split(";")) == {f"{op}=sglang" for op in OPERATORS}
+        assert off.settings["USE_FLAGGEMS"] == "0"
+
+    @pytest.mark.parametrize("name", ["flagos", "vendor", "reference"])
+    def test_a_preference(self, name: str) -> None:
+        (variant,) = variants.choose([name], [], plain_cpu=False)
+        assert variant.settings == {"SGLANG_FL_PREFER": name}
+
+    def test_ones_own_come_last_unless_named_and_may_have_commas_in_values(self) -> None:
+        own = ["mine:SGLANG_FL_OOT_BLACKLIST=RMSNorm,SiluAndMul,USE_FLAGGEMS=0", "other:A=b=c"]
+        found = variants.choose(["mine", "default"], own, plain_cpu=False)
+        assert [variant.name for variant in found] == ["mine", "default", "other"]
+        assert found[0].settings == {"SGLANG_FL_OOT_BLACKLIST": "RMSNorm,SiluAndMul", "USE_FLAGGEMS": "0"}
+        assert found[2].settings == {"A": "b=c"}
+
+    def test_native_on_a_plain_cpu_names_the_other_baseline(self) -> None:
+        with pytest.raises(variants.BadVariant, match="--variants off,default"):
+            variants.choose(["native"], [], plain_cpu=True)
+        assert "native" not in variants.default_names(plain_cpu=True)
+
+    def test_an_unknown_variant_names_the_nearest(self) -> None:
+        with pytest.raises(variants.BadVariant, match="did you mean 'flagos'"):
+            variants.choose(["flagoss"], [], plain_cpu=False)
+
+    @pytest.mark.parametrize("text", ["mine", ":A=1", "mine:A", "mine:=1"])
+    def test_a_misspelled_one(self, text: str) -> None:
+        with pytest.raises(variants.BadVariant, match="NAME:VAR=VALUE"):
+            variants.choose(["default"], [text], plain_cpu=False)
+
+
+class TestSummary:
+    def test_the_ratio_is_of_neighbours(self) -> None:
+        drift = np.linspace(1, 3, 9)  # a machine that gets slower
+        ratio, low, high = summary.ratio_with_interval(list(2 * drift), list(drift))
+        assert (ratio, low, high) == pytest.approx((2, 2, 2))
+
+    def test_the_interval_covers_the_truth_and_narrows(self) -> None:
+        generator = np.random.default_rng(1)
+        widths = []
+        for count in (10, 160):
+            ratio, low, high = summary.ratio_with_interval(
+                list(1.1 * generator.normal(1, 0.02, count)), list(generator.normal(1, 0.02, count))
+            )
+            assert low <= ratio <= high and low < 1.1 < high
+            widths.append(high - low)
+        assert widths[1] < widths[0] / 2
+
+    def test_rows(self) -> None:
+        seconds = [{"prefill/2": {"a": 2.0, "b": 1.0}}, {"prefill/2": {"a": 4.0, "b": 2.0}}, {"prefill/2": {"a": 3.0}}]
+        rows = summary.summarize([{"seconds": s} for s in seconds], ["a", "b", "gone"], "a", {"prefill/2": 60})
+        assert rows[0] == {"case": "prefill/2", "variant": "a", "rounds": 3, "seconds": 3.0, "tokens_per_second": 20.0}
+        assert rows[1]["ratio"] == pytest.approx(2) and rows[1]["pairs"] == 2 and rows[1]["seconds"] == 1.5
+        assert len(rows) == 2
+
+    def test_a_step_that_took_no_time_is_no_ratio(self) -> None:
+        rows = summary.summarize([{"seconds": {"decode/1": {"a": 1.0, "b": -0.5}}}], ["a", "b"], "a", {"decode/1": 1})
+        assert "ratio" not in rows[1] and rows[1]["tokens_per_second"] is None
+
+
+class TestTokens:
+    @staticmethod
+    def greedy(tokens_: list[int], second: int, margin: float, noise: float = 0.0) -> dict[str, Any]:
+        logprobs = [-2.0 + noise * (-1) ** i for i in range(len(tokens_))]
+        top = [[[token, logprob], [second, logprob - margin]] for token, logprob in zip(tokens_, logprobs, strict=True)]
+        return {"tokens": tokens_, "logprobs": logprobs, "top": top}
+
+    def test_identical(self) -> None:
+        found = tokens.compare(self.greedy([1, 2], 9, 0.1), self.greedy([1, 2], 9, 0.1, noise=0.01))
+        assert found["verdict"] == "identical" and found["largest_logprob_difference"] == pytest.approx(0.01)
+
+    @pytest.mark.parametrize(("margin", "verdict"), [(0.0019, "tie within rounding"), (0.0021, "differs")])
+    def test_a_margin_within_twice_the_rounding_is_a_tie(self, margin: float, verdict: str) -> None:
+        found = tokens.compare(self.greedy([1] * 8 + [5], 6, margin), self.greedy([1] * 8 + [6], 5, margin, noise=0.001))
+        assert found["verdict"] == verdict
+        assert found["first_difference"] == 8 and found["margin"] == pytest.approx(margin) and found["tokens"] == [5, 6]
+
+    def test_the_spacing_of_fp32_counts_where_nothing_else_differs(self) -> None:
+        spacing = float(np.spacing(np.float32(2)))
+        pair = [self.greedy([1] * 8 + [token], 11 - token, spacing) for token in (5, 6)]
+        assert tokens.compare(*pair)["verdict"] == "tie within rounding"
+
+    def test_a_token_that_the_baseline_did_not_have_second_is_no_tie(self) -> None:
+        found = tokens.compare(self.greedy([1] * 8 + [5], 6, 0.0), self.greedy([1] * 8 + [7], 5, 0.0, noise=0.1))
+        assert found["verdict"] == "differs" and not found["margin_is_exact"]
+
+    def test_a_short_prefix_shows_no_rounding(self) -> None:
+        found = tokens.compare(self.greedy([1, 5], 6, 0.0), self.greedy([1, 6], 5, 0.0))
+        assert found["verdict"].startswith("differs (1 common") and found["tolerance"] is None
+
+
+class TestKernels:
+    @staticmethod
+    def trace(path: Path, *events: tuple[str, str, float]) -> Path:
+        listed = [{"ph": "X", "cat": cat, "name": name, "dur": dur} for cat, name, dur in events]
+        with gzip.open(path, "wt") as file:
+            json.dump({"traceEvents": [*listed, {"ph": "M", "name": "process_name"}]}, file)
+        return path
+
+    @pytest.mark.parametrize(
+        ("name", "stripped"),
+        [
+            ("fused_0123abcd4567ef89_kernel", "fused_#_kernel"),
+            ("kernel_at_0x7f3a12", "kernel_at_#"),
+            ("void gemm<128, 4096, (bool)1>(float*)", "void gemm<128, 4096, (bool)1>(float*)"),
+            ("triton_poi_fused_add_20251122", "triton_poi_fused_add_20251122"),
+            ("_ZN7deadbeefE_feedbeef", "_ZN7deadbeefE_feedbeef"),
+            ("sm90_f16f16_bf16_2x1x1", "sm90_f16f16_bf16_2x1x1"),
+        ],
+    )
+    def test_only_hashes_and_addresses_are_stripped(self, name: str, stripped: str) -> None:
+        assert kernels.strip(name) == stripped
+
+    def test_a_window_counts_what_ran_on_the_device(self, tmp_path: Path) -> None:
+        events = [
+            ("kernel", "a", 3.0),
+            ("kernel", "a", 5.0),
+            ("kernel", "b", 1.0),
+            ("gpu_memcpy", "c", 1.0),
+            ("cuda_runtime", "launch", 9.0),
+        ]
+        found = kernels.read_window(self.trace(tmp_path / "t.gz", *events, ("cpu_op", "aten::add", 1.0))).per_step(2)
+        assert found["kernels"] == {"a": 1.0, "b": 0.5} and found["copies"] == {"c": 0.5} and found["kind"] == "kernels"
+        assert found["microseconds_per_step"] == 4.5
+        assert found["top"][0] == {"name": "a", "count_per_step": 1.0, "microseconds_per_step": 4.0}
+
+    def test_the_steps_are_what_the_longer_window_has_more(self, tmp_path: Path) -> None:
+        prefill, step = [("kernel", "p", 9.0), ("gpu_memcpy", "c", 1.0)], [("kernel", "s", 2.0), ("kernel", "s", 2.0)]
+        short, long = (kernels.read_window(self.trace(tmp_path / "t.gz", *prefill, *steps)) for steps in (step * 2, step * 6))
+        found = (long - short).per_step(4)
+        assert found["kernels"] == {"s": 2.0} and found["copies"] == {} and found["microseconds_per_step"] == 4.0
+
+    def test_on_a_cpu_operators_count(self, tmp_path: Path) -> None:
+        found = kernels.read_window(self.trace(tmp_path / "t.gz", ("cpu_op", "aten::add", 1.0)))
+        assert found.kernels == {"aten::add": 1} and found.kind == "operators"
+
+    def test_an_empty_window_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="nothing"):
+            kernels.read_window(self.trace(tmp_path / "t.gz"))
+
+    def test_comparison(self) -> None:
+        ours, theirs = {"kernels": {"a": 1.0, "b": 2.0}, "copies": {}}, {"kernels": {"a": 1.0, "b": 3.0, "c": 1.0}, "copies": {"d": 1.0}}
+        assert kernels.compare(ours, ours) == {"identical": True, "differing": {}, "differing_copies": {}}
+        found = kernels.compare(ours, theirs)
+        assert found == {"identical": False, "differing": {"b": [2.0, 3.0], "c": [0.0, 1.0]}, "differing_copies": {"d": [0.0, 1.0]}}
+
+
+class TestRounds:
+    LENGTHS = rounds.Lengths(prefill=16, decode=4, output=8)
+
+    def test_no_prompt_begins_like_another_and_none_comes_twice(self) -> None:
+        one, two = (rounds.make_prompts(64, 64, 5, (0, number)) for number in (0, 1))
+        assert len({prompt[0] for prompt in one}) == 64 and one != two and one == rounds.make_prompts(64, 64, 5, (0, 0))
+
+    def test_engines_get_the_same_prompts_in_turning_order(self) -> None:
+        log: list[Any] = []
+        engines = Engines([Answering("a", 0.1, log), Answering("b", 0.2, log)])  # type: ignore[list-item]
+        found = rounds.run_round(engines, 0, [1, 2], self.LENGTHS, 100, seed=0)
+        assert found["seconds"]["decode/2"] == {"a": pytest.approx(0.1), "b": pytest.approx(0.2)}
+        assert [name for name, asked in log if len(asked["input_ids"][0]) == 16] == ["a", "b", "b", "a"]
+        by_name = {name: [asked for n, asked in log if n == name] for name in "ab"}
+        assert by_name["a"] == by_name["b"]
+
+    def test_a_prefill_comes_after_a_short_one_of_as_many_other_prompts(self) -> None:
+        log: list[Any] = []
+        rounds.Case("prefill", 2).measure(Answering("a", 0.1, log), [[1] * 16, [2] * 16], [[3] * 16, [4] * 16], self.LENGTHS)  # type: ignore[arg-type]
+        assert [asked["input_ids"] for _, asked in log] == [[[3] * 4, [4] * 4], [[1] * 16, [2] * 16]]
+
+    def test_an_engine_that_fails_is_out_and_the_others_go_on(self) -> None:
+        log: list[Any] = []
+        engines = Engines([Answering("a", 0.1, log), Answering("b", 0.2, log, fails_at=4)])  # type: ignore[list-item]
+        found = rounds.run_round(engines, 0, [1], self.LENGTHS, 100, seed=0)
+        assert all(set(seconds) == {"a"} for seconds in found["seconds"].values()) and engines.errors == {"b": "b: gone"}
+
+    def test_the_pool_holds_every_measurement(self) -> None:
+        assert rounds.pool_tokens([1, 64], rounds.Lengths(1024, 64, 64), single=320) >= 64 * 1025
+        assert rounds.pool_tokens([1], rounds.Lengths(8, 8, 8), single=320) >= 320
+
+
+class TestResults:
+    def test_a_run_that_was_cut_off_is_kept(self, tmp_path: Path) -> None:
+        out = tmp_path / "r.jsonl"
+        results.Results(out).save({"run": 1})
+        after = results.Results(out)
+        assert after.recovered
+        after.finish({"run": 2})
+        assert results.read(out) == [{"run": 1}, {"run": 2}] and not after.partial.exists()
+
+    def test_paths_of_this_machine_are_left_out(self) -> None:
+        told = results.without_paths({"errors": [f"File {sys.prefix}/lib/x.py"]})
+        assert told == {"errors": ["File <python>/lib/x.py"]}
+
+
+class TestCommand:
+    def refused(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["serving.py", *words, "--out", str(tmp_path / "r.jsonl")])
+        with pytest.raises(SystemExit) as ended:
+            serving.main()
+        assert ended.value.code == 2
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["qwen3-9b"], "did you mean 'qwen3-8b'"),
+            (["tiny", "--variants", "of"], "did you mean 'off'"),
+            (["tiny", "--variants", "off", "--variant", "mine"], "NAME:VAR=VALUE"),
+            (["tiny", "--variants", "off", "--engine-arg", "x"], "NAME=VALUE"),
+            (["tiny", "--variants", "off", "--batch", "0"], "no number above 0"),
+        ],
+    )
+    def test_what_is_wrong_is_said_before_anything_starts(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], told: str
+    ) -> None:
+        assert told in self.refused(monkeypatch, capsys, tmp_path, *words)
+
+    def test_engine_arguments(self, tmp_path: Path) -> None:
+        args = serving.parser().parse_args(["tiny", "--engine-arg", "chunked-prefill-size=512", "--engine-arg", "disable_radix_cache=true"])
+        found = serving.engine_arguments(args, shapes.load_shape("tiny"), tmp_path, plain_cpu=True)
+        assert found["chunked_prefill_size"] == 512 and found["disable_radix_cache"] is True
+        assert found["dtype"] == "float32" and found["load_format"] == "dummy" and found["model_path"] == str(tmp_path)
+
+    def test_engines_that_cannot_fit_together_are_refused(self, tmp_path: Path) -> None:
+        args = serving.parser().parse_args(["qwen3-8b"])
+        shape = shapes.load_shape("qwen3-8b")
+        arguments = serving.engine_arguments(args, shape, tmp_path, plain_cpu=False)
+        four = variants.choose(["native", "off", "default", "flagos"], [], plain_cpu=False)
+        with pytest.raises(ValueError, match=r"4 engines of .* do not fit"):
+            serving.refuse_if_too_large(shape, arguments, four, 79.6)
+        serving.refuse_if_too_large(shape, arguments, four[:2], 79.6)
+        serving.refuse_if_too_large(shape, arguments, four, None)
+
+    def test_the_command_is_kept_without_paths(self, tmp_path: Path) -> None:
+        words = [f"{tmp_path}/m", "--out", "/x/y.jsonl", "--batch", "1"]
+        assert serving.command_without_paths(words, words[0]) == "benchmarks/serving.py m --batch 1"
