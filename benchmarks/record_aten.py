@@ -12,7 +12,9 @@ Settings (not in sglang-fl's table, since they are this file's own):
     BENCH_ATEN_INNER   0: leave out the calls that operators make inside themselves
 """
 
+import ast
 import atexit
+import importlib.util
 import json
 import logging
 import math
@@ -71,6 +73,7 @@ class Recorder(TorchDispatchMode):
         self._key = DISPATCH_KEYS[device_type]
         self._routes: dict[Any, Any] = {}
         self._inner = os.environ.get("BENCH_ATEN_INNER", "1") != "0"
+        self._library: torch.library.Library | None = None
         self._started = False
         self._changed = False
 
@@ -88,8 +91,25 @@ class Recorder(TorchDispatchMode):
         self.write()
         atexit.register(self.write)
         threading.Thread(target=self._write_now_and_then, name="record_aten", daemon=True).start()
+        self._keep_composites_whole()
         self.__enter__()
         logger.info("recording ATen calls on %s to %s", self.device_type, self.path)
+
+    def _keep_composites_whole(self) -> None:
+        """Give operators that PyTorch takes apart early a kernel of their own, which does just that.
+
+        FlagGems registers some of them (``pad``, ``true_divide``), and PyTorch then calls FlagGems instead of taking them
+        apart; without a kernel they would be apart before a mode sees them.
+        """
+        self._library = torch.library.Library("aten", "IMPL")
+        for key in flaggems_operators():
+            operator = f"aten::{key}"
+            if torch._C._dispatch_has_kernel(operator) and torch._C._dispatch_has_kernel_for_dispatch_key(
+                operator, "CompositeImplicitAutograd"
+            ):
+                name, _, overload = key.partition(".")
+                func = getattr(getattr(torch.ops.aten, name), overload or "default")
+                self._library.impl(key, func.decompose, self._key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -190,6 +210,22 @@ def _numbers_as_tensors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         torch.tensor(value) if isinstance(value, bool | int | float) and isinstance(argument.type, torch.TensorType) else value
         for value, argument in zip(args, declared, strict=False)
     )
+
+
+def flaggems_operators() -> list[str]:
+    """The ATen operators that FlagGems has functions for, from its source."""
+    spec = importlib.util.find_spec("flag_gems")
+    if spec is None or spec.origin is None:
+        return []
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    config = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "_FULL_CONFIG" for t in node.targets)
+    )
+    return [
+        row.elts[0].value for row in ast.walk(config) if isinstance(row, ast.Tuple) and row.elts and isinstance(row.elts[0], ast.Constant)
+    ]
 
 
 def signature(value: Any) -> Any:

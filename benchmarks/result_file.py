@@ -14,6 +14,8 @@ from typing import Any
 
 _PACKAGES = ("sglang", "sglang-kernel", "torch", "triton", "flag_gems", "flashinfer-python")
 
+_EXACT = ("args", "kwargs")
+
 
 def header(**more: Any) -> dict[str, Any]:
     """What was run, where and when; ``more`` is what else the reader of the rows must know."""
@@ -49,8 +51,13 @@ def rounded(value: Any) -> Any:
 
 
 def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a result file, or replace it whole; keys of a row whose value is None are left out."""
-    lines = [json.dumps({key: value for key, value in rounded(row).items() if value is not None}) for row in rows]
+    """Write a result file, or replace it whole; keys of a row whose value is None are left out.
+
+    Figures are rounded; the arguments of a recorded call are no figures.
+    """
+    lines = [
+        json.dumps({key: value if key in _EXACT else rounded(value) for key, value in row.items() if value is not None}) for row in rows
+    ]
     place = '"rows": []'
     table = '"rows": [\n' + ",\n".join(f"  {line}" for line in lines) + "\n ]" if lines else place
     text = json.dumps(rounded(head) | {"rows": []}, indent=1).replace(place, table) + "\n"

@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 32, 64], metavar="N", help="batch sizes (default: 1 32 64)")
     parser.add_argument("--input-len", type=_positive, default=1024, metavar="N", help="tokens of a prompt for prefill (default: 1024)")
     parser.add_argument("--decode-input-len", type=_positive, default=64, metavar="N", help="tokens of a prompt for decode (default: 64)")
-    parser.add_argument("--output-len", type=_positive, default=64, metavar="N", help="decode steps that are timed (default: 64)")
+    parser.add_argument("--output-len", type=_positive, default=256, metavar="N", help="decode steps that are timed (default: 256)")
     parser.add_argument("--rounds", type=_positive, default=10, metavar="N", help="measured rounds (default: 10)")
     parser.add_argument(
         "--budget",

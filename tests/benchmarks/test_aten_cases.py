@@ -2,17 +2,22 @@
 """benchmarks/aten.py, aten_cases.py and record_aten.py, with functions of PyTorch's in FlagGems's place."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aten
 import pytest
+import result_file
 import torch
 from aten_cases import Case, NotMeasurable, check, time
 from record_aten import Recorder
 
 CPU = torch.device("cpu")
+BENCHMARKS = Path(aten.__file__).parent
 
 
 def tensor(*shape: int, dtype: str = "float32", stride: tuple[int, ...] | None = None) -> dict[str, Any]:
@@ -183,3 +188,24 @@ def test_where_nothing_can_measure_every_operator_says_so(tmp_path: Path, monkey
     measurement.stage(("check",), rows, 2, lambda row: None)
     told = "no process could be started that measures: it ended its process (exit code 1): no device"
     assert aten.keys_without_rows(rows)["not_measured"] == {"neg": told, "abs": told}
+
+
+def test_operators_that_pytorch_takes_apart_early_are_recorded_whole(tmp_path: Path) -> None:
+    """FlagGems has a ``pad``, and PyTorch calls it instead of taking ``pad`` apart into ``constant_pad_nd``."""
+    code = (
+        "import sys, json, pathlib, torch; import record_aten; "
+        "recorder = record_aten.Recorder(pathlib.Path(sys.argv[1]), 'cpu'); recorder.start()\n"
+        "with torch.no_grad(): print(torch.nn.functional.pad(torch.ones(2), (1, 0)).tolist())\n"
+        "recorder.write(); print([call['key'] for call in json.load(open(sys.argv[1]))])"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(BENCHMARKS), os.environ.get("PYTHONPATH", "")))}
+    command = [sys.executable, "-c", code, str(tmp_path / "calls.json")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout.splitlines()
+    assert printed[0] == "[0.0, 1.0, 1.0]" and "'pad'" in printed[1] and "'constant_pad_nd'" in printed[1]
+
+
+def test_the_arguments_of_a_call_are_kept_as_they_are(tmp_path: Path) -> None:
+    row = {"key": "clamp_", "args": [{"shape": [2]}, -3.4028234663852886e38], "us": 1.23456}
+    result_file.write(tmp_path / "calls.json", {}, [row])
+    (found,) = result_file.read(tmp_path / "calls.json")["rows"]
+    assert found["args"] == row["args"] and found["us"] == 1.235

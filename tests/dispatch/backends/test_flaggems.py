@@ -103,6 +103,50 @@ def test_kernels_are_generated_without_block_pointers_where_triton_has_changed_t
     assert config.prefer_block_pointer is library.block_pointers_are_tensors(language)
 
 
+def test_a_kernels_second_launch_hands_over_what_the_first_did(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first goes through Triton, the others through FlagGems's own cache, to a launcher that counts nothing."""
+    libentry = import_module("flag_gems.utils.libentry")
+    entry = import_module("flag_gems.runtime.backend._nvidia.hopper.ops.mm").mm_kernel_general_host_tma
+    params = entry.jit_function.params
+    constants = [i for i, param in enumerate(params) if param.is_constexpr]
+    assert constants and constants[0] < len(params) - len(constants), "it has run-time arguments behind constants"
+    launched: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args: launched.append(args)
+
+    monkeypatch.setattr(libentry.torch_device_fn, "current_device", lambda: 0)
+    monkeypatch.setattr(entry, "fn", SimpleNamespace(run=lambda *args, **kwargs: Compiled()))
+    monkeypatch.setattr(libentry.triton.runtime, "JITFunction", SimpleNamespace)
+    monkeypatch.setattr(entry, "kernel_cache", tuple({} for _ in entry.kernel_cache))
+    args = tuple(range(len(params)))
+    for _ in range(2):
+        entry.run(*args, grid=(1,))
+    assert launched == [args]
+    monkeypatch.setattr(libentry, "minor_version", 8)
+    monkeypatch.setattr(entry, "kernel_cache", tuple({} for _ in entry.kernel_cache))
+    for _ in range(2):
+        entry.run(*args, grid=(1,))
+    assert len(launched[1]) == len(params) - len(constants), "FlagGems itself does not know this Triton yet"
+
+
+@pytest.mark.parametrize(
+    ("source", "minor", "expected"),
+    [
+        ("if major_version == 3 and 3 <= minor_version <= 6:", 8, 6),
+        ("if major_version == 3 and 3 <= minor_version <= 6:", 5, 5),
+        ("if major_version == 3 and 3 <= minor_version <= 9:", 8, 8),
+        ("another way", 8, 8),
+    ],
+)
+def test_the_triton_that_flaggems_takes_it_for(monkeypatch: pytest.MonkeyPatch, source: str, minor: int, expected: int) -> None:
+    libentry = SimpleNamespace(LibEntry=SimpleNamespace(run=print), major_version=3, minor_version=minor)
+    monkeypatch.setattr(library.inspect, "getsource", lambda _: source)
+    library._launch_with_all_arguments(libentry)
+    assert libentry.minor_version == expected
+
+
 @pytest.mark.parametrize(
     ("environ", "device", "installed", "why"),
     [

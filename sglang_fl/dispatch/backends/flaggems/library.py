@@ -8,7 +8,9 @@ Importing FlagGems takes seconds and fails where it has no device, so nothing he
 import ast
 import importlib
 import importlib.util
+import inspect
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -75,6 +77,7 @@ def load() -> ModuleType:
     module = importlib.import_module("flag_gems")
     if not block_pointers_are_tensors(importlib.import_module("triton.language")):
         _generate_without_block_pointers()
+    _launch_with_all_arguments(importlib.import_module("flag_gems.utils.libentry"))
     return module
 
 
@@ -158,3 +161,16 @@ def _generate_without_block_pointers() -> None:
     if config.prefer_block_pointer:
         config.prefer_block_pointer = False
         logger.debug("FlagGems generates its pointwise kernels without block pointers, which this Triton has changed")
+
+
+def _launch_with_all_arguments(libentry: Any) -> None:
+    """Have FlagGems hand all of a kernel's arguments to Triton, its compile-time constants included.
+
+    Triton's launcher takes them by position since 3.3, and does not count them. FlagGems hands all of them over up
+    to the last Triton that it knew, 3.6, and the run-time ones alone to others; in a newer Triton every argument
+    behind a constant is then taken for another, or read from beyond the last.
+    """
+    known = re.search(r"3 <= minor_version <= (\d+)", inspect.getsource(libentry.LibEntry.run))
+    if known and libentry.major_version == 3 and libentry.minor_version > int(known[1]):
+        libentry.minor_version = int(known[1])
+        logger.debug("FlagGems launches kernels as for Triton 3.%s, the last that it knew", known[1])
