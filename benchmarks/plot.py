@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw what ``serving.py`` measured: speed as a multiple of the baseline's, with 95 % intervals.
 
-    pip install matplotlib
+    uv pip install '.[bench]'
     python benchmarks/plot.py serving.jsonl --out docs/serving.svg
 
 A column for each model, a row each for prefill and decode, a mark for each variant and batch size. Of several runs of
-a model the last one with rounds counts. The same results give the same file, byte for byte.
+a model the one with most rounds counts. The same results give the same file, byte for byte.
 """
 
 import argparse
@@ -33,11 +33,12 @@ _OTHERS = {"color": "#000000", "marker": "x"}
 _PHASES = ("prefill", "decode")
 
 
-def last_runs(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last run of each model that has something to show, in the order of first appearance."""
+def longest_runs(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The run of each model with the most rounds, in the order of first appearance."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
-        if any("ratio" in row for row in run["summary"]):
+        before = found.get(run["model"])
+        if any("ratio" in row for row in run["summary"]) and (before is None or len(run["rounds"]) >= len(before["rounds"])):
             found[run["model"]] = run
     return found
 
@@ -68,7 +69,7 @@ def draw(runs: dict[str, dict[str, Any]], variants: list[str], out: Path) -> Non
     """Write the figure."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "sglang-fl", "font.family": "sans-serif", "font.size": 9})
     figure, grid = plt.subplots(
-        len(_PHASES), len(runs), figsize=(1.0 + 2.5 * len(runs), 4.6), sharey="row", squeeze=False, layout="constrained"
+        len(_PHASES), len(runs), figsize=(max(5.5, 1.0 + 2.5 * len(runs)), 4.6), sharey="row", squeeze=False, layout="constrained"
     )
     for column, (model, run) in enumerate(runs.items()):
         for row, phase in enumerate(_PHASES):
@@ -97,7 +98,7 @@ def main() -> int:
     missing = [str(path) for path in args.results if not path.is_file()]
     if missing:
         parser.error(f"no such file: {', '.join(missing)}")
-    runs = last_runs([run for path in args.results for run in read(path)])
+    runs = longest_runs([run for path in args.results for run in read(path)])
     if args.models:
         unknown = [model for model in args.models.split(",") if model not in runs]
         if unknown:
