@@ -51,7 +51,8 @@ def prompts() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
+def servers(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
+    # After the prompts, whose bounds take seconds alone, and minutes beside servers that keep the cores busy.
     model = demo_model()
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
 
