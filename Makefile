@@ -32,6 +32,8 @@ lint: .venv/ready-test
 
 .venv/ready-test: .venv/ready
 	@$(BIN)/uv pip install -q --python $(BIN)/python -e '.[test]'
+	@# Its schemas are read by tests. Away from where Python imports from: PyTorch would load it by itself.
+	-@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --target .venv/torch_npu torch-npu==2.14.0
 	@touch $@
 
 clean:

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of torch_npu, a file a family of operators. Importing it imports torch_npu."""
+
+from .activation import silu_and_mul
+from .normalization import rms_norm
+from .rotary import rotary_embedding
+
+__all__ = ["rms_norm", "rotary_embedding", "silu_and_mul"]

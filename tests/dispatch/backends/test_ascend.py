@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Ascend backend on a stand-in that takes what the real torch_npu declares. No NPU has run it."""
+
+import sys
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from torch_npu_stand_in import torch_npu
+
+from sglang_fl.device import Device
+from sglang_fl.dispatch import OpManager, SelectionPolicy
+from sglang_fl.dispatch.backends.vendor.ascend import ascend
+from sglang_fl.dispatch.backends.vendor.ascend.ascend import AscendBackend
+
+PACKAGE = "sglang_fl.dispatch.backends.vendor.ascend.impl"
+#: Where ``make`` unpacks the wheel; not on any path that Python imports from.
+WHEEL = Path(__file__).resolve().parents[3] / ".venv" / "torch_npu"
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[AscendBackend]:
+    if not WHEEL.exists():
+        pytest.skip("torch_npu's wheel is not there to be read (make .venv/ready-test puts it into .venv/torch_npu)")
+    module, library = torch_npu(WHEEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch_npu", module)
+        for name in ("", ".activation", ".normalization", ".rotary"):
+            patch.delitem(sys.modules, PACKAGE + name, raising=False)
+        yield AscendBackend()
+        for name in ("", ".activation", ".normalization", ".rotary"):
+            sys.modules.pop(PACKAGE + name, None)
+    library._destroy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 8), (128,)])
+def test_norm_and_activation(backend: AscendBackend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    layer = Norm(torch.randn(shape[-1]).to(dtype))
+    check_rms_norm(backend.rms_norm, layer, x, None)
+    check_rms_norm(backend.rms_norm, layer, x, residual)
+    check_silu_and_mul(backend.silu_and_mul, x)
+
+
+def test_what_it_refuses(backend: AscendBackend) -> None:
+    with pytest.raises(ValueError, match="it cannot be 5"):
+        backend.silu_and_mul(None, torch.ones(3, 5))
+    with pytest.raises(TypeError, match="float32"):
+        backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="hidden_size is 64"):
+        backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 32))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("cos_dtype", [torch.float32, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (64, 32), (80, 20), (128, 128)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 17])
+def test_rotary(
+    backend: AscendBackend,
+    num_tokens: int,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+    cos_dtype: torch.dtype | None,
+    interleaved: bool,
+    inplace: bool,
+) -> None:
+    """With a cache in the activations' dtype, as SGLang has it on NPUs, and in fp32."""
+    angles = torch.rand(64, rotary_dim // 2) * 6.3
+    cos, sin = torch.cat((angles.cos(), angles.sin()), -1).to(cos_dtype or dtype).chunk(2, -1)
+    packed = torch.randn(num_tokens, 3, 2 * head_dim).to(dtype)
+    query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
+    positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
+    check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "installed", "why"),
+    [
+        ("ascend", True, None),
+        ("nvidia", True, "its operators are for ascend, and this device is nvidia"),
+        ("ascend", False, "torch_npu is not installed (pip install torch_npu, of the version that fits PyTorch's)"),
+    ],
+)
+def test_where_it_is_available(monkeypatch: pytest.MonkeyPatch, vendor: str, installed: bool, why: str | None) -> None:
+    monkeypatch.setattr(ascend, "detect", lambda: Device(vendor, "npu", "npu", "a test"))
+    monkeypatch.setattr(util, "find_spec", lambda _: object() if installed else None)
+    assert AscendBackend().why_unavailable() == why
+    plan = OpManager().plan("rms_norm", SelectionPolicy("vendor"))
+    assert ("vendor.ascend" in [impl.impl_id for impl in plan.candidates]) is (why is None)
