@@ -2,6 +2,7 @@
 """Result files: JSON with what was run, where and when, and one line for each row."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -36,7 +37,25 @@ def header(**more: Any) -> dict[str, Any]:
     # A path outside the working directory says nothing to others.
     arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
-    return {"machine": machine, "versions": found, "date": datetime.date.today().isoformat(), "command": command, **more}
+    return {
+        "machine": machine,
+        "versions": found,
+        "source": source_hash(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        **more,
+    }
+
+
+def source_hash() -> str:
+    """What was measured, and by what: changes with any line of sglang_fl or of the benchmarks."""
+    import sglang_fl
+
+    found = hashlib.sha256()
+    for root in (Path(sglang_fl.__file__).parent, Path(__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def rounded(value: Any) -> Any:

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from .config import Settings
+from .config.settings import PROFILE
 from .device import Device
-from .dispatch.backends.flaggems.library import load, why_unavailable
+from .dispatch.backends.flaggems.library import NOT_INSTALLED, load, why_unavailable
 
 logger = logging.getLogger("sglang_fl.aten")
 
 Function = Callable[..., Any]
+
+_UNKNOWN = "this PyTorch has no such operator"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class AtenOperators:
 
         Raises:
             RuntimeError: another set of operators is on; FlagGems finds no device; under ``strict``, an
-                operator that the settings name could not be registered.
+                operator could not be registered, or one that the whitelist names is not replaced.
             ImportError: FlagGems is not installed.
         """
         if AtenOperators._on is self:
@@ -103,12 +106,11 @@ class AtenOperators:
         AtenOperators._on = self
         try:
             self._register(gems, self._library, replaced, failed)
-            named = {key for key, function in _rows(gems) if function in (self.settings.flagos_whitelist or ())}
-            self._complain({key: why for key, why in failed.items() if key in named})
+            left = [(key, function, self._why_left(gems, key, function, failed)) for key, function in _rows(gems) if key not in replaced]
+            self._complain(left, failed)
         except BaseException:
             self.disable()
             raise
-        left = [(key, function, self._why_left(gems, key, function, failed)) for key, function in _rows(gems) if key not in replaced]
         self.report = AtenReport(tuple(replaced.items()), tuple(left))
         return self.report
 
@@ -136,7 +138,7 @@ class AtenOperators:
             def register_impl(self, key: str, fn: Function) -> None:
                 # PyTorch takes a kernel for an operator that it does not have, and never calls it.
                 if not torch._C._dispatch_has_kernel(f"aten::{key}"):
-                    failed[key] = "this PyTorch has no such operator"
+                    failed[key] = _UNKNOWN
                     return
                 try:
                     super().register_impl(key, recorder.recording(key, fn) if recorder else fn)
@@ -150,13 +152,16 @@ class AtenOperators:
         else:
             gems.enable(lib=library, unused=list(self.settings.flagos_blacklist or ()), registrar=Registrar)
 
-    def _complain(self, failed: dict[str, str]) -> None:
-        """About operators that the whitelist names, and that could not be registered."""
-        for key, why in failed.items():
-            told = f"aten::{key}: {why}; PyTorch's own serves ({self.settings.source('flagos_whitelist')} names it)"
-            if self.settings.strict:
-                raise RuntimeError(f"sglang-fl: {told} (strict is set)")
-            logger.warning(told)
+    def _complain(self, left: list[tuple[str, str, str]], failed: dict[str, str]) -> None:
+        """About operators that the whitelist names and PyTorch keeps, and any whose registration failed."""
+        named = set(self.settings.flagos_whitelist or ())
+        for key, function, why in left:
+            if function in named or (key in failed and why != _UNKNOWN):
+                by = f" ({self.settings.source('flagos_whitelist')} names {function})" if function in named else ""
+                told = f"aten::{key}: {why}; PyTorch's own serves{by}"
+                if self.settings.strict:
+                    raise RuntimeError(f"sglang-fl: {told} (strict is set)")
+                logger.warning(told)
 
     def _why_left(self, gems: ModuleType, key: str, function: str, failed: dict[str, str]) -> str:
         if key in failed:
@@ -189,6 +194,8 @@ class Recorder:
         self._path = Path(settings.flaggems_log_path).expanduser() if settings.flaggems_log_path else None
         self._once = settings.flaggems_log_once
         self._seen: set[str] = set()
+        if self._path is None and not logger.isEnabledFor(logging.INFO):
+            logger.setLevel(logging.INFO)  # what was asked for is not less than SGLANG_FL_LOG_LEVEL
 
     def recording(self, key: str, fn: Function) -> Function:
         """``fn``, putting its calls on record."""
@@ -220,17 +227,28 @@ _operators: AtenOperators | None = None
 
 
 def replace_operators(settings: Settings, device: Device, *, deterministic: bool = False) -> AtenReport:
-    """Switch Layer 1 on in a process that runs a model, if the settings ask for it; once.
+    """Switch Layer 1 on in a process that runs a model, if the settings ask for it. With other settings than
+    the last time, what was on before is switched off first.
 
     Raises:
-        RuntimeError: under ``strict``, FlagGems or an operator that the settings name cannot be used.
+        RuntimeError: another :class:`AtenOperators` is on; under ``strict``, FlagGems or an operator cannot be used, or a
+            user asks for FlagGems where it is not installed.
     """
     global _operators
+    if settings.flaggems_log_path and not settings.flaggems_record:
+        logger.warning("SGLANG_FLAGGEMS_LOG_PATH is set, and SGLANG_FLAGGEMS_RECORD is not: nothing will be recorded")
     off = why_off(settings, device, deterministic=deterministic)
     if off is not None:
+        asked = settings.source("flagos_whitelist").place > PROFILE or settings.source("use_flaggems").place > PROFILE
+        if settings.strict and off == NOT_INSTALLED and asked:
+            raise RuntimeError(f"sglang-fl: no ATen operator is replaced: {off} (strict is set)")
         return AtenReport(off=off)
+    if _operators is not None and _operators.settings != settings:
+        restore_operators()
     if _operators is None:
         operators = AtenOperators(settings)
+        if AtenOperators._on is not None:
+            return operators.enable()  # which says that another set is on
         try:
             operators.enable()
         except Exception as error:

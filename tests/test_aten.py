@@ -218,3 +218,84 @@ def test_recorded_operators_are_replaced_all_the_same(gems: ModuleType, tmp_path
     with AtenOperators(settings(**values)) as report:
         assert is_ours("mul.Tensor") and dict(report.replaced)["mul.Tensor"] == "mul"
     assert not log.exists(), "a registration is no call"
+
+
+def test_nothing_stays_replaced_where_the_report_fails(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FlagGems that lacks what the report asks: what the log then says must be true."""
+    monkeypatch.delattr(gems, "vendor_name")
+    monkeypatch.setattr(AtenOperators, "_why_left", lambda self, gems, *_: gems.vendor_name)
+    report = replace_operators(settings(flagos_blacklist=("mul",)), NVIDIA)
+    assert report.off is not None and "vendor_name" in report.off
+    assert not is_ours("add.Tensor")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_operator_of_the_whitelist_that_flaggems_leaves_out(
+    gems: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: bool
+) -> None:
+    key, function, *_ = gems.FULL_CONFIG_BY_FUNC["to_copy"][0]
+    monkeypatch.setitem(gems.FULL_CONFIG_BY_FUNC, "to_copy", [(key, function, lambda: False)])
+    operators = AtenOperators(settings(flagos_whitelist=("to_copy", "mul"), strict=strict))
+    if strict:
+        with pytest.raises(RuntimeError, match="condition for it does not hold"):
+            operators.enable()
+        return
+    assert {function for _, function in operators.enable().replaced} == {"mul"}
+    assert "aten::_to_copy: FlagGems's condition for it does not hold with this PyTorch; PyTorch's own serves" in caplog.text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_registration_that_fails(
+    gems: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: bool
+) -> None:
+    impl = torch.library.Library.impl
+
+    def fails(self: Any, key: str, *args: Any, **kwargs: Any) -> None:
+        if key == "mm":
+            raise ArithmeticError("no room for it")
+        impl(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.library.Library, "impl", fails)
+    if strict:
+        with pytest.raises(RuntimeError, match="no room for it"):
+            AtenOperators(settings(strict=True)).enable()
+        return
+    with AtenOperators(Settings()):
+        assert "aten::mm: it could not be registered: no room for it; PyTorch's own serves" in caplog.text
+
+
+def test_other_settings_take_the_place_of_those_before(gems: ModuleType) -> None:
+    for function, other in (("mul", "mm"), ("mm", "mul")):
+        report = replace_operators(settings(flagos_whitelist=(function,)), NVIDIA)
+        assert {name for _, name in report.replaced} == {function} != {other}
+
+
+def test_another_set_that_is_on_is_not_reported_as_off(gems: ModuleType) -> None:
+    with AtenOperators(settings(flagos_whitelist=("mul",))), pytest.raises(RuntimeError, match="replaced already"):
+        replace_operators(settings(flagos_whitelist=("mm",)), NVIDIA)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_flaggems_that_is_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    monkeypatch.setattr(aten, "why_unavailable", lambda _: aten.NOT_INSTALLED)
+    wanted = settings(flagos_whitelist=("mul",), strict=strict)
+    if strict:
+        with pytest.raises(RuntimeError, match="FlagGems is not installed"):
+            replace_operators(wanted, NVIDIA)
+    else:
+        assert replace_operators(wanted, NVIDIA).off == aten.NOT_INSTALLED
+    assert replace_operators(Settings(strict=strict), NVIDIA).off == aten.NOT_INSTALLED, "nobody asked for it"
+
+
+def test_a_record_is_not_less_than_the_level_of_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(aten.logger, "level", logging.NOTSET)
+    monkeypatch.setattr(logging.getLogger("sglang_fl"), "level", logging.ERROR)
+    aten.logger.manager._clear_cache()  # type: ignore[attr-defined]
+    Recorder(settings(flaggems_record=True)).recording("mm", mul)(1, 2)
+    assert "aten::mm" in caplog.text
+    aten.logger.setLevel(logging.NOTSET)
+
+
+def test_a_path_for_a_record_that_is_off(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    replace_operators(settings(flaggems_log_path=str(tmp_path / "a.log")), CPU)
+    assert "SGLANG_FLAGGEMS_RECORD is not" in caplog.text

@@ -18,8 +18,10 @@ from rich.table import Table
 from .. import __version__
 from ..config import Settings, SettingsError
 from ..device import Device, detect, probe
-from ..dispatch.backends.flaggems.library import changed_signatures
+from ..dispatch.backends.flaggems.library import TESTED, changed_signatures
 from ..dispatch.manager import OpManager
+from ..dispatch.ops import OPERATORS
+from ..dispatch.policy import SelectionPolicy
 from ..runtime import check_settings
 from ..vendors import VENDORS
 from ..vocabulary import flaggems_functions
@@ -93,6 +95,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
         found.problems += [Problem(told, "correct it; a server does not start with it", fatal=True) for told in error.problems]
     else:
         found.layers = _layers(settings, device, manager)
+        found.problems += _flaggems_problems(device, settings)
         if deep:
             found.aten = _aten_operators(settings, device, found.problems)
     if manager.discovery is not None:
@@ -130,21 +133,19 @@ def _package_problems(device: Device) -> list[Problem]:
                         f"pip install 'sglang{line.specifier}'",
                     )
                 )
-    if VENDORS[device.vendor].flaggems and importlib.util.find_spec("flag_gems") is None:
-        problems.append(
-            Problem(
-                f"FlagGems is not installed, and serves {device.vendor}",
-                "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems",
-            )
-        )
-    elif VENDORS[device.vendor].flaggems:
-        problems += [Problem(told, f"pip install '{_flaggems_requirement()}'") for told in changed_signatures()]
     return problems
 
 
-def _flaggems_requirement() -> str:
-    wanted = [line for line in _requirements() if line.name.replace("-", "_") == "flag_gems"]
-    return f"flag_gems{wanted[0].specifier}" if wanted else "flag_gems"
+def _flaggems_problems(device: Device, settings: Settings) -> list[Problem]:
+    """What is wrong with FlagGems, where the settings have a use for it."""
+    orders = [SelectionPolicy.from_settings(settings).order_for(op) for op in OPERATORS]
+    wanted = settings.flagos_whitelist != () or any("flagos" in order for order in orders)
+    if not (VENDORS[device.vendor].flaggems and settings.use_flaggems and wanted):
+        return []
+    if importlib.util.find_spec("flag_gems") is None:
+        install = "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems"
+        return [Problem(f"FlagGems is not installed, and serves {device.vendor}", install)]
+    return [Problem(told, f"pip install flag_gems=={TESTED}, which sglang-fl was tested with") for told in changed_signatures()]
 
 
 def _requirements() -> list[Requirement]:

@@ -88,6 +88,7 @@ def load_settings(
     profile = profile_path(platform, in_tree=in_tree)
     if profile is not None:
         _read_file(profile, PROFILE_PLACE, f"profile {profile.stem}", chosen, problems, vocabulary)
+    in_profile = dict(chosen)
     user_file = environ.get(CONFIG_FILE, "").strip()
     if user_file:
         _read_file(Path(user_file).expanduser(), FILE, user_file, chosen, problems, vocabulary)
@@ -97,9 +98,7 @@ def load_settings(
     if problems:
         raise SettingsError(problems)
     _give_way_to_prefer(chosen)
-    for white, black in _PAIRS:
-        if black in chosen and white in chosen and chosen[white].value is not None:
-            del chosen[black]
+    _settle_lists(chosen, in_profile)
     return Settings(
         **{name: value.value for name, value in chosen.items()},
         platform=platform,
@@ -177,10 +176,10 @@ def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], pro
 
 
 def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
-    """A whitelist beats a blacklist of a weaker place, and a user's list of either kind a profile's;
-    otherwise the two together are a contradiction.
+    """A whitelist beats a blacklist of a weaker place; otherwise the two together are a contradiction.
 
-    A profile alone may have both: what is faster, and what does not work; see :func:`_give_way_to_prefer`.
+    But for a profile's: it may have both (what is faster, and what does not work), and a user's blacklist is
+    taken off its whitelist; see :func:`_settle_lists`.
     """
     for white, black in _PAIRS:
         first, second = chosen.get(white), chosen.get(black)
@@ -189,10 +188,7 @@ def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
         if first.source.place > second.source.place:
             del chosen[black]
             continue
-        if second.source.place > first.source.place == PROFILE_PLACE:
-            del chosen[white]
-            continue
-        if second.source.place == first.source.place == PROFILE_PLACE:
+        if first.source.place == PROFILE_PLACE:
             continue
         yield (
             f"{first.label} and {second.label}: give one or the other, not both"
@@ -219,6 +215,28 @@ def _unknown_names(option: Option, value: _Value, vocabulary: Vocabulary) -> Ite
             problem = vocabulary.problem_with(option.names, word)
             if problem:
                 yield f"{value.blame(word)}: {problem}"
+
+
+def _settle_lists(chosen: dict[str, _Value], in_profile: Mapping[str, _Value]) -> None:
+    """Bring a user's blacklist and a profile's lists together: who asks for less does not get more.
+
+    What a profile says does not work stays on the blacklist, unless a user's whitelist names it or ``null`` in a
+    file puts the profile's list away. Of a whitelist and a blacklist, the whitelist is in force.
+    """
+    for white, black in _PAIRS:
+        first, second, broken = chosen.get(white), chosen.get(black), in_profile.get(black)
+        if second is None or second.value is None:
+            continue
+        if broken is not None and broken is not second and broken.value:
+            names = tuple(dict.fromkeys((*second.value, *broken.value)))
+            source = Source(second.source.place, f"{second.source.where} and {broken.source.where}")
+            chosen[black] = second = _Value(names, source, second.label)
+        if first is not None and first.value is not None:
+            left = tuple(name for name in first.value if name not in second.value)
+            if left != first.value:
+                source = Source(first.source.place, f"{first.source.where} without {black} from {second.source.where}")
+                chosen[white] = _Value(left, source, first.label)
+            del chosen[black]
 
 
 def _give_way_to_prefer(chosen: dict[str, _Value]) -> None:

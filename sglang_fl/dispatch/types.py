@@ -146,12 +146,12 @@ def device_capability() -> tuple[int, int] | None:
 def match_token(impl: OpImpl, token: str) -> bool:
     """Whether a word of an order means this implementation.
 
-    ``flagos``, ``reference`` and ``vendor`` mean a kind, ``vendor:<name>`` a vendor's,
-    ``impl:<impl_id>`` a single one. ``sglang`` means none of ours.
+    ``flagos``, ``reference`` and ``vendor`` mean a kind, ``vendor:<name>`` a vendor's (or a vendor backend by the
+    name in its implementation ids), ``impl:<impl_id>`` a single one. ``sglang`` means none of ours.
     """
     head, colon, tail = token.partition(":")
     if not colon:
         return impl.kind.value == token
     if head == "vendor":
-        return impl.kind is BackendImplKind.VENDOR and canonical(impl.vendor or "") == canonical(tail)
+        return impl.kind is BackendImplKind.VENDOR and (canonical(impl.vendor or "") == canonical(tail) or impl.impl_id == f"vendor.{tail}")
     return head == "impl" and impl.impl_id == tail

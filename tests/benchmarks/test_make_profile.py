@@ -58,9 +58,15 @@ class TestOperators:
         assert found == ["sglang"]
         assert reasons["default.flagos"] == "1.50 times SGLang's time at 64x1024"
 
-    def test_slower_within_measurement_does_not(self) -> None:
-        assert order(flagos=[FASTER, FASTER, [1.3, 1.02, 1.4]])[0] == ["flagos", "sglang"]
-        assert order(flagos=[FASTER, FASTER, [1.3, 1.021, 1.4]])[0] == ["sglang"]
+    def test_a_ratio_of_little_over_one_does_not(self) -> None:
+        assert order(flagos=[FASTER, FASTER, [1.02, 1.01, 1.03]])[0] == ["flagos", "sglang"]
+        assert order(flagos=[FASTER, FASTER, [1.021, 1.01, 1.03]])[0] == ["sglang"]
+
+    def test_a_measurement_that_does_not_decide_disqualifies(self) -> None:
+        found, reasons = order(flagos=[FASTER, FASTER, [0.9, 0.8, 1.4]])
+        assert found == ["sglang"]
+        assert reasons["default.flagos"] == "measured too vaguely (0.90, 0.80 to 1.40); measure again"
+        assert order(flagos=[FASTER, FASTER, [0.8, 0.7, 0.95]])[0] == ["flagos", "sglang"], "vague, and faster all the same"
 
     def test_no_gain_in_the_median_disqualifies(self) -> None:
         found, reasons = order(flagos=[EVEN, FASTER, EVEN])
@@ -132,6 +138,16 @@ class TestFunctions:
     )
     def test_what_is_broken_is_told_apart_from_what_is_slow(self, changes: dict[str, Any], broken: bool) -> None:
         assert judge_function("neg", [aten_row(), aten_row(**changes)], passes=8).broken is broken
+
+    def test_a_reason_has_its_figures(self) -> None:
+        unsafe = aten_row(graph_safe=False, graph_why="it synchronises", ratio=None, host_ratio=None)
+        verdict = judge_function("neg", [unsafe, aten_row(host_ratio=SLOWER)], passes=8)
+        assert verdict.reason == "1.50 times on the host (16x1024 bf16); neg(16x1024 bf16) in a graph: it synchronises"
+
+    def test_what_pytorch_cannot_capture_either_is_no_fault(self) -> None:
+        row = aten_row(graph_safe=None, graph_why="PyTorch's own cannot be captured either: pinned memory", ratio=None)
+        assert judge_function("neg", [aten_row(), row], passes=8).accepted
+        assert not judge_function("neg", [row], passes=8).accepted
 
     def test_no_gain_disqualifies(self) -> None:
         verdict = judge_function("neg", [aten_row(ratio=EVEN)], passes=8)

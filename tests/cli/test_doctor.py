@@ -107,7 +107,8 @@ def test_a_flaggems_that_changed(machine: Callable[[str], None], monkeypatch: py
     )
     problem = only_problem(diagnose({}))
     assert problem.what == "flag_gems/modules/activation.py: there is no gems_silu_and_mul"
-    assert problem.remedy.startswith("pip install 'flag_gems>=") and not problem.fatal
+    assert problem.remedy.startswith("pip install flag_gems==") and not problem.fatal
+    assert diagnose({"USE_FLAGGEMS": "0"}).problems == [], "nothing would use it"
 
 
 def test_layer_2_off() -> None:
@@ -200,11 +201,24 @@ def test_entry_points_not_installed(platforms: Callable[..., None], names: tuple
     assert "entry points are not installed" in first.what and first.fatal
 
 
-@pytest.mark.parametrize(("vendor", "wanted"), [("nvidia", True), ("metax", True), ("cpu", False), ("thead", False)])
-def test_flaggems_missing(machine: Callable[[str], None], flaggems: Callable[[bool], None], vendor: str, wanted: bool) -> None:
+@pytest.mark.parametrize(
+    ("vendor", "environ", "wanted"),
+    [
+        ("nvidia", {}, False),  # its profile has no use for FlagGems
+        ("nvidia", {"SGLANG_FL_PREFER": "flagos"}, True),
+        ("nvidia", {"SGLANG_FL_PER_OP": "rms_norm=flagos|sglang"}, True),
+        ("metax", {}, True),
+        ("metax", {"USE_FLAGGEMS": "0"}, False),
+        ("cpu", {"SGLANG_FL_PREFER": "flagos"}, False),
+        ("thead", {"SGLANG_FL_PREFER": "flagos"}, False),
+    ],
+)
+def test_flaggems_missing(
+    machine: Callable[[str], None], flaggems: Callable[[bool], None], vendor: str, environ: dict[str, str], wanted: bool
+) -> None:
     machine(vendor)
     flaggems(False)
-    problems = diagnose({}).problems
+    problems = diagnose(environ).problems
     assert len(problems) == wanted
     for problem in problems:
         assert problem.what == f"FlagGems is not installed, and serves {vendor}"
@@ -281,8 +295,8 @@ def test_several_problems_at_once(platforms: Callable[..., None], flaggems: Call
     platforms("other_chip", "sglang_fl")
     flaggems(False)
     problems = diagnose({"SGLANG_PLUGINS": "other", "SGLANG_FL_PREFER": "vendr", "SGLANG_FL_STRICT": "2"}).problems
-    assert len(problems) == 5
-    assert [problem.fatal for problem in problems] == [False, False, False, True, True]
+    assert len(problems) == 4
+    assert [problem.fatal for problem in problems] == [False, False, True, True]
 
 
 def test_file_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -150,20 +150,25 @@ def test_empty_file_sets_nothing(load: Loader, text: str) -> None:
 
 @pytest.mark.parametrize("name", IN_FILES)
 def test_environment_over_file_over_profile_over_default(load: Loader, profile: Profile, name: str) -> None:
-    """The stronger value replaces the weaker one whole: the two have nothing in common here."""
+    """The stronger value replaces the weaker one whole: the two have nothing in common here.
+
+    But for what a profile says does not work: a user's blacklist adds to that.
+    """
     (weak_text, weak), (strong_text, strong) = TEXTS[name]
+    adds = name in ("oot_blacklist", "flagos_blacklist")
     variable = OPTIONS[name].env
     assert variable is not None
     profile(f"\n{name}: {weak_text}\n")
 
     settings = load()
     assert (getattr(settings, name), str(settings.source(name))) == (weak, "profile cpu:2")
+    both, and_profile = ((*strong, *weak), " and profile cpu:2") if adds else (strong, "")
     settings = load(f"{name}: {strong_text}\n")
-    assert (getattr(settings, name), str(settings.source(name))) == (strong, f"{load.file}:1")
+    assert (getattr(settings, name), str(settings.source(name))) == (both, f"{load.file}:1{and_profile}")
     settings = load(f"{name}: {strong_text}\n", **{variable: weak_text})
-    assert (getattr(settings, name), str(settings.source(name))) == (weak, variable)
+    assert (getattr(settings, name), str(settings.source(name))) == (weak, f"{variable}{and_profile}")
     settings = load(**{variable: strong_text})
-    assert (getattr(settings, name), str(settings.source(name))) == (strong, variable)
+    assert (getattr(settings, name), str(settings.source(name))) == (both, f"{variable}{and_profile}")
 
 
 @pytest.mark.parametrize("name", IN_FILES)
@@ -256,9 +261,10 @@ def test_whitelist_and_blacklist(load: Loader, profile: Profile, white: str, bla
         assert getattr(settings, white) == (first,)
         assert getattr(settings, black) is None
     elif white_place == "profile":
-        settings = load(file, **environ)
-        assert getattr(settings, white) is None
-        assert getattr(settings, black) == (second,)
+        for also in ("", f",{first}"):
+            settings = load(file.replace(second, f"[{second}{also}]"), **{name: f"{text}{also}" for name, text in environ.items()})
+            assert getattr(settings, white) == (() if also else (first,)), "less was asked for, and not more"
+            assert getattr(settings, black) is None
     else:
         (problem,) = load.problems(file, **environ)
         line_of_black = 2 if white_place == black_place else 1
@@ -291,7 +297,17 @@ def test_null_takes_a_weaker_list_out_of_the_way(load: Loader, profile: Profile,
         ("flagos_whitelist: [add]\nflagos_blacklist: [mul]", "", {}, ("add",), None),
         ("flagos_whitelist: []\nflagos_blacklist: [mul]", "prefer: flagos", {}, None, ("mul",)),
         ("flagos_whitelist: []\nflagos_blacklist: [mul]", "flagos_whitelist: null", {}, None, ("mul",)),
-        ("flagos_whitelist: []\nflagos_blacklist: [mul]", "flagos_blacklist: [add]", {}, None, ("add",)),
+        ("flagos_whitelist: []\nflagos_blacklist: [mul]", "flagos_blacklist: [add]", {}, (), None),
+        (
+            "flagos_whitelist: []\nflagos_blacklist: [mul]",
+            "",
+            {"SGLANG_FL_PREFER": "flagos", "SGLANG_FL_FLAGOS_BLACKLIST": "add"},
+            None,
+            ("add", "mul"),
+        ),
+        ("flagos_blacklist: [mul]", "flagos_blacklist: null", {"SGLANG_FL_FLAGOS_BLACKLIST": "add"}, None, ("add", "mul")),
+        ("flagos_blacklist: [mul]", "flagos_blacklist: null", {}, None, None),
+        ("flagos_whitelist: [mul, mm]", "", {"SGLANG_FL_FLAGOS_BLACKLIST": "mul"}, ("mm",), None),
         ("flagos_whitelist: []\nflagos_blacklist: [mul]", "flagos_whitelist: [mul]", {}, ("mul",), None),
         ("", "flagos_whitelist: [mul]", {"SGLANG_FL_PREFER": "flagos"}, ("mul",), None),
     ],

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CLASSES = {"RMSNorm": "rms_norm", "RotaryEmbedding": "rotary_embedding", "SiluAndMul": "silu_and_mul"}
 #: Qwen3's query and key norms, which SGLang computes with one kernel of its own on CUDA.
-FUSED = "RMSNorm → sglang(never called: model.layers.*.self_attn.k_norm model.layers.*.self_attn.q_norm)"
+FUSED = "RMSNorm → sglang(not called: model.layers.*.self_attn.k_norm model.layers.*.self_attn.q_norm)"
 
 
 @dataclass(frozen=True)

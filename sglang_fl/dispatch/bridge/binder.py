@@ -23,7 +23,7 @@ from ..manager import OpManager, Plan, is_capturing
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
 from .base import Bridge, Forward, NoContexts, Routes, Site
-from .first_pass import FirstPass
+from .first_passes import FirstPasses
 from .report import BindReport
 from .rms_norm import RMSNormBridge
 from .rotary_embedding import RotaryEmbeddingBridge
@@ -42,7 +42,8 @@ class _Layer:
     site: Site
     own: Forward
     class_name: str
-    first_pass: FirstPass
+    name: str
+    first_passes: FirstPasses
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,11 @@ class Binder:
         with self._lock:
             policy = PolicyManager.get_instance().get_global_policy()
             taken: dict[nn.Module, _Layer] = {}
-            names: dict[nn.Module, str] = {}
-            first_pass = FirstPass(self.log_level)
+            first_passes = FirstPasses(self.log_level)
             for layer, name, bridge, site in _layers_of(model):
                 why = self._why_left(layer, bridge, site)
                 if why is None:
-                    taken[layer] = _Layer(bridge, site, _own_forward(layer), type(layer).__name__, first_pass)
-                    names[layer] = name
+                    taken[layer] = _Layer(bridge, site, _own_forward(layer), type(layer).__name__, name, first_passes)
                 else:
                     report.add(bridge.op, type(layer).__name__, f"sglang({why})")
                     log.record(type(layer).__name__, f"sglang({why})")
@@ -106,8 +105,6 @@ class Binder:
                 report.add(taken[layer].bridge.op, taken[layer].class_name, choice.destination)
                 if choice.impl is None:
                     log.record(taken[layer].class_name, choice.destination)
-                else:
-                    first_pass.expect(layer, names[layer])
         return report
 
     def _why_left(self, layer: nn.Module, bridge: Bridge, site: Site) -> str | None:
@@ -184,6 +181,8 @@ class Binder:
             logger.warning(told)
 
     def _install(self, layer: nn.Module, info: _Layer, choice: _Choice) -> None:
+        if choice.impl is not None:
+            info.first_passes.expect(layer, info.name)
         if choice.impl is None and not overrides.active:
             self._put(layer, info, None)
             return
@@ -225,30 +224,18 @@ class Binder:
     def _recording(self, forward: Forward, destination: str) -> Forward:
         """A forward that puts its first call on record and then gives its place to ``forward``.
 
-        The layer that was called first of all keeps watch for one call more: by then the model has run
-        as a whole, and what was not called will not be.
+        In the layer by which the model's first passes are counted it keeps the place until they are over.
         """
 
         def first(layer: Any, *args: Any, **kwargs: Any) -> Any:
             if not (overrides.active or torch.compiler.is_compiling()):
                 dispatch_log().record(type(layer).__name__, destination)
-                if getattr(layer._forward_method, "__func__", None) is first:
-                    info = self._layers.get(layer)
-                    leads = info is not None and info.first_pass.called(layer, shared=info.bridge.shared)
-                    layer._forward_method = MethodType(second if leads else forward, layer)
-            return forward(layer, *args, **kwargs)
-
-        def second(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling():
                 info = self._layers.get(layer)
-                if info is not None:
-                    info.first_pass.over()
-                if getattr(layer._forward_method, "__func__", None) is second:
+                counts = info is not None and info.first_passes.called(layer, shared=info.bridge.shared)
+                if not counts and getattr(layer._forward_method, "__func__", None) is first:
                     layer._forward_method = MethodType(forward, layer)
             return forward(layer, *args, **kwargs)
 
-        self._ours.add(second)
-        second.__name__ = second.__qualname__ = forward.__name__
         return first
 
     def _divert(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -166,5 +166,11 @@ def test_where_it_is_available(monkeypatch: pytest.MonkeyPatch, vendor: str, ins
     manager = OpManager()
     plan = manager.plan("rms_norm", SelectionPolicy("vendor"))
     assert ("vendor.cuda" in [impl.impl_id for impl in plan.candidates]) is (why is None)
-    denied = manager.plan("rms_norm", SelectionPolicy("vendor", deny_vendors=frozenset({"cuda"})))
-    assert "vendor.cuda" not in [impl.impl_id for impl in denied.candidates]
+    for policy in (
+        SelectionPolicy("vendor", deny_vendors=frozenset({vendor})),
+        SelectionPolicy("vendor", allow_vendors=frozenset({"ascend"})),
+    ):
+        assert "vendor.cuda" not in [impl.impl_id for impl in manager.plan("rms_norm", policy).candidates]
+    for token in ("vendor:cuda", f"vendor:{vendor}"):
+        named = manager.plan("rms_norm", SelectionPolicy(per_op_order=(("rms_norm", (token,)),), allow_vendors=frozenset({vendor})))
+        assert ([impl.impl_id for impl in named.candidates] == ["vendor.cuda"]) is (why is None)

@@ -53,6 +53,9 @@ def source(tmp_path: Path) -> Path:
         ("utils/codegen_config_utils.py", "CODEGEN_COFIGS = {", "CODEGEN_CONFIGS = {", "there is no CODEGEN_COFIGS"),
         ("__init__.py", "FULL_CONFIG_BY_FUNC = {}", "CONFIG = {}", "there is no FULL_CONFIG_BY_FUNC"),
         ("__init__.py", "def enable(", "def enable((", "cannot be read"),
+        ("runtime/register.py", "cpp_patched_ops", "patched", "there is no cpp_patched_ops"),
+        ("utils/libentry.py", "minor_version", "minor", "there is no minor_version"),
+        ("runtime/backend/device.py", "class DeviceDetector", "class Detector", "there is no DeviceDetector"),
     ],
 )
 def test_a_flaggems_that_changed_is_told(source: Path, file: str, old: str, new: str, told: str) -> None:

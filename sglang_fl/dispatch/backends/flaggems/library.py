@@ -43,11 +43,17 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "gems_rope_forward": ("query", "key", "cos", "sin", "position_ids", "rotary_interleaved", "inplace"),
     },
 }
-#: And the names that we read.
+#: And the names that we read: variables, classes, attributes.
 _NAMES: dict[str, tuple[str, ...]] = {
     "__init__.py": ("_FULL_CONFIG", "FULL_CONFIG_BY_FUNC", "registrar", "vendor_name", "current_work_registrar"),
+    "runtime/register.py": ("cpp_patched_ops",),
     "utils/codegen_config_utils.py": ("CODEGEN_COFIGS",),
+    "utils/libentry.py": ("LibEntry", "major_version", "minor_version"),
 }
+_OF_DETECTOR = ("DeviceDetector", "vendor", "vendor_name")
+#: The release that all of this was tried with.
+TESTED = "5.0.2"
+NOT_INSTALLED = "FlagGems is not installed (uv pip install flag_gems)"
 
 
 def why_unavailable(device: Device | None = None) -> str | None:
@@ -62,7 +68,7 @@ def why_unavailable(device: Device | None = None) -> str | None:
     if not VENDORS[device.vendor].flaggems:
         return f"FlagGems has nothing for {device.vendor}"
     if importlib.util.find_spec("flag_gems") is None:
-        return "FlagGems is not installed (uv pip install flag_gems)"
+        return NOT_INSTALLED
     return None
 
 
@@ -104,9 +110,12 @@ def changed_signatures(root: Path | None = None) -> list[str]:
 
 
 def _changes(root: Path) -> Iterator[str]:
-    if not any((root.parent / f"{name.replace('.', '/')}.py").exists() for name in _DETECTORS):
+    files = [f"{name.removeprefix('flag_gems.').replace('.', '/')}.py" for name in _DETECTORS]
+    detector = next((file for file in files if (root / file).exists()), None)
+    if detector is None:
         yield f"flag_gems: DeviceDetector is in none of {', '.join(_DETECTORS)}"
-    for file in sorted(_SIGNATURES.keys() | _NAMES.keys()):
+    names = _NAMES if detector is None else {**_NAMES, detector: _OF_DETECTOR}
+    for file in sorted(_SIGNATURES.keys() | names.keys()):
         where = f"flag_gems/{file}"
         try:
             body = ast.parse((root / file).read_text(encoding="utf-8")).body
@@ -120,8 +129,8 @@ def _changes(root: Path) -> Iterator[str]:
                 yield f"{where}: there is no {name}"
             elif found[: len(expected)] != expected:
                 yield f"{where}: {name} takes ({', '.join(found)}), not ({', '.join(expected)})"
-        assigned = {target.id for node in ast.walk(ast.Module(body, [])) for target in _targets(node) if isinstance(target, ast.Name)}
-        yield from (f"{where}: there is no {name}" for name in _NAMES.get(file, ()) if name not in assigned)
+        there = set(_defined(body))
+        yield from (f"{where}: there is no {name}" for name in names.get(file, ()) if name not in there)
 
 
 def _functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -133,10 +142,15 @@ def _functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, tu
             yield prefix + node.name, tuple(argument.arg for argument in (*node.args.posonlyargs, *node.args.args))
 
 
-def _targets(node: ast.AST) -> list[ast.expr]:
-    if isinstance(node, ast.Assign):
-        return node.targets
-    return [node.target] if isinstance(node, ast.AnnAssign) else []
+def _defined(body: list[ast.stmt]) -> Iterator[str]:
+    """The classes of a module, and everything that it assigns to, attributes too."""
+    for node in ast.walk(ast.Module(body, [])):
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
 
 
 def block_pointers_are_tensors(language: ModuleType) -> bool:
@@ -170,7 +184,8 @@ def _launch_with_all_arguments(libentry: Any) -> None:
     to the last Triton that it knew, 3.6, and the run-time ones alone to others; in a newer Triton every argument
     behind a constant is then taken for another, or read from beyond the last.
     """
-    known = re.search(r"3 <= minor_version <= (\d+)", inspect.getsource(libentry.LibEntry.run))
+    launch = getattr(getattr(libentry, "LibEntry", None), "run", None)
+    known = re.search(r"3 <= minor_version <= (\d+)", inspect.getsource(launch)) if launch else None
     if known and libentry.major_version == 3 and libentry.minor_version > int(known[1]):
         libentry.minor_version = int(known[1])
         logger.debug("FlagGems launches kernels as for Triton 3.%s, the last that it knew", known[1])

@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .....device import detect, probe
+from .....device import Device, detect, probe
 from ... import Backend
 
 if TYPE_CHECKING:
@@ -23,13 +23,21 @@ class CudaBackend(Backend):
     """sgl_kernel and SGLang's kernel library."""
 
     name = "cuda"
-    vendor = "nvidia"
+
+    @property
+    def vendor(self) -> str:
+        """The device's, where it is one of those that run these kernels, else NVIDIA."""
+        found = self._device().vendor
+        return found if found in _VENDORS else "nvidia"
+
+    def _device(self) -> Device:
+        return detect() if "torch" in sys.modules else probe()
 
     def is_available(self) -> bool:
         return self.why_unavailable() is None
 
     def why_unavailable(self) -> str | None:
-        device = detect() if "torch" in sys.modules else probe()
+        device = self._device()
         if device.vendor not in _VENDORS:
             return f"its kernels are for {' and '.join(_VENDORS)}, and this device is {device.vendor}"
         if importlib.util.find_spec("sgl_kernel") is None:

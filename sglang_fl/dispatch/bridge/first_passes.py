@@ -2,7 +2,7 @@
 """Which bound layers a model calls at all.
 
 SGLang fuses past some layers on some devices: another kernel does their work, and their forward never
-runs, whatever it is bound to. A model that has run once as a whole shows which.
+runs, whatever it is bound to. A model that has run a few times as a whole shows which.
 """
 
 import re
@@ -15,19 +15,29 @@ from ..logger_manager import dispatch_log, get_logger
 
 logger = get_logger()
 
+#: How often the layer that was called first is called before the others are judged. More than once, since a pass
+#: may be cut into parts that take turns (two-batch overlap).
+_PASSES = 8
 
-class FirstPass:
-    """A model's first pass: the layers that it has not called yet."""
+
+class FirstPasses:
+    """A model's first passes: the bound layers that they have not called yet."""
 
     def __init__(self, log_level: int):
         self._log_level = log_level
         self._waiting: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self._has_lead = False
-        self._is_over = False
+        self._lead: weakref.ref[nn.Module] | None = None
+        self._passes = 0
+        self._told: dict[str, str] = {}
+
+    @property
+    def over(self) -> bool:
+        return self._passes > _PASSES
 
     def expect(self, layer: nn.Module, name: str) -> None:
-        """A bound layer that a pass should call, with its name in the model."""
-        self._waiting[layer] = name
+        """A bound layer that the model should call, with its name in the model."""
+        if not self.over:
+            self._waiting[layer] = name
 
     def called(self, layer: nn.Module, *, shared: bool) -> bool:
         """A layer is called.
@@ -36,20 +46,23 @@ class FirstPass:
             shared: one pass may call it several times.
 
         Returns:
-            Whether its next call begins a second pass: it is the first that was called, of those that a
-            pass calls once.
+            Whether its next call must be told as well: it is the one that passes are counted by.
         """
         self._waiting.pop(layer, None)
-        if self._has_lead or shared:
+        if self.over:
+            self._take_back(layer)
             return False
-        self._has_lead = True
-        return True
+        if self._lead is None and not shared:
+            self._lead = weakref.ref(layer)
+        if self._lead is None or self._lead() is not layer:
+            return False
+        self._passes += 1
+        if self.over:
+            self._tell()
+        return not self.over
 
-    def over(self) -> None:
-        """The pass is over: say which layers it did not call."""
-        if self._is_over:
-            return
-        self._is_over = True
+    def _tell(self) -> None:
+        """Say which layers were not called."""
         places: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         for layer, name in self._waiting.items():
             places[type(layer).__name__][re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)] += 1
@@ -57,6 +70,7 @@ class FirstPass:
         for class_name, names in sorted(places.items()):
             where = " ".join(sorted(names))
             count = sum(names.values())
+            self._told[class_name] = where
             logger.log(
                 self._log_level,
                 "sglang-fl: SGLang runs the model past %d bound %s %s, so that other kernels do their work (or, as in a vision "
@@ -66,4 +80,9 @@ class FirstPass:
                 "layer" if count == 1 else "layers",
                 where,
             )
-            dispatch_log().record(class_name, f"sglang(never called: {where})")
+            dispatch_log().record(class_name, f"sglang(not called: {where})")
+
+    def _take_back(self, layer: nn.Module) -> None:
+        where = self._told.pop(type(layer).__name__, None)
+        if where is not None:
+            logger.log(self._log_level, "sglang-fl: a %s layer is called after all, of those at %s", type(layer).__name__, where)
