@@ -92,6 +92,7 @@ def load_settings(
     user_file = environ.get(CONFIG_FILE, "").strip()
     if user_file:
         _read_file(Path(user_file).expanduser(), FILE, user_file, chosen, problems, vocabulary)
+    in_profile = {name: value for name, value in in_profile.items() if not chosen[name].is_reset}
     _read_environment(environ, chosen, problems, vocabulary)
 
     problems += _clashing_lists(chosen)
