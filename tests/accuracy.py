@@ -1,60 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators against float64: an implementation is right if its error is what rounding must cost.
+"""Asserts that an implementation's results are as near to float64 as ``sglang_fl.certify.exact`` says."""
 
-Notation: ``u(dtype)`` is the unit roundoff, half the distance from 1 to the next number. An operator
-that works in fp32 and rounds once may be wrong by ``u(dtype)`` at the size of the result, plus a few
-``u(fp32)`` at the size of the terms it summed; results below the smallest normal number may be wrong
-by half the smallest subnormal.
-"""
-
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-U32 = torch.finfo(torch.float32).eps / 2
+from sglang_fl.certify import exact
+from sglang_fl.certify.exact import DTYPES, U32, Exact
 
-
-def u(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def smallest(dtype: torch.dtype) -> float:
-    info = torch.finfo(dtype)
-    return info.smallest_normal * info.eps
-
-
-def assert_within(
-    what: str, got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor, roundings: float, lost: torch.Tensor | float = 0.0
-) -> None:
-    """``|got - exact| <= u(dtype) |exact| + roundings * u(fp32) * terms + lost``.
-
-    Args:
-        got: on any device.
-        exact: float64, computed on the CPU from the same inputs.
-        terms: float64, the sum of the sizes of the terms that make up each result.
-        roundings: how many fp32 roundings stand between the inputs and the result.
-        lost: what underflow inside may take away.
-    """
-    dtype = got.dtype
-    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
-    bound = u(dtype) * exact.abs() + roundings * U32 * terms * (1 + u(dtype)) + smallest(dtype) + lost
-    got = got.cpu()
-    error = (got.double() - exact).abs()
-    bad = ~(error <= bound)
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{what} ({dtype}): {int(bad.sum())} of {bad.numel()} are out of bounds; at {where}: {got[where].item():.9g}, "
-            f"exact {exact[where].item():.9g}, error {error[where].item():.3g}, bound {bound[where].item():.3g}"
-        )
-
-
-def exactly(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers in float64 on the CPU."""
-    return x.cpu().double()
+__all__ = ["DTYPES", "U32", "Norm", "assert_within", "check_rms_norm", "check_rotary_embedding", "check_silu_and_mul"]
 
 
 class Norm:
@@ -65,34 +20,32 @@ class Norm:
         self.variance_epsilon = eps
 
 
+def assert_within(what: str, got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor, roundings: float) -> None:
+    """See :class:`sglang_fl.certify.exact.Exact`; the result's dtype may be any."""
+    _assert(what, (got,), (Exact("result", exact, terms, roundings),), got.dtype)
+
+
+def _assert(what: str, got: tuple[torch.Tensor, ...], wanted: tuple[Exact, ...], dtype: torch.dtype) -> None:
+    for result, right in zip(got, wanted, strict=True):
+        problem = right.judge(result, dtype).problem
+        assert problem is None, f"{what}: {problem}"
+
+
 def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:
-    kept = x.clone()
+    kept, wanted = x.clone(), exact.silu_and_mul(x)
     got = fn(None, x)
     assert torch.equal(x, kept), "silu_and_mul wrote its input"
-    gate, up = exactly(x).chunk(2, dim=-1)
-    exact = gate / (1 + torch.exp(-gate)) * up
-    assert got.dtype == x.dtype
-    # exp in fp32 turns one rounding of its argument into |gate| roundings of its result.
-    # From -88.7 on exp overflows in fp32, which makes a sigmoid below 2 ** -128 zero.
-    lost = (gate * up).abs() * 2.0**-127
-    assert_within("silu_and_mul", got, exact, exact.abs() * (1 + gate.abs() / 8), roundings=8, lost=lost)
+    _assert("silu_and_mul", (got,), wanted, x.dtype)
 
 
 def check_rms_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor, residual: torch.Tensor | None) -> None:
-    hidden = exactly(x) if residual is None else exactly(x) + exactly(residual)
-    exact = hidden / torch.sqrt(hidden.square().mean(-1, keepdim=True) + layer.variance_epsilon) * exactly(layer.weight)
-    # Pairwise summation of n squares costs log2(n) roundings, and the square root halves them.
-    roundings = 8 + math.log2(max(2, x.shape[-1]))
+    kept, wanted = x.clone(), exact.rms_norm(x, layer.weight, layer.variance_epsilon, residual)
     if residual is None:
-        kept = x.clone()
-        got = fn(layer, x)
+        got = (fn(layer, x),)
         assert torch.equal(x, kept), "rms_norm wrote x without a residual"
     else:
-        got, total = fn(layer, x, residual)
-        assert total.dtype == x.dtype
-        assert_within("rms_norm's residual", total, hidden, hidden.abs(), roundings=2)
-    assert got.dtype == x.dtype
-    assert_within("rms_norm", got, exact, exact.abs(), roundings)
+        got = fn(layer, x, residual)
+    _assert("rms_norm", got, wanted, x.dtype)
 
 
 def check_rotary_embedding(
@@ -105,27 +58,8 @@ def check_rotary_embedding(
     interleaved: bool,
     inplace: bool = False,
 ) -> None:
-    kept = query.clone(), key.clone()
+    kept, wanted = (query.clone(), key.clone()), exact.rotary_embedding(query, key, cos, sin, positions, interleaved)
     got = fn(None, query, key, cos, sin, positions, interleaved, inplace)
     if not inplace:
         assert torch.equal(query, kept[0]) and torch.equal(key, kept[1]), "rotary_embedding wrote its inputs"
-    for name, x, y in zip(("query", "key"), kept, got, strict=True):
-        assert y.dtype == x.dtype
-        exact, terms = _rotate_exactly(exactly(x), exactly(cos), exactly(sin), positions.long().cpu(), interleaved)
-        assert_within(f"rotary_embedding's {name}", y, exact, terms, roundings=4)
-        rotary_dim = 2 * cos.shape[-1]
-        assert torch.equal(y[..., rotary_dim:], x[..., rotary_dim:]), f"rotary_embedding changed the rest of {name}"
-
-
-def _rotate_exactly(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    half = cos.shape[-1]
-    pair = torch.arange(half)
-    first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
-    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-    a, b = x[..., first], x[..., second]
-    out, terms = x.clone(), x.abs()
-    out[..., first], terms[..., first] = a * c - b * s, (a * c).abs() + (b * s).abs()
-    out[..., second], terms[..., second] = b * c + a * s, (b * c).abs() + (a * s).abs()
-    return out, terms
+    _assert("rotary_embedding", got, wanted, query.dtype)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..config import SettingsError
-from . import config, demo, doctor, ops
+from . import check, config, demo, doctor, ops
 
-VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config}
+VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config, "check": check}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators in float64, and how far from it an implementation may be: what rounding must cost.
+
+Notation: ``u(dtype)`` is the unit roundoff, half the distance from 1 to the next number. An operator
+that works in fp32 and rounds once may be wrong by ``u(dtype)`` at the size of the result, plus a few
+``u(fp32)`` at the size of the terms it summed; results below the smallest normal number may be wrong
+by half the smallest subnormal. Numbers below fp32's smallest normal one may be taken for zero, as many
+devices do.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+U32 = torch.finfo(torch.float32).eps / 2
+TINY = torch.finfo(torch.float32).smallest_normal
+
+
+def u(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def smallest(dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps
+
+
+def exactly(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float64 on the CPU."""
+    return x.detach().cpu().double()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A result held against float64.
+
+    Attributes:
+        error_ulp: the error of the number that comes nearest to its bound, or exceeds it most, in units of
+            the last place of the result's dtype at the size of the summed terms. None: nothing to compare.
+        bound_ulp: the bound of that number, in the same unit.
+        problem: what is wrong, or None.
+    """
+
+    error_ulp: float | None = None
+    bound_ulp: float | None = None
+    problem: str | None = None
+
+    @property
+    def used(self) -> float:
+        """The share of the bound that the error takes."""
+        return -1.0 if self.error_ulp is None or self.bound_ulp is None else self.error_ulp / self.bound_ulp
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A result in float64: an implementation's is right if, for each number,
+    ``|got - value| <= u(dtype) |value| + roundings * u(fp32) * terms + lost``.
+
+    Attributes:
+        name: which of the operator's results.
+        value: float64, computed on the CPU from the same inputs.
+        terms: float64, the sum of the sizes of the terms that make up each number.
+        roundings: how many fp32 roundings stand between the inputs and the result.
+        lost: what underflow inside may take away.
+        passed_on: where in the last dimension the numbers begin that must be the input's, bit for bit.
+    """
+
+    name: str
+    value: torch.Tensor
+    terms: torch.Tensor
+    roundings: float
+    lost: torch.Tensor | float = 0.0
+    passed_on: int | None = None
+
+    def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
+        """Hold a result against this one; ``dtype`` and ``device`` are what it must have."""
+        if not isinstance(got, torch.Tensor):
+            return Verdict(problem=f"{self.name} is no tensor but {type(got).__name__}")
+        if got.shape != self.value.shape:
+            return Verdict(problem=f"{self.name} has shape {tuple(got.shape)}, not {tuple(self.value.shape)}")
+        if got.dtype != dtype:
+            return Verdict(problem=f"{self.name} is {got.dtype}, not {dtype}")
+        if device is not None and got.device.type != device.type:
+            return Verdict(problem=f"{self.name} is on {got.device}, not on {device}")
+        if not got.numel():
+            return Verdict()
+        exact, info = self.value, torch.finfo(dtype)
+        bound = u(dtype) * exact.abs() + self.roundings * U32 * self.terms * (1 + u(dtype)) + smallest(dtype) + self.lost
+        found = exactly(got)
+        error = (found - exact).abs()
+        finite = exact.isfinite()
+        right = finite & (error <= bound)
+        right |= finite & (found == torch.copysign(torch.tensor(math.inf, dtype=torch.float64), exact)) & (exact.abs() + bound >= info.max)
+        right |= exact.isnan() & found.isnan()
+        right |= exact.isinf() & (found == exact)
+        if self.passed_on is not None:
+            rest = exact[..., self.passed_on :]
+            right[..., self.passed_on :] &= (found[..., self.passed_on :] == rest) | rest.isnan()
+        # The distance of the numbers of this dtype where the terms are.
+        size = torch.maximum(exact.abs(), self.terms).clamp(info.smallest_normal, info.max)
+        ulp = torch.exp2(torch.floor(torch.log2(size))) * info.eps
+        share = torch.where(finite & found.isfinite(), error / bound, -1.0)
+        where = share.argmax()
+        compared = float(share.flatten()[where]) >= 0
+        error_ulp = float((error / ulp).flatten()[where]) if compared else None
+        bound_ulp = float((bound / ulp).flatten()[where]) if compared else None
+        return Verdict(error_ulp, bound_ulp, None if right.all() else self._told(found, right, error, bound, dtype))
+
+    def _told(self, found: torch.Tensor, right: torch.Tensor, error: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> str:
+        wrong = ~right
+        # The one that is most wrong: nan and infinity where a number should be before all others.
+        excess = torch.where(wrong, (error / bound).nan_to_num(math.inf, math.inf), -1.0)
+        where = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        return (
+            f"{self.name} ({dtype}): {int(wrong.sum())} of {wrong.numel()} are out of bounds; at {where}: {found[where].item():.9g}, "
+            f"exact {self.value[where].item():.9g}, error {error[where].item():.3g}, bound {bound[where].item():.3g}"
+        )
+
+
+def silu_and_mul(x: torch.Tensor) -> tuple[Exact, ...]:
+    gate, up = exactly(x).chunk(2, dim=-1)
+    value = gate / (1 + torch.exp(-gate)) * up
+    # From -88.7 on exp overflows in fp32, which makes a sigmoid below 2 ** -128 zero.
+    lost = torch.where(gate < 0, (gate * up).abs() * 2.0**-127, 0.0)
+    flushed = (gate.abs() < TINY) | (up.abs() < TINY) | (value.abs() < TINY)
+    lost = (lost + torch.where(flushed, value.abs(), 0.0)).nan_to_num()
+    # exp in fp32 turns one rounding of its argument into |gate| roundings of its result.
+    return (Exact("result", value, (value.abs() * (1 + gate.abs() / 8)).nan_to_num(), 8, lost),)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None) -> tuple[Exact, ...]:
+    hidden = exactly(x) if residual is None else exactly(x) + exactly(residual)
+    value = hidden / torch.sqrt(hidden.square().mean(-1, keepdim=True) + eps) * exactly(weight)
+    # Pairwise summation of n squares costs log2(n) roundings, and the square root halves them.
+    roundings = 8 + math.log2(max(2, x.shape[-1]))
+    lost = torch.where((hidden.abs() < TINY) | (value.abs() < TINY), value.abs(), 0.0)
+    result = Exact("result", value, value.abs(), roundings, lost)
+    if residual is None:
+        return (result,)
+    return result, Exact("residual", hidden, hidden.abs(), 2, torch.where(hidden.abs() < TINY, hidden.abs(), 0.0))
+
+
+def rotary_embedding(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
+) -> tuple[Exact, ...]:
+    rows = positions.detach().cpu().long()
+    c, s = (exactly(table.cpu()[rows]).unsqueeze(1) for table in (cos, sin))
+    return tuple(_rotated(name, exactly(x), c, s, interleaved) for name, x in (("query", query), ("key", key)))
+
+
+def _rotated(name: str, x: torch.Tensor, c: torch.Tensor, s: torch.Tensor, interleaved: bool) -> Exact:
+    half = c.shape[-1]
+    pair = torch.arange(half)
+    first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+    a, b = x[..., first], x[..., second]
+    value, terms = x.clone(), x.abs()
+    for place, one, other in ((first, a * c, -b * s), (second, b * c, a * s)):
+        value[..., place], terms[..., place] = one + other, one.abs() + other.abs()
+    # Cosines are at most 1: what flushing takes away is no more than the two smallest normal numbers.
+    lost = terms.clamp(max=2 * TINY)
+    return Exact(name, value, terms, 4, lost, passed_on=2 * half)

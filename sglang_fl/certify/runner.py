@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has cases run in another process, and survives what they do to it.
+
+A case that ends its process, or takes longer than its limit, is a result; the next case gets a new process.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .report import CaseResult, Report
+from .words import COMPILE, CRASHED, HUNG, NOT_RUN
+
+#: Importing PyTorch and every backend must be done by then, in seconds.
+_START_LIMIT = 300.0
+#: A compilation may take this many times the limit of a case.
+_PATIENCE = {COMPILE: 4}
+#: After so many cases that ended their process an implementation's other cases are left out.
+_GIVE_UP_AFTER = 3
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to check: pairs of an operator and an implementation's id, and how."""
+
+    targets: Sequence[tuple[str, str]]
+    quick: bool
+    seed: int
+    timeout: float
+
+
+class WorkerFailed(RuntimeError):
+    """The process that checks did not come up."""
+
+
+@dataclass
+class _Ended(Exception):
+    """The worker gave no answer: crashed or hung, and its last words."""
+
+    status: str
+    message: str
+    output: str = ""
+
+
+@dataclass
+class _Worker:
+    """One process, in a session of its own."""
+
+    job: Job
+    _process: subprocess.Popen[str] = field(init=False)
+    _unread: bytes = b""
+
+    def __post_init__(self) -> None:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by end)
+        self._results, theirs = os.pipe()
+        job = json.dumps({"targets": self.job.targets, "quick": self.job.quick, "seed": self.job.seed})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sglang_fl.certify.worker", str(theirs), job],
+                stdin=subprocess.PIPE,
+                stdout=self._output,
+                stderr=self._output,
+                pass_fds=(theirs,),
+                start_new_session=True,
+                text=True,
+                # One process is enough for the few kernels of a case, and pools outlive their parent.
+                env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+            )
+        finally:
+            os.close(theirs)
+
+    def ask(self, number: int, limit: float) -> dict[str, Any]:
+        """Have a case run. Raises _Ended."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # It has ended; reading its answer tells how.
+            print(number, file=self._process.stdin, flush=True)
+        return self.read(limit)
+
+    def read(self, limit: float) -> dict[str, Any]:
+        """Its next line. Raises _Ended."""
+        until = time.monotonic() + limit
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([self._results], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                raise _Ended(HUNG, f"hung: more than {limit:g} s", self._last_words())
+            found = os.read(self._results, 1 << 16)
+            if not found:
+                code = self._process.wait()
+                raise _Ended(CRASHED, f"crashed: {_told(code)}", self._last_words())
+            self._unread += found
+        line, _, self._unread = self._unread.partition(b"\n")
+        return json.loads(line)
+
+    def _last_words(self) -> str:
+        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - 4000))
+        return self._output.read().decode(errors="replace")
+
+    def end(self) -> None:
+        """End it and everything that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        # A kernel that hangs in a driver can keep its process from ending; it is not waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        os.close(self._results)
+        self._output.close()
+
+
+def _told(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def check(job: Job, progress: Progress = lambda done, total, what: None) -> Report:
+    """Run every case of every implementation.
+
+    Args:
+        progress: called before each case with the number of cases done, of all, and the next one's name.
+
+    Raises:
+        WorkerFailed: the process that checks does not come up.
+    """
+    start = time.monotonic()
+    worker: _Worker | None = None
+    ended: Counter[int] = Counter()
+    results: list[CaseResult] = []
+    try:
+        worker, hello = _start(job)
+        cases = hello["cases"]
+        for number, case in enumerate(cases):
+            op, impl = job.targets[case["target"]]
+            facts = {"op": op, "impl": impl, "check": case["check"], "name": case["name"], "dtype": case["dtype"]}
+            progress(number, len(cases), f"{op} {impl}: {case['check']}")
+            if ended[case["target"]] >= _GIVE_UP_AFTER:
+                told = f"not run: {_GIVE_UP_AFTER} cases of this implementation have ended their process"
+                results.append(CaseResult(**facts, status=NOT_RUN, message=told))
+                continue
+            if worker is None:
+                worker, _ = _start(job)
+            try:
+                answer = worker.ask(number, job.timeout * _PATIENCE.get(case["check"], 1))
+            except _Ended as end:
+                ended[case["target"]] += 1
+                answer = {"status": end.status, "message": end.message, "output": end.output, "broken": True}
+            if answer.pop("broken"):
+                worker.end()
+                worker = None
+            results.append(CaseResult(**facts, **answer))
+        progress(len(cases), len(cases), "")
+    finally:
+        if worker is not None:
+            worker.end()
+    why_not = zip(job.targets, hello["why_not"], strict=True)
+    return Report(
+        machine=hello["machine"],
+        versions=hello["versions"],
+        seed=job.seed,
+        quick=job.quick,
+        seconds=round(time.monotonic() - start, 1),
+        not_available=[{"op": op, "impl": impl, "why": why} for (op, impl), why in why_not if why is not None],
+        cases=results,
+    )
+
+
+def _start(job: Job) -> tuple[_Worker, dict[str, Any]]:
+    worker = _Worker(job)
+    try:
+        return worker, worker.read(_START_LIMIT)
+    except _Ended as end:
+        worker.end()
+        raise WorkerFailed(f"the process that checks does not come up: {end.message}\n{end.output}") from None
+    except BaseException:
+        worker.end()
+        raise

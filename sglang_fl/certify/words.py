@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of check and what can come of a case; needs no PyTorch."""
+
+#: The kinds of check.
+SERVING, UNUSUAL, SPECIAL = "serving shapes", "unusual shapes", "nan, inf, denormals"
+INPUTS, REPEATS, THREADS, GRAPH, COMPILE = "inputs and results", "repeats", "threads", "graph capture", "torch.compile"
+
+#: What the worker can say of a case,
+OK, FAILED, REFUSED, SKIPPED = "ok", "failed", "refused", "skipped"
+#: and what is said of one that it did not survive, or that was left out after several of those.
+CRASHED, HUNG, NOT_RUN = "crashed", "hung", "not run"
+FAILURES = frozenset({FAILED, CRASHED, HUNG, NOT_RUN})

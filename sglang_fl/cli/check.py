@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Certify implementations: hold what they compute, and how they behave, against float64 and their contract."""
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..certify.report import as_html, print_report
+from ..certify.runner import Job, WorkerFailed, check
+from ..config import SettingsError, suggest
+from ..device import probe
+from ..dispatch.logger_manager import why_unwritable
+from ..dispatch.manager import get_default_manager
+from ..dispatch.registry import OpRegistry
+from ..runtime import check_settings
+from ..vendors import canonical
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", metavar="OP", help="check this operator (may be given again; default: all)")
+    parser.add_argument("--impl", action="append", metavar="ID", help="check this implementation, as vendor.cuda (may be given again)")
+    parser.add_argument("--vendor", action="append", metavar="NAME", help="check this vendor's implementations (may be given again)")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes: seconds for each implementation")
+    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="a case that takes longer has hung (default: 60)")
+    parser.add_argument("--seed", type=int, metavar="N", help="draw the inputs of an earlier run again")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that can be sent")
+
+
+def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None, vendors: list[str] | None) -> list[tuple[str, str]]:
+    """The (operator, implementation's id) that are asked for; those of ``impls`` and those of ``vendors``, or else all.
+
+    Raises:
+        SettingsError: a name that nothing has, or names that have nothing in common.
+    """
+    every = [impl for op in registry.list_operators() for impl in registry.get_implementations(op)]
+    wanted_vendors = {canonical(name) for name in vendors or ()}
+    problems = [
+        *_unknown("--op", "operator", ops, {impl.op_name for impl in every}),
+        *_unknown("--impl", "implementation", impls, {impl.impl_id for impl in every}),
+        *_unknown("--vendor", "vendor", sorted(wanted_vendors), {canonical(impl.vendor) for impl in every if impl.vendor}),
+    ]
+    if problems:
+        raise SettingsError(problems)
+    found = [
+        (impl.op_name, impl.impl_id)
+        for impl in every
+        if (not ops or impl.op_name in ops)
+        and (not (impls or vendors) or impl.impl_id in (impls or ()) or (impl.vendor and canonical(impl.vendor) in wanted_vendors))
+    ]
+    if not found:
+        raise SettingsError(f"check: {', '.join(ops or ())} has no implementation {', '.join([*(impls or ()), *(vendors or ())])}")
+    return found
+
+
+def _unknown(option: str, what: str, names: Iterable[str] | None, valid: set[str]) -> list[str]:
+    return [f"{option}: there is no {what} {name!r}{suggest(name, valid)}" for name in names or () if name not in valid]
+
+
+def run(args: argparse.Namespace) -> int:
+    manager = get_default_manager()
+    check_settings(os.environ, probe(), manager)
+    chosen = targets(manager.registry, args.op, args.impl, args.vendor)
+    unwritable = why_unwritable(args.html and str(args.html))
+    if unwritable:
+        raise SettingsError(f"--html: {unwritable}")
+    seed = secrets.randbits(31) if args.seed is None else args.seed
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("starting", total=None)
+            report = check(
+                Job(chosen, args.quick, seed, args.timeout),
+                lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
+            )
+    except WorkerFailed as error:
+        print(f"sglang-fl: {error}", file=sys.stderr)
+        return 1
+    if args.html:
+        args.html.write_text(as_html(report), encoding="utf-8")
+    if args.json:
+        print(json.dumps(report.as_data(), indent=2, ensure_ascii=False))
+    else:
+        print_report(report, Console(markup=False, emoji=False, highlight=False))
+    return 1 if report.problems() else 0

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real worker processes, and implementations that end them."""
+
+import os
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_fl import __version__
+from sglang_fl.certify import runner
+from sglang_fl.certify.report import CaseResult, Report
+from sglang_fl.certify.words import COMPILE, CRASHED, FAILED, GRAPH, HUNG, NOT_RUN, OK, SERVING, SKIPPED, THREADS
+
+TIMEOUT = 5.0
+_BACKEND = """
+    import os, sys, time
+    from sglang_fl.dispatch import BackendImplKind, OpImpl
+    from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+
+    right = ReferenceBackend().silu_and_mul
+
+    def one_case(x, cols):
+        import torch
+        return x.dtype is torch.bfloat16 and tuple(x.shape) == (1 if cols == 6144 else 64, cols)
+
+    def aborts_once(obj, x):
+        if one_case(x, 6144):
+            print("last words", file=sys.stderr, flush=True)
+            os.abort()
+        return right(obj, x)
+
+    def hangs_once(obj, x):
+        if one_case(x, 3072):
+            time.sleep(1000)
+        return right(obj, x)
+
+    def always_exits(obj, x):
+        os._exit(3)
+
+    def wrong(obj, x):
+        return right(obj, x) * 1.02
+
+    def for_another_chip(obj, x):
+        raise AssertionError("it must not be called")
+
+    for_another_chip._is_available = lambda: False
+
+    def register_builtins(registry):
+        def register(op, name, fn, dtypes):
+            kind = BackendImplKind.VENDOR
+            registry.register_impl(OpImpl(op, f"vendor.{name}", kind, fn, vendor="planted", supported_dtypes=dtypes))
+
+        for fn in (aborts_once, hangs_once, always_exits, wrong, for_another_chip):
+            register("silu_and_mul", fn.__name__, fn, {"bfloat16"})
+        register("silu_and_mul", "float64", right, {"float64"})
+        register("sort", "sort", right, None)
+"""
+_IMPLS = ("aborts_once", "hangs_once", "always_exits", "wrong", "for_another_chip", "float64")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
+    """One run over all of them; compiling is left out, and an implementation is given up after two dead processes."""
+    folder = tmp_path_factory.mktemp("backend")
+    (folder / "backend_that_kills.py").write_text(textwrap.dedent(_BACKEND))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        patch.setenv("SGLANG_FL_PLUGIN_MODULES", "backend_that_kills")
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(runner, "_GIVE_UP_AFTER", 2)
+        targets = [*(("silu_and_mul", f"vendor.{name}") for name in _IMPLS), ("sort", "vendor.sort"), ("silu_and_mul", "reference.torch")]
+        yield runner.check(runner.Job(targets, quick=True, seed=7, timeout=TIMEOUT))
+
+
+def of(report: Report, name: str) -> list[CaseResult]:
+    return [case for case in report.cases if case.impl in (name, f"vendor.{name}")]
+
+
+def test_a_crash_is_a_row_and_the_rest_goes_on(report: Report) -> None:
+    cases = of(report, "aborts_once")
+    (crashed,) = [case for case in cases if case.status not in (OK, SKIPPED)]
+    assert (crashed.status, crashed.message) == (CRASHED, "crashed: signal 6 (SIGABRT)")
+    assert crashed.check == SERVING and crashed.name == "1 × 2·3072"
+    assert "last words" in crashed.output and "Fatal Python error: Aborted" in crashed.output
+    assert {case.check for case in cases if case.status == OK} >= {SERVING, THREADS, COMPILE}
+
+
+def test_a_hang_is_a_row_and_the_rest_goes_on(report: Report) -> None:
+    cases = of(report, "hangs_once")
+    (hung,) = [case for case in cases if case.status not in (OK, SKIPPED)]
+    assert (hung.status, hung.message, hung.name) == (HUNG, "hung: more than 5 s", "64 × 2·1536")
+    assert cases[-1].check == COMPILE and cases[-1].status == OK
+
+
+def test_one_that_always_kills_is_given_up(report: Report) -> None:
+    first, second, *others = of(report, "always_exits")
+    assert (first.status, first.message) == (second.status, second.message) == (CRASHED, "crashed: exit code 3")
+    assert {case.status for case in others} == {NOT_RUN}
+    assert others[0].message == "not run: 2 cases of this implementation have ended their process"
+
+
+def test_wrong_and_right(report: Report) -> None:
+    assert {case.status for case in of(report, "wrong")} >= {FAILED}
+    assert {case.status for case in of(report, "reference.torch")} == {OK, SKIPPED}
+    assert {case.check for case in of(report, "reference.torch") if case.status == SKIPPED} == {GRAPH}
+    assert {case.dtype for case in of(report, "wrong")} == {"bfloat16"}
+    assert {case.dtype for case in of(report, "reference.torch")} == {"bfloat16", "float32", "float16"}
+
+
+def test_what_cannot_run_is_named_with_the_reason(report: Report) -> None:
+    assert {(row["impl"], row["why"]) for row in report.not_available} == {
+        ("vendor.for_another_chip", "its availability check says no"),
+        ("vendor.float64", "it takes none of torch.float32, torch.bfloat16, torch.float16"),
+        ("vendor.sort", f"sort is no operator of sglang-fl {__version__}"),
+    }
+
+
+def test_the_verdict(report: Report) -> None:
+    told = "\n".join(report.problems())
+    for name in ("aborts_once", "hangs_once", "always_exits", "wrong"):
+        assert f"silu_and_mul vendor.{name}: " in told
+    assert "reference.torch" not in told
+    assert "silu_and_mul vendor.aborts_once: serving shapes in bfloat16: crashed: 1 of 2" in report.problems()
+
+
+def test_a_worker_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('no PyTorch today')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    with pytest.raises(runner.WorkerFailed, match=r"(?s)does not come up: crashed: exit code 1\n.*no PyTorch today"):
+        runner.check(runner.Job([("rms_norm", "reference.torch")], quick=True, seed=0, timeout=TIMEOUT))

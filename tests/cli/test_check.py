@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sglang_fl.certify.report import CaseResult, Report
+from sglang_fl.certify.runner import Job, WorkerFailed
+from sglang_fl.certify.words import FAILED, OK, SERVING
+from sglang_fl.cli import main
+
+REFERENCE = [(op, "reference.torch") for op in ("rms_norm", "rotary_embedding", "silu_and_mul")]
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """What would be checked; nothing is."""
+    asked: list[Job] = []
+
+    def check(job: Job, progress: Callable[[int, int, str], None]) -> Report:
+        asked.append(job)
+        progress(0, 1, "[/x]")
+        status = FAILED if any(impl == "vendor.testchip" for _, impl in job.targets) else OK
+        cases = [CaseResult(*target, SERVING, "1 × 8", "bfloat16", status, message="a message") for target in job.targets]
+        return Report({"device": "cpu"}, {}, job.seed, job.quick, 1.0, [], cases)
+
+    monkeypatch.setattr("sglang_fl.cli.check.check", check)
+    return asked
+
+
+def test_everything_by_default(jobs: list[Job]) -> None:
+    assert main(["check"]) == 0
+    (job,) = jobs
+    assert set(REFERENCE) <= set(job.targets) and ("rms_norm", "vendor.cuda") in job.targets
+    assert (job.quick, job.timeout) == (False, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "targets"),
+    [
+        (["--impl", "reference.torch"], REFERENCE),
+        (["--op", "rms_norm", "--impl", "reference.torch"], REFERENCE[:1]),
+        (["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"], [REFERENCE[0], REFERENCE[2]]),
+        (["--vendor", "testchip"], [("rms_norm", "vendor.testchip")]),
+        (["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"], [REFERENCE[0], ("rms_norm", "vendor.testchip")]),
+    ],
+)
+def test_what_is_asked_for(
+    jobs: list[Job], backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch, argv: list[str], targets: list[tuple[str, str]]
+) -> None:
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
+    main(["check", *argv])
+    assert sorted(jobs[0].targets) == sorted(targets)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--op", "rms_nrom"], "--op: there is no operator 'rms_nrom'; did you mean 'rms_norm'?"),
+        (["--impl", "vendor.cud"], "--impl: there is no implementation 'vendor.cud'; did you mean 'vendor.cuda'?"),
+        (["--vendor", "nvidai"], "--vendor: there is no vendor 'nvidai'; did you mean 'nvidia'?"),
+        (["--op", "silu_and_mul", "--impl", "vendor.testchip"], "silu_and_mul has no implementation vendor.testchip"),
+        (["--html", "/nowhere/at/all.html"], "--html: '/nowhere/at/all.html' cannot be written"),
+    ],
+)
+def test_names_that_nothing_has(
+    jobs: list[Job],
+    backend: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
+    assert main(["check", *argv]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err and captured.out == ""
+    assert jobs == []
+
+
+def test_a_failure_is_exit_code_1(
+    jobs: list[Job], backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
+    assert main(["check", "--vendor", "testchip"]) == 1
+    assert "rms_norm vendor.testchip, serving shapes, bfloat16: 1 × 8: a message" in capsys.readouterr().out
+
+
+def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "report.html"
+    assert main(["check", "--impl", "reference.torch", "--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == 3
+    assert jobs[0].timeout == 1.5
+    assert "All is well" in page.read_text(encoding="utf-8")
+
+
+def test_the_process_that_checks_does_not_come_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(job: Job, progress: object) -> Report:
+        raise WorkerFailed("the process that checks does not come up: crashed: exit code 1")
+
+    monkeypatch.setattr("sglang_fl.cli.check.check", check)
+    assert main(["check"]) == 1
+    assert "sglang-fl: the process that checks does not come up" in capsys.readouterr().err
+
+
+def test_what_is_not_available_cannot_be_certified(
+    backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a real worker."""
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend("rms_norm._is_available = lambda: False"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    assert main(["check", "--vendor", "testchip"]) == 1
+    told = capsys.readouterr().out
+    assert "its availability check says no" in told
+    assert "nothing was checked: no implementation is available" in told
+
+
+def test_interrupting_it_ends_the_worker(backend: Callable[..., str], tmp_path: Path) -> None:
+    called = tmp_path / "called"
+    name = backend(f"def rms_norm(obj, x, residual=None):\n    open({str(called)!r}, 'w').close()\n    import time; time.sleep(1000)")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sglang_fl", "check", "--vendor", "testchip"],
+        env={**os.environ, "PYTHONPATH": path, "SGLANG_FL_PLUGIN_MODULES": name},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while not called.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130 and "sglang-fl: interrupted" in told and "Traceback" not in told
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
