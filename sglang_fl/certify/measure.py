@@ -20,6 +20,8 @@ from .words import COMPILE, FAILED, GRAPH, INPUTS, OK, REFUSED, REPEATS, SERVING
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 
 _THREADS, _ROUNDS_OF_A_THREAD, _REPEATS, _REPLAYS = 4, 200, 20, 3
+#: Threads end after this many seconds, whatever their rounds.
+_COLLIDING = 2.0
 #: Rounds of the timing, and how long one of them lasts at least, in seconds.
 _ROUNDS, _LEAST = 5, 2e-3
 
@@ -196,29 +198,31 @@ class Subject:
 
     def _threads(self, case: Case, seed: int) -> Outcome:
         """Several threads at once, calls of two sizes; each must get what it gets alone."""
-        alone = [
-            tuple(x.clone() for x in self._run(case.draw(seed + index, self.device, other=bool(index % 2)))) for index in range(_THREADS)
-        ]
-        calls = [case.draw(seed + index, self.device, other=bool(index % 2)) for index in range(_THREADS)]
-        start = threading.Barrier(_THREADS)
-        problems: list[str] = []
+        with _threads_that_collide():
+            alone = [
+                tuple(x.clone() for x in self._run(case.draw(seed + index, self.device, other=bool(index % 2))))
+                for index in range(_THREADS)
+            ]
+            calls = [case.draw(seed + index, self.device, other=bool(index % 2)) for index in range(_THREADS)]
+            start = threading.Barrier(_THREADS)
+            problems: list[str] = []
+            until = time.monotonic() + _COLLIDING
 
-        def work(index: int) -> None:
-            try:
-                restore = _restorer(calls[index])
-                start.wait()
-                for _ in range(_ROUNDS_OF_A_THREAD):
-                    got = results(self.fn, calls[index])
-                    self._synchronize()
-                    if not all(map(same_bits, got, alone[index])):
-                        problems.append("another result than alone")
-                    if problems:
-                        return
-                    restore()
-            except Exception as error:
-                problems.append(f"{type(error).__name__}: {error}")
+            def work(index: int) -> None:
+                try:
+                    restore = _restorer(calls[index])
+                    start.wait()
+                    for _ in range(_ROUNDS_OF_A_THREAD):
+                        got = results(self.fn, calls[index])
+                        self._synchronize()
+                        if not all(map(same_bits, got, alone[index])):
+                            problems.append("another result than alone")
+                        if problems or time.monotonic() > until:
+                            return
+                        restore()
+                except Exception as error:
+                    problems.append(f"{type(error).__name__}: {error}")
 
-        with _eager_thread_switches():
             threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(_THREADS)]
             for thread in threads:
                 thread.start()
@@ -345,11 +349,13 @@ def compiler_of(device: torch.device) -> str:
 
 
 @contextmanager
-def _eager_thread_switches() -> Iterator[None]:
-    """Python hands over between threads as often as it can, so that what is not safe shows."""
-    before = sys.getswitchinterval()
+def _threads_that_collide() -> Iterator[None]:
+    """Python hands over between threads as often as it can, and PyTorch adds none to them, so that what is not safe shows soon."""
+    interval, threads = sys.getswitchinterval(), torch.get_num_threads()
     sys.setswitchinterval(1e-6)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(threads)
