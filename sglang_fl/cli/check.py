@@ -98,5 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.as_data(), indent=2, ensure_ascii=False))
     else:
-        print_report(report, Console(markup=False, emoji=False, highlight=False))
+        # A file or a pipe has no width of its own, and the table ten columns.
+        width = None if sys.stdout.isatty() else 120
+        print_report(report, Console(markup=False, emoji=False, highlight=False, width=width))
     return 1 if report.problems() else 0
