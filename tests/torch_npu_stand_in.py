@@ -35,14 +35,14 @@ def npu_swiglu(self: torch.Tensor, dim: int = -1) -> torch.Tensor:
 def npu_rms_norm(self: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
     assert gamma.dtype == self.dtype and self.numel()
     rstd = torch.rsqrt(self.float().square().mean(-1, keepdim=True) + epsilon)
-    return reference.rms_norm(self, gamma, epsilon).clone(), rstd  # type: ignore[union-attr]
+    return reference.rms_norm(self, None, gamma, epsilon).clone(), rstd  # type: ignore[union-attr]
 
 
 def npu_add_rms_norm(
     x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert x1.shape == x2.shape and x1.dtype == x2.dtype == gamma.dtype and x1.numel()
-    normed, total = reference.rms_norm(x1, gamma, epsilon, x2)
+    normed, total = reference.rms_norm(x1, x2, gamma, epsilon)
     return normed, torch.rsqrt(total.float().square().mean(-1, keepdim=True) + epsilon), total
 
 

@@ -1,6 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of kernels. A backend knows its kernels and ``dispatch.types``, never SGLang, never another."""
 
+from __future__ import annotations
+
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ..ops import FLBackendBase as Backend
 
-__all__ = ["Backend"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Backend", "KernelBackend"]
+
+
+class KernelBackend(Backend):
+    """A backend whose operators are functions of the package ``impl`` beside it, which take tensors instead of layers.
+
+    ``impl`` is imported at the first call: tools list the backends without paying for PyTorch or a kernel library. It
+    has those of these that the backend registers::
+
+        silu_and_mul(x)
+        rms_norm(x, residual, weight, eps)
+        rotary_embedding(query, key, cos, sin, position_ids, interleaved, inplace)
+    """
+
+    def is_available(self) -> bool:
+        return self.why_unavailable() is None
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    @cached_property
+    def _impl(self) -> Any:
+        return import_module(f"{type(self).__module__.rpartition('.')[0]}.impl")
+
+    def silu_and_mul(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.silu_and_mul(x)
+
+    def rms_norm(self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self._impl.rms_norm(x, residual, obj.weight, obj.variance_epsilon)
+
+    def rotary_embedding(
+        self,
+        obj: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position_ids: torch.Tensor,
+        rotary_interleaved: bool = False,
+        inplace: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._impl.rotary_embedding(query, key, cos, sin, position_ids, rotary_interleaved, inplace)

@@ -21,12 +21,12 @@ PACKAGE = "sglang_fl.dispatch.backends.vendor.cuda.impl"
 
 def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     assert input.dim() == 2 and input.stride(-1) == 1 and input.numel() and weight.dtype == input.dtype
-    return reference.rms_norm(input, weight, eps)
+    return reference.rms_norm(input, None, weight, eps)
 
 
 def fused_add_rmsnorm(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> None:
     assert input.dim() == residual.dim() == 2 and input.stride(-1) == residual.stride(-1) == 1 and input.numel()
-    normed, total = reference.rms_norm(input, weight, eps, residual)
+    normed, total = reference.rms_norm(input, residual, weight, eps)
     input.copy_(normed)
     residual.copy_(total)
 

@@ -4,9 +4,9 @@ import torch
 
 def rms_norm(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
-    residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm in fp32, rounded once; the sum with the residual is normalised before it is rounded."""
     if x.shape[-1] != weight.shape[-1]:

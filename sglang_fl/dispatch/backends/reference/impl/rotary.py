@@ -22,7 +22,9 @@ def rotary_embedding(
     sin: torch.Tensor,
     position_ids: torch.Tensor,
     interleaved: bool,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Never in place, whatever is allowed."""
     rotary_dim = 2 * cos.shape[-1]
     if rotary_dim > query.shape[-1]:
         raise ValueError(f"rotary_embedding: rotary_dim {rotary_dim} exceeds head_dim {query.shape[-1]}")

@@ -17,7 +17,9 @@ def rotary_embedding(
     sin: torch.Tensor,
     position_ids: torch.Tensor,
     interleaved: bool,
+    inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch_npu's operators give new tensors, whatever is allowed."""
     if not query.shape[0]:
         return query, key
     rotary_dim = 2 * cos.shape[-1]
