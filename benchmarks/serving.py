@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import result_file
 import yaml
 from rich.console import Console
 from serving_lib import kernels, machine, tokens
@@ -164,7 +165,7 @@ class Run:
             "machine": machine.machine(),
             "versions": machine.versions(),
             "commit": machine.commit(),
-            "source": machine.source(),
+            "source": result_file.source_hash(),
             "variants": {variant.name: dict(variant.settings) for variant in variants},
             "baseline": variants[0].name,
             "engine_arguments": {name: value for name, value in arguments.items() if name != "model_path"},

@@ -18,7 +18,7 @@ import torch
 from .config import Settings
 from .config.settings import PROFILE
 from .device import Device
-from .dispatch.backends.flaggems.library import NOT_INSTALLED, load, why_unavailable
+from .dispatch.backends.flaggems.library import NOT_INSTALLED, load, why_not_here
 
 logger = logging.getLogger("sglang_fl.aten")
 
@@ -71,7 +71,7 @@ def why_off(settings: Settings, device: Device, *, deterministic: bool = False) 
         return f"flagos_whitelist is empty ({settings.source('flagos_whitelist')})"
     if deterministic:
         return "deterministic mode"
-    return why_unavailable(device)
+    return why_not_here(device)
 
 
 class AtenOperators:

@@ -277,7 +277,7 @@ def test_another_set_that_is_on_is_not_reported_as_off(gems: ModuleType) -> None
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_flaggems_that_is_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
-    monkeypatch.setattr(aten, "why_unavailable", lambda _: aten.NOT_INSTALLED)
+    monkeypatch.setattr(aten, "why_not_here", lambda _: aten.NOT_INSTALLED)
     wanted = settings(flagos_whitelist=("mul",), strict=strict)
     if strict:
         with pytest.raises(RuntimeError, match="FlagGems is not installed"):

@@ -9,8 +9,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import result_file
-
 from sglang_fl.device import probe
 
 _PACKAGES = ("sglang", "sglang-fl", "torch", "triton", "flag_gems", "sglang-kernel", "transformers", "flashinfer-python")
@@ -60,11 +58,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")
-
-
-def source() -> str:
-    """See :func:`result_file.source_hash`; a copy that is no git checkout has this alone."""
-    return result_file.source_hash()
 
 
 def device_memory_used() -> float | None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from .. import __version__
 from ..config import Settings, SettingsError
 from ..device import Device, detect, probe
-from ..dispatch.backends.flaggems.library import TESTED, changed_signatures
+from ..dispatch.backends.flaggems.library import TESTED, changed_signatures, why_not_here
 from ..dispatch.manager import OpManager
 from ..dispatch.ops import OPERATORS
 from ..dispatch.policy import SelectionPolicy
@@ -210,10 +210,8 @@ def _first_layer(settings: Settings, device: Device) -> dict[str, str]:
     known = flaggems_functions() or frozenset()
     if not settings.use_flaggems:
         state, why = "off", str(settings.source("use_flaggems"))
-    elif not VENDORS[device.vendor].flaggems:
-        state, why = "off", f"FlagGems has nothing for {device.vendor}"
-    elif not known:
-        state, why = "off", "FlagGems is not installed"
+    elif (unavailable := why_not_here(device)) is not None:
+        state, why = "off", unavailable
     elif settings.flagos_whitelist is not None:
         count = len(settings.flagos_whitelist)
         state, why = f"{count} of {len(known)} functions" if count else "off", f"flagos_whitelist ({settings.source('flagos_whitelist')})"

@@ -56,15 +56,18 @@ TESTED = "5.0.2"
 NOT_INSTALLED = "FlagGems is not installed (uv pip install flag_gems)"
 
 
-def why_unavailable(device: Device | None = None) -> str | None:
-    """Why FlagGems cannot be used on this machine, or None. FlagGems is not imported to find out.
+def why_unavailable() -> str | None:
+    """Why FlagGems cannot be used on this machine under the settings in force, or None. It is not imported to find out.
 
-    Args:
-        device: what was detected; None: PyTorch is asked if it is loaded, the driver's files if not.
+    PyTorch is asked for the device if it is loaded, the driver's files if not.
     """
     if not settings_in_force().use_flaggems:
         return "USE_FLAGGEMS=0"
-    device = device or (detect() if "torch" in sys.modules else probe())
+    return why_not_here(detect() if "torch" in sys.modules else probe())
+
+
+def why_not_here(device: Device) -> str | None:
+    """Why FlagGems cannot be used on a device, whatever the settings say, or None."""
     if not VENDORS[device.vendor].flaggems:
         return f"FlagGems has nothing for {device.vendor}"
     if importlib.util.find_spec("flag_gems") is None:
