@@ -36,6 +36,13 @@ _LAYERS = {
         "offsets",
         "fused_set_kv_buffer_arg",
     ),
+    "sglang.srt.layers.rotary_embedding.mrope:MRotaryEmbedding.forward_native": (
+        "self",
+        "positions",
+        "query",
+        "key",
+        "fused_set_kv_buffer_arg",
+    ),
     "sglang.srt.runtime_context:get_exec": (),
 }
 _FUSED_OP_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")

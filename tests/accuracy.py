@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asserts that an implementation's results are as near to float64 as ``sglang_fl.certify.exact`` says."""
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sglang_fl.certify import exact
+from sglang_fl.certify.cases import cases_of
 from sglang_fl.certify.exact import DTYPES, U32, Exact
+from sglang_fl.certify.measure import Subject
+from sglang_fl.certify.words import OK
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
-__all__ = ["DTYPES", "U32", "Norm", "assert_within", "check_rms_norm", "check_rotary_embedding", "check_silu_and_mul"]
+__all__ = ["DTYPES", "U32", "Norm", "assert_within", "check_cases", "check_rms_norm", "check_rotary_embedding", "check_silu_and_mul"]
 
 
 class Norm:
@@ -29,6 +34,25 @@ def _assert(what: str, got: tuple[torch.Tensor, ...], wanted: tuple[Exact, ...],
     for result, right in zip(got, wanted, strict=True):
         problem = right.judge(result, dtype).problem
         assert problem is None, f"{what}: {problem}"
+
+
+def check_cases(op: str, fn: Callable[..., Any], *checks: str, allowed: frozenset[str] = frozenset({OK}), device: str = "cpu") -> int:
+    """Hold an implementation to the cases of ``sglang-fl check --quick``; how many there were.
+
+    Args:
+        checks: the kinds of check.
+        allowed: the outcomes that are no failure; REFUSED where a kernel may say that it does not take a call.
+    """
+    seed = secrets.randbits(31)
+    subject = Subject(op, fn, getattr(ReferenceBackend(), op), torch.device(device), writes_inputs=True)
+    count = 0
+    for case in cases_of(op, None, torch.device(device), quick=True):
+        if case.check in checks:
+            outcome = subject.check(case, seed)
+            assert outcome.status in allowed, f"{op}, {case.check}, {case.name}, {case.dtype}, seed {seed}: {outcome.message}"
+            count += outcome.status == OK
+    assert count, f"none of {op}'s cases ran"
+    return count
 
 
 def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:

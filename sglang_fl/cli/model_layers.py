@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import LAYERS, NOT_COVERED_CLASSES, OVERRIDING
+from ..dispatch.bridge.catalog import DERIVED, LAYERS, NOT_COVERED_CLASSES, OVERRIDING
 
 #: How ``get_rope`` names the class it makes, by the config's rope type.
 _ROPE_CLASSES = {
@@ -65,7 +65,7 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     rows = []
     for class_name in dict.fromkeys(_rope_class(text) if name in _MAKE_ROPE else name for name in used):
         op = _KNOWN.get(class_name)
-        why = settings.why_left({class_name, LAYERS[op][0][1]}) if op else None
+        why = settings.why_left({class_name, *(LAYERS[base][0][1] for base in (op, DERIVED.get(op)) if base)}) if op else None
         if op is None:
             destination = "sglang (no operator of sglang-fl is for it)"
         elif class_name in OVERRIDING:
@@ -122,10 +122,12 @@ def _rope_class(config: dict[str, Any]) -> str:
 def _size(op: str | None, config: dict[str, Any]) -> str:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    rotary = f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads"
     return {
         "rms_norm": f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}",
         "silu_and_mul": f"intermediate_size {config.get('intermediate_size')}",
-        "rotary_embedding": f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads",
+        "rotary_embedding": rotary,
+        "mrotary_embedding": rotary,
     }.get(op or "", "")
 
 

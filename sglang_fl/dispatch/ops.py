@@ -114,6 +114,35 @@ class FLBackendBase(ABC):
         """
         raise NotImplementedError(f"{self.name} has no rotary_embedding")
 
+    def mrotary_embedding(
+        self, obj: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary position embedding of query and key with multimodal sections (Wang et al. 2024, arXiv:2409.12191).
+
+        As :meth:`rotary_embedding`, but a token may have three positions: in time, height and width. Pair ``i`` of a
+        head's numbers then turns by the angle of ``positions[axis_map[i]]``.
+
+        Args:
+            obj: the layer: ``obj.cos_sin_cache`` ``[max_position, rotary_dim]``, the cosines in its first half and the
+                sines in its second, fp32, bf16 or fp16, possibly of another dtype than query; ``obj.head_size``, with
+                ``rotary_dim <= head_size``; ``obj.is_neox_style``: True if pair ``i`` is ``(i, i + rotary_dim / 2)``,
+                False if it is ``(2 * i, 2 * i + 1)``; ``obj.axis_map`` ``[rotary_dim / 2]``, int64: 0, 1 or 2 for each
+                pair, None where positions have one row. ``obj.mrope_section`` (t, h, w) and ``obj.mrope_interleaved``
+                say the same, for kernels that want it so: without ``mrope_interleaved`` the first t pairs are time's,
+                the next h height's, the rest width's; with it pair ``3 * j + 1`` is height's for ``j < h``, pair
+                ``3 * j + 2`` width's for ``j < w``, and the others time's.
+            positions: ``[num_tokens]``, or ``[3, num_tokens]`` if there is an ``axis_map``; int32 or int64, each below
+                ``max_position``. Not written.
+            query: ``[num_tokens, num_heads * head_size]`` or ``[num_tokens, num_heads, head_size]``, the last
+                dimension contiguous; often a part of one packed projection with key and value. May be written.
+            key: likewise, with any number of heads. May be written.
+
+        Returns:
+            ``(query, key)`` rotated, in their shapes and dtypes, in the storage of query and key or in new tensors.
+            The numbers of a head from ``rotary_dim`` on are the input's, bit for bit.
+        """
+        raise NotImplementedError(f"{self.name} has no mrotary_embedding")
+
 
 _NOT_OPERATORS = frozenset({"is_available", "why_unavailable"})
 

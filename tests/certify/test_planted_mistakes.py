@@ -274,6 +274,17 @@ def cos_in_bf16(layer: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved:
     return reference.rotary_embedding(layer, q, k, c.bfloat16(), s.bfloat16(), p, interleaved)
 
 
+def sections_exchanged(layer: Any, positions: Any, query: Any, key: Any) -> Any:
+    return reference.mrotary_embedding(layer, positions.flip(0) if positions.dim() == 2 else positions, query, key)
+
+
+def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any) -> Any:
+    names = ("cos_sin_cache", "head_size", "is_neox_style", "mrope_section", "mrope_interleaved")
+    axes = torch.cat([torch.full((size,), axis) for axis, size in enumerate(layer.mrope_section)])
+    other = Other(layer, **{name: getattr(layer, name) for name in names}, axis_map=axes)
+    return reference.mrotary_embedding(other, positions, query, key)
+
+
 @pytest.mark.parametrize(
     ("op", "mistake", "check", "told"),
     [
@@ -303,6 +314,8 @@ def cos_in_bf16(layer: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved:
         ("rotary_embedding", rest_dropped, UNUSUAL, "out of bounds"),
         ("rotary_embedding", positions_in_16_bits, UNUSUAL, "out of bounds"),
         ("rotary_embedding", cos_in_bf16, SERVING, "out of bounds"),
+        ("mrotary_embedding", sections_exchanged, SERVING, "out of bounds"),
+        ("mrotary_embedding", sections_never_interleaved, SERVING, "out of bounds"),
     ],
 )
 def test_a_mistake_is_caught(op: str, mistake: Callable[..., Any], check: str, told: str) -> None:

@@ -220,7 +220,16 @@ def test_class_of_the_rotary_embedding(ops: Ops, model: Callable[[Any], str], ro
     found = ops("--model", model({key: value for key, value in QWEN3.items() if key != "rope_scaling"} | rope))["layers"]
     layers = {layer["class_name"]: layer["destination"] for layer in found}
     assert layers.keys() == {"RMSNorm", "SiluAndMul", class_name}
-    assert layers[class_name] == ("sglang (it has a forward of its own)" if class_name == "MRotaryEmbedding" else REFERENCE)
+    assert layers[class_name] == REFERENCE
+
+
+def test_a_list_that_names_a_class_means_those_that_derive_from_it(
+    ops: Ops, model: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_FL_OOT_BLACKLIST", "RotaryEmbedding")
+    rope = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
+    found = ops("--model", model(QWEN3 | rope))["layers"]
+    assert {"MRotaryEmbedding": "sglang (oot_blacklist)"}.items() <= {row["class_name"]: row["destination"] for row in found}.items()
 
 
 def test_sizes_of_a_model_that_has_a_text_config(ops: Ops, model: Callable[[Any], str]) -> None:

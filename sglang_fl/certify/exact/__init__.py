@@ -4,7 +4,7 @@
 from .activation import silu_and_mul
 from .judge import DTYPES, TINY, U32, Exact, Verdict, exactly, smallest, u
 from .normalization import rms_norm
-from .rotary import rotary_embedding
+from .rotary import mrotary_embedding, rotary_embedding
 
 __all__ = [
     "DTYPES",
@@ -13,6 +13,7 @@ __all__ = [
     "Exact",
     "Verdict",
     "exactly",
+    "mrotary_embedding",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",

@@ -24,6 +24,7 @@ class KernelBackend(Backend):
         silu_and_mul(x)
         rms_norm(x, residual, weight, eps)
         rotary_embedding(query, key, cos, sin, position_ids, interleaved, inplace)
+        mrotary_embedding(query, key, cos, sin, positions, interleaved, axis_map, mrope_section, mrope_interleaved)
     """
 
     def is_available(self) -> bool:
@@ -54,3 +55,17 @@ class KernelBackend(Backend):
         inplace: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._impl.rotary_embedding(query, key, cos, sin, position_ids, rotary_interleaved, inplace)
+
+    def mrotary_embedding(
+        self, obj: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = obj.cos_sin_cache.chunk(2, -1)
+        by_head = tuple(x.reshape(x.shape[0], x.shape[1:].numel() // obj.head_size, obj.head_size) for x in (query, key))
+        interleaved = not obj.is_neox_style
+        if positions.dim() == 1:
+            rotated = self._impl.rotary_embedding(*by_head, cos, sin, positions, interleaved, True)
+        else:
+            rotated = self._impl.mrotary_embedding(
+                *by_head, cos, sin, positions, interleaved, obj.axis_map, obj.mrope_section, obj.mrope_interleaved
+            )
+        return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)

@@ -24,6 +24,7 @@ from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
 from .base import Bridge, Forward, NoContexts, Routes, Site
 from .first_passes import FirstPasses
+from .mrotary_embedding import MRotaryEmbeddingBridge
 from .report import BindReport
 from .rms_norm import RMSNormBridge
 from .rotary_embedding import RotaryEmbeddingBridge
@@ -31,7 +32,12 @@ from .silu_and_mul import SiluAndMulBridge
 
 logger = get_logger()
 
-BRIDGES: tuple[Bridge, ...] = (RMSNormBridge(), RotaryEmbeddingBridge(), SiluAndMulBridge())
+BRIDGES: tuple[Bridge, ...] = (
+    MRotaryEmbeddingBridge(),
+    RMSNormBridge(),
+    RotaryEmbeddingBridge(),
+    SiluAndMulBridge(),
+)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,6 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sglang.srt.layers.rotary_embedding.base", "RotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.base", "LinearScalingRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.bailing_mrope", "BailingMRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "Ernie4_5_VLRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "MRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "YaRNScalingMRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.rope_variant", "DeepseekScalingRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.rope_variant", "DynamicNTKAlphaRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.rope_variant", "DynamicNTKScalingRotaryEmbedding"),
@@ -35,7 +32,15 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sglang.srt.models.beam", "BeamRotaryEmbedding"),
         ("sglang.srt.models.grok", "ScalingRotaryEmbedding"),
     ),
+    "mrotary_embedding": (
+        ("sglang.srt.layers.rotary_embedding.mrope", "MRotaryEmbedding"),
+        ("sglang.srt.layers.rotary_embedding.mrope", "Ernie4_5_VLRotaryEmbedding"),
+        ("sglang.srt.layers.rotary_embedding.mrope", "YaRNScalingMRotaryEmbedding"),
+    ),
 }
+
+#: Operators whose class derives from another operator's class: naming that one in a list means both.
+DERIVED = {"mrotary_embedding": "rotary_embedding"}
 
 #: Every class that the lists may name.
 CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers)
@@ -51,7 +56,6 @@ NOT_COVERED_OPERATORS = frozenset(
         "gelu_and_mul",
         "gemma_rms_norm",
         "layer_norm",
-        "mrotary_embedding",
         "new_gelu",
         "quick_gelu",
         "relu2",
@@ -86,7 +90,5 @@ OVERRIDING = frozenset(
         "Glm4vRMSNorm",
         "GlmOcrRMSNorm",
         "Llama4VisionRotaryEmbedding",
-        "MRotaryEmbedding",
-        "YaRNScalingMRotaryEmbedding",
     }
 )

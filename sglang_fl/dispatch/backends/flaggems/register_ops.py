@@ -4,7 +4,7 @@ from ...types import BackendImplKind, BackendPriority, OpImpl
 from .flaggems import FlagGemsBackend
 
 #: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True}
+_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True, "mrotary_embedding": True}
 
 
 def register_builtins(registry: OpRegistry) -> None:
