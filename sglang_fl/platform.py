@@ -74,10 +74,19 @@ class FLMoments:
         bind_model(model, self.device)
 
     def get_torch_distributed_backend_str(self) -> str:
+        """The backend of SGLang's device groups; where FlagCX is chosen, this is when it is made ready in a worker."""
         from .runtime import settings_in_worker
 
-        chosen = settings_in_worker(self.device).dist_backend
-        return chosen or str(super().get_torch_distributed_backend_str())  # type: ignore[misc]
+        settings = settings_in_worker(self.device)
+        native = self._native_collective()
+        if settings.collective == "flagcx":
+            from .distributed import open_doors
+
+            return open_doors(settings, self.device.device_type, native)
+        return settings.dist_backend or native
+
+    def _native_collective(self) -> str:
+        return str(super().get_torch_distributed_backend_str())  # type: ignore[misc]
 
 
 class TorchDeviceMixin(DeviceMixin):
@@ -144,10 +153,8 @@ class OutOfTree(FLMoments, SRTPlatform):
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "inductor"
 
-    def get_torch_distributed_backend_str(self) -> str:
-        from .runtime import settings_in_worker
-
-        return settings_in_worker(self.device).dist_backend or self.vendor.collective
+    def _native_collective(self) -> str:
+        return self.vendor.collective
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CUDA" if self.device_type == "cuda" else "PrivateUse1"

@@ -14,6 +14,7 @@ from .device import Device
 from .dispatch.logger_manager import open_dispatch_log, why_unwritable
 from .dispatch.manager import OpManager, get_default_manager
 from .dispatch.policy import PolicyManager
+from .distributed.device_communicators.flagcx_files import FlagCXError, find_library
 from .vocabulary import vocabulary
 
 _current: Settings | None = None
@@ -43,11 +44,11 @@ def check_settings(environ: Mapping[str, str], device: Device, manager: OpManage
         if unwritable:
             problems.append(f"{variable}: {unwritable}")
     if settings.collective == "flagcx":
-        source = "dist_backend" if settings.dist_backend else "flagcx_path"
-        problems.append(
-            f"{settings.source(source)}: FlagCX is asked for, and this version of sglang-fl has no collectives of its own; "
-            "unset it, and SGLang's collectives serve"
-        )
+        source = settings.source("flagcx_path" if settings.flagcx_path else "dist_backend")
+        try:
+            find_library(settings.flagcx_path, environ)
+        except FlagCXError as error:
+            problems.append(f"{source}: {error}")
     if problems:
         raise SettingsError(problems)
     return settings

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that stay alive between tests: processes of a torch.distributed world over the stand-in for libflagcx."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+from sglang_fl.cli.server import free_port
+
+#: Set in each rank: its groups by size, over FlagCX and over gloo, and the Doors that made them.
+state: dict[str, Any] = {}
+
+
+def _serve(rank: int, world_size: int, port: int, environ: Mapping[str, str], calls: Connection) -> None:
+    os.environ.update(environ)
+    while True:
+        try:
+            function, args = calls.recv()
+        except EOFError:
+            return
+        try:
+            calls.send((True, function(rank, world_size, port, *args)))
+        except BaseException as error:
+            calls.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+class RankFailed(AssertionError):
+    """A function failed on a rank; the message has its traceback."""
+
+
+class Ranks:
+    """The ranks of a world, each waiting for a function to run."""
+
+    def __init__(self, environ: Sequence[Mapping[str, str]]):
+        context = multiprocessing.get_context("spawn")
+        self.size = len(environ)
+        self._ends: list[Connection] = []
+        self._is_stuck = False
+        self.processes = []
+        port = free_port()
+        for rank, variables in enumerate(environ):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, port, dict(variables), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self.processes.append(process)
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        for end in self._ends:
+            end.send((function, args))
+
+    def result(self, rank: int, timeout: float = 60) -> Any:
+        """What the function returned on a rank, or the text of what it raised as RankFailed.
+
+        Raises:
+            TimeoutError: the rank said nothing in time.
+        """
+        if not self._ends[rank].poll(0 if self._is_stuck else timeout):
+            self._is_stuck = True
+            raise TimeoutError(f"rank {rank} said nothing for {timeout} s")
+        good, value = self._ends[rank].recv()
+        if not good:
+            raise RankFailed(f"rank {rank}: {value}")
+        return value
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a function of an importable module on all ranks; returns each one's result."""
+        self.start(function, *args)
+        return [self.result(rank) for rank in range(self.size)]
+
+    def close(self) -> None:
+        for end in self._ends:
+            end.close()
+        for process in self.processes:
+            process.join(3)
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def ranks(environ: Sequence[Mapping[str, str]]) -> Iterator[Ranks]:
+    world = Ranks(environ)
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+def join_world(rank: int, world_size: int, port: int, backend: str = "flagcx", limit: float = 30.0) -> str:
+    """Make the default group as SGLang does, after the settings in the environment; returns its backend's class."""
+    import torch
+    import torch.distributed as dist
+
+    from sglang_fl.config import load_settings
+    from sglang_fl.device import Device
+    from sglang_fl.distributed.doors import Doors
+
+    torch.set_num_threads(1)
+    if backend == "flagcx":
+        settings = load_settings(os.environ, device=Device("cpu", "cpu", None, "test"))
+        state["doors"] = Doors(settings, "cpu", "gloo", limit)
+        state["doors"].register_backend()
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", world_size=world_size, rank=rank, timeout=timedelta(seconds=60))
+    return type(dist.group.WORLD._get_backend(torch.device("cpu"))).__name__
+
+
+def make_groups(rank: int, world_size: int, port: int) -> None:
+    """Groups of the first 2, 3 … ranks, over FlagCX and over gloo."""
+    import torch
+    import torch.distributed as dist
+
+    state["flagcx"], state["gloo"], state["communicators"] = {}, {}, {}
+    for size in range(2, world_size + 1):
+        state["flagcx"][size] = dist.new_group(list(range(size)), backend="flagcx")
+        state["gloo"][size] = dist.new_group(list(range(size)), backend="gloo")
+        if rank < size:
+            state["communicators"][size] = state["doors"].communicator(state["flagcx"][size], torch.device("cpu"))
