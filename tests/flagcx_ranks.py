@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks that stay alive between tests: processes of a torch.distributed world over the stand-in for libflagcx."""
 
+import logging
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -108,6 +111,57 @@ def join_world(rank: int, world_size: int, port: int, backend: str = "flagcx", l
         state["doors"].register_backend()
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", world_size=world_size, rank=rank, timeout=timedelta(seconds=60))
     return type(dist.group.WORLD._get_backend(torch.device("cpu"))).__name__
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a rank: its default group's backend or what was raised, its warnings, the sum of all ranks' 1."""
+
+    backend: str = ""
+    error: str = ""
+    warnings: tuple[str, ...] = ()
+    total: float = 0
+    seconds: float = 0
+
+
+def meet(rank: int, world_size: int, port: int, environ: Sequence[Mapping[str, str]], new_port: int, limit: float) -> Outcome:
+    """Join a new world with the settings given for each rank (none: FlagCX was not chosen there), and use it."""
+    import torch
+    import torch.distributed as dist
+
+    for name in [name for name in os.environ if "FLAGCX" in name or name.startswith("SGLANG_FL_")]:
+        del os.environ[name]
+    os.environ.update(environ[rank])
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("sglang_fl").addHandler(handler)
+    started = time.monotonic()
+    try:
+        backend = join_world(rank, world_size, new_port, "flagcx" if environ[rank] else "gloo", limit)
+        seconds = time.monotonic() - started
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        group = dist.new_group(list(range(world_size)), backend="flagcx" if environ[rank] else "gloo")
+        dist.all_reduce(total, group=group)
+        return Outcome(backend, "", tuple(record.getMessage() for record in records), total.item(), seconds)
+    except Exception as error:
+        return Outcome("", f"{type(error).__name__}: {error}", tuple(record.getMessage() for record in records))
+    finally:
+        logging.getLogger("sglang_fl").removeHandler(handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def all_reduce_once(rank: int, world_size: int, port: int, without: int) -> float:
+    """Add ones up over the default group, on every rank but one."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.ones(1)
+    if rank != without:
+        dist.all_reduce(total)
+    return total.item()
 
 
 def make_groups(rank: int, world_size: int, port: int) -> None:

@@ -4,7 +4,7 @@
  * Ranks meet in a file of /dev/shm that the unique id names, and data moves through it. A call returns when it is done:
  * there are no streams, but a handle that was not made by streamCopy is refused. FLAGCX_STAND_IN_COUNTERS names a
  * directory for counters; FLAGCX_STAND_IN_FAULT makes calls fail, hang or kill the process, as
- * "flagcxAllReduce@1#3=die,…" (the third one, on rank 1).
+ * "flagcxAllReduce@1#3=die,…" (the third one, on rank 1; #0: every one).
  *
  * -DBEFORE_0_13: handles and ids as FlagCX made them before 0.13. -DWITHOUT_ALL_GATHER: a symbol is missing. */
 #define _GNU_SOURCE
@@ -88,7 +88,7 @@ static result fault(const char *name, int rank) {
     int who;
     unsigned long nth;
     if (sscanf(one, "%63[^@]@%d#%lu=%15s", function, &who, &nth, kind) != 4) { fprintf(stderr, "bad fault %s\n", one); abort(); }
-    if (strcmp(function, name) || who != rank || nth != calls_of(name)) continue;
+    if (strcmp(function, name) || who != rank || (nth && nth != calls_of(name))) continue;
     if (!strcmp(kind, "hang")) for (;;) pause();
     if (!strcmp(kind, "die")) kill(getpid(), SIGKILL);
     return INTERNAL_ERROR;
