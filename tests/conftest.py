@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from flagcx_stand_in import REAL_FLAGCX
 
 _PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_", "_SGLANG_FL_")
 _NAMES = ("USE_FLAGGEMS", "FLAGCX_PATH", "GEMS_VENDOR", "SGLANG_PLATFORM", "SGLANG_PLUGINS", "SGLANG_USE_CPU_ENGINE")
@@ -18,7 +19,12 @@ def _settings_in_environment() -> list[str]:
 
 
 def pytest_configure() -> None:
-    """Tests, and the servers that they share, have settings of their own, whatever the shell has exported."""
+    """Tests, and the servers that they share, have settings of their own, whatever the shell has exported.
+
+    Where the real FlagCX is, is no setting: the tests that need it ask under another name.
+    """
+    if "FLAGCX_PATH" in os.environ:
+        os.environ[REAL_FLAGCX] = os.environ["FLAGCX_PATH"]
     for variable in _settings_in_environment():
         del os.environ[variable]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent / "distributed" / "flagcx_stand_in.c"
+#: Where conftest.py keeps the FLAGCX_PATH that the tests were started with.
+REAL_FLAGCX = "TEST_REAL_FLAGCX_PATH"
 _RECORD = struct.Struct("48sQQ")
 
 
