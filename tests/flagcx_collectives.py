@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each rank runs: a collective over FlagCX and the same over gloo, on the same inputs; a difference is an error.
+"""What each rank runs: a collective over FlagCX and the same over gloo (on GPUs NCCL), on the same inputs.
 
-Inputs are small whole numbers, so that every order of adding gives the same bits in every dtype.
+A difference is an error. Inputs are small whole numbers, so that every order of adding gives the same bits in every dtype.
 """
 
 import math
@@ -32,18 +32,18 @@ class Case:
     def tensor(self, rank: int, rows: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 8 + rank)
         low, high = (0, 3) if self.dtype in (torch.uint8, torch.bool) else (-2, 3)
-        return torch.randint(low, high, (rows, *self.tail), generator=generator).to(self.dtype)
+        return torch.randint(low, high, (rows, *self.tail), generator=generator).to(self.dtype).to(state["device"])
 
     def new(self, rows: int) -> torch.Tensor:
-        return torch.full((rows, *self.tail), 1, dtype=self.dtype)
+        return torch.full((rows, *self.tail), 1, dtype=self.dtype, device=state["device"])
 
 
 def _everyone(case: Case, rows: Callable[[int], int]) -> list[torch.Tensor]:
-    """What every rank has put in, brought here by gloo."""
+    """What every rank has put in."""
     mine = case.tensor(dist.get_rank(), rows(dist.get_rank()))
     found: list[Any] = [None] * case.ranks
-    dist.all_gather_object(found, mine, group=state["gloo"][case.ranks])
-    return found
+    dist.all_gather_object(found, mine.cpu(), group=state["native"][case.ranks])
+    return [tensor.to(mine.device) for tensor in found]
 
 
 def _reduced(tensors: Sequence[torch.Tensor], op: str) -> torch.Tensor:
@@ -59,30 +59,30 @@ def _reduced(tensors: Sequence[torch.Tensor], op: str) -> torch.Tensor:
 
 
 def _pair(case: Case) -> tuple[Any, Any, Any]:
-    return state["flagcx"][case.ranks], state["gloo"][case.ranks], state["communicators"][case.ranks]
+    return state["flagcx"][case.ranks], state["native"][case.ranks], state["communicators"][case.ranks]
 
 
 def all_reduce(case: Case) -> Any:
-    flagcx, gloo, communicator = _pair(case)
+    flagcx, native, communicator = _pair(case)
     mine = case.tensor(dist.get_rank(), case.sizes[0])
-    by_gloo, by_backend, by_communicator = mine.clone(), mine.clone(), mine.clone()
-    dist.all_reduce(by_gloo, op=OPS[case.op], group=gloo)
+    by_native, by_backend, by_communicator = mine.clone(), mine.clone(), mine.clone()
+    dist.all_reduce(by_native, op=OPS[case.op], group=native)
     dist.all_reduce(by_backend, op=OPS[case.op], group=flagcx)
     communicator.all_reduce(by_communicator, OPS[case.op])
     out_of_place = communicator.outplace_all_reduce(mine, op=OPS[case.op])
     into = torch.zeros_like(mine)
     assert communicator.outplace_all_reduce(mine, into, OPS[case.op]) is into
     assert torch.equal(mine, case.tensor(dist.get_rank(), case.sizes[0])), "out of place left its input alone"
-    return by_gloo, by_backend, by_communicator, out_of_place, into
+    return by_native, by_backend, by_communicator, out_of_place, into
 
 
 def reduce(case: Case) -> Any:
-    flagcx, gloo, _ = _pair(case)
-    by_gloo = case.tensor(dist.get_rank(), case.sizes[0])
-    by_backend = by_gloo.clone()
-    dist.reduce(by_gloo, case.root, op=OPS[case.op], group=gloo)
+    flagcx, native, _ = _pair(case)
+    by_native = case.tensor(dist.get_rank(), case.sizes[0])
+    by_backend = by_native.clone()
+    dist.reduce(by_native, case.root, op=OPS[case.op], group=native)
     dist.reduce(by_backend, case.root, op=OPS[case.op], group=flagcx)
-    return (by_gloo, by_backend) if dist.get_rank() == case.root else (mine_alone(), mine_alone())
+    return (by_native, by_backend) if dist.get_rank() == case.root else (mine_alone(), mine_alone())
 
 
 def mine_alone() -> torch.Tensor:
@@ -90,10 +90,10 @@ def mine_alone() -> torch.Tensor:
 
 
 def broadcast(case: Case) -> Any:
-    flagcx, gloo, communicator = _pair(case)
+    flagcx, native, communicator = _pair(case)
     mine = case.tensor(dist.get_rank(), case.sizes[0])
     copies = [mine.clone() for _ in range(3)]
-    dist.broadcast(copies[0], case.root, group=gloo)
+    dist.broadcast(copies[0], case.root, group=native)
     dist.broadcast(copies[1], case.root, group=flagcx)
     communicator.broadcast(copies[2], case.root)
     return tuple(copies)
@@ -101,11 +101,11 @@ def broadcast(case: Case) -> Any:
 
 def all_gather(case: Case) -> Any:
     """Equal sizes: the list's form, the single tensor's, and the communicator's."""
-    flagcx, gloo, communicator = _pair(case)
+    flagcx, native, communicator = _pair(case)
     rows = case.sizes[0]
     mine = case.tensor(dist.get_rank(), rows)
     results = []
-    for group in (gloo, flagcx):
+    for group in (native, flagcx):
         outputs = [case.new(rows) for _ in range(case.ranks)]
         dist.all_gather(outputs, mine, group=group)
         results.append(torch.cat(outputs))
@@ -161,36 +161,36 @@ def reduce_scatter_uneven(case: Case) -> Any:
 
 
 def all_to_all(case: Case) -> Any:
-    flagcx, gloo, communicator = _pair(case)
+    flagcx, native, communicator = _pair(case)
     rows = case.sizes[0] * case.ranks
     mine = case.tensor(dist.get_rank(), rows)
-    by_gloo, by_backend, by_communicator = case.new(rows), case.new(rows), case.new(rows)
-    dist.all_to_all_single(by_gloo, mine, group=gloo)
+    by_native, by_backend, by_communicator = case.new(rows), case.new(rows), case.new(rows)
+    dist.all_to_all_single(by_native, mine, group=native)
     dist.all_to_all_single(by_backend, mine, group=flagcx)
     communicator.all_to_all_single(by_communicator, mine)
     by_list = [case.new(case.sizes[0]) for _ in range(case.ranks)]
     dist.all_to_all(by_list, list(mine.chunk(case.ranks)), group=flagcx)
-    return by_gloo, by_backend, by_communicator, torch.cat(by_list)
+    return by_native, by_backend, by_communicator, torch.cat(by_list)
 
 
 def all_to_all_uneven(case: Case) -> Any:
-    flagcx, gloo, _ = _pair(case)
+    flagcx, native, _ = _pair(case)
     rank = dist.get_rank()
     # Rank i sends sizes[(i + j) % n] rows to rank j.
     gives = [case.sizes[(rank + other) % case.ranks] for other in range(case.ranks)]
     mine = case.tensor(rank, sum(gives))
-    by_gloo, by_backend = case.new(sum(gives)), case.new(sum(gives))
-    dist.all_to_all_single(by_gloo, mine, output_split_sizes=gives, input_split_sizes=gives, group=gloo)
+    by_native, by_backend = case.new(sum(gives)), case.new(sum(gives))
+    dist.all_to_all_single(by_native, mine, output_split_sizes=gives, input_split_sizes=gives, group=native)
     dist.all_to_all_single(by_backend, mine, output_split_sizes=gives, input_split_sizes=gives, group=flagcx)
-    return by_gloo, by_backend
+    return by_native, by_backend
 
 
 def gather_and_scatter(case: Case) -> Any:
-    flagcx, gloo, _ = _pair(case)
+    flagcx, native, _ = _pair(case)
     rank, rows = dist.get_rank(), case.sizes[0]
     mine = case.tensor(rank, rows)
     results = []
-    for group in (gloo, flagcx):
+    for group in (native, flagcx):
         gathered = [case.new(rows) for _ in range(case.ranks)] if rank == case.root else None
         dist.gather(mine, gathered, dst=case.root, group=group)
         back = case.new(rows)
@@ -201,14 +201,14 @@ def gather_and_scatter(case: Case) -> Any:
 
 def around_the_ring(case: Case) -> Any:
     """send and recv, isend and irecv, and both as a batch; sizes differ by sender."""
-    flagcx, gloo, communicator = _pair(case)
+    flagcx, native, communicator = _pair(case)
     rank = dist.get_rank()
     after, before = (rank + 1) % case.ranks, (rank - 1) % case.ranks
     mine = case.tensor(rank, case.sizes[rank])
     # The stand-in has no streams: more than it buffers blocks the sender.
     is_small = max(case.sizes) * math.prod(case.tail) * case.dtype.itemsize < 2**18
     results = []
-    for group in (gloo, flagcx):
+    for group in (native, flagcx):
         blocking, batched, asynchronous = (case.new(case.sizes[before]) for _ in range(3))
         if rank % 2:
             dist.recv(blocking, before, group=group)
@@ -233,11 +233,11 @@ def around_the_ring(case: Case) -> Any:
 
 def asynchronous(case: Case) -> Any:
     """Several under way at once, waited for in another order."""
-    flagcx, gloo, _ = _pair(case)
+    flagcx, native, _ = _pair(case)
     rows = case.sizes[0]
     mine = case.tensor(dist.get_rank(), rows)
     results = []
-    for group in (gloo, flagcx):
+    for group in (native, flagcx):
         reduced, copied, gathered = mine.clone(), mine.clone(), [case.new(rows) for _ in range(case.ranks)]
         works = [
             dist.all_reduce(reduced, op=OPS[case.op], group=group, async_op=True),
@@ -254,32 +254,32 @@ def asynchronous(case: Case) -> Any:
 def coalesced(case: Case) -> Any:
     from torch.distributed.distributed_c10d import _coalescing_manager
 
-    flagcx, gloo, _ = _pair(case)
+    flagcx, native, _ = _pair(case)
     rank, rows = dist.get_rank(), case.sizes[0]
     one, two = case.tensor(rank, rows), case.tensor(rank + 10, rows)
-    by_gloo, by_backend = [one.clone(), two.clone()], [one.clone(), two.clone()]
-    for tensor in by_gloo:
-        dist.all_reduce(tensor, op=OPS[case.op], group=gloo)
+    by_native, by_backend = [one.clone(), two.clone()], [one.clone(), two.clone()]
+    for tensor in by_native:
+        dist.all_reduce(tensor, op=OPS[case.op], group=native)
     with _coalescing_manager(group=flagcx):
         for tensor in by_backend:
             dist.all_reduce(tensor, op=OPS[case.op], group=flagcx)
     gathered = [case.new(rows * case.ranks) for _ in range(2)]
     with _coalescing_manager(group=flagcx, async_ops=True) as manager:
-        for output, tensor in zip(gathered, by_gloo, strict=True):
+        for output, tensor in zip(gathered, by_native, strict=True):
             dist.all_gather_single(output, tensor, group=flagcx)
     manager.wait()
     scattered = [case.new(rows) for _ in range(2)]
     with _coalescing_manager(group=flagcx):
         for output, tensor in zip(scattered, gathered, strict=True):
             dist.reduce_scatter_single(output, tensor, op=ReduceOp.MAX, group=flagcx)
-    return torch.cat(by_gloo * 3), torch.cat([*by_backend, *(t[:rows] for t in gathered), *scattered])
+    return torch.cat(by_native * 3), torch.cat([*by_backend, *(t[:rows] for t in gathered), *scattered])
 
 
 def objects(case: Case) -> Any:
-    flagcx, gloo, _ = _pair(case)
+    flagcx, native, _ = _pair(case)
     mine = {"rank": dist.get_rank(), "seed": case.seed}
     results = []
-    for group in (gloo, flagcx):
+    for group in (native, flagcx):
         everyone: list[Any] = [None] * case.ranks
         dist.all_gather_object(everyone, mine, group=group)
         sent = [mine]

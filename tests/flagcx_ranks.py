@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_fl.cli.server import free_port
 
-#: Set in each rank: its groups by size, over FlagCX and over gloo, and the Doors that made them.
+#: Set in each rank: its device, its groups by size over FlagCX and over the vendor's own backend, and the Doors.
 state: dict[str, Any] = {}
 
 
@@ -105,12 +105,18 @@ def join_world(rank: int, world_size: int, port: int, backend: str = "flagcx", l
     from sglang_fl.distributed.doors import Doors
 
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        state["device"], state["vendor"] = torch.device("cuda", rank), "nccl"
+        torch.cuda.set_device(state["device"])
+        device = Device("nvidia", "cuda", "cuda", "test")
+    else:
+        state["device"], state["vendor"] = torch.device("cpu"), "gloo"
+        device = Device("cpu", "cpu", None, "test")
     if backend == "flagcx":
-        settings = load_settings(os.environ, device=Device("cpu", "cpu", None, "test"))
-        state["doors"] = Doors(settings, "cpu", "gloo", limit)
+        state["doors"] = Doors(load_settings(os.environ, device=device), device.device_type, state["vendor"], limit)
         state["doors"].register_backend()
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", world_size=world_size, rank=rank, timeout=timedelta(seconds=60))
-    return type(dist.group.WORLD._get_backend(torch.device("cpu"))).__name__
+    return type(dist.group.WORLD._get_backend(state["device"])).__name__
 
 
 @dataclass(frozen=True)
@@ -165,13 +171,12 @@ def all_reduce_once(rank: int, world_size: int, port: int, without: int) -> floa
 
 
 def make_groups(rank: int, world_size: int, port: int) -> None:
-    """Groups of the first 2, 3 … ranks, over FlagCX and over gloo."""
-    import torch
+    """Groups of the first 2, 3 … ranks, over FlagCX and over the vendor's own backend."""
     import torch.distributed as dist
 
-    state["flagcx"], state["gloo"], state["communicators"] = {}, {}, {}
+    state["flagcx"], state["native"], state["communicators"] = {}, {}, {}
     for size in range(2, world_size + 1):
         state["flagcx"][size] = dist.new_group(list(range(size)), backend="flagcx")
-        state["gloo"][size] = dist.new_group(list(range(size)), backend="gloo")
+        state["native"][size] = dist.new_group(list(range(size)), backend=state["vendor"])
         if rank < size:
-            state["communicators"][size] = state["doors"].communicator(state["flagcx"][size], torch.device("cpu"))
+            state["communicators"][size] = state["doors"].communicator(state["flagcx"][size], state["device"])

@@ -21,7 +21,7 @@ from torch.distributed import Backend
 from ..config import Settings
 from .agreement import LIMIT, Answer, BringUp, Decision, Round
 from .communicator import CommunicatorFL
-from .device_communicators.flagcx import FlagCXError, FlagCXLibrary
+from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
 from .device_communicators.flagcx_files import find_library
 from .process_group import ProcessGroupFlagCX
 from .watch import Watch
@@ -56,6 +56,11 @@ class Doors:
     def has_fallen_back(self) -> bool:
         """Whether the ranks agreed to use the vendor's own collectives."""
         return self._decision is not None and self._decision.reason is not None
+
+    @property
+    def version(self) -> Version | None:
+        """Of the library that is loaded; None before, or if it cannot be."""
+        return self._library.version if self._library is not None else None
 
     def register_backend(self) -> None:
         """The first door: ``flagcx`` becomes a backend that torch.distributed knows."""

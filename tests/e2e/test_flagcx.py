@@ -30,9 +30,7 @@ def counters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(
-    model: Path, native_logprobs: list[list[float]], counters: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+def running(model: Path, native_logprobs: list[list[float]], counters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     flagcx = build(tmp_path_factory.mktemp("flagcx")).parents[2]
     environ = {
         "FLAGCX_PATH": str(flagcx),
