@@ -22,6 +22,7 @@ from ..dispatch.backends.flaggems.library import TESTED, changed_signatures, why
 from ..dispatch.manager import OpManager
 from ..dispatch.ops import OPERATORS
 from ..dispatch.policy import SelectionPolicy
+from ..distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
 from ..runtime import check_settings
 from ..vendors import VENDORS
 from ..vocabulary import flaggems_functions
@@ -94,8 +95,9 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     except SettingsError as error:
         found.problems += [Problem(told, "correct it; a server does not start with it", fatal=True) for told in error.problems]
     else:
-        found.layers = _layers(settings, device, manager)
+        found.layers = [*_layers(settings, device, manager), _collectives(settings, device, environ)]
         found.problems += _flaggems_problems(device, settings)
+        found.problems += _flagcx_problems(settings, environ, deep=deep)
         if deep:
             found.aten = _aten_operators(settings, device, found.problems)
     if manager.discovery is not None:
@@ -201,9 +203,41 @@ def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict
     rows = [_first_layer(settings, device)]
     for row in operator_rows(manager, settings):
         rows.append({"layer": f"2 {row.op}", "state": row.picked, "why": f"{row.order} ({row.order_from})"})
-    state = settings.dist_backend or VENDORS[device.vendor].collective
-    rows.append({"layer": "3 collectives", "state": f"{state}, through SGLang", "why": str(settings.source("dist_backend"))})
     return rows
+
+
+def _collectives(settings: Settings, device: Device, environ: Mapping[str, str]) -> dict[str, str]:
+    native = VENDORS[device.vendor].collective
+    state, why = f"{settings.dist_backend or native}, through SGLang", str(settings.source("dist_backend"))
+    if settings.collective == "flagcx":
+        library = find_library(settings.flagcx_path, environ)
+        header = header_of(library)
+        release = header.version if header is not None and header.version else "of unknown release"
+        otherwise = "the server stops" if settings.strict else f"all take {native}"
+        state = f"flagcx {release} ({library}); if the ranks do not agree, {otherwise}"
+        if settings.dist_backend is None:
+            why = str(settings.source("flagcx_path"))
+    return {"layer": "3 collectives", "state": state, "why": why}
+
+
+def _flagcx_problems(settings: Settings, environ: Mapping[str, str], *, deep: bool) -> list[Problem]:
+    """What is wrong with FlagCX, where it is chosen; ``deep`` loads it."""
+    if settings.collective != "flagcx":
+        return []
+    library = find_library(settings.flagcx_path, environ)
+    header = header_of(library)
+    told = None
+    if header is not None and header.problems:
+        told = f"{header.path} is not as sglang-fl knows FlagCX: {'; '.join(header.problems)}"
+    elif deep:
+        from ..distributed.device_communicators.flagcx import FlagCXLibrary
+
+        try:
+            FlagCXLibrary(library)
+        except FlagCXError as error:
+            told = str(error)
+    remedy = "use FlagCX 0.5 to 0.13, built for this machine, on every node; or unset FLAGCX_PATH and SGLANG_FL_DIST_BACKEND"
+    return [Problem(told, remedy, fatal=settings.strict)] if told else []
 
 
 def _first_layer(settings: Settings, device: Device) -> dict[str, str]:

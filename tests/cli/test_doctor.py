@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flagcx_stand_in import header
 
 from sglang_fl import __version__
 from sglang_fl.cli import main
@@ -119,6 +120,48 @@ def test_layer_2_off() -> None:
 def test_collective_library_that_was_asked_for() -> None:
     row = diagnose({"SGLANG_FL_DIST_BACKEND": "nccl"}).layers[-1]
     assert row == {"layer": "3 collectives", "state": "nccl, through SGLang", "why": "SGLANG_FL_DIST_BACKEND"}
+
+
+@pytest.fixture
+def flagcx(tmp_path: Path) -> Path:
+    """A checkout whose header is there; its library is none."""
+    (tmp_path / "build" / "lib").mkdir(parents=True)
+    (tmp_path / "build" / "include").mkdir()
+    (tmp_path / "build" / "lib" / "libflagcx.so").write_text("no library")
+    (tmp_path / "build" / "include" / "flagcx.h").write_text(header("0.13.0"))
+    return tmp_path
+
+
+def test_flagcx(flagcx: Path) -> None:
+    found = diagnose({"FLAGCX_PATH": str(flagcx)})
+    state = f"flagcx 0.13.0 ({flagcx}/build/lib/libflagcx.so); if the ranks do not agree, all take gloo"
+    assert found.layers[-1] == {"layer": "3 collectives", "state": state, "why": "FLAGCX_PATH"}
+    assert found.problems == []
+    by_name = diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"}).layers[-1]
+    assert by_name["state"].endswith("the server stops") and by_name["why"] == "SGLANG_FL_DIST_BACKEND"
+    other = diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_DIST_BACKEND": "nccl"}).layers[-1]
+    assert other["state"] == "nccl, through SGLang"
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_a_flagcx_of_another_layout(flagcx: Path, strict: str) -> None:
+    (flagcx / "build" / "include" / "flagcx.h").write_text(header("0.14.0", without="getVendor"))
+    problem = only_problem(diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_STRICT": strict}))
+    assert "struct flagcxDeviceHandle has hostGetDevicePointer where getVendor is expected" in problem.what
+    assert problem.fatal == (strict == "1")
+
+
+def test_a_flagcx_that_is_not_there(tmp_path: Path) -> None:
+    problem = only_problem(diagnose({"FLAGCX_PATH": str(tmp_path / "gone")}))
+    assert problem.what.startswith(f"FLAGCX_PATH: there is no '{tmp_path}/gone'") and problem.fatal
+
+
+def test_a_flagcx_that_cannot_be_loaded(flagcx: Path) -> None:
+    from sglang_fl.cli.doctor import _flagcx_problems
+    from sglang_fl.config import Settings
+
+    (problem,) = _flagcx_problems(Settings(flagcx_path=str(flagcx)), {}, deep=True)
+    assert f"{flagcx}/build/lib/libflagcx.so cannot be loaded: " in problem.what
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
