@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from rich.console import Console
 from rich.table import Table
-from timing import paired_ratio
+from timing import first_error, paired_ratio
 
 from sglang_fl.cli.server import free_port
 
@@ -172,7 +172,8 @@ class Rank:
         rows = []
         for mode in ("graph", "eager") if self.device.type == "cuda" else ("eager",):
             count = self._count(next(iter(calls.values())))
-            timers = {name: self._timer(call, count, mode) for name, call in calls.items()}
+            timers, errors = self._timers(calls, count, mode)
+            rows += [{"op": operation, "bytes": b.bytes, "mode": mode, "candidate": name, "error": told} for name, told in errors.items()]
             times: dict[str, list[float]] = {name: [] for name in timers}
             order = list(timers)
             for _ in range(rounds):
@@ -219,6 +220,16 @@ class Rank:
         us = torch.tensor([self._run(lambda: [call() for _ in range(5)]) / 5])
         dist.all_reduce(us, op=dist.ReduceOp.MAX)
         return max(3, min(_MOST_CALLS, math.ceil(_LEAST_US / us.item())))
+
+    def _timers(self, calls: dict[str, Callable[[], Any]], count: int, mode: str) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+        """What times each candidate, and why one cannot be; that fails on all ranks alike."""
+        timers, errors = {}, {}
+        for name, call in calls.items():
+            try:
+                timers[name] = self._timer(call, count, mode)
+            except RuntimeError as error:
+                errors[name] = first_error(error)
+        return timers, errors
 
     def _timer(self, call: Callable[[], Any], count: int, mode: str) -> Callable[[], float]:
         """What gives microseconds a call."""
@@ -308,6 +319,9 @@ def table(rows: Sequence[dict[str, Any]], mode: str) -> Table:
         shown = []
         for name in names:
             row = cells[operation, size, name]
+            if "error" in row:
+                shown.append(row["error"])
+                continue
             median, low, high = row["speed"]
             ratio = "" if name == names[0] else f"  {median:.3f} [{low:.3f}, {high:.3f}]"
             shown.append(f"{row['us']:.1f}  {row['bus_gb_s']:.1f}{ratio}")

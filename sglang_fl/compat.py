@@ -45,6 +45,8 @@ _LAYERS = {
     ),
     "sglang.srt.runtime_context:get_exec": (),
 }
+#: What the hook on SGLang's groups reads of their arguments; checked where FlagCX is chosen.
+_GROUP_ARGUMENTS = ("torch_distributed_backend", "use_pynccl")
 _FUSED_OP_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
 
 
@@ -102,6 +104,18 @@ def check_platform() -> None:
     problems = list(_problems(_PLATFORM))
     if problems:
         raise IncompatibleSGLang(unsupported(problems))
+
+
+def check_groups() -> None:
+    """Raises IncompatibleSGLang unless SGLang's groups of ranks are made as the hook on them expects."""
+    path = "sglang.srt.distributed.parallel_state:GroupCoordinator.__init__"
+    try:
+        found = inspect.signature(_look_up(path)).parameters
+    except (ImportError, AttributeError) as error:
+        raise IncompatibleSGLang(unsupported([f"{path} is missing ({error})"])) from error
+    missing = [name for name in _GROUP_ARGUMENTS if name not in found]
+    if missing:
+        raise IncompatibleSGLang(unsupported([f"{path} takes no {' and no '.join(missing)}"]))
 
 
 def check_layers() -> None:

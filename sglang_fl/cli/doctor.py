@@ -187,10 +187,10 @@ def _plugin_problems(environ: Mapping[str, str]) -> list[Problem]:
 
 
 def _sglang_problems() -> list[Problem]:
-    from ..compat import IncompatibleSGLang, check_layers, check_platform
+    from ..compat import IncompatibleSGLang, check_groups, check_layers, check_platform
 
     problems = []
-    for check in (check_platform, check_layers):
+    for check in (check_platform, check_groups, check_layers):
         try:
             check()
         except IncompatibleSGLang as error:

@@ -373,3 +373,10 @@ def raw_stream_of(device: torch.device) -> Callable[[], int]:
     if not hasattr(module.current_stream(device), name):
         name = "native_handle"
     return lambda: getattr(module.current_stream(device), name)
+
+
+def current_device(device_type: str) -> torch.device:
+    """This process's device of a type, with its index."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())

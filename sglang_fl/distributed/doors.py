@@ -15,12 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import Backend as C10dBackend
 from torch._C._distributed_c10d import Store, _DistributedBackendOptions
 from torch.distributed import Backend
 
+from ..compat import check_groups
 from ..config import Settings
 from .agreement import LIMIT, Answer, BringUp, Decision, Round
-from .communicator import CommunicatorFL
+from .communicator import CommunicatorFL, current_device
 from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
 from .device_communicators.flagcx_files import find_library
 from .process_group import ProcessGroupFlagCX
@@ -67,7 +69,13 @@ class Doors:
         Backend.register_backend(NAME, self.create, extended_api=True, devices=[self._device_type])
 
     def hook_group_coordinator(self) -> None:
-        """The second door. Raises FlagCXError where SGLang does not take the hook."""
+        """The second door.
+
+        Raises:
+            IncompatibleSGLang: this SGLang makes its groups in another way.
+            FlagCXError: it does not take the hook.
+        """
+        check_groups()
         _hook_group_coordinator(self.init_group_coordinator)
 
     def create(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
@@ -113,7 +121,7 @@ class Doors:
         answer = self._answer()
         decision, communicator = Round(opts.store, "chosen", rank, world_size, self._limit).decide(answer), None
         if decision.reason is None and world_size > 1:
-            device = _current_device(self._device_type)
+            device = current_device(self._device_type)
             decision, communicator = self._come_up(opts.store, "world", opts.group_id, rank, world_size, device)
         if decision.reason is None:
             assert self._library is not None
@@ -128,6 +136,8 @@ class Doors:
     def _answer(self) -> Answer:
         version, problem = None, None
         try:
+            if not hasattr(C10dBackend, "all_gather_single"):
+                raise FlagCXError(f"PyTorch {torch.__version__} cannot take a backend that is written in Python; 2.14 can")
             self._library = FlagCXLibrary(find_library(self._settings.flagcx_path, os.environ))
             version = self._library.version.to_dict()
         except FlagCXError as error:
@@ -196,9 +206,3 @@ def _try_out(communicator: CommunicatorFL) -> None:
     communicator.all_reduce(ones)
     if ones.tolist() != [float(communicator.world_size)] * communicator.world_size:
         raise FlagCXError(f"a first all-reduce of ones over {communicator.world_size} ranks gave {ones.tolist()}")
-
-
-def _current_device(device_type: str) -> torch.device:
-    if device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(device_type, torch.get_device_module(device_type).current_device())

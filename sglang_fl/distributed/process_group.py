@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Backend, Work, _create_work_from_future
 
-from .communicator import CommunicatorFL
+from .communicator import CommunicatorFL, current_device
 
 
 class ProcessGroupFlagCX(Backend):
@@ -236,7 +236,7 @@ def _done(results: Any, device: torch.device) -> Work:
 
 
 def _device_of(opts: Any) -> torch.device:
-    if opts.device is not None:
-        return opts.device
+    """The device that a barrier means; torch.distributed names its type at most."""
     accelerator = torch.accelerator.current_accelerator()
-    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, torch.accelerator.current_device_index())
+    named = opts.device.type if opts.device is not None else None
+    return current_device(named or (accelerator.type if accelerator is not None else "cpu"))

@@ -362,6 +362,7 @@ def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[Any] = []
     monkeypatch.setattr("sglang_fl.cli.doctor.detect", lambda: asked.append(1) or Device("metax", "cuda", None, "PyTorch"))
     monkeypatch.setattr(compat, "check_platform", lambda: None)
+    monkeypatch.setattr(compat, "check_groups", lambda: None)
     monkeypatch.setattr(compat, "check_layers", broken)
     found = diagnose({"USE_FLAGGEMS": "0"}, deep=True)
     assert asked and found.device["vendor"] == "metax"
