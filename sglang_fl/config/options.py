@@ -130,7 +130,7 @@ _OPTIONS = (
     _row("flaggems_log_path", "SGLANG_FLAGGEMS_LOG_PATH", False, None, _text, "The file for that log."),
     _row("flaggems_log_once", "SGLANG_FLAGGEMS_LOG_ONCE", False, True, _flag, "1 logs each operator once."),
     _row("dist_backend", "SGLANG_FL_DIST_BACKEND", True, None, _choice(DIST_BACKENDS, str.lower), "The collective library; unset: the vendor's own."),
-    _row("flagcx_path", "FLAGCX_PATH", False, None, _text, "FlagCX's checkout; set alone, it chooses flagcx."),
+    _row("flagcx_path", "FLAGCX_PATH", False, None, _text, "FlagCX's checkout, or where its libflagcx.so is; set alone, it chooses flagcx."),
     _row("plugin_modules", "SGLANG_FL_PLUGIN_MODULES", False, None, _names, "More modules with register_builtins(registry)."),
     _row("log_level", "SGLANG_FL_LOG_LEVEL", False, "INFO", _LEVEL, "How much sglang-fl logs."),
     _row("dispatch_debug", "SGLANG_FL_DISPATCH_DEBUG", False, False, _flag, "1 logs every decision of the dispatch."),
