@@ -103,6 +103,11 @@ def asynchronous_work(rank: int, world_size: int, port: int) -> dict[str, bool]:
         expected = float(sum(r + turn + 1 for r in range(world_size)))
         found["right"] &= bool((tensor == expected).all())
         del scratch
+    # NCCL connects two ranks on their first exchange, which stops both hosts.
+    one, other = torch.ones(1, device=device), torch.empty(1, device=device)
+    peer = 1 - rank
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, one, peer, group=group), dist.P2POp(dist.irecv, other, peer, group=group)]):
+        work.wait()
     # Rank 0 sends before rank 1 has called recv; what rank 0 does meanwhile does not wait for it.
     if rank == 0:
         work = dist.isend(torch.full((1 << 24,), 3.0, device=device), 1, group=group)

@@ -114,6 +114,7 @@ class Doors:
                     f"start without it, or without FlagCX ({self._chosen_by()})"
                 )
             coordinator.pynccl_comm = self.communicator(coordinator.device_group, coordinator.device)
+            coordinator.pynccl_comm.name = coordinator.unique_name  # says more than torch.distributed's
 
     def _agree(self, opts: _DistributedBackendOptions) -> tuple[Decision, CommunicatorFL | None]:
         """Ask all ranks; the communicator of all of them comes up if they agree, for more than one."""

@@ -21,7 +21,7 @@ from .conftest import Prompt, Running, off_by, serving
 pytestmark = pytest.mark.e2e
 
 #: The call that fails on rank 1, when the other tests of this module are done.
-FAILING = 6000
+FAILING = 2500
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_the_recital_is_exact(running: Running, counters: Path) -> None:
     assert len(after) == 2, "both ranks, and no process else"
     for process, counted in after.items():
         asked = counted - before[process]
-        # Two layers, two all-reduces in each, and one of the embeddings: at every one of its 149 tokens.
-        assert asked["flagcxAllReduce"] >= 149 * 5 and asked["flagcxAllGather"] >= 149, asked
+        # Three layers, two all-reduces in each, and one of the embeddings: at every one of its 149 tokens.
+        assert asked["flagcxAllReduce"] >= 149 * 7 and asked["flagcxAllGather"] >= 149, asked
         assert counted["streamCopy"] == 1
     assert "FlagCX of unknown release (flagcxGetVersion 10000, flagcxDeviceHandleInit) serves the collectives of 2 ranks" in (
         running.server.log.read_text()
@@ -75,5 +75,5 @@ def test_a_communicator_error_ends_the_server_with_its_message(running: Running,
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     log = running.server.log.read_text()
-    assert "FlagCX: flagcxAllReduce failed on rank 1 of the 2 of group " in log
+    assert "FlagCX: flagcxAllReduce failed on rank 1 of the 2 of group 'tp:0' (cpu): " in log
     assert "flagcxInternalError (3). The ranks are out of step, so this server cannot go on." in log
