@@ -34,20 +34,12 @@ def test_a_run_on_the_stand_in(tmp_path: Path) -> None:
         command, check=True, capture_output=True, timeout=120, env={"PATH": "/bin", "HOME": str(tmp_path), "FLAGCX_PATH": str(flagcx)}
     )
     found = json.loads(out.read_text())
-    assert found["ranks"] == 2 and str(tmp_path) not in out.read_text()
+    assert found["ranks"] == 2 and found["flagcx"].startswith("of unknown release") and str(tmp_path) not in out.read_text()
     cells = {(row["op"], row["bytes"], row["candidate"]) for row in found["rows"]}
     names = ("torch", "flagcx", "flagcx-torch")
     assert cells == {(op, size, name) for op in collectives.OPERATIONS for size in (1024, 12) for name in names}
     assert all(row["us"] > 0 and row["speed"][0] > 0 for row in found["rows"])
     assert all(row["speed"] == [1, 1, 1] for row in found["rows"] if row["candidate"] == "torch")
-
-
-def test_without_flagcx_nothing_is_timed(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(collectives.__file__)), "--device", "cpu", "--sizes", "1K", "--rounds", "2"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={"PATH": "/bin", "HOME": str(tmp_path), "FLAGCX_PATH": "/gone"}
-    )
-    assert done.returncode != 0 and "there is no '/gone'" in done.stderr
 
 
 class TestVariantsOfServing:
