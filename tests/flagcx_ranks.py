@@ -58,7 +58,7 @@ class Ranks:
         for end in self._ends:
             end.send((function, args))
 
-    def result(self, rank: int, timeout: float = 60) -> Any:
+    def result(self, rank: int, timeout: float = 240) -> Any:
         """What the function returned on a rank, or the text of what it raised as RankFailed.
 
         Raises:
