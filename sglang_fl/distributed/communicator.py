@@ -109,6 +109,7 @@ class CommunicatorFL:
         """
         self._check(input_tensor)
         self._check(output_tensor)
+        _same_dtype(input_tensor, output_tensor)
         code_of_type, pieces = PIECES[input_tensor.dtype]
         if sizes is not None:
             parts = self._parts(output_tensor, sizes)
@@ -149,6 +150,7 @@ class CommunicatorFL:
         """
         self._check(input_tensor)
         self._check(output_tensor)
+        _same_dtype(input_tensor, output_tensor)
         code_of_type, code_of_op = DTYPES[input_tensor.dtype], OPS[op]
         if sizes is not None:
             parts = self._parts(input_tensor, sizes)
@@ -284,6 +286,8 @@ class CommunicatorFL:
 
     def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Send and receive (tensor, rank) pairs as one; what a rank has for itself is copied."""
+        for tensor, _ in (*sends, *receives):  # before a group is open, which an error would leave so
+            self._check(tensor)
         mine = [tensor for tensor, peer in sends if peer == self.rank]
         for target, source in zip((tensor for tensor, peer in receives if peer == self.rank), mine, strict=True):
             target.copy_(source)
@@ -355,6 +359,11 @@ class CommunicatorFL:
 
 
 _IN_PROGRESS = 7
+
+
+def _same_dtype(one: torch.Tensor, other: torch.Tensor) -> None:
+    if one.dtype != other.dtype:
+        raise ValueError(f"a tensor of {one.dtype} cannot go into one of {other.dtype}")
 
 
 def _same_elements(one: torch.Tensor, other: torch.Tensor) -> None:

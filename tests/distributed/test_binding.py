@@ -151,6 +151,11 @@ def test_what_cannot_be_used_is_named(communicator: CommunicatorFL) -> None:
         communicator.all_reduce(torch.ones(3, device="meta"))
     with pytest.raises(ValueError, match=r"contiguous tensors, not one of shape \[4, 2\] with strides \[4, 1\]"):
         communicator.all_reduce(torch.ones(4, 4)[:, :2])
+    for call in (communicator.all_gather, communicator.reduce_scatter):
+        with pytest.raises(ValueError, match=r"a tensor of torch.float32 cannot go into one of torch.bfloat16"):
+            call(torch.ones(3, dtype=torch.bfloat16), torch.ones(3))
+    with pytest.raises(ValueError, match=r"contiguous tensors, not one of shape"):
+        communicator.exchange([(torch.ones(4, 4)[:, :2], 0)], [(torch.ones(4, 2), 0)])
     with pytest.raises(ValueError, match="all_gather of 3 elements by 1 ranks into 4"):
         communicator.all_gather(torch.ones(4), torch.ones(3))
     with pytest.raises(ValueError, match="reduce_scatter of 3 elements to 1 ranks of 4"):
