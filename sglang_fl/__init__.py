@@ -30,7 +30,18 @@ def activate_platform() -> str:
 
 
 def load_plugin() -> None:
-    """Entry point ``sglang.srt.plugins``: sets the level of sglang-fl's loggers."""
+    """Entry point ``sglang.srt.plugins``: sets the level of sglang-fl's loggers, before SGLang reads its arguments.
+
+    The attention backends of a chip that a package brings up become values of ``--attention-backend``.
+    """
     level = os.environ.get("SGLANG_FL_LOG_LEVEL", "").strip().upper()
     if level in logging.getLevelNamesMapping():
         logging.getLogger("sglang_fl").setLevel(level)
+
+    from .vendor_platform import platform_here
+
+    found = platform_here(os.environ)
+    if found is not None:
+        from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
+        add_attention_backend_choices(name for name in found[0].attention_backends if name not in ATTENTION_BACKEND_CHOICES)

@@ -3,6 +3,7 @@
 
 import ast
 import importlib.util
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,20 +11,32 @@ from .config import Vocabulary
 from .dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES, NOT_COVERED_OPERATORS
 from .dispatch.manager import OpManager
 from .dispatch.ops import OPERATORS
-from .vendors import ALIASES, VENDORS
+from .vendor_platform import known_vendors
+from .vendors import ALIASES
 
 
 def vocabulary(manager: OpManager) -> Vocabulary:
-    """Names of this package, and of the backends that were found."""
-    impls = [impl for group in manager.registry.snapshot().impls_by_op.values() for impl in group]
-    return Vocabulary(
+    """Names of this package, and of the backends that are found if one is not among them."""
+    own = Vocabulary(
         operators=frozenset(OPERATORS),
         classes=CLASSES,
-        vendors=frozenset(VENDORS) | ALIASES.keys() | {impl.vendor for impl in impls if impl.vendor},
-        impls=frozenset(impl.impl_id for impl in impls),
+        vendors=frozenset(known_vendors().keys() | ALIASES.keys()),
+        impls=frozenset(),
         flaggems=flaggems_functions(),
         not_covered=NOT_COVERED_OPERATORS | NOT_COVERED_CLASSES,
         hints={"classes": "sglang-fl ops lists the classes"},
+    )
+    return replace(own, with_packages=lambda: _with_backends(own, manager))
+
+
+def _with_backends(own: Vocabulary, manager: OpManager) -> Vocabulary:
+    manager.discover(())
+    impls = [impl for group in manager.registry.snapshot().impls_by_op.values() for impl in group]
+    return replace(
+        own,
+        operators=(own.operators or frozenset()) | {impl.op_name for impl in impls},
+        vendors=(own.vendors or frozenset()) | {impl.vendor for impl in impls if impl.vendor},
+        impls=frozenset(impl.impl_id for impl in impls),
     )
 
 

@@ -23,7 +23,7 @@ from ..dispatch.manager import OpManager
 from ..dispatch.ops import OPERATORS
 from ..dispatch.policy import SelectionPolicy
 from ..runtime import check_settings
-from ..vendors import VENDORS
+from ..vendor_platform import known_vendors
 from ..vocabulary import flaggems_functions
 from .ops import operator_rows
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
     device = detect() if deep else probe(environ)
-    vendor = VENDORS[device.vendor]
+    vendor = known_vendors()[device.vendor]
     found = Diagnosis(
         device={
             "vendor": device.vendor,
@@ -103,7 +103,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
         found.problems += [
             Problem(f"backend {failure.origin} is not in use: {failure.reason}", "mend or uninstall that package")
             for failure in manager.discovery.failed
-            if "SGLANG_FL_PLUGIN_MODULES" not in failure.origin
+            if failure.module is None
         ]
     if deep:
         found.problems += _sglang_problems()
@@ -140,7 +140,7 @@ def _flaggems_problems(device: Device, settings: Settings) -> list[Problem]:
     """What is wrong with FlagGems, where the settings have a use for it."""
     orders = [SelectionPolicy.from_settings(settings).order_for(op) for op in OPERATORS]
     wanted = settings.flagos_whitelist != () or any("flagos" in order for order in orders)
-    if not (VENDORS[device.vendor].flaggems and settings.use_flaggems and wanted):
+    if not (known_vendors()[device.vendor].flaggems and settings.use_flaggems and wanted):
         return []
     if importlib.util.find_spec("flag_gems") is None:
         install = "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems"
@@ -201,7 +201,7 @@ def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict
     rows = [_first_layer(settings, device)]
     for row in operator_rows(manager, settings):
         rows.append({"layer": f"2 {row.op}", "state": row.picked, "why": f"{row.order} ({row.order_from})"})
-    state = settings.dist_backend or VENDORS[device.vendor].collective
+    state = settings.dist_backend or known_vendors()[device.vendor].collective
     rows.append({"layer": "3 collectives", "state": f"{state}, through SGLang", "why": str(settings.source("dist_backend"))})
     return rows
 

@@ -64,14 +64,23 @@ class OpManager:
 
         Args:
             plugin_modules: further modules to ask; None: those that the settings name.
+
+        Raises:
+            RuntimeError: two backends claim one implementation id.
         """
-        if self.discovery is not None:
-            return
-        with self._lock:
-            if self.discovery is None:
-                if plugin_modules is None:
-                    plugin_modules = settings_in_force().plugin_modules or ()
-                self.discovery = discover(self.registry, plugin_modules)
+        conflicts = self.discover(plugin_modules).conflicts
+        if conflicts:
+            raise RuntimeError("; ".join(conflicts))
+
+    def discover(self, plugin_modules: Sequence[str] | None = None) -> Discovery:
+        """As :meth:`ensure_initialized`; what went wrong is in what is returned."""
+        if self.discovery is None:
+            with self._lock:
+                if self.discovery is None:
+                    if plugin_modules is None:
+                        plugin_modules = settings_in_force().plugin_modules or ()
+                    self.discovery = discover(self.registry, plugin_modules)
+        return self.discovery
 
     def plan(self, op_name: str, policy: SelectionPolicy | None = None) -> Plan:
         """What the policy (the one in force here if None) means for an operator."""

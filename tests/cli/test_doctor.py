@@ -257,7 +257,7 @@ def test_no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def install_backend(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     found = [EntryPoint(f"entry_of_{module}", f"{module}:register_builtins", BACKENDS) for module in modules]
-    monkeypatch.setattr("sglang_fl.dispatch.builtin_ops.entry_points", lambda group: found if group == BACKENDS else [])
+    monkeypatch.setattr("sglang_fl.packages.entry_points", lambda group: found if group == BACKENDS else [])
 
 
 @pytest.mark.parametrize(
