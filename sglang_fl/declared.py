@@ -77,6 +77,8 @@ def _problems(declaration: VendorPlatform) -> list[str]:
 
     problems = []
     for field, path in declaration.classes().items():
+        if field == "platform_class":  # loaded already
+            continue
         module = path.partition(":")[0]
         try:
             there = importlib.util.find_spec(module) is not None
