@@ -89,7 +89,7 @@ class VendorPlatform:
     platform_class: str | None = None
 
     def __post_init__(self) -> None:
-        problem = why_no_name(self.name) or self._shape_problem() or self._value_problem()
+        problem = _why_no_name(self.name) or self._shape_problem() or self._value_problem()
         if problem:
             raise ValueError(problem)
 
@@ -157,9 +157,9 @@ class VendorPlatform:
         return next((f"{command} on PATH" for command in self.commands if shutil.which(command)), None)
 
 
-def why_no_name(name: Any) -> str | None:
-    """Why a package cannot bring up a chip under this name, or None."""
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
+def why_no_identifier(name: Any) -> str | None:
+    """Why no vendor can have this name, or None."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or not name.isascii():
         near = "".join(c if c.isalnum() and c.isascii() else "_" for c in str(name).strip().lower()).strip("_")
         hint = f"; did you mean {near!r}?" if near.isidentifier() and not keyword.iskeyword(near) else ""
         return f"a vendor's name is a Python identifier in lower case, and {name!r} is none{hint}"
@@ -167,9 +167,15 @@ def why_no_name(name: Any) -> str | None:
         return f"{name!r} is a word of the settings, and no vendor's name"
     if name in ALIASES:
         return f"{name!r} is another name for {canonical(name)!r}"
-    if name == "cpu" or (name in VENDORS and VENDORS[name].in_tree is not None):
-        return f"SGLang or sglang-fl has a platform for {name!r} of its own; a package brings operators for it, not a platform"
     return None
+
+
+def _why_no_name(name: Any) -> str | None:
+    """Why a package cannot bring up a chip under this name, or None."""
+    told = why_no_identifier(name)
+    if told is None and (name == "cpu" or (name in VENDORS and VENDORS[name].in_tree is not None)):
+        return f"SGLang or sglang-fl has a platform for {name!r} of its own; a package brings operators for it, not a platform"
+    return told
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,12 @@ def platform_problems(environ: Mapping[str, str]) -> list[str]:
             told = "; ".join(f"{name} ({evidence})" for name, evidence in sorted(present.items()))
             problems.append(f"{len(present)} chips that packages bring up are there: {told}; set GEMS_VENDOR to the one to use")
     return problems
+
+
+def platforms_told() -> list[str]:
+    """Each declared platform, who declares it, and whether its chip is there, in words."""
+    present = _present()[0]
+    return [f"{name} ({origin}): {'there' if name in present else 'not seen here'}" for name, origin in sorted(declared().origins.items())]
 
 
 def known_vendors() -> dict[str, Vendor]:

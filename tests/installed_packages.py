@@ -2,6 +2,8 @@
 """Installed packages for tests: a module, and the metadata by which Python finds its entry points."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,3 +46,10 @@ class Packages:
 def forget_platforms() -> None:
     vendor_platform.declared.cache_clear()
     vendor_platform._present.cache_clear()
+
+
+def pip_install(package: Path, target: Path) -> None:
+    """Build and install a package as a user does, into a directory of its own that goes onto PYTHONPATH."""
+    command = [sys.executable, "-m", "uv", "pip", "install", "-q", "--python", sys.executable]
+    # What builds it and what it needs is in this environment; sglang-fl itself may be an editable checkout.
+    subprocess.run([*command, "--no-deps", "--no-build-isolation", "--target", str(target), str(package)], check=True)

@@ -23,7 +23,7 @@ from ..dispatch.manager import OpManager
 from ..dispatch.ops import OPERATORS
 from ..dispatch.policy import SelectionPolicy
 from ..runtime import check_settings
-from ..vendor_platform import known_vendors
+from ..vendor_platform import known_vendors, platforms_told
 from ..vocabulary import flaggems_functions
 from .ops import operator_rows
 
@@ -49,6 +49,7 @@ class Diagnosis:
     layers: list[dict[str, str]] = field(default_factory=list)
     aten: dict[str, Any] | None = None
     backends: list[str] = field(default_factory=list)
+    platforms: list[str] = field(default_factory=platforms_told)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -259,6 +260,8 @@ def _print(found: Diagnosis) -> None:
     if found.aten is not None:
         _print_aten(console, found.aten)
     console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)
+    if found.platforms:
+        console.print(f"Chips of installed packages: {'; '.join(found.platforms)}", soft_wrap=True)
     if not found.problems:
         console.print("No problems found.")
     for problem in found.problems:
