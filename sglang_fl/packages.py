@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Installed packages that join through entry points: how they are called, and what to say of one that fails."""
 
-import importlib
+import sysconfig
 import traceback
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-#: Who calls a package: the place of an error is to be looked for in what was called.
-_CALLERS = (
-    Path(__file__).parent,
-    Path(__file__).parent / "dispatch",
-    *(Path(importlib.__file__).parent / name for name in (".", "metadata")),
-)
+_STANDARD_LIBRARY, _OURS = Path(sysconfig.get_path("stdlib")), Path(__file__).parent
+_INSTALLED = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
 
 
 def entries(group: str) -> list[EntryPoint]:
@@ -30,6 +26,13 @@ def last_line(error: BaseException) -> str:
     line = " ".join(f"{type(error).__name__}: {told}".split()).removesuffix(":")
     if isinstance(error, SyntaxError) and error.filename:
         return f"{line} ({error.filename}:{error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[0] != "<"]
-    frames = [frame for frame in frames if Path(frame.filename).parent not in _CALLERS]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_a_caller(frame.filename)]
     return f"{line} ({frames[-1].filename}:{frames[-1].lineno})" if frames else line
+
+
+def _is_a_caller(filename: str) -> bool:
+    """Whether a file is Python's or ours, and not of the package that was called."""
+    file = Path(filename)
+    if filename.startswith("<") or file.parent in (_OURS, _OURS / "dispatch"):
+        return True
+    return _STANDARD_LIBRARY in file.parents and not _INSTALLED & set(file.parents)
