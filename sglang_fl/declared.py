@@ -13,6 +13,7 @@ import torch
 from sglang.srt.platforms.interface import PlatformCapabilities
 
 from .config.errors import SettingsError
+from .device import why_unusable
 from .packages import last_line
 from .vendor_platform import VendorPlatform
 from .vendor_platform import declared as installed
@@ -50,10 +51,15 @@ class DeclaredMoments:
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Raises SettingsError with all that is wrong with the declaration."""
-        problems = [*([self.broken] if self.broken else []), *_problems(self.declaration)]
+        problems = self.declaration_problems()
         if problems:
             raise SettingsError(problems)
         super().apply_server_args_defaults(server_args)  # type: ignore[misc]
+
+    @classmethod
+    def declaration_problems(cls) -> list[str]:
+        """What is wrong with the declaration, as far as it can be told without importing what else it names."""
+        return [*([cls.broken] if cls.broken else []), *_problems(cls.declaration)]
 
     def init_backend(self) -> None:
         """In each process that runs a model, before its runner is made."""
@@ -72,7 +78,6 @@ def _maker(declaration: VendorPlatform, name: str) -> Callable[[Any], Any]:
 
 
 def _problems(declaration: VendorPlatform) -> list[str]:
-    """What can be told of a declaration without importing what it names."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     problems = []
@@ -90,14 +95,8 @@ def _problems(declaration: VendorPlatform) -> list[str]:
         made = ATTENTION_BACKENDS.get(name)
         if made is not None and not made.__module__.startswith(__package__):
             problems.append(_told(declaration, f"SGLang has an attention backend {name!r} of its own; give it another name"))
-    try:
-        torch.get_device_module(declaration.device_type)
-    except RuntimeError:
-        problems.append(
-            f"PyTorch has no device type {declaration.device_type!r}, which {declaration.name} needs: is its PyTorch extension installed, "
-            "with an entry point torch.backends that PyTorch loads by itself?"
-        )
-    return problems
+    unusable = why_unusable(torch, declaration.device_type)
+    return problems if unusable is None else [*problems, _told(declaration, unusable)]
 
 
 class DeclaredAnswers:

@@ -37,6 +37,18 @@ class Device:
         return self.in_tree is not None
 
 
+def why_unusable(torch: ModuleType, device_type: str) -> str | None:
+    """Why PyTorch cannot use a device type, or None. Whether there is such a device is another question."""
+    try:
+        torch.get_device_module(device_type)
+    except RuntimeError:
+        return (
+            f"PyTorch has no device type {device_type!r}: is the chip's PyTorch extension installed, with an entry point "
+            "torch.backends that PyTorch loads by itself?"
+        )
+    return None
+
+
 def _device(vendor: Vendor, evidence: str) -> Device:
     return Device(vendor.name, vendor.device_type, vendor.in_tree, evidence)
 

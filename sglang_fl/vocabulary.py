@@ -10,33 +10,16 @@ from pathlib import Path
 from .config import Vocabulary
 from .dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES, NOT_COVERED_OPERATORS
 from .dispatch.manager import OpManager
-from .dispatch.ops import OPERATORS
-from .vendor_platform import known_vendors
-from .vendors import ALIASES
 
 
 def vocabulary(manager: OpManager) -> Vocabulary:
     """Names of this package, and of the backends that are found if one is not among them."""
-    own = Vocabulary(
-        operators=frozenset(OPERATORS),
+    return replace(
+        manager.vocabulary(()),  # with plugin modules they were found when those were checked
         classes=CLASSES,
-        vendors=frozenset(known_vendors().keys() | ALIASES.keys()),
-        impls=frozenset(),
         flaggems=flaggems_functions(),
         not_covered=NOT_COVERED_OPERATORS | NOT_COVERED_CLASSES,
         hints={"classes": "sglang-fl ops lists the classes"},
-    )
-    return replace(own, with_packages=lambda: _with_backends(own, manager))
-
-
-def _with_backends(own: Vocabulary, manager: OpManager) -> Vocabulary:
-    manager.discover(())
-    impls = [impl for group in manager.registry.snapshot().impls_by_op.values() for impl in group]
-    return replace(
-        own,
-        operators=(own.operators or frozenset()) | {impl.op_name for impl in impls},
-        vendors=(own.vendors or frozenset()) | {impl.vendor for impl in impls if impl.vendor},
-        impls=frozenset(impl.impl_id for impl in impls),
     )
 
 

@@ -14,6 +14,8 @@ from settings_loader import CPU
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_fl import load_plugin, runtime
+from sglang_fl.certify.worker import Worker
+from sglang_fl.cli.doctor import _declaration_problems
 from sglang_fl.config import Settings, SettingsError, load_settings
 from sglang_fl.device import Device, detect, probe
 from sglang_fl.dispatch import OpManager
@@ -302,7 +304,7 @@ def test_a_platform_class_that_is_sglangs_platform(packages: Packages) -> None:
         ({"graph_runner": "'no_such_module:Runner'"}, "graph_runner: there is no module 'no_such_module'"),
         ({"kv_pools": "{'mha': 'no_such.module:Pool'}"}, "kv_pools['mha']: there is no module 'no_such.module'"),
         ({"attention_backends": "{'triton': 'M:Attention'}"}, "SGLang has an attention backend 'triton' of its own; give it another name"),
-        ({"device_type": "'zchip'"}, "PyTorch has no device type 'zchip', which mychip needs"),
+        ({"device_type": "'zchip'"}, "PyTorch has no device type 'zchip': is the chip's PyTorch extension installed"),
     ],
 )
 def test_what_is_wrong_with_a_declaration_is_raised_where_sglang_lets_it_through(
@@ -317,6 +319,8 @@ def test_what_is_wrong_with_a_declaration_is_raised_where_sglang_lets_it_through
         apply(platform, monkeypatch)
     (problem,) = caught.value.problems
     assert told in problem and "mychip" in problem
+    (in_doctor,) = _declaration_problems(detect(environ={}))
+    assert in_doctor.what == problem and in_doctor.fatal
 
 
 def test_a_class_that_cannot_be_loaded_says_whose_it_is(packages: Packages) -> None:
@@ -325,6 +329,12 @@ def test_a_class_that_cannot_be_loaded_says_whose_it_is(packages: Packages) -> N
         RuntimeError, match=r"the platform mychip that mychip_.* declares cannot be used: graph_runner .*Runer.*AttributeError"
     ):
         platform.get_graph_runner_cls()
+
+
+def test_the_check_says_that_pytorch_lacks_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_fl.certify.worker.detect", lambda: Device("mychip", "zchip", None, "a test"))
+    with pytest.raises(SystemExit, match=r"mychip \(a test\): PyTorch has no device type 'zchip'"):
+        Worker({"targets": [], "quick": True, "seed": 0})
 
 
 def test_to_know_who_declares_is_light(packages: Packages) -> None:

@@ -11,7 +11,7 @@ from settings_loader import CPU
 from sglang_fl import runtime
 from sglang_fl.cli import main
 from sglang_fl.config import SettingsError
-from sglang_fl.dispatch import OpManager, reset_default_manager
+from sglang_fl.dispatch import OpManager, policy_from_config, reset_default_manager
 from sglang_fl.dispatch.bridge.catalog import NOT_COVERED_OPERATORS
 from sglang_fl.dispatch.builtin_ops import ENTRY_POINT_GROUP
 
@@ -101,4 +101,18 @@ def test_the_order_of_such_an_operator_is_what_its_calls_follow(packages: Packag
     from sglang_fl.dispatch import call_op
 
     assert call_op("chip_sort", None) == "bchip"
+    reset_default_manager()
+
+
+def test_names_in_a_policys_file(package: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    reset_default_manager()
+    file.write_text("op_backends:\n  rms_norm: [vendor:ascend]\n")
+    assert policy_from_config(file).get_per_op_order("rms_norm") == ["vendor:ascend"]
+    assert package not in sys.modules
+    file.write_text("op_backends:\n  chip_sort: [vendor:mychip]\n")
+    assert policy_from_config(file).get_per_op_order("chip_sort") == ["vendor:mychip"]
+    file.write_text("op_backends:\n  chip_srot: [vendor:mychip]\n")
+    with pytest.raises(SettingsError, match=r"policy\.yaml:2: op_backends: unknown operator 'chip_srot'; did you mean 'chip_sort'"):
+        policy_from_config(file)
     reset_default_manager()

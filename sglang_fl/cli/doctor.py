@@ -108,6 +108,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
         ]
     if deep:
         found.problems += _sglang_problems()
+        found.problems += _declaration_problems(device)
     return found
 
 
@@ -195,6 +196,15 @@ def _sglang_problems() -> list[Problem]:
         except IncompatibleSGLang as error:
             problems.append(Problem(str(error), "install a supported SGLang", fatal=True))
     return problems
+
+
+def _declaration_problems(device: Device) -> list[Problem]:
+    from ..declared import DeclaredMoments
+    from ..platform import platform_class
+
+    platform = platform_class(device)
+    told = platform.declaration_problems() if issubclass(platform, DeclaredMoments) else []
+    return [Problem(problem, "mend that package, or uninstall it", fatal=True) for problem in told]
 
 
 def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict[str, str]]:

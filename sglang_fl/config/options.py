@@ -158,8 +158,9 @@ class Vocabulary:
     """The names that settings may use. A field that is None is not checked.
 
     ``not_covered`` are operators and classes that exist, and that this version leaves to SGLang: they
-    may stand in a blacklist, where that is what is asked. ``with_packages`` gives the vocabulary with the names of
-    installed packages, and is asked once a word is not known without them: to find those packages is to import them.
+    may stand in a blacklist, where that is what is asked. ``with_packages`` gives the operators, vendors and
+    implementations of installed packages, and is asked once a word is not known without them: to find those packages is
+    to import them.
     """
 
     operators: frozenset[str] | None = None
@@ -190,9 +191,9 @@ class Vocabulary:
     def _valid(self, kind: str, word: str) -> frozenset[str] | None:
         """The words of a kind: those of installed packages too if ``word`` is not among the others."""
         valid: frozenset[str] | None = getattr(self, kind)
-        if valid is None or word in valid or self.with_packages is None:
+        if valid is None or word in valid or self.with_packages is None or kind not in ("operators", "vendors", "impls"):
             return valid
-        return getattr(self.with_packages(), kind)
+        return valid | getattr(self.with_packages(), kind)
 
     def _problem(self, what: str, word: str, kind: str) -> str | None:
         valid = self._valid(kind, word)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from installed_packages import Packages
 
-from sglang_fl.dispatch import OpManager, OpRegistry, builtin_ops
+from sglang_fl.dispatch import OpManager, OpRegistry, builtin_ops, get_default_manager, reset_default_manager
 from sglang_fl.dispatch.builtin_ops import ENTRY_POINT_GROUP, Discovery, discover, register_builtins
 
 GROUP = {ENTRY_POINT_GROUP: "{module}:register"}
@@ -134,3 +134,16 @@ def test_a_vendor_folder_is_found_without_an_init_file(monkeypatch: pytest.Monke
         (folder / "register_ops.py").touch()
     monkeypatch.setattr(builtin_ops, "__file__", str(tmp_path / "builtin_ops.py"))
     assert list(builtin_ops._folders(f"{builtin_ops._BACKENDS}.vendor")) == ["sglang_fl.dispatch.backends.vendor.mychip.register_ops"]
+
+
+def test_a_package_that_asks_for_operators_while_it_is_imported(packages: Packages) -> None:
+    asking = "from sglang_fl.dispatch import get_default_manager\nget_default_manager().resolve('rms_norm')\n"
+    packages.install(asking + BACKEND.format(name="asking"), GROUP)
+    reset_default_manager()
+    manager = get_default_manager()
+    manager.ensure_initialized(())
+    assert manager.discovery is not None
+    (failure,) = manager.discovery.failed
+    assert failure.reason.startswith("RuntimeError: operators cannot be asked for while backends are being registered")
+    assert manager.registry.get_implementation("rms_norm", "reference.torch") is not None
+    reset_default_manager()
