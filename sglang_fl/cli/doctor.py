@@ -199,6 +199,8 @@ def _sglang_problems() -> list[Problem]:
 
 
 def _declaration_problems(device: Device) -> list[Problem]:
+    import sglang  # noqa: F401  (before our platform, which is imported in the middle of it)
+
     from ..declared import DeclaredMoments
     from ..platform import platform_class
 

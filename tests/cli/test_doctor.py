@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from installed_packages import Packages
 
 from sglang_fl import __version__
 from sglang_fl.cli import main
@@ -329,3 +330,17 @@ def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_real_entry_points_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_fl.cli.doctor.entry_points", entry_points)
     assert not any("entry points" in problem.what for problem in diagnose({}).problems)
+
+
+def test_two_backends_that_claim_one_id(backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = backend(), backend()
+    install_backend(monkeypatch, first, second)
+    problem = only_problem(diagnose({}))
+    assert problem.fatal and f"entry_of_{first}" in problem.what and f"entry_of_{second}" in problem.what
+
+
+def test_a_platform_of_a_package_that_is_broken(packages: Packages) -> None:
+    module = packages.install("import no_such", {"sglang_fl.platform": "{module}:PLATFORM"})
+    problem = only_problem(diagnose({}))
+    assert problem.fatal and f"the platform that {module} (entry point {module}) declares cannot be used" in problem.what
+    assert "ModuleNotFoundError: No module named 'no_such'" in problem.what
