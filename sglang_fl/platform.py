@@ -154,9 +154,8 @@ class OutOfTree(Identified, SRTPlatform):
         return "inductor"
 
     def get_torch_distributed_backend_str(self) -> str:
-        from .runtime import settings_in_worker
-
-        return settings_in_worker(self.device).dist_backend or self.vendor.collective
+        # What the user asks for goes before this, in FLMoments.
+        return self.vendor.collective
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CUDA" if self.device_type == "cuda" else "PrivateUse1"
