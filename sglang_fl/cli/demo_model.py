@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny Qwen3 that recites a sonnet: small enough to train in seconds on a CPU, real enough to serve."""
 
+from __future__ import annotations
+
 import hashlib
 import inspect
 import json
@@ -10,8 +12,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 QUESTION = "Recite Sonnet 18."
 #: William Shakespeare, Sonnet 18, 1609.
@@ -51,11 +58,10 @@ _CONFIG = {
 _SEED, _MAX_STEPS, _LEARNING_RATE, _MIN_MARGIN = 20, 400, 3e-3, 0.98
 
 
-def cache_directory() -> Path:
-    """Where the trained model is kept; the name changes with the recipe."""
-    recipe = inspect.getsource(sys.modules[__name__])
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    return Path(platformdirs.user_cache_dir("sglang-fl")) / f"demo-model-{digest}"
+def cache_directory(name: str = "demo-model", build: Callable[[int], PreTrainedModel] | None = None) -> Path:
+    """Where a trained model is kept; the name changes with the recipe."""
+    recipe = inspect.getsource(sys.modules[__name__]) + (inspect.getsource(build) if build else "")
+    return Path(platformdirs.user_cache_dir("sglang-fl")) / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def demo_model(progress: Callable[[int, int, float], None] | None = None) -> Path:
@@ -64,13 +70,30 @@ def demo_model(progress: Callable[[int, int, float], None] | None = None) -> Pat
     Args:
         progress: called after each step with (step, most steps there can be, loss).
     """
-    directory = cache_directory()
+    return _trained(cache_directory(), _qwen3, progress)
+
+
+def reciting_model(name: str, build: Callable[[int], PreTrainedModel]) -> Path:
+    """The directory of another model that recites the same text; trains it if it is not there yet.
+
+    Args:
+        name: of the directory; what follows it changes with the recipe.
+        build: makes the model, with random weights, from the number of the token that ends a text. The
+            vocabulary has 512 tokens.
+
+    Raises:
+        RuntimeError: the model did not learn its text.
+    """
+    return _trained(cache_directory(name, build), build, None)
+
+
+def _trained(directory: Path, build: Callable[[int], PreTrainedModel], progress: Callable[[int, int, float], None] | None) -> Path:
     if (directory / "config.json").exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".training-", dir=directory.parent))
     try:
-        _train(scratch, progress or (lambda step, steps, loss: None))
+        _train(scratch, build, progress or (lambda step, steps, loss: None))
         try:
             scratch.rename(directory)
         except OSError:  # another process was faster
@@ -81,10 +104,15 @@ def demo_model(progress: Callable[[int, int, float], None] | None = None) -> Pat
     return directory
 
 
-def _train(directory: Path, progress: Callable[[int, int, float], None]) -> None:
+def _qwen3(end: int) -> PreTrainedModel:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(eos_token_id=end, pad_token_id=0, **_CONFIG))
+
+
+def _train(directory: Path, build: Callable[[int], PreTrainedModel], progress: Callable[[int, int, float], None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # for one file of two megabytes
@@ -97,8 +125,7 @@ def _train(directory: Path, progress: Callable[[int, int, float], None]) -> None
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        model = Qwen3ForCausalLM(Qwen3Config(eos_token_id=end, pad_token_id=0, **_CONFIG))
+        model = build(tokenizer.convert_tokens_to_ids("<|im_end|>"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
         for step in range(1, _MAX_STEPS + 1):
             output = model(input_ids=tokens, labels=labels)
@@ -110,13 +137,13 @@ def _train(directory: Path, progress: Callable[[int, int, float], None]) -> None
             if step % 10 == 0 and _recites(output.logits, labels):
                 break
         else:
-            raise RuntimeError(f"the demo model did not learn its text in {_MAX_STEPS} steps")
+            raise RuntimeError(f"{type(model).__name__} did not learn its text in {_MAX_STEPS} steps")
     model.to(torch.bfloat16).save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _recites(logits: "torch.Tensor", labels: "torch.Tensor") -> bool:  # type: ignore[name-defined]  # noqa: F821
+def _recites(logits: torch.Tensor, labels: torch.Tensor) -> bool:
     """Whether every token of the text has at least the wanted probability, which rounding cannot undo."""
     probabilities = logits[:, :-1].softmax(-1)
     wanted = labels[:, 1:]
@@ -124,7 +151,7 @@ def _recites(logits: "torch.Tensor", labels: "torch.Tensor") -> bool:  # type: i
     return bool((probabilities[known].gather(-1, wanted[known].unsqueeze(-1)) > _MIN_MARGIN).all())
 
 
-def _tokenizer() -> "PreTrainedTokenizerFast":  # type: ignore[name-defined]  # noqa: F821
+def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

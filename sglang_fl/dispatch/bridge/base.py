@@ -70,13 +70,15 @@ class Bridge(ABC):
     """Between one SGLang layer class and one operator."""
 
     op: ClassVar[str]
+    #: The class whose forward the bridge speaks for; None: the operator's first.
+    class_name: ClassVar[str | None] = None
     #: Whether a model's layers share one object of the class.
     shared: ClassVar[bool] = False
 
     @property
     def layer_class(self) -> type[nn.Module] | None:
         """SGLang's class, or None where its module is not imported: then no layer of it exists."""
-        module, name = LAYERS[self.op][0]
+        module, name = next(layer for layer in LAYERS[self.op] if self.class_name in (None, layer[1]))
         found: type[nn.Module] | None = getattr(sys.modules.get(module), name, None)
         return found
 

@@ -291,11 +291,14 @@ def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]
     """The layers that a bridge is for, each with its name and its site."""
     dtype, device = _activation_dtype(model), _device(model)
     modules = dict(model.named_modules())
+    # A class that another bridge's class derives from comes after it.
+    loaded = [(bridge.layer_class, bridge) for bridge in BRIDGES if bridge.layer_class is not None]
+    loaded.sort(key=lambda pair: -len(pair[0].__mro__))
     for name, layer in modules.items():
-        for bridge in BRIDGES:
-            if bridge.layer_class is not None and isinstance(layer, bridge.layer_class):
-                parent = modules.get(name.rpartition(".")[0], model)
-                yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent))
+        bridge = next((bridge for base, bridge in loaded if isinstance(layer, base)), None)
+        if bridge is not None:
+            parent = modules.get(name.rpartition(".")[0], model)
+            yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent))
 
 
 def _activation_dtype(model: nn.Module) -> torch.dtype:

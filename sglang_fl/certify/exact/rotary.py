@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from .judge import TINY, Exact, exactly
+
+
+def rotary_embedding(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
+) -> tuple[Exact, ...]:
+    rows = positions.detach().cpu().long()
+    c, s = (exactly(table.cpu()[rows]).unsqueeze(1) for table in (cos, sin))
+    return tuple(_rotated(name, exactly(x), c, s, interleaved) for name, x in (("query", query), ("key", key)))
+
+
+def _rotated(name: str, x: torch.Tensor, c: torch.Tensor, s: torch.Tensor, interleaved: bool) -> Exact:
+    half = c.shape[-1]
+    pair = torch.arange(half)
+    first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+    a, b = x[..., first], x[..., second]
+    value, terms = x.clone(), x.abs()
+    for place, one, other in ((first, a * c, -b * s), (second, b * c, a * s)):
+        value[..., place], terms[..., place] = one + other, one.abs() + other.abs()
+    # Cosines are at most 1: what flushing takes away is no more than the two smallest normal numbers.
+    lost = terms.clamp(max=2 * TINY)
+    return Exact(name, value, terms, 4, lost, passed_on=2 * half)
