@@ -244,17 +244,19 @@ def test_a_bare_declaration_leaves_the_rest_to_sglang(packages: Packages) -> Non
 
 
 def test_attention_backends_are_registered_and_can_be_asked_for(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+    from sglang.srt.arg_groups import choices
     from sglang.srt.layers.attention import attention_registry
 
     monkeypatch.setattr(attention_registry, "ATTENTION_BACKENDS", dict(attention_registry.ATTENTION_BACKENDS))
     platform = declared_with(packages, attention_backends="{'chip_attention': 'M:Attention'}", platform_class="'M:Answers'")
-    before = list(ATTENTION_BACKEND_CHOICES)
+    lists = (choices.ATTENTION_BACKEND_CHOICES, choices.DRAFT_ATTENTION_BACKEND_CHOICES)
+    before = [list(names) for names in lists]
     try:
         load_plugin(), load_plugin()
-        assert ATTENTION_BACKEND_CHOICES[len(before) :] == ["chip_attention"]
+        assert [names[len(old) :] for names, old in zip(lists, before, strict=True)] == [["chip_attention"]] * 2
     finally:
-        ATTENTION_BACKEND_CHOICES[:] = before
+        for names, old in zip(lists, before, strict=True):
+            names[:] = old
     platform.init_backend()
     made = attention_registry.ATTENTION_BACKENDS["chip_attention"]("the runner")
     assert type(made).__name__ == "Attention" and made.runner == "the runner"
