@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 from flagcx_stand_in import REAL_FLAGCX
+from installed_packages import Packages, forget_platforms
 
 _PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_", "_SGLANG_FL_")
 _NAMES = ("USE_FLAGGEMS", "FLAGCX_PATH", "GEMS_VENDOR", "SGLANG_PLATFORM", "SGLANG_PLUGINS", "SGLANG_USE_CPU_ENGINE")
@@ -35,3 +37,13 @@ def no_settings_of_other_tests() -> Iterator[None]:
     yield
     for variable in _settings_in_environment():
         del os.environ[variable]
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packages]:
+    """Installs packages of vendors for the test."""
+    directory = tmp_path / "site"
+    directory.mkdir()
+    yield Packages(directory, monkeypatch)
+    monkeypatch.undo()
+    forget_platforms()

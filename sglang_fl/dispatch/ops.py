@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators: what every implementation is called with, and what it must give back.
 
-Common to all of them:
+Common to all of them, and held to by ``sglang-fl check``:
 
 - ``obj`` is the layer that is being computed; its weights and constants are read from it
   (``obj.weight``, ``obj.variance_epsilon``). An implementation never writes to it.
-- Activations are fp32, bf16 or fp16. A result has the dtype and device of its input.
-- Any input may have no tokens (a dimension of size 0), and may be not contiguous.
-- Arithmetic inside is fp32 or better; only the result is rounded to the activation's dtype.
-- Inputs are only read, except where an operator's text allows writing them. The caller uses what is
+- Activations are fp32, bf16 or fp16, all of one call in one dtype and on one device. A result has the dtype and
+  device of its input, and the shape that is stated.
+- Any dimension of the activations but the last may be 0 (no tokens): the results are then empty, and nothing raises.
+- Any input may be not contiguous: a slice of a wider tensor, every other row, a transposed or an expanded one. What
+  lies between its numbers in memory is not the operator's to write. A result may be contiguous or not.
+- Arithmetic inside is fp32 or better, from the inputs as they are; only the result is rounded, once, to its dtype: it
+  may be off by half a unit of its last place, and by a few roundings of fp32 at the size of the terms summed
+  (``sglang_fl/certify/exact`` has each operator's bound).
+- nan and infinity come out where the arithmetic makes them, and in no other place. Numbers below fp32's smallest
+  normal one may be taken for zero; fp16's own denormals may not.
+- Inputs are only read, except where an operator's text allows writing them. A result lies in new memory, or where
+  the text allows it in an input's; never in a buffer that the next call writes again. The caller uses what is
   returned and nothing else.
-- An implementation works under graph capture where its device has graphs: no synchronisation with
-  the host, no allocation outside the framework's allocator, no shape that depends on data.
+- The same inputs give the same bits each time, from several threads at once, too.
+- An implementation works under graph capture where its device has graphs, and under ``torch.compile``: no
+  synchronisation with the host, no allocation outside the framework's allocator, no shape that depends on data.
+- What it cannot compute it refuses with a ValueError, TypeError or NotImplementedError before it writes anything; bf16
+  on the shapes of serving it must take.
 """
 
 from __future__ import annotations
@@ -57,10 +68,13 @@ class FLBackendBase(ABC):
 
         Args:
             obj: the layer; nothing of it is needed.
-            x: ``[..., 2 * d]``.
+            x: ``[..., 2 * d]``, one dimension or more. Not written.
 
         Returns:
             ``[..., d]``, a new tensor.
+
+        Raises:
+            ValueError: the last dimension is odd.
         """
         raise NotImplementedError(f"{self.name} has no silu_and_mul")
 
@@ -71,13 +85,14 @@ class FLBackendBase(ABC):
         (Zhang and Sennrich 2019, arXiv:1910.07467). ``h`` is not rounded before it is normalised.
 
         Args:
-            obj: the layer: ``obj.weight`` ``[hidden_size]``, possibly of another dtype than x, and
-                ``obj.variance_epsilon``, a float.
-            x: ``[..., hidden_size]``. Written only if there is a residual.
-            residual: the shape and dtype of x, or None. May be written.
+            obj: the layer: ``obj.weight`` ``[hidden_size]``, fp32, bf16 or fp16, possibly of another dtype than x
+                and not contiguous, and ``obj.variance_epsilon``, a float, 0 or more.
+            x: ``[..., hidden_size]``, one dimension or more; any hidden_size, odd ones and 1 included. May be written
+                only if there is a residual.
+            residual: the shape and dtype of x, with strides of its own, or None. May be written.
 
         Returns:
-            Without residual ``y``, a new tensor; with it ``(y, h)``, both in x's dtype, in the
+            Without residual ``y``, a new tensor; with it ``(y, h)``, both in x's shape and dtype, in the
             storage of x and residual or in new tensors.
         """
         raise NotImplementedError(f"{self.name} has no rms_norm")
@@ -101,16 +116,19 @@ class FLBackendBase(ABC):
 
         Args:
             obj: the layer; nothing of it is needed.
-            query: ``[num_tokens, num_heads, head_dim]``, the last dimension contiguous.
-            key: ``[num_tokens, num_kv_heads, head_dim]``, the last dimension contiguous.
-            cos, sin: ``[max_position, rotary_dim / 2]``, possibly of another dtype than query and
-                not contiguous; ``rotary_dim <= head_dim``.
-            position_ids: ``[num_tokens]``, int32 or int64: the rows of cos and sin.
+            query: ``[num_tokens, num_heads, head_dim]``, the last dimension contiguous; often a part of one packed
+                projection with key and value.
+            key: ``[num_tokens, num_kv_heads, head_dim]``, the last dimension contiguous; any number of heads.
+            cos, sin: ``[max_position, rotary_dim / 2]``, fp32, bf16 or fp16, possibly of another dtype than query and
+                not contiguous (two halves of one cache); ``rotary_dim`` is even and at most ``head_dim``. Not written.
+            position_ids: ``[num_tokens]``, int32 or int64, in any order, each below ``max_position``: the rows of cos
+                and sin. Not written.
             rotary_interleaved: which numbers make a pair.
             inplace: True allows writing query and key; False forbids it.
 
         Returns:
-            ``(query, key)`` rotated, in their shapes and dtypes.
+            ``(query, key)`` rotated, in their shapes and dtypes: in the storage of query and key if ``inplace``, or
+            in new tensors. The numbers from ``rotary_dim`` on are the input's, bit for bit.
         """
         raise NotImplementedError(f"{self.name} has no rotary_embedding")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from flagcx_stand_in import header
+from installed_packages import Packages
 
 from sglang_fl import __version__
 from sglang_fl.cli import main
@@ -169,7 +170,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.err == ""
     data = json.loads(captured.out)
-    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "problems"}
+    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "platforms", "problems"}
     assert data["versions"]["sglang-fl"] == __version__
     assert "sglang_fl.dispatch.backends.reference" in data["backends"]
     assert data["problems"] == []
@@ -300,7 +301,7 @@ def test_no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def install_backend(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     found = [EntryPoint(f"entry_of_{module}", f"{module}:register_builtins", BACKENDS) for module in modules]
-    monkeypatch.setattr("sglang_fl.dispatch.builtin_ops.entry_points", lambda group: found if group == BACKENDS else [])
+    monkeypatch.setattr("sglang_fl.packages.entry_points", lambda group: found if group == BACKENDS else [])
 
 
 @pytest.mark.parametrize(
@@ -373,3 +374,17 @@ def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_real_entry_points_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_fl.cli.doctor.entry_points", entry_points)
     assert not any("entry points" in problem.what for problem in diagnose({}).problems)
+
+
+def test_two_backends_that_claim_one_id(backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = backend(), backend()
+    install_backend(monkeypatch, first, second)
+    problem = only_problem(diagnose({}))
+    assert problem.fatal and f"entry_of_{first}" in problem.what and f"entry_of_{second}" in problem.what
+
+
+def test_a_platform_of_a_package_that_is_broken(packages: Packages) -> None:
+    module = packages.install("import no_such", {"sglang_fl.platform": "{module}:PLATFORM"})
+    problem = only_problem(diagnose({}))
+    assert problem.fatal and f"the platform that {module} (entry point {module}) declares cannot be used" in problem.what
+    assert "ModuleNotFoundError: No module named 'no_such'" in problem.what
