@@ -15,8 +15,10 @@ from sglang_fl.certify.report import CaseResult, Report
 from sglang_fl.certify.runner import Job, WorkerFailed
 from sglang_fl.certify.words import FAILED, OK, SERVING
 from sglang_fl.cli import main
+from sglang_fl.dispatch.ops import OPERATORS
 
-REFERENCE = [(op, "reference.torch") for op in ("rms_norm", "rotary_embedding", "silu_and_mul")]
+REFERENCE = [(op, "reference.torch") for op in OPERATORS]
+RMS_NORM, SILU_AND_MUL = ("rms_norm", "reference.torch"), ("silu_and_mul", "reference.torch")
 
 
 @pytest.fixture
@@ -46,10 +48,10 @@ def test_everything_by_default(jobs: list[Job]) -> None:
     ("argv", "targets"),
     [
         (["--impl", "reference.torch"], REFERENCE),
-        (["--op", "rms_norm", "--impl", "reference.torch"], REFERENCE[:1]),
-        (["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"], [REFERENCE[0], REFERENCE[2]]),
+        (["--op", "rms_norm", "--impl", "reference.torch"], [RMS_NORM]),
+        (["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"], [RMS_NORM, SILU_AND_MUL]),
         (["--vendor", "testchip"], [("rms_norm", "vendor.testchip")]),
-        (["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"], [REFERENCE[0], ("rms_norm", "vendor.testchip")]),
+        (["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"], [RMS_NORM, ("rms_norm", "vendor.testchip")]),
     ],
 )
 def test_what_is_asked_for(
@@ -97,7 +99,7 @@ def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFi
     page = tmp_path / "report.html"
     assert main(["check", "--impl", "reference.torch", "--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == 3
+    assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == len(OPERATORS)
     assert jobs[0].timeout == 1.5
     assert "All is well" in page.read_text(encoding="utf-8")
 
