@@ -3,8 +3,8 @@
 
 Common to all of them, and held to by ``sglang-fl check``:
 
-- ``obj`` is the layer that is being computed; its weights and constants are read from it
-  (``obj.weight``, ``obj.variance_epsilon``). An implementation never writes to it.
+- ``obj`` is the layer that is being computed, or stands for it; its weights and constants are read from it by the
+  names that the operator's text gives (``obj.weight``, ``obj.variance_epsilon``). An implementation never writes to it.
 - Activations are fp32, bf16 or fp16, all of one call in one dtype and on one device. A result has the dtype and
   device of its input, and the shape that is stated.
 - Any dimension of the activations but the last may be 0 (no tokens): the results are then empty, and nothing raises.
@@ -78,6 +78,58 @@ class FLBackendBase(ABC):
         """
         raise NotImplementedError(f"{self.name} has no silu_and_mul")
 
+    def gelu_and_mul(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        """GELU of the first half of the last dimension, times the second half.
+
+        ``out[..., i] = gelu(x[..., i]) * x[..., d + i]`` (Shazeer 2020, arXiv:2002.05202, GEGLU), with
+        ``gelu(v) = v / 2 * (1 + erf(v / sqrt(2)))``, or its approximation
+        ``v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 * v ** 3)))`` (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+        Args:
+            obj: the layer: ``obj.approximate`` is ``"none"`` or ``"tanh"``.
+            x: ``[..., 2 * d]``.
+
+        Returns:
+            ``[..., d]``, a new tensor.
+        """
+        raise NotImplementedError(f"{self.name} has no gelu_and_mul")
+
+    def new_gelu(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        """GELU of each number, by the tanh of :meth:`gelu_and_mul`.
+
+        Args:
+            obj: the layer; nothing of it is needed.
+            x: any shape.
+
+        Returns:
+            x's shape, a new tensor.
+        """
+        raise NotImplementedError(f"{self.name} has no new_gelu")
+
+    def quick_gelu(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        """``v * sigmoid(1.702 * v)`` of each number, an approximation of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+        Args:
+            obj: the layer; nothing of it is needed.
+            x: any shape.
+
+        Returns:
+            x's shape, a new tensor.
+        """
+        raise NotImplementedError(f"{self.name} has no quick_gelu")
+
+    def relu2(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        """``max(0, v) ** 2`` of each number (So et al. 2021, arXiv:2109.08668). That of nan is nan or 0, as the device's max has it.
+
+        Args:
+            obj: the layer; nothing of it is needed.
+            x: any shape.
+
+        Returns:
+            x's shape, a new tensor.
+        """
+        raise NotImplementedError(f"{self.name} has no relu2")
+
     def rms_norm(self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Root mean square normalisation over the last dimension, after adding the residual if there is one.
 
@@ -96,6 +148,43 @@ class FLBackendBase(ABC):
             storage of x and residual or in new tensors.
         """
         raise NotImplementedError(f"{self.name} has no rms_norm")
+
+    def gemma_rms_norm(
+        self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`rms_norm` with ``1 + weight`` in the place of the weight.
+
+        ``y = h / sqrt(mean(h ** 2) + eps) * (1 + weight)`` with ``h = x`` or ``h = x + residual``, neither ``h`` nor
+        ``1 + weight`` rounded to the activation's dtype (Gemma Team 2024, arXiv:2403.08295, and its published code).
+
+        Args:
+            obj: the layer: ``obj.weight`` ``[hidden_size]``, possibly of another dtype than x, and
+                ``obj.variance_epsilon``, a float.
+            x: ``[..., hidden_size]``. Written only if there is a residual.
+            residual: the shape and dtype of x, or None. May be written.
+
+        Returns:
+            Without residual ``y``, a new tensor; with it ``(y, h)``, both in x's dtype, in the
+            storage of x and residual or in new tensors.
+        """
+        raise NotImplementedError(f"{self.name} has no gemma_rms_norm")
+
+    def layer_norm(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        """Normalisation over the last dimension by its mean and its variance.
+
+        ``y = (x - mean(x)) / sqrt(mean((x - mean(x)) ** 2) + eps) * weight + bias`` (Ba et al. 2016,
+        arXiv:1607.06450). The variance is not taken as ``mean(x ** 2) - mean(x) ** 2``, which
+        cancels where the mean is large.
+
+        Args:
+            obj: the layer: ``obj.weight`` and ``obj.bias`` ``[hidden_size]``, of one dtype, possibly another
+                than x, and ``obj.variance_epsilon``, a float.
+            x: ``[..., hidden_size]``.
+
+        Returns:
+            ``y``, in x's shape and dtype, a new tensor.
+        """
+        raise NotImplementedError(f"{self.name} has no layer_norm")
 
     def rotary_embedding(
         self,

@@ -49,15 +49,9 @@ def test_everything_by_default(jobs: list[Job]) -> None:
     [
         (["--impl", "reference.torch"], REFERENCE),
         (["--op", "rms_norm", "--impl", "reference.torch"], [RMS_NORM]),
-        (
-            ["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"],
-            [RMS_NORM, SILU_AND_MUL],
-        ),
+        (["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"], [RMS_NORM, SILU_AND_MUL]),
         (["--vendor", "testchip"], [("rms_norm", "vendor.testchip")]),
-        (
-            ["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"],
-            [RMS_NORM, ("rms_norm", "vendor.testchip")],
-        ),
+        (["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"], [RMS_NORM, ("rms_norm", "vendor.testchip")]),
     ],
 )
 def test_what_is_asked_for(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators in float64, a file a family, and how far from it an implementation may be (``judge.py``)."""
 
-from .activation import silu_and_mul
+from .activation import gelu_and_mul, new_gelu, quick_gelu, relu2, silu_and_mul
 from .judge import DTYPES, TINY, U32, Exact, Verdict, exactly, smallest, u
-from .normalization import rms_norm
+from .normalization import gemma_rms_norm, layer_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
 __all__ = [
@@ -13,7 +13,13 @@ __all__ = [
     "Exact",
     "Verdict",
     "exactly",
+    "gelu_and_mul",
+    "gemma_rms_norm",
+    "layer_norm",
     "mrotary_embedding",
+    "new_gelu",
+    "quick_gelu",
+    "relu2",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",

@@ -21,7 +21,13 @@ class KernelBackend(Backend):
     ``impl`` is imported at the first call: tools list the backends without paying for PyTorch or a kernel library. It
     has those of these that the backend registers::
 
+        gelu_and_mul(x, approximate)
+        new_gelu(x)
+        quick_gelu(x)
+        relu2(x)
         silu_and_mul(x)
+        gemma_rms_norm(x, residual, weight, eps)
+        layer_norm(x, weight, bias, eps)
         rms_norm(x, residual, weight, eps)
         rotary_embedding(query, key, cos, sin, position_ids, interleaved, inplace)
         mrotary_embedding(query, key, cos, sin, positions, interleaved, axis_map, mrope_section, mrope_interleaved)
@@ -37,8 +43,28 @@ class KernelBackend(Backend):
     def _impl(self) -> Any:
         return import_module(f"{type(self).__module__.rpartition('.')[0]}.impl")
 
+    def gelu_and_mul(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.gelu_and_mul(x, obj.approximate)
+
+    def new_gelu(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.new_gelu(x)
+
+    def quick_gelu(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.quick_gelu(x)
+
+    def relu2(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.relu2(x)
+
     def silu_and_mul(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
         return self._impl.silu_and_mul(x)
+
+    def gemma_rms_norm(
+        self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self._impl.gemma_rms_norm(x, residual, obj.weight, obj.variance_epsilon)
+
+    def layer_norm(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.layer_norm(x, obj.weight, obj.bias, obj.variance_epsilon)
 
     def rms_norm(self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return self._impl.rms_norm(x, residual, obj.weight, obj.variance_epsilon)

@@ -13,6 +13,8 @@ from torch import nn
 from .catalog import LAYERS
 
 Forward = Callable[..., Any]
+#: Where a layer keeps what implementations are called with in its place, if that is not the layer itself.
+OBJ = "_sglang_fl_obj"
 #: An instance of one of SGLang's layer classes, which are not imported here.
 Layer = Any
 

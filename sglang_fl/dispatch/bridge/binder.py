@@ -22,19 +22,30 @@ from ..logger_manager import dispatch_log, get_logger
 from ..manager import OpManager, Plan, is_capturing
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
-from .base import Bridge, Forward, NoContexts, Routes, Site
+from .activation import GeluAndMulBridge, NewGELUBridge, QuickGELUBridge, ReLU2Bridge, SiluAndMulBridge
+from .base import OBJ, Bridge, Forward, NoContexts, Routes, Site
 from .first_passes import FirstPasses
+from .gemma_rms_norm import Gemma3RMSNormBridge, GemmaRMSNormBridge
+from .layer_norm import LayerNormBridge
 from .mrotary_embedding import MRotaryEmbeddingBridge
 from .report import BindReport
-from .rms_norm import RMSNormBridge
+from .rms_norm import Gemma4RMSNormBridge, RMSNormBridge, RMSNormWithoutScaleBridge
 from .rotary_embedding import RotaryEmbeddingBridge
-from .silu_and_mul import SiluAndMulBridge
 
 logger = get_logger()
 
 BRIDGES: tuple[Bridge, ...] = (
+    GeluAndMulBridge(),
+    Gemma3RMSNormBridge(),
+    Gemma4RMSNormBridge(),
+    GemmaRMSNormBridge(),
+    LayerNormBridge(),
     MRotaryEmbeddingBridge(),
+    NewGELUBridge(),
+    QuickGELUBridge(),
     RMSNormBridge(),
+    RMSNormWithoutScaleBridge(),
+    ReLU2Bridge(),
     RotaryEmbeddingBridge(),
     SiluAndMulBridge(),
 )
@@ -271,7 +282,7 @@ class Binder:
                 plan = replace(plan, candidates=tuple(fit))
 
             def call(other: OpImpl) -> Any:
-                result = other.fn(layer, *args)
+                result = other.fn(vars(layer).get(OBJ, layer), *args)
                 dispatch_log().record(type(layer).__name__, str(other))
                 return result
 
@@ -321,10 +332,17 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
+#: How SGLang's models name an MLP's first matrix, and how many activations it makes for each that goes on.
+_FIRST_MATRICES = {"gate_up_proj": 2, "up_proj": 1, "fc1": 1, "c_fc": 1}
+
+
 def _intermediate_size(parent: nn.Module) -> int | None:
-    """The width of the activations behind a gated MLP's first matrix, on this rank."""
-    width = getattr(getattr(parent, "gate_up_proj", None), "output_size_per_partition", None)
-    return width // 2 if isinstance(width, int) else None
+    """The width of the activations behind an MLP's first matrix, on this rank."""
+    for name, halves in _FIRST_MATRICES.items():
+        width = getattr(getattr(parent, name, None), "output_size_per_partition", None)
+        if isinstance(width, int):
+            return width // halves
+    return None
 
 
 def _own_forward(layer: Any) -> Forward:

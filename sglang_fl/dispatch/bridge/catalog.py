@@ -2,18 +2,29 @@
 """SGLang 0.5.23's layer classes by operator, as names: this file imports nothing of SGLang.
 
 The first class of each operator is the one whose forward the operator's signature describes; the
-others are its subclasses. Which of them a bridge takes over is the bridge's to say; all of them may
+others are its subclasses, or stand beside it (:data:`BESIDE`). Which of them a bridge takes over is the bridge's to say; all of them may
 stand in ``oot_whitelist`` and ``oot_blacklist``. A test holds the lists against the installed SGLang.
 """
 
 #: operator -> (module, class), the class described by the operator's signature first.
 LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "gelu_and_mul": (("sglang.srt.layers.activation", "GeluAndMul"),),
+    "gemma_rms_norm": (
+        ("sglang.srt.layers.layernorm", "GemmaRMSNorm"),
+        ("sglang.srt.layers.layernorm", "Gemma3RMSNorm"),
+    ),
+    "layer_norm": (("sglang.srt.layers.layernorm", "LayerNorm"),),
+    "new_gelu": (("sglang.srt.layers.activation", "NewGELU"),),
+    "quick_gelu": (("sglang.srt.layers.activation", "QuickGELU"),),
+    "relu2": (("sglang.srt.layers.activation", "ReLU2"),),
     "silu_and_mul": (
         ("sglang.srt.layers.activation", "SiluAndMul"),
         ("sglang.srt.models.beam", "BeamSiluAndMul"),
     ),
     "rms_norm": (
         ("sglang.srt.layers.layernorm", "RMSNorm"),
+        ("sglang.srt.layers.layernorm", "Gemma4RMSNorm"),
+        ("sglang.srt.layers.layernorm", "RMSNormWithoutScale"),
         ("sglang.srt.models.gemma3n_causal", "Gemma3nRMSNorm"),
         ("sglang.srt.models.glm4v", "Glm4vRMSNorm"),
         ("sglang.srt.models.glm_ocr", "GlmOcrRMSNorm"),
@@ -41,6 +52,8 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
 
 #: Operators whose class derives from another operator's class: naming that one in a list means both.
 DERIVED = {"mrotary_embedding": "rotary_embedding"}
+#: Classes that do an operator's work under a bridge of their own, and derive from none of its other classes.
+BESIDE = frozenset({"Gemma3RMSNorm", "Gemma4RMSNorm", "RMSNormWithoutScale"})
 
 #: Every class that the lists may name.
 CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers)
@@ -53,28 +66,13 @@ NOT_COVERED_OPERATORS = frozenset(
         "fused_moe",
         "fused_recurrent_gated_delta_rule",
         "fused_recurrent_gated_delta_rule_packed_decode",
-        "gelu_and_mul",
-        "gemma_rms_norm",
-        "layer_norm",
-        "new_gelu",
-        "quick_gelu",
-        "relu2",
         "topk",
     }
 )
 NOT_COVERED_CLASSES = frozenset(
     {
         "FusedMoE",
-        "Gemma3RMSNorm",
-        "Gemma4RMSNorm",
-        "GemmaRMSNorm",
-        "GeluAndMul",
-        "LayerNorm",
         "Mixer2RMSNormGated",
-        "NewGELU",
-        "QuickGELU",
-        "RMSNormWithoutScale",
-        "ReLU2",
         "TopK",
         "UnquantizedFusedMoEMethod",
     }
