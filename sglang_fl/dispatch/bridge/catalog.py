@@ -35,6 +35,13 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sglang.srt.models.beam", "BeamRotaryEmbedding"),
         ("sglang.srt.models.grok", "ScalingRotaryEmbedding"),
     ),
+    "fused_moe": (
+        ("sglang.srt.layers.quantization.unquant", "UnquantizedFusedMoEMethod"),
+        ("sglang.srt.hardware_backend.npu.quantization.online_moe_methods", "NPUMXFP8OnlineMoEMethod"),
+        ("sglang.srt.models.beam", "BeamUnquantizedFusedMoEMethod"),
+        ("sglang.srt.models.inkling_common.dense_mlp", "_InklingUnquantizedFusedMoEMethod"),
+    ),
+    "topk": (("sglang.srt.layers.moe.topk", "TopK"),),
 }
 
 #: Every class that the lists may name.
@@ -45,7 +52,6 @@ CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers)
 NOT_COVERED_OPERATORS = frozenset(
     {
         "chunk_gated_delta_rule",
-        "fused_moe",
         "fused_recurrent_gated_delta_rule",
         "fused_recurrent_gated_delta_rule_packed_decode",
         "gelu_and_mul",
@@ -55,7 +61,6 @@ NOT_COVERED_OPERATORS = frozenset(
         "new_gelu",
         "quick_gelu",
         "relu2",
-        "topk",
     }
 )
 NOT_COVERED_CLASSES = frozenset(
@@ -71,8 +76,6 @@ NOT_COVERED_CLASSES = frozenset(
         "QuickGELU",
         "RMSNormWithoutScale",
         "ReLU2",
-        "TopK",
-        "UnquantizedFusedMoEMethod",
     }
 )
 
