@@ -3,6 +3,7 @@
 
 from .activation import silu_and_mul
 from .judge import DTYPES, TINY, U32, Exact, Verdict, exactly, smallest, u
+from .moe import Routed, fused_moe, topk
 from .normalization import rms_norm
 from .rotary import rotary_embedding
 
@@ -11,11 +12,14 @@ __all__ = [
     "TINY",
     "U32",
     "Exact",
+    "Routed",
     "Verdict",
     "exactly",
+    "fused_moe",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
     "smallest",
+    "topk",
     "u",
 ]
