@@ -250,6 +250,74 @@ class FLBackendBase(ABC):
         """
         raise NotImplementedError(f"{self.name} has no mrotary_embedding")
 
+    def topk(
+        self,
+        obj: Any,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        *,
+        num_token_non_padded: torch.Tensor | None = None,
+        expert_location_dispatch_info: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that each token goes to, and their weights (Shazeer et al. 2017, arXiv:1701.06538).
+
+        ``score = softmax(router_logits)`` or ``sigmoid(router_logits)`` by ``scoring_func``; an expert is chosen by
+        ``choice = score + correction_bias`` and weighted by ``score`` alone (DeepSeek-AI 2024, arXiv:2412.19437).
+        The ``top_k - num_shared_topk_slots`` experts with the largest choice are the token's. With
+        ``use_grouped_topk`` they come from the ``topk_group`` best of ``num_expert_group`` equal groups of experts in
+        a row; a group is as good as its largest choice or, with a correction bias, as the sum of its two largest.
+        Which of equal choices wins is open. Then, in this order:
+
+        - ``renormalize``: a token's weights are divided by their sum plus 1e-20 (or, with softmax, up to 1e-8);
+        - ``apply_routed_scaling_factor_on_output``: they are multiplied by ``routed_scaling_factor`` (None: 1);
+        - with a shared slot one column more, the last: expert ``num_experts``, of weight 1 if the scaling factor was
+          applied, else ``1 / routed_scaling_factor`` (None or 0: 1), times ``fused_shared_experts_scaling_factor``
+          (None: 1).
+
+        Args:
+            obj: the layer; ``obj.topk_config`` has what is named above: ``top_k``, ``scoring_func`` ("softmax" or
+                "sigmoid"; with groups and a correction bias it is sigmoid, whatever stands there), ``renormalize``,
+                ``correction_bias`` (``[num_experts]`` of any floating-point dtype, or None), ``use_grouped_topk``,
+                ``num_expert_group``, ``topk_group``, ``num_shared_topk_slots`` (0 or 1), and the factors.
+            hidden_states: ``[num_tokens, hidden_size]``; only what the logits were made from.
+            router_logits: ``[num_tokens, num_experts]``.
+            num_token_non_padded: one integer on the device, of shape ``[]`` or ``[1]``: the tokens from it on are
+                padding, and all their ids are -1. None: no token is.
+            expert_location_dispatch_info: None. (With it experts have several places; such a call stays with SGLang.)
+
+        Returns:
+            ``(topk_weights, topk_ids)``, ``[num_tokens, top_k]``, fp32 and int32, new tensors. A token's ids are
+            distinct and, but for the shared column, in any order. Weights of padding mean nothing.
+        """
+        raise NotImplementedError(f"{self.name} has no topk")
+
+    def fused_moe(self, obj: Any, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        """Each token's experts, weighted and summed (Shazeer et al. 2017, arXiv:1701.06538).
+
+        ``out[t]`` is the sum over ``k`` of ``weight[t, k] * (w2[e] @ act(w13[e] @ x[t] + w13_bias[e]) + w2_bias[e])``
+        with ``e = ids[t, k]``. Gated, ``act(h) = f(h[:d]) * h[d:]``, else ``act(h) = f(h)``; ``f`` is ``silu``,
+        ``gelu`` (by erf), ``gelu_tanh`` or ``relu2`` (``max(h, 0) ** 2``). What a matrix product is given, and an
+        expert's weighted output, may be rounded to the activation's dtype.
+
+        Args:
+            obj: the method object of the layer; nothing of it is needed.
+            layer: ``layer.w13_weight`` ``[num_local_experts, 2 * d, hidden_size]``, the gate's rows before the
+                others (``[.., d, ..]`` if it is not gated), ``layer.w2_weight`` ``[num_local_experts, hidden_size, d]``,
+                both in x's dtype; ``layer.w13_weight_bias`` and ``layer.w2_weight_bias``, fp32, the first two dimensions
+                of their weights, or None, or not there; ``layer.moe_runner_config`` with ``activation``, ``is_gated``,
+                ``num_experts``, ``num_local_experts`` (fewer where other ranks have the rest), and
+                ``apply_router_weight_on_input``: ``weight`` multiplies ``w13[e] @ x[t]`` instead (never with a bias).
+            dispatch_output: ``dispatch_output.hidden_states``, x, ``[num_tokens, hidden_size]``, and
+                ``dispatch_output.topk_output`` with ``topk_weights``, fp32, and ``topk_ids``, int32 or int64,
+                ``[num_tokens, top_k]``. An id counts this rank's experts. A negative one is an expert of another
+                rank, or a padded token's: it adds nothing. The model's ``routed_scaling_factor`` is in the weights
+                where this operator is to apply it.
+
+        Returns:
+            ``[num_tokens, hidden_size]`` in x's dtype, a new tensor.
+        """
+        raise NotImplementedError(f"{self.name} has no fused_moe")
+
 
 _NOT_OPERATORS = frozenset({"is_available", "why_unavailable"})
 

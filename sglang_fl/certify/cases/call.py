@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..exact import Exact
-
 
 class Layer(nn.Module):
     """The layer that an operator reads its weights and constants from."""
@@ -40,6 +38,10 @@ class Call:
     inputs: dict[str, Any]
     may_write: frozenset[str] = frozenset()
     guarded: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the operator is called with: (by position, by name)."""
+        return (self.layer, *self.inputs.values()), {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a kernel could write, by name."""
@@ -78,12 +80,14 @@ class Operator:
         unusual: calls that are allowed, and rare.
         special: calls with nan, infinity, the largest and the smallest numbers.
         exact: its results in float64, for a call that has not run yet.
+        whole: one of them judges all the results.
     """
 
     forms: Callable[[int, int], Iterator[Named]]
     unusual: Callable[[], Iterator[Named]]
     special: Callable[[], Iterator[Named]]
-    exact: Callable[[Call], tuple[Exact, ...]]
+    exact: Callable[[Call], tuple[Any, ...]]
+    whole: bool = False
 
 
 @dataclass(frozen=True)

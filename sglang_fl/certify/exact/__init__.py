@@ -3,6 +3,7 @@
 
 from .activation import gelu_and_mul, new_gelu, quick_gelu, relu2, silu_and_mul
 from .judge import DTYPES, TINY, U32, Exact, Verdict, exactly, smallest, u
+from .moe import Routed, fused_moe, topk
 from .normalization import gemma_rms_norm, layer_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
@@ -11,6 +12,7 @@ __all__ = [
     "TINY",
     "U32",
     "Exact",
+    "Routed",
     "Verdict",
     "exactly",
     "gelu_and_mul",
@@ -20,9 +22,11 @@ __all__ = [
     "new_gelu",
     "quick_gelu",
     "relu2",
+    "fused_moe",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
     "smallest",
+    "topk",
     "u",
 ]

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..ops import FLBackendBase as Backend
+from .moe import Experts, Routing
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,8 @@ class KernelBackend(Backend):
         rms_norm(x, residual, weight, eps)
         rotary_embedding(query, key, cos, sin, position_ids, interleaved, inplace)
         mrotary_embedding(query, key, cos, sin, positions, interleaved, axis_map, mrope_section, mrope_interleaved)
+        topk(router_logits, correction_bias, routing, num_token_non_padded)
+        fused_moe(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, experts)
     """
 
     def is_available(self) -> bool:
@@ -95,3 +98,30 @@ class KernelBackend(Backend):
                 *by_head, cos, sin, positions, interleaved, obj.axis_map, obj.mrope_section, obj.mrope_interleaved
             )
         return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
+
+    def topk(
+        self,
+        obj: Any,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        *,
+        num_token_non_padded: torch.Tensor | None = None,
+        expert_location_dispatch_info: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if expert_location_dispatch_info is not None:
+            raise NotImplementedError("topk: experts that have several places are SGLang's to choose from")
+        config = obj.topk_config
+        return self._impl.topk(router_logits, config.correction_bias, Routing.of(config), num_token_non_padded)
+
+    def fused_moe(self, obj: Any, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        routed = dispatch_output.topk_output
+        return self._impl.fused_moe(
+            dispatch_output.hidden_states,
+            layer.w13_weight,
+            layer.w2_weight,
+            routed.topk_weights,
+            routed.topk_ids,
+            getattr(layer, "w13_weight_bias", None),
+            getattr(layer, "w2_weight_bias", None),
+            Experts.of(layer.moe_runner_config),
+        )

@@ -48,6 +48,13 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sglang.srt.layers.rotary_embedding.mrope", "Ernie4_5_VLRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.mrope", "YaRNScalingMRotaryEmbedding"),
     ),
+    "fused_moe": (
+        ("sglang.srt.layers.quantization.unquant", "UnquantizedFusedMoEMethod"),
+        ("sglang.srt.hardware_backend.npu.quantization.online_moe_methods", "NPUMXFP8OnlineMoEMethod"),
+        ("sglang.srt.models.beam", "BeamUnquantizedFusedMoEMethod"),
+        ("sglang.srt.models.inkling_common.dense_mlp", "_InklingUnquantizedFusedMoEMethod"),
+    ),
+    "topk": (("sglang.srt.layers.moe.topk", "TopK"),),
 }
 
 #: Operators whose class derives from another operator's class: naming that one in a list means both.
@@ -63,18 +70,14 @@ CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers)
 NOT_COVERED_OPERATORS = frozenset(
     {
         "chunk_gated_delta_rule",
-        "fused_moe",
         "fused_recurrent_gated_delta_rule",
         "fused_recurrent_gated_delta_rule_packed_decode",
-        "topk",
     }
 )
 NOT_COVERED_CLASSES = frozenset(
     {
         "FusedMoE",
         "Mixer2RMSNormGated",
-        "TopK",
-        "UnquantizedFusedMoEMethod",
     }
 )
 

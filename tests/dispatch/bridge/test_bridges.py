@@ -24,7 +24,18 @@ from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.catalog import BESIDE, LAYERS, OVERRIDING
 from sglang_fl.dispatch.bridge.report import BindReport
 
-from .sglang_layers import ACTIVATION_LAYERS, HEAD, HIDDEN, MAX_POSITION, NORM_LAYERS, ROTARY_LAYERS, Model, rotary, sglang_class
+from .sglang_layers import (
+    ACTIVATION_LAYERS,
+    HEAD,
+    HIDDEN,
+    MAX_POSITION,
+    MOE_LAYERS,
+    NORM_LAYERS,
+    ROTARY_LAYERS,
+    Model,
+    rotary,
+    sglang_class,
+)
 
 reference = ReferenceBackend()
 CALLS: list[str] = []
@@ -76,9 +87,10 @@ def sglang_subclasses() -> dict[str, set[str]]:
     """operator -> its classes and all their subclasses, read from the source of the installed SGLang."""
     roots = {op: {layers[0][1]} | {name for _, name in layers if name in BESIDE} for op, layers in LAYERS.items()}
     parents: dict[str, set[str]] = {}
+    bases = frozenset().union(*roots.values())
     for path in (Path(sglang.__file__).parent / "srt").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        if not any(re.search(rf"^class .*{name}", text, re.MULTILINE) for names in roots.values() for name in names):
+        if not any(re.search(rf"^class (\w+\(.*{name}|{name}\b)", text, re.MULTILINE) for name in bases):
             continue  # the rest takes ten seconds to parse
         tree = ast.parse(text)
         foreign = {
@@ -93,7 +105,7 @@ def sglang_subclasses() -> dict[str, set[str]]:
                 parents.setdefault(node.name, set()).update(names)
     found = {}
     for op, family in roots.items():
-        while grown := {name for name, bases in parents.items() if bases & family} - family:
+        while grown := {name for name, above in parents.items() if above & family} - family:
             family |= grown
         found[op] = family
     # A class that another operator's class derives from is that operator's, with all below it.
@@ -109,7 +121,7 @@ def test_catalog_names_every_subclass_of_the_installed_sglang() -> None:
 
 
 def test_every_class_of_the_catalog_is_walked_here() -> None:
-    walked = ROTARY_LAYERS.keys() | NORM_LAYERS.keys() | ACTIVATION_LAYERS.keys()
+    walked = ROTARY_LAYERS.keys() | NORM_LAYERS.keys() | ACTIVATION_LAYERS.keys() | MOE_LAYERS.keys()
     assert walked == {name for layers in LAYERS.values() for _, name in layers}
 
 

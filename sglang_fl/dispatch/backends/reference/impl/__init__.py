@@ -2,10 +2,12 @@
 """The reference's arithmetic, a file a family of operators. Importing it imports PyTorch."""
 
 from .activation import gelu_and_mul, new_gelu, quick_gelu, relu2, silu_and_mul
+from .moe import fused_moe, topk
 from .normalization import gemma_rms_norm, layer_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
 __all__ = [
+    "fused_moe",
     "gelu_and_mul",
     "gemma_rms_norm",
     "layer_norm",
@@ -16,4 +18,5 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "topk",
 ]
