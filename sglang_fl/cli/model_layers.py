@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import LAYERS, NOT_COVERED_CLASSES, OVERRIDING
+from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, OVERRIDING
 
 #: How ``get_rope`` names the class it makes, by the config's rope type.
 _ROPE_CLASSES = {
@@ -30,7 +30,10 @@ _ROPE_CLASSES = {
 }
 #: SGLang's functions that make a rotary embedding.
 _MAKE_ROPE = ("get_rope", "get_rope_wrapper")
-_KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers}
+#: SGLang's layer of linear attention, and the functions that it comes to where it is a gated delta rule.
+_LINEAR_ATTENTION = "RadixLinearAttention"
+_GATED_DELTA_RULE = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_packed_decode")
+_KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers} | {name: op for op, (_, name) in FUNCTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,13 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     for architecture, file in files.items():
         if file is not None:
             used |= dict.fromkeys(_classes_of(architecture, file))
+    if _LINEAR_ATTENTION in used and "linear_num_value_heads" in text:
+        used |= dict.fromkeys(_GATED_DELTA_RULE)
+    used.pop(_LINEAR_ATTENTION, None)
     rows = []
     for class_name in dict.fromkeys(_rope_class(text) if name in _MAKE_ROPE else name for name in used):
         op = _KNOWN.get(class_name)
-        why = settings.why_left({class_name, LAYERS[op][0][1]}) if op else None
+        why = settings.why_left({class_name, LAYERS[op][0][1] if op in LAYERS else class_name}) if op else None
         if op is None:
             destination = "sglang (no operator of sglang-fl is for it)"
         elif class_name in OVERRIDING:
@@ -126,6 +132,11 @@ def _size(op: str | None, config: dict[str, Any]) -> str:
         "rms_norm": f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}",
         "silu_and_mul": f"intermediate_size {config.get('intermediate_size')}",
         "rotary_embedding": f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads",
+        **dict.fromkeys(
+            _GATED_DELTA_RULE,
+            f"{config.get('linear_num_key_heads')} heads of {config.get('linear_key_head_dim')}, "
+            f"{config.get('linear_num_value_heads')} value heads of {config.get('linear_value_head_dim')}",
+        ),
     }.get(op or "", "")
 
 
@@ -162,7 +173,7 @@ class _ModelFile:
 
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
     """The layer classes that a model's file, and the model files it builds on, call."""
-    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE}
+    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, _LINEAR_ATTENTION}
     pending: list[tuple[Path, str]] = [(start, architecture)]
     seen: set[tuple[Path, str]] = set()
     files: dict[Path, _ModelFile] = {}

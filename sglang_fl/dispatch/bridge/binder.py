@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..logger_manager import dispatch_log
 from ..manager import OpManager
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
-from .base import Bridge, Forward, NoContexts, Routes, Site
+from .base import Bridge, Forward, NoContexts, Routes, Site, activation_dtype, device_of
 from .choice import Choice, Chooser, Place
 from .first_passes import FirstPasses
 from .report import BindReport
@@ -218,7 +217,7 @@ class Binder:
 
 def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]]:
     """The layers that a bridge is for, each with its name and its site."""
-    dtype, device = _activation_dtype(model), _device(model)
+    dtype, device = activation_dtype(model), device_of(model)
     modules = dict(model.named_modules())
     # A class that another bridge's class derives from comes after it.
     loaded = [(bridge.layer_class, bridge) for bridge in BRIDGES if bridge.layer_class is not None]
@@ -228,20 +227,6 @@ def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]
         if bridge is not None:
             parent = modules.get(name.rpartition(".")[0], model)
             yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent))
-
-
-def _activation_dtype(model: nn.Module) -> torch.dtype:
-    """The floating-point type that most of the model's parameters have, quantised ones aside."""
-    counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32):
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.get_default_dtype()
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensor = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _intermediate_size(parent: nn.Module) -> int | None:

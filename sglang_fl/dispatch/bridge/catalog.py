@@ -37,17 +37,24 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-#: Every class that the lists may name.
-CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers)
+#: operator -> (module, function) that SGLang calls, and not as a layer. The lists of classes may name it, too.
+FUNCTIONS: dict[str, tuple[str, str]] = {
+    "chunk_gated_delta_rule": ("sglang.kernels.ops.attention.fla.chunk", "chunk_gated_delta_rule"),
+    "fused_recurrent_gated_delta_rule": ("sglang.kernels.ops.attention.fla.fused_recurrent", "fused_recurrent_gated_delta_rule"),
+    "fused_recurrent_gated_delta_rule_packed_decode": (
+        "sglang.kernels.ops.attention.fla.fused_recurrent",
+        "fused_recurrent_gated_delta_rule_packed_decode",
+    ),
+}
+
+#: Every class and function that the lists may name.
+CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers) | {name for _, name in FUNCTIONS.values()}
 
 #: Operators and layer classes that backends and settings of FlagOS name, and that this version does not
 #: cover: their layers stay with SGLang.
 NOT_COVERED_OPERATORS = frozenset(
     {
-        "chunk_gated_delta_rule",
         "fused_moe",
-        "fused_recurrent_gated_delta_rule",
-        "fused_recurrent_gated_delta_rule_packed_decode",
         "gelu_and_mul",
         "gemma_rms_norm",
         "layer_norm",
