@@ -62,6 +62,56 @@ _LAYERS = {
 }
 #: What the hook on SGLang's groups reads of their arguments; checked where FlagCX is chosen.
 _GROUP_ARGUMENTS = ("torch_distributed_backend", "use_pynccl")
+#: What the bridges of the gated delta rule rely on; checked where a model has such layers.
+_GATED_DELTA_RULE = {
+    "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "initial_state",
+        "initial_state_indices",
+        "cu_seqlens",
+        "head_first",
+        "use_qk_l2norm_in_kernel",
+        "inplace_update",
+    ),
+    "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule": (
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "initial_state",
+        "output_final_state",
+        "cu_seqlens",
+        "use_qk_l2norm_in_kernel",
+    ),
+    "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule_packed_decode": (
+        "mixed_qkv",
+        "a",
+        "b",
+        "A_log",
+        "dt_bias",
+        "scale",
+        "initial_state",
+        "out",
+        "ssm_state_indices",
+        "use_qk_l2norm_in_kernel",
+    ),
+    "sglang.srt.configs.mamba_utils:mamba2_state_dtype": ("config",),
+    "sglang.srt.layers.attention.linear.gdn_backend:GDNKernelDispatcher.__init__": (
+        "self",
+        "decode_backend",
+        "prefill_backend",
+        "verify_backend",
+    ),
+    "sglang.srt.plugins.hook_registry:HookRegistry.register": ("target", "hook", "hook_type", "source"),
+    "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks": (),
+}
 _FUSED_OP_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
 
 
@@ -141,5 +191,12 @@ def check_layers() -> None:
 
         layer = vars(SiluAndMul())
         problems = [f"BaseFusedOp has no attribute {name}" for name in _FUSED_OP_ATTRIBUTES if name not in layer]
+    if problems:
+        raise IncompatibleSGLang(unsupported(problems))
+
+
+def check_gated_delta_rule() -> None:
+    """Raises IncompatibleSGLang unless the functions of the gated delta rule are the ones the bridges are for."""
+    problems = list(_problems(_GATED_DELTA_RULE))
     if problems:
         raise IncompatibleSGLang(unsupported(problems))

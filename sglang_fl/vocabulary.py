@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .config import Vocabulary
-from .dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES, NOT_COVERED_OPERATORS
+from .dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES
 from .dispatch.manager import OpManager
 
 
@@ -18,7 +18,7 @@ def vocabulary(manager: OpManager) -> Vocabulary:
         manager.vocabulary(()),  # with plugin modules they were found when those were checked
         classes=CLASSES,
         flaggems=flaggems_functions(),
-        not_covered=NOT_COVERED_OPERATORS | NOT_COVERED_CLASSES,
+        not_covered=NOT_COVERED_CLASSES,
         hints={"classes": "sglang-fl ops lists the classes"},
     )
 

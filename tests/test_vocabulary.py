@@ -12,10 +12,10 @@ from sglang_fl import runtime
 from sglang_fl.cli import main
 from sglang_fl.config import SettingsError
 from sglang_fl.dispatch import OpManager, policy_from_config, reset_default_manager
-from sglang_fl.dispatch.bridge.catalog import NOT_COVERED_OPERATORS
+from sglang_fl.dispatch.bridge.catalog import NOT_COVERED_CLASSES
 from sglang_fl.dispatch.builtin_ops import ENTRY_POINT_GROUP
 
-NOT_COVERED = sorted(NOT_COVERED_OPERATORS)[0]
+NOT_COVERED = sorted(NOT_COVERED_CLASSES)[0]
 BACKEND = f"""
 from sglang_fl.dispatch import BackendImplKind, OpImpl
 

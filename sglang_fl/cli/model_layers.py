@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import BESIDE, DERIVED, LAYERS, NOT_COVERED_CLASSES, OVERRIDING
+from ..dispatch.bridge.catalog import BESIDE, DERIVED, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, OVERRIDING
 
 #: How ``get_rope`` names the class it makes, by the config's rope type.
 _ROPE_CLASSES = {
@@ -35,7 +35,10 @@ _MAKE_ACTIVATION = "get_act_fn"
 _ACTIVATION_CLASSES = {"gelu_new": "NewGELU", "relu2": "ReLU2"}
 _MODELS = "sglang.srt.models."
 _MODULES_OF = {name: module for layers in LAYERS.values() for module, name in layers}
-_KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers}
+#: SGLang's layer of linear attention, and the functions that it comes to where it is a gated delta rule.
+_LINEAR_ATTENTION = "RadixLinearAttention"
+_GATED_DELTA_RULE = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_packed_decode")
+_KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers} | {name: op for op, (_, name) in FUNCTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     for architecture, file in files.items():
         if file is not None:
             used |= dict.fromkeys(_classes_of(architecture, file))
+    if _LINEAR_ATTENTION in used and "linear_num_value_heads" in text:
+        used |= dict.fromkeys(_GATED_DELTA_RULE)
+    used.pop(_LINEAR_ATTENTION, None)
     rows = []
     for class_name in dict.fromkeys(_made(name, text) for name in used):
         if class_name is None:
@@ -85,7 +91,7 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
 
 def _names(class_name: str, op: str) -> set[str]:
     """The class, and those of the catalog that it derives from."""
-    if class_name in BESIDE:
+    if class_name in BESIDE or op in FUNCTIONS:
         return {class_name}
     return {class_name, *(LAYERS[base][0][1] for base in (op, DERIVED.get(op)) if base)}
 
@@ -154,6 +160,11 @@ def _size(op: str | None, config: dict[str, Any]) -> str:
         "rms_norm": norm,
         "rotary_embedding": rotary,
         "silu_and_mul": activation,
+        **dict.fromkeys(
+            _GATED_DELTA_RULE,
+            f"{config.get('linear_num_key_heads')} heads of {config.get('linear_key_head_dim')}, "
+            f"{config.get('linear_num_value_heads')} value heads of {config.get('linear_value_head_dim')}",
+        ),
     }.get(op or "", "")
 
 
@@ -200,7 +211,7 @@ class _ModelFile:
 
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
     """The layer classes that a model's file, and the model files it builds on, call."""
-    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, _MAKE_ACTIVATION}
+    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, _MAKE_ACTIVATION, _LINEAR_ATTENTION}
     pending: list[tuple[Path, str]] = [(start, architecture)]
     seen: set[tuple[Path, str]] = set()
     files: dict[Path, _ModelFile] = {}

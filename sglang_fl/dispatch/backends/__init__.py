@@ -34,6 +34,8 @@ class KernelBackend(Backend):
         mrotary_embedding(query, key, cos, sin, positions, interleaved, axis_map, mrope_section, mrope_interleaved)
         topk(router_logits, correction_bias, routing, num_token_non_padded)
         fused_moe(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, experts)
+        chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, fused_recurrent_gated_delta_rule_packed_decode:
+            as the operators, all arguments by position
     """
 
     def is_available(self) -> bool:
@@ -124,4 +126,56 @@ class KernelBackend(Backend):
             getattr(layer, "w13_weight_bias", None),
             getattr(layer, "w2_weight_bias", None),
             Experts.of(layer.moe_runner_config),
+        )
+
+    def chunk_gated_delta_rule(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        scale: float | None = None,
+        initial_state: torch.Tensor | None = None,
+        initial_state_indices: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_qk_l2norm_in_kernel: bool = False,
+        inplace_update: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._impl.chunk_gated_delta_rule(
+            q, k, v, g, beta, scale, initial_state, initial_state_indices, cu_seqlens, use_qk_l2norm_in_kernel, inplace_update
+        )
+
+    def fused_recurrent_gated_delta_rule(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor | None = None,
+        scale: float | None = None,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: torch.Tensor | None = None,
+        use_qk_l2norm_in_kernel: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._impl.fused_recurrent_gated_delta_rule(
+            q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel
+        )
+
+    def fused_recurrent_gated_delta_rule_packed_decode(
+        self,
+        mixed_qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        A_log: torch.Tensor,
+        dt_bias: torch.Tensor,
+        scale: float,
+        initial_state: torch.Tensor,
+        out: torch.Tensor,
+        ssm_state_indices: torch.Tensor,
+        use_qk_l2norm_in_kernel: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._impl.fused_recurrent_gated_delta_rule_packed_decode(
+            mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel
         )

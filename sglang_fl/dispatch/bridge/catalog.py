@@ -62,18 +62,20 @@ DERIVED = {"mrotary_embedding": "rotary_embedding"}
 #: Classes that do an operator's work under a bridge of their own, and derive from none of its other classes.
 BESIDE = frozenset({"Gemma3RMSNorm", "Gemma4RMSNorm", "RMSNormWithoutScale"})
 
-#: Every class that the lists may name.
-CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers)
-
-#: Operators and layer classes that backends and settings of FlagOS name, and that this version does not
-#: cover: their layers stay with SGLang.
-NOT_COVERED_OPERATORS = frozenset(
-    {
-        "chunk_gated_delta_rule",
-        "fused_recurrent_gated_delta_rule",
+#: operator -> (module, function) that SGLang calls, and not as a layer. The lists of classes may name it, too.
+FUNCTIONS: dict[str, tuple[str, str]] = {
+    "chunk_gated_delta_rule": ("sglang.kernels.ops.attention.fla.chunk", "chunk_gated_delta_rule"),
+    "fused_recurrent_gated_delta_rule": ("sglang.kernels.ops.attention.fla.fused_recurrent", "fused_recurrent_gated_delta_rule"),
+    "fused_recurrent_gated_delta_rule_packed_decode": (
+        "sglang.kernels.ops.attention.fla.fused_recurrent",
         "fused_recurrent_gated_delta_rule_packed_decode",
-    }
-)
+    ),
+}
+
+#: Every class and function that the lists may name.
+CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers) | {name for _, name in FUNCTIONS.values()}
+
+#: Layer classes that settings of FlagOS name, and that this version does not cover: they stay with SGLang.
 NOT_COVERED_CLASSES = frozenset(
     {
         "FusedMoE",
