@@ -15,7 +15,18 @@ import torch
 from sglang_fl.dispatch.backends.reference import impl as reference
 
 _DECLARED = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
-_NAMES = ("npu_swiglu", "npu_rms_norm", "npu_add_rms_norm", "npu_mrope", "npu_rotary_mul")
+_NAMES = (
+    "npu_swiglu",
+    "npu_geglu",
+    "npu_gelu",
+    "npu_fast_gelu",
+    "npu_rms_norm",
+    "npu_add_rms_norm",
+    "npu_gemma_rms_norm",
+    "npu_layer_norm_eval",
+    "npu_mrope",
+    "npu_rotary_mul",
+)
 
 
 def declared_schemas(wheel: Path) -> dict[str, str]:
@@ -30,6 +41,44 @@ def declared_schemas(wheel: Path) -> dict[str, str]:
 def npu_swiglu(self: torch.Tensor, dim: int = -1) -> torch.Tensor:
     assert dim == -1 and self.shape[-1] % 2 == 0 and self.numel()
     return reference.silu_and_mul(self)
+
+
+def npu_geglu(self: torch.Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    assert dim == -1 and self.shape[-1] % 2 == 0 and self.numel() and 1 <= self.dim() <= 8 and approximate in (0, 1)
+    left, right = self.chunk(2, dim)
+    gate, up = (left, right) if activate_left else (right, left)
+    kind = "tanh" if approximate else "none"
+    gelu = reference.gelu_and_mul(torch.cat((gate, torch.ones_like(gate)), -1), kind)
+    return reference.gelu_and_mul(torch.cat((gate, up), -1), kind), gelu
+
+
+def npu_gelu(self: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    assert self.numel() and approximate == "tanh"
+    return reference.new_gelu(self).clone()
+
+
+def npu_fast_gelu(self: torch.Tensor) -> torch.Tensor:
+    assert self.numel()
+    return reference.quick_gelu(self)
+
+
+def npu_gemma_rms_norm(self: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nothing empty, nothing that is not contiguous."""
+    assert gamma.dtype == self.dtype and self.numel() and self.is_contiguous() and gamma.is_contiguous()
+    rstd = torch.rsqrt(self.float().square().mean(-1, keepdim=True) + epsilon)
+    return reference.gemma_rms_norm(self, None, gamma, epsilon).clone(), rstd  # type: ignore[union-attr]
+
+
+def npu_layer_norm_eval(
+    input: torch.Tensor,
+    normalized_shape: list[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    assert normalized_shape == [input.shape[-1]] and input.numel() and weight is not None and bias is not None
+    assert weight.dtype == bias.dtype == input.dtype
+    return reference.layer_norm(input, weight, bias, eps).clone()
 
 
 def npu_rms_norm(self: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two correct evaluations of the demo model may differ in the logprobs of a prompt.
+"""How far two correct evaluations of a small model may differ in the logprobs of a prompt.
 
 First-order forward error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): an
 operator's result ``t`` is wrong by at most ``roundings * u * terms``, where ``terms`` is the sum of the
@@ -15,6 +15,7 @@ Error Analysis). Two evaluations may differ by twice the bound of one.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,8 @@ class _Tape:
 
 @contextmanager
 def _recorded(model: nn.Module, tape: _Tape) -> Iterator[None]:
-    from transformers.models.qwen3 import modeling_qwen3 as qwen3
+    """The operators of one of transformers' models; what it is made of has the same names in all of them."""
+    modeling: Any = sys.modules[type(model).__module__]
 
     def linear(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return tape.add(output, inputs[0].abs() @ module.weight.abs().T, _sum(module.in_features))
@@ -72,21 +74,28 @@ def _recorded(model: nn.Module, tape: _Tape) -> Iterator[None]:
     def norm(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return tape.add(output, output.abs(), _ELEMENTWISE + _sum(output.shape[-1]))
 
+    def gelu(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        # Left of zero it is the difference of two numbers of half its input's size.
+        return tape.add(output, inputs[0].abs(), _ELEMENTWISE)
+
     handles = []
     for module in model.modules():
+        name = type(module).__name__
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_hook(linear))
-        elif isinstance(module, qwen3.Qwen3RMSNorm):
+        elif name.endswith("RMSNorm"):
             handles.append(module.register_forward_hook(norm))
-        elif isinstance(module, (qwen3.Qwen3MLP, qwen3.Qwen3DecoderLayer)) or module.__class__.__name__.startswith("SiLU"):
+        elif name.startswith("GELU"):
+            handles.append(module.register_forward_hook(gelu))
+        elif name.endswith(("MLP", "DecoderLayer", "ScaledWordEmbedding")) or name.startswith("SiLU"):
             handles.append(module.register_forward_hook(elementwise))
 
-    rotary, attention = qwen3.apply_rotary_pos_emb, qwen3.eager_attention_forward
+    rotary, attention = modeling.apply_rotary_pos_emb, modeling.eager_attention_forward
 
     def recorded_rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **named: Any) -> Any:
         results = rotary(q, k, cos, sin, *rest, **named)
         for x, result in zip((q, k), results, strict=True):
-            terms = (x * cos.unsqueeze(1)).abs() + (qwen3.rotate_half(x) * sin.unsqueeze(1)).abs()
+            terms = (x * cos.unsqueeze(1)).abs() + (modeling.rotate_half(x) * sin.unsqueeze(1)).abs()
             tape.add(result, terms, _ELEMENTWISE)
         return results
 
@@ -97,20 +106,20 @@ def _recorded(model: nn.Module, tape: _Tape) -> Iterator[None]:
         scores = float(q.detach().norm(dim=-1).max() * k.detach().norm(dim=-1).max()) / math.sqrt(q.shape[-1])
         return tape.add(output, terms, _sum(k.shape[2]) + _sum(q.shape[-1]) * max(1.0, scores)), weights
 
-    qwen3.apply_rotary_pos_emb, qwen3.eager_attention_forward = recorded_rotary, recorded_attention
+    modeling.apply_rotary_pos_emb, modeling.eager_attention_forward = recorded_rotary, recorded_attention
     try:
         yield
     finally:
-        qwen3.apply_rotary_pos_emb, qwen3.eager_attention_forward = rotary, attention
+        modeling.apply_rotary_pos_emb, modeling.eager_attention_forward = rotary, attention
         for handle in handles:
             handle.remove()
 
 
 def logprobs_and_bounds(model_path: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> tuple[list[float], list[float]]:
     """The exact logprob of each token but the first, and how far one evaluation in ``dtype`` may be from it."""
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
     tape = _Tape(dtype)
     with _recorded(model, tape):
         logits = model(input_ids=torch.tensor([tokens])).logits[0]

@@ -37,6 +37,8 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "Register.register_impl": ("self", "key", "fn"),
         "Register.get_unused_ops": ("self",),
     },
+    "fused/gelu_and_mul.py": {"gelu_and_mul": ("x", "y", "approximate")},
+    "ops/gelu.py": {"gelu": ("self",)},
     "modules/activation.py": {"gems_silu_and_mul": ("x", "y")},
     "modules/normalization.py": {"gems_rms_forward": ("x", "residual", "weight", "eps")},
     "modules/rotary_embedding.py": {

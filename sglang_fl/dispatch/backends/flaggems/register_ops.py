@@ -4,7 +4,15 @@ from ...types import BackendImplKind, BackendPriority, OpImpl
 from .flaggems import FlagGemsBackend
 
 #: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True, "mrotary_embedding": True}
+_WRITES_INPUTS = {
+    "gelu_and_mul": False,
+    "gemma_rms_norm": True,
+    "mrotary_embedding": True,
+    "new_gelu": False,
+    "rms_norm": True,
+    "rotary_embedding": True,
+    "silu_and_mul": False,
+}
 
 
 def register_builtins(registry: OpRegistry) -> None:

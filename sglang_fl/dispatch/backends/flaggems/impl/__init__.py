@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of FlagGems, a file a family of operators. Importing it imports FlagGems."""
 
-from .activation import silu_and_mul
-from .normalization import rms_norm
+from .activation import gelu_and_mul, new_gelu, silu_and_mul
+from .normalization import gemma_rms_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
-__all__ = ["mrotary_embedding", "rms_norm", "rotary_embedding", "silu_and_mul"]
+__all__ = [
+    "gelu_and_mul",
+    "gemma_rms_norm",
+    "mrotary_embedding",
+    "new_gelu",
+    "rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
+]

@@ -4,9 +4,22 @@ from ....types import BackendImplKind, BackendPriority, OpImpl
 from .cuda import CudaBackend
 
 #: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True, "mrotary_embedding": True}
+_WRITES_INPUTS = {
+    "gelu_and_mul": False,
+    "gemma_rms_norm": True,
+    "layer_norm": False,
+    "mrotary_embedding": True,
+    "relu2": False,
+    "rms_norm": True,
+    "rotary_embedding": True,
+    "silu_and_mul": False,
+}
 #: Operators whose kernels do not take every activation dtype.
-_DTYPES = {"rms_norm": frozenset({"bfloat16", "float16"})}
+_DTYPES = {
+    "gemma_rms_norm": frozenset({"bfloat16", "float16"}),
+    "layer_norm": frozenset({"bfloat16"}),
+    "rms_norm": frozenset({"bfloat16", "float16"}),
+}
 
 
 def register_builtins(registry: OpRegistry) -> None:

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of CUDA kernels, a file a family of operators. Importing it loads them."""
 
-from .activation import silu_and_mul
-from .normalization import rms_norm
+from .activation import gelu_and_mul, relu2, silu_and_mul
+from .normalization import gemma_rms_norm, layer_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
-__all__ = ["mrotary_embedding", "rms_norm", "rotary_embedding", "silu_and_mul"]
+__all__ = [
+    "gelu_and_mul",
+    "gemma_rms_norm",
+    "layer_norm",
+    "mrotary_embedding",
+    "relu2",
+    "rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
+]
