@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which each operator is measured, a file a family. An operator that is missing here is not measured."""
+"""The forms in which each operator is measured, a file a family."""
 
 from collections.abc import Mapping
 
 from . import activation, normalization, rotary
 from .form import Form, Forms, Tensors
 
-__all__ = ["FORMS", "Form", "Tensors"]
+__all__ = ["FORMS", "NOT_MEASURED", "Form", "Tensors"]
 
 #: operator -> its forms at a hidden size.
 FORMS: Mapping[str, Forms] = {**activation.FORMS, **normalization.FORMS, **rotary.FORMS}
+
+#: Operators that ``ops.py`` does not measure: their calls are not of tensors alone, or no layer's.
+NOT_MEASURED = frozenset(
+    {
+        "chunk_gated_delta_rule",
+        "fused_moe",
+        "fused_recurrent_gated_delta_rule",
+        "fused_recurrent_gated_delta_rule_packed_decode",
+        "topk",
+    }
+)
