@@ -2,7 +2,8 @@
 """Calls of FlagGems, a file a family of operators. Importing it imports FlagGems."""
 
 from .activation import silu_and_mul
+from .moe import fused_moe, topk
 from .normalization import rms_norm
 from .rotary import rotary_embedding
 
-__all__ = ["rms_norm", "rotary_embedding", "silu_and_mul"]
+__all__ = ["fused_moe", "rms_norm", "rotary_embedding", "silu_and_mul", "topk"]

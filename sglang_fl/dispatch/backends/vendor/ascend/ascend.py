@@ -9,7 +9,7 @@ from ... import KernelBackend
 
 
 class AscendBackend(KernelBackend):
-    """npu_swiglu, npu_rms_norm, npu_add_rms_norm, npu_mrope and npu_rotary_mul. None of them writes its inputs."""
+    """npu_swiglu, npu_rms_norm, npu_add_rms_norm, npu_mrope, npu_rotary_mul and npu_moe_gating_top_k. None of them writes its inputs."""
 
     name = "ascend"
     vendor = "ascend"

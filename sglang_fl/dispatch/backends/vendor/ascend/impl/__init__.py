@@ -2,7 +2,8 @@
 """Calls of torch_npu, a file a family of operators. Importing it imports torch_npu."""
 
 from .activation import silu_and_mul
+from .moe import topk
 from .normalization import rms_norm
 from .rotary import rotary_embedding
 
-__all__ = ["rms_norm", "rotary_embedding", "silu_and_mul"]
+__all__ = ["rms_norm", "rotary_embedding", "silu_and_mul", "topk"]
