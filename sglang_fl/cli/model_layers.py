@@ -30,6 +30,9 @@ _ROPE_CLASSES = {
 }
 #: SGLang's functions that make a rotary embedding.
 _MAKE_ROPE = ("get_rope", "get_rope_wrapper")
+#: What SGLang's models make experts with; experts that are not quantised are then of the class named here.
+_MAKE_EXPERTS = ("FusedMoE", "get_moe_impl_class")
+_EXPERTS = "UnquantizedFusedMoEMethod"
 _KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers}
 
 
@@ -55,7 +58,7 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     """
     config = _read_config(directory)
     text = {**config, **(config.get("text_config") or {})}
-    used: dict[str, None] = {}
+    used: dict[str, str | None] = {}
     files = {name: _file_of(name) for name in config.get("architectures") or []}
     if not any(files.values()):
         raise SettingsError(f"{directory}: SGLang has no model for the architecture {config.get('architectures')}")
@@ -63,10 +66,18 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
         if file is not None:
             used |= dict.fromkeys(_classes_of(architecture, file))
     rows = []
-    for class_name in dict.fromkeys(_rope_class(text) if name in _MAKE_ROPE else name for name in used):
+    experts = "FusedMoE" if config.get("quantization_config") else _EXPERTS
+    for name in used:
+        if name in _MAKE_ROPE:
+            used[name] = _rope_class(text)
+        elif name in _MAKE_EXPERTS:
+            used[name] = experts
+    for class_name in dict.fromkeys(found or name for name, found in used.items()):
         op = _KNOWN.get(class_name)
         why = settings.why_left({class_name, LAYERS[op][0][1]}) if op else None
-        if op is None:
+        if class_name == "FusedMoE":
+            destination = "sglang (its experts are quantised)"
+        elif op is None:
             destination = "sglang (no operator of sglang-fl is for it)"
         elif class_name in OVERRIDING:
             destination = "sglang (it has a forward of its own)"
@@ -91,7 +102,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 #: What is read of a configuration, with its type; null is as if it were not there.
-_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict}
+_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict, "quantization_config": dict}
 _NUMBERS = ("hidden_size", "num_attention_heads", "head_dim")
 
 
@@ -122,11 +133,18 @@ def _rope_class(config: dict[str, Any]) -> str:
 def _size(op: str | None, config: dict[str, Any]) -> str:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    experts = next((config[name] for name in _NUMBER_OF_EXPERTS if config.get(name)), None)
     return {
         "rms_norm": f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}",
         "silu_and_mul": f"intermediate_size {config.get('intermediate_size')}",
         "rotary_embedding": f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads",
+        "topk": f"{experts} experts, {config.get('num_experts_per_tok')} a token",
+        "fused_moe": f"{experts} experts, hidden_size {hidden}, moe_intermediate_size {config.get('moe_intermediate_size')}",
     }.get(op or "", "")
+
+
+#: How configurations call the number of experts.
+_NUMBER_OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def _file_of(architecture: str) -> Path | None:
@@ -162,7 +180,7 @@ class _ModelFile:
 
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
     """The layer classes that a model's file, and the model files it builds on, call."""
-    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE}
+    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, *_MAKE_EXPERTS}
     pending: list[tuple[Path, str]] = [(start, architecture)]
     seen: set[tuple[Path, str]] = set()
     files: dict[Path, _ModelFile] = {}
