@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one moment of Layers 1 and 2: a model was loaded; its layers are bound, then ATen operators replaced."""
+"""The one moment of Layers 1 and 2: a model was loaded; its layers and functions are bound, then ATen operators replaced."""
 
 import logging
 
@@ -9,6 +9,8 @@ from .aten import replace_operators
 from .compat import check_layers
 from .device import Device
 from .dispatch.bridge.binder import Binder
+from .dispatch.bridge.function import FunctionBinder
+from .dispatch.bridge.gated_delta_rule import GATED_DELTA_RULE
 from .dispatch.bridge.report import BindReport
 from .dispatch.manager import get_default_manager
 from .runtime import settings_in_worker
@@ -16,6 +18,7 @@ from .runtime import settings_in_worker
 logger = logging.getLogger("sglang_fl")
 
 _binder: Binder | None = None
+_functions: FunctionBinder | None = None
 
 
 def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
@@ -25,7 +28,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         IncompatibleSGLang: SGLang's layers are not the ones the bridges are for.
         RuntimeError: under ``strict``, an implementation failed its trial, or FlagGems cannot be used.
     """
-    global _binder
+    global _binder, _functions
     from sglang.srt.runtime_context import get_exec
 
     check_layers()
@@ -34,9 +37,11 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     deterministic = bool(execution.deterministic.enable_deterministic_inference)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     level = logging.DEBUG if distributed and torch.distributed.get_rank() else logging.INFO
-    if _binder is None:
+    if _binder is None or _functions is None:
         _binder = Binder(get_default_manager(), settings, deterministic=deterministic, log_level=level)
+        _functions = FunctionBinder(GATED_DELTA_RULE, get_default_manager(), settings, deterministic=deterministic, log_level=level)
     report = _binder.bind(model)
+    _functions.bind(model, report)
     logger.log(level, report.summary())
     if report.bound and execution.graph.enable_torch_compile:
         logger.log(

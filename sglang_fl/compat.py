@@ -15,6 +15,12 @@ _PLATFORM = {
     "sglang.srt.platforms.interface:SRTPlatform.get_compile_backend": ("self", "mode"),
     "sglang.srt.platforms.interface:SRTPlatform.get_group_coordinator_device": ("self", "local_rank"),
     "sglang.srt.platforms.interface:SRTPlatform.get_dispatch_key_name": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_graph_runner_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_full_graph_backend_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_piecewise_backend_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_kv_pool_cls": ("self", "kind"),
+    "sglang.srt.platforms.interface:SRTPlatform.get_paged_allocator_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.init_backend": ("self",),
     "sglang.srt.platforms.device_mixin:DeviceMixin.get_torch_distributed_backend_str": ("self",),
     "sglang.srt.arg_groups.overrides:record_of": ("view",),
     "sglang.srt.arg_groups.overrides:model_config_of": ("server_args",),
@@ -25,7 +31,16 @@ _LAYERS = {
     "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method": ("self",),
     "sglang.kernels.fused_op:BaseFusedOp.enter_torch_compile": ("self", "num_tokens"),
     "sglang.kernels.fused_op:BaseFusedOp.leave_torch_compile": ("self",),
+    "sglang.srt.layers.activation:GeluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.activation:NewGELU.forward_native": ("self", "x"),
+    "sglang.srt.layers.activation:QuickGELU.forward_native": ("self", "x"),
+    "sglang.srt.layers.activation:ReLU2.forward_native": ("self", "x"),
     "sglang.srt.layers.activation:SiluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm:Gemma3RMSNorm.forward_native": ("self", "x", "residual"),
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm:GemmaRMSNorm.forward_native": ("self", "x", "residual", "post_residual_addition"),
+    "sglang.srt.layers.layernorm:LayerNorm.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm:RMSNormWithoutScale.forward_native": ("self", "x"),
     "sglang.srt.layers.layernorm:RMSNorm.forward_native": ("self", "x", "residual", "post_residual_addition", "quant_linear"),
     "sglang.srt.layers.layernorm:_fp8_static_input_scale": ("linear",),
     "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_native": (
@@ -34,6 +49,13 @@ _LAYERS = {
         "query",
         "key",
         "offsets",
+        "fused_set_kv_buffer_arg",
+    ),
+    "sglang.srt.layers.rotary_embedding.mrope:MRotaryEmbedding.forward_native": (
+        "self",
+        "positions",
+        "query",
+        "key",
         "fused_set_kv_buffer_arg",
     ),
     "sglang.srt.runtime_context:get_exec": (),
@@ -62,6 +84,58 @@ _LAYERS = {
     "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput": ("hidden_states",),
     "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_native": ("self", "layer", "dispatch_output"),
     "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply": ("self", "layer", "dispatch_output"),
+}
+#: What the hook on SGLang's groups reads of their arguments; checked where FlagCX is chosen.
+_GROUP_ARGUMENTS = ("torch_distributed_backend", "use_pynccl")
+#: What the bridges of the gated delta rule rely on; checked where a model has such layers.
+_GATED_DELTA_RULE = {
+    "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "initial_state",
+        "initial_state_indices",
+        "cu_seqlens",
+        "head_first",
+        "use_qk_l2norm_in_kernel",
+        "inplace_update",
+    ),
+    "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule": (
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "initial_state",
+        "output_final_state",
+        "cu_seqlens",
+        "use_qk_l2norm_in_kernel",
+    ),
+    "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule_packed_decode": (
+        "mixed_qkv",
+        "a",
+        "b",
+        "A_log",
+        "dt_bias",
+        "scale",
+        "initial_state",
+        "out",
+        "ssm_state_indices",
+        "use_qk_l2norm_in_kernel",
+    ),
+    "sglang.srt.configs.mamba_utils:mamba2_state_dtype": ("config",),
+    "sglang.srt.layers.attention.linear.gdn_backend:GDNKernelDispatcher.__init__": (
+        "self",
+        "decode_backend",
+        "prefill_backend",
+        "verify_backend",
+    ),
+    "sglang.srt.plugins.hook_registry:HookRegistry.register": ("target", "hook", "hook_type", "source"),
+    "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks": (),
 }
 _FUSED_OP_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
 
@@ -122,6 +196,18 @@ def check_platform() -> None:
         raise IncompatibleSGLang(unsupported(problems))
 
 
+def check_groups() -> None:
+    """Raises IncompatibleSGLang unless SGLang's groups of ranks are made as the hook on them expects."""
+    path = "sglang.srt.distributed.parallel_state:GroupCoordinator.__init__"
+    try:
+        found = inspect.signature(_look_up(path)).parameters
+    except (ImportError, AttributeError) as error:
+        raise IncompatibleSGLang(unsupported([f"{path} is missing ({error})"])) from error
+    missing = [name for name in _GROUP_ARGUMENTS if name not in found]
+    if missing:
+        raise IncompatibleSGLang(unsupported([f"{path} takes no {' and no '.join(missing)}"]))
+
+
 def check_layers() -> None:
     """Raises IncompatibleSGLang unless the layers are the ones the bridges are for."""
     problems = list(_problems(_LAYERS))
@@ -130,5 +216,12 @@ def check_layers() -> None:
 
         layer = vars(SiluAndMul())
         problems = [f"BaseFusedOp has no attribute {name}" for name in _FUSED_OP_ATTRIBUTES if name not in layer]
+    if problems:
+        raise IncompatibleSGLang(unsupported(problems))
+
+
+def check_gated_delta_rule() -> None:
+    """Raises IncompatibleSGLang unless the functions of the gated delta rule are the ones the bridges are for."""
+    problems = list(_problems(_GATED_DELTA_RULE))
     if problems:
         raise IncompatibleSGLang(unsupported(problems))

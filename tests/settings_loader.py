@@ -7,17 +7,18 @@ import pytest
 
 from sglang_fl.config import Settings, SettingsError, Vocabulary, load_settings
 from sglang_fl.device import Device
+from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.vocabulary import flaggems_functions
 
 CPU = Device("cpu", "cpu", None, "a test")
 NVIDIA = Device("nvidia", "cuda", "cuda", "a test")
 VOCABULARY = Vocabulary(
-    operators=frozenset({"rms_norm", "silu_and_mul", "rotary_embedding"}),
+    operators=frozenset(OPERATORS),
     classes=frozenset({"RMSNorm", "SiluAndMul", "RotaryEmbedding"}),
     vendors=frozenset({"nvidia", "ascend", "metax"}),
     impls=frozenset({"reference.torch", "vendor.ascend"}),
     flaggems=flaggems_functions() or frozenset({"mul", "add", "to_copy"}),
-    not_covered=frozenset({"GemmaRMSNorm", "TopK", "fused_moe"}),
+    not_covered=frozenset({"GemmaRMSNorm", "TopK", "mamba_scan"}),
     hints={"classes": "where the classes are listed"},
 )
 

@@ -66,11 +66,18 @@ def npu_mrope(
     cache_mode: str | None = "default",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rotary_dim = cos_sin_cache.shape[1]
-    assert query.dim() == key.dim() == cos_sin_cache.dim() == 2 and positions.dim() == 1 and cache_mode == "default"
+    assert query.dim() == key.dim() == cos_sin_cache.dim() == 2 and cache_mode == "default"
     assert cos_sin_cache.dtype == query.dtype == key.dtype and rotary_mode in ("half", "interleave")
-    assert rotary_dim % (16 if query.dtype == torch.float32 else 32) == 0 and mrope_section == [0, 0, 0]
+    assert rotary_dim % (16 if query.dtype == torch.float32 else 32) == 0
+    assert mrope_section is not None and len(mrope_section) == 3 and sum(mrope_section) == (positions.dim() - 1) * rotary_dim // 2
     cos, sin = cos_sin_cache.chunk(2, dim=-1)
     by_head = [x.unflatten(-1, (-1, head_size)) for x in (query, key)]
+    if positions.dim() == 2:
+        assert positions.shape[0] == 3
+        # Each section of the angles from its own row of positions.
+        parts = [[table[positions[i]] for i, table in enumerate(x.split(mrope_section, -1))] for x in (cos, sin)]
+        cos, sin = (torch.cat(part, -1) for part in parts)
+        positions = torch.arange(positions.shape[1])
     rotated = reference.rotary_embedding(*by_head, cos, sin, positions, rotary_mode == "interleave")
     return rotated[0].flatten(1).clone(), rotated[1].flatten(1).clone()
 

@@ -72,7 +72,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found."""
+    """Everything that was found.
+
+    Attributes:
+        not_reached: how many cases were still to come when the check was interrupted.
+    """
 
     machine: dict[str, str]
     versions: dict[str, str]
@@ -81,6 +85,7 @@ class Report:
     seconds: float
     not_available: list[dict[str, str]]
     cases: list[CaseResult]
+    not_reached: int = 0
 
     def rows(self) -> list[Row]:
         groups: dict[tuple[str, str, str, str], list[CaseResult]] = {}
@@ -95,6 +100,8 @@ class Report:
         for case in self.cases:
             ran[case.op, case.impl] |= case.status not in (REFUSED, SKIPPED)
         found += [f"{op} {impl}: it refused every case, so nothing of it was checked" for (op, impl), did in ran.items() if not did]
+        if self.not_reached:
+            found.append(f"interrupted: {self.not_reached} of {len(self.cases) + self.not_reached} cases were not reached")
         return found or ([] if self.cases else ["nothing was checked: no implementation is available"])
 
     def notes(self) -> Iterator[tuple[CaseResult, int]]:

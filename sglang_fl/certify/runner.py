@@ -131,18 +131,20 @@ def _told(code: int) -> str:
 
 
 def check(job: Job, progress: Progress = lambda done, total, what: None) -> Report:
-    """Run every case of every implementation.
+    """Run every case of every implementation, or those before a KeyboardInterrupt.
 
     Args:
         progress: called before each case with the number of cases done, of all, and the next one's name.
 
     Raises:
         WorkerFailed: the process that checks does not come up.
+        KeyboardInterrupt: before the first case was done.
     """
     start = time.monotonic()
     worker: _Worker | None = None
     ended: Counter[int] = Counter()
     results: list[CaseResult] = []
+    cases: list[dict[str, Any]] = []
     try:
         worker, hello = _start(job)
         cases = hello["cases"]
@@ -166,6 +168,9 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
                 worker = None
             results.append(CaseResult(**facts, **answer))
         progress(len(cases), len(cases), "")
+    except KeyboardInterrupt:
+        if not results:
+            raise
     finally:
         if worker is not None:
             worker.end()
@@ -178,6 +183,7 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
         seconds=round(time.monotonic() - start, 1),
         not_available=[{"op": op, "impl": impl, "why": why} for (op, impl), why in why_not if why is not None],
         cases=results,
+        not_reached=len(cases) - len(results),
     )
 
 

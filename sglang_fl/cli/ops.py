@@ -13,11 +13,14 @@ from rich.table import Table
 
 from ..config import Settings
 from ..device import probe
-from ..dispatch.bridge.catalog import LAYERS
+from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
 from ..runtime import check_settings
 from .model_layers import model_layers
+
+#: Of a column of names: most are shorter, and the longest would take half of a terminal.
+_LEAST_NAME = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +63,7 @@ def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: st
 
 def picked(plan: Plan, settings: Settings) -> str:
     """What a layer of this operator would run on, before its trial."""
-    if plan.op not in LAYERS:
+    if plan.op not in LAYERS and plan.op not in FUNCTIONS:
         return "nothing: this version binds no layer of SGLang to it"
     if not settings.oot_enabled:
         return "sglang (Layer 2 is off)"
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console(markup=False, emoji=False)
     table = Table(title=f"Operators on {device.vendor} ({device.evidence})", title_justify="left")
-    table.add_column("operator", no_wrap=True)
+    table.add_column("operator", min_width=_LEAST_NAME, overflow="fold")
     table.add_column("implementations", overflow="fold")
     table.add_column("order in force, and from where", overflow="fold")
     table.add_column("picked", overflow="fold")
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if layers is not None:
         shown = Table(title=f"Layers of {args.model}", title_justify="left")
         for column in ("layer class", "operator", "size", "runs on"):
-            shown.add_column(column, overflow="fold", no_wrap=column == "layer class")
+            shown.add_column(column, overflow="fold", min_width=_LEAST_NAME if column == "layer class" else None)
         for layer in layers:
             shown.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
         console.print(shown)
@@ -115,4 +118,5 @@ def run(args: argparse.Namespace) -> int:
         console.print(
             "Layer classes: " + "; ".join(f"{op}: {', '.join(name for _, name in found)}" for op, found in LAYERS.items()), style="dim"
         )
+        console.print("Functions: " + ", ".join(name for _, name in FUNCTIONS.values()), style="dim")
     return 0

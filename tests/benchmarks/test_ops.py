@@ -21,12 +21,21 @@ from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
 
 CPU = torch.device("cpu")
-#: Bytes to be moved at 3 tokens of hidden size 256 in bf16, one head_dim of 128, cos and sin in fp32.
+#: Bytes to be moved at 3 tokens of hidden size 256 in bf16, one head_dim of 128; cos and sin, and a layer norm's weights, in fp32.
 MOVED = {
     ("silu_and_mul", ""): 3 * (2 + 1) * 768 * 2,
+    ("gelu_and_mul", ""): 3 * (2 + 1) * 768 * 2,
+    ("gelu_and_mul", "none"): 3 * (2 + 1) * 768 * 2,
+    ("new_gelu", ""): 3 * 2 * 1024 * 2,
+    ("quick_gelu", ""): 3 * 2 * 1024 * 2,
+    ("relu2", ""): 3 * 2 * 1024 * 2,
     ("rms_norm", ""): 3 * 2 * 256 * 2 + 256 * 2,
     ("rms_norm", "residual"): 3 * 4 * 256 * 2 + 256 * 2,
+    ("gemma_rms_norm", ""): 3 * 2 * 256 * 2 + 256 * 2,
+    ("gemma_rms_norm", "residual"): 3 * 4 * 256 * 2 + 256 * 2,
+    ("layer_norm", ""): 3 * 2 * 256 * 2 + 2 * 256 * 4,
     ("rotary_embedding", ""): 3 * (2 * (256 + 128) * 2 + 8 + 128 * 4),
+    ("mrotary_embedding", ""): 3 * 3 * 8 + 2 * 3 * (256 + 128) * 2 + 3 * 128 * 4,
 }
 
 

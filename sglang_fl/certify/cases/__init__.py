@@ -22,7 +22,7 @@ OPERATORS_CHECKED: Mapping[str, Operator] = {
 }
 
 #: Tokens and hidden sizes: the full range on an accelerator, as much work as a CPU does in a minute, and a few seconds' worth.
-_ACCELERATOR = ((1, 1024), (1, 4096), (16, 4096), (64, 8192), (512, 5120), (2048, 4096), (8192, 4096))
+_ACCELERATOR = ((1, 1024), (1, 4096), (16, 4096), (64, 8192), (512, 5120), (2048, 2048), (8192, 1024))
 _CPU = ((1, 1024), (1, 4096), (16, 4096), (64, 2048), (512, 1024), (2048, 512), (8192, 256))
 _QUICK = ((1, 1024), (64, 512))
 

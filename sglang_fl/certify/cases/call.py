@@ -13,12 +13,14 @@ from torch import nn
 
 
 class Layer(nn.Module):
-    """The layer that an operator reads its weights from."""
+    """The layer that an operator reads its weights and constants from."""
 
-    def __init__(self, weight: torch.Tensor | None = None, eps: float = 1e-6):
+    def __init__(self, weight: torch.Tensor | None = None, eps: float = 1e-6, bias: torch.Tensor | None = None, approximate: str = "none"):
         super().__init__()
         self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.variance_epsilon = eps
+        self.approximate = approximate
 
 
 @dataclass

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators in float64, a file a family, and how far from it an implementation may be (``judge.py``)."""
 
-from .activation import silu_and_mul
+from .activation import gelu_and_mul, new_gelu, quick_gelu, relu2, silu_and_mul
 from .judge import DTYPES, TINY, U32, Exact, Verdict, exactly, smallest, u
 from .moe import Routed, fused_moe, topk
-from .normalization import rms_norm
-from .rotary import rotary_embedding
+from .normalization import gemma_rms_norm, layer_norm, rms_norm
+from .rotary import mrotary_embedding, rotary_embedding
 
 __all__ = [
     "DTYPES",
@@ -15,6 +15,13 @@ __all__ = [
     "Routed",
     "Verdict",
     "exactly",
+    "gelu_and_mul",
+    "gemma_rms_norm",
+    "layer_norm",
+    "mrotary_embedding",
+    "new_gelu",
+    "quick_gelu",
+    "relu2",
     "fused_moe",
     "rms_norm",
     "rotary_embedding",

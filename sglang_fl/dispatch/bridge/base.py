@@ -5,6 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 from .catalog import LAYERS
 
 Forward = Callable[..., Any]
+#: Where a layer keeps what implementations are called with in its place, if that is not the layer itself.
+OBJ = "_sglang_fl_obj"
 #: An instance of one of SGLang's layer classes, which are not imported here.
 Layer = Any
 
@@ -130,6 +133,21 @@ def overridden(cls: type, base: type) -> set[str]:
     for klass in cls.__mro__[: cls.__mro__.index(base)]:
         names |= {name for name in vars(klass) if name.startswith("forward") or name in ("__call__", "_resolve_forward_method")}
     return names
+
+
+def activation_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point type that most of the model's parameters have, quantised ones aside."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32):
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.get_default_dtype()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model lies."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def check_result(what: str, result: Any, like: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:

@@ -9,7 +9,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -18,26 +18,38 @@ from torch import nn
 
 from ...config import Settings
 from ..locks import ForkSafeLock
-from ..logger_manager import dispatch_log, get_logger
-from ..manager import OpManager, Plan, is_capturing
+from ..logger_manager import dispatch_log
+from ..manager import OpManager
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
-from .base import Bridge, Forward, NoContexts, Routes, Site
+from .activation import GeluAndMulBridge, NewGELUBridge, QuickGELUBridge, ReLU2Bridge, SiluAndMulBridge
+from .base import OBJ, Bridge, Forward, NoContexts, Routes, Site, activation_dtype, device_of
+from .choice import Choice, Chooser, Place
 from .first_passes import FirstPasses
 from .fused_moe import FusedMoEBridge
+from .gemma_rms_norm import Gemma3RMSNormBridge, GemmaRMSNormBridge
+from .layer_norm import LayerNormBridge
+from .mrotary_embedding import MRotaryEmbeddingBridge
 from .report import BindReport
-from .rms_norm import RMSNormBridge
+from .rms_norm import Gemma4RMSNormBridge, RMSNormBridge, RMSNormWithoutScaleBridge
 from .rotary_embedding import RotaryEmbeddingBridge
-from .silu_and_mul import SiluAndMulBridge
 from .topk import TopKBridge
 
-logger = get_logger()
-
 BRIDGES: tuple[Bridge, ...] = (
+    FusedMoEBridge(),
+    GeluAndMulBridge(),
+    Gemma3RMSNormBridge(),
+    Gemma4RMSNormBridge(),
+    GemmaRMSNormBridge(),
+    LayerNormBridge(),
+    MRotaryEmbeddingBridge(),
+    NewGELUBridge(),
+    QuickGELUBridge(),
     RMSNormBridge(),
+    RMSNormWithoutScaleBridge(),
+    ReLU2Bridge(),
     RotaryEmbeddingBridge(),
     SiluAndMulBridge(),
-    FusedMoEBridge(),
     TopKBridge(),
 )
 
@@ -54,18 +66,6 @@ class _Layer:
     first_passes: FirstPasses
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What a policy means for a layer; ``impl`` is None where it stays with SGLang, with the reason."""
-
-    impl: OpImpl | None
-    why: str
-
-    @property
-    def destination(self) -> str:
-        return str(self.impl) if self.impl else f"sglang({self.why})"
-
-
 class Binder:
     """One for each process that runs a model."""
 
@@ -77,13 +77,11 @@ class Binder:
         """
         self.manager = manager
         self.settings = settings
-        self.deterministic = deterministic
+        self.chooser = Chooser(manager, deterministic=deterministic)
         self.log_level = log_level
         self._layers: weakref.WeakKeyDictionary[nn.Module, _Layer] = weakref.WeakKeyDictionary()
         self._forwards: dict[tuple[Any, ...], Forward] = {}
         self._ours: set[Forward] = set()
-        self._trials: dict[tuple[Any, ...], Exception | None] = {}
-        self._warned: set[str] = set()
         self._lock = ForkSafeLock()
         PolicyManager.get_instance().subscribe(self.refresh)
 
@@ -127,68 +125,10 @@ class Binder:
             return "its weights are offloaded"
         return bridge.reason_to_leave(layer)
 
-    def _choose(self, layer: nn.Module, info: _Layer, policy: SelectionPolicy) -> _Choice:
-        """The first implementation in order that passes its trial on this layer."""
-        plan = self.manager.plan(info.bridge.op, policy)
-        passed_over = dict(plan.passed_over)
-        for index, impl in enumerate(plan.candidates):
-            why = self._unfit(impl, info.site)
-            if why is not None:
-                passed_over[impl.impl_id] = why
-                continue
-            error = self._try(impl, layer, info)
-            if error is None:
-                return _Choice(impl, "")
-            told = f"{info.bridge.op}: {impl.impl_id} failed its trial on {info.class_name}: {type(error).__name__}: {error}"
-            if policy.strict:
-                raise RuntimeError(f"sglang-fl: {told} (strict is set, so nothing takes its place)") from error
-            passed_over[impl.impl_id] = f"failed its trial: {type(error).__name__}: {error}"
-            self._warn_once(f"{told}; {_successor(plan, index)} takes its place")
-        if plan.to_sglang:
-            return _Choice(None, "policy")
-        if self.deterministic:
-            return _Choice(None, "deterministic mode")
-        reasons = "; ".join(f"{what}: {why}" for what, why in passed_over.items())
-        told = f"no implementation of {info.bridge.op} can run for {info.class_name} (order {'|'.join(plan.order)}: {reasons})"
-        if policy.strict:
-            raise RuntimeError(f"sglang-fl: {told}")
-        self._warn_once(f"{told}; it stays with SGLang")
-        return _Choice(None, "no implementation can run")
+    def _choose(self, layer: nn.Module, info: _Layer, policy: SelectionPolicy) -> Choice:
+        return self.chooser.choose(_place(layer, info), policy)
 
-    def _unfit(self, impl: OpImpl, site: Site) -> str | None:
-        if self.deterministic and not impl.batch_invariant:
-            return "it is not declared batch-invariant"
-        dtypes = impl.dtypes()
-        if dtypes is not None and site.dtype not in dtypes:
-            return f"it does not take {site.dtype}"
-        return None
-
-    def _try(self, impl: OpImpl, layer: nn.Module, info: _Layer) -> Exception | None:
-        """The trial's error, or None. One trial speaks for all layers of the same shape."""
-        key = (impl, info.bridge.op, info.bridge.trial_key(layer, info.site))
-        if key in self._trials:
-            return self._trials[key]
-        if is_capturing():
-            return None
-        try:
-            with torch.inference_mode():
-                info.bridge.trial(layer, info.site, impl.fn)
-            torch.get_device_module(info.site.device).synchronize()
-        except Exception as error:
-            logger.debug("trial of %s on %s", impl.impl_id, info.class_name, exc_info=True)
-            # Its traceback would keep the layer and the scratch tensors.
-            error.__traceback__ = error.__cause__ = error.__context__ = None
-            self._trials[key] = error
-        else:
-            self._trials[key] = None
-        return self._trials[key]
-
-    def _warn_once(self, told: str) -> None:
-        if told not in self._warned:
-            self._warned.add(told)
-            logger.warning(told)
-
-    def _install(self, layer: nn.Module, info: _Layer, choice: _Choice) -> None:
+    def _install(self, layer: nn.Module, info: _Layer, choice: Choice) -> None:
         if choice.impl is not None:
             info.first_passes.expect(layer, info.name)
         if choice.impl is None and not overrides.active:
@@ -269,11 +209,12 @@ class Binder:
             plan = self.manager.plan(impl.op_name, policy)
             info = self._layers.get(layer)
             if info is not None:
-                fit = [i for i in plan.candidates if i is impl or (self._unfit(i, info.site) is None and self._try(i, layer, info) is None)]
+                place = _place(layer, info)
+                fit = [i for i in plan.candidates if i is impl or self.chooser.fits(i, place)]
                 plan = replace(plan, candidates=tuple(fit))
 
             def call(other: OpImpl) -> Any:
-                result = other.fn(layer, *args, **named)
+                result = other.fn(vars(layer).get(OBJ, layer), *args, **named)
                 dispatch_log().record(type(layer).__name__, str(other))
                 return result
 
@@ -299,7 +240,7 @@ class Binder:
 
 def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]]:
     """The layers that a bridge is for, each with its name and its site."""
-    dtype, device = _activation_dtype(model), _device(model)
+    dtype, device = activation_dtype(model), device_of(model)
     modules = dict(model.named_modules())
     # A class that another bridge's class derives from comes after it.
     loaded = [(bridge.layer_class, bridge) for bridge in BRIDGES if bridge.layer_class is not None]
@@ -311,24 +252,17 @@ def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]
             yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent), _num_experts(parent))
 
 
-def _activation_dtype(model: nn.Module) -> torch.dtype:
-    """The floating-point type that most of the model's parameters have, quantised ones aside."""
-    counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32):
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.get_default_dtype()
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensor = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+#: How SGLang's models name an MLP's first matrix, and how many activations it makes for each that goes on.
+_FIRST_MATRICES = {"gate_up_proj": 2, "up_proj": 1, "fc1": 1, "c_fc": 1}
 
 
 def _intermediate_size(parent: nn.Module) -> int | None:
-    """The width of the activations behind a gated MLP's first matrix, on this rank."""
-    width = getattr(getattr(parent, "gate_up_proj", None), "output_size_per_partition", None)
-    return width // 2 if isinstance(width, int) else None
+    """The width of the activations behind an MLP's first matrix, on this rank."""
+    for name, halves in _FIRST_MATRICES.items():
+        width = getattr(getattr(parent, name, None), "output_size_per_partition", None)
+        if isinstance(width, int):
+            return width // halves
+    return None
 
 
 def _num_experts(parent: nn.Module) -> int | None:
@@ -350,10 +284,9 @@ def _own_forward(layer: Any) -> Forward:
     return resolve_and_call
 
 
-def _successor(plan: Plan, index: int) -> str:
-    if index + 1 < len(plan.candidates):
-        return plan.candidates[index + 1].impl_id
-    return "SGLang"
+def _place(layer: nn.Module, info: _Layer) -> Place:
+    bridge, site = info.bridge, info.site
+    return Place(bridge.op, info.class_name, site.dtype, site.device, bridge.trial_key(layer, site), partial(bridge.trial, layer, site))
 
 
 def _named(forward: Forward, impl: OpImpl) -> Forward:

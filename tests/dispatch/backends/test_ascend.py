@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from accuracy import DTYPES, Norm, check_cases, check_rms_norm, check_rotary_embedding, check_silu_and_mul
 from torch_npu_stand_in import torch_npu
 
+from sglang_fl.certify.words import INPUTS, SERVING, SPECIAL, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 from sglang_fl.dispatch.backends.vendor.ascend import ascend
@@ -78,6 +79,10 @@ def test_rotary(
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+def test_rotary_with_sections(backend: AscendBackend) -> None:
+    check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, SPECIAL, INPUTS)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from accuracy import DTYPES, Norm, check_cases, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 
+from sglang_fl.certify.words import INPUTS, OK, REFUSED, SERVING, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 from sglang_fl.dispatch.backends.reference import impl as reference
@@ -52,12 +54,37 @@ def apply_rope_inplace(
     k.copy_(rotated[1])
 
 
+def triton_mrope_fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    mrope_section: list[int],
+    head_size: int,
+    rotary_dim: int,
+    mrope_interleaved: bool,
+    mrope_interleaved_glm: bool,
+    is_neox_style: bool,
+    axis_map: torch.Tensor | None,
+) -> None:
+    """It reads positions and the heads of a token as they lie, and computes in the cache's dtype."""
+    assert q.dim() == k.dim() == 2 and q.stride(1) == k.stride(1) == 1 and q.shape[0] and q.shape[1] % head_size == 0
+    assert cos_sin_cache.is_contiguous() and cos_sin_cache.shape[1] == rotary_dim and cos_sin_cache.dtype == torch.float32
+    assert positions.shape == (3, q.shape[0]) and positions.stride(1) == 1 and not mrope_interleaved_glm and axis_map is None
+    layer = MRotaryEmbedding(head_size, rotary_dim, 1, 1, is_neox_style, torch.float32, mrope_section, mrope_interleaved)
+    layer.cos_sin_cache = cos_sin_cache
+    rotated = layer.forward_native(positions, q.float(), k.float())
+    q.copy_(rotated[0])
+    k.copy_(rotated[1])
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     modules: dict[str, dict[str, Any]] = {
         "sgl_kernel": {"rmsnorm": rmsnorm, "fused_add_rmsnorm": fused_add_rmsnorm, "silu_and_mul": act_and_mul(16)},
         "sglang.kernels.ops.activation.activation": {"silu_and_mul": act_and_mul(16)},
         "sglang.kernels.ops.attention.rope": {"apply_rope_inplace": apply_rope_inplace},
+        "sglang.kernels.ops.attention.rotary_triton": {"triton_mrope_fused": triton_mrope_fused},
     }
     for name, contents in modules.items():
         module = ModuleType(name)
@@ -132,6 +159,11 @@ def test_rotary(
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+def test_rotary_with_sections(backend: CudaBackend) -> None:
+    """Half of the cases have a cache in another dtype, or heads that lie apart, which are refused or copied."""
+    check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, INPUTS, allowed=frozenset({OK, REFUSED}))
 
 
 def test_halves_of_one_cache_are_joined_without_a_copy(backend: CudaBackend) -> None:

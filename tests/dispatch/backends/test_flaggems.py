@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, check_rotary_embedding
+from accuracy import DTYPES, check_cases, check_rotary_embedding
 from flaggems_here import gems
 
+from sglang_fl.certify.words import INPUTS, SERVING, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch.backends.flaggems import library
 from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend
@@ -220,6 +221,12 @@ def test_whole_and_partial_rotary(
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens,))
     check_rotary_embedding(FlagGemsBackend().rotary_embedding, query, key, angles.cos(), angles.sin(), positions, interleaved, inplace)
+
+
+def test_rotary_with_sections(monkeypatch: pytest.MonkeyPatch, gems: ModuleType) -> None:
+    rotary = import_module("sglang_fl.dispatch.backends.flaggems.impl.rotary")
+    monkeypatch.setattr(rotary, "gems_rope_forward", gems_rope_forward)
+    check_cases("mrotary_embedding", FlagGemsBackend().mrotary_embedding, SERVING, UNUSUAL, INPUTS)
 
 
 def test_an_odd_width_is_refused(gems: ModuleType) -> None:

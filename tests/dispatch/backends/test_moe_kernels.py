@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -61,6 +61,11 @@ def moe_fused_gate(
     return weights.masked_fill(ids < 0, 0.0), ids
 
 
+class OfNoMatter(ModuleType):
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     package = "sglang_fl.dispatch.backends.vendor.cuda.impl"
@@ -68,7 +73,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     kernel.moe_fused_gate = moe_fused_gate  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
     for name in ("activation", "normalization", "rotary"):  # loaded with the rest, and of no matter here
-        monkeypatch.setitem(sys.modules, f"{package}.{name}", SimpleNamespace(silu_and_mul=0, rms_norm=0, rotary_embedding=0))  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, f"{package}.{name}", OfNoMatter(name))
     for name in (package, f"{package}.moe"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return CudaBackend()

@@ -67,14 +67,23 @@ ROTARY_LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "RMSNorm": lambda **options: sglang_class("RMSNorm")(HIDDEN, **options),
+    "Gemma3RMSNorm": lambda **options: sglang_class("Gemma3RMSNorm")(HIDDEN, **options),
     "Gemma3nRMSNorm": lambda: sglang_class("Gemma3nRMSNorm")(HIDDEN),
+    "Gemma4RMSNorm": lambda **options: sglang_class("Gemma4RMSNorm")(HIDDEN, **options),
+    "GemmaRMSNorm": lambda **options: sglang_class("GemmaRMSNorm")(HIDDEN, **options),
     "Glm4vRMSNorm": lambda: sglang_class("Glm4vRMSNorm")(HIDDEN),
     "GlmOcrRMSNorm": lambda: sglang_class("GlmOcrRMSNorm")(HIDDEN),
+    "LayerNorm": lambda **options: sglang_class("LayerNorm")(HIDDEN, **options),
+    "RMSNormWithoutScale": lambda **options: sglang_class("RMSNormWithoutScale")(HIDDEN, **options),
 }
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "SiluAndMul": lambda: sglang_class("SiluAndMul")(),
     "BeamSiluAndMul": lambda: sglang_class("BeamSiluAndMul")(),
+    "GeluAndMul": lambda **options: sglang_class("GeluAndMul")(**options),
+    "NewGELU": lambda: sglang_class("NewGELU")(),
+    "QuickGELU": lambda: sglang_class("QuickGELU")(),
+    "ReLU2": lambda: sglang_class("ReLU2")(),
+    "SiluAndMul": lambda: sglang_class("SiluAndMul")(),
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ....config import settings_in_force
 from ....device import Device, detect, probe
-from ....vendors import VENDORS
+from ....vendor_platform import known_vendors
 
 logger = logging.getLogger("sglang_fl.flaggems")
 
@@ -82,7 +82,7 @@ def why_unavailable() -> str | None:
 
 def why_not_here(device: Device) -> str | None:
     """Why FlagGems cannot be used on a device, whatever the settings say, or None."""
-    if not VENDORS[device.vendor].flaggems:
+    if not known_vendors()[device.vendor].flaggems:
         return f"FlagGems has nothing for {device.vendor}"
     if importlib.util.find_spec("flag_gems") is None:
         return NOT_INSTALLED

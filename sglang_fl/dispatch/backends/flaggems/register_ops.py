@@ -4,7 +4,14 @@ from ...types import BackendImplKind, BackendPriority, OpImpl
 from .flaggems import FlagGemsBackend
 
 #: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True, "fused_moe": False, "topk": False}
+_WRITES_INPUTS = {
+    "silu_and_mul": False,
+    "rms_norm": True,
+    "rotary_embedding": True,
+    "mrotary_embedding": True,
+    "fused_moe": False,
+    "topk": False,
+}
 #: Operators whose kernels do not take every activation dtype.
 _DTYPES = {"fused_moe": frozenset({"bfloat16", "float16"})}
 

@@ -4,6 +4,6 @@
 from .activation import silu_and_mul
 from .moe import fused_moe, topk
 from .normalization import rms_norm
-from .rotary import rotary_embedding
+from .rotary import mrotary_embedding, rotary_embedding
 
-__all__ = ["fused_moe", "rms_norm", "rotary_embedding", "silu_and_mul", "topk"]
+__all__ = ["fused_moe", "mrotary_embedding", "rms_norm", "rotary_embedding", "silu_and_mul", "topk"]

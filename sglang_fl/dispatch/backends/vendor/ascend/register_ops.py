@@ -3,7 +3,7 @@ from ....registry import OpRegistry
 from ....types import BackendImplKind, BackendPriority, OpImpl
 from .ascend import AscendBackend
 
-_OPERATORS = ("silu_and_mul", "rms_norm", "rotary_embedding", "topk")
+_OPERATORS = ("silu_and_mul", "rms_norm", "rotary_embedding", "mrotary_embedding", "topk")
 
 
 def register_builtins(registry: OpRegistry) -> None:

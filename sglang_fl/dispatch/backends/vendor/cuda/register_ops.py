@@ -4,7 +4,7 @@ from ....types import BackendImplKind, BackendPriority, OpImpl
 from .cuda import CudaBackend
 
 #: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True, "topk": False}
+_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True, "mrotary_embedding": True, "topk": False}
 #: Operators whose kernels do not take every activation dtype.
 _DTYPES = {"rms_norm": frozenset({"bfloat16", "float16"})}
 

@@ -4,6 +4,6 @@
 from .activation import silu_and_mul
 from .moe import topk
 from .normalization import rms_norm
-from .rotary import rotary_embedding
+from .rotary import mrotary_embedding, rotary_embedding
 
-__all__ = ["rms_norm", "rotary_embedding", "silu_and_mul", "topk"]
+__all__ = ["mrotary_embedding", "rms_norm", "rotary_embedding", "silu_and_mul", "topk"]

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated delta rule as the recurrence that it is: token after token, in fp32."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch.nn import functional
+
+from ... import state_pool
+
+CHUNK = 64
+
+
+def step(
+    state: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token.
+
+    Args:
+        state: ``[..., HV, V, K]``.
+        q, k: ``[..., HV, K]``.
+        v: ``[..., HV, V]``.
+        decay, beta: ``[..., HV]``.
+
+    Returns:
+        The new state, and ``o`` ``[..., HV, V]``.
+    """
+    state = state * decay[..., None, None]
+    wrong_by = v - _times(state, k)
+    state = state + (beta[..., None] * wrong_by)[..., None] * k[..., None, :]
+    return state, _times(state, q)
+
+
+def _times(state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``state @ x``, summed in fp32 on every device: a matrix product may be rounded to less."""
+    return (state * x[..., None, :]).sum(-1)
+
+
+def _normed(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, use_qk_l2norm: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v in fp32, each with HV heads; q times the scale."""
+    heads, value_heads = q.shape[-2], v.shape[-2]
+    if not heads or value_heads % heads:
+        raise ValueError(f"gated delta rule: {value_heads} heads of v are no multiple of {heads} heads of q and k")
+    q, k = q.float(), k.float()
+    if use_qk_l2norm:
+        q, k = _normed(q), _normed(k)
+    q, k = (x.repeat_interleave(value_heads // heads, -2) for x in (q * scale, k))
+    return q, k, v.float()
+
+
+def _sequences(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int, int]]:
+    """(row, first token, end) of each sequence."""
+    rows, tokens = q.shape[:2]
+    if cu_seqlens is None:
+        return [(row, 0, tokens) for row in range(rows)]
+    if rows != 1:
+        raise ValueError(f"gated delta rule: with cu_seqlens all sequences are in one row, and q has {rows}")
+    ends = cu_seqlens.tolist()
+    return [(0, start, end) for start, end in pairwise(ends)]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def chunk_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    initial_state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    use_qk_l2norm: bool,
+    inplace_update: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pool is written when all else is done."""
+    sequences = _sequences(q, cu_seqlens)
+    states = q.new_zeros((len(sequences), v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
+    if initial_state is not None:
+        if initial_state_indices is None:
+            initial_state_indices = torch.arange(len(sequences), device=q.device)
+        if len(initial_state_indices) != len(sequences):
+            raise ValueError(f"chunk_gated_delta_rule: {len(initial_state_indices)} slots for {len(sequences)} sequences")
+        states = state_pool.read(initial_state, initial_state_indices, torch.float32)
+    chunks: list[torch.Tensor] = []
+    out = q.new_zeros(v.shape)
+    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm, sequences, states, out, chunks))
+    if initial_state is not None and initial_state_indices is not None and inplace_update and last:
+        state_pool.write(initial_state, initial_state_indices, torch.stack(last))
+    chunk_states = torch.stack(chunks) if chunks else states.new_empty((0, *states.shape[1:]))
+    return out, chunk_states.to(q.dtype).view(q.shape[0], -1, *states.shape[1:])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def fused_recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor | None,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: torch.Tensor | None,
+    use_qk_l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    sequences = _sequences(q, cu_seqlens)
+    shape = (len(sequences), v.shape[2], v.shape[3], k.shape[3])
+    if initial_state is not None and tuple(initial_state.shape) != shape:
+        raise ValueError(f"fused_recurrent_gated_delta_rule: the states are {tuple(initial_state.shape)}, not {shape}")
+    states = q.new_zeros(shape, dtype=torch.float32) if initial_state is None else initial_state.float()
+    if beta is None:
+        beta = torch.ones_like(g)
+    out = q.new_zeros(v.shape)
+    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm, sequences, states, out, []))
+    if not output_final_state:
+        return out, None
+    return out, torch.stack(last) if last else states
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    use_qk_l2norm: bool,
+    sequences: list[tuple[int, int, int]],
+    states: torch.Tensor,
+    out: torch.Tensor,
+    chunks: list[torch.Tensor],
+) -> Iterator[torch.Tensor]:
+    """Each sequence's last state; fills ``out``, and ``chunks`` with the state before each chunk."""
+    q, k, v = _heads(q, k, v, k.shape[-1] ** -0.5 if scale is None else scale, use_qk_l2norm)
+    decay, beta = g.float().exp(), beta.float()
+    for state, (row, start, end) in zip(states, sequences, strict=True):
+        for token in range(start, end):
+            if (token - start) % CHUNK == 0:
+                chunks.append(state)
+            at = row, token
+            state, out[at] = step(state, q[at], k[at], v[at], decay[at], beta[at])
+        yield state.clone() if start == end else state
+
+
+def fused_recurrent_gated_delta_rule_packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor,
+    out: torch.Tensor,
+    ssm_state_indices: torch.Tensor,
+    use_qk_l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out`` and the pool are written when all else is done; without a word to the host, so that graphs can hold it."""
+    value_heads, value_dim, key_dim = initial_state.shape[1:]
+    heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
+    if rest or heads <= 0:
+        raise ValueError(
+            f"fused_recurrent_gated_delta_rule_packed_decode: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states of "
+            f"{value_heads} heads of {value_dim} × {key_dim}"
+        )
+    if tuple(out.shape) != (len(mixed_qkv), 1, value_heads, value_dim):
+        raise ValueError(f"fused_recurrent_gated_delta_rule_packed_decode: out is {tuple(out.shape)}")
+    q, k, v = mixed_qkv.split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
+    q, k, v = _heads(
+        q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim)), scale, use_qk_l2norm
+    )
+    decay = torch.exp(-A_log.float().exp() * functional.softplus(a.float() + dt_bias.float()))
+    states = state_pool.read(initial_state, ssm_state_indices, torch.float32)
+    states, o = step(states, q, k, v, decay, b.float().sigmoid())
+    o = o.masked_fill((ssm_state_indices < 0)[:, None, None], 0)
+    state_pool.write(initial_state, ssm_state_indices, states)
+    out.copy_(o.unsqueeze(1))
+    return out, initial_state

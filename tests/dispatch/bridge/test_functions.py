@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of SGLang: which are taken over, through which hook, and where their calls go."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.attention.linear.gdn_backend import GDNKernelDispatcher
+from sglang.srt.layers.attention.linear.kernels import gdn_triton
+from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
+from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from torch import nn
+
+from sglang_fl import compat
+from sglang_fl.config import Settings
+from sglang_fl.dispatch import (
+    BackendImplKind,
+    OpImpl,
+    OpManager,
+    OpRegistry,
+    PolicyManager,
+    SelectionPolicy,
+    reset_global_policy,
+    set_global_policy,
+    with_preference,
+)
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+from sglang_fl.dispatch.bridge import gated_delta_rule
+from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
+from sglang_fl.dispatch.bridge.function import FunctionBinder
+from sglang_fl.dispatch.bridge.gated_delta_rule import GATED_DELTA_RULE
+from sglang_fl.dispatch.bridge.report import BindReport
+from sglang_fl.dispatch.logger_manager import open_dispatch_log
+from sglang_fl.dispatch.policy import overrides
+
+H, HV, K, V = 2, 4, 8, 16
+CHUNK, RECURRENT, PACKED = FUNCTIONS
+NOT_CALLED = "sglang(nothing that SGLang has loaded calls it)"
+reference = ReferenceBackend()
+
+
+class Hybrid(nn.Module):
+    """A model with layers of linear attention, and a parameter that gives it a dtype."""
+
+    def __init__(self, gates: int = HV, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            RadixLinearAttention(layer, H, H, HV, K, K, V, A_log=torch.zeros(HV), dt_bias=torch.zeros(gates)) for layer in range(3)
+        )
+        self.embedding = nn.Parameter(torch.zeros(512, 64, dtype=dtype))
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SGLang's functions as they were; whoever else has them, here or in SGLang, gets them back."""
+    PolicyManager.get_instance()._listeners.clear()
+    own = {op: getattr(sys.modules[module], name) for op, (module, name) in FUNCTIONS.items()}
+    made = GDNKernelDispatcher.__init__
+    set_global_policy(SelectionPolicy())
+    yield
+    reset_global_policy()
+    open_dispatch_log(None)
+    HookRegistry.reset()
+    GDNKernelDispatcher.__init__ = made  # type: ignore[method-assign]
+    gated_delta_rule._watching.clear()
+    for op, (module, name) in FUNCTIONS.items():
+        setattr(sys.modules[module], name, own[op])
+        if hasattr(gdn_triton, name):
+            setattr(gdn_triton, name, own[op])
+    assert overrides.active == 0
+
+
+_alive: list[FunctionBinder] = []
+
+
+def bind(
+    policy: SelectionPolicy | None = None, model: nn.Module | None = None, settings: Settings | None = None, **fns: Callable[..., Any]
+) -> BindReport:
+    """Bind a hybrid model's functions; ``fns`` are the reference, and flagos, which goes first, by default."""
+    registry = OpRegistry()
+    for op in FUNCTIONS:
+        registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False))
+        if op in fns:
+            registry.register_impl(OpImpl(op, "default.flagos", BackendImplKind.DEFAULT, fns[op], writes_inputs=False))
+    set_global_policy(policy or SelectionPolicy())
+    binder = FunctionBinder(GATED_DELTA_RULE, OpManager(registry), settings or Settings())
+    _alive.append(binder)
+    report = BindReport()
+    binder.bind(model or Hybrid(), report)
+    return report
+
+
+def prefill(kernel: Any = None, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SGLang's own call of prefill: its result, its chunk states, and the pool behind it."""
+    torch.manual_seed(3)
+    tokens, pool = 70, torch.randn(4, HV, V, K)
+    out, _, chunks = (kernel or gdn_triton.TritonGDNKernel()).extend(
+        torch.randn(1, tokens, H, K),
+        torch.randn(1, tokens, H, K),
+        torch.randn(1, tokens, HV, V),
+        -torch.rand(1, tokens, HV),
+        torch.rand(1, tokens, HV),
+        ssm_states=pool,
+        cache_indices=torch.tensor([2, 0]),
+        query_start_loc=torch.tensor([0, 66, 70]),
+        **changes,
+    )
+    return out, chunks, pool
+
+
+def decode() -> tuple[torch.Tensor, torch.Tensor]:
+    """SGLang's own call of decode: its result, and the pool behind it."""
+    torch.manual_seed(4)
+    pool = torch.randn(4, HV, V, K)
+    out = gdn_triton.TritonGDNKernel().packed_decode(
+        torch.randn(3, 2 * H * K + HV * V),
+        torch.randn(3, HV),
+        torch.randn(3, HV),
+        A_log=torch.randn(HV),
+        dt_bias=torch.randn(HV),
+        scale=K**-0.5,
+        ssm_states=pool,
+        cache_indices=torch.tensor([3, -1, 1]),
+        num_v_heads=HV,
+        head_v_dim=V,
+    )
+    return out, pool
+
+
+def untouched() -> bool:
+    return not HookRegistry._hooks and not hasattr(gdn_triton.fused_recurrent_gated_delta_rule_packed_decode, "__wrapped__")
+
+
+def test_the_installed_sglang_has_the_functions() -> None:
+    compat.check_gated_delta_rule()
+
+
+def test_sglangs_calls_run_on_the_reference(tmp_path: Path) -> None:
+    open_dispatch_log(str(tmp_path / "log"))
+    report = bind()
+    assert report.functions == {
+        (CHUNK, CHUNK): "reference(reference.torch)",
+        (RECURRENT, RECURRENT): NOT_CALLED,
+        (PACKED, PACKED): "reference(reference.torch)",
+    }
+    out, chunks, pool = prefill()
+    assert out.shape == (1, 70, HV, V) and chunks.shape == (1, 3, HV, V, K)
+    decoded, after = decode()
+    assert decoded.shape == (1, 3, HV, V) and not decoded[0, 1].any() and decoded[0, 0].any()
+    torch.manual_seed(3)
+    before = torch.randn(4, HV, V, K)
+    assert [not torch.equal(a, b) for a, b in zip(pool, before, strict=True)] == [True, False, True, False]
+    assert torch.equal(chunks[0, 0], before[2]), "before the first chunk stands the initial state"
+    told = {line.removeprefix("[OOT-DISPATCH] ") for line in (tmp_path / "log").read_text().splitlines()}
+    assert told == {
+        f"{RECURRENT} → {NOT_CALLED}",
+        f"{CHUNK} → reference(reference.torch)",
+        f"{PACKED} → reference(reference.torch)",
+    }
+    assert f"  {CHUNK} → reference(reference.torch)" in report.summary()
+    assert after.shape == pool.shape
+
+
+def test_without_an_update_the_pool_is_only_read() -> None:
+    bind()
+    out, _, pool = prefill(inplace_update=False)
+    torch.manual_seed(3)
+    assert torch.equal(pool, torch.randn(4, HV, V, K)) and torch.equal(out, prefill()[0])
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "why"),
+    [
+        (SelectionPolicy(per_op_order=tuple((op, ("sglang",)) for op in FUNCTIONS)), Settings(), "policy"),
+        (SelectionPolicy(), Settings(oot_enabled=False), "Layer 2 is off"),
+        (SelectionPolicy(), Settings(oot_whitelist=("RMSNorm",)), "not in oot_whitelist"),
+        (SelectionPolicy(), Settings(oot_blacklist=tuple(FUNCTIONS)), "oot_blacklist"),
+    ],
+)
+def test_what_stays_with_sglang_has_no_hook(policy: SelectionPolicy, settings: Settings, why: str) -> None:
+    report = bind(policy, settings=settings)
+    assert report.functions[CHUNK, CHUNK] == report.functions[PACKED, PACKED] == f"sglang({why})"
+    assert untouched()
+
+
+def test_one_function_can_stay() -> None:
+    report = bind(settings=Settings(oot_blacklist=(PACKED,)))
+    assert report.functions[PACKED, PACKED] == "sglang(oot_blacklist)"
+    assert report.functions[CHUNK, CHUNK] == "reference(reference.torch)"
+    assert not hasattr(gdn_triton.fused_recurrent_gated_delta_rule_packed_decode, "__wrapped__")
+
+
+@pytest.mark.parametrize("model", [Hybrid(gates=HV * K), nn.Linear(2, 2)], ids=["Kimi's gates", "no such layer"])
+def test_a_model_that_does_not_call_them_changes_nothing(model: nn.Module) -> None:
+    assert bind(model=model).functions == {}
+    assert untouched()
+
+
+def test_a_function_that_a_loaded_module_calls_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModuleType("a_model_from_elsewhere")
+    monkeypatch.setitem(sys.modules, model.__name__, model)
+    monkeypatch.setattr(model, "recurrent", getattr(sys.modules[FUNCTIONS[RECURRENT][0]], RECURRENT), raising=False)
+    assert bind().functions[RECURRENT, RECURRENT] == "reference(reference.torch)"
+    q, v, g = torch.randn(1, 5, H, K), torch.randn(1, 5, HV, V), -torch.rand(1, 5, HV)
+    out, last = model.recurrent(q, q, v, g, output_final_state=True)
+    wanted = reference.fused_recurrent_gated_delta_rule(q, q, v, g, None, None, None, True)
+    assert torch.equal(out, wanted[0]) and wanted[1] is not None and torch.equal(last, wanted[1])
+
+
+def spoiled(op: str, spoil: Callable[..., None]) -> Callable[..., Any]:
+    """The reference, with something done to its result and to the pool."""
+
+    def fn(*args: Any) -> Any:
+        result = getattr(reference, op)(*args)
+        spoil(result, args[6])
+        return result
+
+    return fn
+
+
+def raises(*args: Any) -> Any:
+    raise ArithmeticError("this kernel is broken")
+
+
+SPOILED: list[tuple[str, Callable[..., Any], str]] = [
+    (CHUNK, raises, "this kernel is broken"),
+    (CHUNK, spoiled(CHUNK, lambda result, pool: result[0].fill_(torch.nan)), "holds inf or nan"),
+    (CHUNK, spoiled(CHUNK, lambda result, pool: pool[1].zero_()), r"the slots of the sequences are \[0, 2\]; it wrote \[0, 1, 2\]"),
+    (CHUNK, lambda *args: reference.chunk_gated_delta_rule(*args)[0], "not .o, chunk states."),
+    (CHUNK, lambda *args: reference.chunk_gated_delta_rule(*args[:10], False), r"it wrote \[\]"),
+    (PACKED, spoiled(PACKED, lambda result, pool: result[0].fill_(1)), "not zero for a sequence that is padding"),
+    (PACKED, spoiled(PACKED, lambda result, pool: pool[2].fill_(torch.inf)), "a state holds inf or nan"),
+    (
+        PACKED,
+        lambda *args: tuple(x.clone() for x in reference.fused_recurrent_gated_delta_rule_packed_decode(*args)),
+        "not out that it was",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "fn", "told"), SPOILED, ids=[told for *_, told in SPOILED])
+def test_one_that_fails_its_trial_is_passed_over(op: str, fn: Callable[..., Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RuntimeError, match=f"{op}: default.flagos failed its trial on {op}.*{told}"):
+        bind(SelectionPolicy(strict=True), **{op: fn})
+    assert untouched()
+    report = bind(**{op: fn})
+    assert report.functions[op, op] == "reference(reference.torch)"
+    assert f"{op}: default.flagos failed its trial on {op}" in caplog.text and "reference.torch takes its place" in caplog.text
+
+
+def broken_in_serving(op: str) -> tuple[Callable[..., Any], list[int]]:
+    """The reference, which raises from its second call on; the first is its trial."""
+    calls: list[int] = []
+
+    def fn(*args: Any) -> Any:
+        calls.append(1)
+        return raises() if len(calls) > 1 else getattr(reference, op)(*args)
+
+    return fn, calls
+
+
+def test_one_that_raises_in_serving_gives_way_to_the_next() -> None:
+    fn, calls = broken_in_serving(CHUNK)
+    assert bind(**{CHUNK: fn}).functions[CHUNK, CHUNK] == "flagos(default.flagos)"
+    out, chunks, _ = prefill()
+    assert len(calls) == 2 and out.isfinite().all() and chunks.shape == (1, 3, HV, V, K)
+
+
+def test_under_strict_its_error_goes_up() -> None:
+    fn, _ = broken_in_serving(PACKED)
+    bind(SelectionPolicy(strict=True), **{PACKED: fn})
+    with pytest.raises(ArithmeticError, match="this kernel is broken"):
+        decode()
+
+
+def sglangs_is_recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """SGLang's function for prefill, which needs a GPU, gives its arguments away instead of running."""
+    module, name = FUNCTIONS[CHUNK]
+    given: list[tuple[Any, ...]] = []
+
+    @functools.wraps(getattr(sys.modules[module], name))
+    def sglangs(*args: Any) -> Any:
+        given.append(args)
+        return "o", None, "h"
+
+    monkeypatch.setattr(sys.modules[module], name, sglangs)
+    monkeypatch.setattr(gdn_triton, name, sglangs)
+    return given
+
+
+def test_the_word_sglang_behind_it_means_sglangs_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = sglangs_is_recorded(monkeypatch)
+    fn, _ = broken_in_serving(CHUNK)
+    bind(SelectionPolicy(per_op_order=((CHUNK, ("flagos", "sglang")),)), **{CHUNK: fn})
+    assert prefill()[:2] == ("o", "h")
+    _, _, _, _, _, scale, pool, slots, ends, *flags = given[0]
+    assert scale is None and len(pool) == 4 and slots.tolist() == [2, 0] and ends.tolist() == [0, 66, 70]
+    assert flags == [False, True, True], "head_first, use_qk_l2norm_in_kernel, inplace_update"
+
+
+def test_a_dtype_that_the_implementation_does_not_take_goes_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    sglangs_is_recorded(monkeypatch)
+    registry = OpRegistry()
+    registry.register_impl(
+        OpImpl(
+            CHUNK,
+            "reference.torch",
+            BackendImplKind.REFERENCE,
+            reference.chunk_gated_delta_rule,
+            supported_dtypes=frozenset({torch.bfloat16}),
+        )
+    )
+    binder = FunctionBinder(GATED_DELTA_RULE[:1], OpManager(registry), Settings())
+    report = BindReport()
+    binder.bind(Hybrid(dtype=torch.bfloat16), report)
+    assert report.functions[CHUNK, CHUNK] == "reference(reference.torch)"
+    assert prefill()[0] == "o", "an fp32 call in a bf16 model"
+
+
+def test_a_change_of_policy_reaches_a_function_that_is_hooked() -> None:
+    ran: list[str] = []
+
+    def flagos(*args: Any) -> Any:
+        ran.append("flagos")
+        return reference.chunk_gated_delta_rule(*args)
+
+    bind(**{CHUNK: flagos})
+    ran.clear()
+    prefill()
+    with with_preference("reference"):
+        prefill()
+    assert ran == ["flagos"]
+    set_global_policy(SelectionPolicy("reference"))
+    prefill()
+    assert ran == ["flagos"]
+    reset_global_policy()
+    set_global_policy(SelectionPolicy())
+    prefill()
+    assert ran == ["flagos"] * 2
+
+
+def test_a_context_reaches_a_function_that_the_policy_leaves_to_sglang() -> None:
+    bind(SelectionPolicy(per_op_order=tuple((op, ("sglang",)) for op in FUNCTIONS)))
+    assert untouched()
+    with with_preference("reference"):
+        out, *_ = prefill()
+    assert out.isfinite().all()
+    hook = gdn_triton.chunk_gated_delta_rule
+    assert hook is not hook.__wrapped__, "the hook stays, and hands on"
+    with pytest.raises(Exception, match=r"."):
+        prefill()  # SGLang's Triton kernel, which has no device here
+
+
+def test_another_plugins_hook_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    HookRegistry.register(".".join(FUNCTIONS[CHUNK]), lambda own, *args, **kwargs: "theirs", HookType.AROUND)
+    HookRegistry.apply_hooks()
+    with pytest.raises(RuntimeError, match=f"{CHUNK} stays with SGLang: another plugin has a hook there"):
+        bind(SelectionPolicy(strict=True))
+    report = bind()
+    assert report.functions[CHUNK, CHUNK].startswith("sglang(another plugin has a hook there")
+    assert "stays with SGLang" in caplog.text
+    assert gdn_triton.chunk_gated_delta_rule() == "theirs"
+
+
+def test_a_kernel_class_that_does_not_call_it_is_named(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    open_dispatch_log(str(tmp_path / "log"))
+    bind()
+    caplog.set_level(logging.INFO)
+    triton = LinearAttnKernelBackend.TRITON
+    dispatcher = GDNKernelDispatcher(triton, triton)
+    assert "does not call" not in caplog.text
+
+    class FlashInferGDNKernel:
+        pass
+
+    gated_delta_rule._dispatcher_made(None, SimpleNamespace(extend_kernel=FlashInferGDNKernel(), decode_kernel=dispatcher.decode_kernel))
+    assert "sglang-fl: SGLang runs FlashInferGDNKernel, which does not call chunk_gated_delta_rule" in caplog.text
+    assert f"{CHUNK} → sglang(not called: FlashInferGDNKernel does its work)" in (tmp_path / "log").read_text()
+    assert PACKED not in (tmp_path / "log").read_text()
