@@ -3,10 +3,10 @@
 
 from collections.abc import Mapping
 
-from . import activation, normalization, rotary
+from . import activation, moe, normalization, rotary
 from .form import Form, Forms, Tensors
 
 __all__ = ["FORMS", "Form", "Tensors"]
 
 #: operator -> its forms at a hidden size.
-FORMS: Mapping[str, Forms] = {**activation.FORMS, **normalization.FORMS, **rotary.FORMS}
+FORMS: Mapping[str, Forms] = {**activation.FORMS, **moe.FORMS, **normalization.FORMS, **rotary.FORMS}
