@@ -66,12 +66,12 @@ def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.devi
     return layer
 
 
-def disagreement(result: Any, expected: Any) -> str | None:
+def disagreement(result: Tensors, expected: Tensors) -> str | None:
     """How a layer's result differs from that of SGLang's layer by more than rounding, or None.
 
     A coarse check, against mixed-up arguments; the tests compare with float64.
     """
-    for i, (x, y) in enumerate(zip(*map(_tensors, (result, expected)), strict=True)):
+    for i, (x, y) in enumerate(zip(result, expected, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype:
             return f"result {i} is {tuple(x.shape)} {x.dtype}, SGLang's is {tuple(y.shape)} {y.dtype}"
         error = (x.float() - y.float()).abs().max().item()
@@ -81,10 +81,6 @@ def disagreement(result: Any, expected: Any) -> str | None:
     return None
 
 
-def _tensors(result: Any) -> Tensors:
-    return result if isinstance(result, tuple) else (result,)
-
-
 def _copies(tensors: Tensors) -> Tensors:
     """Copies with the layout of the originals."""
     return tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in tensors)
@@ -92,26 +88,27 @@ def _copies(tensors: Tensors) -> Tensors:
 
 def measure(form: Form, tokens: int, impls: Sequence[OpImpl], rounds: int, device: torch.device) -> tuple[int, dict[str, Timing]]:
     """The bytes that must be moved, and timings by implementation id, that of SGLang's own layer first."""
-    first = form.inputs(tokens)
-    dtype = next(x.dtype for x in first if x.is_floating_point())
-    moved = form.moved(first)
-    inputs = [first, *(form.inputs(tokens) for _ in range(input_sets(moved, device) - 1))]
-    own = form.layer().to(device)
-    given = _copies(first)
-    expected = own(*given)
-    candidates = {SGLANG: Candidate([partial(own, *tensors) for tensors in inputs])}
-    errors: dict[str, str] = {}
-    for impl in impls:
-        try:
-            layer = bound_layer(impl, form, dtype, device)
-            why = disagreement(layer(*_copies(first)), expected)
-        except Exception as error:
-            why = first_error(error)
-        if why is None:
-            candidates[impl.impl_id] = Candidate([partial(layer, *tensors) for tensors in inputs])
-        else:
-            errors[impl.impl_id] = why
-    return moved, compare(candidates, device, rounds) | {impl_id: Timing(error=why) for impl_id, why in errors.items()}
+    with form.within():
+        first = form.inputs(tokens)
+        dtype = next(x.dtype for x in first if x.is_floating_point())
+        moved = form.moved(first)
+        inputs = [first, *(form.inputs(tokens) for _ in range(input_sets(moved, device) - 1))]
+        own = form.layer().to(device)
+        given = _copies(first)
+        expected = form.compared(own(*given))
+        candidates = {SGLANG: Candidate([partial(own, *tensors) for tensors in inputs])}
+        errors: dict[str, str] = {}
+        for impl in impls:
+            try:
+                layer = bound_layer(impl, form, dtype, device)
+                why = disagreement(form.compared(layer(*_copies(first))), expected)
+            except Exception as error:
+                why = first_error(error)
+            if why is None:
+                candidates[impl.impl_id] = Candidate([partial(layer, *tensors) for tensors in inputs])
+            else:
+                errors[impl.impl_id] = why
+        return moved, compare(candidates, device, rounds) | {impl_id: Timing(error=why) for impl_id, why in errors.items()}
 
 
 def rows_of(

@@ -59,6 +59,31 @@ _LAYERS = {
         "fused_set_kv_buffer_arg",
     ),
     "sglang.srt.runtime_context:get_exec": (),
+    "sglang.srt.layers.moe.topk:TopK.forward_native": (
+        "self",
+        "hidden_states",
+        "router_logits",
+        "num_token_non_padded",
+        "expert_location_dispatch_info",
+        "dynamic_expert_bias",
+        "router_logits_partials",
+    ),
+    "sglang.srt.layers.moe.topk:StandardTopKOutput": ("topk_weights", "topk_ids", "router_logits"),
+    "sglang.srt.layers.moe.topk:StandardTopKOutputPacked": ("topk_weights", "topk_ids", "router_logits", "packed_topk_ids"),
+    "sglang.srt.layers.moe.topk:has_forward_context": (),
+    "sglang.srt.layers.moe.topk:get_forward_context": (),
+    "sglang.srt.layers.moe.topk:routing_simulation_enabled": (),
+    "sglang.srt.layers.moe.topk:_zero_topk_weights_padded_region": ("topk_weights", "num_token_non_padded"),
+    "sglang.srt.layers.moe.utils:has_per_rank_fused_shared_slots": ("num_shared",),
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatchOutput": (
+        "hidden_states",
+        "hidden_states_scale",
+        "topk_output",
+        "hidden_states_pre_quant",
+    ),
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput": ("hidden_states",),
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_native": ("self", "layer", "dispatch_output"),
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply": ("self", "layer", "dispatch_output"),
 }
 #: What the hook on SGLang's groups reads of their arguments; checked where FlagCX is chosen.
 _GROUP_ARGUMENTS = ("torch_distributed_backend", "use_pynccl")

@@ -26,6 +26,8 @@ _NAMES = (
     "npu_layer_norm_eval",
     "npu_mrope",
     "npu_rotary_mul",
+    "npu_moe_gating_top_k",
+    "npu_moe_gating_top_k_softmax",
 )
 
 
@@ -135,6 +137,46 @@ def npu_rotary_mul(
     else:
         turned = torch.stack((-self[..., 1::2], self[..., ::2]), dim=-1).flatten(-2)
     return r1 * self + r2 * turned
+
+
+def npu_moe_gating_top_k_softmax(
+    x: torch.Tensor, finished: torch.Tensor | None = None, k: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert x.dim() in (2, 3) and finished is None and 0 < k <= min(x.shape[-1], 1024) and x.numel()
+    y, ids = x.float().softmax(-1).topk(k, dim=-1)
+    return y.to(x.dtype), ids.to(torch.int32), torch.zeros_like(ids, dtype=torch.int32)
+
+
+def npu_moe_gating_top_k(
+    x: torch.Tensor,
+    k: int,
+    *,
+    bias: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    tid2eid: torch.Tensor | None = None,
+    k_group: int = 1,
+    group_count: int = 1,
+    group_select_mode: int = 0,
+    renorm: int = 0,
+    norm_type: int = 0,
+    out_flag: bool = False,
+    routed_scaling_factor: float = 1.0,
+    eps: float = 1e-20,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    experts = x.shape[1]
+    size = experts // group_count
+    assert x.dim() == 2 and x.numel() and experts <= 2048 and experts % group_count == 0 and size > 2
+    assert -(-size // 32) * 32 * group_count <= 2048 and 1 <= k_group <= group_count and 1 <= k <= size * k_group
+    assert bias is None or (bias.shape == (experts,) and bias.dtype == x.dtype)
+    assert renorm == 0 and norm_type in (0, 1) and group_select_mode in (0, 1) and input_ids is tid2eid is None
+    scores = x.float().sigmoid() if norm_type else x.float().softmax(-1)
+    groups = (scores if bias is None else scores + bias.float()).unflatten(-1, (group_count, size))
+    best = groups.topk(2, dim=-1).values.sum(-1) if group_select_mode else groups.amax(-1)
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(k_group, dim=-1).indices, True)
+    ids = groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1).topk(k, dim=-1).indices
+    # What it makes of these its text does not say for all cases; nobody may rely on it.
+    y = torch.full(ids.shape, torch.nan, dtype=x.dtype)
+    return y, ids.to(torch.int32), scores if out_flag else x.new_empty(0, dtype=torch.float32)
 
 
 def torch_npu(wheel: Path) -> tuple[ModuleType, torch.library.Library]:

@@ -3,21 +3,19 @@
 
 from collections.abc import Mapping
 
-from . import activation, normalization, rotary
+from . import activation, moe, normalization, rotary
 from .form import Form, Forms, Tensors
 
 __all__ = ["FORMS", "NOT_MEASURED", "Form", "Tensors"]
 
 #: operator -> its forms at a hidden size.
-FORMS: Mapping[str, Forms] = {**activation.FORMS, **normalization.FORMS, **rotary.FORMS}
+FORMS: Mapping[str, Forms] = {**activation.FORMS, **moe.FORMS, **normalization.FORMS, **rotary.FORMS}
 
-#: Operators that ``ops.py`` does not measure: their calls are not of tensors alone, or no layer's.
+#: Operators that ``ops.py`` does not measure: SGLang calls them as functions, not as layers.
 NOT_MEASURED = frozenset(
     {
         "chunk_gated_delta_rule",
-        "fused_moe",
         "fused_recurrent_gated_delta_rule",
         "fused_recurrent_gated_delta_rule_packed_decode",
-        "topk",
     }
 )

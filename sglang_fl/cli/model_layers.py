@@ -33,6 +33,9 @@ _MAKE_ROPE = ("get_rope", "get_rope_wrapper")
 #: SGLang's function that gives an activation, and the class of each that an operator is for.
 _MAKE_ACTIVATION = "get_act_fn"
 _ACTIVATION_CLASSES = {"gelu_new": "NewGELU", "relu2": "ReLU2"}
+#: What SGLang's models make experts with, and the class that an operator is for, of experts that are not quantised.
+_MAKE_EXPERTS = ("FusedMoE", "get_moe_impl_class")
+_EXPERTS = "UnquantizedFusedMoEMethod"
 _MODELS = "sglang.srt.models."
 _MODULES_OF = {name: module for layers in LAYERS.values() for module, name in layers}
 #: SGLang's layer of linear attention, and the functions that it comes to where it is a gated delta rule.
@@ -79,7 +82,9 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
             continue
         op = _KNOWN.get(class_name)
         why = settings.why_left(_names(class_name, op)) if op else None
-        if op is None:
+        if class_name == _MAKE_EXPERTS[0]:
+            destination = "sglang (its experts are quantised)"
+        elif op is None:
             destination = "sglang (no operator of sglang-fl is for it)"
         elif class_name in OVERRIDING:
             destination = "sglang (it has a forward of its own)"
@@ -111,7 +116,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 #: What is read of a configuration, with its type; null is as if it were not there.
-_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict}
+_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict, "quantization_config": dict}
 _NUMBERS = ("hidden_size", "num_attention_heads", "head_dim")
 
 
@@ -135,6 +140,8 @@ def _made(name: str, config: dict[str, Any]) -> str | None:
     """The layer class behind a class's or a function's name; None: it is none that matters here."""
     if name in _MAKE_ROPE:
         return _rope_class(config)
+    if name in _MAKE_EXPERTS:
+        return _MAKE_EXPERTS[0] if config.get("quantization_config") else _EXPERTS
     if name == _MAKE_ACTIVATION:
         return _ACTIVATION_CLASSES.get(config.get("hidden_act") or config.get("activation_function") or "")
     return name
@@ -151,21 +158,28 @@ def _rope_class(config: dict[str, Any]) -> str:
 def _size(op: str | None, config: dict[str, Any]) -> str:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    experts = next((config[name] for name in _NUMBER_OF_EXPERTS if config.get(name)), None)
     norm, activation = f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}", f"intermediate_size {config.get('intermediate_size')}"
     rotary = f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads"
     return {
+        "fused_moe": f"{experts} experts, hidden_size {hidden}, moe_intermediate_size {config.get('moe_intermediate_size')}",
         "gelu_and_mul": activation,
         "gemma_rms_norm": norm,
         "mrotary_embedding": rotary,
         "rms_norm": norm,
         "rotary_embedding": rotary,
         "silu_and_mul": activation,
+        "topk": f"{experts} experts, {config.get('num_experts_per_tok')} a token",
         **dict.fromkeys(
             _GATED_DELTA_RULE,
             f"{config.get('linear_num_key_heads')} heads of {config.get('linear_key_head_dim')}, "
             f"{config.get('linear_num_value_heads')} value heads of {config.get('linear_value_head_dim')}",
         ),
     }.get(op or "", "")
+
+
+#: How configurations call the number of experts.
+_NUMBER_OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def _file_of(architecture: str) -> Path | None:
@@ -211,7 +225,7 @@ class _ModelFile:
 
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
     """The layer classes that a model's file, and the model files it builds on, call."""
-    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, _MAKE_ACTIVATION, _LINEAR_ATTENTION}
+    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, *_MAKE_EXPERTS, _MAKE_ACTIVATION, _LINEAR_ATTENTION}
     pending: list[tuple[Path, str]] = [(start, architecture)]
     seen: set[tuple[Path, str]] = set()
     files: dict[Path, _ModelFile] = {}

@@ -288,7 +288,8 @@ class FLBackendBase(ABC):
 
         Returns:
             ``(topk_weights, topk_ids)``, ``[num_tokens, top_k]``, fp32 and int32, new tensors. A token's ids are
-            distinct and, but for the shared column, in any order. Weights of padding mean nothing.
+            distinct and, but for the shared column, in any order. Weights of padding mean nothing; where logits are
+            nan, ids are those of experts all the same.
         """
         raise NotImplementedError(f"{self.name} has no topk")
 

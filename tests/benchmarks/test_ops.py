@@ -36,6 +36,7 @@ MOVED = {
     ("gemma_rms_norm", "residual"): 3 * 4 * 256 * 2 + 256 * 2,
     ("layer_norm", ""): 3 * 2 * 256 * 2 + 2 * 256 * 4,
     ("rotary_embedding", ""): 3 * (2 * (256 + 128) * 2 + 8 + 128 * 4),
+    ("topk", ""): 3 * (16 * 2 + 8 * (4 + 4)),
     ("mrotary_embedding", ""): 3 * 3 * 8 + 2 * 3 * (256 + 128) * 2 + 3 * 128 * 4,
 }
 
@@ -61,7 +62,11 @@ def test_implementations_are_measured_on_sglangs_layers(op: str) -> None:
     assert impl is not None
     for form in ops.FORMS[op](256, torch.bfloat16, CPU):
         moved, timings = ops.measure(form, 3, [impl], 2, CPU)
-        assert moved == MOVED[op, form.variant]
+        if op == "fused_moe":  # how many experts are read depends on where the tokens go
+            x_and_out, routes, expert = 2 * 3 * 256 * 2, 3 * 2 * (4 + 4), 3 * 256 * 128 * 2
+            assert (moved - x_and_out - routes) / expert in range(2, 7)
+        else:
+            assert moved == MOVED[op, form.variant]
         assert list(timings) == ["sglang", "reference.torch"]
         assert all(timing.error is None and timing.us for timing in timings.values())
         assert timings["sglang"].ratio == (1.0, 1.0, 1.0)

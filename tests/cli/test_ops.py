@@ -166,6 +166,19 @@ QWEN2 = {
     "rms_norm_eps": 1e-06,
 }
 
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-06,
+}
+
 
 @pytest.mark.parametrize(
     ("config", "layers"),
@@ -194,8 +207,18 @@ QWEN2 = {
                 ("RotaryEmbedding", "rotary_embedding", "head_dim 64, 14 heads, 2 kv heads"),
             },
         ),
+        (
+            QWEN3_MOE,
+            {
+                ("RMSNorm", "rms_norm", "hidden_size 2048, eps 1e-06"),
+                ("SiluAndMul", "silu_and_mul", "intermediate_size 6144"),
+                ("RotaryEmbedding", "rotary_embedding", "head_dim 128, 32 heads, 4 kv heads"),
+                ("TopK", "topk", "128 experts, 8 a token"),
+                ("UnquantizedFusedMoEMethod", "fused_moe", "128 experts, hidden_size 2048, moe_intermediate_size 768"),
+            },
+        ),
     ],
-    ids=["qwen3", "llama3", "qwen2"],
+    ids=["qwen3", "llama3", "qwen2", "qwen3-moe"],
 )
 def test_layers_of_a_model(ops: Ops, model: Callable[[Any], str], config: dict[str, Any], layers: set[tuple[str, str, str]]) -> None:
     directory = model(config)
@@ -310,6 +333,13 @@ def test_settings_decide_where_layers_go(
 ) -> None:
     found = {layer["class_name"]: layer["destination"] for layer in ops("--model", model(LLAMA), **environ)["layers"]}
     assert destinations.items() <= found.items()
+
+
+def test_quantised_experts_stay_with_sglang(ops: Ops, model: Callable[[Any], str]) -> None:
+    quantised = {**QWEN3_MOE, "quantization_config": {"quant_method": "fp8"}}
+    found = {layer["class_name"]: layer["destination"] for layer in ops("--model", model(quantised))["layers"]}
+    assert found["FusedMoE"] == "sglang (its experts are quantised)"
+    assert found["TopK"] == REFERENCE and "UnquantizedFusedMoEMethod" not in found
 
 
 def test_layers_that_no_operator_is_for(ops: Ops, model: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _ELEMENTWISE = 8
 #: Roundings to the activation's type: SGLang's own operators round up to three times, ours once.
 OUTPUT = 3
 CONFIDENCE = 6.0
+#: How many of the narrowest choices of experts are looked at.
+_CLOSEST = 6
 
 
 def _sum(n: int) -> float:
@@ -58,6 +61,75 @@ class _Tape:
                 squares += float(rows.square().sum() + each.square().sum())
                 result.grad = None
         return CONFIDENCE * math.sqrt(squares)
+
+
+@contextmanager
+def recorded_experts(model: nn.Module, tape: _Tape) -> Iterator[list[torch.Tensor]]:
+    """Routers and experts, in float64 throughout.
+
+    Yields:
+        for each router that ran, ``[num_tokens]``: by how much the logit of a token's last expert leads the next one's.
+    """
+    leads: list[torch.Tensor] = []
+
+    def route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = hidden.reshape(-1, router.hidden_dim)
+        logits = tape.add(hidden @ router.weight.T, hidden.abs() @ router.weight.abs().T, _sum(router.hidden_dim))
+        weights, chosen = logits.softmax(-1).topk(router.top_k, dim=-1)
+        best = logits.topk(router.top_k + 1, dim=-1).values
+        leads.append(best[:, -2] - best[:, -1])
+        if router.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, tape.add(weights, weights, _ELEMENTWISE + _sum(router.num_experts)), chosen
+
+    def compute(experts: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out, terms = torch.zeros_like(hidden), torch.zeros_like(hidden)
+        for expert in chosen.unique().tolist():
+            rows, columns = (chosen == expert).nonzero(as_tuple=True)
+            x, up_matrix, down_matrix = hidden[rows], experts.gate_up_proj[expert], experts.down_proj[expert]
+            both = tape.add(x @ up_matrix.T, x.abs() @ up_matrix.abs().T, _sum(x.shape[-1]))
+            gate, up = both.chunk(2, dim=-1)
+            inner = experts.act_fn(gate) * up
+            inner = tape.add(inner, inner.abs(), _ELEMENTWISE)
+            y = tape.add(inner @ down_matrix.T, inner.abs() @ down_matrix.abs().T, _sum(inner.shape[-1]))
+            y = y * weights[rows, columns, None]
+            out, terms = out.index_add(0, rows, y), terms.index_add(0, rows, y.abs())
+        return tape.add(out, terms, _ELEMENTWISE)
+
+    ways = {"TopKRouter": route, "Experts": compute}
+    changed = []
+    for module in model.modules():
+        way = next((way for end, way in ways.items() if type(module).__name__.endswith(end)), None)
+        if way is not None:
+            module.forward = MethodType(way, module)  # type: ignore[method-assign]
+            changed.append(module)
+    yield leads
+    for module in changed:
+        del module.forward
+
+
+class OnTheEdge(Exception):
+    """Rounding may give a token other experts, and what comes then no bound of first order says.
+
+    Attributes:
+        position: the token's, the first such.
+    """
+
+    def __init__(self, position: int):
+        super().__init__(f"the token at {position} may get other experts by rounding alone")
+        self.position = position
+
+
+def check_choices(leads: list[torch.Tensor], tape: _Tape) -> None:
+    """Raises OnTheEdge if rounding may exchange a token's experts; the narrowest choices are looked at."""
+    ordered = sorted(((lead, position) for of_router in leads for position, lead in enumerate(of_router)), key=lambda pair: pair[0].item())
+    edges = []
+    for lead, position in ordered[:_CLOSEST]:
+        lead.backward(retain_graph=True)
+        if lead.item() <= 2 * tape.bound():
+            edges.append(position)
+    if edges:
+        raise OnTheEdge(min(edges))
 
 
 @contextmanager
@@ -116,13 +188,18 @@ def _recorded(model: nn.Module, tape: _Tape) -> Iterator[None]:
 
 
 def logprobs_and_bounds(model_path: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> tuple[list[float], list[float]]:
-    """The exact logprob of each token but the first, and how far one evaluation in ``dtype`` may be from it."""
+    """The exact logprob of each token but the first, and how far one evaluation in ``dtype`` may be from it.
+
+    Raises:
+        OnTheEdge: rounding may route a token of a mixture of experts another way.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
     tape = _Tape(dtype)
-    with _recorded(model, tape):
+    with _recorded(model, tape), recorded_experts(model, tape) as leads:
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
+    check_choices(leads, tape)
     wanted = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:]).unsqueeze(-1)).squeeze(-1)
     bounds = []
     for logprob in wanted:

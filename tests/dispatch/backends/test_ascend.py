@@ -40,10 +40,10 @@ def backend() -> Iterator[AscendBackend]:
     module, library = torch_npu(WHEEL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch_npu", module)
-        for name in ("", ".activation", ".normalization", ".rotary"):
+        for name in ("", ".activation", ".moe", ".normalization", ".rotary"):
             patch.delitem(sys.modules, PACKAGE + name, raising=False)
         yield AscendBackend()
-        for name in ("", ".activation", ".normalization", ".rotary"):
+        for name in ("", ".activation", ".moe", ".normalization", ".rotary"):
             sys.modules.pop(PACKAGE + name, None)
     library._destroy()
 

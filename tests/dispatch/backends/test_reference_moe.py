@@ -8,26 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_accuracy import check
 
-from sglang_fl.certify.cases.call import Draw
-from sglang_fl.certify.cases.moe import OPERATORS, _Experts, _Routing
+from sglang_fl.certify.cases.moe import _Experts, _Routing
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
 reference = ReferenceBackend()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-
-
-def check(op: str, form: Any, dtype: torch.dtype, seed: int) -> None:
-    call = form(Draw(torch.Generator().manual_seed(seed), dtype, torch.device("cpu")))
-    kept = {name: x.clone() for name, x in call.tensors().items()}
-    (wanted,) = OPERATORS[op].exact(call)
-    arguments, named = call.arguments()
-    problem = wanted.judge(getattr(reference, op)(*arguments, **named), dtype).problem
-    assert problem is None, problem
-    for name, x in call.tensors().items():
-        assert x.equal(kept[name]), f"{op} wrote {name}"
 
 
 @st.composite
@@ -56,7 +45,7 @@ def routings(draw: st.DrawFn) -> _Routing:
 @settings(max_examples=60)
 @given(routings(), DTYPES, st.integers(0, 2**31))
 def test_topk(form: _Routing, dtype: torch.dtype, seed: int) -> None:
-    check("topk", form, dtype, seed)
+    check("topk", reference.topk, form, dtype, seed=seed)
 
 
 @settings(max_examples=25)
@@ -82,7 +71,7 @@ def test_fused_moe(form: _Experts, dtype: torch.dtype, asked: bool, seed: int) -
     """By the way of a CPU, and by that of devices which may be capturing a graph."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moe, "can_be_asked", lambda device: asked)
-        check("fused_moe", form, dtype, seed)
+        check("fused_moe", reference.fused_moe, form, dtype, seed=seed)
 
 
 def test_equal_experts() -> None:

@@ -2,10 +2,12 @@
 """Calls of FlagGems, a file a family of operators. Importing it imports FlagGems."""
 
 from .activation import gelu_and_mul, new_gelu, silu_and_mul
+from .moe import fused_moe, topk
 from .normalization import gemma_rms_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
 __all__ = [
+    "fused_moe",
     "gelu_and_mul",
     "gemma_rms_norm",
     "mrotary_embedding",
@@ -13,4 +15,5 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "topk",
 ]

@@ -13,6 +13,7 @@ _OPERATORS = (
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "topk",
 )
 
 

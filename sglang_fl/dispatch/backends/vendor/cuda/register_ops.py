@@ -13,6 +13,7 @@ _WRITES_INPUTS = {
     "rms_norm": True,
     "rotary_embedding": True,
     "silu_and_mul": False,
+    "topk": False,
 }
 #: Operators whose kernels do not take every activation dtype.
 _DTYPES = {

@@ -2,6 +2,7 @@
 """Calls of CUDA kernels, a file a family of operators. Importing it loads them."""
 
 from .activation import gelu_and_mul, relu2, silu_and_mul
+from .moe import topk
 from .normalization import gemma_rms_norm, layer_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
@@ -14,4 +15,5 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "topk",
 ]
