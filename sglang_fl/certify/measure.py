@@ -154,7 +154,7 @@ class Subject:
 
     def _time(self, fn: Function, call: Call, count: int) -> float:
         """Seconds a call."""
-        arguments = call.layer, *call.inputs.values()
+        arguments = call.arguments
         fn(*arguments)
         self._synchronize()
         start = time.perf_counter()
@@ -298,8 +298,9 @@ _CHECKS: dict[str, Callable[[Subject, Case, int], Outcome]] = {
 
 
 def results(fn: Function, call: Call) -> Results:
-    got = fn(call.layer, *call.inputs.values())
-    return tuple(got) if isinstance(got, (tuple, list)) else (got,)
+    got = fn(*call.arguments)
+    returned = [result for result in got if result is not None] if isinstance(got, (tuple, list)) else [got]
+    return (*returned, *(call.inputs[name] for name in call.updated))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

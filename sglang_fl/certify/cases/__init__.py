@@ -8,13 +8,18 @@ import torch
 
 from .. import exact
 from ..words import COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SPECIAL, THREADS, UNUSUAL
-from . import activation, normalization, rotary
+from . import activation, gated_delta_rule, normalization, rotary
 from .call import Call, Case, Operator
 
 __all__ = ["OPERATORS_CHECKED", "Call", "Case", "Operator", "cases_of"]
 
 #: operator -> what it is checked with. A new operator needs an entry here and nothing else.
-OPERATORS_CHECKED: Mapping[str, Operator] = {**activation.OPERATORS, **normalization.OPERATORS, **rotary.OPERATORS}
+OPERATORS_CHECKED: Mapping[str, Operator] = {
+    **activation.OPERATORS,
+    **gated_delta_rule.OPERATORS,
+    **normalization.OPERATORS,
+    **rotary.OPERATORS,
+}
 
 #: Tokens and hidden sizes: the full range on an accelerator, as much work as a CPU does in a minute, and a few seconds' worth.
 _ACCELERATOR = ((1, 1024), (1, 4096), (16, 4096), (64, 8192), (512, 5120), (2048, 4096), (8192, 4096))
@@ -42,7 +47,7 @@ def cases_of(op: str, dtypes: frozenset[torch.dtype] | None, device: torch.devic
     for dtype in names[:1]:
         case = partial(Case, op, dtype=dtype)
         pairs = list(zip(operator.forms(64, 1024), operator.forms(17, 1024), strict=True))
-        for check in (THREADS, GRAPH):
+        for check in (THREADS, GRAPH) if operator.captured else (THREADS,):
             yield from (case(check, name, make=make, other=other) for (name, make), (_, other) in pairs)
         # A compilation takes seconds: the plainest call and the one with most to get wrong.
         for (name, make), (_, other) in pairs[:1] if quick else {id(pair): pair for pair in (pairs[0], pairs[-1])}.values():
