@@ -42,7 +42,7 @@ class _Sequences:
     gaps: bool = False
     index_dtype: torch.dtype = torch.int32
     state_dtype: torch.dtype = torch.float32
-    beta_dtype: torch.dtype = torch.float32
+    beta_as_q: bool = False
     decay: float = 1.0
 
     def draw(self, draw: Draw) -> tuple[dict[str, torch.Tensor | float | None], dict[str, torch.Tensor]]:
@@ -64,7 +64,7 @@ class _Sequences:
         return {
             **inputs,
             "g": draw.place(-self.decay * g, torch.float32),
-            "beta": draw.place(beta, self.beta_dtype),
+            "beta": draw.place(beta, draw.dtype if self.beta_as_q else torch.float32),
             "scale": self.scale,
         }, guarded
 
@@ -108,7 +108,6 @@ def _chunk_forms(tokens: int, hidden: int) -> Iterator[Named]:
 
 def _common_unusual(of: _Sequences) -> Iterator[tuple[str, _Sequences]]:
     yield "no tokens", replace(of, lengths=(0, 0, 0))
-    yield "a sequence without tokens", replace(of, lengths=(5, 0, 66))
     yield "exactly a chunk, and one more", replace(of, lengths=(64, 65, 128))
     yield "one token each", replace(of, lengths=(1, 1, 1))
     yield "rows instead of sequences", replace(of, lengths=(67,), rows=3)
@@ -118,7 +117,7 @@ def _common_unusual(of: _Sequences) -> Iterator[tuple[str, _Sequences]]:
     yield "heads of 48 and 80", replace(of, sizes=_Sizes(2, 4, 48, 80))
     yield "lengths in int64", replace(of, index_dtype=torch.int64)
     yield "no norm, a scale", replace(of, l2norm=False, scale=0.3)
-    yield "beta in bf16", replace(of, beta_dtype=torch.bfloat16)
+    yield "beta in q's dtype", replace(of, beta_as_q=True)
     yield "a packed projection", replace(of, packed=True)
     yield "nothing is forgotten", replace(of, decay=0.0)
 
@@ -158,6 +157,7 @@ def _recurrent_forms(tokens: int, hidden: int) -> Iterator[Named]:
 def _recurrent_unusual() -> Iterator[Named]:
     for name, of in _common_unusual(_Sequences()):
         yield name, partial(_recurrent, of=of)
+    yield "a sequence without tokens", partial(_recurrent, of=_Sequences(lengths=(5, 0, 66)))
     yield "from nothing", partial(_recurrent, of=_Sequences(), state=False)
     yield "no last states", partial(_recurrent, of=_Sequences(), final=False)
     yield "no beta", partial(_recurrent, of=_Sequences(), beta=False)

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from .judge import U32, Exact, exactly, u
+from .judge import TINY, U32, Exact, exactly, u
 
 CONFIDENCE = 6.0
 #: Roundings of a sum of n numbers, beside log2(n); and of the rest of a token's arithmetic.
@@ -37,7 +37,7 @@ class _Rows:
 
     @property
     def error(self) -> torch.Tensor:
-        return CONFIDENCE * self.squares.sqrt()
+        return CONFIDENCE * self.squares.sqrt() + TINY
 
 
 @dataclass

@@ -4,7 +4,16 @@ from ...types import BackendImplKind, BackendPriority, OpImpl
 from .flaggems import FlagGemsBackend
 
 #: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True}
+_WRITES_INPUTS = {
+    "silu_and_mul": False,
+    "rms_norm": True,
+    "rotary_embedding": True,
+    "chunk_gated_delta_rule": True,
+    "fused_recurrent_gated_delta_rule": False,
+    "fused_recurrent_gated_delta_rule_packed_decode": True,
+}
+#: Operators whose kernels do not take every activation dtype.
+_DTYPES = {"chunk_gated_delta_rule": frozenset({"bfloat16", "float16"})}
 
 
 def register_builtins(registry: OpRegistry) -> None:
@@ -16,6 +25,7 @@ def register_builtins(registry: OpRegistry) -> None:
             BackendImplKind.DEFAULT,
             getattr(backend, op),
             priority=BackendPriority.DEFAULT,
+            supported_dtypes=_DTYPES.get(op),
             writes_inputs=writes_inputs,
         )
         for op, writes_inputs in _WRITES_INPUTS.items()

@@ -4,9 +4,19 @@ from ....types import BackendImplKind, BackendPriority, OpImpl
 from .cuda import CudaBackend
 
 #: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {"silu_and_mul": False, "rms_norm": True, "rotary_embedding": True}
+_WRITES_INPUTS = {
+    "silu_and_mul": False,
+    "rms_norm": True,
+    "rotary_embedding": True,
+    "chunk_gated_delta_rule": True,
+    "fused_recurrent_gated_delta_rule": False,
+    "fused_recurrent_gated_delta_rule_packed_decode": True,
+}
 #: Operators whose kernels do not take every activation dtype.
-_DTYPES = {"rms_norm": frozenset({"bfloat16", "float16"})}
+_DTYPES = {
+    "rms_norm": frozenset({"bfloat16", "float16"}),
+    "chunk_gated_delta_rule": frozenset({"bfloat16", "float16"}),
+}
 
 
 def register_builtins(registry: OpRegistry) -> None:
