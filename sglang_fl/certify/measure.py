@@ -303,7 +303,8 @@ _CHECKS: dict[str, Callable[[Subject, Case, int], Outcome]] = {
 def results(fn: Function, call: Call) -> Results:
     arguments, named = call.arguments()
     got = fn(*arguments, **named)
-    return tuple(got) if isinstance(got, (tuple, list)) else (got,)
+    returned = [result for result in got if result is not None] if isinstance(got, (tuple, list)) else [got]
+    return (*returned, *(call.inputs[name] for name in call.updated))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

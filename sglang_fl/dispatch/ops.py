@@ -357,8 +357,8 @@ class FLBackendBase(ABC):
                 than their size; None: states begin at zero and are not kept.
             initial_state_indices: ``[N]``, int32 or int64: the slot of each sequence, no slot twice. -1 is padding: the state
                 begins at zero and is not kept. None: sequence ``i`` has slot ``i``.
-            cu_seqlens: ``[N + 1]``, int32 or int64: sequence ``i`` is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``, possibly
-                none; B is 1 then, and tokens behind the last sequence give anything. None: each of B rows is a sequence.
+            cu_seqlens: ``[N + 1]``, int32 or int64: sequence ``i`` is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``, at least
+                one unless T is 0; B is 1 then, and tokens behind the last sequence give anything. None: each of B rows is a sequence.
             inplace_update: each sequence's last state is written to its slot; False: the pool is only read.
 
         Returns:
@@ -383,7 +383,8 @@ class FLBackendBase(ABC):
         """The gated delta rule, token after token; see :meth:`chunk_gated_delta_rule`.
 
         Args:
-            q, k, v, g, scale, cu_seqlens, use_qk_l2norm_in_kernel: as there, and nothing is rounded within a chunk.
+            q, k, v, g, scale, cu_seqlens, use_qk_l2norm_in_kernel: as there; sequences may have no tokens, and nothing is
+                rounded but the result.
             beta: as there; None: 1.
             initial_state: ``[N, HV, V, K]``, one for each sequence, only read; None: zero.
             output_final_state: whether the last states are wanted.

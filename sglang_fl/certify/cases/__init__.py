@@ -8,7 +8,7 @@ import torch
 
 from .. import exact
 from ..words import COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SPECIAL, THREADS, UNUSUAL
-from . import activation, moe, normalization, rotary
+from . import activation, gated_delta_rule, moe, normalization, rotary
 from .call import Call, Case, Operator
 
 __all__ = ["OPERATORS_CHECKED", "Call", "Case", "Operator", "cases_of"]
@@ -19,6 +19,7 @@ OPERATORS_CHECKED: Mapping[str, Operator] = {
     **normalization.OPERATORS,
     **rotary.OPERATORS,
     **moe.OPERATORS,
+    **gated_delta_rule.OPERATORS,
 }
 
 #: Tokens and hidden sizes: the full range on an accelerator, as much work as a CPU does in a minute, and a few seconds' worth.
@@ -47,7 +48,7 @@ def cases_of(op: str, dtypes: frozenset[torch.dtype] | None, device: torch.devic
     for dtype in names[:1]:
         case = partial(Case, op, dtype=dtype)
         pairs = list(zip(operator.forms(64, 1024), operator.forms(17, 1024), strict=True))
-        for check in (THREADS, GRAPH):
+        for check in (THREADS, GRAPH) if operator.captured else (THREADS,):
             yield from (case(check, name, make=make, other=other) for (name, make), (_, other) in pairs)
         # A compilation takes seconds: the plainest call and the one with most to get wrong.
         for (name, make), (_, other) in pairs[:1] if quick else {id(pair): pair for pair in (pairs[0], pairs[-1])}.values():

@@ -32,16 +32,20 @@ class Call:
         inputs: the other arguments, by the names and in the order of the operator's signature.
         may_write: the inputs that the operator's text allows writing.
         guarded: what lies around the inputs in memory and is never the operator's to write.
+        updated: the inputs that are results, too, as the operator leaves them.
+        takes_layer: operators that stand for functions of SGLang take none.
     """
 
     layer: Layer
     inputs: dict[str, Any]
     may_write: frozenset[str] = frozenset()
     guarded: dict[str, torch.Tensor] = field(default_factory=dict)
+    updated: tuple[str, ...] = ()
+    takes_layer: bool = True
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the operator is called with: (by position, by name)."""
-        return (self.layer, *self.inputs.values()), {}
+        return (*((self.layer,) if self.takes_layer else ()), *self.inputs.values()), {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a kernel could write, by name."""
@@ -79,8 +83,9 @@ class Operator:
         forms: the ways serving calls it, for a number of tokens and a hidden size.
         unusual: calls that are allowed, and rare.
         special: calls with nan, infinity, the largest and the smallest numbers.
-        exact: its results in float64, for a call that has not run yet.
+        exact: its results in float64, for a call that has not run yet; inputs that are results last.
         whole: one of them judges all the results.
+        captured: whether serving calls it under graph capture.
     """
 
     forms: Callable[[int, int], Iterator[Named]]
@@ -88,6 +93,7 @@ class Operator:
     special: Callable[[], Iterator[Named]]
     exact: Callable[[Call], tuple[Any, ...]]
     whole: bool = False
+    captured: bool = True
 
 
 @dataclass(frozen=True)

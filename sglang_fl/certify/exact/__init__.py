@@ -2,6 +2,11 @@
 """The operators in float64, a file a family, and how far from it an implementation may be (``judge.py``)."""
 
 from .activation import gelu_and_mul, new_gelu, quick_gelu, relu2, silu_and_mul
+from .gated_delta_rule import (
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_gated_delta_rule_packed_decode,
+)
 from .judge import DTYPES, TINY, U32, Exact, Verdict, exactly, smallest, u
 from .moe import Routed, fused_moe, topk
 from .normalization import gemma_rms_norm, layer_norm, rms_norm
@@ -14,7 +19,11 @@ __all__ = [
     "Exact",
     "Routed",
     "Verdict",
+    "chunk_gated_delta_rule",
     "exactly",
+    "fused_moe",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule_packed_decode",
     "gelu_and_mul",
     "gemma_rms_norm",
     "layer_norm",
@@ -22,7 +31,6 @@ __all__ = [
     "new_gelu",
     "quick_gelu",
     "relu2",
-    "fused_moe",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",

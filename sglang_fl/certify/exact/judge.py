@@ -63,8 +63,9 @@ class Exact:
         value: float64, computed on the CPU from the same inputs.
         terms: float64, the sum of the sizes of the terms that make up each number.
         roundings: how many fp32 roundings stand between the inputs and the result.
-        lost: what underflow inside may take away.
+        lost: what may be lost besides: to underflow inside, to errors that earlier numbers hand on.
         passed_on: where in the last dimension the numbers begin that must be the input's, bit for bit.
+        dtype: the result's own, where it is not that of the activations.
     """
 
     name: str
@@ -73,9 +74,11 @@ class Exact:
     roundings: float
     lost: torch.Tensor | float = 0.0
     passed_on: int | None = None
+    dtype: torch.dtype | None = None
 
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
-        """Hold a result against this one; ``dtype`` and ``device`` are what it must have."""
+        """Hold a result against this one; ``dtype`` (unless it has one of its own) and ``device`` are what it must have."""
+        dtype = self.dtype or dtype
         if not isinstance(got, torch.Tensor):
             return Verdict(problem=f"{self.name} is no tensor but {type(got).__name__}")
         if got.shape != self.value.shape:

@@ -5,7 +5,10 @@ from .flaggems import FlagGemsBackend
 
 #: operator -> whether a call that raises may have written its inputs.
 _WRITES_INPUTS = {
+    "chunk_gated_delta_rule": True,
     "fused_moe": False,
+    "fused_recurrent_gated_delta_rule": False,
+    "fused_recurrent_gated_delta_rule_packed_decode": True,
     "gelu_and_mul": False,
     "gemma_rms_norm": True,
     "mrotary_embedding": True,
@@ -17,6 +20,7 @@ _WRITES_INPUTS = {
 }
 #: Operators whose kernels do not take every activation dtype.
 _DTYPES = {
+    "chunk_gated_delta_rule": frozenset({"bfloat16", "float16"}),
     "fused_moe": frozenset({"bfloat16", "float16"}),
 }
 

@@ -5,6 +5,9 @@ from .cuda import CudaBackend
 
 #: operator -> whether a call that raises may have written its inputs.
 _WRITES_INPUTS = {
+    "chunk_gated_delta_rule": True,
+    "fused_recurrent_gated_delta_rule": False,
+    "fused_recurrent_gated_delta_rule_packed_decode": True,
     "gelu_and_mul": False,
     "gemma_rms_norm": True,
     "layer_norm": False,
@@ -17,6 +20,7 @@ _WRITES_INPUTS = {
 }
 #: Operators whose kernels do not take every activation dtype.
 _DTYPES = {
+    "chunk_gated_delta_rule": frozenset({"bfloat16", "float16"}),
     "gemma_rms_norm": frozenset({"bfloat16", "float16"}),
     "layer_norm": frozenset({"bfloat16"}),
     "rms_norm": frozenset({"bfloat16", "float16"}),

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlagGems's kernels of flash-linear-attention, put together for pools of states of SGLang's layout.
+
+Two of them are not called as FlagGems calls them. Its kernel that solves a chunk's triangle together with what comes
+before writes that to memory and reads it back in other threads, with nothing to make them wait; the two kernels that it
+was made of are right, and are run here. And its recurrent function goes by the number of tokens: up to 64 it takes states
+``[K, V]`` and writes the slot before the pool for a slot of -1, above ``[V, K]``, and leaves out -1. States here are
+``[V, K]``, so it is always given more than 64 tokens; those behind the last sequence cost nothing.
+"""
+
+from importlib import import_module
+
+import torch
+from torch.nn import functional
+
+from ...state_pool import read, write
+from ..library import load
+
+load()
+_FLA = "flag_gems.fused.FLA"
+chunk_local_cumsum = import_module(f"{_FLA}.cumsum").chunk_local_cumsum
+chunk_scaled_dot_kkt_fwd = import_module(f"{_FLA}.chunk_scaled_dot_kkt").chunk_scaled_dot_kkt_fwd
+solve_triangle = import_module(f"{_FLA}.solve_tril").merge_16x16_to_64x64_inverse_kernel
+recompute_w_u_fwd = import_module(f"{_FLA}.wy_fast").recompute_w_u_fwd
+chunk_gated_delta_rule_fwd_h = import_module(f"{_FLA}.chunk_delta_h").chunk_gated_delta_rule_fwd_h
+chunk_fwd_o = import_module(f"{_FLA}.chunk_o").chunk_fwd_o
+prepare_chunk_indices = import_module(f"{_FLA}.index").prepare_chunk_indices
+fused_recurrent_gated_delta_rule_fwd = import_module(f"{_FLA}.fused_recurrent").fused_recurrent_gated_delta_rule_fwd
+
+_CHUNK, _LEAST_TOKENS = 64, 65
+#: What the kernel of chunks holds of a key at most, and the least that a matrix product takes.
+_MAX_KEY_DIM, _MIN_DIM = 256, 16
+
+
+def _check_heads(op: str, heads: int, value_heads: int) -> None:
+    if not heads or value_heads % heads:
+        raise ValueError(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
+
+
+def _normed(x: torch.Tensor) -> torch.Tensor:
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def chunk_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    initial_state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    use_qk_l2norm: bool,
+    inplace_update: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    op = "chunk_gated_delta_rule"
+    heads, key_dim, value_heads, value_dim = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
+    _check_heads(op, heads, value_heads)
+    if key_dim > _MAX_KEY_DIM or min(key_dim, value_dim) < _MIN_DIM:
+        raise ValueError(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
+    if q.dtype == torch.float32:
+        raise TypeError(f"{op}: the kernels multiply in bf16 and fp16, and q is {q.dtype}")
+    count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    slots = initial_state_indices
+    if slots is None:
+        slots = torch.arange(count, device=q.device)
+    if len(slots) != count:
+        raise ValueError(f"{op}: {len(slots)} slots for {count} sequences")
+    if not q.numel():
+        return v.new_empty(v.shape), q.new_empty((q.shape[0], 0, value_heads, value_dim, key_dim))
+    if use_qk_l2norm:
+        q, k = _normed(q), _normed(k)
+    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g.float(), beta))
+    # The kernels' states are [K, V].
+    states = None if initial_state is None else read(initial_state, slots, torch.float32).transpose(-1, -2).contiguous()
+    sums = chunk_local_cumsum(g, _CHUNK, cu_seqlens=cu_seqlens)
+    triangle = _solved(chunk_scaled_dot_kkt_fwd(k, sums, beta, cu_seqlens, _CHUNK), cu_seqlens, k.dtype)
+    w, u = recompute_w_u_fwd(k, v, beta, sums, triangle, cu_seqlens)
+    keep = initial_state is not None and inplace_update
+    chunks, updates, last = chunk_gated_delta_rule_fwd_h(
+        k, w, u, sums, initial_state=states, output_final_state=keep, chunk_size=_CHUNK, cu_seqlens=cu_seqlens
+    )
+    out = chunk_fwd_o(q, k, updates, chunks, sums, key_dim**-0.5 if scale is None else scale, cu_seqlens, _CHUNK)
+    if keep and initial_state is not None:
+        write(initial_state, slots, last.transpose(-1, -2))
+    return out, chunks.transpose(-1, -2)
+
+
+def _solved(triangle: torch.Tensor, cu_seqlens: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``(I + A) ** -1`` of each chunk's strictly lower triangle A, ``[B, T, HV, 64]``.
+
+    FlagGems's own function would have the kernel make TMA descriptors, for which nobody gives it memory.
+    """
+    rows, tokens, value_heads, size = triangle.shape
+    indices = None if cu_seqlens is None else prepare_chunk_indices(cu_seqlens, size)
+    chunks = -(-tokens // size) if indices is None else len(indices)
+    solved = torch.zeros_like(triangle, dtype=dtype)
+    solve_triangle[chunks, rows * value_heads](
+        A=triangle,
+        Ai=solved,
+        cu_seqlens=cu_seqlens,
+        chunk_indices=indices,
+        T=tokens,
+        H=value_heads,
+        BT=size,
+        USE_TMA=False,
+        DOT_PRECISION="ieee",
+    )
+    return solved
+
+
+def fused_recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor | None,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: torch.Tensor | None,
+    use_qk_l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The kernel keeps the state after each token, in the slot that stands for it: each sequence has one for all."""
+    op = "fused_recurrent_gated_delta_rule"
+    _check_heads(op, q.shape[2], v.shape[2])
+    rows, tokens = q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(rows + 1, device=q.device) * tokens
+    elif rows != 1:
+        raise ValueError(f"{op}: with cu_seqlens all sequences are in one row, and q has {rows}")
+    count = len(cu_seqlens) - 1
+    states = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
+    if initial_state is not None:
+        states.copy_(initial_state)
+    if not q.numel():
+        return v.new_empty(v.shape), states if output_final_state else None
+    slots = torch.arange(count, dtype=torch.int32, device=q.device).unsqueeze(1).repeat(1, rows * tokens)
+    beta = torch.ones_like(g) if beta is None else beta
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    shape = v.shape
+    q, k, v, g, beta = (_padded(x.flatten(0, 1)) for x in (q, k, v, g.float(), beta))
+    out = _recurrent(q, k, v, g, beta, scale, states, cu_seqlens, slots, use_qk_l2norm)
+    return out[: rows * tokens].view(shape), states if output_final_state else None
+
+
+def fused_recurrent_gated_delta_rule_packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor,
+    out: torch.Tensor,
+    ssm_state_indices: torch.Tensor,
+    use_qk_l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    op = "fused_recurrent_gated_delta_rule_packed_decode"
+    value_heads, value_dim, key_dim = initial_state.shape[1:]
+    heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
+    if rest:
+        raise ValueError(f"{op}: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states {tuple(initial_state.shape[1:])}")
+    _check_heads(op, heads, value_heads)
+    batch = len(mixed_qkv)
+    if not batch:
+        return out, initial_state
+    q, k, v = _padded(mixed_qkv).split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
+    q, k, v = q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
+    g = -A_log.float().exp() * functional.softplus(a.float() + dt_bias.float())
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    o = _recurrent(q, k, v, _padded(g), _padded(b.float().sigmoid()), scale, initial_state, ends, ssm_state_indices, use_qk_l2norm)
+    # The kernel writes nothing for padding.
+    out.copy_(o[:batch].masked_fill((ssm_state_indices < 0)[:, None, None], 0).unsqueeze(1))
+    return out, initial_state
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """At least as many tokens as the kernel for states [V, K] is run for; those that are added belong to no sequence."""
+    missing = _LEAST_TOKENS - len(x)
+    return x if missing <= 0 else torch.cat((x, x.new_zeros((missing, *x.shape[1:]))))
+
+
+def _recurrent(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    states: torch.Tensor,
+    ends: torch.Tensor,
+    slots: torch.Tensor,
+    use_qk_l2norm: bool,
+) -> torch.Tensor:
+    """``o`` ``[tokens, HV, V]``; the states are updated."""
+    q, k, v, g, beta = (x.contiguous().unsqueeze(0) for x in (q, k, v, g, beta))
+    out, _ = fused_recurrent_gated_delta_rule_fwd(q, k, v, g, beta, scale, states, True, ends, slots, None, use_qk_l2norm)
+    return out.squeeze(0)

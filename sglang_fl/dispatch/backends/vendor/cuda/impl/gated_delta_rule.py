@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's own Triton kernels, below the hooks that call this backend: a hook in its place would call itself."""
+
+from functools import partial
+from inspect import unwrap
+
+import torch
+from sglang.kernels.ops.attention.fla import fused_recurrent
+from sglang.kernels.ops.attention.fla.chunk import ChunkGatedDeltaRuleFunction
+
+from ....state_pool import read, write
+
+# In partials: a hook is put wherever a module holds the function itself.
+_recurrent = partial(unwrap(fused_recurrent.fused_recurrent_gated_delta_rule))
+_packed_decode = partial(unwrap(fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode))
+
+_CHUNK_DTYPES = (torch.bfloat16, torch.float16)
+#: What the kernel of chunks holds of a key at most, and the least that a matrix product takes.
+_MAX_KEY_DIM, _MIN_DIM = 256, 16
+
+
+def _check_heads(op: str, heads: int, value_heads: int) -> None:
+    if not heads or value_heads % heads:
+        raise ValueError(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
+
+
+def chunk_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    initial_state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    use_qk_l2norm: bool,
+    inplace_update: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    op = "chunk_gated_delta_rule"
+    _check_heads(op, q.shape[2], v.shape[2])
+    key_dim, value_dim = q.shape[3], v.shape[3]
+    if key_dim > _MAX_KEY_DIM or min(key_dim, value_dim) < _MIN_DIM:
+        raise ValueError(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
+    if q.dtype not in _CHUNK_DTYPES:
+        raise TypeError(f"{op}: the kernel takes bf16 and fp16, and q is {q.dtype}")
+    count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state_indices is None:
+        initial_state_indices = torch.arange(count, dtype=torch.int32, device=q.device)
+    if len(initial_state_indices) != count:
+        raise ValueError(f"{op}: {len(initial_state_indices)} slots for {count} sequences")
+    pool, update = initial_state, inplace_update and initial_state is not None
+    if pool is None:
+        pool = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
+    elif not pool.is_contiguous():
+        # The kernel's wrapper would update a copy. Its own copy, then: of the slots that are used.
+        slots = torch.arange(count, dtype=torch.int32, device=q.device)
+        states = read(pool, initial_state_indices, pool.dtype)
+        result = chunk_gated_delta_rule(q, k, v, g, beta, scale, states, slots, cu_seqlens, use_qk_l2norm, update)
+        if update:
+            write(pool, initial_state_indices, states)
+        return result
+    if not q.numel():
+        return v.new_empty(v.shape), q.new_empty((q.shape[0], 0, *pool.shape[1:]))
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    return ChunkGatedDeltaRuleFunction.apply(q, k, v, g, beta, scale, pool, initial_state_indices, cu_seqlens, use_qk_l2norm, update)
+
+
+def fused_recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor | None,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: torch.Tensor | None,
+    use_qk_l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    op = "fused_recurrent_gated_delta_rule"
+    _check_heads(op, q.shape[2], v.shape[2])
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"{op}: with cu_seqlens all sequences are in one row, and q has {q.shape[0]}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"{op}: the kernel takes a scale above 0, not {scale}")
+    if beta is None:
+        beta = torch.ones_like(g)  # SGLang's own default has a number for each head of q
+    if not q.numel():
+        count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        states = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
+        last = states if initial_state is None else states.copy_(initial_state)
+        return v.new_empty(v.shape), last if output_final_state else None
+    return _recurrent(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm)
+
+
+def fused_recurrent_gated_delta_rule_packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor,
+    out: torch.Tensor,
+    ssm_state_indices: torch.Tensor,
+    use_qk_l2norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not mixed_qkv.numel():
+        return out, initial_state
+    return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm)

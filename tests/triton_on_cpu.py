@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels on a CPU, by Triton's own interpreter (``TRITON_INTERPRET=1``), where they would not run as they come.
+
+What is changed is the interpreter and what asks for a device, never a kernel:
+
+- ``tl.exp`` and its like can be called under another name, as flash-linear-attention's files do;
+- matrix products of bf16 are products of numbers, not of their bits;
+- a kernel that is tuned takes its first configuration: there is no device to time the others on;
+- FlagGems's decorators of kernels hand them on, and its kernels are imported without the package, which wants a device.
+
+``python tests/triton_on_cpu.py NAME`` holds an implementation of the gated delta rule (``cuda`` or ``flaggems``) against
+float64, in fp16 (the interpreter cuts a bf16 off instead of rounding it), and prints JSON. It takes half a minute for
+``CASES``; ``--all`` has it run all cases of ``sglang-fl check --quick``.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+OPERATORS = (
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule_packed_decode",
+)
+#: Those in which layouts, slots and the borders of chunks show.
+CASES = frozenset(
+    {
+        "exactly a chunk, and one more",
+        "rows instead of sequences",
+        "heads of 48 and 80",
+        "eight heads of v to one of q",
+        "no norm, a scale",
+        "a packed projection",
+        "padding among the sequences",
+        "padding alone",
+        "slots in order",
+        "no pool",
+        "slots with gaps between",
+        "a sequence without tokens",
+        "from nothing",
+        "no beta",
+        "70 sequences",
+        "rows of a wider tensor",
+        "no tokens",
+        "no sequences",
+    }
+)
+
+
+def interpret() -> None:
+    """Have Triton kernels interpreted in this process; before anything imports one."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import numpy as np
+    import torch
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    tuned = triton.autotune
+
+    def first_configuration(configs: Any, *args: Any, **options: Any) -> Any:
+        return tuned(list(configs)[:1], *args, **options)
+
+    triton.autotune = first_configuration
+    for module in (tl, tl.math):
+        for name in ("exp", "exp2", "log", "log2"):
+            setattr(module, name, _under_any_name(getattr(module, name), name))
+    torch.cpu.device = lambda index=None: contextlib.nullcontext()  # type: ignore[attr-defined]
+
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def as_numbers(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, as_numbers(a), as_numbers(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _under_any_name(own: Any, name: str) -> Any:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def builtin(*args: Any, _semantic: Any = None, **options: Any) -> Any:
+        return own(*args, _semantic=_semantic or interpreter.interpreter_semantic, **options)
+
+    builtin.__name__ = name
+    setattr(builtin, tl.core.TRITON_BUILTIN, True)
+    return builtin
+
+
+def cuda() -> ModuleType:
+    """``vendor/cuda/impl/gated_delta_rule.py``, on SGLang's own kernels."""
+    return _alone("vendor.cuda")
+
+
+def flaggems() -> ModuleType:
+    """``flaggems/impl/gated_delta_rule.py``, on FlagGems's own kernels."""
+    import triton
+
+    spec = importlib.util.find_spec("flag_gems")
+    assert spec is not None and spec.submodule_search_locations is not None
+    root = Path(spec.submodule_search_locations[0])
+    for name in ("flag_gems", "flag_gems.fused", "flag_gems.utils"):
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+    utils, runtime = sys.modules["flag_gems.utils"], ModuleType("flag_gems.runtime")
+    utils.libentry = lambda: lambda kernel: kernel  # type: ignore[attr-defined]
+    utils.libtuner = lambda configs, key, **options: triton.autotune(configs, key=[])  # type: ignore[attr-defined]
+    info = sys.modules["flag_gems.utils.device_info"] = ModuleType("flag_gems.utils.device_info")
+    info.get_device_capability = lambda: (9, 0)  # type: ignore[attr-defined]
+    info.get_device_properties = lambda: None  # type: ignore[attr-defined]
+    runtime.device = type("device", (), {"vendor_name": "nvidia"})  # type: ignore[attr-defined]
+    runtime.torch_device_fn = type("fn", (), {"device": staticmethod(lambda index: contextlib.nullcontext())})  # type: ignore[attr-defined]
+    sys.modules["flag_gems"].runtime = sys.modules["flag_gems.runtime"] = runtime  # type: ignore[attr-defined]
+
+    from sglang_fl.dispatch.backends.flaggems import library
+
+    library.load = lambda: sys.modules["flag_gems"]  # type: ignore[assignment]
+    return _alone("flaggems")
+
+
+def _alone(backend: str) -> ModuleType:
+    """A backend's file of the gated delta rule without the files beside it, which want a device."""
+    name = f"sglang_fl.dispatch.backends.{backend}"
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.submodule_search_locations is not None
+    package = sys.modules[f"{name}.impl"] = ModuleType(f"{name}.impl")
+    package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "impl")]
+    return importlib.import_module(f"{name}.impl.gated_delta_rule")
+
+
+def main(name: str, everything: bool) -> None:
+    interpret()
+    import torch
+
+    from sglang_fl.certify.cases import cases_of
+    from sglang_fl.certify.measure import Subject
+    from sglang_fl.certify.words import INPUTS, SERVING, SPECIAL, UNUSUAL
+
+    implementation = {"cuda": cuda, "flaggems": flaggems}[name]()
+    cpu, found = torch.device("cpu"), []
+    for op in OPERATORS:
+        subject = Subject(op, getattr(implementation, op), None, cpu)
+        for case in cases_of(op, frozenset({torch.float16}), cpu, quick=True):
+            if case.name in CASES or (everything and case.check in (SERVING, UNUSUAL, SPECIAL, INPUTS)):
+                outcome = subject.check(case, 11)
+                used = outcome.error_ulp / outcome.bound_ulp if outcome.error_ulp is not None and outcome.bound_ulp else None
+                found.append([op, case.check, case.name, outcome.status, outcome.message, used])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--all" in sys.argv)
