@@ -101,6 +101,12 @@ class VendorPlatform:
         for name in ("attention_backends", "kv_pools"):
             if not isinstance(getattr(self, name), Mapping):
                 return f"{name} is a mapping from names to 'module:Class', not {getattr(self, name)!r}"
+        for name in ("chip", "collective", "attention"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "attention" and value is None):
+                return f"{name} is a text, not {value!r}"
+        if not isinstance(self.flaggems, bool):
+            return f"flaggems is True or False, not {self.flaggems!r}"
         if self.is_present is not None and not callable(self.is_present):
             return f"is_present is a function of no arguments, not {self.is_present!r}"
         for name, path in self.classes().items():

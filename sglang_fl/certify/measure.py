@@ -78,12 +78,16 @@ class Subject:
         except Wrong as error:
             return Outcome(FAILED, str(error))
         except Refused as refused:
-            # What serving needs must work in the dtype of serving.
-            must = case.check == SERVING and case.dtype == "bfloat16"
+            # What serving needs must work in the dtype of serving, and nothing may raise for want of tokens.
+            must = (case.check == SERVING and case.dtype == "bfloat16") or self._has_no_tokens(case, seed)
             return Outcome(FAILED if must else REFUSED, f"refused: {refused}")
         except Exception as error:
             return Outcome(FAILED, f"raised {type(error).__name__}: {error}", broken=self._is_lost())
         return outcome
+
+    def _has_no_tokens(self, case: Case, seed: int) -> bool:
+        tensors = (x for x in case.draw(seed, self.device).inputs.values() if isinstance(x, torch.Tensor))
+        return any(not x.numel() for x in tensors)
 
     def _is_lost(self) -> bool:
         """After an illegal access, or a capture that was cut off, an accelerator may answer nothing in this process."""

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("starting", total=None)
             report = check(
-                Job(chosen, args.quick, seed, args.timeout),
+                Job(chosen, args.quick, seed, args.timeout, named=bool(args.impl)),
                 lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
             )
     except WorkerFailed as error:

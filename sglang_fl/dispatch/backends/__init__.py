@@ -19,7 +19,8 @@ __all__ = ["Backend", "KernelBackend"]
 class KernelBackend(Backend):
     """A backend whose operators are functions of the package ``impl`` beside it, which take tensors instead of layers.
 
-    ``impl`` is imported at the first call: tools list the backends without paying for PyTorch or a kernel library. It
+    What has one row of positions is a plain rotary embedding: ``mrotary_embedding`` needs ``rotary_embedding``, too. ``impl``
+    is imported at the first call: tools list the backends without paying for PyTorch or a kernel library. It
     has those of these that the backend registers::
 
         gelu_and_mul(x, approximate)
