@@ -4,7 +4,6 @@
 As with ``platform``, nothing heavy may be imported at the top.
 """
 
-import importlib.util
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities
 from .config.errors import SettingsError
 from .device import why_unusable
 from .packages import last_line
+from .suggest import suggest
 from .vendor_platform import VendorPlatform
 from .vendor_platform import declared as installed
 
@@ -58,7 +58,7 @@ class DeclaredMoments:
 
     @classmethod
     def declaration_problems(cls) -> list[str]:
-        """What is wrong with the declaration, as far as it can be told without importing what else it names."""
+        """What is wrong with the declaration. All that it names is loaded: later it would fail with the weights in place."""
         return [*([cls.broken] if cls.broken else []), *_problems(cls.declaration)]
 
     def init_backend(self) -> None:
@@ -78,23 +78,24 @@ def _maker(declaration: VendorPlatform, name: str) -> Callable[[Any], Any]:
 
 
 def _problems(declaration: VendorPlatform) -> list[str]:
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     problems = []
-    for field, path in declaration.classes().items():
+    for field in declaration.classes():
         if field == "platform_class":  # loaded already
             continue
-        module = path.partition(":")[0]
         try:
-            there = importlib.util.find_spec(module) is not None
-        except ImportError:
-            there = False
-        if not there:
-            problems.append(_told(declaration, f"{field}: there is no module {module!r}"))
+            load_class(declaration, field)
+        except RuntimeError as error:
+            problems.append(str(error))
     for name in declaration.attention_backends:
         made = ATTENTION_BACKENDS.get(name)
         if made is not None and not made.__module__.startswith(__package__):
             problems.append(_told(declaration, f"SGLang has an attention backend {name!r} of its own; give it another name"))
+    known = {*ATTENTION_BACKEND_CHOICES, *declaration.attention_backends}
+    if declaration.attention is not None and declaration.attention not in known:
+        problems.append(_told(declaration, f"unknown attention backend {declaration.attention!r}{suggest(declaration.attention, known)}"))
     unusable = why_unusable(torch, declaration.device_type)
     return problems if unusable is None else [*problems, _told(declaration, unusable)]
 

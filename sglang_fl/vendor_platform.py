@@ -12,6 +12,7 @@ loaded where it is used.
 """
 
 import glob
+import importlib.util
 import keyword
 import shutil
 from collections.abc import Callable, Mapping
@@ -254,6 +255,9 @@ def platform_here(environ: Mapping[str, str]) -> tuple[VendorPlatform, str] | No
 def platform_problems(environ: Mapping[str, str]) -> list[str]:
     """What is wrong with the packages that declare platforms. Each must stop a server: it might run on the wrong one."""
     problems = list(declared().problems)
+    here = platform_here(environ)
+    if here is not None:
+        problems += _missing_modules(here[0])
     if not canonical(environ.get("GEMS_VENDOR", "")):
         present, failed = _present()
         problems += failed
@@ -261,6 +265,21 @@ def platform_problems(environ: Mapping[str, str]) -> list[str]:
             told = "; ".join(f"{name} ({evidence})" for name, evidence in sorted(present.items()))
             problems.append(f"{len(present)} chips that packages bring up are there: {told}; set GEMS_VENDOR to the one to use")
     return problems
+
+
+def _missing_modules(platform: VendorPlatform) -> list[str]:
+    """Modules that a declaration names and that are not installed, told without importing them."""
+    told = []
+    for name, path in platform.classes().items():
+        module = path.partition(":")[0]
+        try:
+            there = importlib.util.find_spec(module) is not None
+        except ImportError:
+            there = False
+        if not there:
+            origin = declared().origins[platform.name]
+            told.append(f"the platform {platform.name} that {origin} declares cannot be used: {name}: there is no module {module!r}")
+    return told
 
 
 def platforms_told() -> list[str]:

@@ -20,7 +20,15 @@ from sglang_fl.config import Settings, SettingsError, load_settings
 from sglang_fl.device import Device, detect, probe
 from sglang_fl.dispatch import OpManager
 from sglang_fl.platform import platform_class
-from sglang_fl.vendor_platform import CAPABILITIES, ENTRY_POINT_GROUP, KV_POOL_KINDS, VendorPlatform, declared, known_vendors
+from sglang_fl.vendor_platform import (
+    CAPABILITIES,
+    ENTRY_POINT_GROUP,
+    KV_POOL_KINDS,
+    VendorPlatform,
+    declared,
+    known_vendors,
+    platform_problems,
+)
 from sglang_fl.vocabulary import vocabulary
 
 GROUP = {ENTRY_POINT_GROUP: "{module}:PLATFORM"}
@@ -303,8 +311,10 @@ def test_a_platform_class_that_is_sglangs_platform(packages: Packages) -> None:
         ({"platform_class": "'M:Chips'"}, "cannot be loaded: AttributeError"),
         ({"platform_class": "'M:not_a_class'"}, "is 3, and no class"),
         ({"platform_class": "'builtins:bool'"}, "cannot be combined with SGLang's: TypeError"),
-        ({"graph_runner": "'no_such_module:Runner'"}, "graph_runner: there is no module 'no_such_module'"),
-        ({"kv_pools": "{'mha': 'no_such.module:Pool'}"}, "kv_pools['mha']: there is no module 'no_such.module'"),
+        ({"graph_runner": "'no_such_module:Runner'"}, "graph_runner 'no_such_module:Runner' cannot be loaded: ModuleNotFoundError"),
+        ({"kv_pools": "{'mha': 'no_such.module:Pool'}"}, "kv_pools['mha'] 'no_such.module:Pool' cannot be loaded: ModuleNotFoundError"),
+        ({"attention_backends": "{'mine': 'M:NoSuchClass'}"}, "cannot be loaded: AttributeError"),
+        ({"attention": "'torch_natve'"}, "unknown attention backend 'torch_natve'; did you mean 'torch_native'?"),
         ({"attention_backends": "{'triton': 'M:Attention'}"}, "SGLang has an attention backend 'triton' of its own; give it another name"),
         ({"device_type": "'zchip'"}, "PyTorch has no device type 'zchip': is the chip's PyTorch extension installed"),
     ],
@@ -323,6 +333,18 @@ def test_what_is_wrong_with_a_declaration_is_raised_where_sglang_lets_it_through
     assert told in problem and "mychip" in problem
     (in_doctor,) = _declaration_problems(detect(environ={}))
     assert in_doctor.what == problem and in_doctor.fatal
+
+
+def test_a_module_that_is_not_installed_is_told_without_importing_anything(packages: Packages) -> None:
+    declare(packages, more="is_present=lambda: True, graph_runner='no_such_module:Runner'")
+    (problem,) = platform_problems({})
+    assert "mychip" in problem and "graph_runner: there is no module 'no_such_module'" in problem
+
+
+@pytest.mark.parametrize("fields", ["chip=7", "collective=5", "attention=3", "flaggems='yes'"])
+def test_a_value_of_another_type(fields: str) -> None:
+    with pytest.raises(ValueError, match=fields.partition("=")[0]):
+        VendorPlatform(name="mychip", device_type="cpu", is_present=lambda: True, **eval(f"dict({fields})"))
 
 
 def test_a_class_that_cannot_be_loaded_says_whose_it_is(packages: Packages) -> None:
