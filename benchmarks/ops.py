@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of every operator against SGLang's own, at the shapes of serving.
 
-Both sides are SGLang's real layers, called as a model calls them: one left to SGLang, the others bound by
+Both sides are SGLang's real layers (op_forms/), called as a model calls them: one left to SGLang, the others bound by
 sglang-fl to one implementation each. On CUDA the calls are captured into graphs, as serving does.
 
     python benchmarks/ops.py                                              # prints a table
@@ -16,8 +16,7 @@ once) over its time, as a share of what a large copy reaches.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from typing import Any
 
 import result_file
 import torch
+from op_forms import FORMS, Form, Tensors
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -42,89 +42,6 @@ from sglang_fl.dispatch.types import OpImpl
 SGLANG = "sglang"
 TOKENS, HIDDEN = (1, 16, 64, 512, 2048, 8192), (1024, 2048, 4096, 8192)
 QUICK_TOKENS, QUICK_HIDDEN, QUICK_ROUNDS = (1, 64, 2048), (1024, 4096), 9
-_MAX_POSITION = 8192
-#: The hidden size at which the rarer forms of rotary embeddings are measured.
-_ONE_HIDDEN = 4096
-
-Tensors = tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Form:
-    """A kind of layer and the inputs it is called with.
-
-    Attributes:
-        variant: what sets it apart from the operator's usual form, if anything.
-        layer: makes a new layer as SGLang does.
-        inputs: makes the layer's inputs for a number of tokens.
-        moved: of those inputs, the bytes that must at least be read and written.
-        intermediate_size: the width of the activations around it, where the binder asks for it.
-    """
-
-    variant: str
-    layer: Callable[[], nn.Module]
-    inputs: Callable[[int], Tensors]
-    moved: Callable[[Tensors], int]
-    intermediate_size: int | None = None
-
-
-def silu_and_mul(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
-    from sglang.srt.layers.activation import SiluAndMul
-
-    size = 3 * hidden
-
-    def inputs(tokens: int) -> Tensors:
-        return (torch.randn(tokens, 2 * size, dtype=dtype, device=device),)
-
-    yield Form("", SiluAndMul, inputs, lambda tensors: _bytes(*tensors) * 3 // 2, size)
-
-
-def rms_norm(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
-    from sglang.srt.layers.layernorm import RMSNorm
-
-    weight = hidden * dtype.itemsize
-
-    def inputs(count: int, tokens: int) -> Tensors:
-        return tuple(torch.randn(tokens, hidden, dtype=dtype, device=device) for _ in range(count))
-
-    for variant, count in (("", 1), ("residual", 2)):
-        layer = partial(RMSNorm, hidden, weight_dtype=dtype)
-        yield Form(variant, layer, partial(inputs, count), lambda tensors: 2 * _bytes(*tensors) + weight)
-
-
-def rotary_embedding(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
-    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
-
-    forms = [("", 128, True)]
-    if hidden == _ONE_HIDDEN:
-        forms += [("interleaved", 128, False), ("head_dim 64", 64, True)]
-
-    def inputs(head_dim: int, tokens: int) -> Tensors:
-        # Views of the packed projection, as models hand them over.
-        kv_hidden = max(1, hidden // head_dim // 4) * head_dim
-        packed = torch.randn(tokens, hidden + 2 * kv_hidden, dtype=dtype, device=device)
-        query, key, _ = packed.split([hidden, kv_hidden, kv_hidden], dim=-1)
-        return torch.arange(tokens, device=device) % _MAX_POSITION, query, key
-
-    def moved(head_dim: int, tensors: Tensors) -> int:
-        positions, query, key = tensors
-        return _bytes(positions) + 2 * _bytes(query, key) + positions.numel() * head_dim * 4
-
-    for variant, head_dim, neox in forms:
-        layer = partial(RotaryEmbedding, head_dim, head_dim, _MAX_POSITION, 10000, neox, dtype)
-        yield Form(variant, layer, partial(inputs, head_dim), partial(moved, head_dim))
-
-
-#: operator -> its forms at a hidden size. An operator that is missing here is not measured.
-FORMS: dict[str, Callable[[int, torch.dtype, torch.device], Iterator[Form]]] = {
-    "silu_and_mul": silu_and_mul,
-    "rms_norm": rms_norm,
-    "rotary_embedding": rotary_embedding,
-}
-
-
-def _bytes(*tensors: torch.Tensor) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 class Model(nn.Module):
@@ -149,12 +66,12 @@ def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.devi
     return layer
 
 
-def disagreement(result: Any, expected: Any) -> str | None:
+def disagreement(result: Tensors, expected: Tensors) -> str | None:
     """How a layer's result differs from that of SGLang's layer by more than rounding, or None.
 
     A coarse check, against mixed-up arguments; the tests compare with float64.
     """
-    for i, (x, y) in enumerate(zip(*map(_tensors, (result, expected)), strict=True)):
+    for i, (x, y) in enumerate(zip(result, expected, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype:
             return f"result {i} is {tuple(x.shape)} {x.dtype}, SGLang's is {tuple(y.shape)} {y.dtype}"
         error = (x.float() - y.float()).abs().max().item()
@@ -164,10 +81,6 @@ def disagreement(result: Any, expected: Any) -> str | None:
     return None
 
 
-def _tensors(result: Any) -> Tensors:
-    return result if isinstance(result, tuple) else (result,)
-
-
 def _copies(tensors: Tensors) -> Tensors:
     """Copies with the layout of the originals."""
     return tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in tensors)
@@ -175,26 +88,27 @@ def _copies(tensors: Tensors) -> Tensors:
 
 def measure(form: Form, tokens: int, impls: Sequence[OpImpl], rounds: int, device: torch.device) -> tuple[int, dict[str, Timing]]:
     """The bytes that must be moved, and timings by implementation id, that of SGLang's own layer first."""
-    first = form.inputs(tokens)
-    dtype = next(x.dtype for x in first if x.is_floating_point())
-    moved = form.moved(first)
-    inputs = [first, *(form.inputs(tokens) for _ in range(input_sets(moved, device) - 1))]
-    own = form.layer().to(device)
-    given = _copies(first)
-    expected = own(*given)
-    candidates = {SGLANG: Candidate([partial(own, *tensors) for tensors in inputs])}
-    errors: dict[str, str] = {}
-    for impl in impls:
-        try:
-            layer = bound_layer(impl, form, dtype, device)
-            why = disagreement(layer(*_copies(first)), expected)
-        except Exception as error:
-            why = first_error(error)
-        if why is None:
-            candidates[impl.impl_id] = Candidate([partial(layer, *tensors) for tensors in inputs])
-        else:
-            errors[impl.impl_id] = why
-    return moved, compare(candidates, device, rounds) | {impl_id: Timing(error=why) for impl_id, why in errors.items()}
+    with form.within():
+        first = form.inputs(tokens)
+        dtype = next(x.dtype for x in first if x.is_floating_point())
+        moved = form.moved(first)
+        inputs = [first, *(form.inputs(tokens) for _ in range(input_sets(moved, device) - 1))]
+        own = form.layer().to(device)
+        given = _copies(first)
+        expected = form.compared(own(*given))
+        candidates = {SGLANG: Candidate([partial(own, *tensors) for tensors in inputs])}
+        errors: dict[str, str] = {}
+        for impl in impls:
+            try:
+                layer = bound_layer(impl, form, dtype, device)
+                why = disagreement(form.compared(layer(*_copies(first))), expected)
+            except Exception as error:
+                why = first_error(error)
+            if why is None:
+                candidates[impl.impl_id] = Candidate([partial(layer, *tensors) for tensors in inputs])
+            else:
+                errors[impl.impl_id] = why
+        return moved, compare(candidates, device, rounds) | {impl_id: Timing(error=why) for impl_id, why in errors.items()}
 
 
 def rows_of(
@@ -284,7 +198,7 @@ def main() -> None:
         impls[op] = [impl for impl in found if why[impl.impl_id] is None]
         unavailable[op] = {impl_id: reason for impl_id, reason in why.items() if reason is not None}
     for op in sorted(set(OPERATORS) - set(FORMS)):
-        console.print(f"{op} is not measured: it has no entry in FORMS")
+        console.print(f"{op} is not measured: it has no forms in benchmarks/op_forms")
 
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -13,8 +13,11 @@ the kernels that it runs are the baseline's, which is the first variant.
     python benchmarks/serving.py tiny --batch 1 2 --input-len 32 --output-len 8 --rounds 3     # on a CPU
 
 Variants: native (SGLang without plugins), off (sglang-fl with every operator left to SGLang), default (sglang-fl
-as it comes), flagos, vendor, reference (SGLANG_FL_PREFER), and your own with --variant. Runs are
-lines of JSON in --out; the engines' logs lie beside it.
+as it comes), flagos, vendor, reference (SGLANG_FL_PREFER), flagcx (collectives over the FlagCX of FLAGCX_PATH), and your
+own with --variant. NAME-no-custom-ar is a variant with --disable-custom-all-reduce. Runs are lines of JSON in
+--out; the engines' logs lie beside it.
+
+    python benchmarks/serving.py qwen3-8b --variants native,flagcx,native-no-custom-ar,flagcx-no-custom-ar --engine-arg tp_size=2
 """
 
 import argparse
@@ -166,7 +169,7 @@ class Run:
             "versions": machine.versions(),
             "commit": machine.commit(),
             "source": result_file.source_hash(),
-            "variants": {variant.name: dict(variant.settings) for variant in variants},
+            "variants": {variant.name: {**variant.settings, **variant.arguments} for variant in variants},
             "baseline": variants[0].name,
             "engine_arguments": {name: value for name, value in arguments.items() if name != "model_path"},
             "lengths": vars(self.lengths),

@@ -30,7 +30,20 @@ def activate_platform() -> str:
 
 
 def load_plugin() -> None:
-    """Entry point ``sglang.srt.plugins``: sets the level of sglang-fl's loggers."""
+    """Entry point ``sglang.srt.plugins``: sets the level of sglang-fl's loggers, before SGLang reads its arguments.
+
+    The attention backends of a chip that a package brings up become values of ``--attention-backend`` and
+    of ``--speculative-draft-attention-backend``, of which SGLang asks the platform.
+    """
     level = os.environ.get("SGLANG_FL_LOG_LEVEL", "").strip().upper()
     if level in logging.getLevelNamesMapping():
         logging.getLogger("sglang_fl").setLevel(level)
+
+    from .vendor_platform import platform_here
+
+    found = platform_here(os.environ)
+    if found is not None:
+        from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
+
+        for choices in (ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES):
+            choices.extend(name for name in found[0].attention_backends if name not in choices)

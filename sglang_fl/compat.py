@@ -15,6 +15,12 @@ _PLATFORM = {
     "sglang.srt.platforms.interface:SRTPlatform.get_compile_backend": ("self", "mode"),
     "sglang.srt.platforms.interface:SRTPlatform.get_group_coordinator_device": ("self", "local_rank"),
     "sglang.srt.platforms.interface:SRTPlatform.get_dispatch_key_name": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_graph_runner_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_full_graph_backend_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_piecewise_backend_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.get_kv_pool_cls": ("self", "kind"),
+    "sglang.srt.platforms.interface:SRTPlatform.get_paged_allocator_cls": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.init_backend": ("self",),
     "sglang.srt.platforms.device_mixin:DeviceMixin.get_torch_distributed_backend_str": ("self",),
     "sglang.srt.arg_groups.overrides:record_of": ("view",),
     "sglang.srt.arg_groups.overrides:model_config_of": ("server_args",),
@@ -25,7 +31,16 @@ _LAYERS = {
     "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method": ("self",),
     "sglang.kernels.fused_op:BaseFusedOp.enter_torch_compile": ("self", "num_tokens"),
     "sglang.kernels.fused_op:BaseFusedOp.leave_torch_compile": ("self",),
+    "sglang.srt.layers.activation:GeluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.activation:NewGELU.forward_native": ("self", "x"),
+    "sglang.srt.layers.activation:QuickGELU.forward_native": ("self", "x"),
+    "sglang.srt.layers.activation:ReLU2.forward_native": ("self", "x"),
     "sglang.srt.layers.activation:SiluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm:Gemma3RMSNorm.forward_native": ("self", "x", "residual"),
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm:GemmaRMSNorm.forward_native": ("self", "x", "residual", "post_residual_addition"),
+    "sglang.srt.layers.layernorm:LayerNorm.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm:RMSNormWithoutScale.forward_native": ("self", "x"),
     "sglang.srt.layers.layernorm:RMSNorm.forward_native": ("self", "x", "residual", "post_residual_addition", "quant_linear"),
     "sglang.srt.layers.layernorm:_fp8_static_input_scale": ("linear",),
     "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_native": (
@@ -36,8 +51,42 @@ _LAYERS = {
         "offsets",
         "fused_set_kv_buffer_arg",
     ),
+    "sglang.srt.layers.rotary_embedding.mrope:MRotaryEmbedding.forward_native": (
+        "self",
+        "positions",
+        "query",
+        "key",
+        "fused_set_kv_buffer_arg",
+    ),
     "sglang.srt.runtime_context:get_exec": (),
+    "sglang.srt.layers.moe.topk:TopK.forward_native": (
+        "self",
+        "hidden_states",
+        "router_logits",
+        "num_token_non_padded",
+        "expert_location_dispatch_info",
+        "dynamic_expert_bias",
+        "router_logits_partials",
+    ),
+    "sglang.srt.layers.moe.topk:StandardTopKOutput": ("topk_weights", "topk_ids", "router_logits"),
+    "sglang.srt.layers.moe.topk:StandardTopKOutputPacked": ("topk_weights", "topk_ids", "router_logits", "packed_topk_ids"),
+    "sglang.srt.layers.moe.topk:has_forward_context": (),
+    "sglang.srt.layers.moe.topk:get_forward_context": (),
+    "sglang.srt.layers.moe.topk:routing_simulation_enabled": (),
+    "sglang.srt.layers.moe.topk:_zero_topk_weights_padded_region": ("topk_weights", "num_token_non_padded"),
+    "sglang.srt.layers.moe.utils:has_per_rank_fused_shared_slots": ("num_shared",),
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatchOutput": (
+        "hidden_states",
+        "hidden_states_scale",
+        "topk_output",
+        "hidden_states_pre_quant",
+    ),
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput": ("hidden_states",),
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_native": ("self", "layer", "dispatch_output"),
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply": ("self", "layer", "dispatch_output"),
 }
+#: What the hook on SGLang's groups reads of their arguments; checked where FlagCX is chosen.
+_GROUP_ARGUMENTS = ("torch_distributed_backend", "use_pynccl")
 #: What the bridges of the gated delta rule rely on; checked where a model has such layers.
 _GATED_DELTA_RULE = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
@@ -145,6 +194,18 @@ def check_platform() -> None:
     problems = list(_problems(_PLATFORM))
     if problems:
         raise IncompatibleSGLang(unsupported(problems))
+
+
+def check_groups() -> None:
+    """Raises IncompatibleSGLang unless SGLang's groups of ranks are made as the hook on them expects."""
+    path = "sglang.srt.distributed.parallel_state:GroupCoordinator.__init__"
+    try:
+        found = inspect.signature(_look_up(path)).parameters
+    except (ImportError, AttributeError) as error:
+        raise IncompatibleSGLang(unsupported([f"{path} is missing ({error})"])) from error
+    missing = [name for name in _GROUP_ARGUMENTS if name not in found]
+    if missing:
+        raise IncompatibleSGLang(unsupported([f"{path} takes no {' and no '.join(missing)}"]))
 
 
 def check_layers() -> None:

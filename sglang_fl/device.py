@@ -7,7 +7,8 @@ follows SGLang's own order of detection, so that a device SGLang knows stays SGL
 whose import takes seconds: the command line uses it.
 
 Neither needs FlagGems. ``GEMS_VENDOR``, FlagGems's own variable, decides between vendors whose
-PyTorch builds look alike.
+PyTorch builds look alike. A chip that an installed package brings up, and that is there, goes before
+what SGLang and PyTorch know of; ``vendor_platform`` has the packages' declarations.
 """
 
 import glob
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
+from .vendor_platform import known_vendors, platform_here
 from .vendors import VENDORS, Vendor, canonical
 
 
@@ -35,13 +37,31 @@ class Device:
         return self.in_tree is not None
 
 
+def why_unusable(torch: ModuleType, device_type: str) -> str | None:
+    """Why PyTorch cannot use a device type, or None. Whether there is such a device is another question."""
+    try:
+        torch.get_device_module(device_type)
+    except RuntimeError:
+        return (
+            f"PyTorch has no device type {device_type!r}: is the chip's PyTorch extension installed, with an entry point "
+            "torch.backends that PyTorch loads by itself?"
+        )
+    return None
+
+
 def _device(vendor: Vendor, evidence: str) -> Device:
     return Device(vendor.name, vendor.device_type, vendor.in_tree, evidence)
 
 
 def forced_vendor(environ: Mapping[str, str]) -> Vendor | None:
-    """The vendor that ``GEMS_VENDOR`` names, if FlagOS knows it."""
-    return VENDORS.get(canonical(environ.get("GEMS_VENDOR", "")))
+    """The vendor that ``GEMS_VENDOR`` names, if FlagOS or an installed package knows it."""
+    return known_vendors().get(canonical(environ.get("GEMS_VENDOR", "")))
+
+
+def _declared(environ: Mapping[str, str]) -> Device | None:
+    """The chip that an installed package brings up, if it is there."""
+    found = platform_here(environ)
+    return _device(found[0].row(), found[1]) if found else None
 
 
 def _cuda_vendor(torch: ModuleType, environ: Mapping[str, str]) -> tuple[Vendor, str]:
@@ -72,8 +92,9 @@ def _cuda_vendor(torch: ModuleType, environ: Mapping[str, str]) -> tuple[Vendor,
 def detect(torch: ModuleType | None = None, environ: Mapping[str, str] | None = None) -> Device:
     """Ask PyTorch which device there is.
 
-    The order is SGLang's (``sglang/srt/platforms/__init__.py``): CPU engine, SAIL, CUDA, NPU, ROCm,
-    XPU, MUSA, MPS; then the devices SGLang does not know; then plain CPU.
+    The CPU engine, which is asked for; then the chips that installed packages bring up; then SGLang's order
+    (``sglang/srt/platforms/__init__.py``): SAIL, CUDA, NPU, ROCm, XPU, MUSA, MPS; then the devices SGLang does not
+    know; then plain CPU.
 
     Args:
         torch: the module to ask (tests hand in their own).
@@ -87,6 +108,9 @@ def detect(torch: ModuleType | None = None, environ: Mapping[str, str] | None = 
 
     if environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return Device("cpu", "cpu", "cpu", "SGLANG_USE_CPU_ENGINE=1")
+    brought = _declared(environ)
+    if brought is not None:
+        return brought
     cuda = torch.cuda.is_available()
     hip = torch.version.hip is not None
     npu = hasattr(torch, "npu") and torch.npu.is_available()
@@ -116,6 +140,9 @@ def probe(environ: Mapping[str, str] | None = None) -> Device:
     environ = os.environ if environ is None else environ
     if environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return Device("cpu", "cpu", "cpu", "SGLANG_USE_CPU_ENGINE=1")
+    brought = _declared(environ)
+    if brought is not None:
+        return brought
     forced = forced_vendor(environ)
     if forced is not None and (any(map(glob.glob, forced.device_files)) or any(map(shutil.which, forced.commands))):
         return _device(forced, "GEMS_VENDOR")

@@ -18,8 +18,10 @@ from sglang.srt.platforms.cuda import CudaDeviceMixin
 from sglang.srt.platforms.device_mixin import DeviceCapability, DeviceMixin, PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from .declared import declared_bases
 from .device import Device, detect
-from .vendors import VENDORS, Vendor
+from .vendor_platform import declared, known_vendors
+from .vendors import Vendor
 
 logger = logging.getLogger("sglang_fl")
 
@@ -36,14 +38,21 @@ _IN_TREE = {
 }
 
 
-class FLMoments:
-    """The moments of a server's life at which SGLang asks its platform, and sglang-fl acts."""
+class Identified:
+    """A platform that knows whose chip it is for."""
 
     device: Device
 
     @property
     def vendor(self) -> Vendor:
-        return VENDORS[self.device.vendor]
+        return known_vendors()[self.device.vendor]
+
+
+class FLMoments(Identified):
+    """The moments of a server's life at which SGLang asks its platform, and sglang-fl acts.
+
+    It goes before every other class of a platform: what those do at the same moments comes with it, and not in its place.
+    """
 
     def device_count(self) -> int:
         """How many devices PyTorch sees; 1 for a CPU."""
@@ -74,10 +83,16 @@ class FLMoments:
         bind_model(model, self.device)
 
     def get_torch_distributed_backend_str(self) -> str:
+        """The backend of SGLang's device groups; where FlagCX is chosen, this is when it is made ready in a worker."""
         from .runtime import settings_in_worker
 
-        chosen = settings_in_worker(self.device).dist_backend
-        return chosen or str(super().get_torch_distributed_backend_str())  # type: ignore[misc]
+        settings = settings_in_worker(self.device)
+        native = str(super().get_torch_distributed_backend_str())  # type: ignore[misc]
+        if settings.collective == "flagcx":
+            from .distributed import open_doors
+
+            return open_doors(settings, self.device.device_type, native)
+        return settings.dist_backend or native
 
 
 class TorchDeviceMixin(DeviceMixin):
@@ -123,7 +138,7 @@ class TorchDeviceMixin(DeviceMixin):
         return device is None or str(device) != "cpu"
 
 
-class OutOfTree(FLMoments, SRTPlatform):
+class OutOfTree(Identified, SRTPlatform):
     """What every out-of-tree device needs from SGLang, from the vendors' table."""
 
     _enum = PlatformEnum.OOT
@@ -145,9 +160,8 @@ class OutOfTree(FLMoments, SRTPlatform):
         return "inductor"
 
     def get_torch_distributed_backend_str(self) -> str:
-        from .runtime import settings_in_worker
-
-        return settings_in_worker(self.device).dist_backend or self.vendor.collective
+        # What the user asks for goes before this, in FLMoments.
+        return self.vendor.collective
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CUDA" if self.device_type == "cuda" else "PrivateUse1"
@@ -180,7 +194,7 @@ class PlainCpu(OutOfTree, CpuDeviceMixin):
         super().apply_server_args_defaults(server_args)
         # SGLang prefers its AMX backend on every x86 machine; this platform is for those without.
         if _given(server_args, "attention_backend") is None:
-            server_args.attention_backend = "torch_native"
+            server_args.attention_backend = self.get_default_attention_backend()
         server_args.disable_custom_all_reduce = True  # it is a CUDA kernel; SGLang would try and complain
         _limit_kv_cache(server_args)
         _share_cores(server_args)
@@ -233,23 +247,28 @@ def _share_cores(server_args: Any) -> None:
     os.environ[_BIND] = os.environ[_BOUND_BY_US] = "|".join(",".join(map(str, share)) for share in shares)
 
 
-def _base_class(device: Device) -> type[SRTPlatform]:
-    if device.in_tree is None:
-        if device.device_type == "cpu":
-            return PlainCpu
-        mixin = CudaDeviceMixin if device.device_type == "cuda" else TorchDeviceMixin
-        return type("OutOfTreeDevice", (OutOfTree, mixin), {"_enum": PlatformEnum.OOT})
-    module, name = _IN_TREE[device.in_tree]
-    base = getattr(importlib.import_module(module), name)
-    return type(name, (FLMoments, base), {})
+def _in_tree_class(name: str) -> type[SRTPlatform]:
+    module, cls = _IN_TREE[name]
+    found: type[SRTPlatform] = getattr(importlib.import_module(module), cls)
+    return found
+
+
+def _out_of_tree_class(device_type: str) -> type[SRTPlatform]:
+    if device_type == "cpu":
+        return PlainCpu
+    mixin = CudaDeviceMixin if device_type == "cuda" else TorchDeviceMixin
+    return type("OutOfTreeDevice", (OutOfTree, mixin), {"_enum": PlatformEnum.OOT})
 
 
 def platform_class(device: Device) -> type[SRTPlatform]:
     """The platform class for a device."""
     identity: dict[str, Any] = {"device": device, "__module__": __name__, "__doc__": __doc__}
-    if device.in_tree is None:
-        identity |= {"device_name": device.vendor, "device_type": device.device_type}
-    return type("PlatformFL", (_base_class(device),), identity)
+    if device.in_tree is not None:
+        return type("PlatformFL", (FLMoments, _in_tree_class(device.in_tree)), identity)
+    identity |= {"device_name": device.vendor, "device_type": device.device_type, "_enum": PlatformEnum.OOT}
+    base = _out_of_tree_class(device.device_type)
+    brought = declared().platforms.get(device.vendor)
+    return type("PlatformFL", (FLMoments, *((base,) if brought is None else declared_bases(brought, base))), identity)
 
 
 PlatformFL = platform_class(detect())

@@ -7,33 +7,43 @@ edited while a server starts cannot give its ranks different settings.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .config import Settings, SettingsError, hand_down, load_settings, plugin_modules, settings_of_parent
 from .device import Device
 from .dispatch.logger_manager import open_dispatch_log, why_unwritable
 from .dispatch.manager import OpManager, get_default_manager
 from .dispatch.policy import PolicyManager
+from .distributed.device_communicators.flagcx_files import FlagCXError, find_library
+from .vendor_platform import platform_problems
 from .vocabulary import vocabulary
 
 _current: Settings | None = None
 
 
 def check_settings(environ: Mapping[str, str], device: Device, manager: OpManager) -> Settings:
-    """Read the settings and check all of them, names included.
+    """Read the settings and check all of them, names and what installed packages bring included.
 
     Raises:
         SettingsError: with every problem that was found.
     """
-    problems: list[str] = []
     modules = plugin_modules(environ)
-    manager.ensure_initialized(modules)
-    assert manager.discovery is not None
-    problems += [
-        f"SGLANG_FL_PLUGIN_MODULES: {failure.origin.split()[0]} cannot be used: {failure.reason}"
-        for failure in manager.discovery.failed
-        if failure.origin.split()[0] in modules
-    ]
+    discovery = manager.discover(modules)
+    broken = [failure for failure in discovery.failed if failure.module is not None]
+    problems = [f"SGLANG_FL_PLUGIN_MODULES: {failure.module} cannot be used: {failure.reason}" for failure in broken]
+    return _checked(environ, device, manager, [*problems, *discovery.conflicts])
+
+
+def check_names(environ: Mapping[str, str], device: Device, manager: OpManager) -> Settings:
+    """As :func:`check_settings`, but for backends: packages are imported only if a name is not known without them."""
+    modules = plugin_modules(environ)
+    if modules:
+        return check_settings(environ, device, manager)
+    return _checked(environ, device, manager, [])
+
+
+def _checked(environ: Mapping[str, str], device: Device, manager: OpManager, more: Sequence[str]) -> Settings:
+    problems = [*more, *platform_problems(environ)]
     try:
         settings = load_settings(environ, device=device, vocabulary=vocabulary(manager))
     except SettingsError as error:
@@ -43,11 +53,11 @@ def check_settings(environ: Mapping[str, str], device: Device, manager: OpManage
         if unwritable:
             problems.append(f"{variable}: {unwritable}")
     if settings.collective == "flagcx":
-        source = "dist_backend" if settings.dist_backend else "flagcx_path"
-        problems.append(
-            f"{settings.source(source)}: FlagCX is asked for, and this version of sglang-fl has no collectives of its own; "
-            "unset it, and SGLang's collectives serve"
-        )
+        source = settings.source("flagcx_path" if settings.flagcx_path else "dist_backend")
+        try:
+            find_library(settings.flagcx_path, environ)
+        except FlagCXError as error:
+            problems.append(f"{source}: {error}")
     if problems:
         raise SettingsError(problems)
     return settings

@@ -3,26 +3,22 @@
 
 import ast
 import importlib.util
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from .config import Vocabulary
-from .dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES, NOT_COVERED_OPERATORS
+from .dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES
 from .dispatch.manager import OpManager
-from .dispatch.ops import OPERATORS
-from .vendors import ALIASES, VENDORS
 
 
 def vocabulary(manager: OpManager) -> Vocabulary:
-    """Names of this package, and of the backends that were found."""
-    impls = [impl for group in manager.registry.snapshot().impls_by_op.values() for impl in group]
-    return Vocabulary(
-        operators=frozenset(OPERATORS),
+    """Names of this package, and of the backends that are found if one is not among them."""
+    return replace(
+        manager.vocabulary(()),  # with plugin modules they were found when those were checked
         classes=CLASSES,
-        vendors=frozenset(VENDORS) | ALIASES.keys() | {impl.vendor for impl in impls if impl.vendor},
-        impls=frozenset(impl.impl_id for impl in impls),
         flaggems=flaggems_functions(),
-        not_covered=NOT_COVERED_OPERATORS | NOT_COVERED_CLASSES,
+        not_covered=NOT_COVERED_CLASSES,
         hints={"classes": "sglang-fl ops lists the classes"},
     )
 

@@ -1,23 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asserts that an implementation's results are as near to float64 as ``sglang_fl.certify.exact`` says."""
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sglang_fl.certify import exact
+from sglang_fl.certify.cases import cases_of
 from sglang_fl.certify.exact import DTYPES, U32, Exact
+from sglang_fl.certify.measure import Subject
+from sglang_fl.certify.words import OK
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
-__all__ = ["DTYPES", "U32", "Norm", "assert_within", "check_rms_norm", "check_rotary_embedding", "check_silu_and_mul"]
+__all__ = [
+    "DTYPES",
+    "ELEMENTWISE",
+    "U32",
+    "Gelu",
+    "Norm",
+    "assert_within",
+    "check_activation",
+    "check_cases",
+    "check_gemma_rms_norm",
+    "check_layer_norm",
+    "check_rms_norm",
+    "check_rotary_embedding",
+    "check_silu_and_mul",
+]
+
+#: The activations of one input, and their results in float64.
+ELEMENTWISE = {"new_gelu": exact.new_gelu, "quick_gelu": exact.quick_gelu, "relu2": exact.relu2}
 
 
 class Norm:
-    """What an rms_norm needs of its layer."""
+    """What a norm needs of its layer."""
 
-    def __init__(self, weight: torch.Tensor, eps: float = 1e-6):
+    def __init__(self, weight: torch.Tensor, eps: float = 1e-6, bias: torch.Tensor | None = None):
         self.weight = weight
         self.variance_epsilon = eps
+        self.bias = bias
+
+
+class Gelu:
+    """What a gelu_and_mul needs of its layer."""
+
+    def __init__(self, approximate: str):
+        self.approximate = approximate
 
 
 def assert_within(what: str, got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor, roundings: float) -> None:
@@ -31,6 +61,25 @@ def _assert(what: str, got: tuple[torch.Tensor, ...], wanted: tuple[Exact, ...],
         assert problem is None, f"{what}: {problem}"
 
 
+def check_cases(op: str, fn: Callable[..., Any], *checks: str, allowed: frozenset[str] = frozenset({OK}), device: str = "cpu") -> int:
+    """Hold an implementation to the cases of ``sglang-fl check --quick``; how many there were.
+
+    Args:
+        checks: the kinds of check.
+        allowed: the outcomes that are no failure; REFUSED where a kernel may say that it does not take a call.
+    """
+    seed = secrets.randbits(31)
+    subject = Subject(op, fn, getattr(ReferenceBackend(), op), torch.device(device), writes_inputs=True)
+    count = 0
+    for case in cases_of(op, None, torch.device(device), quick=True):
+        if case.check in checks:
+            outcome = subject.check(case, seed)
+            assert outcome.status in allowed, f"{op}, {case.check}, {case.name}, {case.dtype}, seed {seed}: {outcome.message}"
+            count += outcome.status == OK
+    assert count, f"none of {op}'s cases ran"
+    return count
+
+
 def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:
     kept, wanted = x.clone(), exact.silu_and_mul(x)
     got = fn(None, x)
@@ -38,14 +87,34 @@ def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:
     _assert("silu_and_mul", (got,), wanted, x.dtype)
 
 
-def check_rms_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor, residual: torch.Tensor | None) -> None:
-    kept, wanted = x.clone(), exact.rms_norm(x, layer.weight, layer.variance_epsilon, residual)
+def check_activation(fn: Callable[..., Any], op: str, x: torch.Tensor, approximate: str = "") -> None:
+    """Of ``gelu_and_mul``, with its kind, or one of :data:`ELEMENTWISE`."""
+    kept, wanted = x.clone(), exact.gelu_and_mul(x, approximate) if op == "gelu_and_mul" else ELEMENTWISE[op](x)
+    got = fn(Gelu(approximate), x)
+    assert torch.equal(x, kept), f"{op} wrote its input"
+    _assert(op, (got,), wanted, x.dtype)
+
+
+def check_rms_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor, residual: torch.Tensor | None, op: str = "rms_norm") -> None:
+    kept, wanted = x.clone(), getattr(exact, op)(x, layer.weight, layer.variance_epsilon, residual)
     if residual is None:
         got = (fn(layer, x),)
-        assert torch.equal(x, kept), "rms_norm wrote x without a residual"
+        assert torch.equal(x, kept), f"{op} wrote x without a residual"
     else:
         got = fn(layer, x, residual)
-    _assert("rms_norm", got, wanted, x.dtype)
+    _assert(op, got, wanted, x.dtype)
+
+
+def check_gemma_rms_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    check_rms_norm(fn, layer, x, residual, "gemma_rms_norm")
+
+
+def check_layer_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor) -> None:
+    assert layer.bias is not None
+    kept, wanted = x.clone(), exact.layer_norm(x, layer.weight, layer.bias, layer.variance_epsilon)
+    got = fn(layer, x)
+    assert torch.equal(x, kept), "layer_norm wrote its input"
+    _assert("layer_norm", (got,), wanted, x.dtype)
 
 
 def check_rotary_embedding(

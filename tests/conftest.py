@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
+from flagcx_stand_in import REAL_FLAGCX
+from installed_packages import Packages, forget_platforms
 
 _PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_", "_SGLANG_FL_")
 _NAMES = ("USE_FLAGGEMS", "FLAGCX_PATH", "GEMS_VENDOR", "SGLANG_PLATFORM", "SGLANG_PLUGINS", "SGLANG_USE_CPU_ENGINE")
@@ -18,7 +21,12 @@ def _settings_in_environment() -> list[str]:
 
 
 def pytest_configure() -> None:
-    """Tests, and the servers that they share, have settings of their own, whatever the shell has exported."""
+    """Tests, and the servers that they share, have settings of their own, whatever the shell has exported.
+
+    Where the real FlagCX is, is no setting: the tests that need it ask under another name.
+    """
+    if "FLAGCX_PATH" in os.environ:
+        os.environ[REAL_FLAGCX] = os.environ["FLAGCX_PATH"]
     for variable in _settings_in_environment():
         del os.environ[variable]
 
@@ -29,3 +37,13 @@ def no_settings_of_other_tests() -> Iterator[None]:
     yield
     for variable in _settings_in_environment():
         del os.environ[variable]
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packages]:
+    """Installs packages of vendors for the test."""
+    directory = tmp_path / "site"
+    directory.mkdir()
+    yield Packages(directory, monkeypatch)
+    monkeypatch.undo()
+    forget_platforms()

@@ -18,7 +18,7 @@ VOCABULARY = Vocabulary(
     vendors=frozenset({"nvidia", "ascend", "metax"}),
     impls=frozenset({"reference.torch", "vendor.ascend"}),
     flaggems=flaggems_functions() or frozenset({"mul", "add", "to_copy"}),
-    not_covered=frozenset({"GemmaRMSNorm", "TopK", "fused_moe"}),
+    not_covered=frozenset({"GemmaRMSNorm", "TopK", "mamba_scan"}),
     hints={"classes": "where the classes are listed"},
 )
 

@@ -6,6 +6,7 @@ from sglang_fl import compat
 
 def test_the_installed_sglang_is_supported() -> None:
     compat.check_platform()
+    compat.check_groups()
     compat.check_layers()
 
 
@@ -31,3 +32,9 @@ def test_a_missing_attribute_of_the_layers_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compat, "_FUSED_OP_ATTRIBUTES", ("_forward_method", "_tomorrow"))
     with pytest.raises(compat.IncompatibleSGLang, match="BaseFusedOp has no attribute _tomorrow"):
         compat.check_layers()
+
+
+def test_groups_that_are_made_in_another_way_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "_GROUP_ARGUMENTS", ("use_pynccl", "use_tomorrow"))
+    with pytest.raises(compat.IncompatibleSGLang, match=r"GroupCoordinator.__init__ takes no use_tomorrow"):
+        compat.check_groups()

@@ -40,7 +40,7 @@ class Engine:
         self.directory = directory
         self.log = directory / "engine.log"
         self.dispatch_log = directory / "dispatch.log"
-        self._arguments = dict(arguments)
+        self._arguments = {**arguments, **variant.arguments}
         self._environ = variant.environ(environ, self.dispatch_log)
         self._process: subprocess.Popen[bytes] | None = None
         self._answers = -1

@@ -3,8 +3,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sglang_fl.config.errors import suggest
 from sglang_fl.config.options import PREFERENCES
@@ -19,7 +20,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "off": {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in OPERATORS)},
     "default": {},
     **{preference: {"SGLANG_FL_PREFER": preference} for preference in PREFERENCES},
+    # Where FlagCX is, the shell's FLAGCX_PATH says. Strict: a fallback would be measured as FlagCX.
+    "flagcx": {"SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"},
 }
+#: A built-in variant with this after its name leaves out SGLang's own all-reduce for small messages.
+_NO_CUSTOM = "-no-custom-ar"
 
 
 class BadVariant(ValueError):
@@ -28,10 +33,11 @@ class BadVariant(ValueError):
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, and the variables that are set for it."""
+    """A name, the variables that are set for it, and what it adds to the arguments of ``sglang.Engine``."""
 
     name: str
     settings: Mapping[str, str]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def native(self) -> bool:
@@ -44,6 +50,8 @@ class Variant:
             environ.pop("SGLANG_PLATFORM", None)  # it would load that plugin past SGLANG_PLUGINS
         else:
             environ["SGLANG_FL_DISPATCH_LOG"] = str(dispatch_log)
+        if self.settings.get("SGLANG_FL_DIST_BACKEND") == "flagcx" and "FLAGCX_PATH" in base:
+            environ["FLAGCX_PATH"] = base["FLAGCX_PATH"]
         return environ | dict(self.settings)
 
 
@@ -70,9 +78,10 @@ def choose(names: Sequence[str], own: Sequence[str], plain_cpu: bool) -> list[Va
         added.append(name)
     variants = []
     for name in dict.fromkeys([*names, *added]):
-        if name not in known:
-            raise BadVariant(f"no variant {name!r}{suggest(name, tuple(known))}; there are {', '.join(known)}")
-        variant = Variant(name, known[name])
+        kind = name.removesuffix(_NO_CUSTOM)
+        if kind not in known:
+            raise BadVariant(f"no variant {name!r}{suggest(kind, tuple(known))}; there are {', '.join(known)}")
+        variant = Variant(name, known[kind], {"disable_custom_all_reduce": True} if kind != name else {})
         if variant.native and plain_cpu:
             raise BadVariant(
                 "native SGLang cannot serve on a plain CPU: its CPU engine needs kernels of its own build. "

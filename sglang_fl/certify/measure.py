@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .cases import OPERATORS_CHECKED, Call, Case
-from .exact import Exact, Verdict
+from .exact import Verdict
 from .words import COMPILE, FAILED, GRAPH, INPUTS, OK, REFUSED, REPEATS, SERVING, SKIPPED, THREADS
 
 #: What an implementation may raise to say that it does not take a call.
@@ -27,6 +27,7 @@ _ROUNDS, _LEAST = 5, 2e-3
 
 Function = Callable[..., Any]
 Results = tuple[torch.Tensor, ...]
+Wanted = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,16 @@ class Subject:
         except Wrong as error:
             return Outcome(FAILED, str(error))
         except Refused as refused:
-            # What serving needs must work in the dtype of serving.
-            must = case.check == SERVING and case.dtype == "bfloat16"
+            # What serving needs must work in the dtype of serving, and nothing may raise for want of tokens.
+            must = (case.check == SERVING and case.dtype == "bfloat16") or self._has_no_tokens(case, seed)
             return Outcome(FAILED if must else REFUSED, f"refused: {refused}")
         except Exception as error:
             return Outcome(FAILED, f"raised {type(error).__name__}: {error}", broken=self._is_lost())
         return outcome
+
+    def _has_no_tokens(self, case: Case, seed: int) -> bool:
+        tensors = (x for x in case.draw(seed, self.device).inputs.values() if isinstance(x, torch.Tensor))
+        return any(not x.numel() for x in tensors)
 
     def _is_lost(self) -> bool:
         """After an illegal access, or a capture that was cut off, an accelerator may answer nothing in this process."""
@@ -95,7 +100,7 @@ class Subject:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def _exact(self, call: Call) -> tuple[Exact, ...]:
+    def _exact(self, call: Call) -> Wanted:
         return OPERATORS_CHECKED[self.op].exact(call)
 
     def _run(self, call: Call, fn: Function | None = None) -> Results:
@@ -120,14 +125,16 @@ class Subject:
             raise Wrong(f"wrote {', '.join(written)}, which it may not")
         return got
 
-    def _judge(self, got: Results, wanted: tuple[Exact, ...], dtype: torch.dtype) -> Verdict:
+    def _judge(self, got: Results, wanted: Wanted, dtype: torch.dtype) -> Verdict:
         """The worst of the results' verdicts."""
+        if OPERATORS_CHECKED[self.op].whole:
+            return wanted[0].judge(got, dtype, self.device)
         if len(got) != len(wanted):
             return Verdict(problem=f"gave {len(got)} results, not {len(wanted)}: {', '.join(right.name for right in wanted)}")
         found = [right.judge(result, dtype, self.device) for result, right in zip(got, wanted, strict=True)]
         return max(found, key=lambda verdict: (verdict.problem is not None, verdict.used))
 
-    def _judged(self, got: Results, wanted: tuple[Exact, ...], case: Case) -> Outcome:
+    def _judged(self, got: Results, wanted: Wanted, case: Case) -> Outcome:
         verdict = self._judge(got, wanted, getattr(torch, case.dtype))
         return Outcome(FAILED if verdict.problem else OK, verdict.problem or "", verdict.error_ulp, verdict.bound_ulp)
 
@@ -154,12 +161,12 @@ class Subject:
 
     def _time(self, fn: Function, call: Call, count: int) -> float:
         """Seconds a call."""
-        arguments = call.arguments
-        fn(*arguments)
+        arguments, named = call.arguments()
+        fn(*arguments, **named)
         self._synchronize()
         start = time.perf_counter()
         for _ in range(count):
-            fn(*arguments)
+            fn(*arguments, **named)
         self._synchronize()
         return max(1e-9, (time.perf_counter() - start) / count)
 
@@ -298,7 +305,8 @@ _CHECKS: dict[str, Callable[[Subject, Case, int], Outcome]] = {
 
 
 def results(fn: Function, call: Call) -> Results:
-    got = fn(*call.arguments)
+    arguments, named = call.arguments()
+    got = fn(*arguments, **named)
     returned = [result for result in got if result is not None] if isinstance(got, (tuple, list)) else [got]
     return (*returned, *(call.inputs[name] for name in call.updated))
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .words import FAILURES, OK, REFUSED, SKIPPED
+from .words import FAILURES, NOT_RUN, OK, REFUSED, SKIPPED
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Row:
     cases: int
     failed: int
     refused: int
+    not_run: int
     status: str
     error_ulp: float | None
     bound_ulp: float | None
@@ -64,7 +65,8 @@ class Row:
     @property
     def told(self) -> str:
         if self.failed:
-            return f"{self.status}: {self.failed} of {self.cases}"
+            others = f" ({self.not_run} not run)" if 0 < self.not_run < self.failed else ""
+            return f"{self.status}: {(self.failed - self.not_run) or self.failed} of {self.cases}{others}"
         if self.refused:
             return REFUSED if self.refused == self.cases else f"{self.status}, {self.refused} refused"
         return self.status
@@ -72,15 +74,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found."""
+    """Everything that was found.
+
+    Attributes:
+        not_reached: how many cases were still to come when the check was interrupted.
+    """
 
     machine: dict[str, str]
     versions: dict[str, str]
     seed: int
     quick: bool
     seconds: float
-    not_available: list[dict[str, str]]
+    not_available: list[dict[str, Any]]
     cases: list[CaseResult]
+    not_reached: int = 0
 
     def rows(self) -> list[Row]:
         groups: dict[tuple[str, str, str, str], list[CaseResult]] = {}
@@ -95,7 +102,24 @@ class Report:
         for case in self.cases:
             ran[case.op, case.impl] |= case.status not in (REFUSED, SKIPPED)
         found += [f"{op} {impl}: it refused every case, so nothing of it was checked" for (op, impl), did in ran.items() if not did]
+        found += self._dtypes_refused({key for key, did in ran.items() if did})
+        asked_for = (one for one in self.not_available if one.get("named"))
+        found += [f"{one['op']} {one['impl']}: it was asked for, and not checked: {one['why']}" for one in asked_for]
+        if self.not_reached:
+            found.append(f"interrupted: {self.not_reached} of {len(self.cases) + self.not_reached} cases were not reached")
         return found or ([] if self.cases else ["nothing was checked: no implementation is available"])
+
+    def _dtypes_refused(self, among: set[tuple[str, str]]) -> list[str]:
+        """Dtypes that an implementation is declared for, and refuses whatever it is called with."""
+        refused: dict[tuple[str, str, str], bool] = {}
+        for case in self.cases:
+            key = case.op, case.impl, case.dtype
+            refused[key] = refused.get(key, True) and case.status in (REFUSED, SKIPPED)
+        return [
+            f"{op} {impl}: it refused every case in {dtype}; if it does not take that dtype, say so with supported_dtypes"
+            for (op, impl, dtype), every in refused.items()
+            if every and (op, impl) in among
+        ]
 
     def notes(self) -> Iterator[tuple[CaseResult, int]]:
         """One case for each way in which a row's cases were not ok, and how many more there are of it."""
@@ -131,6 +155,7 @@ def _row(op: str, impl: str, check: str, dtype: str, cases: list[CaseResult]) ->
         len(cases),
         len(failures),
         refused,
+        sum(case.status == NOT_RUN for case in cases),
         status,
         worst.error_ulp if worst else None,
         worst.bound_ulp if worst else None,
@@ -164,7 +189,8 @@ def _note(case: CaseResult, more: int) -> str:
 
 def _verdict(report: Report) -> str:
     problems = report.problems()
-    counted = f"{len(report.cases)} cases in {report.seconds:.0f} s, seed {report.seed}"
+    refused = sum(case.status == REFUSED for case in report.cases)
+    counted = f"{len(report.cases)} cases in {report.seconds:.0f} s, {f'{refused} refused, ' if refused else ''}seed {report.seed}"
     if not problems:
         return f"All is well: {counted}."
     return f"NOT well: {counted}.\n" + "\n".join(f"  - {told}" for told in problems)

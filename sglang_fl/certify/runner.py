@@ -23,6 +23,8 @@ from .words import COMPILE, CRASHED, HUNG, NOT_RUN
 
 #: Importing PyTorch and every backend must be done by then, in seconds.
 _START_LIMIT = 300.0
+#: How often it is looked whether a process that says nothing is still there, in seconds.
+_LOOK_EVERY = 0.5
 #: A compilation may take this many times the limit of a case.
 _PATIENCE = {COMPILE: 4}
 #: After so many cases that ended their process an implementation's other cases are left out.
@@ -33,12 +35,17 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What to check: pairs of an operator and an implementation's id, and how."""
+    """What to check: pairs of an operator and an implementation's id, and how.
+
+    Attributes:
+        named: each of them was asked for by name, so that one which cannot run here is a failure.
+    """
 
     targets: Sequence[tuple[str, str]]
     quick: bool
     seed: int
     timeout: float
+    named: bool = False
 
 
 class WorkerFailed(RuntimeError):
@@ -92,14 +99,20 @@ class _Worker:
         """Its next line. Raises _Ended."""
         until = time.monotonic() + limit
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._results], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
-                raise _Ended(HUNG, f"hung: more than {limit:g} s", self._last_words())
-            found = os.read(self._results, 1 << 16)
-            if not found:
-                code = self._process.wait()
-                raise _Ended(CRASHED, f"crashed: {_told(code)}", self._last_words())
+            left = until - time.monotonic()
+            ready, _, _ = select.select([self._results], [], [], max(0.0, min(left, _LOOK_EVERY)))
+            found = os.read(self._results, 1 << 16) if ready else b""
             self._unread += found
+            if found:
+                continue
+            # What it forked may hold its results open when it is gone, and it may close them and live on.
+            code = self._process.poll()
+            if code is not None:
+                raise _Ended(CRASHED, f"crashed: {_told(code)}", self._last_words())
+            if left <= 0:
+                raise _Ended(HUNG, f"hung: more than {limit:g} s", self._last_words())
+            if ready:
+                time.sleep(0.05)
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
 
@@ -131,18 +144,20 @@ def _told(code: int) -> str:
 
 
 def check(job: Job, progress: Progress = lambda done, total, what: None) -> Report:
-    """Run every case of every implementation.
+    """Run every case of every implementation, or those before a KeyboardInterrupt.
 
     Args:
         progress: called before each case with the number of cases done, of all, and the next one's name.
 
     Raises:
         WorkerFailed: the process that checks does not come up.
+        KeyboardInterrupt: before the first case was done.
     """
     start = time.monotonic()
     worker: _Worker | None = None
     ended: Counter[int] = Counter()
     results: list[CaseResult] = []
+    cases: list[dict[str, Any]] = []
     try:
         worker, hello = _start(job)
         cases = hello["cases"]
@@ -166,6 +181,9 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
                 worker = None
             results.append(CaseResult(**facts, **answer))
         progress(len(cases), len(cases), "")
+    except KeyboardInterrupt:
+        if not results:
+            raise
     finally:
         if worker is not None:
             worker.end()
@@ -176,8 +194,9 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
         seed=job.seed,
         quick=job.quick,
         seconds=round(time.monotonic() - start, 1),
-        not_available=[{"op": op, "impl": impl, "why": why} for (op, impl), why in why_not if why is not None],
+        not_available=[{"op": op, "impl": impl, "why": why, "named": job.named} for (op, impl), why in why_not if why is not None],
         cases=results,
+        not_reached=len(cases) - len(results),
     )
 
 

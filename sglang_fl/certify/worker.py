@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..device import Device, detect
+from ..device import Device, detect, why_unusable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
 from .cases import OPERATORS_CHECKED, Case, cases_of
@@ -43,6 +43,9 @@ class Worker:
 
     def __init__(self, job: Mapping[str, Any]):
         self.found: Device = detect()
+        unusable = why_unusable(torch, self.found.device_type)
+        if unusable is not None:
+            sys.exit(f"{self.found.vendor} ({self.found.evidence}): {unusable}")
         self.device = torch.device(self.found.device_type)
         self.seed: int = job["seed"]
         self.why_not: list[str | None] = []

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..config import SettingsError
-from . import check, config, demo, doctor, ops
+from . import check, config, demo, doctor, new_vendor, ops
 
-VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config, "check": check}
+VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config, "check": check, "new-vendor": new_vendor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
 from ..runtime import check_settings
 from ..vendors import canonical
+from .server import interrupt_on_termination
 
 
 def _seconds(text: str) -> float:
@@ -82,12 +83,13 @@ def run(args: argparse.Namespace) -> int:
     if unwritable:
         raise SettingsError(f"--html: {unwritable}")
     seed = secrets.randbits(31) if args.seed is None else args.seed
+    interrupt_on_termination()
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("starting", total=None)
             report = check(
-                Job(chosen, args.quick, seed, args.timeout),
+                Job(chosen, args.quick, seed, args.timeout, named=bool(args.impl)),
                 lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
             )
     except WorkerFailed as error:
@@ -99,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report.as_data(), indent=2, ensure_ascii=False))
     else:
         # A file or a pipe has no width of its own, and the table ten columns.
-        width = None if sys.stdout.isatty() else 120
+        width = None if sys.stdout.isatty() else 200
         print_report(report, Console(markup=False, emoji=False, highlight=False, width=width))
+    if report.not_reached:
+        print("sglang-fl: interrupted", file=sys.stderr)
+        return 130
     return 1 if report.problems() else 0

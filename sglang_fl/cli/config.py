@@ -10,7 +10,7 @@ import yaml
 from ..config import OPTIONS
 from ..device import probe
 from ..dispatch.manager import get_default_manager
-from ..runtime import check_settings
+from ..runtime import check_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = check_settings(os.environ, probe(), get_default_manager())
+    settings = check_names(os.environ, probe(), get_default_manager())
     print(f"# sglang-fl settings; platform {settings.platform}, profile {settings.profile_file or 'none'}")
     for name, value, source in settings.items():
         option = OPTIONS[name]

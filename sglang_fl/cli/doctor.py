@@ -22,8 +22,9 @@ from ..dispatch.backends.flaggems.library import TESTED, changed_signatures, why
 from ..dispatch.manager import OpManager
 from ..dispatch.ops import OPERATORS
 from ..dispatch.policy import SelectionPolicy
+from ..distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
 from ..runtime import check_settings
-from ..vendors import VENDORS
+from ..vendor_platform import known_vendors, platforms_told
 from ..vocabulary import flaggems_functions
 from .ops import operator_rows
 
@@ -49,6 +50,7 @@ class Diagnosis:
     layers: list[dict[str, str]] = field(default_factory=list)
     aten: dict[str, Any] | None = None
     backends: list[str] = field(default_factory=list)
+    platforms: list[str] = field(default_factory=platforms_told)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
     device = detect() if deep else probe(environ)
-    vendor = VENDORS[device.vendor]
+    vendor = known_vendors()[device.vendor]
     found = Diagnosis(
         device={
             "vendor": device.vendor,
@@ -94,8 +96,9 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     except SettingsError as error:
         found.problems += [Problem(told, "correct it; a server does not start with it", fatal=True) for told in error.problems]
     else:
-        found.layers = _layers(settings, device, manager)
+        found.layers = [*_layers(settings, device, manager), _collectives(settings, device, environ)]
         found.problems += _flaggems_problems(device, settings)
+        found.problems += _flagcx_problems(settings, environ, deep=deep)
         if deep:
             found.aten = _aten_operators(settings, device, found.problems)
     if manager.discovery is not None:
@@ -103,10 +106,11 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
         found.problems += [
             Problem(f"backend {failure.origin} is not in use: {failure.reason}", "mend or uninstall that package")
             for failure in manager.discovery.failed
-            if "SGLANG_FL_PLUGIN_MODULES" not in failure.origin
+            if failure.module is None
         ]
     if deep:
         found.problems += _sglang_problems()
+        found.problems += _declaration_problems(device)
     return found
 
 
@@ -140,7 +144,7 @@ def _flaggems_problems(device: Device, settings: Settings) -> list[Problem]:
     """What is wrong with FlagGems, where the settings have a use for it."""
     orders = [SelectionPolicy.from_settings(settings).order_for(op) for op in OPERATORS]
     wanted = settings.flagos_whitelist != () or any("flagos" in order for order in orders)
-    if not (VENDORS[device.vendor].flaggems and settings.use_flaggems and wanted):
+    if not (known_vendors()[device.vendor].flaggems and settings.use_flaggems and wanted):
         return []
     if importlib.util.find_spec("flag_gems") is None:
         install = "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems"
@@ -185,10 +189,10 @@ def _plugin_problems(environ: Mapping[str, str]) -> list[Problem]:
 
 
 def _sglang_problems() -> list[Problem]:
-    from ..compat import IncompatibleSGLang, check_layers, check_platform
+    from ..compat import IncompatibleSGLang, check_groups, check_layers, check_platform
 
     problems = []
-    for check in (check_platform, check_layers):
+    for check in (check_platform, check_groups, check_layers):
         try:
             check()
         except IncompatibleSGLang as error:
@@ -196,14 +200,57 @@ def _sglang_problems() -> list[Problem]:
     return problems
 
 
+def _declaration_problems(device: Device) -> list[Problem]:
+    import sglang  # noqa: F401  (before our platform, which is imported in the middle of it)
+
+    from ..declared import DeclaredMoments
+    from ..platform import platform_class
+
+    platform = platform_class(device)
+    told = platform.declaration_problems() if issubclass(platform, DeclaredMoments) else []
+    return [Problem(problem, "mend that package, or uninstall it", fatal=True) for problem in told]
+
+
 def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict[str, str]]:
     """One entry a layer of the plugin, Layer 2 with one an operator."""
     rows = [_first_layer(settings, device)]
     for row in operator_rows(manager, settings):
         rows.append({"layer": f"2 {row.op}", "state": row.picked, "why": f"{row.order} ({row.order_from})"})
-    state = settings.dist_backend or VENDORS[device.vendor].collective
-    rows.append({"layer": "3 collectives", "state": f"{state}, through SGLang", "why": str(settings.source("dist_backend"))})
     return rows
+
+
+def _collectives(settings: Settings, device: Device, environ: Mapping[str, str]) -> dict[str, str]:
+    native = known_vendors()[device.vendor].collective
+    state, why = f"{settings.dist_backend or native}, through SGLang", str(settings.source("dist_backend"))
+    if settings.collective == "flagcx":
+        library = find_library(settings.flagcx_path, environ)
+        header = header_of(library)
+        release = header.version if header is not None and header.version else "of unknown release"
+        otherwise = "the server stops" if settings.strict else f"all take {native}"
+        state = f"flagcx {release} ({library}); if the ranks do not agree, {otherwise}"
+        if settings.dist_backend is None:
+            why = str(settings.source("flagcx_path"))
+    return {"layer": "3 collectives", "state": state, "why": why}
+
+
+def _flagcx_problems(settings: Settings, environ: Mapping[str, str], *, deep: bool) -> list[Problem]:
+    """What is wrong with FlagCX, where it is chosen; ``deep`` loads it."""
+    if settings.collective != "flagcx":
+        return []
+    library = find_library(settings.flagcx_path, environ)
+    header = header_of(library)
+    told = None
+    if header is not None and header.problems:
+        told = f"{header.path} is not as sglang-fl knows FlagCX: {'; '.join(header.problems)}"
+    elif deep:
+        from ..distributed.device_communicators.flagcx import FlagCXLibrary
+
+        try:
+            FlagCXLibrary(library)
+        except FlagCXError as error:
+            told = str(error)
+    remedy = "use FlagCX 0.5 to 0.13, built for this machine, on every node; or unset FLAGCX_PATH and SGLANG_FL_DIST_BACKEND"
+    return [Problem(told, remedy, fatal=settings.strict)] if told else []
 
 
 def _first_layer(settings: Settings, device: Device) -> dict[str, str]:
@@ -259,6 +306,8 @@ def _print(found: Diagnosis) -> None:
     if found.aten is not None:
         _print_aten(console, found.aten)
     console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)
+    if found.platforms:
+        console.print(f"Chips of installed packages: {'; '.join(found.platforms)}", soft_wrap=True)
     if not found.problems:
         console.print("No problems found.")
     for problem in found.problems:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, OVERRIDING
+from ..dispatch.bridge.catalog import BESIDE, DERIVED, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, OVERRIDING
 
 #: How ``get_rope`` names the class it makes, by the config's rope type.
 _ROPE_CLASSES = {
@@ -30,6 +30,14 @@ _ROPE_CLASSES = {
 }
 #: SGLang's functions that make a rotary embedding.
 _MAKE_ROPE = ("get_rope", "get_rope_wrapper")
+#: SGLang's function that gives an activation, and the class of each that an operator is for.
+_MAKE_ACTIVATION = "get_act_fn"
+_ACTIVATION_CLASSES = {"gelu_new": "NewGELU", "relu2": "ReLU2"}
+#: What SGLang's models make experts with, and the class that an operator is for, of experts that are not quantised.
+_MAKE_EXPERTS = ("FusedMoE", "get_moe_impl_class")
+_EXPERTS = "UnquantizedFusedMoEMethod"
+_MODELS = "sglang.srt.models."
+_MODULES_OF = {name: module for layers in LAYERS.values() for module, name in layers}
 #: SGLang's layer of linear attention, and the functions that it comes to where it is a gated delta rule.
 _LINEAR_ATTENTION = "RadixLinearAttention"
 _GATED_DELTA_RULE = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_packed_decode")
@@ -69,10 +77,14 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
         used |= dict.fromkeys(_GATED_DELTA_RULE)
     used.pop(_LINEAR_ATTENTION, None)
     rows = []
-    for class_name in dict.fromkeys(_rope_class(text) if name in _MAKE_ROPE else name for name in used):
+    for class_name in dict.fromkeys(_made(name, text) for name in used):
+        if class_name is None:
+            continue
         op = _KNOWN.get(class_name)
-        why = settings.why_left({class_name, LAYERS[op][0][1] if op in LAYERS else class_name}) if op else None
-        if op is None:
+        why = settings.why_left(_names(class_name, op)) if op else None
+        if class_name == _MAKE_EXPERTS[0]:
+            destination = "sglang (its experts are quantised)"
+        elif op is None:
             destination = "sglang (no operator of sglang-fl is for it)"
         elif class_name in OVERRIDING:
             destination = "sglang (it has a forward of its own)"
@@ -80,6 +92,13 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
             destination = f"sglang ({why})" if why else picked[op]
         rows.append(LayerRow(class_name, op, _size(op, text), destination))
     return rows
+
+
+def _names(class_name: str, op: str) -> set[str]:
+    """The class, and those of the catalog that it derives from."""
+    if class_name in BESIDE or op in FUNCTIONS:
+        return {class_name}
+    return {class_name, *(LAYERS[base][0][1] for base in (op, DERIVED.get(op)) if base)}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -97,7 +116,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 #: What is read of a configuration, with its type; null is as if it were not there.
-_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict}
+_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict, "quantization_config": dict}
 _NUMBERS = ("hidden_size", "num_attention_heads", "head_dim")
 
 
@@ -117,6 +136,17 @@ def _check_types(path: Path, config: dict[str, Any]) -> None:
         _check_types(path, config["text_config"])
 
 
+def _made(name: str, config: dict[str, Any]) -> str | None:
+    """The layer class behind a class's or a function's name; None: it is none that matters here."""
+    if name in _MAKE_ROPE:
+        return _rope_class(config)
+    if name in _MAKE_EXPERTS:
+        return _MAKE_EXPERTS[0] if config.get("quantization_config") else _EXPERTS
+    if name == _MAKE_ACTIVATION:
+        return _ACTIVATION_CLASSES.get(config.get("hidden_act") or config.get("activation_function") or "")
+    return name
+
+
 def _rope_class(config: dict[str, Any]) -> str:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if "mrope_section" in rope:
@@ -128,16 +158,28 @@ def _rope_class(config: dict[str, Any]) -> str:
 def _size(op: str | None, config: dict[str, Any]) -> str:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    experts = next((config[name] for name in _NUMBER_OF_EXPERTS if config.get(name)), None)
+    norm, activation = f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}", f"intermediate_size {config.get('intermediate_size')}"
+    rotary = f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads"
     return {
-        "rms_norm": f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}",
-        "silu_and_mul": f"intermediate_size {config.get('intermediate_size')}",
-        "rotary_embedding": f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads",
+        "fused_moe": f"{experts} experts, hidden_size {hidden}, moe_intermediate_size {config.get('moe_intermediate_size')}",
+        "gelu_and_mul": activation,
+        "gemma_rms_norm": norm,
+        "mrotary_embedding": rotary,
+        "rms_norm": norm,
+        "rotary_embedding": rotary,
+        "silu_and_mul": activation,
+        "topk": f"{experts} experts, {config.get('num_experts_per_tok')} a token",
         **dict.fromkeys(
             _GATED_DELTA_RULE,
             f"{config.get('linear_num_key_heads')} heads of {config.get('linear_key_head_dim')}, "
             f"{config.get('linear_num_value_heads')} value heads of {config.get('linear_value_head_dim')}",
         ),
     }.get(op or "", "")
+
+
+#: How configurations call the number of experts.
+_NUMBER_OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def _file_of(architecture: str) -> Path | None:
@@ -148,6 +190,11 @@ def _file_of(architecture: str) -> Path | None:
     models = Path(spec.submodule_search_locations[0]) / "srt" / "models"
     pattern = re.compile(rf"^class {re.escape(architecture)}\b[(:]|^EntryClass\b.*\b{re.escape(architecture)}\b", re.MULTILINE)
     return next((file for file in sorted(models.glob("*.py")) if pattern.search(file.read_text(encoding="utf-8"))), None)
+
+
+def _is_foreign(name: str, module: str) -> bool:
+    """Whether what ``module`` calls by the name of one of SGLang's layers is none."""
+    return module != _MODULES_OF.get(name) and (module.startswith(_MODELS) or not module.startswith("sglang."))
 
 
 class _ModelFile:
@@ -163,17 +210,22 @@ class _ModelFile:
             if isinstance(target, ast.Name)
         }
         self.defined |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+        modules = dict.fromkeys(self.defined, f"{_MODELS}{path.stem}")
+        modules |= {alias.asname or alias.name: node.module or "" for node in imports for alias in node.names}
+        #: Names that stand for other classes here than SGLang's layers.
+        self.foreign = {name for name, module in modules.items() if _is_foreign(name, module)}
         self.imported = {
             alias.asname or alias.name: (path.parent / f"{node.module.rpartition('.')[2]}.py", alias.name)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sglang.srt.models.")
+            for node in imports
+            if node.module and node.module.startswith(_MODELS)
             for alias in node.names
         }
 
 
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
     """The layer classes that a model's file, and the model files it builds on, call."""
-    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, _LINEAR_ATTENTION}
+    wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, *_MAKE_EXPERTS, _MAKE_ACTIVATION, _LINEAR_ATTENTION}
     pending: list[tuple[Path, str]] = [(start, architecture)]
     seen: set[tuple[Path, str]] = set()
     files: dict[Path, _ModelFile] = {}
@@ -191,8 +243,9 @@ def _classes_of(architecture: str, start: Path) -> Iterator[str]:
                 pending.append(file.imported[name])
             continue
         for node in ast.walk(body):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in wanted:
-                yield node.func.id
+            # Called, or the default of an argument that is.
+            makers = [node.func] if isinstance(node, ast.Call) else node.args.defaults if isinstance(node, ast.FunctionDef) else []
+            yield from (maker.id for maker in makers if isinstance(maker, ast.Name) and maker.id in wanted - file.foreign)
         for used in {node.id for node in ast.walk(body) if isinstance(node, ast.Name)} - wanted:
             if used in file.imported:
                 pending.append(file.imported[used])

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..device import Device, probe
-from ..vendors import ALIASES, VENDORS, canonical
+from ..vendor_platform import declared, known_vendors
+from ..vendors import ALIASES, canonical
 from .errors import SettingsError, suggest
 from .options import CONFIG_FILE, OPTIONS, PREFIXES, PROFILE, RESOLVED, VARIABLES, Option, Unusable, Vocabulary
 from .settings import DEFAULT, ENVIRONMENT, FILE, Settings, Source
@@ -37,9 +38,12 @@ class _Value:
 def profile_path(name: str, *, in_tree: bool = False) -> Path | None:
     """The profile's file, or None where a platform has none.
 
-    A platform that SGLang knows and nobody has measured falls to ``in_tree.yaml``, which leaves
-    every operator to SGLang.
+    A package that brings up a chip may bring its profile too. A platform that SGLang knows and nobody has
+    measured falls to ``in_tree.yaml``, which leaves every operator to SGLang.
     """
+    brought = declared().platforms.get(name)
+    if brought is not None and brought.profile is not None:
+        return Path(brought.profile)
     path = PROFILES / f"{name}.yaml"
     if in_tree and (name == "cpu" or not path.exists()):
         return PROFILES / "in_tree.yaml"
@@ -52,9 +56,10 @@ def platform_name(environ: Mapping[str, str], device: Device) -> tuple[str, bool
     if not asked:
         return device.vendor, device.is_in_tree
     name = canonical(asked)
-    if name not in VENDORS:
-        raise SettingsError(f"{PROFILE}: unknown platform {asked!r}{suggest(asked, VENDORS.keys() | ALIASES.keys())}")
-    return name, VENDORS[name].in_tree is not None
+    vendors = known_vendors()
+    if name not in vendors:
+        raise SettingsError(f"{PROFILE}: unknown platform {asked!r}{suggest(asked, vendors.keys() | ALIASES.keys())}")
+    return name, vendors[name].in_tree is not None
 
 
 def load_settings(
@@ -87,7 +92,8 @@ def load_settings(
 
     profile = profile_path(platform, in_tree=in_tree)
     if profile is not None:
-        _read_file(profile, PROFILE_PLACE, f"profile {profile.stem}", chosen, problems, vocabulary)
+        label = f"profile {profile.stem}" if profile.parent == PROFILES else str(profile)
+        _read_file(profile, PROFILE_PLACE, label, chosen, problems, vocabulary)
     in_profile = dict(chosen)
     user_file = environ.get(CONFIG_FILE, "").strip()
     if user_file:
@@ -115,8 +121,8 @@ def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
             yield f"{variable}: there is no such setting{suggest(_stem(variable), shapes)}"
     # FlagGems itself takes a vendor that it does not know for none, without a word.
     forced = environ.get("GEMS_VENDOR", "").strip()
-    if forced and canonical(forced) not in VENDORS:
-        yield f"GEMS_VENDOR: unknown vendor {forced!r}{suggest(forced, VENDORS.keys())}"
+    if forced and canonical(forced) not in known_vendors():
+        yield f"GEMS_VENDOR: unknown vendor {forced!r}{suggest(forced, known_vendors().keys())}"
 
 
 def _stem(variable: str) -> str:
@@ -128,7 +134,7 @@ def _stem(variable: str) -> str:
 def _read_file(path: Path, place: int, name: str, chosen: dict[str, _Value], problems: list[str], vocabulary: Vocabulary) -> None:
     by_key = {option.yaml: option for option in OPTIONS.values() if option.yaml}
     try:
-        entries = read_mapping(path, what=CONFIG_FILE, problems=problems)
+        entries = read_mapping(path, what=CONFIG_FILE if place == FILE else "the platform's profile", problems=problems)
     except SettingsError as error:
         problems += error.problems
         return

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..vendor_platform import declared
 from .errors import suggest
 
 PREFERENCES = ("flagos", "vendor", "reference")
@@ -40,6 +41,13 @@ def _choice(valid: tuple[str, ...], fold: Callable[[str], str]) -> Callable[[Any
         return word
 
     return parse
+
+
+def _collective(value: Any) -> str:
+    word = str(value).strip().lower()
+    if word in DIST_BACKENDS:
+        return word
+    return _choice((*DIST_BACKENDS, *(platform.collective for platform in declared().platforms.values())), str.lower)(word)
 
 
 def _text(value: Any) -> str:
@@ -129,8 +137,8 @@ _OPTIONS = (
     _row("flaggems_record", "SGLANG_FLAGGEMS_RECORD", False, False, _flag, "1 logs the ATen operators that FlagGems replaced, as they run."),
     _row("flaggems_log_path", "SGLANG_FLAGGEMS_LOG_PATH", False, None, _text, "The file for that log."),
     _row("flaggems_log_once", "SGLANG_FLAGGEMS_LOG_ONCE", False, True, _flag, "1 logs each operator once."),
-    _row("dist_backend", "SGLANG_FL_DIST_BACKEND", True, None, _choice(DIST_BACKENDS, str.lower), "The collective library; unset: the vendor's own."),
-    _row("flagcx_path", "FLAGCX_PATH", False, None, _text, "FlagCX's checkout; set alone, it chooses flagcx."),
+    _row("dist_backend", "SGLANG_FL_DIST_BACKEND", True, None, _collective, "The collective library; unset: the vendor's own."),
+    _row("flagcx_path", "FLAGCX_PATH", False, None, _text, "FlagCX's checkout, or where its libflagcx.so is; set alone, it chooses flagcx."),
     _row("plugin_modules", "SGLANG_FL_PLUGIN_MODULES", False, None, _names, "More modules with register_builtins(registry)."),
     _row("log_level", "SGLANG_FL_LOG_LEVEL", False, "INFO", _LEVEL, "How much sglang-fl logs."),
     _row("dispatch_debug", "SGLANG_FL_DISPATCH_DEBUG", False, False, _flag, "1 logs every decision of the dispatch."),
@@ -150,7 +158,9 @@ class Vocabulary:
     """The names that settings may use. A field that is None is not checked.
 
     ``not_covered`` are operators and classes that exist, and that this version leaves to SGLang: they
-    may stand in a blacklist, where that is what is asked.
+    may stand in a blacklist, where that is what is asked. ``with_packages`` gives the operators, vendors and
+    implementations of installed packages, and is asked once a word is not known without them: to find those packages is
+    to import them.
     """
 
     operators: frozenset[str] | None = None
@@ -160,6 +170,7 @@ class Vocabulary:
     flaggems: frozenset[str] | None = None
     not_covered: frozenset[str] = frozenset()
     hints: Mapping[str, str] = field(default_factory=dict)
+    with_packages: Callable[[], "Vocabulary"] | None = None
 
     def problem_with_token(self, token: str) -> str | None:
         """What is wrong with a token of an order, or None."""
@@ -168,15 +179,24 @@ class Vocabulary:
         if token in ("vendor:", "impl:"):
             return f"a name is missing after the colon of {token!r}"
         if head == "vendor" and colon:
-            return self._problem("vendor", tail, self.vendors)
+            return self._problem("vendor", tail, "vendors")
         if head == "impl" and colon:
-            return self._problem("implementation", tail, self.impls)
+            return self._problem("implementation", tail, "impls")
         if token in words:
             return None
-        valid = words | {f"vendor:{v}" for v in self.vendors or ()} | {f"impl:{i}" for i in self.impls or ()}
+        vendors, impls = (self._valid(kind, token) or () for kind in ("vendors", "impls"))
+        valid = words | {f"vendor:{v}" for v in vendors} | {f"impl:{i}" for i in impls}
         return f"unknown backend {token!r}{suggest(token, valid if len(token) > 10 else words)}"
 
-    def _problem(self, what: str, word: str, valid: frozenset[str] | None) -> str | None:
+    def _valid(self, kind: str, word: str) -> frozenset[str] | None:
+        """The words of a kind: those of installed packages too if ``word`` is not among the others."""
+        valid: frozenset[str] | None = getattr(self, kind)
+        if valid is None or word in valid or self.with_packages is None or kind not in ("operators", "vendors", "impls"):
+            return valid
+        return valid | getattr(self.with_packages(), kind)
+
+    def _problem(self, what: str, word: str, kind: str) -> str | None:
+        valid = self._valid(kind, word)
         if valid is None or word in valid:
             return None
         return f"unknown {what} {word!r}{suggest(word, valid)}"
@@ -184,9 +204,9 @@ class Vocabulary:
     def problem_with(self, kind: str, word: str) -> str | None:
         """What is wrong with a word of one of the lists, or None."""
         label = {"classes": "SGLang layer class", "vendors": "vendor", "flaggems": "FlagGems function", "operators": "operator"}[kind]
-        if word in self.not_covered:
+        problem = self._problem(label, word, kind)
+        if problem and word in self.not_covered:
             return f"{label} {word!r} is not covered by this version of sglang-fl; it stays with SGLang, so leave it out here"
-        problem = self._problem(label, word, getattr(self, kind))
         if problem and kind in self.hints:
             problem += f" ({self.hints[kind]})"
         return problem

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds every backend and lets it register its implementations.
 
-Backends are found in three places: the folders under ``backends/`` and ``backends/vendor/``, installed
-packages with an entry point in the group ``sglang_fl.plugin``, and the modules that
-SGLANG_FL_PLUGIN_MODULES names. One that fails is kept with its reason, and the rest goes on.
+Backends are found in three places: the folders under ``backends/`` and ``backends/vendor/`` that hold a
+``register_ops.py``, installed packages with an entry point in the group ``sglang_fl.plugin``, and the modules that
+SGLANG_FL_PLUGIN_MODULES names. A folder's and a module's function is ``register_builtins(registry)``; an entry point
+is such a function under any name, or a module that has it. One that fails is kept with its reason, none of its
+implementations is registered, and the rest goes on.
 """
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+from ..packages import entries, last_line, origin_of
 from .logger_manager import get_logger
 from .registry import OpRegistry
 
@@ -22,67 +26,100 @@ _NOT_BACKENDS = frozenset({"vendor", "template"})
 
 logger = get_logger()
 
+Register = Callable[[OpRegistry], None]
+
 
 @dataclass(frozen=True)
 class Failure:
-    """A backend that could not be registered, and why."""
+    """A backend that could not be registered, and why. ``module`` is its name in SGLANG_FL_PLUGIN_MODULES, if it is there."""
 
     origin: str
     reason: str
+    module: str | None = None
 
 
 @dataclass
 class Discovery:
-    """What was found: the origins that registered, and those that failed."""
+    """What was found: the origins that registered, those that failed, and a sentence for each id that two claim."""
 
     loaded: list[str] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
-
-
-def _folders(package: str) -> Iterator[str]:
-    """Modules ``register_ops`` of the folders of a package, found without importing them."""
-    root = Path(__file__).parent.joinpath(*package.removeprefix(f"{__package__}.").split("."))
-    for module in pkgutil.iter_modules([str(root)]):
-        if module.ispkg and module.name not in _NOT_BACKENDS and (root / module.name / "register_ops.py").exists():
-            yield f"{package}.{module.name}.register_ops"
+    conflicts: list[str] = field(default_factory=list)
+    functions: list[Register] = field(default_factory=list)
+    #: (operator, implementation id) -> the origin that registered it.
+    owners: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
 def discover(registry: OpRegistry, plugin_modules: Sequence[str] = ()) -> Discovery:
     """Register every backend there is."""
     found = Discovery()
     for module in [*_folders(_BACKENDS), *_folders(f"{_BACKENDS}.vendor")]:
-        _register(found, registry, module.removesuffix(".register_ops"), _from_module(module))
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        origin = f"{entry.dist.name} (entry point {entry.name})" if entry.dist else f"entry point {entry.name}"
-        _register(found, registry, origin, entry.load)
+        _register(found, registry, module.removesuffix(".register_ops"), partial(importlib.import_module, module))
+    for entry in entries(ENTRY_POINT_GROUP):
+        _register(found, registry, origin_of(entry), entry.load)
     for name in plugin_modules:
-        _register(found, registry, f"{name} (SGLANG_FL_PLUGIN_MODULES)", _from_module(name))
+        _register(found, registry, f"{name} (SGLANG_FL_PLUGIN_MODULES)", partial(importlib.import_module, name), module=name)
     return found
 
 
-def _from_module(name: str) -> Callable[[], Callable[[OpRegistry], None]]:
-    def load() -> Callable[[OpRegistry], None]:
-        register: Callable[[OpRegistry], None] = importlib.import_module(name).register_builtins
-        return register
+def register_builtins(registry: OpRegistry) -> None:
+    """Register the backends of this package, installed packages included.
 
-    return load
+    Raises:
+        RuntimeError: two of them claim one implementation id.
+    """
+    found = discover(registry)
+    if found.conflicts:
+        raise RuntimeError("; ".join(found.conflicts))
 
 
-def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callable[[], Callable[[OpRegistry], None]]) -> None:
-    """All of a backend's implementations, or none of them."""
+def _folders(package: str) -> Iterator[str]:
+    """Modules ``register_ops`` of the folders of a package, found without importing them."""
+    root = Path(__file__).parent.joinpath(*package.removeprefix(f"{__package__}.").split("."))
+    for file in sorted(root.glob("*/register_ops.py")):
+        if file.parent.name not in _NOT_BACKENDS:
+            yield f"{package}.{file.parent.name}.register_ops"
+
+
+def _function(loaded: Any) -> Register:
+    """The function that registers.
+
+    Raises:
+        TypeError: there is none in what an entry point or a module's name leads to.
+    """
+    function = getattr(loaded, "register_builtins", None) if isinstance(loaded, ModuleType) else loaded
+    if isinstance(loaded, ModuleType) and function is None:
+        raise TypeError(f"module {loaded.__name__} has no register_builtins(registry)")
+    if not callable(function):
+        raise TypeError(f"{function!r} is not a function that takes the registry")
+    return function
+
+
+def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callable[[], Any], module: str | None = None) -> None:
+    """All of a backend's implementations, or none of them. What was registered under another name already is left."""
     attempt = OpRegistry()
     try:
-        load()(attempt)
-        registry.register_many([impl for impls in attempt.snapshot().impls_by_op.values() for impl in impls])
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        found.failed.append(Failure(origin, reason))
+        function = _function(load())
+        if function in found.functions:
+            return
+        function(attempt)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A package that exits at import (a missing licence, a driver's check) is not our exit.
+        reason = last_line(error)
+        found.failed.append(Failure(origin, reason, module))
         logger.warning("backend %s could not be registered: %s", origin, reason)
         logger.debug("backend %s", origin, exc_info=True)
-    else:
-        found.loaded.append(origin)
-
-
-def register_builtins(registry: OpRegistry) -> None:
-    """Register the backends of this package, installed packages included."""
-    discover(registry)
+        return
+    impls = [impl for group in attempt.snapshot().impls_by_op.values() for impl in group]
+    claimed = [impl for impl in impls if (impl.op_name, impl.impl_id) in found.owners]
+    for impl in claimed:
+        first = found.owners[impl.op_name, impl.impl_id]
+        found.conflicts.append(f"{impl.op_name}: both {first} and {origin} register {impl.impl_id}; only one can be in use")
+    if claimed:
+        logger.error("backend %s is not in use: %s", origin, "; ".join(found.conflicts[-len(claimed) :]))
+        return
+    registry.register_many(impls)
+    found.functions.append(function)
+    found.owners.update({(impl.op_name, impl.impl_id): origin for impl in impls})
+    found.loaded.append(origin)

@@ -3,13 +3,16 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import settings_in_force, suggest
+from ..config import Vocabulary, settings_in_force, suggest
+from ..vendor_platform import known_vendors
+from ..vendors import ALIASES
 from .builtin_ops import Discovery, discover
 from .locks import ForkSafeLock
 from .logger_manager import get_logger
+from .ops import OPERATORS
 from .policy import PolicyManager, SelectionPolicy, get_policy
 from .registry import OpRegistry
 from .types import SGLANG, OpImpl, match_token
@@ -57,6 +60,7 @@ class OpManager:
         self._plans: dict[tuple[str, SelectionPolicy], Plan] = {}
         self._plans_version = -1
         self._lock = ForkSafeLock()
+        self._is_discovering = False
         self._reported: set[tuple[str, str, str]] = set()
 
     def ensure_initialized(self, plugin_modules: Sequence[str] | None = None) -> None:
@@ -64,14 +68,47 @@ class OpManager:
 
         Args:
             plugin_modules: further modules to ask; None: those that the settings name.
+
+        Raises:
+            RuntimeError: two backends claim one implementation id.
         """
-        if self.discovery is not None:
-            return
-        with self._lock:
-            if self.discovery is None:
-                if plugin_modules is None:
-                    plugin_modules = settings_in_force().plugin_modules or ()
-                self.discovery = discover(self.registry, plugin_modules)
+        conflicts = self.discover(plugin_modules).conflicts
+        if conflicts:
+            raise RuntimeError("; ".join(conflicts))
+
+    def discover(self, plugin_modules: Sequence[str] | None = None) -> Discovery:
+        """As :meth:`ensure_initialized`; what went wrong is in what is returned."""
+        if self.discovery is None:
+            with self._lock:
+                if self.discovery is None:
+                    if self._is_discovering:  # by a package that is being imported: its failure, not ours
+                        raise RuntimeError("operators cannot be asked for while backends are being registered")
+                    if plugin_modules is None:
+                        plugin_modules = settings_in_force().plugin_modules or ()
+                    self._is_discovering = True
+                    try:
+                        self.discovery = discover(self.registry, plugin_modules)
+                    finally:
+                        self._is_discovering = False
+        return self.discovery
+
+    def vocabulary(self, plugin_modules: Sequence[str] | None = None) -> Vocabulary:
+        """The names of operators, vendors and implementations; packages are looked for once one is not among our own.
+
+        Args:
+            plugin_modules: as for :meth:`ensure_initialized`.
+        """
+        own = Vocabulary(frozenset(OPERATORS), vendors=frozenset(known_vendors().keys() | ALIASES.keys()), impls=frozenset())
+        return replace(own, with_packages=lambda: self._names_of_packages(plugin_modules))
+
+    def _names_of_packages(self, plugin_modules: Sequence[str] | None) -> Vocabulary:
+        self.discover(plugin_modules)
+        impls = [impl for group in self.registry.snapshot().impls_by_op.values() for impl in group]
+        return Vocabulary(
+            frozenset(impl.op_name for impl in impls),
+            vendors=frozenset(impl.vendor for impl in impls if impl.vendor),
+            impls=frozenset(impl.impl_id for impl in impls),
+        )
 
     def plan(self, op_name: str, policy: SelectionPolicy | None = None) -> Plan:
         """What the policy (the one in force here if None) means for an operator."""

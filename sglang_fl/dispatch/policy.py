@@ -293,7 +293,9 @@ def policy_from_config(path: str | Path) -> SelectionPolicy:
     Raises:
         SettingsError: the file is missing or broken, or says something unknown.
     """
-    return SelectionPolicy.from_settings(load_settings({"SGLANG_FL_CONFIG": str(path)}))
+    from .manager import get_default_manager  # which needs this module
+
+    return SelectionPolicy.from_settings(load_settings({"SGLANG_FL_CONFIG": str(path)}, vocabulary=get_default_manager().vocabulary()))
 
 
 def with_preference(prefer: str) -> SelectionPolicy:

@@ -24,7 +24,9 @@ class OpRegistry:
         self.version = 0
 
     def register_impl(self, impl: OpImpl) -> None:
-        """Raises ValueError if the operator has an implementation of that id already."""
+        """Raises ValueError if the operator has an implementation of that id already, TypeError if it is no OpImpl."""
+        if not isinstance(impl, OpImpl):
+            raise TypeError(f"expected an OpImpl, found {impl!r}")
         with self._lock:
             by_id = self._impls.setdefault(impl.op_name, {})
             if impl.impl_id in by_id:

@@ -27,6 +27,7 @@ from sglang_fl.certify.words import (
     THREADS,
     UNUSUAL,
 )
+from sglang_fl.dispatch.backends.reference.impl import moe as reference_moe
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.ops import OPERATORS
 
@@ -103,7 +104,9 @@ def test_only_the_dtypes_that_are_declared() -> None:
 
 
 @pytest.mark.parametrize("op", OPERATORS)
-def test_the_reference_is_right(op: str) -> None:
+def test_the_reference_is_right(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on an accelerator: what the numbers are must not decide what is run.
+    monkeypatch.setattr(reference_moe, "can_be_asked", lambda device: False)
     for check, outcomes in found(op, getattr(reference, op), writes_inputs=False).items():
         assert [outcome for outcome in outcomes if outcome.status != OK] == [], check
         for outcome in outcomes:
@@ -114,6 +117,10 @@ def test_the_reference_is_right(op: str) -> None:
 
 
 def test_inputs_may_be_written_where_the_text_allows_it() -> None:
+    def gemma_norm(layer: Any, x: Any, residual: Any = None) -> Any:
+        got = reference.gemma_rms_norm(layer, x, residual)
+        return got if residual is None else (x.copy_(got[0]), residual.copy_(got[1]))
+
     def norm(layer: Any, x: Any, residual: Any = None) -> Any:
         got = reference.rms_norm(layer, x, residual)
         return got if residual is None else (x.copy_(got[0]), residual.copy_(got[1]))
@@ -122,7 +129,7 @@ def test_inputs_may_be_written_where_the_text_allows_it() -> None:
         got = reference.rotary_embedding(layer, query, key, cos, sin, positions, interleaved)
         return (query.copy_(got[0]), key.copy_(got[1])) if inplace else got
 
-    for op, fn in (("rms_norm", norm), ("rotary_embedding", rotary)):
+    for op, fn in (("gemma_rms_norm", gemma_norm), ("rms_norm", norm), ("rotary_embedding", rotary)):
         for check, outcomes in found(op, fn).items():
             assert [outcome for outcome in outcomes if outcome.status != OK] == [], check
 
@@ -131,7 +138,12 @@ class Other:
     """A layer like another, with some things changed."""
 
     def __init__(self, layer: Any, **changes: Any):
-        self.weight, self.variance_epsilon = layer.weight, layer.variance_epsilon
+        self.weight, self.bias, self.variance_epsilon, self.approximate = (
+            layer.weight,
+            layer.bias,
+            layer.variance_epsilon,
+            layer.approximate,
+        )
         vars(self).update(changes)
 
 
@@ -183,6 +195,48 @@ def nothing_without_tokens(layer: Any, x: Any, residual: Any = None) -> Any:
 def weights_taken_for_the_dtype_of_x(layer: Any, x: Any, residual: Any = None) -> Any:
     weight = layer.weight.data
     return reference.rms_norm(Other(layer, weight=weight.view(x.dtype)[: weight.shape[0]]), x, residual)
+
+
+def weight_without_one(layer: Any, x: Any, residual: Any = None) -> Any:
+    return reference.rms_norm(layer, x, residual)
+
+
+def one_and_weight_rounded(layer: Any, x: Any, residual: Any = None) -> Any:
+    """As with SGLang's gemma_weight, a buffer in the model's dtype."""
+    return reference.rms_norm(Other(layer, weight=1 + layer.weight.to(x.dtype)), x, residual)
+
+
+def bias_forgotten(layer: Any, x: Any) -> Any:
+    return reference.layer_norm(Other(layer, bias=torch.zeros_like(layer.weight)), x)
+
+
+def variance_in_one_pass(layer: Any, x: Any) -> Any:
+    hidden = x.float()
+    mean = hidden.mean(-1, keepdim=True)
+    variance = (hidden.square().mean(-1, keepdim=True) - mean.square()).clamp(min=0)
+    normed = (hidden - mean) * torch.rsqrt(variance + layer.variance_epsilon)
+    return (normed * layer.weight.float() + layer.bias.float()).to(x.dtype)
+
+
+def gelus_swapped(layer: Any, x: Any) -> Any:
+    return reference.gelu_and_mul(Other(layer, approximate={"none": "tanh", "tanh": "none"}[layer.approximate]), x)
+
+
+def gelu_rounded_before_the_product(layer: Any, x: Any) -> Any:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.gelu(gate, approximate=layer.approximate) * up
+
+
+def quick_for_new(layer: Any, x: Any) -> Any:
+    return reference.quick_gelu(layer, x)
+
+
+def sigmoid_in_its_dtype(layer: Any, x: Any) -> Any:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def squared_on_both_sides(layer: Any, x: Any) -> Any:
+    return (x.float() ** 2).to(x.dtype)
 
 
 def strides_ignored(layer: Any, x: Any) -> Any:
@@ -275,6 +329,17 @@ def cos_in_bf16(layer: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved:
     return reference.rotary_embedding(layer, q, k, c.bfloat16(), s.bfloat16(), p, interleaved)
 
 
+def sections_exchanged(layer: Any, positions: Any, query: Any, key: Any) -> Any:
+    return reference.mrotary_embedding(layer, positions.flip(0) if positions.dim() == 2 else positions, query, key)
+
+
+def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any) -> Any:
+    names = ("cos_sin_cache", "head_size", "is_neox_style", "mrope_section", "mrope_interleaved")
+    axes = torch.cat([torch.full((size,), axis) for axis, size in enumerate(layer.mrope_section)])
+    other = Other(layer, **{name: getattr(layer, name) for name in names}, axis_map=axes)
+    return reference.mrotary_embedding(other, positions, query, key)
+
+
 @pytest.mark.parametrize(
     ("op", "mistake", "check", "told"),
     [
@@ -287,6 +352,16 @@ def cos_in_bf16(layer: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved:
         ("rms_norm", one_result_for_two, SERVING, "gave 1 results, not 2: result, residual"),
         ("rms_norm", nothing_without_tokens, UNUSUAL, "raised RuntimeError: invalid configuration argument"),
         ("rms_norm", weights_taken_for_the_dtype_of_x, UNUSUAL, ""),
+        ("gelu_and_mul", gelus_swapped, SERVING, "out of bounds"),
+        ("gelu_and_mul", gelu_rounded_before_the_product, SERVING, "out of bounds"),
+        ("gemma_rms_norm", weight_without_one, SERVING, "out of bounds"),
+        ("gemma_rms_norm", one_and_weight_rounded, SERVING, "out of bounds"),
+        ("gemma_rms_norm", writes_x, SERVING, "wrote x, which it may not"),
+        ("layer_norm", bias_forgotten, SERVING, "out of bounds"),
+        ("layer_norm", variance_in_one_pass, UNUSUAL, "out of bounds"),
+        ("new_gelu", quick_for_new, SERVING, "out of bounds"),
+        ("quick_gelu", sigmoid_in_its_dtype, SERVING, "out of bounds"),
+        ("relu2", squared_on_both_sides, SERVING, "out of bounds"),
         ("silu_and_mul", strides_ignored, UNUSUAL, "out of bounds"),
         ("silu_and_mul", wrong_shape, SERVING, "result has shape (3072,), not (1, 3072)"),
         ("silu_and_mul", wrong_dtype, SERVING, "result is torch.float32, not torch.bfloat16"),
@@ -304,6 +379,8 @@ def cos_in_bf16(layer: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved:
         ("rotary_embedding", rest_dropped, UNUSUAL, "out of bounds"),
         ("rotary_embedding", positions_in_16_bits, UNUSUAL, "out of bounds"),
         ("rotary_embedding", cos_in_bf16, SERVING, "out of bounds"),
+        ("mrotary_embedding", sections_exchanged, SERVING, "out of bounds"),
+        ("mrotary_embedding", sections_never_interleaved, SERVING, "out of bounds"),
     ],
 )
 def test_a_mistake_is_caught(op: str, mistake: Callable[..., Any], check: str, told: str) -> None:

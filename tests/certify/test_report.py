@@ -10,16 +10,16 @@ import pytest
 from rich.console import Console
 
 from sglang_fl.certify.report import CaseResult, Report, as_html, print_report
-from sglang_fl.certify.words import CRASHED, FAILED, OK, REFUSED, SERVING, SKIPPED, UNUSUAL
+from sglang_fl.certify.words import CRASHED, FAILED, HUNG, NOT_RUN, OK, REFUSED, SERVING, SKIPPED, UNUSUAL
 
 EVIL = "<script>alert('x')</script> [bold]&amp; [/nothing]"
 
 
 def case(status: str = OK, check: str = SERVING, impl: str = "vendor.chip", **more: Any) -> CaseResult:
-    return CaseResult("rms_norm", impl, check, more.pop("name", "1 × 8"), "bfloat16", status, **more)
+    return CaseResult("rms_norm", impl, check, more.pop("name", "1 × 8"), more.pop("dtype", "bfloat16"), status, **more)
 
 
-def report(*cases: CaseResult, not_available: list[dict[str, str]] | None = None) -> Report:
+def report(*cases: CaseResult, not_available: list[dict[str, Any]] | None = None) -> Report:
     return Report({"device": "a chip (cpu)"}, {"torch": "1"}, 5, False, 1.5, not_available or [], list(cases))
 
 
@@ -54,6 +54,23 @@ def test_nothing_that_was_checked_is_no_certificate() -> None:
     assert report(case(REFUSED), case(OK, impl="vendor.other")).problems() != []
 
 
+def test_a_dtype_that_is_declared_and_always_refused() -> None:
+    found = report(case(OK), case(REFUSED, dtype="float16"), case(REFUSED, UNUSUAL, dtype="float16")).problems()
+    assert len(found) == 1 and "refused every case in float16; if it does not take that dtype, say so" in found[0]
+
+
+def test_what_was_asked_for_by_name_and_cannot_run() -> None:
+    missing = {"op": "rms_norm", "impl": "vendor.x", "why": "no such chip"}
+    assert report(case(OK), not_available=[missing]).problems() == []
+    (told,) = report(case(OK), not_available=[{**missing, "named": True}]).problems()
+    assert told == "rms_norm vendor.x: it was asked for, and not checked: no such chip"
+
+
+def test_what_is_said_of_cases_that_were_left_out() -> None:
+    made = report(case(HUNG), case(NOT_RUN), case(NOT_RUN), case(NOT_RUN, UNUSUAL))
+    assert [row.told for row in made.rows()] == ["hung: 1 of 3 (2 not run)", "not run: 1 of 1"]
+
+
 def printed(made: Report) -> str:
     out = io.StringIO()
     print_report(made, Console(file=out, width=200, markup=False, emoji=False))
@@ -66,7 +83,7 @@ def test_printed() -> None:
         report(case(FAILED, message=EVIL), case(FAILED, name="second"), case(REFUSED, UNUSUAL, message="no"), not_available=missing)
     )
     assert f"rms_norm vendor.chip, serving shapes, bfloat16: 1 × 8: {EVIL} (and 1 more)" in told
-    assert "NOT well: 3 cases in 2 s, seed 5." in told
+    assert "NOT well: 3 cases in 2 s, 1 refused, seed 5." in told
     assert "vendor.far" in told and "it is elsewhere" in told
     assert "All is well: 1 cases" in printed(report(case()))
 

@@ -39,6 +39,19 @@ _BACKEND = """
     def always_exits(obj, x):
         os._exit(3)
 
+    def closes_its_results(obj, x):
+        if one_case(x, 3072):
+            os.closerange(3, 64)
+            time.sleep(1000)
+        return right(obj, x)
+
+    def leaves_a_child(obj, x):
+        if one_case(x, 3072):
+            if not os.fork():
+                time.sleep(1000)
+            os.abort()
+        return right(obj, x)
+
     def wrong(obj, x):
         return right(obj, x) * 1.02
 
@@ -52,12 +65,12 @@ _BACKEND = """
             kind = BackendImplKind.VENDOR
             registry.register_impl(OpImpl(op, f"vendor.{name}", kind, fn, vendor="planted", supported_dtypes=dtypes))
 
-        for fn in (aborts_once, hangs_once, always_exits, wrong, for_another_chip):
+        for fn in (aborts_once, hangs_once, always_exits, closes_its_results, leaves_a_child, wrong, for_another_chip):
             register("silu_and_mul", fn.__name__, fn, {"bfloat16"})
         register("silu_and_mul", "float64", right, {"float64"})
         register("sort", "sort", right, None)
 """
-_IMPLS = ("aborts_once", "hangs_once", "always_exits", "wrong", "for_another_chip", "float64")
+_IMPLS = ("aborts_once", "hangs_once", "always_exits", "closes_its_results", "leaves_a_child", "wrong", "for_another_chip", "float64")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +106,16 @@ def test_a_hang_is_a_row_and_the_rest_goes_on(report: Report) -> None:
     (hung,) = [case for case in cases if case.status not in (OK, SKIPPED)]
     assert (hung.status, hung.message, hung.name) == (HUNG, "hung: more than 5 s", "64 × 2·1536")
     assert cases[-1].check == COMPILE and cases[-1].status == OK
+
+
+def test_one_that_closes_its_results_and_lives_on_has_hung(report: Report) -> None:
+    (hung,) = [case for case in of(report, "closes_its_results") if case.status not in (OK, SKIPPED)]
+    assert (hung.status, hung.message) == (HUNG, "hung: more than 5 s")
+
+
+def test_a_crash_is_one_though_a_child_lives_on(report: Report) -> None:
+    (crashed,) = [case for case in of(report, "leaves_a_child") if case.status not in (OK, SKIPPED)]
+    assert (crashed.status, crashed.message) == (CRASHED, "crashed: signal 6 (SIGABRT)")
 
 
 def test_one_that_always_kills_is_given_up(report: Report) -> None:

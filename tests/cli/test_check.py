@@ -15,8 +15,10 @@ from sglang_fl.certify.report import CaseResult, Report
 from sglang_fl.certify.runner import Job, WorkerFailed
 from sglang_fl.certify.words import FAILED, OK, SERVING
 from sglang_fl.cli import main
+from sglang_fl.dispatch.ops import OPERATORS
 
-REFERENCE = [(op, "reference.torch") for op in ("rms_norm", "rotary_embedding", "silu_and_mul")]
+REFERENCE = [(op, "reference.torch") for op in OPERATORS]
+RMS_NORM, SILU_AND_MUL = ("rms_norm", "reference.torch"), ("silu_and_mul", "reference.torch")
 
 
 @pytest.fixture
@@ -46,10 +48,10 @@ def test_everything_by_default(jobs: list[Job]) -> None:
     ("argv", "targets"),
     [
         (["--impl", "reference.torch"], REFERENCE),
-        (["--op", "rms_norm", "--impl", "reference.torch"], REFERENCE[:1]),
-        (["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"], [REFERENCE[0], REFERENCE[2]]),
+        (["--op", "rms_norm", "--impl", "reference.torch"], [RMS_NORM]),
+        (["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"], [RMS_NORM, SILU_AND_MUL]),
         (["--vendor", "testchip"], [("rms_norm", "vendor.testchip")]),
-        (["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"], [REFERENCE[0], ("rms_norm", "vendor.testchip")]),
+        (["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"], [RMS_NORM, ("rms_norm", "vendor.testchip")]),
     ],
 )
 def test_what_is_asked_for(
@@ -97,7 +99,7 @@ def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFi
     page = tmp_path / "report.html"
     assert main(["check", "--impl", "reference.torch", "--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == 3
+    assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == len(OPERATORS)
     assert jobs[0].timeout == 1.5
     assert "All is well" in page.read_text(encoding="utf-8")
 
@@ -123,21 +125,34 @@ def test_what_is_not_available_cannot_be_certified(
     assert "nothing was checked: no implementation is available" in told
 
 
+def test_interrupting_it_keeps_what_was_found(backend: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first cases return, and the last never does."""
+    called = tmp_path / "called"
+    reference = "sglang_fl.dispatch.backends.reference.reference"
+    name = backend(
+        "def rms_norm(obj, x, residual=None):\n"
+        f"    from {reference} import ReferenceBackend\n"
+        "    if x.dim() == 3:\n"
+        f"        open({str(called)!r}, 'w').close()\n"
+        "        import time; time.sleep(1000)\n"
+        "    return ReferenceBackend().rms_norm(obj, x, residual)\n"
+    )
+    process = _checking(name, tmp_path, "--quick", "--json")
+    _wait_for(called, process)
+    process.send_signal(signal.SIGTERM)
+    found, told = process.communicate(timeout=30)
+    assert process.returncode == 130 and "sglang-fl: interrupted" in told and "Traceback" not in told
+    report = json.loads(found)
+    assert report["cases"] and report["not_reached"] > 10 and not report["ok"]
+    assert report["problems"][-1].startswith("interrupted: ")
+    assert {case["status"] for case in report["cases"]} == {"ok"}
+
+
 def test_interrupting_it_ends_the_worker(backend: Callable[..., str], tmp_path: Path) -> None:
     called = tmp_path / "called"
     name = backend(f"def rms_norm(obj, x, residual=None):\n    open({str(called)!r}, 'w').close()\n    import time; time.sleep(1000)")
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sglang_fl", "check", "--vendor", "testchip"],
-        env={**os.environ, "PYTHONPATH": path, "SGLANG_FL_PLUGIN_MODULES": name},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until = time.monotonic() + 120
-    while not called.exists():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
+    process = _checking(name, tmp_path)
+    _wait_for(called, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
     process.send_signal(signal.SIGINT)
@@ -145,3 +160,22 @@ def test_interrupting_it_ends_the_worker(backend: Callable[..., str], tmp_path: 
     assert process.returncode == 130 and "sglang-fl: interrupted" in told and "Traceback" not in told
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert alive == []
+
+
+def _checking(module: str, directory: Path, *words: str) -> subprocess.Popen[str]:
+    """``sglang-fl check`` of a module's implementations, under way."""
+    path = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-m", "sglang_fl", "check", "--vendor", "testchip", *words],
+        env={**os.environ, "PYTHONPATH": path, "SGLANG_FL_PLUGIN_MODULES": module},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(called: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not called.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)

@@ -173,14 +173,16 @@ def test_looking_at_the_settings_makes_no_files(config: Run, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("environ", "where"),
-    [
-        ({"FLAGCX_PATH": "/opt/flagcx"}, "FLAGCX_PATH: "),
-        ({"SGLANG_FL_DIST_BACKEND": "flagcx", "FLAGCX_PATH": "/opt/flagcx"}, "SGLANG_FL_DIST_BACKEND: "),
-    ],
-)
-def test_flagcx_is_refused_while_it_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environ: dict[str, str], where: str
+@pytest.mark.parametrize("backend", [{}, {"SGLANG_FL_DIST_BACKEND": "flagcx"}])
+def test_flagcx_that_is_not_where_its_path_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, backend: dict[str, str]
 ) -> None:
-    assert where in failing_config(monkeypatch, capsys, **environ)
+    told = failing_config(monkeypatch, capsys, FLAGCX_PATH=str(tmp_path / "gone"), **backend)
+    assert f"FLAGCX_PATH: there is no '{tmp_path}/gone'" in told
+    told = failing_config(monkeypatch, capsys, FLAGCX_PATH=str(tmp_path), **backend)
+    assert f"FLAGCX_PATH: no libflagcx.so in '{tmp_path}' (looked for {tmp_path}/build/lib/libflagcx.so, " in told
+
+
+def test_flagcx_that_the_loader_does_not_find(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    told = failing_config(monkeypatch, capsys, SGLANG_FL_DIST_BACKEND="flagcx", LD_LIBRARY_PATH=str(tmp_path))
+    assert f"SGLANG_FL_DIST_BACKEND: no libflagcx.so in LD_LIBRARY_PATH ({tmp_path})" in told

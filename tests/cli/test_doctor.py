@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flagcx_stand_in import header
+from installed_packages import Packages
 
 from sglang_fl import __version__
 from sglang_fl.cli import main
@@ -121,12 +123,54 @@ def test_collective_library_that_was_asked_for() -> None:
     assert row == {"layer": "3 collectives", "state": "nccl, through SGLang", "why": "SGLANG_FL_DIST_BACKEND"}
 
 
+@pytest.fixture
+def flagcx(tmp_path: Path) -> Path:
+    """A checkout whose header is there; its library is none."""
+    (tmp_path / "build" / "lib").mkdir(parents=True)
+    (tmp_path / "build" / "include").mkdir()
+    (tmp_path / "build" / "lib" / "libflagcx.so").write_text("no library")
+    (tmp_path / "build" / "include" / "flagcx.h").write_text(header("0.13.0"))
+    return tmp_path
+
+
+def test_flagcx(flagcx: Path) -> None:
+    found = diagnose({"FLAGCX_PATH": str(flagcx)})
+    state = f"flagcx 0.13.0 ({flagcx}/build/lib/libflagcx.so); if the ranks do not agree, all take gloo"
+    assert found.layers[-1] == {"layer": "3 collectives", "state": state, "why": "FLAGCX_PATH"}
+    assert found.problems == []
+    by_name = diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"}).layers[-1]
+    assert by_name["state"].endswith("the server stops") and by_name["why"] == "SGLANG_FL_DIST_BACKEND"
+    other = diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_DIST_BACKEND": "nccl"}).layers[-1]
+    assert other["state"] == "nccl, through SGLang"
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_a_flagcx_of_another_layout(flagcx: Path, strict: str) -> None:
+    (flagcx / "build" / "include" / "flagcx.h").write_text(header("0.14.0", without="getVendor"))
+    problem = only_problem(diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_STRICT": strict}))
+    assert "struct flagcxDeviceHandle has hostGetDevicePointer where getVendor is expected" in problem.what
+    assert problem.fatal == (strict == "1")
+
+
+def test_a_flagcx_that_is_not_there(tmp_path: Path) -> None:
+    problem = only_problem(diagnose({"FLAGCX_PATH": str(tmp_path / "gone")}))
+    assert problem.what.startswith(f"FLAGCX_PATH: there is no '{tmp_path}/gone'") and problem.fatal
+
+
+def test_a_flagcx_that_cannot_be_loaded(flagcx: Path) -> None:
+    from sglang_fl.cli.doctor import _flagcx_problems
+    from sglang_fl.config import Settings
+
+    (problem,) = _flagcx_problems(Settings(flagcx_path=str(flagcx)), {}, deep=True)
+    assert f"{flagcx}/build/lib/libflagcx.so cannot be loaded: " in problem.what
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     data = json.loads(captured.out)
-    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "problems"}
+    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "platforms", "problems"}
     assert data["versions"]["sglang-fl"] == __version__
     assert "sglang_fl.dispatch.backends.reference" in data["backends"]
     assert data["problems"] == []
@@ -257,7 +301,7 @@ def test_no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def install_backend(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     found = [EntryPoint(f"entry_of_{module}", f"{module}:register_builtins", BACKENDS) for module in modules]
-    monkeypatch.setattr("sglang_fl.dispatch.builtin_ops.entry_points", lambda group: found if group == BACKENDS else [])
+    monkeypatch.setattr("sglang_fl.packages.entry_points", lambda group: found if group == BACKENDS else [])
 
 
 @pytest.mark.parametrize(
@@ -319,6 +363,7 @@ def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[Any] = []
     monkeypatch.setattr("sglang_fl.cli.doctor.detect", lambda: asked.append(1) or Device("metax", "cuda", None, "PyTorch"))
     monkeypatch.setattr(compat, "check_platform", lambda: None)
+    monkeypatch.setattr(compat, "check_groups", lambda: None)
     monkeypatch.setattr(compat, "check_layers", broken)
     found = diagnose({"USE_FLAGGEMS": "0"}, deep=True)
     assert asked and found.device["vendor"] == "metax"
@@ -329,3 +374,17 @@ def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_real_entry_points_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_fl.cli.doctor.entry_points", entry_points)
     assert not any("entry points" in problem.what for problem in diagnose({}).problems)
+
+
+def test_two_backends_that_claim_one_id(backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = backend(), backend()
+    install_backend(monkeypatch, first, second)
+    problem = only_problem(diagnose({}))
+    assert problem.fatal and f"entry_of_{first}" in problem.what and f"entry_of_{second}" in problem.what
+
+
+def test_a_platform_of_a_package_that_is_broken(packages: Packages) -> None:
+    module = packages.install("import no_such", {"sglang_fl.platform": "{module}:PLATFORM"})
+    problem = only_problem(diagnose({}))
+    assert problem.fatal and f"the platform that {module} (entry point {module}) declares cannot be used" in problem.what
+    assert "ModuleNotFoundError: No module named 'no_such'" in problem.what

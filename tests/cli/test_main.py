@@ -25,7 +25,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["--help"]) == 0
     told = capsys.readouterr().out
     for name, verb in VERBS.items():
-        assert f"\n    {name} " in told
+        assert f"\n    {name} " in told or f"\n    {name}\n" in told
         assert (verb.__doc__ or "").split()[0] in told
 
 
@@ -37,6 +37,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         ("ops", ("--model DIR", "--deep", "--json")),
         ("config", ("SGLANG_FL_CONFIG",)),
         ("check", ("--op OP", "--impl ID", "--vendor NAME", "--quick", "--timeout S", "--seed N", "--json", "--html FILE")),
+        ("new-vendor", ("NAME", "DIR", "sglang-fl-NAME")),
     ],
 )
 def test_help_of_a_verb(capsys: pytest.CaptureFixture[str], verb: str, options: tuple[str, ...]) -> None:
@@ -47,7 +48,7 @@ def test_help_of_a_verb(capsys: pytest.CaptureFixture[str], verb: str, options: 
 
 
 def test_the_table_above_has_every_verb() -> None:
-    assert set(VERBS) == {"demo", "doctor", "ops", "config", "check"}
+    assert set(VERBS) == {"demo", "doctor", "ops", "config", "check", "new-vendor"}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_the_table_above_has_every_verb() -> None:
         (["check", "--timeout", "0"], "'0' is no number of seconds above 0"),
         (["check", "--timeout", "soon"], "'soon' is no number of seconds above 0"),
         (["check", "--op"], "--op"),
+        (["new-vendor"], "NAME"),
     ],
 )
 def test_wrong_use(capsys: pytest.CaptureFixture[str], argv: list[str], told: str) -> None:
@@ -85,7 +87,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("code", [0, 1])
 def test_exit_code_is_the_verbs(monkeypatch: pytest.MonkeyPatch, verb: str, code: int) -> None:
     monkeypatch.setattr(VERBS[verb], "run", lambda args: code)
-    assert main([verb]) == code
+    assert main([verb, *(["mychip"] if verb == "new-vendor" else [])]) == code
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sglang_fl.cli import main
+from sglang_fl.cli import model_layers as layers_of_models
 from sglang_fl.cli.model_layers import model_layers
 from sglang_fl.cli.ops import operator_rows
 from sglang_fl.config import Settings
@@ -165,6 +166,19 @@ QWEN2 = {
     "rms_norm_eps": 1e-06,
 }
 
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-06,
+}
+
 
 @pytest.mark.parametrize(
     ("config", "layers"),
@@ -193,8 +207,18 @@ QWEN2 = {
                 ("RotaryEmbedding", "rotary_embedding", "head_dim 64, 14 heads, 2 kv heads"),
             },
         ),
+        (
+            QWEN3_MOE,
+            {
+                ("RMSNorm", "rms_norm", "hidden_size 2048, eps 1e-06"),
+                ("SiluAndMul", "silu_and_mul", "intermediate_size 6144"),
+                ("RotaryEmbedding", "rotary_embedding", "head_dim 128, 32 heads, 4 kv heads"),
+                ("TopK", "topk", "128 experts, 8 a token"),
+                ("UnquantizedFusedMoEMethod", "fused_moe", "128 experts, hidden_size 2048, moe_intermediate_size 768"),
+            },
+        ),
     ],
-    ids=["qwen3", "llama3", "qwen2"],
+    ids=["qwen3", "llama3", "qwen2", "qwen3-moe"],
 )
 def test_layers_of_a_model(ops: Ops, model: Callable[[Any], str], config: dict[str, Any], layers: set[tuple[str, str, str]]) -> None:
     directory = model(config)
@@ -202,6 +226,59 @@ def test_layers_of_a_model(ops: Ops, model: Callable[[Any], str], config: dict[s
         found = ops("--model", place)["layers"]
         assert {(layer["class_name"], layer["op"], layer["size"]) for layer in found} == layers
         assert {layer["destination"] for layer in found} == {REFERENCE}
+
+
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-06,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (
+            GEMMA3,
+            {
+                ("Gemma3RMSNorm", "gemma_rms_norm", "hidden_size 1152, eps 1e-06"),
+                ("GeluAndMul", "gelu_and_mul", "intermediate_size 6912"),
+                ("RotaryEmbedding", "rotary_embedding", "head_dim 256, 4 heads, 1 kv heads"),
+            },
+        ),
+        # The default of an argument of its MLP.
+        ({"architectures": ["GPT2LMHeadModel"]}, {("NewGELU", "new_gelu", "")}),
+        # By get_act_fn and the configuration.
+        (
+            {"architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new", "hidden_size": 2560, "num_attention_heads": 32},
+            {("NewGELU", "new_gelu", ""), ("RotaryEmbedding", "rotary_embedding", "head_dim 80, 32 heads, 32 kv heads")},
+        ),
+        # Its LayerNorm is a class of its own, and no layer of SGLang's.
+        (
+            {"architectures": ["CohereForCausalLM"], "hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 22528},
+            {
+                ("SiluAndMul", "silu_and_mul", "intermediate_size 22528"),
+                ("RotaryEmbedding", "rotary_embedding", "head_dim 64, 64 heads, 64 kv heads"),
+            },
+        ),
+    ],
+    ids=["gemma3", "gpt2", "phi", "cohere"],
+)
+def test_layers_of_further_models(ops: Ops, model: Callable[[Any], str], config: Any, layers: set[tuple[str, str, str]]) -> None:
+    found = ops("--model", model(config))["layers"]
+    assert {(layer["class_name"], layer["op"], layer["size"]) for layer in found} == layers
+
+
+def test_a_list_that_names_an_operators_first_class_leaves_those_beside_it(ops: Ops, model: Callable[[Any], str]) -> None:
+    for listed, expected in (("GemmaRMSNorm", REFERENCE), ("Gemma3RMSNorm", "sglang (oot_blacklist)")):
+        found = {
+            layer["class_name"]: layer["destination"] for layer in ops("--model", model(GEMMA3), SGLANG_FL_OOT_BLACKLIST=listed)["layers"]
+        }
+        assert found["Gemma3RMSNorm"] == expected
 
 
 @pytest.mark.parametrize(
@@ -220,7 +297,16 @@ def test_class_of_the_rotary_embedding(ops: Ops, model: Callable[[Any], str], ro
     found = ops("--model", model({key: value for key, value in QWEN3.items() if key != "rope_scaling"} | rope))["layers"]
     layers = {layer["class_name"]: layer["destination"] for layer in found}
     assert layers.keys() == {"RMSNorm", "SiluAndMul", class_name}
-    assert layers[class_name] == ("sglang (it has a forward of its own)" if class_name == "MRotaryEmbedding" else REFERENCE)
+    assert layers[class_name] == REFERENCE
+
+
+def test_a_list_that_names_a_class_means_those_that_derive_from_it(
+    ops: Ops, model: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_FL_OOT_BLACKLIST", "RotaryEmbedding")
+    rope = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
+    found = ops("--model", model(QWEN3 | rope))["layers"]
+    assert {"MRotaryEmbedding": "sglang (oot_blacklist)"}.items() <= {row["class_name"]: row["destination"] for row in found}.items()
 
 
 def test_sizes_of_a_model_that_has_a_text_config(ops: Ops, model: Callable[[Any], str]) -> None:
@@ -249,7 +335,17 @@ def test_settings_decide_where_layers_go(
     assert destinations.items() <= found.items()
 
 
-def test_layers_that_no_operator_is_for(ops: Ops, model: Callable[[Any], str]) -> None:
+def test_quantised_experts_stay_with_sglang(ops: Ops, model: Callable[[Any], str]) -> None:
+    quantised = {**QWEN3_MOE, "quantization_config": {"quant_method": "fp8"}}
+    found = {layer["class_name"]: layer["destination"] for layer in ops("--model", model(quantised))["layers"]}
+    assert found["FusedMoE"] == "sglang (its experts are quantised)"
+    assert found["TopK"] == REFERENCE and "UnquantizedFusedMoEMethod" not in found
+
+
+def test_layers_that_no_operator_is_for(ops: Ops, model: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: op for name, op in layers_of_models._KNOWN.items() if name != "GeluAndMul"}
+    monkeypatch.setattr(layers_of_models, "_KNOWN", known)
+    monkeypatch.setattr(layers_of_models, "NOT_COVERED_CLASSES", {"GeluAndMul"})
     found = {layer["class_name"]: layer for layer in ops("--model", model({"architectures": ["Gemma3nForCausalLM"]}))["layers"]}
     assert found["Gemma3nRMSNorm"]["destination"] == "sglang (it has a forward of its own)"
     assert found["GeluAndMul"]["op"] is None
@@ -328,7 +424,7 @@ def test_layers_made_in_roundabout_ways_are_found(architecture: str, expected: s
 
 def test_an_operator_that_nothing_is_bound_to_is_not_picked() -> None:
     registry = OpRegistry()
-    registry.register_impl(OpImpl("gemma_rms_norm", "vendor.x", BackendImplKind.VENDOR, print, vendor="x"))
+    registry.register_impl(OpImpl("tomorrow", "vendor.x", BackendImplKind.VENDOR, print, vendor="x"))
     assert [row.picked for row in operator_rows(OpManager(registry), Settings())] == [
         "nothing: this version binds no layer of SGLang to it"
     ]

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from accuracy import DTYPES, Norm, check_cases, check_rms_norm, check_rotary_embedding, check_silu_and_mul
 
+from sglang_fl.certify.cases import OPERATORS_CHECKED
+from sglang_fl.certify.words import GRAPH, INPUTS, OK, REFUSED, SERVING, SPECIAL, THREADS, UNUSUAL
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -123,6 +125,18 @@ def test_a_graph_replays_with_new_data(manager: OpManager, kind: str, op: str) -
         wanted = call(new_x, new_y)
         for a, b in zip(got if isinstance(got, tuple) else (got,), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", OPERATORS_CHECKED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cases_of_a_quick_check(manager: OpManager, kind: str, op: str) -> None:
+    """Against float64 and the operator's contract, with the rare shapes, in graphs, from threads; a call may be refused."""
+    plan = manager.plan(op, SelectionPolicy(per_op_order=((op, (kind,)),)))
+    if not plan.candidates:
+        pytest.skip(f"there is no {kind} implementation of {op}")
+    check_cases(
+        op, plan.candidates[0].fn, SERVING, UNUSUAL, SPECIAL, INPUTS, THREADS, GRAPH, allowed=frozenset({OK, REFUSED}), device="cuda"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ import torch
 
 from .. import exact
 from ..words import COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SPECIAL, THREADS, UNUSUAL
-from . import activation, gated_delta_rule, normalization, rotary
+from . import activation, gated_delta_rule, moe, normalization, rotary
 from .call import Call, Case, Operator
 
 __all__ = ["OPERATORS_CHECKED", "Call", "Case", "Operator", "cases_of"]
@@ -16,13 +16,14 @@ __all__ = ["OPERATORS_CHECKED", "Call", "Case", "Operator", "cases_of"]
 #: operator -> what it is checked with. A new operator needs an entry here and nothing else.
 OPERATORS_CHECKED: Mapping[str, Operator] = {
     **activation.OPERATORS,
-    **gated_delta_rule.OPERATORS,
     **normalization.OPERATORS,
     **rotary.OPERATORS,
+    **moe.OPERATORS,
+    **gated_delta_rule.OPERATORS,
 }
 
 #: Tokens and hidden sizes: the full range on an accelerator, as much work as a CPU does in a minute, and a few seconds' worth.
-_ACCELERATOR = ((1, 1024), (1, 4096), (16, 4096), (64, 8192), (512, 5120), (2048, 4096), (8192, 4096))
+_ACCELERATOR = ((1, 1024), (1, 4096), (16, 4096), (64, 8192), (512, 5120), (2048, 2048), (8192, 1024))
 _CPU = ((1, 1024), (1, 4096), (16, 4096), (64, 2048), (512, 1024), (2048, 512), (8192, 256))
 _QUICK = ((1, 1024), (64, 512))
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..exact import Exact
-
 
 class Layer(nn.Module):
-    """The layer that an operator reads its weights from."""
+    """The layer that an operator reads its weights and constants from."""
 
-    def __init__(self, weight: torch.Tensor | None = None, eps: float = 1e-6):
+    def __init__(self, weight: torch.Tensor | None = None, eps: float = 1e-6, bias: torch.Tensor | None = None, approximate: str = "none"):
         super().__init__()
         self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.variance_epsilon = eps
+        self.approximate = approximate
 
 
 @dataclass
@@ -43,9 +43,9 @@ class Call:
     updated: tuple[str, ...] = ()
     takes_layer: bool = True
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return (*((self.layer,) if self.takes_layer else ()), *self.inputs.values())
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the operator is called with: (by position, by name)."""
+        return (*((self.layer,) if self.takes_layer else ()), *self.inputs.values()), {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a kernel could write, by name."""
@@ -84,13 +84,15 @@ class Operator:
         unusual: calls that are allowed, and rare.
         special: calls with nan, infinity, the largest and the smallest numbers.
         exact: its results in float64, for a call that has not run yet; inputs that are results last.
+        whole: one of them judges all the results.
         captured: whether serving calls it under graph capture.
     """
 
     forms: Callable[[int, int], Iterator[Named]]
     unusual: Callable[[], Iterator[Named]]
     special: Callable[[], Iterator[Named]]
-    exact: Callable[[Call], tuple[Exact, ...]]
+    exact: Callable[[Call], tuple[Any, ...]]
+    whole: bool = False
     captured: bool = True
 
 

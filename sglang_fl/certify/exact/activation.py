@@ -1,15 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import torch
 
 from .judge import TINY, Exact, exactly
 
 
+def _flushed(*numbers: torch.Tensor) -> torch.Tensor:
+    """Where one of the numbers may be taken for zero."""
+    return torch.stack([number.abs() < TINY for number in numbers]).any(0)
+
+
+def _with_sigmoid(v: torch.Tensor, slope: float, factor: torch.Tensor, argument: int) -> tuple[Exact, ...]:
+    """``v * sigmoid(slope * v) * factor``, where exp and its argument take ``argument`` roundings of the latter."""
+    exponent = slope * v
+    value = v / (1 + torch.exp(-exponent)) * factor
+    # From -88.7 on exp overflows in fp32, which makes a sigmoid below 2 ** -128 zero.
+    lost = torch.where(exponent < 0, (v * factor).abs() * 2.0**-127, 0.0)
+    lost = (lost + torch.where(_flushed(v, factor, value), value.abs(), 0.0)).nan_to_num()
+    # exp in fp32 turns one rounding of its argument into |exponent| roundings of its result.
+    return (Exact("result", value, (value.abs() * (1 + argument * exponent.abs() / 8)).nan_to_num(), 8, lost),)
+
+
+def _gelu(v: torch.Tensor, approximate: str, factor: torch.Tensor) -> tuple[Exact, ...]:
+    """``v * p * factor``, where implementations take p as ``(1 + t) / 2`` with an erf or tanh t that may cancel the 1.
+
+    The roundings, relative to the terms ``(1 + |t|) / 2``: 2 ulp of t itself; its argument, four roundings, of which
+    erf and tanh pass on half at most (``|z| * t'(z) < 0.5``); the sum and two products.
+    """
+    # Neither form cancels.
+    by_tanh = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))
+    p = by_tanh if approximate == "tanh" else torch.erfc(-v / math.sqrt(2)) / 2
+    value = v * p * factor
+    terms = (v * factor).abs() * (1 + (2 * p - 1).abs()) / 2
+    lost = torch.where(_flushed(v, factor, value), value.abs(), 0.0).nan_to_num()
+    return (Exact("result", value, terms.nan_to_num(), 10, lost),)
+
+
+def gelu_and_mul(x: torch.Tensor, approximate: str) -> tuple[Exact, ...]:
+    gate, up = exactly(x).chunk(2, dim=-1)
+    return _gelu(gate, approximate, up)
+
+
+def new_gelu(x: torch.Tensor) -> tuple[Exact, ...]:
+    wide = exactly(x)
+    return _gelu(wide, "tanh", torch.ones_like(wide))
+
+
+def quick_gelu(x: torch.Tensor) -> tuple[Exact, ...]:
+    wide = exactly(x)
+    return _with_sigmoid(wide, 1.702, torch.ones_like(wide), argument=3)
+
+
+def relu2(x: torch.Tensor) -> tuple[Exact, ...]:
+    wide = exactly(x).relu()
+    value = wide.square()
+    return (Exact("result", value, value, 1, torch.where(_flushed(wide, value), value, 0.0)),)
+
+
 def silu_and_mul(x: torch.Tensor) -> tuple[Exact, ...]:
     gate, up = exactly(x).chunk(2, dim=-1)
-    value = gate / (1 + torch.exp(-gate)) * up
-    # From -88.7 on exp overflows in fp32, which makes a sigmoid below 2 ** -128 zero.
-    lost = torch.where(gate < 0, (gate * up).abs() * 2.0**-127, 0.0)
-    flushed = (gate.abs() < TINY) | (up.abs() < TINY) | (value.abs() < TINY)
-    lost = (lost + torch.where(flushed, value.abs(), 0.0)).nan_to_num()
-    # exp in fp32 turns one rounding of its argument into |gate| roundings of its result.
-    return (Exact("result", value, (value.abs() * (1 + gate.abs() / 8)).nan_to_num(), 8, lost),)
+    return _with_sigmoid(gate, 1.0, up, argument=1)

@@ -12,6 +12,17 @@ def rotary_embedding(
     return tuple(_rotated(name, exactly(x), c, s, interleaved) for name, x in (("query", query), ("key", key)))
 
 
+def mrotary_embedding(
+    query: torch.Tensor, key: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor, axis_map: torch.Tensor, interleaved: bool
+) -> tuple[Exact, ...]:
+    """query and key ``[num_tokens, heads, head_size]``, positions ``[3, num_tokens]``."""
+    rows, axes, table = positions.detach().cpu().long(), axis_map.detach().cpu().tolist(), exactly(cache)
+    half = len(axes)
+    # Written out pair by pair, unlike any implementation.
+    c, s = (torch.stack([part[rows[axis], i] for i, axis in enumerate(axes)], -1)[:, None] for part in (table[:, :half], table[:, half:]))
+    return tuple(_rotated(name, exactly(x), c, s, interleaved) for name, x in (("query", query), ("key", key)))
+
+
 def _rotated(name: str, x: torch.Tensor, c: torch.Tensor, s: torch.Tensor, interleaved: bool) -> Exact:
     half = c.shape[-1]
     pair = torch.arange(half)

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..ops import FLBackendBase as Backend
+from .moe import Experts, Routing
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +19,22 @@ __all__ = ["Backend", "KernelBackend"]
 class KernelBackend(Backend):
     """A backend whose operators are functions of the package ``impl`` beside it, which take tensors instead of layers.
 
-    ``impl`` is imported at the first call: tools list the backends without paying for PyTorch or a kernel library. It
+    What has one row of positions is a plain rotary embedding: ``mrotary_embedding`` needs ``rotary_embedding``, too. ``impl``
+    is imported at the first call: tools list the backends without paying for PyTorch or a kernel library. It
     has those of these that the backend registers::
 
+        gelu_and_mul(x, approximate)
+        new_gelu(x)
+        quick_gelu(x)
+        relu2(x)
         silu_and_mul(x)
+        gemma_rms_norm(x, residual, weight, eps)
+        layer_norm(x, weight, bias, eps)
         rms_norm(x, residual, weight, eps)
         rotary_embedding(query, key, cos, sin, position_ids, interleaved, inplace)
+        mrotary_embedding(query, key, cos, sin, positions, interleaved, axis_map, mrope_section, mrope_interleaved)
+        topk(router_logits, correction_bias, routing, num_token_non_padded)
+        fused_moe(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, experts)
         chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, fused_recurrent_gated_delta_rule_packed_decode:
             as the operators, all arguments by position
     """
@@ -38,8 +49,28 @@ class KernelBackend(Backend):
     def _impl(self) -> Any:
         return import_module(f"{type(self).__module__.rpartition('.')[0]}.impl")
 
+    def gelu_and_mul(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.gelu_and_mul(x, obj.approximate)
+
+    def new_gelu(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.new_gelu(x)
+
+    def quick_gelu(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.quick_gelu(x)
+
+    def relu2(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.relu2(x)
+
     def silu_and_mul(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
         return self._impl.silu_and_mul(x)
+
+    def gemma_rms_norm(
+        self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self._impl.gemma_rms_norm(x, residual, obj.weight, obj.variance_epsilon)
+
+    def layer_norm(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._impl.layer_norm(x, obj.weight, obj.bias, obj.variance_epsilon)
 
     def rms_norm(self, obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return self._impl.rms_norm(x, residual, obj.weight, obj.variance_epsilon)
@@ -56,6 +87,47 @@ class KernelBackend(Backend):
         inplace: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._impl.rotary_embedding(query, key, cos, sin, position_ids, rotary_interleaved, inplace)
+
+    def mrotary_embedding(
+        self, obj: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = obj.cos_sin_cache.chunk(2, -1)
+        by_head = tuple(x.reshape(x.shape[0], x.shape[1:].numel() // obj.head_size, obj.head_size) for x in (query, key))
+        interleaved = not obj.is_neox_style
+        if positions.dim() == 1:
+            rotated = self._impl.rotary_embedding(*by_head, cos, sin, positions, interleaved, True)
+        else:
+            rotated = self._impl.mrotary_embedding(
+                *by_head, cos, sin, positions, interleaved, obj.axis_map, obj.mrope_section, obj.mrope_interleaved
+            )
+        return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
+
+    def topk(
+        self,
+        obj: Any,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        *,
+        num_token_non_padded: torch.Tensor | None = None,
+        expert_location_dispatch_info: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if expert_location_dispatch_info is not None:
+            raise NotImplementedError("topk: experts that have several places are SGLang's to choose from")
+        config = obj.topk_config
+        return self._impl.topk(router_logits, config.correction_bias, Routing.of(config), num_token_non_padded)
+
+    def fused_moe(self, obj: Any, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        routed = dispatch_output.topk_output
+        return self._impl.fused_moe(
+            dispatch_output.hidden_states,
+            layer.w13_weight,
+            layer.w2_weight,
+            routed.topk_weights,
+            routed.topk_ids,
+            getattr(layer, "w13_weight_bias", None),
+            getattr(layer, "w2_weight_bias", None),
+            Experts.of(layer.moe_runner_config),
+        )
 
     def chunk_gated_delta_rule(
         self,

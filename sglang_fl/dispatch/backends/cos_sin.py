@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rotary kernels ask of cos and sin, for the backends that need it. Importing it imports PyTorch."""
+"""What rotary kernels ask of cos, sin and positions, for the backends that need it. Importing it imports PyTorch."""
 
 import torch
 
@@ -26,3 +26,20 @@ def joined(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         cos.__dict__[_JOINED] = (sin, both)
         return both
     return torch.cat((cos, sin), dim=-1)
+
+
+def by_axis(
+    cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, axis_map: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of cos and sin made for each token, for a kernel that knows one position a token only.
+
+    Args:
+        cos, sin: ``[max_position, rotary_dim / 2]``.
+        positions: ``[3, num_tokens]``.
+        axis_map: ``[rotary_dim / 2]``, the row of positions that each pair turns by.
+
+    Returns:
+        (cos and sin ``[num_tokens, rotary_dim / 2]``, position_ids ``[num_tokens]`` that count them).
+    """
+    rows = positions.index_select(0, axis_map).t().long()
+    return cos.gather(0, rows), sin.gather(0, rows), torch.arange(positions.shape[1], device=positions.device)

@@ -3,7 +3,7 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar, Protocol
@@ -14,6 +14,8 @@ from torch import nn
 from .catalog import LAYERS
 
 Forward = Callable[..., Any]
+#: Where a layer keeps what implementations are called with in its place, if that is not the layer itself.
+OBJ = "_sglang_fl_obj"
 #: An instance of one of SGLang's layer classes, which are not imported here.
 Layer = Any
 
@@ -26,11 +28,13 @@ class Site:
         dtype: the model's activation dtype.
         device: where the model lies.
         intermediate_size: the width of the activations in this part of the model, if known.
+        num_experts: how many experts this part of the model routes between, if known.
     """
 
     dtype: torch.dtype
     device: torch.device
     intermediate_size: int | None = None
+    num_experts: int | None = None
 
 
 class Contexts(Protocol):
@@ -56,7 +60,8 @@ class Routes:
         own: SGLang's forward for the layer's class: ``own(layer, *sglang_args)``.
         contexts: tells whether a policy context is open.
         divert: takes the call then: ``divert(layer, *sglang_args)``.
-        failed: takes a call in which ``fn`` raised: ``failed(layer, error, operator_args, sglang_args)``.
+        failed: takes a call in which ``fn`` raised: ``failed(layer, error, operator_args, sglang_args, **named)``, with what
+            both have by name.
     """
 
     fn: Forward
@@ -82,6 +87,10 @@ class Bridge(ABC):
         module, name = next(layer for layer in LAYERS[self.op] if self.class_name in (None, layer[1]))
         found: type[nn.Module] | None = getattr(sys.modules.get(module), name, None)
         return found
+
+    def parameters(self, layer: Layer) -> Iterator[nn.Parameter]:
+        """The weights that it reads, which may be another module's."""
+        return layer.parameters()
 
     def reason_to_leave(self, layer: Layer) -> str | None:
         """Why the standard signature cannot say what this layer computes, or None."""

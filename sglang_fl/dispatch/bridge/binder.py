@@ -22,15 +22,36 @@ from ..logger_manager import dispatch_log
 from ..manager import OpManager
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
-from .base import Bridge, Forward, NoContexts, Routes, Site, activation_dtype, device_of
+from .activation import GeluAndMulBridge, NewGELUBridge, QuickGELUBridge, ReLU2Bridge, SiluAndMulBridge
+from .base import OBJ, Bridge, Forward, NoContexts, Routes, Site, activation_dtype, device_of
 from .choice import Choice, Chooser, Place
 from .first_passes import FirstPasses
+from .fused_moe import FusedMoEBridge
+from .gemma_rms_norm import Gemma3RMSNormBridge, GemmaRMSNormBridge
+from .layer_norm import LayerNormBridge
+from .mrotary_embedding import MRotaryEmbeddingBridge
 from .report import BindReport
-from .rms_norm import RMSNormBridge
+from .rms_norm import Gemma4RMSNormBridge, RMSNormBridge, RMSNormWithoutScaleBridge
 from .rotary_embedding import RotaryEmbeddingBridge
-from .silu_and_mul import SiluAndMulBridge
+from .topk import TopKBridge
 
-BRIDGES: tuple[Bridge, ...] = (RMSNormBridge(), RotaryEmbeddingBridge(), SiluAndMulBridge())
+BRIDGES: tuple[Bridge, ...] = (
+    FusedMoEBridge(),
+    GeluAndMulBridge(),
+    Gemma3RMSNormBridge(),
+    Gemma4RMSNormBridge(),
+    GemmaRMSNormBridge(),
+    LayerNormBridge(),
+    MRotaryEmbeddingBridge(),
+    NewGELUBridge(),
+    QuickGELUBridge(),
+    RMSNormBridge(),
+    RMSNormWithoutScaleBridge(),
+    ReLU2Bridge(),
+    RotaryEmbeddingBridge(),
+    SiluAndMulBridge(),
+    TopKBridge(),
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,7 @@ class Binder:
         method = layer._forward_method
         if method is not None and getattr(method, "__func__", None) not in self._ours:
             return f"SGLang pinned it to {getattr(method, '__name__', method)}"
-        if any(parameter.device != site.device for parameter in layer.parameters()):
+        if any(parameter.device != site.device for parameter in bridge.parameters(layer)):
             return "its weights are offloaded"
         return bridge.reason_to_leave(layer)
 
@@ -154,7 +175,7 @@ class Binder:
         In the layer by which the model's first passes are counted it keeps the place until they are over.
         """
 
-        def first(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        def first(layer: Any, /, *args: Any, **kwargs: Any) -> Any:  # SGLang may name an argument ``layer``
             if not (overrides.active or torch.compiler.is_compiling()):
                 dispatch_log().record(type(layer).__name__, destination)
                 info = self._layers.get(layer)
@@ -183,7 +204,7 @@ class Binder:
         raise RuntimeError(f"{type(layer).__name__} was never bound")
 
     def _failed(self, impl: OpImpl) -> Forward:
-        def failed(layer: nn.Module, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...]) -> Any:
+        def failed(layer: nn.Module, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...], **named: Any) -> Any:
             policy = get_policy()
             plan = self.manager.plan(impl.op_name, policy)
             info = self._layers.get(layer)
@@ -193,11 +214,13 @@ class Binder:
                 plan = replace(plan, candidates=tuple(fit))
 
             def call(other: OpImpl) -> Any:
-                result = other.fn(layer, *args)
+                result = other.fn(vars(layer).get(OBJ, layer), *args, **named)
                 dispatch_log().record(type(layer).__name__, str(other))
                 return result
 
-            return self.manager.call_after_failure(plan, policy, impl, error, call, lambda: _own_forward(layer)(layer, *sglang_args))
+            return self.manager.call_after_failure(
+                plan, policy, impl, error, call, lambda: _own_forward(layer)(layer, *sglang_args, **named)
+            )
 
         return failed
 
@@ -226,13 +249,26 @@ def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]
         bridge = next((bridge for base, bridge in loaded if isinstance(layer, base)), None)
         if bridge is not None:
             parent = modules.get(name.rpartition(".")[0], model)
-            yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent))
+            yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent), _num_experts(parent))
+
+
+#: How SGLang's models name an MLP's first matrix, and how many activations it makes for each that goes on.
+_FIRST_MATRICES = {"gate_up_proj": 2, "up_proj": 1, "fc1": 1, "c_fc": 1}
 
 
 def _intermediate_size(parent: nn.Module) -> int | None:
-    """The width of the activations behind a gated MLP's first matrix, on this rank."""
-    width = getattr(getattr(parent, "gate_up_proj", None), "output_size_per_partition", None)
-    return width // 2 if isinstance(width, int) else None
+    """The width of the activations behind an MLP's first matrix, on this rank."""
+    for name, halves in _FIRST_MATRICES.items():
+        width = getattr(getattr(parent, name, None), "output_size_per_partition", None)
+        if isinstance(width, int):
+            return width // halves
+    return None
+
+
+def _num_experts(parent: nn.Module) -> int | None:
+    """How many experts the router beside a layer of experts chooses from."""
+    found = (getattr(child, "num_global_routed_experts", None) for child in parent.children())
+    return next((count for count in found if isinstance(count, int)), None)
 
 
 def _own_forward(layer: Any) -> Forward:

@@ -2,18 +2,29 @@
 """SGLang 0.5.23's layer classes by operator, as names: this file imports nothing of SGLang.
 
 The first class of each operator is the one whose forward the operator's signature describes; the
-others are its subclasses. Which of them a bridge takes over is the bridge's to say; all of them may
+others are its subclasses, or stand beside it (:data:`BESIDE`). Which of them a bridge takes over is the bridge's to say; all of them may
 stand in ``oot_whitelist`` and ``oot_blacklist``. A test holds the lists against the installed SGLang.
 """
 
 #: operator -> (module, class), the class described by the operator's signature first.
 LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "gelu_and_mul": (("sglang.srt.layers.activation", "GeluAndMul"),),
+    "gemma_rms_norm": (
+        ("sglang.srt.layers.layernorm", "GemmaRMSNorm"),
+        ("sglang.srt.layers.layernorm", "Gemma3RMSNorm"),
+    ),
+    "layer_norm": (("sglang.srt.layers.layernorm", "LayerNorm"),),
+    "new_gelu": (("sglang.srt.layers.activation", "NewGELU"),),
+    "quick_gelu": (("sglang.srt.layers.activation", "QuickGELU"),),
+    "relu2": (("sglang.srt.layers.activation", "ReLU2"),),
     "silu_and_mul": (
         ("sglang.srt.layers.activation", "SiluAndMul"),
         ("sglang.srt.models.beam", "BeamSiluAndMul"),
     ),
     "rms_norm": (
         ("sglang.srt.layers.layernorm", "RMSNorm"),
+        ("sglang.srt.layers.layernorm", "Gemma4RMSNorm"),
+        ("sglang.srt.layers.layernorm", "RMSNormWithoutScale"),
         ("sglang.srt.models.gemma3n_causal", "Gemma3nRMSNorm"),
         ("sglang.srt.models.glm4v", "Glm4vRMSNorm"),
         ("sglang.srt.models.glm_ocr", "GlmOcrRMSNorm"),
@@ -22,9 +33,6 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sglang.srt.layers.rotary_embedding.base", "RotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.base", "LinearScalingRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.bailing_mrope", "BailingMRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "Ernie4_5_VLRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "MRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "YaRNScalingMRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.rope_variant", "DeepseekScalingRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.rope_variant", "DynamicNTKAlphaRotaryEmbedding"),
         ("sglang.srt.layers.rotary_embedding.rope_variant", "DynamicNTKScalingRotaryEmbedding"),
@@ -35,7 +43,24 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sglang.srt.models.beam", "BeamRotaryEmbedding"),
         ("sglang.srt.models.grok", "ScalingRotaryEmbedding"),
     ),
+    "mrotary_embedding": (
+        ("sglang.srt.layers.rotary_embedding.mrope", "MRotaryEmbedding"),
+        ("sglang.srt.layers.rotary_embedding.mrope", "Ernie4_5_VLRotaryEmbedding"),
+        ("sglang.srt.layers.rotary_embedding.mrope", "YaRNScalingMRotaryEmbedding"),
+    ),
+    "fused_moe": (
+        ("sglang.srt.layers.quantization.unquant", "UnquantizedFusedMoEMethod"),
+        ("sglang.srt.hardware_backend.npu.quantization.online_moe_methods", "NPUMXFP8OnlineMoEMethod"),
+        ("sglang.srt.models.beam", "BeamUnquantizedFusedMoEMethod"),
+        ("sglang.srt.models.inkling_common.dense_mlp", "_InklingUnquantizedFusedMoEMethod"),
+    ),
+    "topk": (("sglang.srt.layers.moe.topk", "TopK"),),
 }
+
+#: Operators whose class derives from another operator's class: naming that one in a list means both.
+DERIVED = {"mrotary_embedding": "rotary_embedding"}
+#: Classes that do an operator's work under a bridge of their own, and derive from none of its other classes.
+BESIDE = frozenset({"Gemma3RMSNorm", "Gemma4RMSNorm", "RMSNormWithoutScale"})
 
 #: operator -> (module, function) that SGLang calls, and not as a layer. The lists of classes may name it, too.
 FUNCTIONS: dict[str, tuple[str, str]] = {
@@ -50,36 +75,11 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
 #: Every class and function that the lists may name.
 CLASSES = frozenset(name for layers in LAYERS.values() for _, name in layers) | {name for _, name in FUNCTIONS.values()}
 
-#: Operators and layer classes that backends and settings of FlagOS name, and that this version does not
-#: cover: their layers stay with SGLang.
-NOT_COVERED_OPERATORS = frozenset(
-    {
-        "fused_moe",
-        "gelu_and_mul",
-        "gemma_rms_norm",
-        "layer_norm",
-        "mrotary_embedding",
-        "new_gelu",
-        "quick_gelu",
-        "relu2",
-        "topk",
-    }
-)
+#: Layer classes that settings of FlagOS name, and that this version does not cover: they stay with SGLang.
 NOT_COVERED_CLASSES = frozenset(
     {
         "FusedMoE",
-        "Gemma3RMSNorm",
-        "Gemma4RMSNorm",
-        "GemmaRMSNorm",
-        "GeluAndMul",
-        "LayerNorm",
         "Mixer2RMSNormGated",
-        "NewGELU",
-        "QuickGELU",
-        "RMSNormWithoutScale",
-        "ReLU2",
-        "TopK",
-        "UnquantizedFusedMoEMethod",
     }
 )
 
@@ -93,7 +93,5 @@ OVERRIDING = frozenset(
         "Glm4vRMSNorm",
         "GlmOcrRMSNorm",
         "Llama4VisionRotaryEmbedding",
-        "MRotaryEmbedding",
-        "YaRNScalingMRotaryEmbedding",
     }
 )

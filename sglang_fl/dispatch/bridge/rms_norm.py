@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+from .base import OBJ, Forward, Layer, Routes, Site
+from .norm import NormBridge, norm_obj
 
-_TRIAL_TOKENS = 2
 #: Attributes of SGLang's RMSNorm that change its result, and the value that does not.
 _STANDARD = {
     "variance_size_override": None,
@@ -30,10 +30,11 @@ def _fuses_fp8(layer: Layer) -> bool:
     return scale_of(linear) is not None
 
 
-class RMSNormBridge(Bridge):
+class RMSNormBridge(NormBridge):
     """SGLang's RMSNorm: ``forward(x, residual, post_residual_addition, quant_linear)``."""
 
     op = "rms_norm"
+    with_residual = True
 
     def _reason_in_attributes(self, layer: Layer) -> str | None:
         for name, standard in _STANDARD.items():
@@ -45,18 +46,6 @@ class RMSNormBridge(Bridge):
         if _fuses_fp8(layer):
             return "its output is quantised to FP8 on the way out"
         return None
-
-    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
-        return site.dtype, site.device, layer.weight.shape, layer.weight.dtype, layer.variance_epsilon
-
-    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
-        x = scratch(site, _TRIAL_TOKENS, layer.weight.shape[0])
-        check_result("its result", fn(layer, x.clone()), x)
-        with_residual = fn(layer, x.clone(), x.clone())
-        if not isinstance(with_residual, tuple) or len(with_residual) != 2:
-            raise TypeError(f"with a residual its result is {type(with_residual).__name__}, not (normed, residual)")
-        for what, result in zip(("its result", "its residual"), with_residual, strict=True):
-            check_result(what, result, x)
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own = routes.fn, routes.dtypes, routes.own
@@ -81,3 +70,39 @@ class RMSNormBridge(Bridge):
                 return failed(self, error, (x, residual), (x, residual))
 
         return forward
+
+
+class RMSNormWithoutScaleBridge(NormBridge):
+    """SGLang's RMSNormWithoutScale: ``forward(x)``, ``eps`` for ``variance_epsilon``, and ones for weights."""
+
+    op = "rms_norm"
+    class_name = "RMSNormWithoutScale"
+
+    def _obj(self, layer: Layer, site: Site) -> Any:
+        return vars(layer).get(OBJ) or norm_obj(layer, site.dtype, site.device)
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+
+        def forward(self: Layer, x: torch.Tensor) -> Any:
+            if contexts.active:
+                return divert(self, x)
+            if dtypes is not None and x.dtype not in dtypes:
+                return own(self, x)
+            obj = self.__dict__.get(OBJ) or norm_obj(self, x.dtype, x.device)
+            try:
+                return fn(obj, x)
+            except Exception as error:
+                return failed(self, error, (x,), (x,))
+
+        return forward
+
+
+class Gemma4RMSNormBridge(RMSNormWithoutScaleBridge):
+    """SGLang's Gemma4RMSNorm: ``forward(x)`` with plain weights, or with a buffer of ones for them."""
+
+    class_name = "Gemma4RMSNorm"
+
+    def _reason_in_attributes(self, layer: Layer) -> str | None:
+        return f"scale_shift={layer.scale_shift}" if layer.with_scale and layer.scale_shift != 0 else None

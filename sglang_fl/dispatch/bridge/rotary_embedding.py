@@ -5,9 +5,9 @@ import torch
 
 from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
 
-_TRIAL_TOKENS, _TRIAL_HEADS, _TRIAL_KV_HEADS = 2, 4, 2
+TRIAL_TOKENS, TRIAL_HEADS, TRIAL_KV_HEADS = 2, 4, 2
 #: SGLang's forwards that return new tensors.
-_OUT_OF_PLACE = frozenset({"forward_native", "forward_npu"})
+OUT_OF_PLACE = frozenset({"forward_native", "forward_npu"})
 #: Where a layer keeps (its cos_sin_cache, the cos half, the sin half).
 _HALVES = "_sglang_fl_cos_sin"
 
@@ -44,10 +44,10 @@ class RotaryEmbeddingBridge(Bridge):
         return site.dtype, site.device, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
 
     def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
-        query = scratch(site, _TRIAL_TOKENS, _TRIAL_HEADS, layer.head_size)
-        key = scratch(site, _TRIAL_TOKENS, _TRIAL_KV_HEADS, layer.head_size)
+        query = scratch(site, TRIAL_TOKENS, TRIAL_HEADS, layer.head_size)
+        key = scratch(site, TRIAL_TOKENS, TRIAL_KV_HEADS, layer.head_size)
         _, cos, sin = cos_sin(layer)
-        positions = torch.arange(_TRIAL_TOKENS, device=site.device) % cos.shape[0]
+        positions = torch.arange(TRIAL_TOKENS, device=site.device) % cos.shape[0]
         result = fn(layer, query.clone(), key.clone(), cos, sin, positions, not layer.is_neox_style, True)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"its result is {type(result).__name__}, not (query, key)")
@@ -59,7 +59,7 @@ class RotaryEmbeddingBridge(Bridge):
         contexts, divert, failed = routes.contexts, routes.divert, routes.failed
         # Where SGLang's own forward writes query and key in place, some of its models rely on that
         # and do not look at the result (models/llama4.py).
-        in_place = own.__name__ not in _OUT_OF_PLACE
+        in_place = own.__name__ not in OUT_OF_PLACE
 
         def forward(
             self: Layer,
@@ -96,13 +96,13 @@ class RotaryEmbeddingBridge(Bridge):
             except Exception as error:
                 rotated = failed(self, error, args, (positions, query, key, offsets))
             if in_place:
-                return _write_back(query, args[0], rotated[0]), _write_back(key, args[1], rotated[1])
+                return write_back(query, args[0], rotated[0]), write_back(key, args[1], rotated[1])
             return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
 
         return forward
 
 
-def _write_back(given: torch.Tensor, by_head: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+def write_back(given: torch.Tensor, by_head: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
     """``given``, holding the result; nothing is copied if the implementation wrote it there."""
     if rotated is not by_head or by_head.data_ptr() != given.data_ptr():
         given.copy_(rotated.reshape(given.shape))

@@ -8,9 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from accuracy import (
+    DTYPES,
+    Gelu,
+    Norm,
+    check_activation,
+    check_cases,
+    check_gemma_rms_norm,
+    check_layer_norm,
+    check_rms_norm,
+    check_rotary_embedding,
+    check_silu_and_mul,
+)
 from torch_npu_stand_in import torch_npu
 
+from sglang_fl.certify.words import INPUTS, SERVING, SPECIAL, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 from sglang_fl.dispatch.backends.vendor.ascend import ascend
@@ -28,10 +40,10 @@ def backend() -> Iterator[AscendBackend]:
     module, library = torch_npu(WHEEL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch_npu", module)
-        for name in ("", ".activation", ".normalization", ".rotary"):
+        for name in ("", ".activation", ".moe", ".normalization", ".rotary"):
             patch.delitem(sys.modules, PACKAGE + name, raising=False)
         yield AscendBackend()
-        for name in ("", ".activation", ".normalization", ".rotary"):
+        for name in ("", ".activation", ".moe", ".normalization", ".rotary"):
             sys.modules.pop(PACKAGE + name, None)
     library._destroy()
 
@@ -46,6 +58,36 @@ def test_norm_and_activation(backend: AscendBackend, shape: tuple[int, ...], dty
     check_silu_and_mul(backend.silu_and_mul, x)
 
 
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 8), (128,)])
+def test_gemma_and_layer_norm(backend: AscendBackend, shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    layer = Norm(torch.randn(shape[-1]).to(weight_dtype), bias=torch.randn(shape[-1]).to(weight_dtype))
+    check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, None)
+    check_gemma_rms_norm(backend.gemma_rms_norm, layer, x.clone(), residual)
+    check_layer_norm(backend.layer_norm, layer, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 8), (128,)])
+def test_activations(backend: AscendBackend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = 4 * torch.randn(shape).to(dtype)
+    for approximate in ("none", "tanh"):
+        check_activation(backend.gelu_and_mul, "gelu_and_mul", x, approximate)
+    check_activation(backend.new_gelu, "new_gelu", x)
+    check_activation(backend.quick_gelu, "quick_gelu", x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views(backend: AscendBackend, dtype: torch.dtype) -> None:
+    wide, layer = torch.randn(6, 5, 3 * 64).to(dtype), Norm(torch.randn(64, 2).to(dtype)[:, 0])
+    for x in (wide[..., 64:128], wide.transpose(0, 1)[..., :64], wide[..., ::3]):
+        check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, None)
+        check_activation(backend.gelu_and_mul, "gelu_and_mul", x, "tanh")
+        check_activation(backend.new_gelu, "new_gelu", x)
+
+
 def test_what_it_refuses(backend: AscendBackend) -> None:
     with pytest.raises(ValueError, match="it cannot be 5"):
         backend.silu_and_mul(None, torch.ones(3, 5))
@@ -53,6 +95,11 @@ def test_what_it_refuses(backend: AscendBackend) -> None:
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="hidden_size is 64"):
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 32))
+    with pytest.raises(ValueError, match=r"gelu_and_mul: .* it cannot be 5"):
+        backend.gelu_and_mul(Gelu("tanh"), torch.ones(3, 5))
+    for norm in (backend.gemma_rms_norm, backend.layer_norm):
+        with pytest.raises(ValueError, match="hidden_size is 64"):
+            norm(Norm(torch.ones(64), bias=torch.ones(64)), torch.ones(2, 32))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -78,6 +125,10 @@ def test_rotary(
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+def test_rotary_with_sections(backend: AscendBackend) -> None:
+    check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, SPECIAL, INPUTS)
 
 
 @pytest.mark.parametrize(

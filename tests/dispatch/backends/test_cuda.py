@@ -1,15 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend's glue, on stand-ins of its kernels that take what the real ones take and no more."""
 
+import inspect
 import sys
+from collections.abc import Callable
 from importlib import import_module, util
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from accuracy import (
+    DTYPES,
+    Gelu,
+    Norm,
+    check_activation,
+    check_cases,
+    check_gemma_rms_norm,
+    check_layer_norm,
+    check_rms_norm,
+    check_rotary_embedding,
+    check_silu_and_mul,
+)
+from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 
+from sglang_fl.certify.words import INPUTS, OK, REFUSED, SERVING, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 from sglang_fl.dispatch.backends.reference import impl as reference
@@ -19,16 +34,28 @@ from sglang_fl.dispatch.backends.vendor.cuda.cuda import CudaBackend
 PACKAGE = "sglang_fl.dispatch.backends.vendor.cuda.impl"
 
 
-def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    assert input.dim() == 2 and input.stride(-1) == 1 and input.numel() and weight.dtype == input.dtype
-    return reference.rms_norm(input, None, weight, eps)
+def norm_kernels(norm: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Without a residual and with one."""
+
+    def plain(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+        assert input.dim() == 2 and input.stride(-1) == 1 and input.numel() and weight.dtype == input.dtype
+        return norm(input, None, weight, eps)
+
+    def added(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> None:
+        assert input.dim() == residual.dim() == 2 and input.stride(-1) == residual.stride(-1) == 1 and input.numel()
+        assert weight.dtype == input.dtype
+        normed, total = norm(input, residual, weight, eps)
+        input.copy_(normed)
+        residual.copy_(total)
+
+    return plain, added
 
 
-def fused_add_rmsnorm(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> None:
-    assert input.dim() == residual.dim() == 2 and input.stride(-1) == residual.stride(-1) == 1 and input.numel()
-    normed, total = reference.rms_norm(input, residual, weight, eps)
-    input.copy_(normed)
-    residual.copy_(total)
+def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """FlashInfer's, whose second parameter is spelled so."""
+    assert input.dim() == 2 and input.is_contiguous() and input.numel() and input.dtype == torch.bfloat16
+    assert gemma.dtype == beta.dtype == torch.float32 and gemma.is_contiguous() and beta.is_contiguous()
+    return reference.layer_norm(input, gemma, beta, eps)
 
 
 def act_and_mul(vector_bytes: int) -> Any:
@@ -37,6 +64,30 @@ def act_and_mul(vector_bytes: int) -> Any:
         out.view(-1, out.shape[-1]).copy_(reference.silu_and_mul(input.view(-1, input.shape[-1])))
 
     return silu_and_mul
+
+
+class ActivationModule:
+    """SGLang's compiled kernels: 2-D and contiguous, and rows of whole vectors."""
+
+    def run_activation(self, input: torch.Tensor, out: torch.Tensor, name: str) -> None:
+        assert input.dim() == out.dim() == 2 and input.is_contiguous() and out.is_contiguous()
+        assert out.shape[-1] * out.itemsize % 16 == 0 and input.shape == (out.shape[0], 2 * out.shape[1])
+        out.copy_(reference.gelu_and_mul(input, {"gelu": "none", "gelu_tanh": "tanh"}[name]))
+
+
+def activation_module(dtype: torch.dtype, *, fast_math: bool = True) -> ActivationModule:
+    assert not fast_math, "with fast math the tail of GELU is wrong"
+    return ActivationModule()
+
+
+def relu2(input: torch.Tensor, out: torch.Tensor | None = None, *, fast_math: bool = True) -> torch.Tensor:
+    assert out is not None and input.numel() * input.itemsize % 16 == 0 and input.numel()
+    return out.view(-1, out.shape[-1]).copy_(reference.relu2(input.view(-1, input.shape[-1]))).view(out.shape)
+
+
+def register_custom_op(fn: Callable[..., Any], *, op_name: str, mutates_args: list[str]) -> Callable[..., Any]:
+    assert set(mutates_args) <= set(inspect.signature(fn).parameters)
+    return fn
 
 
 def apply_rope_inplace(
@@ -52,12 +103,50 @@ def apply_rope_inplace(
     k.copy_(rotated[1])
 
 
+def triton_mrope_fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    mrope_section: list[int],
+    head_size: int,
+    rotary_dim: int,
+    mrope_interleaved: bool,
+    mrope_interleaved_glm: bool,
+    is_neox_style: bool,
+    axis_map: torch.Tensor | None,
+) -> None:
+    """It reads positions and the heads of a token as they lie, and computes in the cache's dtype."""
+    assert q.dim() == k.dim() == 2 and q.stride(1) == k.stride(1) == 1 and q.shape[0] and q.shape[1] % head_size == 0
+    assert cos_sin_cache.is_contiguous() and cos_sin_cache.shape[1] == rotary_dim and cos_sin_cache.dtype == torch.float32
+    assert positions.shape == (3, q.shape[0]) and positions.stride(1) == 1 and not mrope_interleaved_glm and axis_map is None
+    layer = MRotaryEmbedding(head_size, rotary_dim, 1, 1, is_neox_style, torch.float32, mrope_section, mrope_interleaved)
+    layer.cos_sin_cache = cos_sin_cache
+    rotated = layer.forward_native(positions, q.float(), k.float())
+    q.copy_(rotated[0])
+    k.copy_(rotated[1])
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    rms, gemma = norm_kernels(reference.rms_norm), norm_kernels(reference.gemma_rms_norm)
     modules: dict[str, dict[str, Any]] = {
-        "sgl_kernel": {"rmsnorm": rmsnorm, "fused_add_rmsnorm": fused_add_rmsnorm, "silu_and_mul": act_and_mul(16)},
-        "sglang.kernels.ops.activation.activation": {"silu_and_mul": act_and_mul(16)},
+        "flashinfer.norm": {"layernorm": layernorm},
+        "sgl_kernel": {
+            "rmsnorm": rms[0],
+            "fused_add_rmsnorm": rms[1],
+            "gemma_rmsnorm": gemma[0],
+            "gemma_fused_add_rmsnorm": gemma[1],
+            "silu_and_mul": act_and_mul(16),
+        },
+        "sglang.kernels.ops.activation.activation": {
+            "activation_module": activation_module,
+            "relu2": relu2,
+            "silu_and_mul": act_and_mul(16),
+        },
         "sglang.kernels.ops.attention.rope": {"apply_rope_inplace": apply_rope_inplace},
+        "sglang.kernels.ops.attention.rotary_triton": {"triton_mrope_fused": triton_mrope_fused},
+        "sglang.srt.utils.custom_op": {"register_custom_op": register_custom_op},
     }
     for name, contents in modules.items():
         module = ModuleType(name)
@@ -77,7 +166,18 @@ def test_norm_and_activation(backend: CudaBackend, shape: tuple[int, ...], dtype
     layer = Norm(torch.randn(shape[-1]).to(dtype))
     check_rms_norm(backend.rms_norm, layer, x, None)
     check_silu_and_mul(backend.silu_and_mul, x)
+    for approximate in ("none", "tanh"):
+        check_activation(backend.gelu_and_mul, "gelu_and_mul", x, approximate)
+    check_activation(backend.relu2, "relu2", x)
+    check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, None)
+    check_gemma_rms_norm(backend.gemma_rms_norm, layer, x.clone(), residual.clone())
     check_rms_norm(backend.rms_norm, layer, x, residual)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (128,), (2, 33)])
+def test_layer_norm(backend: CudaBackend, shape: tuple[int, ...]) -> None:
+    layer = Norm(torch.randn(shape[-1]), bias=torch.randn(shape[-1]))
+    check_layer_norm(backend.layer_norm, layer, torch.randn(shape).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,6 +186,10 @@ def test_views(backend: CudaBackend, dtype: torch.dtype) -> None:
     layer = Norm(torch.randn(64).to(dtype))
     for x in (wide[..., 64:128], wide[:, 0, :64], wide.transpose(0, 2)[:64].transpose(0, 2), wide[..., ::3]):
         check_silu_and_mul(backend.silu_and_mul, x)
+        check_activation(backend.gelu_and_mul, "gelu_and_mul", x, "tanh")
+        check_activation(backend.relu2, "relu2", x)
+        check_layer_norm(backend.layer_norm, Norm(torch.randn(64), bias=torch.randn(64, 2)[:, 0]), x.bfloat16())
+        check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, None)
         check_rms_norm(backend.rms_norm, layer, x, None)
         exact = x.double() + x.double()
         normed, total = backend.rms_norm(layer, x.clone(), x.clone())
@@ -98,6 +202,12 @@ def test_rows_that_the_kernels_cannot_load_are_refused(backend: CudaBackend) -> 
         backend.silu_and_mul(None, torch.randn(3, 2 * 12).bfloat16())
     with pytest.raises(ValueError, match="it cannot be 5"):
         backend.silu_and_mul(None, torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"gelu_and_mul: the kernel needs rows of whole 16 bytes, and 12 torch\.bfloat16 are 24"):
+        backend.gelu_and_mul(Gelu("tanh"), torch.randn(3, 2 * 12).bfloat16())
+    with pytest.raises(ValueError, match=r"relu2: the kernel needs rows of whole 16 bytes, and 10 torch\.float32 are 40"):
+        backend.relu2(None, torch.randn(2, 10))
+    with pytest.raises(ValueError, match=r"gelu_and_mul: .* it cannot be 5"):
+        backend.gelu_and_mul(Gelu("none"), torch.ones(3, 5))
 
 
 def test_a_row_too_narrow_for_the_wide_kernel(monkeypatch: pytest.MonkeyPatch, backend: CudaBackend) -> None:
@@ -115,6 +225,10 @@ def test_weights_of_another_dtype_are_refused(backend: CudaBackend) -> None:
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="hidden_size is 64"):
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 32))
+    with pytest.raises(TypeError, match=r"gemma_rms_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.bfloat16"):
+        backend.gemma_rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"layer_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.float32"):
+        backend.layer_norm(Norm(torch.ones(64).bfloat16(), bias=torch.ones(64).bfloat16()), torch.ones(2, 64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -132,6 +246,11 @@ def test_rotary(
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+def test_rotary_with_sections(backend: CudaBackend) -> None:
+    """Half of the cases have a cache in another dtype, or heads that lie apart, which are refused or copied."""
+    check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, INPUTS, allowed=frozenset({OK, REFUSED}))
 
 
 def test_halves_of_one_cache_are_joined_without_a_copy(backend: CudaBackend) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, check_rotary_embedding
+from accuracy import DTYPES, Gelu, Norm, check_activation, check_cases, check_gemma_rms_norm, check_rotary_embedding
 from flaggems_here import gems
 
+from sglang_fl.certify.words import INPUTS, SERVING, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch.backends.flaggems import library
 from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend
-from sglang_fl.dispatch.backends.reference.impl import rotary_embedding as reference_rotary
+from sglang_fl.dispatch.backends.reference import impl as reference
 
 __all__ = ["gems"]
 
@@ -43,6 +44,7 @@ def source(tmp_path: Path) -> Path:
     ("file", "old", "new", "told"),
     [
         ("modules/normalization.py", "weight: torch.Tensor, eps: float", "w: torch.Tensor, eps: float", "takes (x, residual, w, eps), not"),
+        ("fused/gelu_and_mul.py", "def gelu_and_mul(x, y,", "def gelu_and_mul(gate, up,", "takes (gate, up, approximate), not"),
         ("modules/activation.py", "def gems_silu_and_mul", "def gems_swiglu", "there is no gems_silu_and_mul"),
         (
             "runtime/register.py",
@@ -192,7 +194,7 @@ def gems_rope_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FlagGems's function as it declares itself, in PyTorch: whole heads, last dimension of cos and sin contiguous."""
     assert cos.shape[-1] * 2 == query.shape[-1] and cos.stride(-1) == sin.stride(-1) == 1 and position_ids is not None
-    rotated = reference_rotary(query, key, cos, sin, position_ids, rotary_interleaved)
+    rotated = reference.rotary_embedding(query, key, cos, sin, position_ids, rotary_interleaved)
     if not inplace:
         return rotated
     return query.copy_(rotated[0]), key.copy_(rotated[1])
@@ -222,7 +224,50 @@ def test_whole_and_partial_rotary(
     check_rotary_embedding(FlagGemsBackend().rotary_embedding, query, key, angles.cos(), angles.sin(), positions, interleaved, inplace)
 
 
+def test_rotary_with_sections(monkeypatch: pytest.MonkeyPatch, gems: ModuleType) -> None:
+    rotary = import_module("sglang_fl.dispatch.backends.flaggems.impl.rotary")
+    monkeypatch.setattr(rotary, "gems_rope_forward", gems_rope_forward)
+    check_cases("mrotary_embedding", FlagGemsBackend().mrotary_embedding, SERVING, UNUSUAL, INPUTS)
+
+
+def gelu_and_mul(x: torch.Tensor, y: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """FlagGems's function as it declares itself, in PyTorch."""
+    return reference.gelu_and_mul(torch.cat((x, y), -1), approximate)
+
+
+def gelu(self: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    assert approximate == "tanh"
+    return reference.new_gelu(self)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(gems: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    activation = import_module("sglang_fl.dispatch.backends.flaggems.impl.activation")
+    monkeypatch.setattr(activation, "gems_gelu_and_mul", gelu_and_mul)
+    monkeypatch.setattr(activation, "gems_gelu", gelu)
+    for shape in ((5, 64), (0, 64), (2, 3, 8), (64,)):
+        x = torch.randn(shape).to(dtype)
+        for approximate in ("none", "tanh"):
+            check_activation(FlagGemsBackend().gelu_and_mul, "gelu_and_mul", x, approximate)
+        check_activation(FlagGemsBackend().new_gelu, "new_gelu", x)
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemma_norm_by_flaggems_norm(
+    gems: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    """Its norm takes weights of another dtype than x, so 1 + weight need not be rounded."""
+    normalization = import_module("sglang_fl.dispatch.backends.flaggems.impl.normalization")
+    monkeypatch.setattr(normalization, "rms_norm", reference.rms_norm)
+    x, layer = torch.randn(7, 64).to(dtype), Norm(torch.randn(64).to(weight_dtype))
+    check_gemma_rms_norm(FlagGemsBackend().gemma_rms_norm, layer, x, None)
+    check_gemma_rms_norm(FlagGemsBackend().gemma_rms_norm, layer, x, x.clone())
+
+
 def test_an_odd_width_is_refused(gems: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"gelu_and_mul: .* it cannot be 7"):
+        FlagGemsBackend().gelu_and_mul(Gelu("tanh"), torch.ones(2, 7))
     with pytest.raises(ValueError, match="it cannot be 7"):
         FlagGemsBackend().silu_and_mul(None, torch.ones(2, 7))
 
@@ -230,3 +275,5 @@ def test_an_odd_width_is_refused(gems: ModuleType) -> None:
 def test_the_functions_are_flaggems_own(gems: ModuleType) -> None:
     impl = reload(import_module("sglang_fl.dispatch.backends.flaggems.impl"))
     assert impl.rms_norm is gems.modules.normalization.gems_rms_forward
+    activation = reload(import_module("sglang_fl.dispatch.backends.flaggems.impl.activation"))
+    assert activation.gems_gelu_and_mul is gems.gelu_and_mul and activation.gems_gelu is gems.gelu

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of each of SGLang's layers that the bridges are for, with every option that changes a result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from sglang_fl.dispatch.bridge.catalog import LAYERS
 
 HEAD, ROTARY, MAX_POSITION, BASE = 64, 64, 256, 10000
 HIDDEN = 64
+EXPERTS = 8
 
 
 def sglang_class(name: str) -> type[nn.Module]:
@@ -65,14 +67,67 @@ ROTARY_LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "RMSNorm": lambda **options: sglang_class("RMSNorm")(HIDDEN, **options),
+    "Gemma3RMSNorm": lambda **options: sglang_class("Gemma3RMSNorm")(HIDDEN, **options),
     "Gemma3nRMSNorm": lambda: sglang_class("Gemma3nRMSNorm")(HIDDEN),
+    "Gemma4RMSNorm": lambda **options: sglang_class("Gemma4RMSNorm")(HIDDEN, **options),
+    "GemmaRMSNorm": lambda **options: sglang_class("GemmaRMSNorm")(HIDDEN, **options),
     "Glm4vRMSNorm": lambda: sglang_class("Glm4vRMSNorm")(HIDDEN),
     "GlmOcrRMSNorm": lambda: sglang_class("GlmOcrRMSNorm")(HIDDEN),
+    "LayerNorm": lambda **options: sglang_class("LayerNorm")(HIDDEN, **options),
+    "RMSNormWithoutScale": lambda **options: sglang_class("RMSNormWithoutScale")(HIDDEN, **options),
 }
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "SiluAndMul": lambda: sglang_class("SiluAndMul")(),
     "BeamSiluAndMul": lambda: sglang_class("BeamSiluAndMul")(),
+    "GeluAndMul": lambda **options: sglang_class("GeluAndMul")(**options),
+    "NewGELU": lambda: sglang_class("NewGELU")(),
+    "QuickGELU": lambda: sglang_class("QuickGELU")(),
+    "ReLU2": lambda: sglang_class("ReLU2")(),
+    "SiluAndMul": lambda: sglang_class("SiluAndMul")(),
+}
+
+
+@contextmanager
+def in_a_server(**arguments: Any) -> Iterator[None]:
+    """As in the process of a server with these arguments: routers and experts ask it when they are made and called."""
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    context = runtime_context.create_context(ServerArgs(model_path="dummy", **arguments), role="scheduler")
+    alone = {f"{kind}_{what}": int(what == "size") for kind in ("moe_ep", "moe_tp", "tp") for what in ("size", "rank")}
+    with runtime_context.use_context(context), runtime_context.get_parallel().override(**alone, tp_group=SimpleNamespace(world_size=1)):
+        yield
+
+
+def router(*, bind: bool = True, **options: Any) -> Any:
+    """A TopK that belongs to experts, of SGLang's usual runner."""
+    from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+    layer = sglang_class("TopK")(**{"top_k": 2, "layer_id": 0, **options})
+    if bind:
+        layer.bind_runner_backend(MoeRunnerBackend.TRITON)
+    return layer
+
+
+def experts(method: str | None = None, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A FusedMoE, whose quant_method is the layer that a bridge is for."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    given = {"num_experts": EXPERTS, "hidden_size": HIDDEN, "intermediate_size": 32, "layer_id": 0, "top_k": 2, "params_dtype": dtype}
+    layer = FusedMoE(**{**given, **options}, quant_method=sglang_class(method)() if method else None)
+    for name, weight in layer.named_parameters():
+        torch.nn.init.normal_(weight, std=1.0 if "bias" in name else weight.shape[-1] ** -0.5)
+    return layer
+
+
+MOE_LAYERS: dict[str, Callable[[], Any]] = {
+    "TopK": router,
+    "UnquantizedFusedMoEMethod": lambda: experts().quant_method,
+    "BeamUnquantizedFusedMoEMethod": lambda: experts("BeamUnquantizedFusedMoEMethod").quant_method,
+    # Its runner wants an NPU, so that no layer of it can be made here.
+    "NPUMXFP8OnlineMoEMethod": lambda: sglang_class("NPUMXFP8OnlineMoEMethod")(),
+    # SGLang's layer that has it makes no runner for it and computes for itself.
+    "_InklingUnquantizedFusedMoEMethod": lambda: sglang_class("_InklingUnquantizedFusedMoEMethod")(),
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ....config import settings_in_force
 from ....device import Device, detect, probe
-from ....vendors import VENDORS
+from ....vendor_platform import known_vendors
 
 logger = logging.getLogger("sglang_fl.flaggems")
 
@@ -37,6 +37,8 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "Register.register_impl": ("self", "key", "fn"),
         "Register.get_unused_ops": ("self",),
     },
+    "fused/gelu_and_mul.py": {"gelu_and_mul": ("x", "y", "approximate")},
+    "ops/gelu.py": {"gelu": ("self",)},
     "fused/FLA/chunk_delta_h.py": {
         "chunk_gated_delta_rule_fwd_h": (
             "k",
@@ -88,6 +90,19 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
     "fused/FLA/wy_fast.py": {"recompute_w_u_fwd": ("k", "v", "beta", "g_cumsum", "A", "cu_seqlens")},
     "modules/activation.py": {"gems_silu_and_mul": ("x", "y")},
     "modules/normalization.py": {"gems_rms_forward": ("x", "residual", "weight", "eps")},
+    "fused/topk_softmax.py": {"topk_softmax": ("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "renormalize")},
+    "fused/grouped_topk.py": {
+        "grouped_topk": ("scores", "n_group", "topk_group", "topk", "renormalize", "routed_scaling_factor", "bias", "scoring_func"),
+    },
+    "fused/fused_moe.py": {
+        # All of them are of use to quantised experts; we hand over by name what stands behind topk_ids.
+        "fused_experts_impl": (
+            *("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "inplace", "activation", "apply_router_weight_on_input"),
+            *("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "ocp_mx_scheme", "per_channel_quant"),
+            *("global_num_experts", "expert_map", "w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale", "block_shape"),
+            *("w1_bias", "w2_bias"),
+        ),
+    },
     "modules/rotary_embedding.py": {
         "gems_rope_forward": ("query", "key", "cos", "sin", "position_ids", "rotary_interleaved", "inplace"),
     },
@@ -96,6 +111,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
 _NAMES: dict[str, tuple[str, ...]] = {
     "__init__.py": ("_FULL_CONFIG", "FULL_CONFIG_BY_FUNC", "registrar", "vendor_name", "current_work_registrar"),
     "runtime/register.py": ("cpp_patched_ops",),
+    "fused/fused_moe.py": ("logger",),
     "utils/codegen_config_utils.py": ("CODEGEN_COFIGS",),
     "utils/libentry.py": ("LibEntry", "major_version", "minor_version"),
 }
@@ -117,7 +133,7 @@ def why_unavailable() -> str | None:
 
 def why_not_here(device: Device) -> str | None:
     """Why FlagGems cannot be used on a device, whatever the settings say, or None."""
-    if not VENDORS[device.vendor].flaggems:
+    if not known_vendors()[device.vendor].flaggems:
         return f"FlagGems has nothing for {device.vendor}"
     if importlib.util.find_spec("flag_gems") is None:
         return NOT_INSTALLED

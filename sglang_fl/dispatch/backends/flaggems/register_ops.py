@@ -5,15 +5,24 @@ from .flaggems import FlagGemsBackend
 
 #: operator -> whether a call that raises may have written its inputs.
 _WRITES_INPUTS = {
-    "silu_and_mul": False,
-    "rms_norm": True,
-    "rotary_embedding": True,
     "chunk_gated_delta_rule": True,
+    "fused_moe": False,
     "fused_recurrent_gated_delta_rule": False,
     "fused_recurrent_gated_delta_rule_packed_decode": True,
+    "gelu_and_mul": False,
+    "gemma_rms_norm": True,
+    "mrotary_embedding": True,
+    "new_gelu": False,
+    "rms_norm": True,
+    "rotary_embedding": True,
+    "silu_and_mul": False,
+    "topk": False,
 }
 #: Operators whose kernels do not take every activation dtype.
-_DTYPES = {"chunk_gated_delta_rule": frozenset({"bfloat16", "float16"})}
+_DTYPES = {
+    "chunk_gated_delta_rule": frozenset({"bfloat16", "float16"}),
+    "fused_moe": frozenset({"bfloat16", "float16"}),
+}
 
 
 def register_builtins(registry: OpRegistry) -> None:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+
 import torch
 
+from ...cos_sin import by_axis
 from ..library import load
 
 gems_rope_forward = load().modules.rotary_embedding.gems_rope_forward
@@ -30,3 +33,18 @@ def rotary_embedding(
     query[..., :rotary_dim] = rotated[0]
     key[..., :rotary_dim] = rotated[1]
     return query, key
+
+
+def mrotary_embedding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool,
+    axis_map: torch.Tensor,
+    mrope_section: Sequence[int],
+    mrope_interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlagGems has no kernel for sections; its plain one is given rows of cos and sin made for each token."""
+    return rotary_embedding(query, key, *by_axis(cos, sin, positions, axis_map), interleaved, True)

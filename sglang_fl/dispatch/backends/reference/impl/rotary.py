@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+
 import torch
+
+from ...cos_sin import by_axis
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -36,3 +40,17 @@ def rotary_embedding(
         return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
     return embed(query), embed(key)
+
+
+def mrotary_embedding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool,
+    axis_map: torch.Tensor,
+    mrope_section: Sequence[int],
+    mrope_interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotary_embedding(query, key, *by_axis(cos, sin, positions, axis_map), interleaved)

@@ -9,7 +9,7 @@ from ... import KernelBackend
 
 
 class AscendBackend(KernelBackend):
-    """npu_swiglu, npu_rms_norm, npu_add_rms_norm, npu_mrope and npu_rotary_mul. None of them writes its inputs."""
+    """torch_npu's npu_swiglu, npu_geglu, npu_rms_norm, npu_mrope and others. None of them writes its inputs."""
 
     name = "ascend"
     vendor = "ascend"

@@ -3,7 +3,18 @@ from ....registry import OpRegistry
 from ....types import BackendImplKind, BackendPriority, OpImpl
 from .ascend import AscendBackend
 
-_OPERATORS = ("silu_and_mul", "rms_norm", "rotary_embedding")
+_OPERATORS = (
+    "gelu_and_mul",
+    "gemma_rms_norm",
+    "layer_norm",
+    "mrotary_embedding",
+    "new_gelu",
+    "quick_gelu",
+    "rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
+    "topk",
+)
 
 
 def register_builtins(registry: OpRegistry) -> None:

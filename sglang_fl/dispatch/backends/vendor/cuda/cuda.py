@@ -12,7 +12,7 @@ _VENDORS = ("nvidia", "thead")
 
 
 class CudaBackend(KernelBackend):
-    """sgl_kernel and SGLang's kernel library."""
+    """sgl_kernel, SGLang's kernel library and FlashInfer's."""
 
     name = "cuda"
 

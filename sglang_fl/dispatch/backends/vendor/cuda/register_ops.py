@@ -5,17 +5,25 @@ from .cuda import CudaBackend
 
 #: operator -> whether a call that raises may have written its inputs.
 _WRITES_INPUTS = {
-    "silu_and_mul": False,
-    "rms_norm": True,
-    "rotary_embedding": True,
     "chunk_gated_delta_rule": True,
     "fused_recurrent_gated_delta_rule": False,
     "fused_recurrent_gated_delta_rule_packed_decode": True,
+    "gelu_and_mul": False,
+    "gemma_rms_norm": True,
+    "layer_norm": False,
+    "mrotary_embedding": True,
+    "relu2": False,
+    "rms_norm": True,
+    "rotary_embedding": True,
+    "silu_and_mul": False,
+    "topk": False,
 }
 #: Operators whose kernels do not take every activation dtype.
 _DTYPES = {
-    "rms_norm": frozenset({"bfloat16", "float16"}),
     "chunk_gated_delta_rule": frozenset({"bfloat16", "float16"}),
+    "gemma_rms_norm": frozenset({"bfloat16", "float16"}),
+    "layer_norm": frozenset({"bfloat16"}),
+    "rms_norm": frozenset({"bfloat16", "float16"}),
 }
 
 

@@ -3,8 +3,29 @@ import torch
 import torch_npu
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def _half_of(op: str, x: torch.Tensor) -> int:
     size = x.shape[-1] // 2
     if 2 * size != x.shape[-1]:
-        raise ValueError(f"silu_and_mul: the last dimension holds two halves; it cannot be {x.shape[-1]}")
+        raise ValueError(f"{op}: the last dimension holds two halves; it cannot be {x.shape[-1]}")
+    return size
+
+
+def gelu_and_mul(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    size = _half_of("gelu_and_mul", x)
+    if not x.numel():
+        return x.new_empty((*x.shape[:-1], size))
+    # Of a gate in the first half, and with the gate's GELU as a second result.
+    return torch_npu.npu_geglu(x, dim=-1, approximate=1 if approximate == "tanh" else 0, activate_left=True)[0]
+
+
+def new_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch_npu.npu_gelu(x, approximate="tanh") if x.numel() else torch.empty_like(x)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch_npu.npu_fast_gelu(x) if x.numel() else torch.empty_like(x)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    size = _half_of("silu_and_mul", x)
     return torch_npu.npu_swiglu(x) if x.numel() else x.new_empty((*x.shape[:-1], size))

@@ -3,13 +3,41 @@ import torch
 import torch_npu
 
 
+def _check_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
+
+
+def gemma_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    _check_size("gemma_rms_norm", x, weight)
+    if not x.numel():
+        return torch.empty_like(x) if residual is None else (x, residual)
+    if residual is None and weight.dtype == x.dtype:
+        return torch_npu.npu_gemma_rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
+    # No fused operator adds a residual and 1 + weight in fp32.
+    hidden = x.float() if residual is None else x.float() + residual
+    normed = torch_npu.npu_gemma_rms_norm(hidden.contiguous(), weight.float().contiguous(), eps)[0].to(x.dtype)
+    return normed if residual is None else (normed, hidden.to(x.dtype))
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    _check_size("layer_norm", x, weight)
+    if not x.numel():
+        return torch.empty_like(x)
+    if weight.dtype != x.dtype:
+        normed = torch_npu.npu_layer_norm_eval(x.float(), [x.shape[-1]], weight.float(), bias.float(), eps)
+        return normed.to(x.dtype)
+    return torch_npu.npu_layer_norm_eval(x, [x.shape[-1]], weight, bias, eps)
+
+
 def rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     if weight.dtype != x.dtype:
         raise TypeError(f"rms_norm: torch_npu normalises {x.dtype} with weights of the same dtype, and they are {weight.dtype}")
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"rms_norm: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
+    _check_size("rms_norm", x, weight)
     if not x.numel():
         return torch.empty_like(x) if residual is None else (x, residual)
     if residual is None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+
 import torch
 import torch_npu
 
-from ....cos_sin import joined
+from ....cos_sin import by_axis, joined
 
 #: npu_mrope's widths come in these steps, by the bytes of a number.
 _STEP = {2: 32, 4: 16}
@@ -22,22 +24,42 @@ def rotary_embedding(
     """torch_npu's operators give new tensors, whatever is allowed."""
     if not query.shape[0]:
         return query, key
-    rotary_dim = 2 * cos.shape[-1]
-    mode = "interleave" if interleaved else "half"
-    if cos.dtype == query.dtype and rotary_dim % _STEP[query.itemsize] == 0:
-        head_dim = query.shape[-1]
-        rotated = torch_npu.npu_mrope(
-            position_ids,
-            query.reshape(query.shape[0], -1),
-            key.reshape(key.shape[0], -1),
-            joined(cos, sin),
-            head_dim,
-            mrope_section=_NO_SECTIONS,
-            rotary_mode=mode,
-        )
-        return rotated[0].view(query.shape), rotated[1].view(key.shape)
+    if _fits_npu_mrope(query, cos):
+        return _npu_mrope(query, key, cos, sin, position_ids, interleaved, _NO_SECTIONS)
+    mode = _mode(interleaved)
     rows_cos, rows_sin = (_rows(x, position_ids, interleaved) for x in (cos, sin))
     return _rotate(query, rows_cos, rows_sin, mode), _rotate(key, rows_cos, rows_sin, mode)
+
+
+def _mode(interleaved: bool) -> str:
+    return "interleave" if interleaved else "half"
+
+
+def _fits_npu_mrope(query: torch.Tensor, cos: torch.Tensor) -> bool:
+    return cos.dtype == query.dtype and 2 * cos.shape[-1] % _STEP[query.itemsize] == 0
+
+
+def _npu_mrope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool,
+    sections: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not query.shape[0]:
+        return query, key
+    rotated = torch_npu.npu_mrope(
+        positions,
+        query.reshape(query.shape[0], -1),
+        key.reshape(key.shape[0], -1),
+        joined(cos, sin),
+        query.shape[-1],
+        mrope_section=sections,
+        rotary_mode=_mode(interleaved),
+    )
+    return rotated[0].view(query.shape), rotated[1].view(key.shape)
 
 
 def _rows(x: torch.Tensor, position_ids: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -52,3 +74,19 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: str) ->
     rotary_dim = cos.shape[-1]
     rotated = torch_npu.npu_rotary_mul(x[None, ..., :rotary_dim].float(), cos, sin, mode)[0].to(x.dtype)
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+
+
+def mrotary_embedding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool,
+    axis_map: torch.Tensor,
+    mrope_section: Sequence[int],
+    mrope_interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if mrope_interleaved or not _fits_npu_mrope(query, cos):
+        return rotary_embedding(query, key, *by_axis(cos, sin, positions, axis_map), interleaved, False)
+    return _npu_mrope(query, key, cos, sin, positions, interleaved, list(mrope_section))

@@ -1,6 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from sgl_kernel import fused_add_rmsnorm, rmsnorm
+from flashinfer.norm import layernorm
+from sgl_kernel import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm
+
+_Kernel = Callable[..., Any]
+
+
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor, weight_dtype: torch.dtype) -> None:
+    if weight.dtype != weight_dtype:
+        raise TypeError(f"{op}: with x in {x.dtype} the kernel reads weights in {weight_dtype}, and they are {weight.dtype}")
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -10,18 +23,35 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+def _normalized(
+    op: str, plain: _Kernel, added: _Kernel, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    if weight.dtype != x.dtype:
-        raise TypeError(f"rms_norm: the kernel reads weights of x's dtype {x.dtype}, and they are {weight.dtype}")
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"rms_norm: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
+    _check(op, x, weight, x.dtype)
     if not x.numel():
         return torch.empty_like(x) if residual is None else (x, residual)
     rows = _rows(x)
     if residual is None:
-        return rmsnorm(rows, weight, eps).view(x.shape)
+        return plain(rows, weight, eps).view(x.shape)
     sums = _rows(residual)
-    fused_add_rmsnorm(rows, sums, weight, eps)
+    added(rows, sums, weight, eps)
     return rows.view(x.shape), sums.view(x.shape)
+
+
+def gemma_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return _normalized("gemma_rms_norm", gemma_rmsnorm, gemma_fused_add_rmsnorm, x, residual, weight, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    _check("layer_norm", x, weight, torch.float32)
+    if not x.numel():
+        return torch.empty_like(x)
+    # FlashInfer loads 16 bytes at once, from wherever a row begins.
+    return layernorm(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), bias.contiguous(), eps).view(x.shape)
+
+
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return _normalized("rms_norm", rmsnorm, fused_add_rmsnorm, x, residual, weight, eps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -9,10 +9,11 @@ _TRIAL_TOKENS = 2
 _UNKNOWN_SIZE = 128
 
 
-class SiluAndMulBridge(Bridge):
-    """SGLang's SiluAndMul: ``forward(x)``."""
+class ActivationBridge(Bridge):
+    """SGLang's activations without weights: ``forward(x)``."""
 
-    op = "silu_and_mul"
+    #: Whether x holds two halves, a gate and what it is multiplied with.
+    gated: ClassVar[bool] = False
 
     def _reason_in_attributes(self, layer: Layer) -> str | None:
         return None
@@ -22,7 +23,7 @@ class SiluAndMulBridge(Bridge):
 
     def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
         size = site.intermediate_size or _UNKNOWN_SIZE
-        x = scratch(site, _TRIAL_TOKENS, 2 * size)
+        x = scratch(site, _TRIAL_TOKENS, 2 * size if self.gated else size)
         check_result("its result", fn(layer, x), x, (_TRIAL_TOKENS, size))
 
     def forward(self, routes: Routes) -> Forward:
@@ -40,3 +41,33 @@ class SiluAndMulBridge(Bridge):
                 return failed(self, error, (x,), (x,))
 
         return forward
+
+
+class GeluAndMulBridge(ActivationBridge):
+    op = "gelu_and_mul"
+    gated = True
+
+    def _reason_in_attributes(self, layer: Layer) -> str | None:
+        return None if layer.approximate in ("none", "tanh") else f"approximate={layer.approximate!r}"
+
+    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+        return *super().trial_key(layer, site), layer.approximate
+
+
+class NewGELUBridge(ActivationBridge):
+    op = "new_gelu"
+    shared = True  # get_act_fn gives every caller the same object
+
+
+class QuickGELUBridge(ActivationBridge):
+    op = "quick_gelu"
+
+
+class ReLU2Bridge(ActivationBridge):
+    op = "relu2"
+    shared = True  # get_act_fn gives every caller the same object
+
+
+class SiluAndMulBridge(ActivationBridge):
+    op = "silu_and_mul"
+    gated = True

@@ -1,0 +1,353 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Latency and bus bandwidth of collectives: FlagCX as SGLang gets it, SGLang's own NCCL communicator, torch.distributed.
+
+    FLAGCX_PATH=/path/to/FlagCX NCCL_NVLS_ENABLE=0 python benchmarks/collectives.py --out collectives.json
+    FLAGCX_PATH=… python benchmarks/collectives.py --ops all_reduce --sizes 8K 1M 64M --rounds 30
+    FLAGCX_PATH=… python benchmarks/collectives.py --device cpu --ranks 2 --sizes 1K 64K        # the tests' stand-in
+
+Candidates: pynccl (PyNcclCommunicator, the baseline), flagcx (CommunicatorFL), flagcx-torch (the torch.distributed backend
+flagcx), torch (torch.distributed's NCCL); on a CPU torch (gloo, the baseline) and the two of FlagCX. Of each: microseconds
+per call, and the bus bandwidth in GB/s, which is the bytes of --sizes over the time, times what the operation must move
+over a link (all_reduce 2(n-1)/n, all_gather, reduce_scatter and all_to_all (n-1)/n, broadcast and send_recv 1; the
+convention of nccl-tests, whose size of an all_gather is that of its output). bf16, in CUDA graphs and called one by one. Candidates take
+turns, forth and back; a round's time is that of the slowest rank; ratios to the baseline are medians of
+the rounds' ratios with 95 % bootstrap intervals. Before they are timed, all candidates' results are compared.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import result_file
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from rich.console import Console
+from rich.table import Table
+from timing import first_error, paired_ratio
+
+from sglang_fl.cli.server import free_port
+
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
+_SIZES = ("1K", "4K", "16K", "64K", "256K", "1M", "4M", "16M", "64M", "256M")
+#: A timing lasts about so long, in microseconds, but has at most so many calls.
+_LEAST_US, _MOST_CALLS = 5000.0, 100
+_KEPT_VARIABLES = ("NCCL_", "FLAGCX_")
+
+
+def parse_size(text: str) -> int:
+    """Bytes, as 512, 8K, 1M or 2G."""
+    unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
+    number = text[:-1] if unit else text
+    if not number.isdecimal() or int(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected bytes, as 512, 8K or 1M")
+    return int(number) << unit
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes, one a GPU (default: all GPUs; 2 on a CPU)")
+    parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="OP", help=f"default: {' '.join(OPERATIONS)}")
+    parser.add_argument(
+        "--sizes", nargs="+", type=parse_size, default=[parse_size(s) for s in _SIZES], metavar="SIZE", help="default: 1K to 256M"
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each candidate (default: 15)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results")
+    return parser
+
+
+def bus_factor(operation: str, ranks: int) -> float:
+    """What a link carries, as a multiple of the size."""
+    if operation == "all_reduce":
+        return 2 * (ranks - 1) / ranks
+    return 1.0 if operation in ("broadcast", "send_recv") else (ranks - 1) / ranks
+
+
+class Buffers:
+    """The tensors of one operation and size; ``size`` bytes is the larger of input and output."""
+
+    def __init__(self, operation: str, size: int, ranks: int, device: torch.device):
+        elements = max(ranks, size // 2 // ranks * ranks)
+        self.bytes = elements * 2
+        share = elements // ranks
+        given = share if operation == "all_gather" else elements
+        taken = share if operation == "reduce_scatter" else elements
+        self.given = torch.empty(given, dtype=torch.bfloat16, device=device)
+        self.taken = torch.empty(taken, dtype=torch.bfloat16, device=device)
+
+    def fill(self, rank: int) -> None:
+        self.given.copy_(torch.arange(self.given.numel(), device=self.given.device) % 5 + rank)
+        self.taken.zero_()
+
+
+def by_communicator(communicator: Any, operation: str, b: Buffers, rank: int, ranks: int) -> Callable[[], Any]:
+    """An operation as GroupCoordinator calls it on its device communicator."""
+    after, before = (rank + 1) % ranks, (rank - 1) % ranks
+
+    def send_recv() -> None:
+        communicator.group_start()
+        communicator.send(b.given, after)
+        communicator.recv(b.taken, before)
+        communicator.group_end()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: communicator.outplace_all_reduce(b.given, b.taken),
+        "all_gather": lambda: communicator.all_gather(b.taken, b.given),
+        "reduce_scatter": lambda: communicator.reduce_scatter(b.taken, b.given),
+        "all_to_all": lambda: communicator.all_to_all_single(b.taken, b.given),
+        "broadcast": lambda: communicator.broadcast(b.given, 0),
+        "send_recv": send_recv,
+    }
+    return calls[operation]
+
+
+def by_torch(group: Any, operation: str, b: Buffers, rank: int, ranks: int) -> Callable[[], Any]:
+    """The same through torch.distributed; its all_reduce is in place."""
+    after, before = (rank + 1) % ranks, (rank - 1) % ranks
+
+    def send_recv() -> None:
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, b.given, after, group=group), dist.P2POp(dist.irecv, b.taken, before, group=group)]
+        )
+        for work in works:
+            work.wait()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: dist.all_reduce(b.taken, group=group),
+        "all_gather": lambda: dist.all_gather_single(b.taken, b.given, group=group),
+        "reduce_scatter": lambda: dist.reduce_scatter_single(b.taken, b.given, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(b.taken, b.given, group=group),
+        "broadcast": lambda: dist.broadcast(b.given, 0, group=group),
+        "send_recv": send_recv,
+    }
+    return calls[operation]
+
+
+class Rank:
+    """One process of the benchmark, with every candidate's group up."""
+
+    def __init__(self, rank: int, ranks: int, device_type: str, port: int):
+        from sglang_fl.config import load_settings
+        from sglang_fl.distributed.doors import Doors
+
+        self.rank, self.ranks = rank, ranks
+        self.device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+        if device_type == "cuda":
+            torch.cuda.set_device(self.device)
+        native = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+        # By the environment alone, and strict: a fallback would be timed as FlagCX.
+        environ = {name: os.environ[name] for name in ("FLAGCX_PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        doors = Doors(load_settings({**environ, "SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"}), device_type, native)
+        doors.register_backend()
+        everyone = list(range(ranks))
+        flagcx = dist.new_group(everyone, backend="flagcx")
+        self.version = str(doors.version)
+        self.candidates: dict[str, Callable[..., Callable[[], Any]]] = {}
+        if device_type == "cuda":
+            from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+            pynccl = PyNcclCommunicator(group=dist.new_group(everyone, backend="gloo"), device=self.device)
+            pynccl.disabled = False
+            self.candidates["pynccl"] = lambda *about: by_communicator(pynccl, *about)
+        torch_group = dist.new_group(everyone, backend=native)
+        communicator = doors.communicator(flagcx, self.device)
+        self.candidates["torch"] = lambda *about: by_torch(torch_group, *about)
+        self.candidates["flagcx"] = lambda *about: by_communicator(communicator, *about)
+        self.candidates["flagcx-torch"] = lambda *about: by_torch(flagcx, *about)
+
+    def measure(self, operation: str, size: int, rounds: int) -> list[dict[str, Any]]:
+        """Rows of an operation and size, one for each mode and candidate."""
+        b = Buffers(operation, size, self.ranks, self.device)
+        calls = {name: make(operation, b, self.rank, self.ranks) for name, make in self.candidates.items()}
+        self._compare_results(operation, b, calls)
+        rows = []
+        for mode in ("graph", "eager") if self.device.type == "cuda" else ("eager",):
+            count = self._count(next(iter(calls.values())))
+            timers, errors = self._timers(calls, count, mode)
+            rows += [{"op": operation, "bytes": b.bytes, "mode": mode, "candidate": name, "error": told} for name, told in errors.items()]
+            times: dict[str, list[float]] = {name: [] for name in timers}
+            order = list(timers)
+            for _ in range(rounds):
+                for name in order:
+                    times[name].append(self._slowest(timers[name]))
+                order.reverse()
+            baseline = np.array(next(iter(times.values())))
+            for name, found in times.items():
+                us = float(np.median(found))
+                rows.append(
+                    {
+                        "op": operation,
+                        "bytes": b.bytes,
+                        "mode": mode,
+                        "candidate": name,
+                        "us": us,
+                        "bus_gb_s": b.bytes * bus_factor(operation, self.ranks) / us / 1000,
+                        "speed": paired_ratio(baseline, np.array(found)),
+                    }
+                )
+        return rows
+
+    def _compare_results(self, operation: str, b: Buffers, calls: dict[str, Callable[[], Any]]) -> None:
+        expected: torch.Tensor | None = None
+        for name, call in calls.items():
+            b.fill(self.rank)
+            if operation == "all_reduce":
+                b.taken.copy_(b.given)
+            call()
+            self._synchronize()
+            found = (b.given if operation == "broadcast" else b.taken).clone()
+            if expected is not None and not torch.equal(expected, found):
+                raise RuntimeError(
+                    f"{operation} of {b.bytes} bytes: {name} has other results than {next(iter(calls))}, on rank {self.rank}"
+                )
+            expected = found
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _count(self, call: Callable[[], Any]) -> int:
+        """How many calls a timing has; the same on all ranks."""
+        us = torch.tensor([self._run(lambda: [call() for _ in range(5)]) / 5])
+        dist.all_reduce(us, op=dist.ReduceOp.MAX)
+        return max(3, min(_MOST_CALLS, math.ceil(_LEAST_US / us.item())))
+
+    def _timers(self, calls: dict[str, Callable[[], Any]], count: int, mode: str) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+        """What times each candidate, and why one cannot be; that fails on all ranks alike."""
+        timers, errors = {}, {}
+        for name, call in calls.items():
+            try:
+                timers[name] = self._timer(call, count, mode)
+            except RuntimeError as error:
+                errors[name] = first_error(error)
+        return timers, errors
+
+    def _timer(self, call: Callable[[], Any], count: int, mode: str) -> Callable[[], float]:
+        """What gives microseconds a call."""
+        if mode == "eager":
+            return lambda: self._run(lambda: [call() for _ in range(count)]) / count
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        self._synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        return lambda: self._run(graph.replay) / count
+
+    def _run(self, work: Callable[[], Any]) -> float:
+        """Microseconds from the moment when all ranks are ready."""
+        self._synchronize()
+        dist.barrier()
+        if self.device.type == "cpu":
+            started = time.perf_counter()
+            work()
+            return 1e6 * (time.perf_counter() - started)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return 1000 * start.elapsed_time(end)
+
+    def _slowest(self, timer: Callable[[], float]) -> float:
+        us = torch.tensor([timer()], dtype=torch.float64)
+        dist.all_reduce(us, op=dist.ReduceOp.MAX)
+        return us.item()
+
+
+def run_rank(rank: int, ranks: int, port: int, args: argparse.Namespace, rows: Any) -> None:
+    """The body of each process; rank 0 hands rows on as they come."""
+    this = Rank(rank, ranks, args.device, port)
+    if rank == 0:
+        rows.put(this.version)
+    for operation in args.ops:
+        for size in args.sizes:
+            found = this.measure(operation, size, args.rounds)
+            if rank == 0:
+                rows.put(found)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def collect(args: argparse.Namespace, ranks: int, console: Console) -> tuple[str, list[dict[str, Any]]]:
+    """Start the ranks, and gather what they measure. Raises what one of them raised."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    started = time.perf_counter()
+    running = torch.multiprocessing.spawn(run_rank, (ranks, free_port(), args, queue), ranks, join=False)
+    version, rows, expected = "", [], len(args.ops) * len(args.sizes)
+    done = 0
+    while done < expected or not version:
+        if running.join(timeout=0.05) and queue.empty():
+            break
+        while not queue.empty():
+            got = queue.get()
+            if isinstance(got, str):
+                version = got
+                continue
+            done += 1
+            rows += got
+            console.print(f"{time.perf_counter() - started:6.1f} s  {got[0]['op']} of {got[0]['bytes']} bytes", highlight=False)
+    while not running.join():
+        pass
+    return version, rows
+
+
+def table(rows: Sequence[dict[str, Any]], mode: str) -> Table:
+    """Rows of a mode, a column for each candidate."""
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    found = Table(title=f"{mode}: µs, bus GB/s, speed against {names[0]}", title_justify="left")
+    for column in ("operation", "bytes", *names):
+        found.add_column(column, justify="right")
+    cells = {(row["op"], row["bytes"], row["candidate"]): row for row in rows if row["mode"] == mode}
+    for operation, size in dict.fromkeys((row["op"], row["bytes"]) for row in rows):
+        shown = []
+        for name in names:
+            row = cells[operation, size, name]
+            if "error" in row:
+                shown.append(row["error"])
+                continue
+            median, low, high = row["speed"]
+            ratio = "" if name == names[0] else f"  {median:.3f} [{low:.3f}, {high:.3f}]"
+            shown.append(f"{row['us']:.1f}  {row['bus_gb_s']:.1f}{ratio}")
+        found.add_row(operation, str(size), *shown)
+    return found
+
+
+def main() -> int:
+    command = parser()
+    args = command.parse_args()
+    ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
+    if args.device == "cuda" and torch.cuda.device_count() < max(2, ranks):
+        command.error(f"needs {max(2, ranks)} GPUs, and there are {torch.cuda.device_count()}; --device cpu runs on the tests' stand-in")
+    if ranks < 2:
+        command.error("a collective needs two ranks")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    version, rows = collect(args, ranks, console)
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        console.print(table(rows, mode))
+    if args.out is not None:
+        variables = {name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES) and name != "FLAGCX_PATH"}
+        result_file.write(args.out, result_file.header(ranks=ranks, flagcx=version, variables=variables), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...dispatch.backends.moe import Experts, Routing
+from .judge import TINY, U32, Exact, Verdict, exactly, smallest, u
+
+#: What an implementation may add to the sum of a softmax's weights, above which nothing can be said of the quotient.
+_SOFTMAX_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A routing in float64. An implementation's is right if it chose experts that are as good as the best ones, up to
+    what rounding may change, and weighted those that it chose as :class:`Exact` says.
+
+    Attributes:
+        scores: ``[num_tokens, num_experts]``.
+        choice: what experts are chosen by; -inf where their group is not.
+        sharpness: ``[num_tokens, 1]``, what exponentials make of one rounding of their argument.
+        gap: ``[num_tokens]``, by how much what a token gets last, expert or group, is ahead of what it does not get.
+        routing: how many, and what becomes of the weights.
+        real: the tokens before the padding.
+    """
+
+    scores: torch.Tensor
+    choice: torch.Tensor
+    sharpness: torch.Tensor
+    gap: torch.Tensor
+    routing: Routing
+    real: int
+
+    def judge(self, got: Any, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
+        """Hold ``(topk_weights, topk_ids)`` against this routing, whatever ``dtype`` the logits have."""
+        if len(got) != 2:
+            return Verdict(problem=f"gave {len(got)} results, not topk_weights and topk_ids")
+        weights, ids = got
+        tokens, experts = self.scores.shape
+        shape = tokens, self.routing.top_k + (self.routing.shared_weight is not None)
+        for name, x, wanted in (("topk_weights", weights, torch.float32), ("topk_ids", ids, torch.int32)):
+            problem = _wrong_tensor(name, x, shape, wanted, device)
+            if problem:
+                return Verdict(problem=problem)
+        rows = ids.cpu().long()
+        if bool((rows[self.real :] != -1).any()):
+            return Verdict(problem="topk_ids of padding are not all -1")
+        rows, weights = rows[: self.real], weights.cpu()[: self.real]
+        if self.routing.shared_weight is not None:
+            if bool((rows[:, -1] != experts).any()):
+                return Verdict(problem=f"the last of topk_ids is not the shared expert, {experts}")
+            rows = rows[:, :-1]
+        if bool(((rows < 0) | (rows >= experts)).any()):
+            return Verdict(problem=f"topk_ids are not within the {experts} experts")
+        numbers = ~self.scores[: self.real].isnan().any(-1)
+        return self._judge_numbers(rows[numbers], weights[numbers], numbers)
+
+    def _judge_numbers(self, ids: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor) -> Verdict:
+        """Rows without nan; where one has it, nothing but the range of its ids is asked."""
+        if not ids.numel():
+            return Verdict()
+        ordered = ids.sort(dim=-1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            return Verdict(problem="a token has an expert twice")
+        scores, choice, sharp = (x[: self.real][numbers] for x in (self.scores, self.choice, self.sharpness))
+        least = choice.topk(self.routing.top_k, dim=-1).values[:, -1:]
+        bias = torch.where(choice.isinf(), 0.0, choice - scores).abs().amax(-1, keepdim=True)
+        added = torch.where(bias > 0, bias + scores.amax(-1, keepdim=True), 0.0)
+        allowed = U32 * (32 + 4 * sharp) * (least.abs() + added) + TINY
+        worse = least - choice.gather(1, ids) > allowed
+        if bool(worse.any()):
+            token, column = (int(i[0]) for i in worse.nonzero(as_tuple=True))
+            return Verdict(problem=f"token {token} got expert {int(ids[token, column])}, and others are better")
+        return self._weights(scores.gather(1, ids), sharp).judge(weights, torch.float32)
+
+    def _weights(self, scores: torch.Tensor, sharp: torch.Tensor) -> Exact:
+        routing, experts = self.routing, self.scores.shape[1]
+        value, lost = scores, torch.full_like(scores, 2.0**-126)
+        if routing.renormalize:
+            total = scores.sum(-1, keepdim=True) + 1e-20
+            # A score that underflows takes its part of the sum with it.
+            value, lost = scores / total, lost * (routing.top_k + 1) / total
+            epsilon = _SOFTMAX_EPSILON / total
+        else:
+            epsilon = torch.full_like(scores[:, :1], _SOFTMAX_EPSILON)
+        if routing.scoring == "softmax":
+            lost = lost + value * epsilon
+        value, lost = value * routing.scale, lost * abs(routing.scale)
+        if routing.shared_weight is not None:
+            last = torch.full_like(value[:, :1], routing.shared_weight)
+            value, lost = torch.cat((value, last), -1), torch.cat((lost, torch.zeros_like(last)), -1)
+        return Exact("topk_weights", value, value.abs() * (1 + sharp / 4), 16 + 2 * math.log2(experts), lost)
+
+
+def _wrong_tensor(name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> str | None:
+    if not isinstance(x, torch.Tensor):
+        return f"{name} is no tensor but {type(x).__name__}"
+    if x.shape != shape:
+        return f"{name} has shape {tuple(x.shape)}, not {shape}"
+    if x.dtype != dtype:
+        return f"{name} is {x.dtype}, not {dtype}"
+    if device is not None and x.device.type != device.type:
+        return f"{name} is on {x.device}, not on {device}"
+    return None
+
+
+def topk(
+    router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None = None
+) -> tuple[Routed, ...]:
+    logits = exactly(router_logits)
+    if routing.scoring == "softmax":
+        scores, sharp = logits.softmax(-1), logits.amax(-1, keepdim=True) - logits.amin(-1, keepdim=True)
+    else:
+        scores, sharp = logits.sigmoid(), logits.abs().amax(-1, keepdim=True)
+    choice = scores if correction_bias is None else scores + exactly(correction_bias)
+    gap = torch.full(choice.shape[:1], math.inf, dtype=torch.float64)
+    if routing.groups > 1:
+        groups = choice.unflatten(-1, (routing.groups, -1))
+        best = groups.amax(-1) if correction_bias is None else groups.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(routing.topk_group, dim=-1).indices, True)
+        choice = groups.masked_fill(~kept.unsqueeze(-1), -math.inf).flatten(1)
+        gap = _lead(best, routing.topk_group)
+    gap = torch.minimum(gap, _lead(choice, routing.top_k))
+    real = len(logits) if num_token_non_padded is None else min(len(logits), int(num_token_non_padded))
+    return (Routed(scores, choice, sharp.nan_to_num(0, 0, 0), gap, routing, real),)
+
+
+def _lead(choice: torch.Tensor, k: int) -> torch.Tensor:
+    """``[num_tokens]``: by how much the k-th best is ahead of the next."""
+    best = choice.sort(dim=-1, descending=True).values
+    return best[:, k - 1] - best[:, k] if k < best.shape[1] else torch.full(best.shape[:1], math.inf, dtype=torch.float64)
+
+
+#: activation -> (the function, the most that it makes of an error of its argument, but for relu2).
+_ACTIVATIONS = {
+    "silu": (lambda x: x * torch.sigmoid(x), 1.1),
+    "gelu": (lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2, 1.13),
+    "gelu_tanh": (lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2, 1.13),
+    "relu2": (lambda x: x.clamp(min=0).square(), None),
+}
+
+
+def fused_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    experts: Experts,
+) -> tuple[Exact, ...]:
+    """First-order forward error analysis: what each rounding makes wrong is carried through all that follows."""
+    tokens, ids, weights = exactly(x), topk_ids.cpu().long(), exactly(topk_weights)
+    value, terms, lost = (torch.zeros_like(tokens) for _ in range(3))
+    for expert in range(w13.shape[0]):
+        rows, columns = (ids == expert).nonzero(as_tuple=True)
+        if not len(rows):
+            continue
+        biases = [0.0 if bias is None else exactly(bias[expert]) for bias in (w13_bias, w2_bias)]
+        given = tokens[rows], weights[rows, columns].unsqueeze(-1)
+        found = _expert(*given, exactly(w13[expert]), exactly(w2[expert]), biases[0], biases[1], experts, x.dtype)
+        for total, part in zip((value, terms, lost), found, strict=True):
+            total.index_add_(0, rows, part)
+    return (Exact("result", value, terms.nan_to_num(), 8 + ids.shape[1], lost.nan_to_num()),)
+
+
+def _expert(
+    x: torch.Tensor, weight: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, b13: Any, b2: Any, experts: Experts, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An expert's weighted output, the size of its terms, and how wrong rounding may have made it.
+
+    The results of both matrix products and of the activation may each be rounded to ``dtype``.
+    """
+    rounding, least, size = u(dtype) + 4 * U32, smallest(dtype), torch.abs
+    hidden = x @ w13.T + b13
+    wrong = _summed(x.shape[-1]) * (size(x) @ size(w13.T) + size(torch.as_tensor(b13)))
+    if experts.weight_on_input:
+        hidden, wrong = hidden * weight, wrong * size(weight)
+    wrong = wrong + rounding * size(hidden) + least
+    function, slope = _ACTIVATIONS[experts.activation]
+    gate, gate_wrong = (x.chunk(2, -1)[0] if experts.is_gated else x for x in (hidden, wrong))
+    moved = gate_wrong * (2 * (size(gate) + gate_wrong) if slope is None else slope)
+    # exp in fp32 turns one rounding of its argument into |gate| roundings of its result.
+    out = function(gate)
+    moved = moved + U32 * (8 + size(gate)) * size(out) + 2.0**-126 * (1 + size(gate))
+    if experts.is_gated:
+        up, up_wrong = hidden.chunk(2, -1)[1], wrong.chunk(2, -1)[1]
+        out, moved = out * up, moved * (size(up) + up_wrong) + size(out) * up_wrong
+    moved = moved + rounding * size(out) + least
+    result, terms = out @ w2.T + b2, size(out) @ size(w2.T) + size(torch.as_tensor(b2))
+    wrong = moved @ size(w2.T) + _summed(out.shape[-1]) * terms
+    if not experts.weight_on_input:
+        result, terms, wrong = result * weight, terms * size(weight), wrong * size(weight)
+    return result, terms, wrong + rounding * size(result) + least
+
+
+def _summed(n: int) -> float:
+    """Blocked summation of n products, eight numbers in a row in each block."""
+    return U32 * (8 + math.log2(max(2, n)))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the package of a new vendor: a backend, its registration, the chip's platform, and tests that call the check."""
+
+import argparse
+from collections.abc import Iterator
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from ..config import SettingsError
+from ..dispatch.manager import OpManager
+from ..vendor_platform import declared, why_no_identifier
+from ..vendors import VENDORS, Vendor
+
+#: What stands in the template for the vendor's name, and for the chip's in the names of classes.
+_NAME, _CLASS = "mychip", "MyChip"
+_SUFFIXES = (".py", ".toml", ".md", ".yaml")
+#: What a vendor whose chip SGLang has a platform for does not need.
+_PLATFORM_FILES = frozenset({"platform.py", "profile.yaml", "test_platform.py"})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the vendor's name, as in vendor:NAME: a Python identifier in lower case")
+    parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, help="where the package goes (default: sglang-fl-NAME)")
+
+
+def run(args: argparse.Namespace) -> int:
+    told = why_no_identifier(args.name) or why_taken(args.name)
+    if told:
+        raise SettingsError(f"new-vendor: {told}")
+    directory: Path = args.directory or Path(f"sglang-fl-{args.name}")
+    try:
+        written = write(args.name, directory)
+    except OSError as error:
+        raise SettingsError(f"new-vendor: {str(error.filename or directory)!r} cannot be written: {error.strerror or error}") from None
+    print(f"Wrote {directory}:")
+    for file in written:
+        print(f"  {file.relative_to(directory)}")
+    print(f"Next:\n  uv pip install -e {directory}\n  sglang-fl check --vendor {args.name} --quick")
+    return 0
+
+
+def why_taken(name: str) -> str | None:
+    """Whose name it is already, or None. A chip of our table that no package serves yet is nobody's."""
+    if name == "cpu":
+        return "'cpu' is what the reference is for"
+    manager = OpManager()
+    discovery = manager.discover(())
+    for (op, impl_id), origin in discovery.owners.items():
+        impl = manager.registry.get_implementation(op, impl_id)
+        if impl is not None and name in (impl.vendor, impl_id.removeprefix("vendor.")):
+            return f"{name!r} has a backend already ({origin}); choose another name"
+    if name in declared().origins:
+        return f"{name!r} has a platform already ({declared().origins[name]}); choose another name"
+    return None
+
+
+def write(name: str, directory: Path) -> list[Path]:
+    """Write the package; nothing that is there is overwritten.
+
+    Raises:
+        SettingsError: the directory has something in it.
+        OSError: it cannot be written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise SettingsError(f"new-vendor: {str(directory)!r} is there already, and not an empty directory; name another")
+    row = VENDORS.get(name)
+    written = []
+    for parts, source in _template(files("sglang_fl.dispatch.backends.vendor") / "template"):
+        if row is not None and row.in_tree is not None and parts[-1] in _PLATFORM_FILES:
+            continue
+        file = directory.joinpath(*(_named(part, name) for part in parts))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("x", encoding="utf-8") as out:
+            out.write(_filled(source.read_text(encoding="utf-8"), name, row))
+        written.append(file)
+    return written
+
+
+def _template(directory: Traversable, *above: str) -> Iterator[tuple[tuple[str, ...], Traversable]]:
+    """The template's files, each with the parts of its path."""
+    for entry in sorted(directory.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _template(entry, *above, entry.name)
+        elif entry.name.endswith(_SUFFIXES):  # and no tool's cache
+            yield (*above, entry.name), entry
+
+
+def _named(text: str, name: str) -> str:
+    return text.replace(_NAME, name).replace(_CLASS, "".join(word.capitalize() for word in name.split("_")))
+
+
+def _filled(text: str, name: str, row: Vendor | None) -> str:
+    """A file's text for this vendor; what our table knows of the chip is put in."""
+    if row is not None and row.in_tree is not None:
+        text = "\n\n".join(paragraph for paragraph in text.split("\n\n") if "platform" not in paragraph)
+    elif row is not None:
+        known = {
+            'chip="MyChip",': f'chip="{row.chip}",',
+            'device_type="mychip",': f'device_type="{row.device_type}",',
+            'device_files=("/dev/mychip[0-9]*",),': _traces(row),
+            '# collective="gloo",': f'collective="{row.collective}",',
+            '# attention="mychip_attention",': f'attention="{row.attention}",',
+            "# capabilities=": 'capabilities=("supports_triton",),\n    # capabilities=',
+            "# flaggems=True,": f"flaggems={row.flaggems},",
+        }
+        for line, filled in known.items():
+            text = text.replace(line, filled)
+    return _named(text, name).rstrip("\n") + "\n"
+
+
+def _traces(row: Vendor) -> str:
+    """How a chip of our table is known, as lines of a declaration."""
+    fields = {"device_files": row.device_files, "commands": row.commands}
+    tuples = {field: ", ".join(f'"{item}"' for item in items) + "," * (len(items) == 1) for field, items in fields.items() if items}
+    return "\n    ".join(f"{field}=({items})," for field, items in tuples.items())

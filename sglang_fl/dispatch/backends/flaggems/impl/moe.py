@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib
+import logging
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ...moe import Experts, Routing
+from ..library import load
+
+load()
+topk_softmax = importlib.import_module("flag_gems.fused.topk_softmax").topk_softmax
+grouped_topk = importlib.import_module("flag_gems.fused.grouped_topk").grouped_topk
+#: ``flag_gems.fused.fused_moe`` may be the module or a function of its name, by the release.
+_experts: Any = importlib.import_module("flag_gems.fused.fused_moe")
+fused_experts_impl = _experts.fused_experts_impl
+
+#: What one program of topk_softmax looks at; it takes further experts for absent.
+_MOST_EXPERTS = 1024
+#: Both kernels' limit.
+_MOST_CHOSEN = 32
+#: grouped_topk's limit.
+_MOST_GROUPS = 32
+#: A batch with fewer routes than a quarter of the experts is not sorted: the kernel goes through the routes as they are.
+_SPARSE = 4
+
+
+class _Once(logging.Filter):
+    """FlagGems says at every call, as a warning, that it was not tuned for these experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message in self._told or self._told.add(message))  # type: ignore[func-returns-value]
+
+
+_experts.logger.addFilter(_Once())
+
+
+def topk(
+    router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlagGems has a softmax over all experts, and DeepSeek-V3's groups of biased scores, of which one may be all experts."""
+    num_tokens, num_experts = router_logits.shape
+    routing.check(num_experts, correction_bias)
+    if routing.top_k > _MOST_CHOSEN:
+        raise NotImplementedError(f"topk: FlagGems chooses up to {_MOST_CHOSEN} experts, not {routing.top_k}")
+    way = _softmax if routing.scoring == "softmax" else _sigmoid
+    weights, ids = way(router_logits, correction_bias, routing)
+    # Where logits are nan, what the kernels choose may be no expert at all.
+    ids.clamp_(0, num_experts - 1)
+    if routing.shared_weight is not None:
+        weights = functional.pad(weights, (0, 1), value=routing.shared_weight)
+        ids = functional.pad(ids, (0, 1), value=num_experts)
+    if num_token_non_padded is not None:
+        padding = torch.arange(num_tokens, device=ids.device) >= num_token_non_padded
+        ids.masked_fill_(padding.unsqueeze(-1), -1)
+    return weights, ids
+
+
+def _softmax(router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_experts = router_logits.shape
+    if correction_bias is not None or routing.groups > 1:
+        raise NotImplementedError("topk: FlagGems has no softmax routing with a correction bias or in groups")
+    if num_experts > _MOST_EXPERTS:
+        raise NotImplementedError(f"topk: FlagGems's softmax is over up to {_MOST_EXPERTS} experts, not {num_experts}")
+    weights = router_logits.new_empty((num_tokens, routing.top_k), dtype=torch.float32)
+    ids, source_rows = (torch.empty_like(weights, dtype=torch.int32) for _ in range(2))
+    if num_tokens:
+        topk_softmax(weights, ids, source_rows, router_logits.contiguous(), routing.renormalize)
+    return weights if routing.scale == 1.0 else weights.mul_(routing.scale), ids
+
+
+def _sigmoid(router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores are made here: FlagGems's own way to a sigmoid, by tanh, leaves nothing of small ones."""
+    if correction_bias is None:
+        raise NotImplementedError("topk: FlagGems has no sigmoid routing without a correction bias")
+    if routing.top_k & (routing.top_k - 1):
+        raise NotImplementedError(f"topk: FlagGems's kernel chooses 1, 2, 4, 8, … experts, not {routing.top_k}")
+    if routing.groups > _MOST_GROUPS:
+        raise NotImplementedError(f"topk: FlagGems's kernel has up to {_MOST_GROUPS} groups, not {routing.groups}")
+    scores = router_logits.float().sigmoid()
+    if not len(scores):
+        empty = scores.new_empty((0, routing.top_k))
+        return empty, empty.to(torch.int32)
+    bias = correction_bias.float()
+    return grouped_topk(scores, routing.groups, routing.topk_group, routing.top_k, routing.renormalize, routing.scale, bias)
+
+
+def fused_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    experts: Experts,
+) -> torch.Tensor:
+    """Tokens are sorted by experts that the kernel counts from 0 to a power of two; the last ones stand for "not here".
+
+    FlagGems would take a negative id for a place in memory before its counters, so that it gets none where it sorts.
+    """
+    experts.check(x, w13, w2, topk_weights, topk_ids, w13_bias)
+    if (experts.activation, experts.is_gated) != ("silu", True):
+        gated = "gated" if experts.is_gated else "not gated"
+        raise NotImplementedError(f"fused_moe: FlagGems has experts gated by silu alone, and these are {experts.activation}, {gated}")
+    if x.dtype == torch.float32:
+        raise TypeError("fused_moe: FlagGems multiplies fp32 in TF32, which rounds as bf16 does")
+    if w13.stride(-1) != 1 or w2.stride(-1) != 1:
+        raise ValueError("fused_moe: FlagGems wants the last dimension of the experts' weights contiguous")
+    if not topk_ids.numel():
+        return torch.zeros_like(x)
+    count = w13.shape[0]
+    # Made at the first call, the trial: what is made while a graph is captured lives in the graph alone.
+    expert_map = _expert_map(count, x.device)
+    named: dict[str, Any] = {}
+    if topk_ids.numel() * _SPARSE > count:
+        named = {"global_num_experts": _places(count), "expert_map": expert_map}
+        topk_ids = torch.where(topk_ids < 0, count, topk_ids)
+    return fused_experts_impl(
+        x.contiguous(),
+        w13,
+        w2,
+        topk_weights.contiguous(),
+        topk_ids.to(torch.int32).contiguous(),
+        activation=experts.activation,
+        apply_router_weight_on_input=experts.weight_on_input,
+        w1_bias=w13_bias,
+        w2_bias=w2_bias,
+        **named,
+    )
+
+
+def _places(count: int) -> int:
+    """The least power of two above ``count``: FlagGems counts routes faster for such a number of experts."""
+    return 1 << count.bit_length()
+
+
+@lru_cache(maxsize=64)
+def _expert_map(count: int, device: torch.device) -> torch.Tensor:
+    """``[places]``, int32: each expert's number, and -1 behind them."""
+    places = torch.arange(_places(count), dtype=torch.int32)
+    return places.masked_fill(places >= count, -1).to(device)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SGLang's configurations say of routing and of experts, as the operators' texts read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+#: What is added to a token's weights before they are divided by their sum.
+RENORMALIZE_EPSILON = 1e-20
+
+
+class Routing(NamedTuple):
+    """How experts are chosen and weighted; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.topk`.
+
+    Attributes:
+        top_k: experts that a token is routed to.
+        scoring: softmax or sigmoid.
+        groups, topk_group: the groups of experts and how many of them are kept; 1 and 1 without groups.
+        scale: what the weights are multiplied by in the end.
+        shared_weight: the weight of the column behind them, None if there is none.
+    """
+
+    top_k: int
+    scoring: str
+    renormalize: bool
+    groups: int
+    topk_group: int
+    scale: float
+    shared_weight: float | None
+
+    @classmethod
+    def of(cls, config: Any) -> Routing:
+        """Read off SGLang's TopKConfig."""
+        factor = config.routed_scaling_factor
+        applied = config.apply_routed_scaling_factor_on_output
+        grouped = config.use_grouped_topk
+        shared: float | None = None
+        if config.num_shared_topk_slots:
+            shared = 1.0 if applied or not factor else 1.0 / factor
+            if config.fused_shared_experts_scaling_factor is not None:
+                shared *= config.fused_shared_experts_scaling_factor
+        return cls(
+            config.top_k - config.num_shared_topk_slots,
+            "sigmoid" if grouped and config.correction_bias is not None else config.scoring_func,
+            config.renormalize,
+            config.num_expert_group if grouped else 1,
+            config.topk_group if grouped else 1,
+            factor if applied and factor is not None else 1.0,
+            shared,
+        )
+
+    def check(self, num_experts: int, correction_bias: torch.Tensor | None) -> None:
+        """Raises ValueError for a routing that there is not."""
+        if self.scoring not in ("softmax", "sigmoid"):
+            raise ValueError(f"topk: scoring_func is softmax or sigmoid, not {self.scoring!r}")
+        if num_experts % self.groups:
+            raise ValueError(f"topk: {num_experts} experts make no {self.groups} equal groups")
+        kept = num_experts // self.groups * self.topk_group
+        if not (1 <= self.topk_group <= self.groups and 1 <= self.top_k <= kept):
+            raise ValueError(
+                f"topk: {self.top_k} experts are wanted from {self.topk_group} of {self.groups} groups of {num_experts} experts"
+            )
+        if correction_bias is not None:
+            if correction_bias.shape != (num_experts,):
+                raise ValueError(f"topk: correction_bias has shape {tuple(correction_bias.shape)}, not ({num_experts},)")
+            if self.groups > 1 and num_experts == self.groups:
+                raise ValueError("topk: with a correction bias a group is judged by two experts, and these groups have one")
+
+
+class Experts(NamedTuple):
+    """What a layer's experts compute; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.fused_moe`.
+
+    Attributes:
+        activation: silu, gelu, gelu_tanh or relu2.
+        is_gated: whether w13 holds two matrices.
+        weight_on_input: whether a token's weight multiplies what goes into the activation.
+        all_here: whether no other rank has experts of this layer.
+    """
+
+    activation: str
+    is_gated: bool
+    weight_on_input: bool
+    all_here: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Experts:
+        """Read off SGLang's MoeRunnerConfig."""
+        return cls(
+            config.activation,
+            config.is_gated,
+            config.apply_router_weight_on_input,
+            config.num_experts is not None and config.num_experts == config.num_local_experts,
+        )
+
+    def check(
+        self,
+        x: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        w13_bias: torch.Tensor | None,
+    ) -> None:
+        """Raises ValueError for an activation that there is not, and for weights or routes that do not fit."""
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"fused_moe: the activation is one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        experts, rows, hidden = w13.shape
+        if self.is_gated and rows % 2:
+            raise ValueError(f"fused_moe: gated experts have two matrices in w13_weight; it cannot have {rows} rows")
+        size = rows // 2 if self.is_gated else rows
+        if w2.shape != (experts, hidden, size):
+            raise ValueError(f"fused_moe: w2_weight has shape {tuple(w2.shape)}, not {(experts, hidden, size)} as w13_weight says")
+        if x.shape[-1] != hidden or x.dim() != 2:
+            raise ValueError(f"fused_moe: hidden_states has shape {tuple(x.shape)}, not [num_tokens, {hidden}] as w13_weight says")
+        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"fused_moe: {x.shape[0]} tokens with topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}"
+            )
+        if self.weight_on_input and w13_bias is not None:
+            raise ValueError("fused_moe: experts with a bias do not take their weight on the input")

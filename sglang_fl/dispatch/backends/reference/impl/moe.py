@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from ...moe import RENORMALIZE_EPSILON, Experts, Routing
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu2": lambda x: functional.relu(x).square(),
+}
+
+
+def topk(
+    router_logits: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    routing: Routing,
+    num_token_non_padded: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores, choices and weights in fp32."""
+    num_tokens, num_experts = router_logits.shape
+    routing.check(num_experts, correction_bias)
+    logits = router_logits.float()
+    scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
+    choice = scores if correction_bias is None else scores + correction_bias.float()
+    if routing.groups > 1:
+        by_group = choice.unflatten(-1, (routing.groups, -1))
+        best = by_group.amax(-1) if correction_bias is None else by_group.topk(2, dim=-1).values.sum(-1)
+        dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, best.topk(routing.topk_group, dim=-1).indices, False)
+        choice = by_group.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
+    ids = choice.topk(routing.top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if routing.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
+    weights = weights * routing.scale
+    if routing.shared_weight is not None:
+        weights = functional.pad(weights, (0, 1), value=routing.shared_weight)
+        ids = functional.pad(ids, (0, 1), value=num_experts)
+    if num_token_non_padded is not None:
+        padding = torch.arange(num_tokens, device=ids.device) >= num_token_non_padded
+        ids = ids.masked_fill(padding.unsqueeze(-1), -1)
+    return weights, ids.to(torch.int32)
+
+
+def fused_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    experts: Experts,
+) -> torch.Tensor:
+    """One expert after the other, in fp32; the sum is rounded once.
+
+    On a CPU an expert computes the tokens that go to it. Elsewhere it computes all of them: which tokens those are
+    would have to be asked from the device, which cannot be done while a graph is captured.
+    """
+    experts.check(x, w13, w2, topk_weights, topk_ids, w13_bias)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    ask = can_be_asked(x.device)
+    for expert in topk_ids[topk_ids >= 0].unique().tolist() if ask else range(w13.shape[0]):
+        chosen = topk_ids == expert
+        # A token has an expert once.
+        weight = torch.where(chosen, topk_weights, 0.0).sum(-1, keepdim=True)
+        if ask:
+            rows = chosen.any(-1).nonzero().squeeze(-1)
+            out[rows] += _expert(x[rows], expert, w13, w2, weight[rows], w13_bias, w2_bias, experts)
+        else:
+            computed = _expert(x, expert, w13, w2, weight, w13_bias, w2_bias, experts)
+            out += torch.where(chosen.any(-1, keepdim=True), computed, 0.0)
+    return out.to(x.dtype)
+
+
+def can_be_asked(device: torch.device) -> bool:
+    """Whether the host may wait for a number from the device."""
+    return device.type == "cpu"
+
+
+def _expert(
+    x: torch.Tensor,
+    expert: int,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    weight: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    experts: Experts,
+) -> torch.Tensor:
+    """An expert's weighted output, fp32."""
+    activation = _ACTIVATIONS[experts.activation]
+    hidden = functional.linear(x.float(), w13[expert].float(), None if w13_bias is None else w13_bias[expert].float())
+    if experts.weight_on_input:
+        hidden = hidden * weight
+    if experts.is_gated:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = activation(gate) * up
+    else:
+        hidden = activation(hidden)
+    out = functional.linear(hidden, w2[expert].float(), None if w2_bias is None else w2_bias[expert].float())
+    return out if experts.weight_on_input else out * weight

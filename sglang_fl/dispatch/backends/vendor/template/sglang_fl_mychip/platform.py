@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SGLang must know of MyChip. Part of ``import sglang``: import neither PyTorch, SGLang nor your driver's library here.
+
+Every line that is a comment is a choice; ``sglang_fl.vendor_platform.VendorPlatform`` says what each means. Classes are
+written "module:Class" and loaded where they are used.
+"""
+
+from pathlib import Path
+
+from sglang_fl.vendor_platform import VendorPlatform
+
+PLATFORM = VendorPlatform(
+    name="mychip",
+    chip="MyChip",
+    #
+    # The torch.device type that MyChip's PyTorch extension registers.
+    device_type="mychip",
+    #
+    # How it is known that the chip is there: device files, tools of the driver, or a function of your own.
+    device_files=("/dev/mychip[0-9]*",),
+    # commands=("mychip-smi",),
+    # is_present=lambda: Path("/sys/class/mychip").exists(),
+    #
+    # The torch.distributed backend that its PyTorch extension registers.
+    # collective="gloo",
+    #
+    # Attention: backends of your own, registered under SGLang's register_attention_backend (each is made with SGLang's model
+    # runner), and the one to use when the user names none; without either it is torch_native.
+    # attention_backends={"mychip_attention": "sglang_fl_mychip.attention:MyChipAttention"},
+    # attention="mychip_attention",
+    #
+    # What the chip can do, of SGLang's PlatformCapabilities: Triton kernels, graphs of decode steps, piecewise graphs of
+    # prefill, SGLang's own kernels for the hierarchical cache, a PyNccl communicator.
+    # capabilities=("supports_triton", "graph_capture", "piecewise_graph", "hicache_device_kernels", "supports_pynccl"),
+    #
+    # Graphs: the runner of decode steps, what captures and replays a whole graph, and the backend of piecewise graphs.
+    # graph_runner="sglang_fl_mychip.graphs:MyChipGraphRunner",
+    # graph_backend="sglang_fl_mychip.graphs:MyChipGraphBackend",
+    # piecewise_backend="sglang_fl_mychip.graphs:MyChipPiecewiseBackend",
+    #
+    # KV cache: subclasses of SGLang's pools (mha, mla, dsa), and of its paged allocator.
+    # kv_pools={"mha": "sglang_fl_mychip.kv_cache:MyChipMHAPool", "mla": "sglang_fl_mychip.kv_cache:MyChipMLAPool"},
+    # paged_allocator="sglang_fl_mychip.kv_cache:MyChipPagedAllocator",
+    #
+    # Whether FlagGems serves it: its Triton kernels then take part in operators and in PyTorch's own.
+    # flaggems=True,
+    #
+    # Whatever else SGLang asks its platform (memory, compilation, quantisation, speculative decoding, defaults of server
+    # arguments): a class with some of the methods of sglang.srt.platforms.interface.SRTPlatform. Its module may not import
+    # sglang.srt.utils or anything heavy: it is part of "import sglang", too.
+    # platform_class="sglang_fl_mychip.sglang_platform:MyChipPlatform",
+    #
+    # The settings to use on the chip when the user gives none.
+    profile=Path(__file__).with_name("profile.yaml"),
+)

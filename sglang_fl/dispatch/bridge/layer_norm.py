@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import torch
+
+from .base import Forward, Layer, Routes
+from .norm import NormBridge
+
+
+class LayerNormBridge(NormBridge):
+    """SGLang's LayerNorm: ``forward(x)``. It works in ``layer.dtype``, which is fp32 or that of its weights."""
+
+    op = "layer_norm"
+
+    def _reason_in_attributes(self, layer: Layer) -> str | None:
+        for name, standard in (("elementwise_affine", True), ("use_bias", True)):
+            if getattr(layer, name) is not standard:
+                return f"{name}={getattr(layer, name)}"
+        return None
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+
+        def forward(self: Layer, x: torch.Tensor) -> torch.Tensor:
+            if contexts.active:
+                return divert(self, x)
+            working = self.__dict__["dtype"]
+            if working is not torch.float32 and working is not x.dtype:
+                # SGLang rounds x to the layer's dtype first.
+                return own(self, x)
+            if dtypes is not None and x.dtype not in dtypes:
+                return own(self, x)
+            try:
+                return fn(self, x)
+            except Exception as error:
+                return failed(self, error, (x,), (x,))
+
+        return forward

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+
+from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+from .rotary_embedding import OUT_OF_PLACE, TRIAL_HEADS, TRIAL_KV_HEADS, TRIAL_TOKENS, write_back
+
+
+class MRotaryEmbeddingBridge(Bridge):
+    """SGLang's MRotaryEmbedding: ``forward(positions, query, key, fused_set_kv_buffer_arg)``."""
+
+    op = "mrotary_embedding"
+    shared = True
+
+    def _reason_in_attributes(self, layer: Layer) -> str | None:
+        cache = layer._buffers.get("cos_sin_cache")
+        if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
+            return "its cos_sin_cache is not [max_position, rotary_dim]"
+        if layer.mrope_interleaved_glm:
+            return "mrope_interleaved_glm, of which SGLang's own forwards make different things"
+        if layer.mrope_section and (layer.axis_map is None or layer.axis_map.shape != (layer.rotary_dim // 2,)):
+            return "its axis_map does not say which position each pair turns by"
+        return None
+
+    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+        sections = tuple(layer.mrope_section or ())
+        size = layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
+        return site.dtype, site.device, *size, sections, layer.mrope_interleaved
+
+    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
+        positions = torch.arange(TRIAL_TOKENS, device=site.device) % layer.cos_sin_cache.shape[0]
+        for given in (positions, positions.expand(3, -1)) if layer.mrope_section else (positions,):
+            query = scratch(site, TRIAL_TOKENS, TRIAL_HEADS * layer.head_size)
+            key = scratch(site, TRIAL_TOKENS, TRIAL_KV_HEADS * layer.head_size)
+            result = fn(layer, given, query.clone(), key.clone())
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise TypeError(f"its result is {type(result).__name__}, not (query, key)")
+            check_result("its query", result[0], query)
+            check_result("its key", result[1], key)
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        # SGLang's kernels for sections write query and key in place.
+        in_place = own.__name__ not in OUT_OF_PLACE
+
+        def forward(
+            self: Layer,
+            positions: torch.Tensor,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            fused_set_kv_buffer_arg: Any = None,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if fused_set_kv_buffer_arg is not None:
+                return own(self, positions, query, key, fused_set_kv_buffer_arg)
+            if contexts.active:
+                return divert(self, positions, query, key)
+            if dtypes is not None and query.dtype not in dtypes:
+                return own(self, positions, query, key)
+            try:
+                rotated = fn(self, positions, query, key)
+            except Exception as error:
+                rotated = failed(self, error, (positions, query, key), (positions, query, key))
+            if in_place and positions.dim() == 2:
+                return write_back(query, query, rotated[0]), write_back(key, key, rotated[1])
+            return rotated
+
+        return forward

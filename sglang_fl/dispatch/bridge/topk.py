@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+
+from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+from .moe import server_reason, sglang_topk
+
+_TRIAL_TOKENS = 2
+_UNKNOWN_EXPERTS, _UNKNOWN_SIZE = 64, 128
+
+
+class TopKBridge(Bridge):
+    """SGLang's TopK: ``forward(hidden_states, router_logits, *, num_token_non_padded, …)``, a StandardTopKOutput."""
+
+    op = "topk"
+
+    def _reason_in_attributes(self, layer: Layer) -> str | None:
+        config = layer.topk_config
+        if config.custom_routing_function is not None:
+            return "it has a routing function of its own"
+        if config.output_format is None or config.output_format.name != "STANDARD":
+            return f"its runner asks for the output format {getattr(config.output_format, 'name', None)}"
+        if config.scoring_func not in ("softmax", "sigmoid"):
+            return f"scoring_func={config.scoring_func}"
+        if config.fused_gate_packed_ids:
+            return "fused_gate_packed_ids=True"
+        if config.runner_backend is not None and config.runner_backend.is_flashinfer_trtllm_routed():
+            return "its runner takes raw logits"
+        if layer.enable_waterfill or layer.waterfill_balancer is not None:
+            return "waterfill balances its shared experts"
+        return _biased(config) or _shared(config) or _watched(layer) or server_reason()
+
+    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+        config = layer.topk_config
+        bias = None if config.correction_bias is None else (config.correction_bias.dtype, config.correction_bias.shape)
+        return (
+            site.dtype,
+            site.device,
+            site.num_experts,
+            config.top_k,
+            config.scoring_func,
+            config.renormalize,
+            config.use_grouped_topk and (config.num_expert_group, config.topk_group),
+            bias,
+            config.num_shared_topk_slots,
+            config.routed_scaling_factor,
+            config.apply_routed_scaling_factor_on_output,
+            config.fused_shared_experts_scaling_factor,
+        )
+
+    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
+        config = layer.topk_config
+        bias = config.correction_bias
+        experts = len(bias) if bias is not None else site.num_experts or _UNKNOWN_EXPERTS
+        hidden_states = scratch(site, _TRIAL_TOKENS, _UNKNOWN_SIZE)
+        router_logits = scratch(site, _TRIAL_TOKENS, experts)
+        wanted = torch.empty(_TRIAL_TOKENS, config.top_k, device=site.device)
+        for real in (None, torch.ones(1, dtype=torch.int32, device=site.device)):
+            result = fn(layer, hidden_states, router_logits.clone(), num_token_non_padded=real, expert_location_dispatch_info=None)
+            if not isinstance(result, tuple) or len(result) < 2:
+                raise TypeError(f"its result is {type(result).__name__}, not (topk_weights, topk_ids)")
+            check_result("its topk_weights", result[0][:1], wanted[:1])
+            check_result("its topk_ids", result[1], wanted.to(torch.int32))
+            if result[0].shape != wanted.shape:
+                raise ValueError(f"its topk_weights has shape {tuple(result[0].shape)}, not {tuple(wanted.shape)}")
+            _check_ids(result[1], experts + config.num_shared_topk_slots, padded=real is not None)
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        sglang = sglang_topk()
+        output, has_context, context = sglang.StandardTopKOutput, sglang.has_forward_context, sglang.get_forward_context
+        # On NPUs SGLang's dispatchers want a valid expert for padded tokens too, of weight 0.
+        keep_padded_ids = own.__name__ == "forward_npu"
+        zero_padded = sglang._zero_topk_weights_padded_region
+
+        def forward(
+            self: Layer,
+            hidden_states: torch.Tensor,
+            router_logits: torch.Tensor,
+            *,
+            num_token_non_padded: torch.Tensor | None = None,
+            expert_location_dispatch_info: Any = None,
+            **more: Any,
+        ) -> Any:
+            if expert_location_dispatch_info is not None or any(value is not None for value in more.values()):
+                more["expert_location_dispatch_info"] = expert_location_dispatch_info
+                return own(self, hidden_states, router_logits, num_token_non_padded=num_token_non_padded, **more)
+            if contexts.active:
+                return divert(self, hidden_states, router_logits, num_token_non_padded=num_token_non_padded)
+            if dtypes is not None and router_logits.dtype not in dtypes:
+                return own(self, hidden_states, router_logits, num_token_non_padded=num_token_non_padded)
+            if num_token_non_padded is None and has_context():
+                bound = context().moe_num_token_non_padded
+                if bound is not None:
+                    num_token_non_padded = bound()
+            asked = None if keep_padded_ids else num_token_non_padded
+            try:
+                found = fn(self, hidden_states, router_logits, num_token_non_padded=asked)
+            except Exception as error:
+                args = (hidden_states, router_logits)
+                found = failed(self, error, args, args, num_token_non_padded=asked)
+            if keep_padded_ids:
+                zero_padded(found[0], num_token_non_padded)
+            return output(found[0], found[1], router_logits)
+
+        return forward
+
+
+def _biased(config: Any) -> str | None:
+    bias = config.correction_bias
+    if bias is None:
+        return None
+    if bias.dim() != 1:
+        return "its correction bias is one a token"
+    if config.scoring_func == "softmax" and not config.use_grouped_topk:
+        return "SGLang's own forwards disagree on a correction bias of softmax scores"
+    return None
+
+
+def _shared(config: Any) -> str | None:
+    slots = config.num_shared_topk_slots
+    if not slots:
+        return None
+    from sglang.srt.layers.moe.utils import has_per_rank_fused_shared_slots
+
+    if slots > 1:
+        return f"it appends {slots} shared experts"
+    if has_per_rank_fused_shared_slots(slots):
+        return "each rank has its own shared expert"
+    if not config.use_grouped_topk and config.scoring_func == "softmax":
+        return "SGLang appends no shared expert to ungrouped softmax routing"
+    if config.correction_bias is None and not config.routed_scaling_factor:
+        return "its shared expert has no weight of its own without a routed_scaling_factor"
+    return None
+
+
+def _watched(layer: Layer) -> str | None:
+    """What else SGLang's forward does with the ids of its choice, if this server asks for it."""
+    from sglang.srt.runtime_context import get_exec
+
+    if sglang_topk().routing_simulation_enabled():
+        return "SGLang simulates its routing"
+    try:
+        execution = get_exec()
+    except ValueError:  # outside a server nothing watches
+        return None
+    if execution.moe.ep_dispatch_algorithm is not None and not layer.is_draft:
+        return f"--ep-dispatch-algorithm {execution.moe.ep_dispatch_algorithm} sends experts to several places"
+    if execution.moe.expert_distribution_recorder_mode is not None:
+        return "--expert-distribution-recorder-mode records its choices"
+    if execution.features.enable_return_routed_experts and layer.topk_config.allow_routed_experts_capture:
+        return "--enable-return-routed-experts records its choices"
+    return None
+
+
+def _check_ids(ids: torch.Tensor, experts: int, *, padded: bool) -> None:
+    rows = ids.tolist()
+    if padded and set(rows.pop()) != {-1}:
+        raise ValueError("its topk_ids of a padded token are not -1")
+    for row in rows:
+        if len(set(row)) != len(row) or not all(0 <= expert < experts for expert in row):
+            raise ValueError(f"its topk_ids {row} are not {len(row)} of {experts} experts")

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All ranks use FlagCX, or none does: they tell each other, and take one decision, through a store of torch.distributed.
+
+Each rank puts its answer under a key of its own and waits for the others'. The first that has them all, or whose time
+is up, writes the decision with compare-and-set; every rank follows what is written there, so that two ranks
+never decide differently, even where an answer came at the last moment.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistStoreError
+
+from .device_communicators.flagcx import Version
+from .device_communicators.flagcx_files import FlagCXError
+
+#: How long the ranks wait for each other, in seconds.
+LIMIT = 30.0
+#: How long a communicator may take to come up; the rest of LIMIT is for saying so.
+_BRING_UP = 25.0
+_DECISION, _FAILED = "decision", "failed"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank says of itself.
+
+    ``chosen_by`` is the setting that chose FlagCX, as ``variable=value``; ``problem`` why it cannot use it;
+    ``strict`` whether it would rather stop than fall back.
+    """
+
+    host: str
+    chosen_by: str
+    strict: bool
+    version: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do: use FlagCX if ``reason`` is None, else stop or fall back."""
+
+    reason: str | None = None
+    stop: bool = False
+
+
+class Round:
+    """One question that all ranks answer, under keys of its own."""
+
+    def __init__(self, store: Store, name: str, rank: int, world_size: int, limit: float):
+        self._store = store
+        self._name = name
+        self._rank = rank
+        self._world_size = world_size
+        self._limit = limit
+        self._deadline = time.monotonic() + limit
+
+    def _key(self, what: object) -> str:
+        return f"sglang_fl/{self._name}/{what}"
+
+    def decide(self, answer: Answer) -> Decision:
+        """Give this rank's answer, wait for the others' and return the decision of all.
+
+        Raises:
+            RuntimeError: the store is gone, that is the process that holds it.
+        """
+        if answer.problem is not None:
+            self._store.set(self._key(_FAILED), "1")
+        self._store.set(self._key(self._rank), json.dumps(asdict(answer)))
+        proposal = judge(self._answers(), self._world_size, self._limit)
+        decided = self._store.compare_set(self._key(_DECISION), "", json.dumps(asdict(proposal)))
+        return Decision(**json.loads(decided))
+
+    def somebody_failed(self) -> bool:
+        return bool(self._store.check([self._key(_FAILED)]))
+
+    def _answers(self) -> dict[int, Answer]:
+        keys = [self._key(rank) for rank in range(self._world_size)]
+        with contextlib.suppress(DistStoreError):  # somebody is silent: those who are not are asked one by one
+            self._store.wait(keys, timedelta(seconds=max(0.1, self._deadline - time.monotonic())))
+        return {rank: Answer(**json.loads(self._store.get(key))) for rank, key in enumerate(keys) if self._store.check([key])}
+
+
+def judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decision:
+    """What the answers given within ``limit`` seconds amount to; the reason names each rank that stands in the way."""
+    silent = [rank for rank in range(world_size) if rank not in answers]
+    failed = {rank: answer for rank, answer in answers.items() if answer.problem is not None}
+    told = []
+    if silent:
+        chosen = "; ".join(f"{_ranks(ranks)} by {setting}" for setting, ranks in _by_setting(answers).items())
+        told.append(
+            f"{_ranks(silent)} did not answer within {limit:.0f} s, so FlagCX was not chosen there or the process is stuck "
+            f"(chosen on {chosen}; set SGLANG_FL_DIST_BACKEND=flagcx or FLAGCX_PATH on every node, or on none)"
+        )
+    told += [f"rank {rank} on {answer.host} ({answer.chosen_by}): {answer.problem}" for rank, answer in failed.items()]
+    versions = {rank: Version(**answer.version) for rank, answer in answers.items() if answer.version is not None}
+    told += _different_versions(versions, answers)
+    stop = any(answer.strict for answer in answers.values())
+    return Decision("; ".join(told), stop) if told else Decision()
+
+
+def _different_versions(versions: dict[int, Version], answers: dict[int, Answer]) -> list[str]:
+    # Those who know their release speak first: one without a header agrees with any.
+    ordered = sorted(versions.items(), key=lambda item: item[1].header is None)
+    for rank, version in ordered[1:]:
+        first, reference = ordered[0]
+        if not version.agrees(reference):
+            return [
+                f"rank {first} on {answers[first].host} has FlagCX {reference} by {answers[first].chosen_by}, "
+                f"rank {rank} on {answers[rank].host} has {version} by {answers[rank].chosen_by}"
+            ]
+    return []
+
+
+def _by_setting(answers: dict[int, Answer]) -> dict[str, list[int]]:
+    settings: dict[str, list[int]] = {}
+    for rank, answer in answers.items():
+        settings.setdefault(answer.chosen_by, []).append(rank)
+    return settings
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+class BringUp:
+    """Brings a communicator up on all ranks, in a thread: where one rank fails, the others' calls never return."""
+
+    def __init__(self, store: Store, name: str, rank: int, world_size: int, limit: float):
+        self._round = Round(store, f"{name}/up", rank, world_size, limit)
+        self._store = store
+        self._identity_key = f"sglang_fl/{name}/unique_id"
+        self._rank = rank
+        self._limit = limit * _BRING_UP / LIMIT
+
+    def run(self, answer: Answer, identity: Callable[[], bytes], join: Callable[[bytes], Any]) -> tuple[Decision, Any]:
+        """Returns the decision of all ranks, and what ``join`` returned on this one.
+
+        Args:
+            answer: this rank's, to which a problem is added if there is one.
+            identity: makes the communicator's id; called on rank 0.
+            join: makes the communicator from the id, and tries it.
+        """
+        outcome: list[Any] = []
+        problems: list[str] = []
+
+        def attempt(step: Callable[[], Any]) -> Any:
+            try:
+                return step()
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                problems.append(str(error) if isinstance(error, FlagCXError) else f"{type(error).__name__}: {error}")
+
+        # The store serves one caller at a time, so the thread below must not be the one that waits for it.
+        shared = attempt(lambda: self._share(identity))
+        if shared:
+            thread = threading.Thread(target=lambda: attempt(lambda: outcome.append(join(shared))), name="flagcx-bring-up", daemon=True)
+            thread.start()
+            deadline = time.monotonic() + self._limit
+            while thread.is_alive() and time.monotonic() < deadline and not self._round.somebody_failed():
+                thread.join(0.1)
+            if thread.is_alive() and not self._round.somebody_failed():
+                problems.append(f"its communicator did not come up within {self._limit:.0f} s")
+        if problems:
+            answer = Answer(**{**asdict(answer), "problem": problems[0]})
+        return self._round.decide(answer), outcome[0] if outcome else None
+
+    def _share(self, identity: Callable[[], bytes]) -> bytes:
+        """The id that rank 0 made; empty if it could not."""
+        if self._rank == 0:
+            made = b""
+            try:
+                made = identity()
+            finally:
+                self._store.set(self._identity_key, made.hex())
+            return made
+        self._store.wait([self._identity_key], timedelta(seconds=self._limit))
+        return bytes.fromhex(self._store.get(self._identity_key).decode())

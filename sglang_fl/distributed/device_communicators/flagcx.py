@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libflagcx through ctypes, with typed signatures.
+
+Written after FlagCX's own header (``flagcx/include/flagcx.h``, 0.13). Its Python wrapper in the checkout
+is not used: it is not there where only the library was installed, it binds a hundred functions of which one
+missing makes it fail whole, and it converts a dtype by a chain of comparisons at every call.
+"""
+
+import ctypes
+from ctypes import CFUNCTYPE, POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_void_p
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import ReduceOp
+
+from .flagcx_files import DATA_TYPES, DEVICE_HANDLE, REDUCE_OPS, RESULTS, UNIQUE_ID_BYTES, FlagCXError, header_of
+
+__all__ = ["DTYPES", "OPS", "PIECES", "FlagCXError", "FlagCXLibrary", "Version"]
+
+_UniqueId = c_char * UNIQUE_ID_BYTES
+
+# fmt: off
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "flagcxGetVersion":        (POINTER(c_int),),
+    "flagcxGetUniqueId":       (c_void_p,),
+    "flagcxCommInitRank":      (POINTER(c_void_p), c_int, POINTER(_UniqueId), c_int),
+    "flagcxCommDestroy":       (c_void_p,),
+    "flagcxCommAbort":         (c_void_p,),
+    "flagcxCommGetAsyncError": (c_void_p, POINTER(c_int)),
+    "flagcxGroupStart":        (c_void_p,),
+    "flagcxGroupEnd":          (c_void_p,),
+    # send buffer, receive buffer, count, data type, …, communicator, stream
+    "flagcxAllReduce":         (c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
+    "flagcxReduce":            (c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_void_p, c_void_p),
+    "flagcxReduceScatter":     (c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
+    "flagcxAllGather":         (c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_void_p),
+    "flagcxBroadcast":         (c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
+    "flagcxAlltoAll":          (c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_void_p),
+    # buffer, count, data type, peer, communicator, stream
+    "flagcxSend":              (c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
+    "flagcxRecv":              (c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
+}
+# fmt: on
+_LATER = {
+    "flagcxCommWindowRegister": (c_void_p, c_void_p, c_size_t, POINTER(c_void_p), c_int, c_int),
+    "flagcxCommWindowDeregister": (c_void_p, c_void_p, c_int),
+}
+
+_StreamCopy = CFUNCTYPE(c_int, POINTER(c_void_p), c_void_p)
+
+
+class _DeviceHandle(ctypes.Structure):
+    _fields_ = [(name, _StreamCopy if name == "streamCopy" else c_void_p) for name in DEVICE_HANDLE]
+
+
+class _HandlerGroup(ctypes.Structure):
+    _fields_ = [("uniqueId", c_void_p), ("comm", c_void_p), ("devHandle", POINTER(_DeviceHandle))]
+
+
+class _DataTypes(dict[torch.dtype, int]):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        supported = ", ".join(str(known).removeprefix("torch.") for known in self)
+        raise TypeError(f"FlagCX cannot reduce {str(dtype).removeprefix('torch.')}; it reduces {supported}")
+
+
+class _ReduceOps(dict[Any, int]):
+    def __missing__(self, op: Any) -> int:
+        # torch.distributed's options carry a ReduceOp, whose hash is not that of the value it stands for.
+        value = getattr(op, "op", None)
+        if value in self:
+            return self[value]
+        supported = ", ".join(str(known).rpartition(".")[2] for known in self)
+        raise ValueError(f"FlagCX cannot reduce with {op}; it knows {supported}")
+
+
+class _Pieces(dict[torch.dtype, tuple[int, int]]):
+    def __missing__(self, dtype: torch.dtype) -> tuple[int, int]:
+        self[dtype] = (DATA_TYPES["flagcxUint8"], dtype.itemsize)
+        return self[dtype]
+
+
+#: FlagCX's code of a dtype that can be reduced; TypeError for others.
+DTYPES = _DataTypes(
+    {
+        torch.int8: DATA_TYPES["flagcxInt8"],
+        torch.uint8: DATA_TYPES["flagcxUint8"],
+        torch.int32: DATA_TYPES["flagcxInt32"],
+        torch.uint32: DATA_TYPES["flagcxUint32"],
+        torch.int64: DATA_TYPES["flagcxInt64"],
+        torch.uint64: DATA_TYPES["flagcxUint64"],
+        torch.float16: DATA_TYPES["flagcxFloat16"],
+        torch.float32: DATA_TYPES["flagcxFloat32"],
+        torch.float64: DATA_TYPES["flagcxFloat64"],
+        torch.bfloat16: DATA_TYPES["flagcxBfloat16"],
+    }
+)
+#: How a dtype is moved: its own code or that of bytes, and how many such pieces an element is. FlagCX has no
+#: bool, float8 or complex; what is only copied need not have one.
+PIECES = _Pieces({dtype: (code, 1) for dtype, code in DTYPES.items()})
+#: FlagCX's code of a reduction; ValueError for others.
+OPS = _ReduceOps(
+    {
+        ReduceOp.SUM: REDUCE_OPS["flagcxSum"],
+        ReduceOp.PRODUCT: REDUCE_OPS["flagcxProd"],
+        ReduceOp.MAX: REDUCE_OPS["flagcxMax"],
+        ReduceOp.MIN: REDUCE_OPS["flagcxMin"],
+        ReduceOp.AVG: REDUCE_OPS["flagcxAvg"],
+    }
+)
+
+
+@dataclass(frozen=True)
+class Version:
+    """What ranks must agree on.
+
+    ``library`` is what flagcxGetVersion says (10000 in every release up to 0.13); ``header`` the release by
+    the header beside it, None where there is none or it does not say; ``interface`` how handles are made.
+    """
+
+    library: int
+    header: str | None
+    interface: str
+
+    def __str__(self) -> str:
+        return f"{self.header or 'of unknown release'} (flagcxGetVersion {self.library}, {self.interface})"
+
+    def agrees(self, other: "Version") -> bool:
+        """Whether two ranks can talk; a rank without the header takes the other's word for the release."""
+        same_release = self.header is None or other.header is None or self.header == other.header
+        return same_release and self.library == other.library and self.interface == other.interface
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _StreamHandles(dict[int, int]):
+    """FlagCX's handle of each raw stream; made on the first use, kept for the life of the process."""
+
+    def __init__(self, library: "FlagCXLibrary"):
+        self._library = library
+
+    def __missing__(self, raw: int) -> int:
+        self[raw] = self._library.make_stream_handle(raw)
+        return self[raw]
+
+
+class FlagCXLibrary:
+    """libflagcx, loaded and checked. ``functions`` has each function by its name, all returning a result code.
+
+    Raises:
+        FlagCXError: the file cannot be loaded, lacks a function, or has another version's structs.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._dll = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise FlagCXError(f"{path} cannot be loaded: {error}") from error
+        missing = [name for name in _FUNCTIONS if not hasattr(self._dll, name)]
+        self._has_device_handle = hasattr(self._dll, "flagcxDeviceHandleInit")
+        if not self._has_device_handle and not hasattr(self._dll, "flagcxHandleInit"):
+            missing.append("flagcxDeviceHandleInit")
+        if missing:
+            raise FlagCXError(f"{path} lacks {', '.join(missing)}: it is not FlagCX 0.5 to 0.13")
+        self.functions = {name: self._function(name, arguments) for name, arguments in _FUNCTIONS.items()}
+        self.version = self._check_version()
+        self._device_handle = self._init_device_handle()
+        #: FlagCX's stream handle by raw stream.
+        self.streams = _StreamHandles(self)
+
+    def _function(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        function = getattr(self._dll, name)
+        function.argtypes, function.restype = arguments, c_int
+        return function
+
+    def _check_version(self) -> Version:
+        reported = c_int()
+        self._check("flagcxGetVersion", self.functions["flagcxGetVersion"](byref(reported)))
+        header = header_of(self.path)
+        interface = "flagcxDeviceHandleInit" if self._has_device_handle else "flagcxHandleInit"
+        if header is not None and header.problems:
+            release = header.version or "before 0.13"
+            told = "; ".join(header.problems[:3])
+            raise FlagCXError(f"{header.path}: FlagCX {release} has another layout than sglang-fl knows (0.5 to 0.13): {told}")
+        if header is None and (reported.value != 10000 or not self._has_device_handle):
+            # Before 0.13 nothing in the library tells the layouts apart.
+            raise FlagCXError(
+                f"{self.path}: which FlagCX it is cannot be told (flagcxGetVersion says {reported.value}, {interface}), nor how its "
+                "structs are laid out: point FLAGCX_PATH at its checkout, or put its flagcx.h beside it or in ../include"
+            )
+        return Version(reported.value, header.version if header else None, interface)
+
+    def _init_device_handle(self) -> Any:
+        if self._has_device_handle:
+            handle = POINTER(_DeviceHandle)()
+            init = self._function("flagcxDeviceHandleInit", (POINTER(POINTER(_DeviceHandle)),))
+            self._check("flagcxDeviceHandleInit", init(byref(handle)))
+            return handle.contents
+        group = POINTER(_HandlerGroup)()
+        init = self._function("flagcxHandleInit", (POINTER(POINTER(_HandlerGroup)),))
+        self._check("flagcxHandleInit", init(byref(group)))
+        return group.contents.devHandle.contents
+
+    def make_stream_handle(self, raw: int) -> int:
+        """FlagCX's handle of a vendor's stream; use ``streams``, which makes one only once."""
+        handle = c_void_p()
+        self._check("streamCopy", self._device_handle.streamCopy(byref(handle), raw))
+        assert handle.value is not None
+        return handle.value
+
+    def unique_id(self) -> bytes:
+        """A new communicator's id, to be given to every rank of it."""
+        get = self.functions["flagcxGetUniqueId"]
+        if self._has_device_handle:
+            identity = _UniqueId()
+            self._check("flagcxGetUniqueId", get(byref(identity)))
+            return bytes(identity)
+        pointer = c_void_p()  # before 0.13 the library allocates it
+        self._check("flagcxGetUniqueId", get(byref(pointer)))
+        assert pointer.value is not None
+        return ctypes.string_at(pointer.value, UNIQUE_ID_BYTES)
+
+    def init_rank(self, world_size: int, identity: bytes, rank: int) -> int:
+        """A communicator on the current device; returns once all ranks have called it."""
+        comm = c_void_p()
+        code = self.functions["flagcxCommInitRank"](byref(comm), world_size, byref(_UniqueId.from_buffer_copy(identity)), rank)
+        self._check("flagcxCommInitRank", code)
+        assert comm.value is not None
+        return comm.value
+
+    def async_error(self, comm: int) -> int | None:
+        """The code of an error that struck a communicator outside of any call; 0 none, None: it cannot tell."""
+        error = c_int()
+        code = self.functions["flagcxCommGetAsyncError"](comm, byref(error))
+        return error.value if code == 0 else None
+
+    def register_window(self, comm: int, address: int, size: int) -> int:
+        """Register memory for symmetric operations (FLAGCX_WIN_COLL_SYMMETRIC, memory of the vendor's library)."""
+        window = c_void_p()
+        self._check("flagcxCommWindowRegister", self._later("flagcxCommWindowRegister")(comm, address, size, byref(window), 1, 0))
+        assert window.value is not None
+        return window.value
+
+    def deregister_window(self, comm: int, window: int) -> None:
+        self._check("flagcxCommWindowDeregister", self._later("flagcxCommWindowDeregister")(comm, window, 0))
+
+    def _later(self, name: str) -> Any:
+        """A function that serving does not need, and that older libraries lack."""
+        if not hasattr(self._dll, name):
+            raise FlagCXError(f"{self.path} lacks {name}")
+        return self._function(name, _LATER[name])
+
+    def explain(self, code: int, comm: int | None) -> str:
+        """A result code in words, with what the vendor's library last said about a communicator."""
+        name = RESULTS[code] if 0 <= code < len(RESULTS) else "an unknown result"
+        told = f"{name} ({code})"
+        if comm is not None and hasattr(self._dll, "flagcxGetLastError"):
+            last_error = self._dll.flagcxGetLastError
+            last_error.argtypes, last_error.restype = (c_void_p,), c_char_p
+            said = (last_error(comm) or b"").decode(errors="replace").strip()
+            if said and said != "Not implemented.":
+                told += f": {said}"
+        return told
+
+    def _check(self, name: str, code: int) -> None:
+        if code:
+            raise FlagCXError(f"{name} of {self.path} failed: {self.explain(code, None)}")

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where FlagCX is on this machine, and what the header beside it says about its ABI. Light: it loads nothing."""
+
+import ctypes.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARY = "libflagcx.so"
+#: Where it lies under what FLAGCX_PATH names: a checkout, an install prefix, the directory itself.
+_PLACES = ("build/lib", "lib", ".")
+
+#: ``struct flagcxDeviceHandle``, as far as it is used. FlagCX 0.5 to 0.13 have it so; older ones lack
+#: hostGetDevicePointer.
+DEVICE_HANDLE = (
+    "deviceSynchronize",
+    "deviceMemcpy",
+    "deviceMemset",
+    "deviceMalloc",
+    "deviceFree",
+    "setDevice",
+    "getDevice",
+    "getDeviceCount",
+    "getVendor",
+    "hostGetDevicePointer",
+    "streamCreate",
+    "streamDestroy",
+    "streamCopy",
+    "streamFree",
+)
+UNIQUE_ID_BYTES = 256
+RESULTS = (
+    "flagcxSuccess",
+    "flagcxUnhandledDeviceError",
+    "flagcxSystemError",
+    "flagcxInternalError",
+    "flagcxInvalidArgument",
+    "flagcxInvalidUsage",
+    "flagcxRemoteError",
+    "flagcxInProgress",
+    "flagcxUnhandledCCLError",
+    "flagcxNotSupported",
+)
+DATA_TYPES = {
+    "flagcxInt8": 0,
+    "flagcxUint8": 1,
+    "flagcxInt32": 2,
+    "flagcxUint32": 3,
+    "flagcxInt64": 4,
+    "flagcxUint64": 5,
+    "flagcxFloat16": 6,
+    "flagcxFloat32": 7,
+    "flagcxFloat64": 8,
+    "flagcxBfloat16": 9,
+}
+REDUCE_OPS = {"flagcxSum": 0, "flagcxProd": 1, "flagcxMax": 2, "flagcxMin": 3, "flagcxAvg": 4}
+
+
+class FlagCXError(RuntimeError):
+    """FlagCX cannot be used, or a call of it failed."""
+
+
+def find_library(path: str | None, environ: Mapping[str, str]) -> Path:
+    """The library's file.
+
+    Args:
+        path: what FLAGCX_PATH says (a checkout, a directory, the file itself); None looks where the loader does.
+
+    Raises:
+        FlagCXError: it is not there; the message names what was looked for.
+    """
+    if path is None:
+        return _on_the_loader_path(environ)
+    root = Path(path).expanduser()
+    if root.is_file():
+        return root
+    looked = [root / place / LIBRARY for place in _PLACES]
+    for candidate in looked:
+        if candidate.is_file():
+            return candidate
+    if not root.exists():
+        raise FlagCXError(f"there is no {str(root)!r} (looked for FlagCX's checkout, or for {LIBRARY} itself)")
+    raise FlagCXError(f"no {LIBRARY} in {str(root)!r} (looked for {', '.join(map(str, looked))}); build FlagCX there first")
+
+
+def _on_the_loader_path(environ: Mapping[str, str]) -> Path:
+    directories = [directory for directory in environ.get("LD_LIBRARY_PATH", "").split(":") if directory]
+    for directory in directories:
+        if (Path(directory) / LIBRARY).is_file():
+            return Path(directory) / LIBRARY
+    found = ctypes.util.find_library("flagcx")
+    if found is not None:
+        return Path(found)
+    looked = f"LD_LIBRARY_PATH ({', '.join(directories)})" if directories else "LD_LIBRARY_PATH (not set)"
+    raise FlagCXError(f"no {LIBRARY} in {looked} or the loader's cache; set FLAGCX_PATH to FlagCX's checkout")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a flagcx.h says. ``version`` is None before 0.13, whose header was the first to say it."""
+
+    path: Path
+    version: str | None
+    problems: tuple[str, ...]
+
+
+def header_of(library: Path) -> Header | None:
+    """The header that belongs to a library, None where none lies near it."""
+    return next((read_header(path) for path in _header_places(library) if path.is_file()), None)
+
+
+def _header_places(library: Path) -> Iterator[Path]:
+    if library.parent == Path("."):  # the loader found it by its name
+        yield from (Path(prefix) / "include" / "flagcx.h" for prefix in ("/usr/local", "/usr"))
+        return
+    root = library.absolute().parent
+    yield from (root.parent / "include" / "flagcx.h", root / "flagcx.h")
+    yield root.parent.parent / "flagcx" / "include" / "flagcx.h"
+
+
+def read_header(path: Path) -> Header:
+    """Read a header's version, and hold its structs and values against those that sglang-fl is written for."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    numbers = [re.search(rf"#define\s+FLAGCX_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
+    version = ".".join(number[1] for number in numbers if number) if all(numbers) else None
+    return Header(path, version, tuple(_differences(text)))
+
+
+def _differences(text: str) -> Iterator[str]:
+    body = re.search(r"struct\s+flagcxDeviceHandle\s*\{(.*?)\n\};", text, re.DOTALL)
+    fields = re.findall(r"\(\*\s*(\w+)\)\s*\(", body[1]) if body else []
+    for place, expected in enumerate(DEVICE_HANDLE):
+        found = fields[place] if place < len(fields) else "nothing"
+        if found != expected:
+            yield f"struct flagcxDeviceHandle has {found} where {expected} is expected"
+            break
+    values = {"FLAGCX_UNIQUE_ID_BYTES": UNIQUE_ID_BYTES, **DATA_TYPES, **REDUCE_OPS}
+    for name, expected_value in values.items():
+        value = re.search(rf"\b{name}\b\s*=?\s*(\d+)", text)
+        if value is None or int(value[1]) != expected_value:
+            yield f"{name} is {value[1] if value else 'missing'}, not {expected_value}"

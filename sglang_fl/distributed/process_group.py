@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ProcessGroupFlagCX: the ``torch.distributed`` backend ``flagcx``."""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import Backend, Work, _create_work_from_future
+
+from .communicator import CommunicatorFL, current_device
+
+
+class ProcessGroupFlagCX(Backend):
+    """What torch.distributed sends to a group of ranks, over a FlagCX communicator.
+
+    It stands in a ``torch.distributed.ProcessGroup`` where ProcessGroupNCCL does, for the device type it was registered
+    for; tensors of other device types are refused by torch.distributed itself. A call with ``async_op=False`` runs on the
+    current stream. An asynchronous one, and every isend and irecv, runs on a stream of the group's own, so that
+    what follows on the current stream does not wait for the peer; ``Work.wait()`` makes the stream that is current
+    then wait, not the host.
+
+    Args:
+        rank, world_size: in the group.
+        bring_up: makes the communicator on a device, together with the other ranks; called on the first use.
+        release: called before the communicator is freed.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        bring_up: Callable[[torch.device], CommunicatorFL],
+        release: Callable[[CommunicatorFL], None],
+    ):
+        super().__init__(rank, world_size)
+        self._bring_up = bring_up
+        self._release = release
+        self._communicator: CommunicatorFL | None = None
+        self._side_stream: Any = None
+        self._batch: list[tuple[Callable[[CommunicatorFL], None], Sequence[torch.Tensor]]] | None = None
+        self._timeout: timedelta | None = None
+
+    def getBackendName(self) -> str:
+        return "flagcx"
+
+    def communicator(self, device: torch.device) -> CommunicatorFL:
+        """The group's communicator; the first call makes it, and must then come from all ranks."""
+        if self._communicator is None:
+            self._communicator = self._bring_up(device)
+        return self._communicator
+
+    def _run(
+        self, operation: Callable[[CommunicatorFL], None], tensors: Sequence[torch.Tensor], results: Any, *, asynchronous: bool
+    ) -> Work | None:
+        """Start an operation. Returns None where it is on the current stream, as torch.distributed's own backends do."""
+        if self._batch is not None:
+            self._batch.append((operation, tensors))
+            return None
+        device = tensors[0].device
+        communicator = self.communicator(device)
+        if not asynchronous:
+            operation(communicator)
+            return None
+        if device.type == "cpu":
+            operation(communicator)
+            return _done(results, device)
+        module = torch.get_device_module(device.type)
+        if self._side_stream is None:
+            self._side_stream = module.Stream(device)
+        side = self._side_stream
+        side.wait_stream(module.current_stream(device))
+        with module.stream(side):
+            operation(communicator)
+            for tensor in tensors:
+                tensor.record_stream(side)
+            return _done(results, device)
+
+    @property
+    def supports_coalescing(self) -> bool:
+        return True
+
+    def start_coalescing(self) -> None:
+        self._batch = []
+
+    def end_coalescing(self) -> Work | None:
+        batch, self._batch = self._batch, None
+        if not batch:
+            return None
+
+        def together(communicator: CommunicatorFL) -> None:
+            communicator.group_start()
+            for operation, _ in batch:
+                operation(communicator)
+            communicator.group_end()
+
+        tensors = [tensor for _, part in batch for tensor in part]
+        return self._run(together, tensors, tensors, asynchronous=True)
+
+    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        root = opts.rootRank
+        return self._run(_each(tensors, lambda c, t: c.broadcast(t, root)), tensors, tensors, asynchronous=opts.asyncOp)
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        op = opts.reduceOp
+        return self._run(_each(tensors, lambda c, t: c.all_reduce(t, op)), tensors, tensors, asynchronous=opts.asyncOp)
+
+    allreduce_coalesced = allreduce
+
+    def reduce(self, tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        root, op = opts.rootRank, opts.reduceOp
+        return self._run(_each(tensors, lambda c, t: c.reduce(t, root, op)), tensors, tensors, asynchronous=opts.asyncOp)
+
+    def allgather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        def gather(communicator: CommunicatorFL) -> None:
+            for outputs, tensor in zip(output_tensors, input_tensors, strict=True):
+                communicator.all_gather_list(outputs, tensor)
+
+        tensors = [*input_tensors, *(t for outputs in output_tensors for t in outputs)]
+        return self._run(gather, tensors, output_tensors[0], asynchronous=opts.asyncOp)
+
+    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any) -> Work | None:
+        return self._run(lambda c: c.all_gather(output, tensor), (tensor, output), [output], asynchronous=opts.asyncOp)
+
+    def all_gather_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        def gather(communicator: CommunicatorFL) -> None:
+            communicator.group_start()
+            for output, tensor in zip(outputs, tensors, strict=True):
+                communicator.all_gather(output, tensor)
+            communicator.group_end()
+
+        return self._run(gather, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
+
+    def reduce_scatter(self, output_tensors: list[torch.Tensor], input_tensors: list[list[torch.Tensor]], opts: Any) -> Work | None:
+        op = opts.reduceOp
+
+        def scatter(communicator: CommunicatorFL) -> None:
+            for output, tensors in zip(output_tensors, input_tensors, strict=True):
+                communicator.reduce_scatter_list(output, tensors, op)
+
+        tensors = [*output_tensors, *(t for inputs in input_tensors for t in inputs)]
+        return self._run(scatter, tensors, output_tensors, asynchronous=opts.asyncOp)
+
+    def reduce_scatter_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any) -> Work | None:
+        op = opts.reduceOp
+        return self._run(lambda c: c.reduce_scatter(output, tensor, op), (tensor, output), [output], asynchronous=opts.asyncOp)
+
+    def reduce_scatter_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        op = opts.reduceOp
+
+        def scatter(communicator: CommunicatorFL) -> None:
+            communicator.group_start()
+            for output, tensor in zip(outputs, tensors, strict=True):
+                communicator.reduce_scatter(output, tensor, op)
+            communicator.group_end()
+
+        return self._run(scatter, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
+
+    def gather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        tensor, outputs = input_tensors[0], output_tensors[0] if output_tensors else []
+        receives = [(output, peer) for peer, output in enumerate(outputs)]
+        sends = [(tensor, opts.rootRank)]
+        return self._run(lambda c: c.exchange(sends, receives), (tensor, *outputs), outputs or [tensor], asynchronous=opts.asyncOp)
+
+    def scatter(self, output_tensors: list[torch.Tensor], input_tensors: list[list[torch.Tensor]], opts: Any) -> Work | None:
+        output, inputs = output_tensors[0], input_tensors[0] if input_tensors else []
+        sends = [(tensor, peer) for peer, tensor in enumerate(inputs)]
+        receives = [(output, opts.rootRank)]
+        return self._run(lambda c: c.exchange(sends, receives), (output, *inputs), [output], asynchronous=opts.asyncOp)
+
+    def alltoall(self, output_tensors: list[torch.Tensor], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        sends = [(tensor, peer) for peer, tensor in enumerate(input_tensors)]
+        receives = [(tensor, peer) for peer, tensor in enumerate(output_tensors)]
+        tensors = (*input_tensors, *output_tensors)
+        return self._run(lambda c: c.exchange(sends, receives), tensors, output_tensors, asynchronous=opts.asyncOp)
+
+    def all_to_all_single(
+        self, output: torch.Tensor, tensor: torch.Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any
+    ) -> Work | None:
+        if output_sizes or input_sizes:
+            world_size = self.size()
+            sends = [(part, peer) for peer, part in enumerate(_split(tensor, input_sizes, world_size))]
+            receives = [(part, peer) for peer, part in enumerate(_split(output, output_sizes, world_size))]
+            return self._run(lambda c: c.exchange(sends, receives), (tensor, output), [output], asynchronous=opts.asyncOp)
+        return self._run(lambda c: c.all_to_all_single(output, tensor), (tensor, output), [output], asynchronous=opts.asyncOp)
+
+    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Work | None:
+        return self._run(_each(tensors, lambda c, t: c.send(t, dst)), tensors, tensors, asynchronous=True)
+
+    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Work | None:
+        return self._run(_each(tensors, lambda c, t: c.recv(t, src)), tensors, tensors, asynchronous=True)
+
+    def barrier(self, opts: Any) -> Work | None:
+        """Returns once every rank has come here; it stops the host, as a barrier is meant to."""
+        device = self._communicator.device if self._communicator is not None else _device_of(opts)
+        token = torch.zeros(1, dtype=torch.int32, device=device)
+        self.communicator(device).all_reduce(token)
+        token.cpu()
+        return _done([token], device) if opts.asyncOp else None
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Kept for those who ask; FlagCX itself waits without a limit."""
+        self._timeout = timeout
+
+    def shutdown(self) -> None:
+        self._close(abort=False)
+
+    def abort(self) -> None:
+        self._close(abort=True)
+
+    def _close(self, *, abort: bool) -> None:
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            self._release(communicator)
+            communicator.close(abort=abort)
+
+
+def _each(tensors: Sequence[torch.Tensor], operation: Callable[[CommunicatorFL, torch.Tensor], None]) -> Callable[[CommunicatorFL], None]:
+    def run(communicator: CommunicatorFL) -> None:
+        for tensor in tensors:
+            operation(communicator, tensor)
+
+    return run
+
+
+def _split(tensor: torch.Tensor, sizes: list[int], world_size: int) -> Sequence[torch.Tensor]:
+    """A tensor's rows by rank: ``sizes`` of them, or equal shares."""
+    return tensor.split(sizes) if sizes else tensor.chunk(world_size)
+
+
+def _done(results: Any, device: torch.device) -> Work:
+    """A Work whose wait() makes the current stream wait for what is now on this one."""
+    future: torch.futures.Future[Any] = torch.futures.Future(devices=None if device.type == "cpu" else [device])
+    future.set_result(results)
+    return _create_work_from_future(future)
+
+
+def _device_of(opts: Any) -> torch.device:
+    """The device that a barrier means; torch.distributed names its type at most."""
+    accelerator = torch.accelerator.current_accelerator()
+    named = opts.device.type if opts.device is not None else None
+    return current_device(named or (accelerator.type if accelerator is not None else "cpu"))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import collectives
+import pytest
+from flagcx_stand_in import build
+from serving_lib import variants
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", 512), ("8K", 8192), ("1m", 1 << 20), ("2G", 2 << 30)])
+def test_sizes(text: str, size: int) -> None:
+    assert collectives.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "1.5M", "-1", "0", "1T"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+        collectives.parse_size(text)
+
+
+def test_the_bus_bandwidth_is_that_of_nccl_tests() -> None:
+    assert [collectives.bus_factor(op, 4) for op in ("all_reduce", "all_gather", "reduce_scatter", "broadcast")] == [1.5, 0.75, 0.75, 1]
+
+
+def test_a_run_on_the_stand_in(tmp_path: Path) -> None:
+    flagcx, out = build(tmp_path).parents[2], tmp_path / "collectives.json"
+    script = Path(collectives.__file__)
+    command = [sys.executable, str(script), "--device", "cpu", "--sizes", "1K", "12", "--rounds", "2", "--out", str(out)]
+    subprocess.run(
+        command, check=True, capture_output=True, timeout=120, env={"PATH": "/bin", "HOME": str(tmp_path), "FLAGCX_PATH": str(flagcx)}
+    )
+    found = json.loads(out.read_text())
+    assert found["ranks"] == 2 and found["flagcx"].startswith("of unknown release") and str(tmp_path) not in out.read_text()
+    cells = {(row["op"], row["bytes"], row["candidate"]) for row in found["rows"]}
+    names = ("torch", "flagcx", "flagcx-torch")
+    assert cells == {(op, size, name) for op in collectives.OPERATIONS for size in (1024, 12) for name in names}
+    assert all(row["us"] > 0 and row["speed"][0] > 0 for row in found["rows"])
+    assert all(row["speed"] == [1, 1, 1] for row in found["rows"] if row["candidate"] == "torch")
+
+
+class TestVariantsOfServing:
+    def test_flagcx_is_where_the_shell_says(self) -> None:
+        flagcx, default = variants.choose(["flagcx", "default"], [], plain_cpu=False)
+        shell = {"PATH": "/bin", "FLAGCX_PATH": "/opt/flagcx"}
+        assert flagcx.environ(shell, Path("log"))["FLAGCX_PATH"] == "/opt/flagcx"
+        assert flagcx.environ(shell, Path("log"))["SGLANG_FL_DIST_BACKEND"] == "flagcx"
+        assert "FLAGCX_PATH" not in default.environ(shell, Path("log"))
+        assert "FLAGCX_PATH" not in flagcx.settings, "a machine's path is no part of the results"
+
+    def test_without_sglangs_own_all_reduce(self) -> None:
+        both = variants.choose(["native-no-custom-ar", "flagcx-no-custom-ar", "flagcx"], [], plain_cpu=False)
+        assert [dict(variant.arguments) for variant in both] == [{"disable_custom_all_reduce": True}] * 2 + [{}]
+        assert both[0].native

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sglang-fl new-vendor: what it refuses, and that what it writes works at once, once it is installed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from installed_packages import Packages, pip_install
+
+from sglang_fl.cli import main
+from sglang_fl.vendor_platform import VendorPlatform
+from sglang_fl.vendors import VENDORS
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "README.md",
+    "pyproject.toml",
+    "sglang_fl_fastchip/__init__.py",
+    "sglang_fl_fastchip/backend.py",
+    "sglang_fl_fastchip/impl/__init__.py",
+    "sglang_fl_fastchip/impl/normalization.py",
+    "sglang_fl_fastchip/platform.py",
+    "sglang_fl_fastchip/profile.yaml",
+    "sglang_fl_fastchip/register_ops.py",
+    "tests/test_backend.py",
+    "tests/test_platform.py",
+}
+
+
+def files_in(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def python(*arguments: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environ, cwd=cwd)
+
+
+def test_it_writes_a_package_and_says_what_is_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-vendor", "fastchip"]) == 0
+    assert files_in(tmp_path / "sglang-fl-fastchip") == FILES
+    told = capsys.readouterr().out
+    assert all(file in told for file in FILES)
+    assert "uv pip install -e sglang-fl-fastchip" in told and "sglang-fl check --vendor fastchip --quick" in told
+    for file in FILES:
+        text = (tmp_path / "sglang-fl-fastchip" / file).read_text(encoding="utf-8")
+        assert "mychip" not in text.lower() and text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Fast-Chip", "'Fast-Chip' is none; did you mean 'fast_chip'?"),
+        ("2fast", "a vendor's name is a Python identifier in lower case, and '2fast' is none"),
+        ("class", "'class' is none"),
+        ("chïp", "'chïp' is none; did you mean 'ch_p'?"),
+        ("../up", "'../up' is none; did you mean 'up'?"),
+        ("", "'' is none"),
+        ("reference", "'reference' is a word of the settings"),
+        ("template", "'template' is a word of the settings"),
+        ("npu", "'npu' is another name for 'ascend'"),
+        ("ascend", "'ascend' has a backend already (sglang_fl.dispatch.backends.vendor.ascend); choose another name"),
+        ("nvidia", "'nvidia' has a backend already (sglang_fl.dispatch.backends.vendor.cuda); choose another name"),
+        ("cpu", "'cpu' is what the reference is for"),
+    ],
+)
+def test_names_that_cannot_be(name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new-vendor", name, str(tmp_path / "x")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_name_of_an_installed_package(tmp_path: Path, packages: Packages, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "from sglang_fl.vendor_platform import VendorPlatform as V\nPLATFORM = V(name='mine', device_type='x', commands=('no-tool',))"
+    package = packages.install(code, {"sglang_fl.platform": "{module}:PLATFORM"})
+    assert main(["new-vendor", "mine", str(tmp_path / "x")]) == 2
+    assert f"'mine' has a platform already ({package} (entry point {package}))" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
+    (full / "sub").mkdir(parents=True)
+    file.write_text("mine")
+    empty.mkdir()
+    for taken in (full, file):
+        assert main(["new-vendor", "fastchip", str(taken)]) == 2
+        assert f"{str(taken)!r} is there already, and not an empty directory" in capsys.readouterr().err
+    assert files_in(full) == set() and file.read_text() == "mine"
+    assert main(["new-vendor", "fastchip", str(file / "below")]) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert main(["new-vendor", "fastchip", str(empty)]) == 0
+    assert main(["new-vendor", "fastchip", str(empty)]) == 2
+    assert main(["new-vendor", "fastchip", str(tmp_path / "a" / "b")]) == 0
+
+
+@pytest.mark.parametrize("name", ["fastchip", "a_name_of_some_length", "metax", "kunlunxin", "hygon", "mthreads"])
+def test_what_it_writes_is_clean(name: str, tmp_path: Path) -> None:
+    assert main(["new-vendor", name, str(tmp_path / "package")]) == 0
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command, "--no-cache", str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_vendor_that_sglang_has_a_platform_for_brings_operators_only(tmp_path: Path) -> None:
+    main(["new-vendor", "mthreads", str(tmp_path / "package")])
+    found = files_in(tmp_path / "package")
+    assert found == {file.replace("fastchip", "mthreads") for file in FILES if "platform" not in file and "profile" not in file}
+    for file in found:
+        assert "platform" not in (tmp_path / "package" / file).read_text(encoding="utf-8"), file
+
+
+def platform_in(directory: Path, name: str, change: str = "") -> VendorPlatform:
+    file = directory / f"sglang_fl_{name}" / "platform.py"
+    space = {"__file__": str(file)}
+    exec(change or file.read_text(encoding="utf-8"), space)
+    return space["PLATFORM"]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", [name for name, row in VENDORS.items() if row.in_tree is None and name != "cpu"])
+def test_what_our_table_knows_of_a_chip_is_in_its_package(name: str, tmp_path: Path) -> None:
+    main(["new-vendor", name, str(tmp_path / "package")])
+    platform, row = platform_in(tmp_path / "package", name), VENDORS[name]
+    assert platform.capabilities == ("supports_triton",), "as the platform is without the package"
+    for field in ("name", "chip", "device_type", "collective", "attention", "commands", "device_files", "flaggems"):
+        assert getattr(platform.row(), field) == getattr(row, field)
+
+
+def test_every_choice_in_a_comment_can_be_made(tmp_path: Path) -> None:
+    main(["new-vendor", "fastchip", str(tmp_path / "package")])
+    text = (tmp_path / "package" / "sglang_fl_fastchip" / "platform.py").read_text(encoding="utf-8")
+    chosen = re.sub(r"^    # (?=[a-z_]+=)", "    ", text, flags=re.MULTILINE)
+    platform = platform_in(tmp_path / "package", "fastchip", chosen)
+    every = set(VendorPlatform.__dataclass_fields__)
+    assert {name for name in every if re.search(rf"^    {name}=", chosen, re.MULTILINE)} == every, "every field is shown"
+    assert len(platform.classes()) == 8
+
+    for file, pattern in (("register_ops.py", r"^            # (?=[a-z_]+=)"), ("backend.py", r"^    # ?(?=    |def |$)")):
+        text = (tmp_path / "package" / "sglang_fl_fastchip" / file).read_text(encoding="utf-8")
+        chosen = re.sub(pattern, "            " if file == "register_ops.py" else "    ", text, flags=re.MULTILINE)
+        assert chosen != text
+        compile(chosen, file, "exec")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A new package, and where it was installed."""
+    directory = tmp_path_factory.mktemp("new")
+    assert main(["new-vendor", "fastchip", str(directory / "package")]) == 0
+    pip_install(directory / "package", directory / "site")
+    return directory / "package", directory / "site"
+
+
+def own_tests(package: Path, site: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *more, path=site, cwd=package)
+
+
+def test_its_own_tests_pass_at_once_the_check_among_them(installed: tuple[Path, Path]) -> None:
+    done = own_tests(*installed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout
+
+
+def test_its_own_test_of_the_check_can_fail(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(installed[0], package)
+    kernel = package / "sglang_fl_fastchip" / "impl" / "normalization.py"
+    kernel.write_text(kernel.read_text().replace("    hidden =", "    raise NotImplementedError('no kernel')\n    hidden ="))
+    done = own_tests(package, installed[1], "-k", "check")
+    assert done.returncode == 1 and "refused: NotImplementedError: no kernel" in done.stdout
+
+
+def test_the_doctor_knows_the_chip(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    done = python("-m", "sglang_fl", "doctor", path=installed[1], cwd=tmp_path)
+    assert "Chips of installed packages: fastchip (sglang-fl-fastchip (entry point fastchip)): not seen here" in done.stdout
+
+
+def test_the_template_is_in_the_wheel(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "sglang_fl", source / "sglang_fl", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    command = [sys.executable, "-m", "uv", "build", "-q", "--wheel", "--no-build-isolation", "--python", sys.executable]
+    subprocess.run([*command, "--out-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("sglang_fl-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        shipped = [name for name in archive.namelist() if "/template/" in name]
+    assert len(shipped) == len(FILES), "and no tool's cache"
+    code = (
+        "import sglang_fl, sys; print(sglang_fl.__file__); from sglang_fl.cli import main; sys.exit(main(['new-vendor', 'fastchip', 'x']))"
+    )
+    done = python("-c", code, path=tmp_path / "site", cwd=tmp_path)
+    assert done.returncode == 0 and str(tmp_path / "site") in done.stdout
+    assert files_in(tmp_path / "x") == FILES

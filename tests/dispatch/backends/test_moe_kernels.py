@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routing and experts of the kernel backends: their glue, on stand-ins that take what the real kernels take and no more."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from accuracy import DTYPES
+from flaggems_here import gems
+from moe_accuracy import refused
+from torch.nn import functional
+from torch_npu_stand_in import torch_npu
+
+from sglang_fl.certify.cases.call import Draw
+from sglang_fl.certify.cases.moe import _Experts
+from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend
+from sglang_fl.dispatch.backends.moe import Experts, Routing
+from sglang_fl.dispatch.backends.reference.impl import moe as reference
+from sglang_fl.dispatch.backends.vendor.ascend.ascend import AscendBackend
+from sglang_fl.dispatch.backends.vendor.cuda.cuda import CudaBackend
+
+__all__ = ["gems"]
+
+WHEEL = Path(__file__).resolve().parents[3] / ".venv" / "torch_npu"
+#: Cases of routing that no kernel here takes, and those that FlagGems does not take beside them.
+BY_BEST = {"groups by their best, softmax", "groups by their best, sigmoid"}
+WITHOUT_BIAS = {"sigmoid"}
+NOT_A_POWER_OF_TWO = {"sigmoid, 6 of 60 experts"}
+
+
+def moe_fused_gate(
+    scores: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk: int,
+    scoring_func: str = "sigmoid",
+    num_fused_shared_experts: int = 0,
+    renormalize: bool = True,
+    routed_scaling_factor: float = 1.0,
+    apply_routed_scaling_factor_on_output: bool = False,
+    moe_softcapping: float = 0.0,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    *,
+    num_token_non_padded: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SGLang's kernel: shared columns weigh 1, or the reciprocal of the factor where that is not applied."""
+    assert scores.numel() and moe_softcapping == 0 and topk > num_fused_shared_experts
+    if bias is None:
+        assert scoring_func == "softmax" and num_expert_group == 1
+    else:
+        assert scoring_func == "sigmoid" and bias.dim() == 1 and bias.is_floating_point()
+    scale = routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0
+    shared = (1.0 if apply_routed_scaling_factor_on_output else 1 / routed_scaling_factor) if num_fused_shared_experts else None
+    routing = Routing(topk - num_fused_shared_experts, scoring_func, renormalize, num_expert_group, topk_group, scale, shared)
+    weights, ids = reference.topk(scores.nan_to_num(-1e30), bias, routing, num_token_non_padded)
+    return weights.masked_fill(ids < 0, 0.0), ids
+
+
+class OfNoMatter(ModuleType):
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    package = "sglang_fl.dispatch.backends.vendor.cuda.impl"
+    kernel = ModuleType("sglang.kernels.ops.moe.moe_fused_gate")
+    kernel.moe_fused_gate = moe_fused_gate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+    for name in ("activation", "normalization", "rotary"):  # loaded with the rest, and of no matter here
+        monkeypatch.setitem(sys.modules, f"{package}.{name}", OfNoMatter(name))
+    for name in (package, f"{package}.moe"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return CudaBackend()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_topk(cuda: CudaBackend, dtype: torch.dtype) -> None:
+    assert refused("topk", cuda.topk, dtype).keys() == BY_BEST | WITHOUT_BIAS
+
+
+def test_the_cuda_kernels_signature_is_the_real_one() -> None:
+    import inspect
+
+    from sglang.kernels.ops.moe.moe_fused_gate import moe_fused_gate as real
+
+    parameters = inspect.signature(real).parameters
+    for name, parameter in inspect.signature(moe_fused_gate).parameters.items():
+        assert (parameters[name].kind, parameters[name].default) == (parameter.kind, parameter.default), name
+
+
+@pytest.fixture(scope="module")
+def ascend() -> Iterator[AscendBackend]:
+    if not WHEEL.exists():
+        pytest.skip("torch_npu's wheel is not there to be read (make .venv/ready-test puts it into .venv/torch_npu)")
+    package = "sglang_fl.dispatch.backends.vendor.ascend.impl"
+    names = [package, *(f"{package}.{name}" for name in ("activation", "moe", "normalization", "rotary"))]
+    module, library = torch_npu(WHEEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch_npu", module)
+        for name in names:
+            patch.delitem(sys.modules, name, raising=False)
+        yield AscendBackend()
+        for name in names:
+            sys.modules.pop(name, None)
+    library._destroy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ascend_topk(ascend: AscendBackend, dtype: torch.dtype) -> None:
+    assert refused("topk", ascend.topk, dtype) == {}
+
+
+def test_ascend_takes_no_groups_that_its_operator_has_not(ascend: AscendBackend) -> None:
+    topk = import_module("sglang_fl.dispatch.backends.vendor.ascend.impl.moe").topk
+    for groups, experts in ((8, 16), (100, 400)):
+        with pytest.raises(ValueError, match=f"no {groups} groups of {experts // groups} experts"):
+            topk(torch.zeros(2, experts), None, Routing(2, "sigmoid", True, groups, 2, 1.0, None), None)
+
+
+def topk_softmax(
+    topk_weights: torch.Tensor,
+    topk_indices: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool,
+) -> None:
+    """FlagGems's kernel as it is: rows one after the other, 1e-8 in both sums, and no care for nan."""
+    tokens, experts = gating_output.shape
+    assert gating_output.is_contiguous() and tokens and experts <= 1024
+    for x, dtype in ((topk_weights, torch.float32), (topk_indices, torch.int32), (token_expert_indices, torch.int32)):
+        assert x.shape == (tokens, topk_weights.shape[1]) and x.dtype == dtype and x.is_contiguous()
+    assert topk_weights.shape[1] <= 32
+    logits = gating_output.float()
+    exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
+    weights, ids = (exponentials / (exponentials.sum(-1, keepdim=True) + 1e-8)).topk(topk_weights.shape[1], dim=-1)
+    topk_weights.copy_(weights / (weights.sum(-1, keepdim=True) + 1e-8) if renormalize else weights)
+    topk_indices.copy_(ids.masked_fill(weights.isnan(), experts + 7))
+
+
+def grouped_topk(
+    scores: torch.Tensor,
+    n_group: int,
+    topk_group: int,
+    topk: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    bias: torch.Tensor,
+    scoring_func: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, experts = scores.shape
+    assert tokens and experts % n_group == 0 and n_group <= 32 and topk <= 32 and topk & (topk - 1) == 0
+    assert scoring_func == 0 and scores.dtype == bias.dtype == torch.float32 and bias.shape == (experts,)
+    routing = Routing(topk, "sigmoid", renormalize, n_group, topk_group, routed_scaling_factor, None)
+    weights, ids = reference.topk(scores.logit(), bias, routing, None)
+    return weights, ids.masked_fill(scores.isnan().any(-1, keepdim=True), experts + 1)
+
+
+def fused_experts_impl(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    inplace: bool = False,
+    activation: str = "silu",
+    apply_router_weight_on_input: bool = False,
+    global_num_experts: int = -1,
+    expert_map: torch.Tensor | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """FlagGems's function: routes are counted by their ids, unless there are few, and the map says where experts are."""
+    assert activation == "silu" and not inplace and topk_weights.shape == topk_ids.shape and topk_ids.numel()
+    assert all(x.is_contiguous() for x in (hidden_states, topk_weights, topk_ids)) and topk_ids.dtype == torch.int32
+    assert w1.stride(-1) == w2.stride(-1) == 1 and w1.dtype == hidden_states.dtype != torch.float32
+    places = w1.shape[0] if global_num_experts == -1 else global_num_experts
+    sparse = expert_map is None and topk_ids.numel() * 4 <= places
+    if not sparse:
+        assert ((topk_ids >= 0) & (topk_ids < places)).all(), "counters lie beside memory that is not theirs"
+        if expert_map is not None:
+            assert expert_map.shape == (places,) and expert_map.dtype == torch.int32
+            topk_ids = expert_map[topk_ids]
+    out = torch.zeros(hidden_states.shape)
+    for expert in range(w1.shape[0]):
+        rows, columns = (topk_ids == expert).nonzero(as_tuple=True)
+        weight = topk_weights[rows, columns].unsqueeze(-1)
+        hidden = functional.linear(hidden_states[rows].float(), w1[expert].float(), None if w1_bias is None else w1_bias[expert])
+        hidden = (hidden * weight if apply_router_weight_on_input else hidden).to(w1.dtype).float()
+        gate, up = hidden.chunk(2, dim=-1)
+        inner = (functional.silu(gate) * up).to(w1.dtype).float()
+        y = functional.linear(inner, w2[expert].float(), None if w2_bias is None else w2_bias[expert])
+        out.index_add_(0, rows, (y if apply_router_weight_on_input else y * weight).to(w1.dtype).float())
+    return out.to(hidden_states.dtype)
+
+
+@pytest.fixture
+def flagos(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FlagGemsBackend:
+    impl = import_module("sglang_fl.dispatch.backends.flaggems.impl.moe")
+    for function in (topk_softmax, grouped_topk, fused_experts_impl):
+        monkeypatch.setattr(impl, function.__name__, function)
+    return FlagGemsBackend()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flagos_topk(flagos: FlagGemsBackend, dtype: torch.dtype) -> None:
+    assert refused("topk", flagos.topk, dtype).keys() == BY_BEST | WITHOUT_BIAS | NOT_A_POWER_OF_TWO
+
+
+@pytest.mark.parametrize(
+    ("routing", "experts", "told"),
+    [
+        (Routing(33, "softmax", True, 1, 1, 1.0, None), 64, "up to 32 experts, not 33"),
+        (Routing(2, "softmax", True, 1, 1, 1.0, None), 2048, "over up to 1024 experts, not 2048"),
+        (Routing(2, "sigmoid", True, 64, 4, 1.0, None), 256, "up to 32 groups, not 64"),
+    ],
+)
+def test_routing_beyond_flaggems_limits(flagos: FlagGemsBackend, routing: Routing, experts: int, told: str) -> None:
+    topk = import_module("sglang_fl.dispatch.backends.flaggems.impl.moe").topk
+    bias = torch.zeros(experts) if routing.scoring == "sigmoid" else None
+    with pytest.raises(NotImplementedError, match=told):
+        topk(torch.zeros(2, experts), bias, routing, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flagos_experts(flagos: FlagGemsBackend, dtype: torch.dtype) -> None:
+    activations = {f"{name}, gated" for name in ("gelu", "gelu_tanh", "relu2")}
+    ungated = {f"{name}, not gated" for name in ("silu", "gelu", "gelu_tanh", "relu2")}
+    assert refused("fused_moe", flagos.fused_moe, dtype).keys() == activations | ungated
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+def test_batches_of_few_routes_are_not_sorted(flagos: FlagGemsBackend, tokens: int) -> None:
+    from moe_accuracy import check
+
+    check("fused_moe", flagos.fused_moe, _Experts(tokens=tokens, experts=32, elsewhere=0.4), torch.bfloat16)
+
+
+def test_flagos_takes_no_fp32(flagos: FlagGemsBackend) -> None:
+    call = _Experts()(Draw(torch.Generator().manual_seed(0), torch.float32, torch.device("cpu")))
+    arguments, _ = call.arguments()
+    with pytest.raises(TypeError, match="TF32"):
+        flagos.fused_moe(*arguments)
+
+
+def test_what_the_sorting_needs_is_made_at_the_first_call(flagos: FlagGemsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may be captured at the next: a tensor that is made then has its numbers only when the graph is replayed."""
+    impl = import_module("sglang_fl.dispatch.backends.flaggems.impl.moe")
+    impl._expert_map.cache_clear()
+    made = []
+    monkeypatch.setattr(impl, "_places", lambda count: made.append(count) or 1 << count.bit_length())
+    w13, w2 = torch.zeros(32, 8, 16, dtype=torch.bfloat16), torch.zeros(32, 16, 4, dtype=torch.bfloat16)
+    experts = Experts("silu", True, False, True)
+    for tokens in (1, 100):
+        x, ids = torch.zeros(tokens, 16, dtype=torch.bfloat16), torch.zeros(tokens, 2, dtype=torch.int32)
+        impl.fused_moe(x, w13, w2, torch.ones(tokens, 2), ids, None, None, experts)
+        assert impl._expert_map.cache_info().currsize == 1
+
+
+def test_flaggems_says_once_that_it_was_not_tuned(gems: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    import_module("sglang_fl.dispatch.backends.flaggems.impl.moe")
+    logger = logging.getLogger("flag_gems.fused.fused_moe")
+    caplog.set_level(logging.INFO, logger.name)
+    for _ in range(3):
+        logger.warning("No embedded MoE config for device=%s, key=%s.", "a test's", "8,32")
+    assert caplog.text.count("a test's") == 1

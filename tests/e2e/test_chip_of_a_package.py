@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chip that SGLang and sglang-fl know nothing of, brought up by an installed package: the CPU under a second name."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from installed_packages import pip_install
+
+from sglang_fl.cli.demo_model import RECITAL
+from sglang_fl.cli.server import Server, ServerFailed, free_port
+
+from .conftest import Prompt, Running, off_by, serving
+
+pytestmark = pytest.mark.e2e
+
+#: Changes to the package that ``sglang-fl new-vendor`` writes: the template's own choices, made.
+PLATFORM = {
+    'device_type="lookalike"': 'device_type="cpu"',
+    'device_files=("/dev/lookalike[0-9]*",)': "device_files=({device!r},)",
+    '# attention_backends={"': 'attention_backends={"',
+    "# kv_pools={": "kv_pools={",
+    ', "mla": "sglang_fl_lookalike.kv_cache:LookalikeMLAPool"': "",
+    "# paged_allocator=": "paged_allocator=",
+    "# platform_class=": "platform_class=",
+}
+PROFILE = """
+op_backends:
+  rms_norm: [vendor:lookalike]
+  silu_and_mul: [reference]
+  rotary_embedding: [sglang]
+"""
+SEEN = """
+import os
+
+def seen(what):
+    with open(os.environ["LOOKALIKE_SEEN"], "a") as log:
+        print(what, file=log)
+"""
+ATTENTION = """
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+from .seen import seen
+
+class LookalikeAttention(TorchNativeAttnBackend):
+    def forward_extend(self, *args, **kwargs):
+        seen("attention of a prefill")
+        return super().forward_extend(*args, **kwargs)
+
+    def forward_decode(self, *args, **kwargs):
+        seen("attention of a decode step")
+        return super().forward_decode(*args, **kwargs)
+"""
+KV_CACHE = """
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from .seen import seen
+
+class LookalikeMHAPool(MHATokenToKVPool):
+    def _create_buffers(self):
+        seen("KV pool")
+        super()._create_buffers()
+
+class LookalikePagedAllocator(PagedTokenToKVPoolAllocator):
+    def alloc_extend(self, *args, **kwargs):
+        seen("allocator")
+        return super().alloc_extend(*args, **kwargs)
+"""
+SGLANG_PLATFORM = """
+from .seen import seen
+
+class LookalikePlatform:
+    def apply_server_args_defaults(self, server_args):
+        super().apply_server_args_defaults(server_args)
+        server_args.page_size = 16
+
+    def init_backend(self):
+        seen("init_backend")
+
+    def get_device_name(self, device_id=0):
+        return "Lookalike 1"
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the package was installed."""
+    directory = tmp_path_factory.mktemp("lookalike")
+    (directory / "lookalike0").touch()
+    command = [sys.executable, "-m", "sglang_fl", "new-vendor", "lookalike", str(directory / "package")]
+    subprocess.run(command, check=True, capture_output=True)
+    package = directory / "package" / "sglang_fl_lookalike"
+    text = (package / "platform.py").read_text(encoding="utf-8")
+    for template, chosen in PLATFORM.items():
+        assert text.count(template) == 1, template
+        text = text.replace(template, chosen.format(device=f"{directory}/lookalike[0-9]*") if "device" in template else chosen)
+    (package / "platform.py").write_text(text, encoding="utf-8")
+    (package / "profile.yaml").write_text(PROFILE)
+    for name, code in {"seen": SEEN, "attention": ATTENTION, "kv_cache": KV_CACHE, "sglang_platform": SGLANG_PLATFORM}.items():
+        (package / f"{name}.py").write_text(code)
+    pip_install(directory / "package", directory / "site")
+    return directory / "site"
+
+
+def path_of(site: Path) -> str:
+    return os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture(scope="module")
+def running(
+    model: Path, native_logprobs: list[list[float]], site: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Running, Path]]:
+    directory = tmp_path_factory.mktemp("serving")
+    seen = directory / "seen"
+    with serving(model, directory, environ={"PYTHONPATH": path_of(site), "LOOKALIKE_SEEN": str(seen)}) as found:
+        yield found, seen
+
+
+def test_it_serves_and_everything_of_the_package_ran(running: tuple[Running, Path]) -> None:
+    server, log = running
+    assert server.recite().json()["choices"][0]["message"]["content"] == RECITAL
+    seen = log.read_text().splitlines()
+    assert set(seen) == {"init_backend", "KV pool", "allocator", "attention of a prefill", "attention of a decode step"}
+    layers = seen.count("attention of a prefill")
+    assert layers > 0 and seen.count("attention of a decode step") > 50 * layers, "every layer's, at every token"
+    info = requests.get(f"{server.server.url}/get_server_info", timeout=60).json()
+    assert (info["attention_backend"], info["device"], info["page_size"]) == ("lookalike_attention", "cpu", 16)
+
+
+def test_its_profile_is_in_force_and_its_operator_bound(running: tuple[Running, Path]) -> None:
+    server, _ = running
+    assert server.dispatched() == {
+        "RMSNorm → vendor(vendor.lookalike)",
+        "SiluAndMul → reference(reference.torch)",
+        "RotaryEmbedding → sglang(policy)",
+    }
+
+
+def test_its_logprobs_are_right(running: tuple[Running, Path], prompts: list[Prompt], native_logprobs: list[list[float]]) -> None:
+    for prompt, native in zip(prompts, native_logprobs, strict=True):
+        got = running[0].logprobs(prompt)
+        assert off_by(got, native, prompt.bounds) <= 1 and off_by(got, prompt.exact, prompt.bounds) <= 0.5
+
+
+def test_what_is_wrong_with_its_platform_stops_the_server(model: Path, site: Path, tmp_path: Path) -> None:
+    """SGLang takes what is raised while it is imported for no platform at all, and would serve on something else."""
+    broken = tmp_path / "site"
+    subprocess.run(["cp", "-r", str(site), str(broken)], check=True)
+    (broken / "sglang_fl_lookalike" / "sglang_platform.py").write_text("import torch_lookalike\n")
+    with (
+        Server(model, port=free_port(), log=tmp_path / "server.log", environ={"PYTHONPATH": path_of(broken)}) as server,
+        pytest.raises(ServerFailed),
+    ):
+        server.wait_until_ready()
+    assert server.process is not None and server.process.returncode not in (0, None)
+    last = server.last_lines(1)
+    assert "SettingsError" in last and "platform lookalike that sglang-fl-lookalike (entry point lookalike) declares cannot be used" in last
+    assert "ModuleNotFoundError: No module named 'torch_lookalike'" in last
