@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 OPERATORS = (
@@ -71,6 +71,7 @@ def interpret() -> None:
         for name in ("exp", "exp2", "log", "log2"):
             setattr(module, name, _under_any_name(getattr(module, name), name))
     torch.cpu.device = lambda index=None: contextlib.nullcontext()  # type: ignore[attr-defined]
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=1)  # type: ignore[assignment]
 
     dot = interpreter.InterpreterBuilder.create_dot
 

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On an NVIDIA GPU: every implementation of the gated delta rule, in the cases of ``sglang-fl check``, graphs included."""
+
+import pytest
+import torch
+
+from sglang_fl.certify.cases import OPERATORS_CHECKED, cases_of
+from sglang_fl.certify.measure import Subject
+from sglang_fl.certify.words import COMPILE, FAILED, THREADS
+from sglang_fl.dispatch import OpManager, SelectionPolicy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+KINDS = ("flagos", "vendor", "reference")
+OPERATORS = [op for op in OPERATORS_CHECKED if "gated_delta_rule" in op]
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_against_float64(op: str, kind: str, dtype: torch.dtype) -> None:
+    plan = OpManager().plan(op, SelectionPolicy(per_op_order=((op, (kind,)),)))
+    assert plan.candidates, plan.describe()
+    impl = plan.candidates[0]
+    dtypes = impl.dtypes()
+    if dtypes is not None and dtype not in dtypes:
+        pytest.skip(f"{impl.impl_id} does not take {dtype}, and says so")
+    subject = Subject(op, impl.fn, None, CUDA, writes_inputs=impl.writes_inputs)
+    failures = []
+    worst = 0.0
+    for number, case in enumerate(cases_of(op, frozenset({dtype}), CUDA, quick=kind == "reference")):
+        if case.check in (THREADS, COMPILE):
+            continue
+        outcome = subject.check(case, number)
+        if outcome.status == FAILED:
+            failures.append((case.check, case.name, outcome.message))
+        elif outcome.error_ulp is not None and outcome.bound_ulp:
+            worst = max(worst, outcome.error_ulp / outcome.bound_ulp)
+    print(f"{op} {impl.impl_id} {dtype}: at most {worst:.3f} of its bound")
+    assert failures == []
