@@ -25,7 +25,9 @@ from .device_communicators.flagcx_files import FlagCXError
 LIMIT = 30.0
 #: How long a communicator may take to come up; the rest of LIMIT is for saying so.
 _BRING_UP = 25.0
-_DECISION, _FAILED = "decision", "failed"
+#: How long the one who holds the store waits for the others to have read that all stop; silent ones never do.
+_PARTING = 5.0
+_DECISION, _FAILED, _HEARD = "decision", "failed", "heard"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,17 @@ class Round:
         self._store.set(self._key(self._rank), json.dumps(asdict(answer)))
         proposal = judge(self._answers(), self._world_size, self._limit)
         decided = self._store.compare_set(self._key(_DECISION), "", json.dumps(asdict(proposal)))
-        return Decision(**json.loads(decided))
+        decision = Decision(**json.loads(decided))
+        if decision.stop:
+            self._part()
+        return decision
+
+    def _part(self) -> None:
+        """Before all stop: the process of rank 0 may hold the store, and the others must have read the decision by then."""
+        self._store.set(self._key(f"{_HEARD}/{self._rank}"), "1")
+        if self._rank == 0:
+            with contextlib.suppress(DistStoreError):
+                self._store.wait([self._key(f"{_HEARD}/{rank}") for rank in range(self._world_size)], timedelta(seconds=_PARTING))
 
     def somebody_failed(self) -> bool:
         return bool(self._store.check([self._key(_FAILED)]))
