@@ -84,7 +84,7 @@ class TopKBridge(Bridge):
             expert_location_dispatch_info: Any = None,
             **more: Any,
         ) -> Any:
-            if expert_location_dispatch_info is not None or any(value is not None for value in more.values()):
+            if expert_location_dispatch_info is not None or (more and any(value is not None for value in more.values())):
                 more["expert_location_dispatch_info"] = expert_location_dispatch_info
                 return own(self, hidden_states, router_logits, num_token_non_padded=num_token_non_padded, **more)
             if contexts.active:
