@@ -56,7 +56,9 @@ class Model(nn.Module):
 
 
 def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A new layer, bound to the implementation. Raises RuntimeError if it fails its trial."""
+    """A new layer, bound to the implementation. Raises what its trial does, or RuntimeError if it fails it."""
+    if form.bound is not None:
+        return form.bound(impl)
     registry = OpRegistry()
     registry.register_impl(impl)
     layer = form.layer().to(device)
@@ -210,6 +212,7 @@ def main() -> None:
             for hidden in hidden_sizes
             for form in FORMS[op](hidden, dtype, device)
             for count in tokens
+            if form.most_tokens is None or count <= form.most_tokens
         ]
         rows: list[dict[str, Any]] = []
         columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())

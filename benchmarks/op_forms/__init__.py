@@ -3,19 +3,19 @@
 
 from collections.abc import Mapping
 
-from . import activation, moe, normalization, rotary
+from . import activation, gated_delta_rule, moe, normalization, rotary
 from .form import Form, Forms, Tensors
 
 __all__ = ["FORMS", "NOT_MEASURED", "Form", "Tensors"]
 
 #: operator -> its forms at a hidden size.
-FORMS: Mapping[str, Forms] = {**activation.FORMS, **moe.FORMS, **normalization.FORMS, **rotary.FORMS}
+FORMS: Mapping[str, Forms] = {
+    **activation.FORMS,
+    **gated_delta_rule.FORMS,
+    **moe.FORMS,
+    **normalization.FORMS,
+    **rotary.FORMS,
+}
 
-#: Operators that ``ops.py`` does not measure: SGLang calls them as functions, not as layers.
-NOT_MEASURED = frozenset(
-    {
-        "chunk_gated_delta_rule",
-        "fused_recurrent_gated_delta_rule",
-        "fused_recurrent_gated_delta_rule_packed_decode",
-    }
-)
+#: Operators that ``ops.py`` does not measure: nothing in SGLang calls them.
+NOT_MEASURED = frozenset({"fused_recurrent_gated_delta_rule"})

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang_fl.dispatch.types import OpImpl
+
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -28,6 +30,8 @@ class Form:
         intermediate_size: the width of the activations around it, where the binder asks for it.
         within: where layers are made and called.
         compared: what of a layer's result must agree with SGLang's.
+        bound: makes the layer that runs an implementation, where it is no layer that the binder binds.
+        most_tokens: it is not measured with more.
     """
 
     variant: str
@@ -37,6 +41,8 @@ class Form:
     intermediate_size: int | None = None
     within: Callable[[], AbstractContextManager[None]] = nullcontext
     compared: Callable[[Any], Tensors] = tensors_of
+    bound: Callable[[OpImpl], nn.Module] | None = None
+    most_tokens: int | None = None
 
 
 #: An operator's forms at a hidden size, with an activation dtype and a device.

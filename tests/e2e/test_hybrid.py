@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real SGLang server on a hybrid of Qwen3.5's kind: linear attention by the gated delta rule, and full attention.
+
+SGLang serves such a model on a plain CPU up to its first forward pass, which ends at
+``sglang/kernels/ops/attention/triton_gdn_fused_proj.py``, ``fused_qkvzba_split_reshape_cat_contiguous``: "0 active drivers".
+Beside the functions that sglang-fl takes over, the layer runs Triton kernels that have no other form (that one, the causal
+convolution, the gates, the gated norm), so here Triton's interpreter runs them (``tests/triton_on_cpu.py``); and SGLang's cache
+of prefixes keeps no snapshots of states (``--mamba-radix-cache-strategy no_buffer``), which out of tree it may only do
+where a platform says so. Left to SGLang, prefill would refuse fp32, so what it is held against is the model in float64.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_fl.cli.demo_model import RECITAL
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
+
+from .conftest import Prompt, Running, off_by, serving
+from .hybrid_model import hybrid_model, make_prompts
+
+pytestmark = pytest.mark.e2e
+
+CHUNK, RECURRENT, PACKED = FUNCTIONS
+TESTS = Path(__file__).parents[1]
+reference = ReferenceBackend()
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Path:
+    if torch.accelerator.is_available():
+        pytest.skip("these tests are for a plain CPU; make test-gpu serves on a GPU")
+    return hybrid_model()
+
+
+@pytest.fixture(scope="module")
+def hybrid_prompts(hybrid: Path) -> list[Prompt]:
+    return make_prompts(hybrid, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def running(hybrid: Path, hybrid_prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("hybrid")
+    (folder / "sitecustomize.py").write_text("from triton_on_cpu import interpret\n\ninterpret()\n")
+    path = os.pathsep.join([str(folder), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32", "SGLANG_FL_PREFER": "reference"}
+    arguments = ("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule")
+    with serving(hybrid, folder, *arguments, environ=environ) as found:
+        yield found
+
+
+def test_the_recital_is_exact(running: Running) -> None:
+    answer = running.recite().json()
+    assert answer["choices"][0]["message"]["content"] == RECITAL
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_logprobs_are_within_what_rounding_to_fp32_may_cost(running: Running, hybrid_prompts: list[Prompt]) -> None:
+    for prompt in hybrid_prompts:
+        assert off_by(running.logprobs(prompt), prompt.exact, prompt.bounds) <= 0.5
+
+
+def test_several_at_once_do_not_see_each_others_states(running: Running) -> None:
+    beginning = RECITAL[:60]
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: running.recite(max_tokens=30).json()["choices"][0]["message"]["content"], range(3)))
+    assert all(answer.startswith(beginning) and RECITAL.startswith(answer) for answer in answers), answers
+
+
+def test_both_functions_ran_on_the_reference(running: Running) -> None:
+    told = {line for line in running.dispatched() if "gated_delta_rule" in line}
+    assert told == {
+        f"{CHUNK} → reference(reference.torch)",
+        f"{PACKED} → reference(reference.torch)",
+        f"{RECURRENT} → sglang(nothing that SGLang has loaded calls it)",
+    }
+    printed = running.server.log.read_text()
+    assert f"{CHUNK} → reference(reference.torch)" in printed
+    assert "Applied 1 hook(s) to sglang.kernels.ops.attention.fla.chunk.chunk_gated_delta_rule (from: plugin=sglang_fl" in printed
+
+
+MISTAKES: dict[str, Callable[..., dict[str, Any]]] = {
+    "decay is one percent off": lambda **x: {**x, "g": x["g"] * 0.99},
+    "beta in bf16": lambda **x: {**x, "beta": x["beta"].bfloat16().float()},
+    "k in bf16": lambda **x: {**x, "k": x["k"].bfloat16().float()},
+    "no norm": lambda **x: {**x, "l2norm": False},
+    "heads of q turned": lambda **x: {**x, "q": x["q"].flip(2)},
+}
+
+
+def test_a_mistake_in_the_operator_shows_in_the_logprobs(
+    hybrid: Path, hybrid_prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers' model in fp32 with the reference in the place of its own gated delta rule, and with mistakes in that."""
+    from transformers import Qwen3_5ForCausalLM
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    model = Qwen3_5ForCausalLM.from_pretrained(hybrid, dtype=torch.float32, attn_implementation="eager")
+    mistake = ""
+
+    def chunk(q: Any, k: Any, v: Any, *, g: Any, beta: Any, **_: Any) -> Any:
+        x = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "l2norm": True}
+        x = MISTAKES[mistake](**x) if mistake else x
+        norm = x.pop("l2norm")
+        return reference.chunk_gated_delta_rule(**x, use_qk_l2norm_in_kernel=norm)[0], None
+
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", chunk)
+
+    def worst() -> float:
+        found = []
+        for prompt in hybrid_prompts:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt.tokens]), use_cache=False).logits[0]
+            wanted = torch.tensor(prompt.tokens[1:]).unsqueeze(-1)
+            logprobs = logits[:-1].double().log_softmax(-1).gather(-1, wanted).squeeze(-1).tolist()
+            found.append(off_by(logprobs, prompt.exact, prompt.bounds))
+        return max(found)
+
+    assert worst() <= 0.5
+    shown = {}
+    for mistake in MISTAKES:
+        shown[mistake] = worst()
+    assert all(value > 1 for value in shown.values()), shown
