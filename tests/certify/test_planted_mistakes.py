@@ -433,12 +433,24 @@ def test_refusing_what_serving_needs_is_one() -> None:
     def refuses(layer: Any, x: Any) -> Any:
         raise ValueError("not today")
 
-    outcomes = found("silu_and_mul", refuses, SERVING, UNUSUAL, THREADS, GRAPH, COMPILE)
+    outcomes = found("silu_and_mul", refuses, SERVING, THREADS, GRAPH, COMPILE)
     assert {(outcome.status, outcome.message) for outcome in outcomes[SERVING]} == {
         (FAILED, "refused: ValueError: not today"),
         (REFUSED, "refused: ValueError: not today"),
     }
-    assert {outcome.status for check in (UNUSUAL, THREADS, GRAPH, COMPILE) for outcome in outcomes[check]} == {REFUSED}
+    assert {outcome.status for check in (THREADS, GRAPH, COMPILE) for outcome in outcomes[check]} == {REFUSED}
+
+
+def test_refusing_what_has_no_tokens_is_one() -> None:
+    def refuses(layer: Any, x: Any) -> Any:
+        if not x.numel():
+            raise ValueError("no tokens")
+        return reference.silu_and_mul(layer, x)
+
+    for case in cases_of("silu_and_mul", None, CPU, quick=True):
+        if case.check == UNUSUAL:
+            outcome = Subject("silu_and_mul", refuses, reference.silu_and_mul, CPU).check(case, 7)
+            assert outcome.status == (OK if case.draw(7, CPU).inputs["x"].numel() else FAILED), case.name
 
 
 @pytest.mark.parametrize("declared", [False, True])
