@@ -28,6 +28,8 @@ _BRING_UP = 25.0
 #: How long the one who holds the store waits for the others to have read that all stop; silent ones never do.
 _PARTING = 5.0
 _DECISION, _FAILED, _HEARD = "decision", "failed", "heard"
+#: What ``_FAILED`` holds: a rank has an error, or its time was up.
+_ERROR, _LATE = b"error", b"late"
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,17 @@ class Round:
     def _key(self, what: object) -> str:
         return f"sglang_fl/{self._name}/{what}"
 
-    def decide(self, answer: Answer) -> Decision:
+    def decide(self, answer: Answer, late: bool = False) -> Decision:
         """Give this rank's answer, wait for the others' and return the decision of all.
+
+        Args:
+            late: the answer's problem is that this rank's time was up.
 
         Raises:
             RuntimeError: the store is gone, that is the process that holds it.
         """
         if answer.problem is not None:
-            self._store.set(self._key(_FAILED), "1")
+            self._store.set(self._key(_FAILED), (_LATE if late else _ERROR).decode())
         self._store.set(self._key(self._rank), json.dumps(asdict(answer)))
         proposal = judge(self._answers(), self._world_size, self._limit)
         decided = self._store.compare_set(self._key(_DECISION), "", json.dumps(asdict(proposal)))
@@ -90,8 +95,10 @@ class Round:
             with contextlib.suppress(DistStoreError):
                 self._store.wait([self._key(f"{_HEARD}/{rank}") for rank in range(self._world_size)], timedelta(seconds=_PARTING))
 
-    def somebody_failed(self) -> bool:
-        return bool(self._store.check([self._key(_FAILED)]))
+    def failure(self) -> bytes:
+        """``_ERROR`` or ``_LATE`` if a rank had a problem, else empty."""
+        key = self._key(_FAILED)
+        return self._store.get(key) if self._store.check([key]) else b""
 
     def _answers(self) -> dict[int, Answer]:
         keys = [self._key(rank) for rank in range(self._world_size)]
@@ -169,19 +176,22 @@ class BringUp:
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 problems.append(str(error) if isinstance(error, FlagCXError) else f"{type(error).__name__}: {error}")
 
+        late = False
         # The store serves one caller at a time, so the thread below must not be the one that waits for it.
         shared = attempt(lambda: self._share(identity))
         if shared:
             thread = threading.Thread(target=lambda: attempt(lambda: outcome.append(join(shared))), name="flagcx-bring-up", daemon=True)
             thread.start()
             deadline = time.monotonic() + self._limit
-            while thread.is_alive() and time.monotonic() < deadline and not self._round.somebody_failed():
+            while thread.is_alive() and time.monotonic() < deadline and not self._round.failure():
                 thread.join(0.1)
-            if thread.is_alive() and not self._round.somebody_failed():
+            # Beside a rank with an error the others wait in vain; where time is up for one it is for all, and who hangs says so.
+            late = thread.is_alive() and self._round.failure() != _ERROR
+            if late:
                 problems.append(f"its communicator did not come up within {self._limit:.0f} s")
         if problems:
             answer = Answer(**{**asdict(answer), "problem": problems[0]})
-        return self._round.decide(answer), outcome[0] if outcome else None
+        return self._round.decide(answer, late), outcome[0] if outcome else None
 
     def _share(self, identity: Callable[[], bytes]) -> bytes:
         """The id that rank 0 made; empty if it could not."""
