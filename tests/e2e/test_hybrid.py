@@ -86,9 +86,10 @@ def test_both_functions_ran_on_the_reference(running: Running) -> None:
 
 
 MISTAKES: dict[str, Callable[..., dict[str, Any]]] = {
-    "decay is one percent off": lambda **x: {**x, "g": x["g"] * 0.99},
+    "no decay": lambda **x: {**x, "g": torch.zeros_like(x["g"])},
+    "decay is a fifth off": lambda **x: {**x, "g": x["g"] * 0.8},
     "beta in bf16": lambda **x: {**x, "beta": x["beta"].bfloat16().float()},
-    "k in bf16": lambda **x: {**x, "k": x["k"].bfloat16().float()},
+    "q, k and v in bf16": lambda **x: {**x, **{name: x[name].bfloat16().float() for name in "qkv"}},
     "no norm": lambda **x: {**x, "l2norm": False},
     "heads of q turned": lambda **x: {**x, "q": x["q"].flip(2)},
 }
