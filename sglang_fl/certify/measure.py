@@ -7,19 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .cases import OPERATORS_CHECKED, Call, Case
 from .exact import Verdict
-from .words import COMPILE, FAILED, GRAPH, INPUTS, OK, REFUSED, REPEATS, SERVING, SKIPPED, THREADS
+from .words import BATCH, COMPILE, FAILED, GRAPH, INPUTS, OK, REFUSED, REPEATS, SERVING, SKIPPED, THREADS
 
 #: What an implementation may raise to say that it does not take a call.
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 
 _THREADS, _ROUNDS_OF_A_THREAD, _REPEATS, _REPLAYS = 4, 200, 20, 3
+#: Calls after one whose results must stay: buffers may take turns.
+_LATER = 3
+#: The parts of a batch that are run alone: first token, number of tokens.
+_PARTS = ((0, 1), (5, 1), (0, 33))
 #: Threads end after this many seconds, whatever their rounds.
 _COLLIDING = 2.0
 #: Rounds of the timing, and how long one of them lasts at least, in seconds.
@@ -172,7 +176,7 @@ class Subject:
 
     def _inputs(self, case: Case, seed: int) -> Outcome:
         """Results lie where they may, and stay what they are when it is called again."""
-        call, next_call = case.draw(seed, self.device), case.draw(seed + 1, self.device)
+        call, states = case.draw(seed, self.device), _random_states(self.device)
         wanted = self._exact(call)
         got = self._run(call)
         allowed = [call.inputs[name].untyped_storage().data_ptr() for name in call.may_write]
@@ -184,10 +188,41 @@ class Subject:
         outcome = self._judged(got, wanted, case)
         if outcome.status == OK:
             kept = tuple(result.clone() for result in got)
-            self._run(next_call)
-            if not all(map(same_bits, got, kept)):
-                raise Wrong("its next call changed the results of this one: they are kept in a buffer of its own")
+            for later in range(1, _LATER + 1):
+                self._run(case.draw(seed + later, self.device))
+                if not all(map(same_bits, got, kept)):
+                    raise Wrong("a later call changed the results of this one: they are kept in a buffer of its own")
+            self._follows_weights(call, case, seed + 1)
+            if not all(map(same_bits, states, _random_states(self.device))):
+                raise Wrong("it changed the state of PyTorch's random number generator, from which sampling draws")
         return outcome
+
+    def _follows_weights(self, call: Call, case: Case, seed: int) -> None:
+        """Weights are updated in place while serving; what was made of the former ones must not be used again."""
+        fresh = case.draw(seed, self.device)
+        new = dict(fresh.layer.named_parameters())
+        for name, parameter in call.layer.named_parameters():
+            parameter.data.copy_(new[name])
+        if new:
+            updated = replace(fresh, layer=call.layer)
+            wanted = self._exact(updated)
+            outcome = self._judged(self._run(updated), wanted, case)
+            if outcome.status != OK:
+                raise Wrong(f"after the layer's weights were updated in place: {outcome.message}")
+
+    def _batch(self, case: Case, seed: int) -> Outcome:
+        """The bits of a token's result do not depend on what else is in the batch."""
+        tokens_in = OPERATORS_CHECKED[self.op].tokens_in
+        if not tokens_in:
+            return Outcome(SKIPPED, "declared; tokens depend on each other here, and nothing checks it")
+        together = self._run(case.draw(seed, self.device))
+        for first, count in _PARTS:
+            alone = self._run(case.draw(seed, self.device).of_tokens(first, count, tokens_in))
+            for part, whole in zip(alone, together, strict=True):
+                if not same_bits(part, whole[first : first + count]):
+                    told = f"token {first} has" if count == 1 else f"tokens {first} to {first + count - 1} have"
+                    raise Wrong(f"declared batch-invariant: {told} another result alone than among {len(whole)}")
+        return Outcome()
 
     def _repeats(self, case: Case, seed: int) -> Outcome:
         call = case.draw(seed, self.device)
@@ -301,6 +336,7 @@ _CHECKS: dict[str, Callable[[Subject, Case, int], Outcome]] = {
     THREADS: Subject._threads,
     GRAPH: Subject._graph,
     COMPILE: Subject._compile,
+    BATCH: Subject._batch,
 }
 
 
@@ -329,6 +365,13 @@ def _restorer(call: Call) -> Callable[[], None]:
             call.inputs[name].copy_(x)
 
     return restore
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the generators that serving draws from, the CPU's and the device's."""
+    module = getattr(torch, device.type, None)
+    states = [torch.get_rng_state()]
+    return [*states, module.get_rng_state()] if device.type != "cpu" and hasattr(module, "get_rng_state") else states  # type: ignore[union-attr]
 
 
 def changed(call: Call, kept: dict[str, torch.Tensor], allowed: frozenset[str]) -> Sequence[str]:

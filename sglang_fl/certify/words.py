@@ -4,6 +4,8 @@
 #: The kinds of check.
 SERVING, UNUSUAL, SPECIAL = "serving shapes", "unusual shapes", "nan, inf, denormals"
 INPUTS, REPEATS, THREADS, GRAPH, COMPILE = "inputs and results", "repeats", "threads", "graph capture", "torch.compile"
+#: For implementations that are declared batch-invariant.
+BATCH = "batch invariance"
 
 #: What the worker can say of a case,
 OK, FAILED, REFUSED, SKIPPED = "ok", "failed", "refused", "skipped"

@@ -71,7 +71,7 @@ class Worker:
         if why is not None:
             return why, []
         try:
-            cases = list(cases_of(impl.op_name, impl.dtypes(), self.device, quick=quick))
+            cases = list(cases_of(impl.op_name, impl.dtypes(), self.device, quick=quick, batch_invariant=impl.batch_invariant))
         except ValueError as error:
             return str(error), []
         return (None if cases else f"it takes none of {', '.join(map(str, DTYPES))}"), cases

@@ -14,6 +14,7 @@ from sglang_fl.certify import measure
 from sglang_fl.certify.cases import OPERATORS_CHECKED, cases_of
 from sglang_fl.certify.measure import Outcome, Subject
 from sglang_fl.certify.words import (
+    BATCH,
     COMPILE,
     FAILED,
     GRAPH,
@@ -287,6 +288,34 @@ def result_in_a_buffer_of_its_own(layer: Any, x: Any) -> Any:
     return place.copy_(got.flatten()).view(got.shape) if got.numel() < 200_000 else got
 
 
+TURNS = [torch.empty(1 << 20), torch.empty(1 << 20)]
+
+
+def results_in_two_buffers_by_turns(layer: Any, x: Any) -> Any:
+    TURNS.reverse()
+    got = reference.silu_and_mul(layer, x)
+    place = TURNS[0].view(x.dtype)[: got.numel()]
+    return place.copy_(got.flatten()).view(got.shape) if got.numel() < 200_000 else got
+
+
+def seeds_the_generator(layer: Any, x: Any) -> Any:
+    torch.manual_seed(0)
+    return reference.silu_and_mul(layer, x)
+
+
+def one_and_weight_kept(layer: Any, x: Any, residual: Any = None) -> Any:
+    """Made once a layer, as a loader would, and never again."""
+    if not hasattr(layer, "plus_one"):
+        layer.plus_one = (1 + layer.weight.float()).clone()
+    return reference.rms_norm(Other(layer, weight=layer.plus_one, variance_epsilon=layer.variance_epsilon), x, residual)
+
+
+def another_way_for_large_batches(layer: Any, x: Any, residual: Any = None) -> Any:
+    squares = x.float().square()
+    mean = (squares if len(x) > 8 else squares * (1 + 1e-6)).mean(-1, keepdim=True)
+    return (x.float() * torch.rsqrt(mean + layer.variance_epsilon) * layer.weight.float()).to(x.dtype)
+
+
 def behind_the_graphs_back(layer: Any, x: Any) -> Any:
     """NumPy computes while the graph is captured, and never again."""
     return torch.from_numpy(reference.silu_and_mul(layer, x.float()).numpy().copy()).to(x.dtype)
@@ -370,7 +399,10 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("silu_and_mul", infinity_clamped, SPECIAL, "exact inf"),
         ("silu_and_mul", nan_spreads, SPECIAL, "nan, exact"),
         ("silu_and_mul", scratch_for_all_threads, THREADS, "in 4 threads at once: another result than alone"),
-        ("silu_and_mul", result_in_a_buffer_of_its_own, INPUTS, "its next call changed the results of this one"),
+        ("silu_and_mul", result_in_a_buffer_of_its_own, INPUTS, "a later call changed the results of this one"),
+        ("silu_and_mul", results_in_two_buffers_by_turns, INPUTS, "a later call changed the results of this one"),
+        ("silu_and_mul", seeds_the_generator, INPUTS, "it changed the state of PyTorch's random number generator"),
+        ("gemma_rms_norm", one_and_weight_kept, INPUTS, "after the layer's weights were updated in place: result"),
         ("silu_and_mul", behind_the_graphs_back, GRAPH, "replay 1 with new data: result (torch.bfloat16)"),
         ("silu_and_mul", wrong_when_compiled, COMPILE, "compiled by eager: result (torch.bfloat16)"),
         ("rotary_embedding", layouts_swapped, SERVING, "out of bounds"),
@@ -387,6 +419,25 @@ def test_a_mistake_is_caught(op: str, mistake: Callable[..., Any], check: str, t
     failures = [outcome for outcome in found(op, mistake, check)[check] if outcome.status == FAILED]
     assert failures, f"{check} found nothing"
     assert any(told in outcome.message for outcome in failures), failures
+
+
+def batch_invariance(op: str, fn: Callable[..., Any]) -> list[Outcome]:
+    subject = Subject(op, fn, getattr(reference, op), CPU)
+    cases = cases_of(op, None, CPU, quick=True, batch_invariant=True)
+    return [subject.check(case, secrets.randbits(31)) for case in cases if case.check == BATCH]
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op != "fused_moe"])  # PyTorch's matrix product is not
+def test_what_is_batch_invariant_passes(op: str) -> None:
+    """Where tokens depend on each other it says that nothing was checked."""
+    outcomes = batch_invariance(op, getattr(reference, op))
+    assert {outcome.status for outcome in outcomes} == {OK if OPERATORS_CHECKED[op].tokens_in else SKIPPED}
+
+
+def test_a_result_that_depends_on_the_batch() -> None:
+    outcomes = batch_invariance("rms_norm", another_way_for_large_batches)
+    told = {outcome.message for outcome in outcomes if outcome.status == FAILED}
+    assert told == {"declared batch-invariant: token 0 has another result alone than among 64"}
 
 
 @pytest.mark.parametrize(

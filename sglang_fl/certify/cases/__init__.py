@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .. import exact
-from ..words import COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SPECIAL, THREADS, UNUSUAL
+from ..words import BATCH, COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SPECIAL, THREADS, UNUSUAL
 from . import activation, gated_delta_rule, moe, normalization, rotary
 from .call import Call, Case, Operator
 
@@ -28,8 +28,10 @@ _CPU = ((1, 1024), (1, 4096), (16, 4096), (64, 2048), (512, 1024), (2048, 512), 
 _QUICK = ((1, 1024), (64, 512))
 
 
-def cases_of(op: str, dtypes: frozenset[torch.dtype] | None, device: torch.device, *, quick: bool) -> Iterator[Case]:
-    """An operator's cases, for the activation dtypes that an implementation takes (None: all)."""
+def cases_of(
+    op: str, dtypes: frozenset[torch.dtype] | None, device: torch.device, *, quick: bool, batch_invariant: bool = False
+) -> Iterator[Case]:
+    """An operator's cases, for what an implementation declares: the activation dtypes that it takes (None: all), batch invariance."""
     operator = OPERATORS_CHECKED[op]
     on_cpu = device.type == "cpu"
     sizes = _QUICK if quick else _CPU if on_cpu else _ACCELERATOR
@@ -45,6 +47,9 @@ def cases_of(op: str, dtypes: frozenset[torch.dtype] | None, device: torch.devic
         # In a batch that fills the device a race between a kernel's threads shows.
         busy = (256, 512) if on_cpu or quick else (8192, 4096)
         yield from (case(REPEATS, name, make=make) for name, make in operator.forms(*busy))
+        if batch_invariant:
+            # Kernels take other ways for larger batches.
+            yield from (case(BATCH, name, make=make) for name, make in operator.forms(*(64, 512) if quick else (512, 1024)))
     for dtype in names[:1]:
         case = partial(Case, op, dtype=dtype)
         pairs = list(zip(operator.forms(64, 1024), operator.forms(17, 1024), strict=True))

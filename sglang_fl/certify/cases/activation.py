@@ -84,7 +84,7 @@ def _of_each_kind(calls: Callable[[_Activation], Iterator[Named]]) -> Iterator[N
 
 
 def _operator(kind: _Activation, exactly: Callable[[torch.Tensor], tuple[Exact, ...]]) -> Operator:
-    return Operator(kind.forms, kind.unusual, kind.special, lambda call: exactly(call.inputs["x"]))
+    return Operator(kind.forms, kind.unusual, kind.special, lambda call: exactly(call.inputs["x"]), tokens_in={"x": 0})
 
 
 OPERATORS = {
@@ -93,6 +93,7 @@ OPERATORS = {
         lambda: _of_each_kind(_Activation.unusual),
         lambda: _of_each_kind(_Activation.special),
         lambda call: exact.gelu_and_mul(call.inputs["x"], call.layer.approximate),
+        tokens_in={"x": 0},
     ),
     "new_gelu": _operator(_Activation(halves=1), exact.new_gelu),
     "quick_gelu": _operator(_Activation(halves=1), exact.quick_gelu),

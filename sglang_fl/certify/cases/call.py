@@ -4,8 +4,8 @@
 Inputs are drawn on the CPU, so that a seed means the same numbers on every device.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Call:
         """What the operator is called with: (by position, by name)."""
         return (*((self.layer,) if self.takes_layer else ()), *self.inputs.values()), {}
 
+    def of_tokens(self, first: int, count: int, tokens_in: Mapping[str, int]) -> "Call":
+        """The call for some of its tokens."""
+        parts = {name: self.inputs[name].narrow(dim, first, count) for name, dim in tokens_in.items() if name in self.inputs}
+        return replace(self, inputs={**self.inputs, **parts})
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a kernel could write, by name."""
         found = {name: x for name, x in self.inputs.items() if isinstance(x, torch.Tensor)}
@@ -86,6 +91,8 @@ class Operator:
         exact: its results in float64, for a call that has not run yet; inputs that are results last.
         whole: one of them judges all the results.
         captured: whether serving calls it under graph capture.
+        tokens_in: the inputs that have a part for each token -> the dimension of the tokens; results have them in the
+            first. Empty where tokens depend on each other.
     """
 
     forms: Callable[[int, int], Iterator[Named]]
@@ -94,6 +101,7 @@ class Operator:
     exact: Callable[[Call], tuple[Any, ...]]
     whole: bool = False
     captured: bool = True
+    tokens_in: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

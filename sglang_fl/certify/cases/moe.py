@@ -286,6 +286,14 @@ def _fused_moe_exactly(call: Call) -> tuple[Exact, ...]:
 
 
 OPERATORS = {
-    "topk": Operator(_topk_forms, _topk_unusual, _topk_special, _topk_exactly, whole=True),
-    "fused_moe": Operator(_fused_moe_forms, _fused_moe_unusual, _fused_moe_special, _fused_moe_exactly),
+    "topk": Operator(
+        _topk_forms, _topk_unusual, _topk_special, _topk_exactly, whole=True, tokens_in={"hidden_states": 0, "router_logits": 0}
+    ),
+    "fused_moe": Operator(
+        _fused_moe_forms,
+        _fused_moe_unusual,
+        _fused_moe_special,
+        _fused_moe_exactly,
+        tokens_in={"hidden_states": 0, "topk_weights": 0, "topk_ids": 0},
+    ),
 }

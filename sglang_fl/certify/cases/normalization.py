@@ -112,7 +112,7 @@ class _Norm:
 
 
 def _operator(norm: _Norm, exactly: Callable[[Call], tuple[Exact, ...]]) -> Operator:
-    return Operator(norm.forms, norm.unusual, norm.special, exactly)
+    return Operator(norm.forms, norm.unusual, norm.special, exactly, tokens_in={"x": 0, "residual": 0})
 
 
 def _weight(call: Call) -> torch.Tensor:

@@ -225,11 +225,13 @@ OPERATORS = {
         _rotary_embedding_unusual,
         _rotary_embedding_special,
         lambda call: exact.rotary_embedding(*inputs_of(call, "query", "key", "cos", "sin", "position_ids", "rotary_interleaved")),
+        tokens_in={"query": 0, "key": 0, "position_ids": 0},
     ),
     "mrotary_embedding": Operator(
         _mrotary_embedding_forms,
         _mrotary_embedding_unusual,
         _mrotary_embedding_special,
         _mrotary_embedding_exactly,
+        tokens_in={"query": 0, "key": 0, "positions": -1},
     ),
 }
