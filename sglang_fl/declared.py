@@ -18,6 +18,15 @@ from .suggest import suggest
 from .vendor_platform import VendorPlatform
 from .vendor_platform import declared as installed
 
+#: What SGLang takes a class for, by the choice that names it.
+_BASES = {
+    "attention_backends": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
+    "kv_pools['mha']": "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+    "kv_pools['mla']": "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool",
+    "kv_pools['dsa']": "sglang.srt.mem_cache.memory_pool:DSATokenToKVPool",
+    "paged_allocator": "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
+}
+
 
 def load_class(declaration: VendorPlatform, field: str) -> Any:
     """The class that a field names.
@@ -86,9 +95,13 @@ def _problems(declaration: VendorPlatform) -> list[str]:
         if field == "platform_class":  # loaded already
             continue
         try:
-            load_class(declaration, field)
+            found = load_class(declaration, field)
         except RuntimeError as error:
             problems.append(str(error))
+            continue
+        base = _BASES.get(field, _BASES.get(field.partition("[")[0]))
+        if base is not None and not issubclass(found, pkgutil.resolve_name(base)):
+            problems.append(_told(declaration, f"{field} {declaration.classes()[field]!r} is no subclass of SGLang's {base}"))
     for name in declaration.attention_backends:
         made = ATTENTION_BACKENDS.get(name)
         if made is not None and not made.__module__.startswith(__package__):

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Installed packages that join through entry points: how they are called, and what to say of one that fails."""
 
+import contextlib
+import logging
 import sysconfig
+import threading
 import traceback
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 _STANDARD_LIBRARY, _OURS = Path(sysconfig.get_path("stdlib")), Path(__file__).parent
+#: After so many seconds an import that has not come back is named.
+_PATIENCE = 10.0
 _INSTALLED = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
 
 
@@ -18,6 +24,19 @@ def entries(group: str) -> list[EntryPoint]:
 def origin_of(entry: EntryPoint) -> str:
     """The package and its entry point, in words."""
     return f"{entry.dist.name} (entry point {entry.name})" if entry.dist else f"entry point {entry.name}"
+
+
+@contextlib.contextmanager
+def importing(origin: str) -> Iterator[None]:
+    """While a package is imported: if that does not come back, the log says which it is."""
+    told = "importing %s has not come back for %.0f s; if it hangs, mend or uninstall that package"
+    timer = threading.Timer(_PATIENCE, logging.getLogger("sglang_fl").warning, (told, origin, _PATIENCE))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def last_line(error: BaseException) -> str:

@@ -16,12 +16,12 @@ import importlib.util
 import keyword
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .packages import entries, last_line, origin_of
+from .packages import entries, importing, last_line, origin_of
 from .suggest import suggest
 from .vendors import ALIASES, VENDORS, Vendor, canonical
 
@@ -68,6 +68,7 @@ class VendorPlatform:
 
     Raises:
         ValueError: a value cannot be what it says; the text names the nearest that can.
+        TypeError: there is no such choice; the text names the nearest.
     """
 
     name: str
@@ -88,6 +89,13 @@ class VendorPlatform:
     flaggems: bool = False
     profile: Path | str | None = None
     platform_class: str | None = None
+
+    def __new__(cls, **choices: Any) -> "VendorPlatform":
+        names = [choice.name for choice in fields(cls)]
+        unknown = [f"no choice {name!r}{suggest(name, names)}" for name in choices if name not in names]
+        if unknown:
+            raise TypeError(f"VendorPlatform has {'; '.join(unknown)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         problem = _why_no_name(self.name) or self._shape_problem() or self._value_problem()
@@ -203,7 +211,8 @@ def declared() -> Declared:
     for entry in entries(ENTRY_POINT_GROUP):
         origin = origin_of(entry)
         try:
-            platform = entry.load()
+            with importing(origin):
+                platform = entry.load()
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -221,10 +230,10 @@ def declared() -> Declared:
 
 
 @lru_cache(maxsize=1)
-def _present() -> tuple[dict[str, str], tuple[str, ...]]:
-    """The declared platforms whose chip is there, each with what shows it; and the checks that failed."""
+def _present() -> tuple[dict[str, str], dict[str, str]]:
+    """The declared platforms whose chip is there, each with what shows it; and those of which it cannot be told, with why."""
     found: dict[str, str] = {}
-    problems = []
+    failed: dict[str, str] = {}
     for name, platform in declared().platforms.items():
         origin = declared().origins[name]
         try:
@@ -232,11 +241,11 @@ def _present() -> tuple[dict[str, str], tuple[str, ...]]:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            problems.append(f"whether {name} is there cannot be told: is_present of {origin} raised {last_line(error)}")
+            failed[name] = f"whether {name} is there cannot be told: is_present of {origin} raised {last_line(error)}"
             continue
         if trace is not None:
             found[name] = f"{trace}, package {origin}"
-    return found, tuple(problems)
+    return found, failed
 
 
 def platform_here(environ: Mapping[str, str]) -> tuple[VendorPlatform, str] | None:
@@ -260,7 +269,7 @@ def platform_problems(environ: Mapping[str, str]) -> list[str]:
         problems += _missing_modules(here[0])
     if not canonical(environ.get("GEMS_VENDOR", "")):
         present, failed = _present()
-        problems += failed
+        problems += failed.values()
         if len(present) > 1:
             told = "; ".join(f"{name} ({evidence})" for name, evidence in sorted(present.items()))
             problems.append(f"{len(present)} chips that packages bring up are there: {told}; set GEMS_VENDOR to the one to use")
@@ -284,8 +293,9 @@ def _missing_modules(platform: VendorPlatform) -> list[str]:
 
 def platforms_told() -> list[str]:
     """Each declared platform, who declares it, and whether its chip is there, in words."""
-    present = _present()[0]
-    return [f"{name} ({origin}): {'there' if name in present else 'not seen here'}" for name, origin in sorted(declared().origins.items())]
+    present, failed = _present()
+    told = {name: "there" if name in present else "cannot be told" if name in failed else "not seen here" for name in declared().origins}
+    return [f"{name} ({origin}): {told[name]}" for name, origin in sorted(declared().origins.items())]
 
 
 def known_vendors() -> dict[str, Vendor]:

@@ -28,6 +28,7 @@ from sglang_fl.vendor_platform import (
     declared,
     known_vendors,
     platform_problems,
+    platforms_told,
 )
 from sglang_fl.vocabulary import vocabulary
 
@@ -138,7 +139,10 @@ def test_of_two_that_are_there_one_must_be_chosen(packages: Packages) -> None:
         ("raise SystemExit(3)", "SystemExit: 3 ({file}:1)"),
         ("PLATFORM = {'name': 'mychip'}", "{module}:PLATFORM is {{'name': 'mychip'}}, and not a VendorPlatform"),
         (f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', device_type='x')", "must tell whether the chip is there ({file}:2)"),
-        (f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', devicetype='x')", "unexpected keyword argument 'devicetype'"),
+        (
+            f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', devicetype='x')",
+            "VendorPlatform has no choice 'devicetype'; did you mean 'device_type'?",
+        ),
     ],
 )
 def test_a_package_whose_declaration_is_broken(packages: Packages, code: str, told: str) -> None:
@@ -154,6 +158,7 @@ def test_a_package_whose_declaration_is_broken(packages: Packages, code: str, to
 def test_a_detection_that_raises(packages: Packages) -> None:
     module = declare(packages, more="is_present=lambda: 1 / 0")
     assert detect(environ={}).vendor == "cpu"
+    assert platforms_told() == [f"mychip ({module} (entry point {module})): cannot be told"]
     (problem,) = problems_of()
     assert problem.startswith(
         f"whether mychip is there cannot be told: is_present of {module} (entry point {module}) raised ZeroDivisionError"
@@ -209,6 +214,9 @@ class Attention:
         self.runner = runner
 not_a_class = 3
 """
+
+
+AN_ATTENTION = "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend"
 
 
 def declared_with(packages: Packages, **fields: str) -> Any:
@@ -312,10 +320,16 @@ def test_a_platform_class_that_is_sglangs_platform(packages: Packages) -> None:
         ({"platform_class": "'M:not_a_class'"}, "is 3, and no class"),
         ({"platform_class": "'builtins:bool'"}, "cannot be combined with SGLang's: TypeError"),
         ({"graph_runner": "'no_such_module:Runner'"}, "graph_runner 'no_such_module:Runner' cannot be loaded: ModuleNotFoundError"),
+        ({"kv_pools": "{'mla': 'M:Pool'}"}, "is no subclass of SGLang's sglang.srt.mem_cache.memory_pool:MLATokenToKVPool"),
+        ({"paged_allocator": "'M:Pool'"}, "is no subclass of SGLang's sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator"),
+        ({"attention_backends": "{'mine': 'M:Runner'}"}, "no subclass of SGLang's sglang.srt.layers.attention.base_attn_backend:"),
         ({"kv_pools": "{'mha': 'no_such.module:Pool'}"}, "kv_pools['mha'] 'no_such.module:Pool' cannot be loaded: ModuleNotFoundError"),
         ({"attention_backends": "{'mine': 'M:NoSuchClass'}"}, "cannot be loaded: AttributeError"),
         ({"attention": "'torch_natve'"}, "unknown attention backend 'torch_natve'; did you mean 'torch_native'?"),
-        ({"attention_backends": "{'triton': 'M:Attention'}"}, "SGLang has an attention backend 'triton' of its own; give it another name"),
+        (
+            {"attention_backends": f"{{'triton': '{AN_ATTENTION}'}}"},
+            "SGLang has an attention backend 'triton' of its own; give it another name",
+        ),
         ({"device_type": "'zchip'"}, "PyTorch has no device type 'zchip': is the chip's PyTorch extension installed"),
     ],
 )
@@ -339,6 +353,14 @@ def test_a_module_that_is_not_installed_is_told_without_importing_anything(packa
     declare(packages, more="is_present=lambda: True, graph_runner='no_such_module:Runner'")
     (problem,) = platform_problems({})
     assert "mychip" in problem and "graph_runner: there is no module 'no_such_module'" in problem
+
+
+def test_a_choice_that_there_is_not(packages: Packages) -> None:
+    with pytest.raises(TypeError, match="VendorPlatform has no choice 'attension'; did you mean 'attention'"):
+        VendorPlatform(name="mychip", device_type="cpu", is_present=lambda: True, attension="triton")  # type: ignore[call-arg]
+    declare(packages, more="is_present=lambda: True, attension='triton'")
+    (problem,) = problems_of()
+    assert "did you mean 'attention'?" in problem
 
 
 @pytest.mark.parametrize("fields", ["chip=7", "collective=5", "attention=3", "flaggems='yes'"])

@@ -107,7 +107,8 @@ class Report:
         found += [f"{one['op']} {one['impl']}: it was asked for, and not checked: {one['why']}" for one in asked_for]
         if self.not_reached:
             found.append(f"interrupted: {self.not_reached} of {len(self.cases) + self.not_reached} cases were not reached")
-        return found or ([] if self.cases else ["nothing was checked: no implementation is available"])
+        whys = list(dict.fromkeys(one["why"] for one in self.not_available)) or ["no implementation is available"]
+        return found or ([] if self.cases else [f"nothing was checked: {why}" for why in whys])
 
     def _dtypes_refused(self, among: set[tuple[str, str]]) -> list[str]:
         """Dtypes that an implementation is declared for, and refuses whatever it is called with."""

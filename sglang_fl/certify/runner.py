@@ -110,7 +110,7 @@ class _Worker:
             if code is not None:
                 raise _Ended(CRASHED, f"crashed: {_told(code)}", self._last_words())
             if left <= 0:
-                raise _Ended(HUNG, f"hung: more than {limit:g} s", self._last_words())
+                raise _Ended(HUNG, f"hung: more than {limit:g} s (--timeout)", self._last_words())
             if ready:
                 time.sleep(0.05)
         line, _, self._unread = self._unread.partition(b"\n")

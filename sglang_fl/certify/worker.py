@@ -66,7 +66,7 @@ class Worker:
     def _cases_of(self, impl: OpImpl, *, quick: bool) -> tuple[str | None, list[Case]]:
         """An implementation's cases; or none, and why."""
         if impl.op_name not in OPERATORS_CHECKED:
-            return f"{impl.op_name} is no operator of sglang-fl {__version__}", []
+            return f"sglang-fl {__version__} has no operator {impl.op_name}, and so no check of it", []
         why = impl.why_unavailable()
         if why is not None:
             return why, []

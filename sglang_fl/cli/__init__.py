@@ -2,6 +2,7 @@
 """The command ``sglang-fl``. One file a verb; each has ``add_arguments(parser)`` and ``run(args) -> int``."""
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help_line = (verb.__doc__ or "").strip().splitlines()[0]
         verb.add_arguments(verbs.add_parser(name, help=help_line, description=help_line))
     args = parser.parse_args(argv)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # A package that crashes while it is imported is named by its file and line.
     try:
         code = VERBS[args.verb].run(args)
         sys.stdout.flush()

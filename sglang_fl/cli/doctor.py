@@ -108,6 +108,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
             for failure in manager.discovery.failed
             if failure.module is None
         ]
+        found.problems += [Problem(told, "mend that package") for told in manager.discovery.misspelt]
     if deep:
         found.problems += _sglang_problems()
         found.problems += _declaration_problems(device)

@@ -2,6 +2,8 @@
 """Write the package of a new vendor: a backend, its registration, the chip's platform, and tests that call the check."""
 
 import argparse
+import os
+import shlex
 from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -21,14 +23,16 @@ _PLATFORM_FILES = frozenset({"platform.py", "profile.yaml", "test_platform.py"})
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the vendor's name, as in vendor:NAME: a Python identifier in lower case")
-    parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, help="where the package goes (default: sglang-fl-NAME)")
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="where the package goes (default: sglang-fl-NAME)")
 
 
 def run(args: argparse.Namespace) -> int:
     told = why_no_identifier(args.name) or why_taken(args.name)
     if told:
         raise SettingsError(f"new-vendor: {told}")
-    directory: Path = args.directory or Path(f"sglang-fl-{args.name}")
+    if args.directory == "":
+        raise SettingsError("new-vendor: DIR is empty; name a directory, or leave it out")
+    directory = Path(args.directory or f"sglang-fl-{args.name}")
     try:
         written = write(args.name, directory)
     except OSError as error:
@@ -36,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"Wrote {directory}:")
     for file in written:
         print(f"  {file.relative_to(directory)}")
-    print(f"Next:\n  uv pip install -e {directory}\n  sglang-fl check --vendor {args.name} --quick")
+    row = VENDORS.get(args.name)
+    if row is not None and row.in_tree is not None:
+        print(f"No platform.py: SGLang has a platform for {row.chip} of its own ({row.in_tree}), on which these operators run.")
+    package = shlex.quote(f"{directory}[test]")
+    print(f"Next:\n  uv pip install -e {package}\n  sglang-fl check --vendor {args.name} --quick")
     return 0
 
 
@@ -62,7 +70,7 @@ def write(name: str, directory: Path) -> list[Path]:
         SettingsError: the directory has something in it.
         OSError: it cannot be written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         raise SettingsError(f"new-vendor: {str(directory)!r} is there already, and not an empty directory; name another")
     row = VENDORS.get(name)
     written = []

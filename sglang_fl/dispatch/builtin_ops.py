@@ -16,8 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..packages import entries, last_line, origin_of
+from ..packages import entries, importing, last_line, origin_of
+from ..suggest import near
 from .logger_manager import get_logger
+from .ops import OPERATORS
 from .registry import OpRegistry
 
 ENTRY_POINT_GROUP = "sglang_fl.plugin"
@@ -45,6 +47,8 @@ class Discovery:
     loaded: list[str] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
+    #: A sentence for each operator whose name is nearly one of ours.
+    misspelt: list[str] = field(default_factory=list)
     functions: list[Register] = field(default_factory=list)
     #: (operator, implementation id) -> the origin that registered it.
     owners: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -99,10 +103,11 @@ def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callabl
     """All of a backend's implementations, or none of them. What was registered under another name already is left."""
     attempt = OpRegistry()
     try:
-        function = _function(load())
-        if function in found.functions:
-            return
-        function(attempt)
+        with importing(origin):
+            function = _function(load())
+            if function in found.functions:
+                return
+            function(attempt)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # A package that exits at import (a missing licence, a driver's check) is not our exit.
@@ -123,3 +128,14 @@ def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callabl
     found.functions.append(function)
     found.owners.update({(impl.op_name, impl.impl_id): origin for impl in impls})
     found.loaded.append(origin)
+    found.misspelt += _misspelt(origin, {impl.op_name for impl in impls})
+
+
+def _misspelt(origin: str, ops: set[str]) -> Iterator[str]:
+    """A package may have operators of its own; one that is nearly ours was probably meant to be ours."""
+    for op in sorted(ops - set(OPERATORS)):
+        meant = near(op, OPERATORS)
+        if meant is not None:
+            told = f"{origin} registers an operator {op!r}, which no layer of SGLang runs on; did you mean {meant!r}?"
+            logger.warning("%s", told)
+            yield told

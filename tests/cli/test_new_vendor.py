@@ -49,7 +49,7 @@ def test_it_writes_a_package_and_says_what_is_next(
     assert files_in(tmp_path / "sglang-fl-fastchip") == FILES
     told = capsys.readouterr().out
     assert all(file in told for file in FILES)
-    assert "uv pip install -e sglang-fl-fastchip" in told and "sglang-fl check --vendor fastchip --quick" in told
+    assert "uv pip install -e 'sglang-fl-fastchip[test]'\n" in told and "sglang-fl check --vendor fastchip --quick" in told
     for file in FILES:
         text = (tmp_path / "sglang-fl-fastchip" / file).read_text(encoding="utf-8")
         assert "mychip" not in text.lower() and text.endswith("\n")
@@ -96,6 +96,11 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert files_in(full) == set() and file.read_text() == "mine"
     assert main(["new-vendor", "fastchip", str(file / "below")]) == 2
     assert "cannot be written: Not a directory" in capsys.readouterr().err
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    assert main(["new-vendor", "fastchip", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere' is there already" in capsys.readouterr().err
+    assert main(["new-vendor", "fastchip", ""]) == 2
+    assert "DIR is empty" in capsys.readouterr().err
     assert main(["new-vendor", "fastchip", str(empty)]) == 0
     assert main(["new-vendor", "fastchip", str(empty)]) == 2
     assert main(["new-vendor", "fastchip", str(tmp_path / "a" / "b")]) == 0
@@ -109,8 +114,9 @@ def test_what_it_writes_is_clean(name: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-def test_a_vendor_that_sglang_has_a_platform_for_brings_operators_only(tmp_path: Path) -> None:
+def test_a_vendor_that_sglang_has_a_platform_for_brings_operators_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["new-vendor", "mthreads", str(tmp_path / "package")])
+    assert "No platform.py: SGLang has a platform for Moore Threads of its own (musa)" in capsys.readouterr().out
     found = files_in(tmp_path / "package")
     assert found == {file.replace("fastchip", "mthreads") for file in FILES if "platform" not in file and "profile" not in file}
     for file in found:

@@ -2,6 +2,10 @@
 """Backends of folders, of installed packages and of modules: who is found, who fails, and what is said of them."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,34 @@ def test_a_package_that_fails_is_told_with_its_last_line_and_the_rest_goes_on(
     assert f"backend {failure.origin} could not be registered: {failure.reason}" in caplog.text
     assert f"{sound} (entry point {sound})" in found.loaded
     assert [impl.impl_id for impl in registry.get_implementations("chip_op")] == ["vendor.sound"]
+
+
+def test_a_name_that_is_nearly_one_of_ours(packages: Packages, caplog: pytest.LogCaptureFixture) -> None:
+    module = packages.install(BACKEND.format(name="a").replace("chip_op", "rms_nrom"), GROUP)
+    told = f"{module} (entry point {module}) registers an operator 'rms_nrom', which no layer of SGLang runs on; did you mean 'rms_norm'?"
+    assert found_in(OpRegistry()).misspelt == [told]
+    assert told in caplog.text
+
+
+def test_an_import_that_does_not_come_back_is_named(
+    packages: Packages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sglang_fl.packages._PATIENCE", 0.05)
+    module = packages.install("import time\ntime.sleep(0.5)\n" + BACKEND.format(name="a"), GROUP)
+    found_in(OpRegistry())
+    assert f"importing {module} (entry point {module}) has not come back" in caplog.text
+
+
+def test_a_package_that_crashes_is_named_by_its_file(packages: Packages) -> None:
+    module = packages.install("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n" + BACKEND.format(name="a"), GROUP)
+    ran = subprocess.run(
+        [sys.executable, "-m", "sglang_fl", "ops"],
+        env={**os.environ, "PYTHONPATH": str(packages.directory)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == -signal.SIGSEGV
+    assert f"{packages.directory / module}.py" in ran.stderr
 
 
 def test_a_package_that_registers_half_and_raises_registers_nothing(packages: Packages) -> None:
