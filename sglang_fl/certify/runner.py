@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .report import CaseResult, Report
@@ -96,10 +97,12 @@ class _Worker:
         return self.read(limit)
 
     def read(self, limit: float) -> dict[str, Any]:
-        """Its next line. Raises _Ended."""
-        until = time.monotonic() + limit
+        """Its next line, for which it has ``limit`` seconds beside those that it waited for a processor. Raises _Ended."""
+        start, waits = time.monotonic(), self._waits()
         while b"\n" not in self._unread:
-            left = until - time.monotonic()
+            left = start + limit - time.monotonic()
+            if left <= 0:  # only then is it looked up
+                left += max((waited - waits.get(thread, 0.0) for thread, waited in self._waits().items()), default=0.0)
             ready, _, _ = select.select([self._results], [], [], max(0.0, min(left, _LOOK_EVERY)))
             found = os.read(self._results, 1 << 16) if ready else b""
             self._unread += found
@@ -115,6 +118,14 @@ class _Worker:
                 time.sleep(0.05)
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
+
+    def _waits(self) -> dict[str, float]:
+        """How long each of its threads has waited for a processor, in seconds, where the system tells (Linux)."""
+        found = {}
+        for file in Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError, ValueError, IndexError):  # the thread is gone, or there are no such statistics
+                found[file.parent.name] = int(file.read_text().split()[1]) / 1e9
+        return found
 
     def _last_words(self) -> str:
         self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - 4000))
