@@ -95,8 +95,8 @@ class Doors:
         return group
 
     def communicator(self, group: torch.distributed.ProcessGroup, device: torch.device) -> CommunicatorFL:
-        """The communicator of a group that :meth:`create` made; its ranks must call this together."""
-        return self._groups[group.group_name].communicator(device)
+        """The communicator of a group that :meth:`create` made, to be kept; the group's ranks must call this together."""
+        return self._groups[group.group_name].lend(device)
 
     def init_group_coordinator(self, original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
         """Around ``GroupCoordinator.__init__``: CommunicatorFL stands where NCCL's communicator would."""
