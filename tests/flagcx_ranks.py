@@ -170,6 +170,19 @@ def all_reduce_once(rank: int, world_size: int, port: int, without: int) -> floa
     return total.item()
 
 
+def use_a_group(rank: int, world_size: int, port: int, late: int, seconds: float, timeout: float) -> float:
+    """Make a group of all ranks and add ones up over it; one rank gets there later, by its own host's doing."""
+    import torch
+    import torch.distributed as dist
+
+    group = dist.new_group(list(range(world_size)), backend="flagcx", timeout=timedelta(seconds=timeout))
+    if rank == late:
+        time.sleep(seconds)
+    total = torch.ones(1)
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
 def make_groups(rank: int, world_size: int, port: int) -> None:
     """Groups of the first 2, 3 … ranks, over FlagCX and over the vendor's own backend."""
     import torch.distributed as dist

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from flagcx_ranks import Outcome, RankFailed, Ranks, all_reduce_once, join_world, meet, ranks
+from flagcx_ranks import Outcome, RankFailed, Ranks, all_reduce_once, join_world, meet, ranks, use_a_group
 from flagcx_stand_in import build, header
 
 from sglang_fl.cli.server import free_port
@@ -115,6 +115,17 @@ def test_strict_on_one_rank_stops_all(world: Ranks, flagcx: str, tmp_path: Path)
     for outcome in found:
         assert outcome.error.startswith("FlagCXError: strict: FlagCX cannot be used: ")
         assert f"rank 2 on {HOST}" in outcome.error
+
+
+def test_ranks_come_to_a_groups_first_use_when_they_can(flagcx: str) -> None:
+    """One that loads its weights longer than a communicator takes to come up is waited for, as long as the group says."""
+    with ranks([{"FLAGCX_PATH": flagcx}] * 2) as world:
+        world.run(join_world, "flagcx", 1.0)
+        assert world.run(use_a_group, 1, 2.5, 60.0) == [2.0] * 2
+        with pytest.raises(
+            RankFailed, match=r"FlagCXError: FlagCX's communicator of group '.*' did not come up: rank 1 did not come to its first use"
+        ):
+            world.run(use_a_group, 1, 4.0, 1.0)
 
 
 def test_a_rank_killed_in_the_middle(flagcx: str) -> None:
