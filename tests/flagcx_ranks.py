@@ -183,6 +183,19 @@ def use_a_group(rank: int, world_size: int, port: int, late: int, seconds: float
     return total.item()
 
 
+def join_another_world(rank: int, world_size: int, port: int, new_port: int, fault: str) -> tuple[str, str]:
+    """A group beside the default one, made as SGLang's init_custom_process_group does, and after it one of the default one's."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _new_process_group_helper
+
+    store = dist.TCPStore("127.0.0.1", new_port, world_size, rank == 0, timedelta(seconds=60))
+    os.environ["FLAGCX_STAND_IN_FAULT"] = fault
+    apart, _ = _new_process_group_helper(world_size, rank, [], "flagcx", store, group_name="weights", timeout=timedelta(seconds=60))
+    del os.environ["FLAGCX_STAND_IN_FAULT"]
+    group = dist.new_group(list(range(world_size)), backend="flagcx")
+    return type(apart._get_backend(state["device"])).__name__, type(group._get_backend(state["device"])).__name__
+
+
 def make_groups(rank: int, world_size: int, port: int) -> None:
     """Groups of the first 2, 3 … ranks, over FlagCX and over the vendor's own backend."""
     import torch.distributed as dist

@@ -81,11 +81,12 @@ class Doors:
 
     def create(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
         """What torch.distributed calls for each group, in each of its ranks."""
-        if not opts.global_ranks_in_group or self._decision is None:  # the default group: the first, and of all ranks
-            self._decision, world = self._agree(opts)
-        else:
-            world = None
-        if self.has_fallen_back:
+        decision, world = self._decision, None
+        if not opts.global_ranks_in_group or decision is None:  # the default group, or one of ranks of another world too
+            decision, world = self._agree(opts)
+            if self._decision is None or not torch.distributed.is_initialized():
+                self._decision = decision
+        if decision.reason is not None:
             return self._create_fallback(opts, backend_options)
         rank, size, store, name, timeout = opts.group_rank, opts.group_size, opts.store, opts.group_id, opts.timeout
         group = ProcessGroupFlagCX(rank, size, lambda device: self._bring_up(store, name, rank, size, device, timeout), self._release)

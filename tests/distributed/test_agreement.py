@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from flagcx_ranks import Outcome, RankFailed, Ranks, all_reduce_once, join_world, meet, ranks, use_a_group
+from flagcx_ranks import Outcome, RankFailed, Ranks, all_reduce_once, join_another_world, join_world, meet, ranks, use_a_group
 from flagcx_stand_in import build, header
 
 from sglang_fl.cli.server import free_port
@@ -126,6 +126,13 @@ def test_ranks_come_to_a_groups_first_use_when_they_can(flagcx: str) -> None:
             RankFailed, match=r"FlagCXError: FlagCX's communicator of group '.*' did not come up: rank 1 did not come to its first use"
         ):
             world.run(use_a_group, 1, 4.0, 1.0)
+
+
+def test_a_group_with_ranks_of_another_world_decides_for_itself(flagcx: str) -> None:
+    with ranks([{"FLAGCX_PATH": flagcx}] * 2) as world:
+        assert world.run(join_world, "flagcx", LIMIT) == ["ProcessGroupFlagCX"] * 2
+        found = world.run(join_another_world, free_port(), "flagcxCommInitRank@1#0=fail")
+        assert found == [("ProcessGroupGloo", "ProcessGroupFlagCX")] * 2
 
 
 def test_a_rank_killed_in_the_middle(flagcx: str) -> None:
