@@ -196,6 +196,28 @@ def join_another_world(rank: int, world_size: int, port: int, new_port: int, fau
     return type(apart._get_backend(state["device"])).__name__, type(group._get_backend(state["device"])).__name__
 
 
+def refused_batches(rank: int, world_size: int, port: int) -> tuple[list[str], float]:
+    """Batches with a tensor that cannot be taken, on all ranks; what they raised, and the sum of everyone's 1 after them."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    peer, strided, errors = (rank + 1) % world_size, torch.ones(4, 4)[:, :2], []
+    try:
+        dist.batch_isend_irecv([dist.P2POp(dist.isend, torch.ones(4), peer), dist.P2POp(dist.irecv, strided, peer)])
+    except ValueError as error:
+        errors.append(str(error))
+    try:
+        with _coalescing_manager(async_ops=True):
+            dist.all_gather_single(torch.empty(2 * world_size), torch.ones(2))
+            dist.all_gather_single(torch.empty(3), torch.ones(2))
+    except ValueError as error:
+        errors.append(str(error))
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return errors, total.item()
+
+
 def make_groups(rank: int, world_size: int, port: int) -> None:
     """Groups of the first 2, 3 … ranks, over FlagCX and over the vendor's own backend."""
     import torch.distributed as dist

@@ -98,10 +98,10 @@ class ProcessGroupFlagCX(Backend):
             return None
 
         def together(communicator: CommunicatorFL) -> None:
-            communicator.group_start()
-            for operation, _ in batch:
-                operation(communicator)
-            communicator.group_end()
+            communicator.check(tensors)
+            with communicator.group():
+                for operation, _ in batch:
+                    operation(communicator)
 
         tensors = [tensor for _, part in batch for tensor in part]
         return self._run(together, tensors, tensors, asynchronous=True)
@@ -133,10 +133,9 @@ class ProcessGroupFlagCX(Backend):
 
     def all_gather_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
         def gather(communicator: CommunicatorFL) -> None:
-            communicator.group_start()
-            for output, tensor in zip(outputs, tensors, strict=True):
-                communicator.all_gather(output, tensor)
-            communicator.group_end()
+            with communicator.group():
+                for output, tensor in zip(outputs, tensors, strict=True):
+                    communicator.all_gather(output, tensor)
 
         return self._run(gather, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
@@ -158,10 +157,9 @@ class ProcessGroupFlagCX(Backend):
         op = opts.reduceOp
 
         def scatter(communicator: CommunicatorFL) -> None:
-            communicator.group_start()
-            for output, tensor in zip(outputs, tensors, strict=True):
-                communicator.reduce_scatter(output, tensor, op)
-            communicator.group_end()
+            with communicator.group():
+                for output, tensor in zip(outputs, tensors, strict=True):
+                    communicator.reduce_scatter(output, tensor, op)
 
         return self._run(scatter, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
