@@ -170,6 +170,54 @@ def all_reduce_once(rank: int, world_size: int, port: int, without: int) -> floa
     return total.item()
 
 
+def use_a_group(rank: int, world_size: int, port: int, late: int, seconds: float, timeout: float) -> float:
+    """Make a group of all ranks and add ones up over it; one rank gets there later, by its own host's doing."""
+    import torch
+    import torch.distributed as dist
+
+    group = dist.new_group(list(range(world_size)), backend="flagcx", timeout=timedelta(seconds=timeout))
+    if rank == late:
+        time.sleep(seconds)
+    total = torch.ones(1)
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
+def join_another_world(rank: int, world_size: int, port: int, new_port: int, fault: str) -> tuple[str, str]:
+    """A group beside the default one, made as SGLang's init_custom_process_group does, and after it one of the default one's."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _new_process_group_helper
+
+    store = dist.TCPStore("127.0.0.1", new_port, world_size, rank == 0, timedelta(seconds=60))
+    os.environ["FLAGCX_STAND_IN_FAULT"] = fault
+    apart, _ = _new_process_group_helper(world_size, rank, [], "flagcx", store, group_name="weights", timeout=timedelta(seconds=60))
+    del os.environ["FLAGCX_STAND_IN_FAULT"]
+    group = dist.new_group(list(range(world_size)), backend="flagcx")
+    return type(apart._get_backend(state["device"])).__name__, type(group._get_backend(state["device"])).__name__
+
+
+def refused_batches(rank: int, world_size: int, port: int) -> tuple[list[str], float]:
+    """Batches with a tensor that cannot be taken, on all ranks; what they raised, and the sum of everyone's 1 after them."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    peer, strided, errors = (rank + 1) % world_size, torch.ones(4, 4)[:, :2], []
+    try:
+        dist.batch_isend_irecv([dist.P2POp(dist.isend, torch.ones(4), peer), dist.P2POp(dist.irecv, strided, peer)])
+    except ValueError as error:
+        errors.append(str(error))
+    try:
+        with _coalescing_manager(async_ops=True):
+            dist.all_gather_single(torch.empty(2 * world_size), torch.ones(2))
+            dist.all_gather_single(torch.empty(3), torch.ones(2))
+    except ValueError as error:
+        errors.append(str(error))
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return errors, total.item()
+
+
 def make_groups(rank: int, world_size: int, port: int) -> None:
     """Groups of the first 2, 3 … ranks, over FlagCX and over the vendor's own backend."""
     import torch.distributed as dist

@@ -113,9 +113,9 @@ def judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decision
     failed = {rank: answer for rank, answer in answers.items() if answer.problem is not None}
     told = []
     if silent:
-        chosen = "; ".join(f"{_ranks(ranks)} by {setting}" for setting, ranks in _by_setting(answers).items())
+        chosen = "; ".join(f"{named(ranks)} by {setting}" for setting, ranks in _by_setting(answers).items())
         told.append(
-            f"{_ranks(silent)} did not answer within {limit:.0f} s, so FlagCX was not chosen there or the process is stuck "
+            f"{named(silent)} did not answer within {limit:.0f} s, so FlagCX was not chosen there or the process is stuck "
             f"(chosen on {chosen}; set SGLANG_FL_DIST_BACKEND=flagcx or FLAGCX_PATH on every node, or on none)"
         )
     told += [f"rank {rank} on {answer.host} ({answer.chosen_by}): {answer.problem}" for rank, answer in failed.items()]
@@ -145,8 +145,19 @@ def _by_setting(answers: dict[int, Answer]) -> dict[str, list[int]]:
     return settings
 
 
-def _ranks(ranks: list[int]) -> str:
+def named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def not_here(store: Store, rank: int, world_size: int, timeout: timedelta) -> list[int]:
+    """Wait for all ranks of a group to come here; the ranks that have not when the time is up."""
+    keys = [f"sglang_fl/here/{other}" for other in range(world_size)]
+    store.set(keys[rank], "1")
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check(keys) and time.monotonic() < deadline:
+        with contextlib.suppress(DistStoreError):  # a second at a time, so that Ctrl-C is heard
+            store.wait(keys, timedelta(seconds=1))
+    return [other for other, key in enumerate(keys) if not store.check([key])]
 
 
 class BringUp:

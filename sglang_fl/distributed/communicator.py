@@ -237,6 +237,15 @@ class CommunicatorFL:
         if code:
             self._fail("flagcxGroupEnd", code)
 
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """A group that ends with its block, also where a call in it is refused: left open, it would swallow all later calls."""
+        self.group_start()
+        try:
+            yield
+        finally:
+            self.group_end()
+
     def register_comm_window_raw(self, ptr: int, size: int) -> int:
         """Register ``size`` bytes at ``ptr`` for symmetric operations; all ranks must."""
         return self._library.register_window(self._comm, ptr, size)
@@ -340,6 +349,11 @@ class CommunicatorFL:
             parts.append((address, size * per_row))
             address += size * per_row * tensor.element_size()
         return parts
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise ValueError for a tensor that no call takes, before a group is begun."""
+        for tensor in tensors:
+            self._check(tensor)
 
     def _check(self, tensor: torch.Tensor) -> None:
         if tensor.device != self.device:

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed import Backend
 
 from ..compat import check_groups
 from ..config import Settings
-from .agreement import LIMIT, Answer, BringUp, Decision, Round
+from .agreement import LIMIT, Answer, BringUp, Decision, Round, named, not_here
 from .communicator import CommunicatorFL, current_device
 from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
 from .device_communicators.flagcx_files import find_library
@@ -80,23 +81,22 @@ class Doors:
 
     def create(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
         """What torch.distributed calls for each group, in each of its ranks."""
-        if not opts.global_ranks_in_group or self._decision is None:  # the default group: the first, and of all ranks
-            self._decision, world = self._agree(opts)
-        else:
-            world = None
-        if self.has_fallen_back:
+        decision, world = self._decision, None
+        if not opts.global_ranks_in_group or decision is None:  # the default group, or one of ranks of another world too
+            decision, world = self._agree(opts)
+            if self._decision is None or not torch.distributed.is_initialized():
+                self._decision = decision
+        if decision.reason is not None:
             return self._create_fallback(opts, backend_options)
-        rank, store, name = opts.group_rank, opts.store, opts.group_id
-        group = ProcessGroupFlagCX(
-            rank, opts.group_size, lambda device: self._bring_up(store, name, rank, opts.group_size, device), self._release
-        )
+        rank, size, store, name, timeout = opts.group_rank, opts.group_size, opts.store, opts.group_id, opts.timeout
+        group = ProcessGroupFlagCX(rank, size, lambda device: self._bring_up(store, name, rank, size, device, timeout), self._release)
         group._communicator = world
         self._groups[name] = group
         return group
 
     def communicator(self, group: torch.distributed.ProcessGroup, device: torch.device) -> CommunicatorFL:
-        """The communicator of a group that :meth:`create` made; its ranks must call this together."""
-        return self._groups[group.group_name].communicator(device)
+        """The communicator of a group that :meth:`create` made, to be kept; the group's ranks must call this together."""
+        return self._groups[group.group_name].lend(device)
 
     def init_group_coordinator(self, original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
         """Around ``GroupCoordinator.__init__``: CommunicatorFL stands where NCCL's communicator would."""
@@ -152,11 +152,17 @@ class Doors:
         setting = f"{self._settings.source('dist_backend')}: {NAME}"
         return f"{setting}, {by_path}" if self._settings.flagcx_path else setting
 
-    def _bring_up(self, store: Store, name: str, rank: int, world_size: int, device: torch.device) -> CommunicatorFL:
-        """A later group's communicator. That of all ranks came up, so a failure is no reason to fall back: it ends the server."""
+    def _bring_up(self, store: Store, name: str, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> CommunicatorFL:
+        """A later group's communicator. That of all ranks came up, so a failure is no reason to fall back: it ends the server.
+
+        The ranks first use a group when they get to it, after loading their share of a model for one: they have its timeout for that.
+        """
+        failed = f"FlagCX's communicator of group {name!r} did not come up"
+        if absent := not_here(store, rank, world_size, timeout):
+            raise FlagCXError(f"{failed}: {named(absent)} did not come to its first use within {timeout.total_seconds():.0f} s")
         decision, communicator = self._come_up(store, "group", name, rank, world_size, device)
         if decision.reason is not None:
-            raise FlagCXError(f"FlagCX's communicator of group {name!r} did not come up: {decision.reason}")
+            raise FlagCXError(f"{failed}: {decision.reason}")
         assert communicator is not None
         return communicator
 

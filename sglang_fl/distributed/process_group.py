@@ -23,7 +23,7 @@ class ProcessGroupFlagCX(Backend):
     Args:
         rank, world_size: in the group.
         bring_up: makes the communicator on a device, together with the other ranks; called on the first use.
-        release: called before the communicator is freed.
+        release: called when the group gives the communicator up, before it is freed.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class ProcessGroupFlagCX(Backend):
         self._bring_up = bring_up
         self._release = release
         self._communicator: CommunicatorFL | None = None
+        self._is_lent = False
         self._side_stream: Any = None
         self._batch: list[tuple[Callable[[CommunicatorFL], None], Sequence[torch.Tensor]]] | None = None
         self._timeout: timedelta | None = None
@@ -49,6 +50,14 @@ class ProcessGroupFlagCX(Backend):
         if self._communicator is None:
             self._communicator = self._bring_up(device)
         return self._communicator
+
+    def lend(self, device: torch.device) -> CommunicatorFL:
+        """The same for one who keeps it: it is never freed, and goes with the process, as SGLang's NCCL communicator does.
+
+        CUDA graphs may hold it, and NCCL does not return from destroying or aborting a communicator while one lives.
+        """
+        self._is_lent = True
+        return self.communicator(device)
 
     def _run(
         self, operation: Callable[[CommunicatorFL], None], tensors: Sequence[torch.Tensor], results: Any, *, asynchronous: bool
@@ -89,10 +98,10 @@ class ProcessGroupFlagCX(Backend):
             return None
 
         def together(communicator: CommunicatorFL) -> None:
-            communicator.group_start()
-            for operation, _ in batch:
-                operation(communicator)
-            communicator.group_end()
+            communicator.check(tensors)
+            with communicator.group():
+                for operation, _ in batch:
+                    operation(communicator)
 
         tensors = [tensor for _, part in batch for tensor in part]
         return self._run(together, tensors, tensors, asynchronous=True)
@@ -124,10 +133,9 @@ class ProcessGroupFlagCX(Backend):
 
     def all_gather_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
         def gather(communicator: CommunicatorFL) -> None:
-            communicator.group_start()
-            for output, tensor in zip(outputs, tensors, strict=True):
-                communicator.all_gather(output, tensor)
-            communicator.group_end()
+            with communicator.group():
+                for output, tensor in zip(outputs, tensors, strict=True):
+                    communicator.all_gather(output, tensor)
 
         return self._run(gather, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
@@ -149,10 +157,9 @@ class ProcessGroupFlagCX(Backend):
         op = opts.reduceOp
 
         def scatter(communicator: CommunicatorFL) -> None:
-            communicator.group_start()
-            for output, tensor in zip(outputs, tensors, strict=True):
-                communicator.reduce_scatter(output, tensor, op)
-            communicator.group_end()
+            with communicator.group():
+                for output, tensor in zip(outputs, tensors, strict=True):
+                    communicator.reduce_scatter(output, tensor, op)
 
         return self._run(scatter, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
@@ -212,7 +219,8 @@ class ProcessGroupFlagCX(Backend):
         communicator, self._communicator = self._communicator, None
         if communicator is not None:
             self._release(communicator)
-            communicator.close(abort=abort)
+            if not self._is_lent:
+                communicator.close(abort=abort)
 
 
 def _each(tensors: Sequence[torch.Tensor], operation: Callable[[CommunicatorFL, torch.Tensor], None]) -> Callable[[CommunicatorFL], None]:

@@ -6,7 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from flagcx_ranks import Outcome, RankFailed, Ranks, all_reduce_once, join_world, meet, ranks
+from flagcx_ranks import (
+    Outcome,
+    RankFailed,
+    Ranks,
+    all_reduce_once,
+    join_another_world,
+    join_world,
+    meet,
+    ranks,
+    refused_batches,
+    use_a_group,
+)
 from flagcx_stand_in import build, header
 
 from sglang_fl.cli.server import free_port
@@ -115,6 +126,27 @@ def test_strict_on_one_rank_stops_all(world: Ranks, flagcx: str, tmp_path: Path)
     for outcome in found:
         assert outcome.error.startswith("FlagCXError: strict: FlagCX cannot be used: ")
         assert f"rank 2 on {HOST}" in outcome.error
+
+
+def test_ranks_come_to_a_groups_first_use_when_they_can(flagcx: str) -> None:
+    """One that loads its weights longer than a communicator takes to come up is waited for, as long as the group says."""
+    with ranks([{"FLAGCX_PATH": flagcx}] * 2) as world:
+        world.run(join_world, "flagcx", 1.0)
+        assert world.run(use_a_group, 1, 2.5, 60.0) == [2.0] * 2
+        with pytest.raises(
+            RankFailed, match=r"FlagCXError: FlagCX's communicator of group '.*' did not come up: rank 1 did not come to its first use"
+        ):
+            world.run(use_a_group, 1, 4.0, 1.0)
+
+
+def test_refused_batches_and_a_group_with_ranks_of_another_world(flagcx: str) -> None:
+    with ranks([{"FLAGCX_PATH": flagcx}] * 2) as world:
+        assert world.run(join_world, "flagcx", LIMIT) == ["ProcessGroupFlagCX"] * 2
+        for errors, total in world.run(refused_batches):
+            assert total == 2.0, "no group was left open, in which it would wait for its end"
+            assert errors[0].startswith("FlagCX takes contiguous tensors") and errors[1] == "all_gather of 2 elements by 2 ranks into 3"
+        found = world.run(join_another_world, free_port(), "flagcxCommInitRank@1#0=fail")
+        assert found == [("ProcessGroupGloo", "ProcessGroupFlagCX")] * 2
 
 
 def test_a_rank_killed_in_the_middle(flagcx: str) -> None:

@@ -79,6 +79,18 @@ def test_the_version(library: FlagCXLibrary, tmp_path: Path) -> None:
     assert known.agrees(library.version) and not known.agrees(Version(10000, "0.14.0", "flagcxDeviceHandleInit"))
 
 
+def test_releases_that_do_not_say_which_they_are(tmp_path: Path) -> None:
+    """Before 0.13: the same header is the same release, another one is another."""
+    silent = "".join(line for line in header().splitlines(keepends=True) if "FLAGCX_VERSION_" not in line)
+    versions = []
+    for name, text in (("one", silent), ("same", silent), ("other", silent + "flagcxResult_t flagcxMore();\n")):
+        add_header(tmp_path / name, text)
+        versions.append(FlagCXLibrary(build(tmp_path / name, "-DBEFORE_0_13")).version)
+    one, same, other = versions
+    assert one.agrees(same) and not one.agrees(other)
+    assert str(one).startswith("before 0.13 (header ") and str(one) != str(other)
+
+
 def test_before_0_13(tmp_path: Path) -> None:
     """Handles come in a group and ids from the library; without its header nobody knows how the group is laid out."""
     old = build(tmp_path, "-DBEFORE_0_13")

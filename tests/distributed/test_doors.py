@@ -73,7 +73,8 @@ def test_two_ranks_through_group_coordinator(world: Ranks, counters: Path) -> No
     assert second["recv"] == [7] * 3 and second["sent_dict"] == [5] * 3
     for counted in counts(counters).values():
         assert counted["flagcxCommInitRank"] == 3, "the world at first, and both of a group's doors share one"
-        assert counted["flagcxCommDestroy"] == 3
+        # Graphs may hold those of the world and of tp: NCCL would wait for them when it frees a communicator.
+        assert counted["flagcxCommDestroy"] == 1, "only that of the default group, which no GroupCoordinator has"
         assert counted["flagcxAlltoAll"] == 1 and counted["flagcxReduce"] == 2
 
 

@@ -116,7 +116,7 @@ class Version:
     """What ranks must agree on.
 
     ``library`` is what flagcxGetVersion says (10000 in every release up to 0.13); ``header`` the release by
-    the header beside it, None where there is none or it does not say; ``interface`` how handles are made.
+    the header beside it, None where there is none; ``interface`` how handles are made.
     """
 
     library: int
@@ -191,7 +191,7 @@ class FlagCXLibrary:
                 f"{self.path}: which FlagCX it is cannot be told (flagcxGetVersion says {reported.value}, {interface}), nor how its "
                 "structs are laid out: point FLAGCX_PATH at its checkout, or put its flagcx.h beside it or in ../include"
             )
-        return Version(reported.value, header.version if header else None, interface)
+        return Version(reported.value, header.release if header else None, interface)
 
     def _init_device_handle(self) -> Any:
         if self._has_device_handle:

@@ -2,6 +2,7 @@
 """Where FlagCX is on this machine, and what the header beside it says about its ABI. Light: it loads nothing."""
 
 import ctypes.util
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,11 +99,17 @@ def _on_the_loader_path(environ: Mapping[str, str]) -> Path:
 
 @dataclass(frozen=True)
 class Header:
-    """What a flagcx.h says. ``version`` is None before 0.13, whose header was the first to say it."""
+    """What a flagcx.h says. ``version`` is None before 0.13, whose header was the first to say it; ``digest`` is its text's."""
 
     path: Path
     version: str | None
     problems: tuple[str, ...]
+    digest: str
+
+    @property
+    def release(self) -> str:
+        """What tells its release from others: nodes that have the same release have the same header."""
+        return self.version or f"before 0.13 (header {self.digest})"
 
 
 def header_of(library: Path) -> Header | None:
@@ -124,7 +131,7 @@ def read_header(path: Path) -> Header:
     text = path.read_text(encoding="utf-8", errors="replace")
     numbers = [re.search(rf"#define\s+FLAGCX_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
     version = ".".join(number[1] for number in numbers if number) if all(numbers) else None
-    return Header(path, version, tuple(_differences(text)))
+    return Header(path, version, tuple(_differences(text)), hashlib.sha256(text.encode()).hexdigest()[:8])
 
 
 def _differences(text: str) -> Iterator[str]:
