@@ -8,6 +8,7 @@ never heard of FlagCX.
 """
 
 import inspect
+import contextlib
 import logging
 import os
 import socket
@@ -173,10 +174,15 @@ class Doors:
         assert library is not None
 
         def join(identity: bytes) -> CommunicatorFL:
+            own_stream: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
             if device.type != "cpu":
-                torch.get_device_module(device.type).set_device(device)  # a thread's own
+                module = torch.get_device_module(device.type)
+                module.set_device(device)  # a thread's own
+                # Where a rank fails, the others' first kernels wait for it for ever, and the fallback must not queue behind them.
+                own_stream = module.stream(module.Stream(device))
             communicator = CommunicatorFL(library, library.init_rank(world_size, identity, rank), rank, world_size, device, name)
-            _try_out(communicator)
+            with own_stream:
+                _try_out(communicator)
             return communicator
 
         answer = Answer(socket.gethostname(), self._chosen_by(), self._settings.strict)
