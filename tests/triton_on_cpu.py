@@ -35,6 +35,7 @@ CASES = frozenset(
         "heads of 48 and 80",
         "eight heads of v to one of q",
         "no norm, a scale",
+        "norms that the epsilon counts in",
         "a packed projection",
         "padding among the sequences",
         "padding alone",

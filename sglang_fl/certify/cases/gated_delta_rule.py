@@ -8,6 +8,9 @@ import torch
 from .. import exact
 from .call import Call, Draw, Layer, Named, Operator
 
+#: Keys of 32 numbers of this size have a squared norm near 1e-6, which is what is added to it.
+_NEAR_EPSILON = 2.0**-12
+
 
 @dataclass(frozen=True)
 class _Sizes:
@@ -36,6 +39,8 @@ class _Sequences:
     given_slots: bool = True
     rows: int | None = None
     l2norm: bool = True
+    #: Of q and k.
+    size: float = 1.0
     update: bool = True
     scale: float | None = None
     packed: bool = False
@@ -59,6 +64,8 @@ class _Sequences:
             inputs = {name: draw.normal(rows, tokens, *shape) for name, shape in shapes.items()}
         if not self.l2norm:
             inputs["k"] = inputs["k"] / s.key_dim**0.5
+        if self.size != 1.0:
+            inputs |= {name: inputs[name] * self.size for name in "qk"}
         g = torch.rand(rows, tokens, s.value_heads, generator=draw.rng)
         beta = torch.rand(rows, tokens, s.value_heads, generator=draw.rng)
         return {
@@ -117,6 +124,7 @@ def _common_unusual(of: _Sequences) -> Iterator[tuple[str, _Sequences]]:
     yield "heads of 48 and 80", replace(of, sizes=_Sizes(2, 4, 48, 80))
     yield "lengths in int64", replace(of, index_dtype=torch.int64)
     yield "no norm, a scale", replace(of, l2norm=False, scale=0.3)
+    yield "norms that the epsilon counts in", replace(of, size=_NEAR_EPSILON)
     yield "beta in q's dtype", replace(of, beta_as_q=True)
     yield "a packed projection", replace(of, packed=True)
     yield "nothing is forgotten", replace(of, decay=0.0)
@@ -190,6 +198,12 @@ def _with(call: Call, name: str, value: float) -> Call:
     return call
 
 
+def _with_gates_up_to(most: float, call: Call) -> Call:
+    a = call.inputs["a"]
+    a.copy_(torch.linspace(0, most, a.numel()).view(a.shape))
+    return call
+
+
 @dataclass(frozen=True)
 class _Decode:
     """A decode call: sizes, options and where its tensors lie."""
@@ -257,12 +271,13 @@ def _decode_unusual() -> Iterator[Named]:
     yield "slots with gaps between", replace(of, gaps=True)
     yield "states in bf16", replace(of, state_dtype=torch.bfloat16)
     yield "the bias in bf16", replace(of, constant_dtype=torch.bfloat16)
-    yield "no norm", lambda draw: _with_small_keys(replace(of, l2norm=False)(draw), of)
+    yield "no norm", lambda draw: _scaled(replace(of, l2norm=False)(draw), of.sizes.key_dim**-0.5)
+    yield "norms that the epsilon counts in", lambda draw: _scaled(of(draw), _NEAR_EPSILON)
     yield "70 sequences", replace(of, slots=tuple(range(70)), num_slots=70)
 
 
-def _with_small_keys(call: Call, of: _Decode) -> Call:
-    call.inputs["mixed_qkv"].div_(of.sizes.key_dim**0.5)
+def _scaled(call: Call, by: float) -> Call:
+    call.inputs["mixed_qkv"].mul_(by)
     return call
 
 
@@ -276,6 +291,9 @@ def _decode_special() -> Iterator[Named]:
     yield "zeros", lambda draw: _with(_Decode()(draw), "mixed_qkv", 0.0)
     # Gates beyond the range of exp.
     yield "large gates", _Decode(gates=300.0)
+    # From where softplus is nearly its argument to where it is that though exp overflows; little is forgotten.
+    yield "gates up to 20", lambda draw: _with_gates_up_to(20.0, _with(_Decode()(draw), "A_log", -3.0))
+    yield "gates up to 150", lambda draw: _with_gates_up_to(150.0, _with(_Decode()(draw), "A_log", -6.0))
     yield "everything is forgotten at once", lambda draw: _with(_Decode()(draw), "A_log", 60.0)
 
 
