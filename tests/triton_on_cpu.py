@@ -39,6 +39,7 @@ CASES = frozenset(
         "a packed projection",
         "padding among the sequences",
         "padding alone",
+        "one slot for all, only read",
         "slots in order",
         "no pool",
         "slots with gaps between",

@@ -135,6 +135,8 @@ def _chunk_unusual() -> Iterator[Named]:
     cases = dict(_common_unusual(of))
     cases["padding among the sequences"] = replace(of, slots=(-1, 2, -1))
     cases["padding alone"] = replace(of, slots=(-1, -1, -1))
+    # As SGLang scores several items after one query.
+    cases["one slot for all, only read"] = replace(of, slots=(3, 3, 3), update=False)
     cases["slots in order"] = replace(of, given_slots=False, slots=(0, 1, 2))
     cases["no pool"] = replace(of, slots=None)
     cases["no pool, rows"] = replace(of, slots=None, lengths=(66,), rows=2)
