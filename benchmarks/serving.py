@@ -11,6 +11,10 @@ the kernels that it runs are the baseline's, which is the first variant.
     python benchmarks/serving.py qwen3-8b:12 --profile             # its first 12 layers
     python benchmarks/serving.py path/to/a/model --variants native,default
     python benchmarks/serving.py tiny --batch 1 2 --input-len 32 --output-len 8 --rounds 3     # on a CPU
+    python benchmarks/serving.py qwen3-next-80b-a3b:4 --variants native,default,flagos --engine-arg linear_attn_backend=triton
+
+The last is a hybrid. With no --engine-arg SGLang prefills its linear attention with FlashInfer's kernel on an H100, past
+chunk_gated_delta_rule. Three of its engines fit in 80 GB.
 
 Variants: native (SGLang without plugins), off (sglang-fl with every operator left to SGLang), default (sglang-fl
 as it comes), flagos, vendor, reference (SGLANG_FL_PREFER), flagcx (collectives over the FlagCX of FLAGCX_PATH), and your
@@ -53,6 +57,8 @@ _PROMPT_FOR_TOKENS = 64
 _PROFILED_STEPS = 8
 _PROFILED_BATCH = 32
 _MEM_FRACTION_STATIC = 0.9
+#: Slots of states that SGLang keeps for a request of a hybrid model, whose snapshots for the prefix cache included.
+_STATES_PER_REQUEST = 5
 _GIB = 1 << 30
 
 
@@ -106,6 +112,9 @@ def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, pl
         "max_total_tokens": args.max_total_tokens or pool_tokens(args.batch, lengths, _PROMPT_FOR_TOKENS + args.tokens),
         "mem_fraction_static": _MEM_FRACTION_STATIC,
     }
+    if shape.state_bytes():
+        # SGLang's default is a share of the memory that is free, and engines that start together would all take it.
+        arguments["max_mamba_cache_size"] = _STATES_PER_REQUEST * max(args.batch)
     if shape.directory is None:
         arguments |= {"load_format": "dummy", "dtype": "float32" if plain_cpu else "bfloat16"}
     if plain_cpu:
@@ -119,12 +128,13 @@ def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, pl
 
 
 def least_memory(shape: Shape, arguments: dict[str, Any]) -> float:
-    """GiB that an engine holds at the least: weights and KV cache; contexts and graphs come on top."""
+    """GiB that an engine holds at the least: weights, KV cache and states; contexts and graphs come on top."""
     if shape.directory is None:
         weights = shape.weight_count() * 2
     else:
         weights = sum(path.stat().st_size for path in shape.directory.glob("*.safetensors"))
-    return (weights + arguments["max_total_tokens"] * shape.kv_numbers_per_token() * 2) / _GIB
+    states = arguments.get("max_mamba_cache_size", 0) * shape.state_bytes()
+    return (weights + arguments["max_total_tokens"] * shape.kv_numbers_per_token() * 2 + states) / _GIB
 
 
 def refuse_if_too_large(shape: Shape, arguments: dict[str, Any], variants: list[Variant], memory_gib: float | None) -> None:
@@ -142,7 +152,7 @@ def refuse_if_too_large(shape: Shape, arguments: dict[str, Any], variants: list[
     each, room = least_memory(shape, arguments), memory_gib * arguments["mem_fraction_static"]
     if each * len(variants) > room:
         raise ValueError(
-            f"{len(variants)} engines of {each:.1f} GiB (weights and KV cache alone) do not fit in {room:.1f} GiB. "
+            f"{len(variants)} engines of {each:.1f} GiB (weights and caches alone) do not fit in {room:.1f} GiB. "
             f"Compare fewer variants (--variants), cut the model (NAME:LAYERS), or take smaller --batch or --input-len"
         )
 

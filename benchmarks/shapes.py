@@ -89,6 +89,37 @@ SHAPES: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.001,
         "tie_word_embeddings": False,
     },
+    # A hybrid: three layers of linear attention by the gated delta rule, then one of full attention.
+    "qwen3-next-80b-a3b": {
+        **_QWEN3,
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "decoder_sparse_step": 1,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
+    },
     "llama-3-8b": {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -139,19 +170,49 @@ class Shape:
     def _head_dim(self) -> int:
         return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
 
+    def _full_attention_layers(self) -> int:
+        """How many layers have keys and values; the others of a hybrid have a state."""
+        return int(self.config["num_hidden_layers"]) // int(self.config.get("full_attention_interval", 1))
+
+    def _linear_attention_layers(self) -> int:
+        return int(self.config["num_hidden_layers"]) - self._full_attention_layers()
+
+    def _linear_sizes(self) -> tuple[int, int]:
+        """The numbers of a token's keys and of its values in a layer of linear attention."""
+        keys, values = (self.config[f"linear_num_{x}_heads"] * self.config[f"linear_{x}_head_dim"] for x in ("key", "value"))
+        return int(keys), int(values)
+
     def weight_count(self) -> int:
-        """How many numbers the weights have, but for the norms' and biases, which are few."""
+        """How many numbers the weights have, but for the norms', biases and convolutions, which are few."""
         config, head_dim = self.config, self._head_dim()
         hidden = config["hidden_size"]
         embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-        attention = hidden * head_dim * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
+        # A hybrid's queries come with a gate.
+        queries = config["num_attention_heads"] * (3 if "full_attention_interval" in config else 2)
+        count = self._full_attention_layers() * head_dim * (queries + 2 * config["num_key_value_heads"])
+        if self._linear_attention_layers():
+            keys, values = self._linear_sizes()
+            count += self._linear_attention_layers() * (2 * keys + 3 * values + 2 * config["linear_num_value_heads"])
         experts = config.get("num_experts")
         mlp = experts * (3 * config["moe_intermediate_size"] + 1) if experts else 3 * config["intermediate_size"]
-        return int(embeddings + config["num_hidden_layers"] * (attention + hidden * mlp))
+        shared = config.get("shared_expert_intermediate_size")
+        mlp += 3 * shared + 1 if shared else 0
+        return int(embeddings + hidden * (count + config["num_hidden_layers"] * mlp))
 
     def kv_numbers_per_token(self) -> int:
         """How many numbers the KV cache keeps for a token."""
-        return int(2 * self.config["num_hidden_layers"] * self.config["num_key_value_heads"] * self._head_dim())
+        return int(2 * self._full_attention_layers() * self.config["num_key_value_heads"] * self._head_dim())
+
+    def state_bytes(self) -> int:
+        """How many bytes a sequence's states have, in fp32 as SGLang keeps them, and in bf16 what the convolutions look back on."""
+        layers = self._linear_attention_layers()
+        if not layers:
+            return 0
+        keys, values = self._linear_sizes()
+        return int(
+            layers
+            * (4 * values * self.config["linear_key_head_dim"] + 2 * (2 * keys + values) * (self.config["linear_conv_kernel_dim"] - 1))
+        )
 
 
 def load_shape(text: str) -> Shape:
@@ -172,5 +233,8 @@ def load_shape(text: str) -> Shape:
         whole = config["num_hidden_layers"]
         if not layers.isdecimal() or not 0 < int(layers) <= whole:
             raise UnknownShape(f"{text!r}: {layers!r} is no number of layers from 1 to {whole}, which {name} has")
+        interval = config.get("full_attention_interval", 1)
+        if int(layers) < interval:
+            raise UnknownShape(f"{text!r}: {name} has full attention in each {interval}th layer, so that it has at least {interval}")
         config |= {name: int(layers) for name in ("num_hidden_layers", "max_window_layers") if name in config}
     return Shape(text, config)

@@ -355,8 +355,9 @@ class FLBackendBase(ABC):
             scale: ``K ** -0.5`` if None.
             initial_state: ``[num_slots, HV, V, K]``, the pool of states, fp32 or of 16 bits, the slots possibly further apart
                 than their size; None: states begin at zero and are not kept.
-            initial_state_indices: ``[N]``, int32 or int64: the slot of each sequence, no slot twice. -1 is padding: the state
-                begins at zero and is not kept. None: sequence ``i`` has slot ``i``.
+            initial_state_indices: ``[N]``, int32 or int64: the slot of each sequence; no slot twice with ``inplace_update``, while
+                sequences that only read may share one. -1 is padding: the state begins at zero and is not kept. None:
+                sequence ``i`` has slot ``i``.
             cu_seqlens: ``[N + 1]``, int32 or int64: sequence ``i`` is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``, at least
                 one unless T is 0; B is 1 then, and tokens behind the last sequence give anything. None: each of B rows is a sequence.
             inplace_update: each sequence's last state is written to its slot; False: the pool is only read.

@@ -38,7 +38,8 @@ class Answering:
 
 class TestShapes:
     @pytest.mark.parametrize(
-        ("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19), ("llama-3-8b", 8.03), ("qwen3-30b-a3b", 30.5)]
+        ("name", "billions"),
+        [("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19), ("llama-3-8b", 8.03), ("qwen3-30b-a3b", 30.5), ("qwen3-next-80b-a3b", 79.7)],
     )
     def test_the_weights_add_up_to_the_published_size(self, name: str, billions: float) -> None:
         assert shapes.load_shape(name).weight_count() / 1e9 == pytest.approx(billions, rel=2e-3)
@@ -47,6 +48,15 @@ class TestShapes:
         whole, cut = shapes.load_shape("llama-3-8b").config, shapes.load_shape("llama-3-8b:4").config
         assert cut == {**whole, "num_hidden_layers": 4}
         assert shapes.load_shape("qwen3-8b:2").config["max_window_layers"] == 2
+
+    def test_a_hybrid_has_states(self) -> None:
+        """A state of Qwen3-Next is 32 matrices of 128 × 128 in fp32, and three tokens of 8192 numbers in bf16."""
+        cut = shapes.load_shape("qwen3-next-80b-a3b:4")
+        assert cut.state_bytes() == 3 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+        assert cut.kv_numbers_per_token() == 2 * 2 * 256
+        assert shapes.load_shape("qwen3-8b").state_bytes() == 0
+        with pytest.raises(shapes.UnknownShape, match="full attention in each 4th layer"):
+            shapes.load_shape("qwen3-next-80b-a3b:3")
 
     @pytest.mark.parametrize("text", ["qwen3-8b:0", "qwen3-8b:37", "qwen3-8b:x", "qwen3-8b:"])
     def test_a_shape_has_so_many_layers(self, text: str) -> None:
@@ -311,6 +321,18 @@ class TestCommand:
             serving.refuse_if_too_large(shape, arguments, four, 79.6)
         serving.refuse_if_too_large(shape, arguments, four[:2], 79.6)
         serving.refuse_if_too_large(shape, arguments, four, None)
+
+    def test_engines_of_a_hybrid_get_states_for_each_request(self, tmp_path: Path) -> None:
+        """By default SGLang gives them a share of what is free, which engines that start together would fight for."""
+        args = serving.parser().parse_args(["qwen3-next-80b-a3b:4", "--batch", "1", "64"])
+        shape = shapes.load_shape(args.model)
+        arguments = serving.engine_arguments(args, shape, tmp_path, plain_cpu=False)
+        assert arguments["max_mamba_cache_size"] == 320
+        three = variants.choose(["native", "default", "flagos"], [], plain_cpu=False)
+        serving.refuse_if_too_large(shape, arguments, three, 79.6)
+        states = serving.least_memory(shape, arguments) - serving.least_memory(shape, {**arguments, "max_mamba_cache_size": 0})
+        assert states == pytest.approx(320 * shape.state_bytes() / 2**30)
+        assert "max_mamba_cache_size" not in serving.engine_arguments(args, shapes.load_shape("tiny"), tmp_path, plain_cpu=True)
 
     def test_the_command_is_kept_without_paths(self, tmp_path: Path) -> None:
         words = [f"{tmp_path}/m", "--out", "/x/y.jsonl", "--batch", "1"]

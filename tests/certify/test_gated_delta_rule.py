@@ -3,6 +3,7 @@
 
 import secrets
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from sglang_fl.certify.cases import cases_of
 from sglang_fl.certify.measure import Subject
-from sglang_fl.certify.words import FAILED, SERVING, UNUSUAL
+from sglang_fl.certify.words import FAILED, SERVING, SPECIAL, UNUSUAL
+from sglang_fl.dispatch.backends.reference.impl import gated_delta_rule as arithmetic
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -85,6 +87,27 @@ def next_slot_touched(*args: Any) -> Any:
     return result
 
 
+def with_part(op: str, name: str, part: Any) -> Callable[..., Any]:
+    """The reference with another function or module in the place of one that it is made of."""
+
+    def fn(*args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(arithmetic, name, part)
+            return getattr(reference, op)(*args)
+
+    return fn
+
+
+def normed_by(epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + epsilon)
+
+
+#: ``softplus`` that is its argument from 5 on, and one that overflows.
+EARLY, OVERFLOWING = (
+    SimpleNamespace(softplus=lambda x: torch.where(x <= 5, x.exp().log1p(), x)),
+    SimpleNamespace(softplus=lambda x: x.exp().log1p()),
+)
+
 MISTAKES: list[tuple[str, Callable[..., Any], str, str]] = [
     (CHUNK, with_argument(CHUNK, G, torch.zeros_like), SERVING, "out of bounds"),
     (CHUNK, with_argument(CHUNK, BETA, lambda beta: beta.half()), SERVING, "out of bounds"),
@@ -99,6 +122,9 @@ MISTAKES: list[tuple[str, Callable[..., Any], str, str]] = [
     (CHUNK, lambda *args: reference.chunk_gated_delta_rule(*args)[0], SERVING, "results, not"),
     (RECURRENT, heads_taken_in_turn, SERVING, "out of bounds"),
     (RECURRENT, with_argument(RECURRENT, BETA, lambda beta: None), SERVING, "out of bounds"),
+    *((op, with_part(op, "_normed", normed_by(1e-5)), UNUSUAL, "out of bounds") for op in (CHUNK, RECURRENT, PACKED)),
+    (PACKED, with_part(PACKED, "functional", EARLY), SPECIAL, "out of bounds"),
+    (PACKED, with_part(PACKED, "functional", OVERFLOWING), SPECIAL, "out of bounds"),
     (PACKED, no_sigmoid, SERVING, "out of bounds"),
     (PACKED, padding_left_as_it_was, SERVING, "out of bounds"),
     (PACKED, next_slot_touched, SERVING, "the pool of states"),

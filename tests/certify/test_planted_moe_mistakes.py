@@ -67,12 +67,37 @@ def padding_forgotten(*args: Any, num_token_non_padded: Any = None, **named: Any
     return reference.topk(*args, **named)
 
 
-def epsilon_of_softmax(obj: Any, hidden_states: Any, router_logits: Any, **named: Any) -> Any:
-    """1e-8 beside a sum of sigmoids that may be smaller."""
+def sum_plus(epsilon: float) -> Implementation:
+    """The reference, adding another number to what sigmoids' weights are divided by."""
+
+    def topk(obj: Any, hidden_states: Any, router_logits: Any, **named: Any) -> Any:
+        config = obj.topk_config
+        if config.scoring_func != "sigmoid" or not config.renormalize or config.num_shared_topk_slots:
+            return reference.topk(obj, hidden_states, router_logits, **named)
+        weights, ids = with_config(renormalize=False)(obj, hidden_states, router_logits, **named)
+        factor = (config.routed_scaling_factor or 1.0) if config.apply_routed_scaling_factor_on_output else 1.0
+        return weights / (weights.sum(-1, keepdim=True) / factor + epsilon), ids
+
+    return topk
+
+
+def bias_in_bf16(obj: Any, *args: Any, **named: Any) -> Any:
+    bias = obj.topk_config.correction_bias
+    return with_config(correction_bias=None if bias is None else bias.bfloat16())(obj, *args, **named)
+
+
+def dropped_groups_at_zero(obj: Any, hidden_states: Any, router_logits: Any, **named: Any) -> Any:
+    """As DeepSeek's first code does it: what is dropped is 0, which is more than a choice below it."""
+    bias = obj.topk_config.correction_bias
+    if obj.topk_config.use_grouped_topk and bias is not None and bool((bias < -1).all()):
+        return with_config(topk_group=obj.topk_config.num_expert_group)(obj, hidden_states, router_logits, **named)
+    return reference.topk(obj, hidden_states, router_logits, **named)
+
+
+def shared_expert_of_padding(obj: Any, hidden_states: Any, router_logits: Any, **named: Any) -> Any:
     weights, ids = reference.topk(obj, hidden_states, router_logits, **named)
-    if obj.topk_config.scoring_func == "sigmoid" and obj.topk_config.renormalize:
-        scores = router_logits.float().sigmoid().gather(1, ids.clamp(0, router_logits.shape[1] - 1).long()).sum(-1, keepdim=True)
-        weights = weights * scores / (scores + 1e-2)
+    if obj.topk_config.num_shared_topk_slots:
+        ids[:, -1] = router_logits.shape[1]
     return weights, ids
 
 
@@ -85,7 +110,11 @@ def epsilon_of_softmax(obj: Any, hidden_states: Any, router_logits: Any, **named
         (with_config(routed_scaling_factor=None), (SERVING,), "topk_weights (torch.float32)"),
         (with_config(fused_shared_experts_scaling_factor=None), (UNUSUAL,), "a shared expert on two ranks"),
         (weighted_by_the_biased_scores, (SERVING,), "topk_weights (torch.float32)"),
-        (epsilon_of_softmax, (UNUSUAL,), "topk_weights (torch.float32)"),
+        (sum_plus(1e-8), (SPECIAL,), "topk_weights (torch.float32)"),
+        (sum_plus(0.0), (SPECIAL,), "topk_weights (torch.float32)"),
+        (bias_in_bf16, (UNUSUAL,), "sigmoid, bias far below zero: token"),
+        (dropped_groups_at_zero, (UNUSUAL,), "groups, bias far below zero: token"),
+        (shared_expert_of_padding, (UNUSUAL,), "topk_ids of padding are not all -1"),
         (padding_forgotten, (SERVING,), "topk_ids of padding are not all -1"),
         (after(lambda weights, ids: (weights.bfloat16().float(), ids)), (SERVING,), "topk_weights (torch.float32)"),
         (after(lambda weights, ids: (weights, ids.long())), (SERVING,), "topk_ids is torch.int64, not torch.int32"),
@@ -138,6 +167,12 @@ def weights_dropped(layer: Any, output: Any) -> tuple[Any, Any]:
     return layer, output
 
 
+def weights_made_to_add_up_to_one(layer: Any, output: Any) -> tuple[Any, Any]:
+    weights = output.topk_output.topk_weights
+    output.topk_output.topk_weights = weights / weights.sum(-1, keepdim=True)
+    return layer, output
+
+
 def negative_ids_from_the_end(layer: Any, output: Any) -> tuple[Any, Any]:
     output.topk_output.topk_ids = output.topk_output.topk_ids.long() % layer.w13_weight.shape[0]
     return layer, output
@@ -169,6 +204,7 @@ def config_with(**changes: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
     [
         (halves_swapped, (SERVING,), "result (torch.bfloat16)"),
         (weights_dropped, (SERVING,), "result (torch.bfloat16)"),
+        (weights_made_to_add_up_to_one, (UNUSUAL,), "weights that add up to 2.5"),
         (negative_ids_from_the_end, (SERVING,), "half of them here"),
         (negative_ids_of_weight_zero, (SPECIAL,), "nan in padding"),
         (bias_dropped, (UNUSUAL,), "a bias"),

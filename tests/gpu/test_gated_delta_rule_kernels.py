@@ -29,7 +29,8 @@ def test_against_float64(op: str, kind: str, dtype: torch.dtype) -> None:
     subject = Subject(op, impl.fn, None, CUDA, writes_inputs=impl.writes_inputs)
     failures = []
     worst = 0.0
-    for number, case in enumerate(cases_of(op, frozenset({dtype}), CUDA, quick=kind == "reference")):
+    # What takes time is float64 on the host, token after token: thousands of them take it minutes, and are the check's to hold.
+    for number, case in enumerate(cases_of(op, frozenset({dtype}), CUDA, quick=True)):
         if case.check in (THREADS, COMPILE):
             continue
         outcome = subject.check(case, number)

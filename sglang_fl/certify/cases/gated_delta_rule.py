@@ -8,6 +8,9 @@ import torch
 from .. import exact
 from .call import Call, Draw, Layer, Named, Operator
 
+#: Keys of 32 numbers of this size have a squared norm near 1e-6, which is what is added to it.
+_NEAR_EPSILON = 2.0**-12
+
 
 @dataclass(frozen=True)
 class _Sizes:
@@ -36,6 +39,8 @@ class _Sequences:
     given_slots: bool = True
     rows: int | None = None
     l2norm: bool = True
+    #: Of q and k.
+    size: float = 1.0
     update: bool = True
     scale: float | None = None
     packed: bool = False
@@ -59,6 +64,8 @@ class _Sequences:
             inputs = {name: draw.normal(rows, tokens, *shape) for name, shape in shapes.items()}
         if not self.l2norm:
             inputs["k"] = inputs["k"] / s.key_dim**0.5
+        if self.size != 1.0:
+            inputs |= {name: inputs[name] * self.size for name in "qk"}
         g = torch.rand(rows, tokens, s.value_heads, generator=draw.rng)
         beta = torch.rand(rows, tokens, s.value_heads, generator=draw.rng)
         return {
@@ -117,6 +124,7 @@ def _common_unusual(of: _Sequences) -> Iterator[tuple[str, _Sequences]]:
     yield "heads of 48 and 80", replace(of, sizes=_Sizes(2, 4, 48, 80))
     yield "lengths in int64", replace(of, index_dtype=torch.int64)
     yield "no norm, a scale", replace(of, l2norm=False, scale=0.3)
+    yield "norms that the epsilon counts in", replace(of, size=_NEAR_EPSILON)
     yield "beta in q's dtype", replace(of, beta_as_q=True)
     yield "a packed projection", replace(of, packed=True)
     yield "nothing is forgotten", replace(of, decay=0.0)
@@ -127,6 +135,8 @@ def _chunk_unusual() -> Iterator[Named]:
     cases = dict(_common_unusual(of))
     cases["padding among the sequences"] = replace(of, slots=(-1, 2, -1))
     cases["padding alone"] = replace(of, slots=(-1, -1, -1))
+    # As SGLang scores several items after one query.
+    cases["one slot for all, only read"] = replace(of, slots=(3, 3, 3), update=False)
     cases["slots in order"] = replace(of, given_slots=False, slots=(0, 1, 2))
     cases["no pool"] = replace(of, slots=None)
     cases["no pool, rows"] = replace(of, slots=None, lengths=(66,), rows=2)
@@ -187,6 +197,12 @@ def _special(make: partial[Call]) -> Iterator[Named]:
 
 def _with(call: Call, name: str, value: float) -> Call:
     call.inputs[name].fill_(value)
+    return call
+
+
+def _with_gates_up_to(most: float, call: Call) -> Call:
+    a = call.inputs["a"]
+    a.copy_(torch.linspace(0, most, a.numel()).view(a.shape))
     return call
 
 
@@ -257,12 +273,13 @@ def _decode_unusual() -> Iterator[Named]:
     yield "slots with gaps between", replace(of, gaps=True)
     yield "states in bf16", replace(of, state_dtype=torch.bfloat16)
     yield "the bias in bf16", replace(of, constant_dtype=torch.bfloat16)
-    yield "no norm", lambda draw: _with_small_keys(replace(of, l2norm=False)(draw), of)
+    yield "no norm", lambda draw: _scaled(replace(of, l2norm=False)(draw), of.sizes.key_dim**-0.5)
+    yield "norms that the epsilon counts in", lambda draw: _scaled(of(draw), _NEAR_EPSILON)
     yield "70 sequences", replace(of, slots=tuple(range(70)), num_slots=70)
 
 
-def _with_small_keys(call: Call, of: _Decode) -> Call:
-    call.inputs["mixed_qkv"].div_(of.sizes.key_dim**0.5)
+def _scaled(call: Call, by: float) -> Call:
+    call.inputs["mixed_qkv"].mul_(by)
     return call
 
 
@@ -276,6 +293,9 @@ def _decode_special() -> Iterator[Named]:
     yield "zeros", lambda draw: _with(_Decode()(draw), "mixed_qkv", 0.0)
     # Gates beyond the range of exp.
     yield "large gates", _Decode(gates=300.0)
+    # From where softplus is nearly its argument to where it is that though exp overflows; little is forgotten.
+    yield "gates up to 20", lambda draw: _with_gates_up_to(20.0, _with(_Decode()(draw), "A_log", -3.0))
+    yield "gates up to 150", lambda draw: _with_gates_up_to(150.0, _with(_Decode()(draw), "A_log", -6.0))
     yield "everything is forgotten at once", lambda draw: _with(_Decode()(draw), "A_log", 60.0)
 
 

@@ -40,6 +40,8 @@ class _Routing:
     scoring: str = "softmax"
     renormalize: bool = True
     bias: torch.dtype | None = None
+    #: Added to the bias.
+    offset: float = 0.0
     groups: tuple[int, int] | None = None
     shared: bool = False
     factor: float | None = None
@@ -52,7 +54,7 @@ class _Routing:
 
     def __call__(self, draw: Draw) -> Call:
         layer: Any = Layer()
-        bias = None if self.bias is None else draw.normal(self.experts, scale=0.1, dtype=self.bias)
+        bias = None if self.bias is None else draw.normal(self.experts, scale=0.1, dtype=self.bias).add_(self.offset)
         layer.e_score_correction_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         layer.topk_config = self._config(layer.e_score_correction_bias)
         logits = draw.place(self._without_ties(draw, bias), self.logits_dtype)
@@ -124,6 +126,8 @@ def _topk_unusual() -> Iterator[Named]:
     yield "sigmoid", replace(sigmoid, bias=None)
     yield "sigmoid, weights as they are", replace(sigmoid, renormalize=False)
     yield "sigmoid, bias in bf16", replace(sigmoid, bias=torch.bfloat16)
+    # Where bf16 has steps of 1/16, and every choice is below zero.
+    yield "sigmoid, bias far below zero", replace(sigmoid, offset=-8.0)
     yield "sigmoid, padded", replace(sigmoid, real=5)
     yield "sigmoid, 6 of 60 experts", replace(sigmoid, experts=60, top_k=6)
     yield "sigmoid, a shared expert", replace(sigmoid, shared=True, factor=2.5)
@@ -132,6 +136,8 @@ def _topk_unusual() -> Iterator[Named]:
     yield "groups, all kept", replace(grouped, groups=(4, 4))
     yield "groups, the bias makes it sigmoid", replace(grouped, scoring="softmax")
     yield "groups, a shared expert", replace(grouped, shared=True, factor=2.5, on_output=True)
+    yield "groups, a shared expert, padded", replace(grouped, shared=True, factor=2.5, real=3)
+    yield "groups, bias far below zero", replace(grouped, offset=-8.0)
     yield "groups, a shared expert on two ranks", replace(grouped, shared=True, factor=2.5, shared_factor=0.5)
     yield "groups, padded", replace(grouped, real=3)
     yield "groups by their best, softmax", replace(softmax, experts=160, top_k=6, groups=(8, 3), factor=16.0, renormalize=False)
@@ -155,10 +161,20 @@ def _topk_special() -> Iterator[Named]:
     def far_apart(logits: torch.Tensor) -> None:
         logits.mul_(40)
 
+    def small(logits: torch.Tensor) -> None:
+        logits.sub_(22)
+
+    def none(logits: torch.Tensor) -> None:
+        logits.fill_(-200)
+
     for name, form in (("softmax", _Routing()), ("sigmoid", _Routing(scoring="sigmoid", bias=torch.float32))):
         yield f"{name}, nan and infinity", partial(changed, change=nan_and_infinity, form=form)
         yield f"{name}, far apart", partial(changed, change=far_apart, form=form)
     yield "all experts alike", partial(changed, change=ties, form=_Routing())
+    # What the weights are divided by is a sum of 1e-9, or of what fp32 takes for zero.
+    sigmoid = _Routing(scoring="sigmoid", bias=torch.float32)
+    yield "sigmoid, small scores", partial(changed, change=small, form=sigmoid)
+    yield "sigmoid, scores of zero", partial(changed, change=none, form=sigmoid)
 
 
 def _topk_exactly(call: Call) -> tuple[Routed, ...]:
@@ -181,6 +197,8 @@ class _Experts:
     bias: bool = False
     weight_on_input: bool = False
     elsewhere: float = 0.0
+    #: What a token's weights add up to.
+    total: float = 1.0
     ids_dtype: torch.dtype = torch.int32
 
     def __call__(self, draw: Draw) -> Call:
@@ -203,7 +221,7 @@ class _Experts:
         weights = torch.rand(self.tokens, self.top_k, generator=draw.rng) + 0.1
         inputs = {
             "hidden_states": draw.normal(self.tokens, self.hidden),
-            "topk_weights": draw.place(weights / weights.sum(-1, keepdim=True), torch.float32),
+            "topk_weights": draw.place(weights * (self.total / weights.sum(-1, keepdim=True)), torch.float32),
             "topk_ids": draw.place(ids.masked_fill(away, -1), self.ids_dtype),
         }
         return ExpertsCall(layer, inputs)
@@ -228,6 +246,7 @@ def _fused_moe_unusual() -> Iterator[Named]:
     yield "every expert", replace(form, top_k=8)
     yield "all experts elsewhere", replace(form, elsewhere=1.0)
     yield "60 experts, sizes that nothing divides", replace(form, experts=60, hidden=72, size=40, top_k=6)
+    yield "weights that add up to 2.5", replace(form, total=2.5)
     yield "ids in int64", replace(form, ids_dtype=torch.int64, elsewhere=0.3)
     yield "a bias", replace(form, bias=True)
     yield "a bias, experts elsewhere", replace(form, bias=True, elsewhere=0.5)

@@ -2,6 +2,8 @@
 """The reference backend against float64, and implementations that are wrong in every known way."""
 
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -235,3 +237,14 @@ def test_a_wrong_rotary_embedding_is_caught(rng: torch.Generator, interleaved: b
     for mistake in (layout_swapped, in_bf16, turned_the_other_way, one_position_late):
         with pytest.raises(AssertionError):
             check_rotary_embedding(mistake, *case, interleaved)
+
+
+def test_its_first_call_does_not_import_pytorchs_compiler() -> None:
+    """Seconds that the check would count as the first case's."""
+    program = """
+import sys, torch
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+ReferenceBackend().silu_and_mul(None, torch.zeros(1, 4))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
