@@ -7,8 +7,8 @@ FlagCX, each group is made with the vendor's own backend, from the same rendezvo
 never heard of FlagCX.
 """
 
-import inspect
 import contextlib
+import inspect
 import logging
 import os
 import socket
