@@ -46,6 +46,7 @@ class ActivationBridge(Bridge):
 class GeluAndMulBridge(ActivationBridge):
     op = "gelu_and_mul"
     gated = True
+    npu_switch = "SGLANG_NPU_FORWARD_NATIVE_GELUTANH"
 
     def _reason_in_attributes(self, layer: Layer) -> str | None:
         return None if layer.approximate in ("none", "tanh") else f"approximate={layer.approximate!r}"

@@ -80,6 +80,8 @@ class Bridge(ABC):
     class_name: ClassVar[str | None] = None
     #: Whether a model's layers share one object of the class.
     shared: ClassVar[bool] = False
+    #: SGLang's variable by which a user keeps the class's plain-PyTorch forward on an NPU.
+    npu_switch: ClassVar[str | None] = None
 
     @property
     def layer_class(self) -> type[nn.Module] | None:
@@ -101,6 +103,8 @@ class Bridge(ABC):
             return f"{type(layer).__name__} overrides {', '.join(changed)}"
         if "forward" in vars(layer):
             return "its forward was replaced"
+        if self.npu_switch is not None and _is_on_npu(self.npu_switch):
+            return f"{self.npu_switch} is set"
         return self._reason_in_attributes(layer)
 
     @abstractmethod
@@ -161,6 +165,14 @@ def check_result(what: str, result: Any, like: torch.Tensor, shape: tuple[int, .
         raise ValueError(f"{what} is {result.dtype} on {result.device}, not {like.dtype} on {like.device}")
     if not result.isfinite().all():
         raise ValueError(f"{what} holds inf or nan, for inputs between -1 and 1")
+
+
+def _is_on_npu(switch: str) -> bool:
+    """Whether a switch that SGLang reads in its forwards for an NPU is on there."""
+    from sglang.srt.environ import envs
+    from sglang.srt.utils import is_npu
+
+    return is_npu() and bool(getattr(envs, switch).get())
 
 
 def scratch(site: Site, *shape: int) -> torch.Tensor:

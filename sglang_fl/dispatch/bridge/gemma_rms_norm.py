@@ -12,6 +12,7 @@ class GemmaRMSNormBridge(NormBridge):
 
     op = "gemma_rms_norm"
     with_residual = True
+    npu_switch = "SGLANG_NPU_FORWARD_NATIVE_GEMMA_RMS_NORM"
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own = routes.fn, routes.dtypes, routes.own
@@ -43,6 +44,7 @@ class Gemma3RMSNormBridge(NormBridge):
     op = "gemma_rms_norm"
     class_name = "Gemma3RMSNorm"
     with_residual = True
+    npu_switch = "SGLANG_NPU_FORWARD_NATIVE_GEMMA_RMS_NORM"
 
     def _obj(self, layer: Layer, site: Site) -> Any:
         return vars(layer).get(OBJ) or norm_obj(layer, site.dtype, site.device)

@@ -82,6 +82,24 @@ def test_both_kinds_of_gelu(rng: torch.Generator, approximate: str) -> None:
     assert (layer(x) - other.forward_native(x)).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        ("GeluAndMul", "SGLANG_NPU_FORWARD_NATIVE_GELUTANH"),
+        ("GemmaRMSNorm", "SGLANG_NPU_FORWARD_NATIVE_GEMMA_RMS_NORM"),
+        ("Gemma3RMSNorm", "SGLANG_NPU_FORWARD_NATIVE_GEMMA_RMS_NORM"),
+    ],
+)
+def test_a_switch_of_sglangs_on_an_npu_is_heeded(name: str, switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = NORM_LAYERS | ACTIVATION_LAYERS
+    monkeypatch.setenv(switch, "1")
+    assert bind(layers[name]()).bound == 1, "it is for NPUs"
+    monkeypatch.setattr("sglang.srt.utils.is_npu", lambda: True)
+    assert f"{switch} is set" in bind(layers[name]()).summary()
+    monkeypatch.delenv(switch)
+    assert bind(layers[name]()).bound == 1
+
+
 def test_another_kind_of_gelu_is_left() -> None:
     assert "approximate='fast'" in bind(ACTIVATION_LAYERS["GeluAndMul"](approximate="fast")).summary()
 
