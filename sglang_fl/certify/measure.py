@@ -67,11 +67,22 @@ class Subject:
         fn: called as the operator's signature says.
         reference: the reference's function for the same operator; None: ``fn`` is it.
         writes_inputs: what the implementation declares of a call that raises.
+        in_float64: called with True before what is exact is computed, which is not the implementation's time, and with False after.
     """
 
-    def __init__(self, op: str, fn: Function, reference: Function | None, device: torch.device, *, writes_inputs: bool = True):
+    def __init__(
+        self,
+        op: str,
+        fn: Function,
+        reference: Function | None,
+        device: torch.device,
+        *,
+        writes_inputs: bool = True,
+        in_float64: Callable[[bool], None] = lambda begins: None,
+    ):
         self.op, self.fn, self.reference, self.device = op, fn, reference, device
         self.writes_inputs = writes_inputs
+        self._in_float64 = in_float64
 
     def check(self, case: Case, seed: int) -> Outcome:
         """Run a case. Nothing that the implementation does, short of ending the process, gets out of here."""
@@ -105,7 +116,11 @@ class Subject:
             torch.accelerator.synchronize()
 
     def _exact(self, call: Call) -> Wanted:
-        return OPERATORS_CHECKED[self.op].exact(call)
+        self._in_float64(True)
+        try:
+            return OPERATORS_CHECKED[self.op].exact(call)
+        finally:
+            self._in_float64(False)
 
     def _run(self, call: Call, fn: Function | None = None) -> Results:
         """Call it as serving does, and see that nothing was written that may not be.

@@ -7,6 +7,9 @@ INPUTS, REPEATS, THREADS, GRAPH, COMPILE = "inputs and results", "repeats", "thr
 #: For implementations that are declared batch-invariant.
 BATCH = "batch invariance"
 
+#: A line of the worker's: what is exact is being computed, or no longer.
+IN_FLOAT64 = "in float64"
+
 #: What the worker can say of a case,
 OK, FAILED, REFUSED, SKIPPED = "ok", "failed", "refused", "skipped"
 #: and what is said of one that it did not survive, or that was left out after several of those.

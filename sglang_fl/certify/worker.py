@@ -2,7 +2,8 @@
 """The process that implementations run in: ``python -m sglang_fl.certify.worker FD JOB``, started by ``runner``.
 
 It says what it found (a JSON line to the file descriptor FD), then reads the numbers of cases from its standard
-input and answers each with a JSON line. It ends when its input does.
+input and answers each with a JSON line. Before that come lines that say when it begins and ends to compute what is exact.
+It ends when its input does.
 """
 
 import faulthandler
@@ -14,7 +15,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..dispatch.types import OpImpl
 from .cases import OPERATORS_CHECKED, Case, cases_of
 from .exact import DTYPES
 from .measure import Outcome, Subject
+from .words import IN_FLOAT64
 
 _PACKAGES = ("torch", "triton", "sglang", "flag_gems", "torch_npu")
 _REFERENCE = "reference.torch"
@@ -39,9 +41,10 @@ class Worker:
 
     Args:
         job: ``targets``, pairs of an operator and an implementation's id; ``quick``; ``seed``.
+        tell: hands a fact to the process that asks.
     """
 
-    def __init__(self, job: Mapping[str, Any]):
+    def __init__(self, job: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]):
         self.found: Device = detect()
         unusable = why_unusable(torch, self.found.device_type)
         if unusable is not None:
@@ -61,7 +64,16 @@ class Worker:
             self.why_not.append(why)
             self.cases += [(number, case) for case in cases]
             other = None if reference is None or impl_id == _REFERENCE else reference.fn
-            self._subjects.append(Subject(op, impl.fn, other, self.device, writes_inputs=impl.writes_inputs))
+            self._subjects.append(
+                Subject(
+                    op,
+                    impl.fn,
+                    other,
+                    self.device,
+                    writes_inputs=impl.writes_inputs,
+                    in_float64=lambda begins: tell({IN_FLOAT64: begins}),
+                )
+            )
 
     def _cases_of(self, impl: OpImpl, *, quick: bool) -> tuple[str | None, list[Case]]:
         """An implementation's cases; or none, and why."""
@@ -136,12 +148,16 @@ def main(results_fd: int, job: Mapping[str, Any]) -> None:
     faulthandler.enable()
     os.set_inheritable(results_fd, False)
     with os.fdopen(results_fd, "w", encoding="utf-8") as out:
-        worker = Worker(job)
-        print(json.dumps(worker.hello()), file=out, flush=True)
+
+        def tell(facts: Mapping[str, Any]) -> None:
+            print(json.dumps(facts), file=out, flush=True)
+
+        worker = Worker(job, tell)
+        tell(worker.hello())
         for number in _requests():
             start = time.monotonic()
             outcome = worker.run(number)
-            print(json.dumps(_answer(outcome, time.monotonic() - start)), file=out, flush=True)
+            tell(_answer(outcome, time.monotonic() - start))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real worker processes, and implementations that end them."""
 
+import io
 import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from sglang_fl import __version__
 from sglang_fl.certify import runner
+from sglang_fl.certify.cases import cases_of
+from sglang_fl.certify.measure import Subject
 from sglang_fl.certify.report import CaseResult, Report
-from sglang_fl.certify.words import COMPILE, CRASHED, FAILED, GRAPH, HUNG, NOT_RUN, OK, SERVING, SKIPPED, THREADS
+from sglang_fl.certify.words import COMPILE, CRASHED, FAILED, GRAPH, HUNG, IN_FLOAT64, NOT_RUN, OK, SERVING, SKIPPED, THREADS
+from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
 TIMEOUT = 8.0
 _BACKEND = """
@@ -154,3 +161,18 @@ def test_a_worker_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     with pytest.raises(runner.WorkerFailed, match=r"(?s)does not come up: crashed: exit code 1\n.*no PyTorch today"):
         runner.check(runner.Job([("rms_norm", "reference.torch")], quick=True, seed=0, timeout=TIMEOUT))
+
+
+def test_float64_is_not_the_implementations_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the worker computes what is exact another limit holds, and the implementation's begins anew after that."""
+    worker = object.__new__(runner._Worker)
+    worker._process = cast(Any, SimpleNamespace(stdin=io.StringIO()))
+    told: list[dict[str, Any]] = []
+    Subject(
+        "relu2", ReferenceBackend().relu2, None, torch.device("cpu"), in_float64=lambda begins: told.append({IN_FLOAT64: begins})
+    ).check(next(cases_of("relu2", None, torch.device("cpu"), quick=True)), 3)
+    assert told == [{IN_FLOAT64: True}, {IN_FLOAT64: False}]
+    answers, limits = [*told, {"status": OK}], []
+    monkeypatch.setattr(worker, "read", lambda limit: (limits.append(limit), answers.pop(0))[1])
+    assert worker.ask(0, 5.0) == {"status": OK}
+    assert limits == [5.0, runner._FLOAT64_LIMIT, 5.0]
