@@ -20,7 +20,7 @@ from sglang_fl.certify.report import CaseResult, Report
 from sglang_fl.certify.words import COMPILE, CRASHED, FAILED, GRAPH, HUNG, IN_FLOAT64, NOT_RUN, OK, SERVING, SKIPPED, THREADS
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
-TIMEOUT = 8.0
+TIMEOUT = 5.0
 _BACKEND = """
     import os, sys, time
     from sglang_fl.dispatch import BackendImplKind, OpImpl
@@ -111,13 +111,13 @@ def test_a_crash_is_a_row_and_the_rest_goes_on(report: Report) -> None:
 def test_a_hang_is_a_row_and_the_rest_goes_on(report: Report) -> None:
     cases = of(report, "hangs_once")
     (hung,) = [case for case in cases if case.status not in (OK, SKIPPED)]
-    assert (hung.status, hung.message, hung.name) == (HUNG, "hung: more than 8 s (--timeout)", "64 × 2·1536")
+    assert (hung.status, hung.message, hung.name) == (HUNG, "hung: more than 5 s (--timeout)", "64 × 2·1536")
     assert cases[-1].check == COMPILE and cases[-1].status == OK
 
 
 def test_one_that_closes_its_results_and_lives_on_has_hung(report: Report) -> None:
     (hung,) = [case for case in of(report, "closes_its_results") if case.status not in (OK, SKIPPED)]
-    assert (hung.status, hung.message) == (HUNG, "hung: more than 8 s (--timeout)")
+    assert (hung.status, hung.message) == (HUNG, "hung: more than 5 s (--timeout)")
 
 
 def test_a_crash_is_one_though_a_child_lives_on(report: Report) -> None:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule: the reference against transformers' own, and the Triton kernels of two backends on a CPU."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +133,25 @@ def test_a_pool_is_read_and_written_by_slots(slots: list[int]) -> None:
     assert torch.equal(wide[:, 1], before[:, 1])
 
 
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Both at once: the interpreter takes a core and a minute for each."""
+    command = [sys.executable, "-W", "ignore", str(TESTS / "triton_on_cpu.py")]
+    with contextlib.ExitStack() as stack:
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        started = {name: stack.enter_context(subprocess.Popen([*command, name], **pipes)) for name in ("cuda", "flaggems")}
+        try:
+            yield started
+        finally:
+            for process in started.values():
+                process.kill()
+
+
 @pytest.mark.parametrize("backend", ["cuda", "flaggems"])
-def test_the_kernels_compute_the_same_on_a_cpu(backend: str) -> None:
+def test_the_kernels_compute_the_same_on_a_cpu(interpreted: dict[str, subprocess.Popen[str]], backend: str) -> None:
     """SGLang's and FlagGems's real Triton kernels, interpreted, behind our calls of them; against float64."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "triton_on_cpu.py"), backend], capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    cases = json.loads(ran.stdout.splitlines()[-1])
+    out, errors = interpreted[backend].communicate(timeout=600)
+    assert interpreted[backend].returncode == 0, errors[-3000:]
+    cases = json.loads(out.splitlines()[-1])
     assert len(cases) > 25
     assert [case for case in cases if case[3] != "ok"] == []
