@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 def near(word: str, valid: Iterable[str]) -> str | None:
     """The valid word that a word is a slip of, or None."""
-    return next(iter(get_close_matches(word.lower(), valid, n=1, cutoff=0.8)), None)
+    return next(iter(get_close_matches(word.lower(), valid, n=1, cutoff=0.85)), None)
 
 
 def suggest(word: str, valid: Iterable[str] | Mapping[str, str]) -> str:

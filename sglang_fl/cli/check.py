@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--impl", action="append", metavar="ID", help="check this implementation, as vendor.cuda (may be given again)")
     parser.add_argument("--vendor", action="append", metavar="NAME", help="check this vendor's implementations (may be given again)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
-    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="a case that takes longer has hung (default: 60)")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="S", help="an implementation that takes longer over a case has hung (default: 60)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="draw the inputs of an earlier run again")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that can be sent")
