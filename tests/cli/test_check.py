@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
 import os
 import signal
@@ -121,6 +122,13 @@ def test_what_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert main(["check", "--json", "--html", "~/report.html"]) == 1
     assert json.loads(capsys.readouterr().out.encode())["cases"][0]["message"] == case.message
     assert "no file lib\\udcff.so" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_terminal_without_our_characters(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["check", "--op", "rms_norm", "--impl", "reference.torch"]) == 0
+    assert b"All is well" in written.getvalue() and b"\\u2014" in written.getvalue()
 
 
 @pytest.mark.parametrize("seed", ["-1", "99999999999999999999", "x"])
