@@ -14,6 +14,7 @@ import torch
 
 from .cases import OPERATORS_CHECKED, Call, Case
 from .exact import Verdict
+from .shared_state import random_states, restore, shared_state
 from .words import BATCH, COMPILE, FAILED, GRAPH, INPUTS, OK, REFUSED, REPEATS, SERVING, SKIPPED, THREADS
 
 #: What an implementation may raise to say that it does not take a call.
@@ -86,6 +87,15 @@ class Subject:
 
     def check(self, case: Case, seed: int) -> Outcome:
         """Run a case. Nothing that the implementation does, short of ending the process, gets out of here."""
+        before = shared_state()
+        outcome = self._checked(case, seed)
+        changes = restore(before)
+        if not changes:
+            return outcome
+        told = f"it changed what all of the process shares, {', '.join(changes)}"
+        return replace(outcome, status=FAILED, message="; ".join(filter(None, (outcome.message, told))))
+
+    def _checked(self, case: Case, seed: int) -> Outcome:
         how = _CHECKS.get(case.check, Subject._accuracy)
         try:
             outcome = how(self, case, seed)
@@ -191,7 +201,7 @@ class Subject:
 
     def _inputs(self, case: Case, seed: int) -> Outcome:
         """Results lie where they may, and stay what they are when it is called again."""
-        call, states = case.draw(seed, self.device), _random_states(self.device)
+        call, states = case.draw(seed, self.device), random_states(self.device)
         wanted = self._exact(call)
         got = self._run(call)
         allowed = [call.inputs[name].untyped_storage().data_ptr() for name in call.may_write]
@@ -208,7 +218,8 @@ class Subject:
                 if not all(map(same_bits, got, kept)):
                     raise Wrong("a later call changed the results of this one: they are kept in a buffer of its own")
             self._follows_weights(call, case, seed + 1)
-            if not all(map(same_bits, states, _random_states(self.device))):
+            self._follows_inputs(call, case, seed + 2)
+            if not all(map(same_bits, states, random_states(self.device))):
                 raise Wrong("it changed the state of PyTorch's random number generator, from which sampling draws")
         return outcome
 
@@ -224,6 +235,15 @@ class Subject:
             outcome = self._judged(self._run(updated), wanted, case)
             if outcome.status != OK:
                 raise Wrong(f"after the layer's weights were updated in place: {outcome.message}")
+
+    def _follows_inputs(self, call: Call, case: Case, seed: int) -> None:
+        """A tensor lies where one lay that is gone; what was made of the former's numbers must not be used for it."""
+        fresh = case.draw(seed, self.device)
+        wanted = self._exact(fresh)
+        refill(call, fresh)
+        outcome = self._judged(self._run(call), wanted, case)
+        if outcome.status != OK:
+            raise Wrong(f"with new numbers in the memory of the former inputs: {outcome.message}")
 
     def _batch(self, case: Case, seed: int) -> Outcome:
         """The bits of a token's result do not depend on what else is in the batch."""
@@ -277,7 +297,7 @@ class Subject:
                         if problems or time.monotonic() > until:
                             return
                         restore()
-                except Exception as error:
+                except BaseException as error:  # SystemExit would end a thread without a word
                     problems.append(f"{type(error).__name__}: {error}")
 
             threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(_THREADS)]
@@ -316,8 +336,7 @@ class Subject:
         for replay in range(1, _REPLAYS + 1):
             fresh = case.draw(seed + replay, self.device)
             wanted = self._exact(fresh)
-            for name, x in call.tensors().items():
-                x.copy_(fresh.tensors()[name])
+            refill(call, fresh)
             graph.replay()
             self._synchronize()
             outcome = self._judged(got, wanted, case)
@@ -358,7 +377,9 @@ _CHECKS: dict[str, Callable[[Subject, Case, int], Outcome]] = {
 def results(fn: Function, call: Call) -> Results:
     arguments, named = call.arguments()
     got = fn(*arguments, **named)
-    returned = [result for result in got if result is not None] if isinstance(got, (tuple, list)) else [got]
+    # One result is a tensor, not a list of one: the caller does not unpack it.
+    several = isinstance(got, (tuple, list)) and len(got) > 1
+    returned = [result for result in got if result is not None] if several else [got]
     return (*returned, *(call.inputs[name] for name in call.updated))
 
 
@@ -382,11 +403,10 @@ def _restorer(call: Call) -> Callable[[], None]:
     return restore
 
 
-def _random_states(device: torch.device) -> list[torch.Tensor]:
-    """Of the generators that serving draws from, the CPU's and the device's."""
-    module = getattr(torch, device.type, None)
-    states = [torch.get_rng_state()]
-    return [*states, module.get_rng_state()] if device.type != "cpu" and hasattr(module, "get_rng_state") else states  # type: ignore[union-attr]
+def refill(call: Call, fresh: Call) -> None:
+    """Give the tensors of a call the numbers of another's, where they lie."""
+    for name, x in call.tensors().items():
+        x.copy_(fresh.tensors()[name])
 
 
 def changed(call: Call, kept: dict[str, torch.Tensor], allowed: frozenset[str]) -> Sequence[str]:

@@ -75,10 +75,12 @@ class _Worker:
     def __post_init__(self) -> None:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by end)
         self._results, theirs = os.pipe()
+        # ``-m`` puts this folder before the library: a vendor's platform.py would be taken for Python's.
+        safely = () if {"", os.getcwd()} & set(sys.path) else ("-P",)
         job = json.dumps({"targets": self.job.targets, "quick": self.job.quick, "seed": self.job.seed})
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sglang_fl.certify.worker", str(theirs), job],
+                [sys.executable, *safely, "-m", "sglang_fl.certify.worker", str(theirs), job],
                 stdin=subprocess.PIPE,
                 stdout=self._output,
                 stderr=self._output,
@@ -105,11 +107,11 @@ class _Worker:
 
     def read(self, limit: float) -> dict[str, Any]:
         """Its next line, for which it has ``limit`` seconds beside those that it waited for a processor. Raises _Ended."""
-        start, waits = time.monotonic(), self._waits()
+        start, before = time.monotonic(), self._on_processors()
         while b"\n" not in self._unread:
             left = start + limit - time.monotonic()
             if left <= 0:  # only then is it looked up
-                left += max((waited - waits.get(thread, 0.0) for thread, waited in self._waits().items()), default=0.0)
+                left += self._kept_waiting(before, time.monotonic() - start)
             ready, _, _ = select.select([self._results], [], [], max(0.0, min(left, _LOOK_EVERY)))
             found = os.read(self._results, 1 << 16) if ready else b""
             self._unread += found
@@ -126,12 +128,22 @@ class _Worker:
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
 
-    def _waits(self) -> dict[str, float]:
-        """How long each of its threads has waited for a processor, in seconds, where the system tells (Linux)."""
+    def _kept_waiting(self, before: dict[str, tuple[float, float]], elapsed: float) -> float:
+        """How many of the seconds since ``before`` were other processes': where it had every processor it waited for itself."""
+        ran, waited = 0.0, 0.0
+        for thread, (ran_now, waited_now) in self._on_processors().items():
+            ran_then, waited_then = before.get(thread, (0.0, 0.0))
+            ran += ran_now - ran_then
+            waited = max(waited, waited_now - waited_then)
+        return max(0.0, min(waited, elapsed - ran / len(os.sched_getaffinity(0)))) if waited else 0.0
+
+    def _on_processors(self) -> dict[str, tuple[float, float]]:
+        """How long each of its threads ran and waited for a processor, in seconds, where the system tells (Linux)."""
         found = {}
         for file in Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError, ValueError, IndexError):  # the thread is gone, or there are no such statistics
-                found[file.parent.name] = int(file.read_text().split()[1]) / 1e9
+            with contextlib.suppress(OSError, ValueError):  # the thread is gone, or there are no such statistics
+                ran, waited, _ = map(int, file.read_text().split())
+                found[file.parent.name] = ran / 1e9, waited / 1e9
         return found
 
     def _last_words(self) -> str:
@@ -176,6 +188,7 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
     ended: Counter[int] = Counter()
     results: list[CaseResult] = []
     cases: list[dict[str, Any]] = []
+    lost = ""
     try:
         worker, hello = _start(job)
         cases = hello["cases"]
@@ -183,12 +196,18 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
             op, impl = job.targets[case["target"]]
             facts = {"op": op, "impl": impl, "check": case["check"], "name": case["name"], "dtype": case["dtype"]}
             progress(number, len(cases), f"{op} {impl}: {case['check']}")
-            if ended[case["target"]] >= _GIVE_UP_AFTER:
-                told = f"not run: {_GIVE_UP_AFTER} cases of this implementation have ended their process"
-                results.append(CaseResult(**facts, status=NOT_RUN, message=told))
+            why = lost
+            if not why and ended[case["target"]] >= _GIVE_UP_AFTER:
+                why = f"not run: {_GIVE_UP_AFTER} cases of this implementation have ended their process"
+            if not why and worker is None:
+                try:
+                    worker, _ = _start(job)
+                except WorkerFailed as error:  # The device may have gone with the last case; what was found has not.
+                    why = lost = f"not run: {error}"
+            if why:
+                results.append(CaseResult(**facts, status=NOT_RUN, message=why))
                 continue
-            if worker is None:
-                worker, _ = _start(job)
+            assert worker is not None
             try:
                 answer = worker.ask(number, job.timeout * _PATIENCE.get(case["check"], 1))
             except _Ended as end:

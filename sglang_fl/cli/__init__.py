@@ -6,6 +6,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from .. import __version__
 from ..config import SettingsError
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help_line = (verb.__doc__ or "").strip().splitlines()[0]
         verb.add_arguments(verbs.add_parser(name, help=help_line, description=help_line))
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal without our characters must not cost a run.
     if not faulthandler.is_enabled():
         faulthandler.enable()  # A package that crashes while it is imported is named by its file and line.
     try:

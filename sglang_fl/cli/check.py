@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..certify.report import as_html, print_report
+from ..certify.report import Report, as_html, print_report
 from ..certify.runner import Job, WorkerFailed, check
 from ..config import SettingsError, suggest
 from ..device import probe
@@ -34,6 +34,16 @@ def _seconds(text: str) -> float:
     return found
 
 
+def _seed(text: str) -> int:
+    try:
+        found = int(text)
+    except ValueError:
+        found = -1
+    if not 0 <= found < 2**62:  # each case adds to it, and PyTorch's generator takes 64 bits
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**62 - 1")
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", metavar="OP", help="check this operator (may be given again; default: all)")
     parser.add_argument("--impl", action="append", metavar="ID", help="check this implementation, as vendor.cuda (may be given again)")
@@ -42,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=_seconds, default=60.0, metavar="S", help="an implementation that takes longer over a case has hung (default: 60)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="draw the inputs of an earlier run again")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="draw the inputs of an earlier run again")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that can be sent")
 
@@ -68,8 +78,13 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
         if (not ops or impl.op_name in ops)
         and (not (impls or vendors) or impl.impl_id in (impls or ()) or (impl.vendor and canonical(impl.vendor) in wanted_vendors))
     ]
-    if not found:
-        raise SettingsError(f"check: {', '.join(ops or ())} has no implementation {', '.join([*(impls or ()), *(vendors or ())])}")
+    # What was named and has nothing to run would be missing from the report without a word.
+    names = [*(impls or ()), *(vendors or ())]
+    without = [op for op in ops or () if op not in {op for op, _ in found}]
+    problems = [f"check: {op} has no implementation {', '.join(names)}" for op in without]
+    problems += [f"check: {impl} has no {', '.join(ops or ())}" for impl in impls or () if impl not in {impl for _, impl in found}]
+    if problems:
+        raise SettingsError(problems)
     return found
 
 
@@ -97,15 +112,26 @@ def run(args: argparse.Namespace) -> int:
     except WorkerFailed as error:
         print(f"sglang-fl: {error}", file=sys.stderr)
         return 1
-    if args.html:
-        args.html.write_text(as_html(report), encoding="utf-8")
+    unwritten = _write_page(args.html, report) if args.html else None
     if args.json:
-        print(json.dumps(report.as_data(), indent=2, ensure_ascii=False))
+        # Escaped: messages and last words are the implementation's, and may not be text in this terminal's encoding.
+        print(json.dumps(report.as_data(), indent=2))
     else:
         # A file or a pipe has no width of its own, and the table ten columns.
         width = None if sys.stdout.isatty() else 200
         print_report(report, Console(markup=False, emoji=False, highlight=False, width=width))
+    if unwritten:
+        print(f"sglang-fl: --html: {unwritten}", file=sys.stderr)
     if report.not_reached:
         print("sglang-fl: interrupted", file=sys.stderr)
         return 130
-    return 1 if report.problems() else 0
+    return 1 if report.problems() or unwritten else 0
+
+
+def _write_page(file: Path, report: Report) -> OSError | None:
+    """A disk that is full must not cost what was found: it is still printed."""
+    try:
+        file.expanduser().write_text(as_html(report), encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        return error
+    return None

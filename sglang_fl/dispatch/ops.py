@@ -19,6 +19,9 @@ Common to all of them, and held to by ``sglang-fl check``:
 - Inputs are only read, except where an operator's text allows writing them. A result lies in new memory, or where
   the text allows it in an input's; never in a buffer that the next call writes again. The caller uses what is
   returned and nothing else.
+- What PyTorch keeps for all of the process stays as it is: default dtype and device, recording of gradients, number of
+  threads, deterministic algorithms, random generators. Nothing that was made of an input is used in a later call: another
+  tensor may lie at its address.
 - The same inputs give the same bits each time, from several threads at once, too.
 - An implementation works under graph capture where its device has graphs, and under ``torch.compile``: no
   synchronisation with the host, no allocation outside the framework's allocator, no shape that depends on data.

@@ -2,6 +2,8 @@
 """Every check finds the mistake that it is there for, and finds nothing in an implementation that is right."""
 
 import secrets
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -251,6 +253,16 @@ def wrong_shape(layer: Any, x: Any) -> Any:
     return reference.silu_and_mul(layer, x).flatten()
 
 
+def a_list_of_one(layer: Any, x: Any) -> Any:
+    return [reference.silu_and_mul(layer, x)]
+
+
+def exits_from_threads(layer: Any, x: Any) -> Any:
+    if threading.current_thread() is not threading.main_thread():
+        sys.exit("no licence")
+    return reference.silu_and_mul(layer, x)
+
+
 def wrong_dtype(layer: Any, x: Any) -> Any:
     return reference.silu_and_mul(layer, x.float())
 
@@ -354,6 +366,12 @@ def positions_in_16_bits(layer: Any, q: Any, k: Any, c: Any, s: Any, p: Any, int
     return reference.rotary_embedding(layer, q, k, c, s, p & 0xFFFF, interleaved)
 
 
+def cos_kept_by_address(layer: Any, query: Any, key: Any, cos: Any, sin: Any, positions: Any, *flags: bool) -> Any:
+    kept = layer.__dict__.setdefault("kept", {})
+    tables = kept.setdefault((cos.data_ptr(), cos.shape), (cos.clone(), sin.clone()))
+    return reference.rotary_embedding(layer, query, key, *tables, positions, *flags)
+
+
 def cos_in_bf16(layer: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved: bool = False, inplace: bool = True) -> Any:
     return reference.rotary_embedding(layer, q, k, c.bfloat16(), s.bfloat16(), p, interleaved)
 
@@ -395,6 +413,8 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("silu_and_mul", wrong_shape, SERVING, "result has shape (3072,), not (1, 3072)"),
         ("silu_and_mul", wrong_dtype, SERVING, "result is torch.float32, not torch.bfloat16"),
         ("silu_and_mul", none_for_a_result, UNUSUAL, ""),
+        ("silu_and_mul", a_list_of_one, SERVING, "result is no tensor but list"),
+        ("silu_and_mul", exits_from_threads, THREADS, "in 4 threads at once: SystemExit"),
         ("silu_and_mul", nan_swallowed, SPECIAL, "out of bounds"),
         ("silu_and_mul", infinity_clamped, SPECIAL, "exact inf"),
         ("silu_and_mul", nan_spreads, SPECIAL, "nan, exact"),
@@ -410,6 +430,7 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("rotary_embedding", writes_beyond_the_keys, SERVING, "wrote the values behind the keys, which it may not"),
         ("rotary_embedding", rest_dropped, UNUSUAL, "out of bounds"),
         ("rotary_embedding", positions_in_16_bits, UNUSUAL, "out of bounds"),
+        ("rotary_embedding", cos_kept_by_address, INPUTS, "with new numbers in the memory of the former inputs: query"),
         ("rotary_embedding", cos_in_bf16, SERVING, "out of bounds"),
         ("mrotary_embedding", sections_exchanged, SERVING, "out of bounds"),
         ("mrotary_embedding", sections_never_interleaved, SERVING, "out of bounds"),
@@ -438,6 +459,29 @@ def test_a_result_that_depends_on_the_batch() -> None:
     outcomes = batch_invariance("rms_norm", another_way_for_large_batches)
     told = {outcome.message for outcome in outcomes if outcome.status == FAILED}
     assert told == {"declared batch-invariant: token 0 has another result alone than among 64"}
+
+
+def sets_the_default_dtype(layer: Any, x: Any) -> Any:
+    torch.set_default_dtype(torch.bfloat16)
+    return reference.silu_and_mul(layer, x)
+
+
+def stops_recording_gradients(layer: Any, x: Any) -> Any:
+    torch.set_grad_enabled(False)
+    return reference.silu_and_mul(layer, x)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        (sets_the_default_dtype, "default dtype: from torch.float32 to torch.bfloat16"),
+        (stops_recording_gradients, "gradients: from True to False"),
+    ],
+)
+def test_what_the_process_shares_is_set_back(mistake: Callable[..., Any], told: str) -> None:
+    outcomes = found("silu_and_mul", mistake, SERVING)[SERVING]
+    assert {(outcome.status, outcome.message) for outcome in outcomes} == {(FAILED, f"it changed what all of the process shares, {told}")}
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

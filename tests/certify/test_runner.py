@@ -3,6 +3,7 @@
 
 import io
 import os
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,3 +177,57 @@ def test_float64_is_not_the_implementations_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(worker, "read", lambda limit: (limits.append(limit), answers.pop(0))[1])
     assert worker.ask(0, 5.0) == {"status": OK}
     assert limits == [5.0, runner._FLOAT64_LIMIT, 5.0]
+
+
+def test_a_worker_that_does_not_come_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel may take the device with it: what was found until then, that case included, is not lost."""
+    cases = [{"target": 0, "check": SERVING, "name": str(number), "dtype": "bfloat16"} for number in range(3)]
+    started: list[runner.Job] = []
+
+    class Worker:
+        def ask(self, number: int, limit: float) -> dict[str, Any]:
+            if number:
+                raise runner._Ended(CRASHED, "crashed: signal 6 (SIGABRT)", "last words")
+            return {"status": OK, "broken": False}
+
+        def end(self) -> None:
+            pass
+
+    def start(job: runner.Job) -> tuple[Any, dict[str, Any]]:
+        started.append(job)
+        if len(started) > 1:
+            raise runner.WorkerFailed("the process that checks does not come up: no device")
+        return Worker(), {"cases": cases, "why_not": [None], "machine": {}, "versions": {}}
+
+    monkeypatch.setattr(runner, "_start", start)
+    report = runner.check(runner.Job([("relu2", "vendor.x")], quick=True, seed=0, timeout=TIMEOUT))
+    assert [case.status for case in report.cases] == [OK, CRASHED, NOT_RUN]
+    assert report.cases[-1].message == "not run: the process that checks does not come up: no device"
+
+
+def test_a_folder_with_the_name_of_a_module_of_pythons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in the package that new-vendor writes, which has a platform.py."""
+    (tmp_path / "platform.py").write_text("raise SystemExit('this is not the platform of Python')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    worker, hello = runner._start(runner.Job([("relu2", "reference.torch")], quick=True, seed=0, timeout=TIMEOUT))
+    worker.end()
+    assert hello["cases"]
+
+
+@pytest.mark.parametrize(
+    ("threads", "waited"),
+    [
+        ([(5.0, 5.0)], 5.0),  # others had half of its processor
+        ([(5.0, 5.0), (5.0, 5.0)], 5.0),  # and of both
+        ([(1.25, 8.75)] * 16, 0.0),  # its own threads wait for each other
+        ([(10.0, 0.0)], 0.0),
+        ([(0.0, 0.0)], 0.0),
+    ],
+)
+def test_only_what_others_take_is_waiting(monkeypatch: pytest.MonkeyPatch, threads: list[tuple[float, float]], waited: float) -> None:
+    worker = object.__new__(runner._Worker)
+    now = {str(number): (100 + ran, 100 + waits) for number, (ran, waits) in enumerate(threads)}
+    monkeypatch.setattr(worker, "_on_processors", lambda: now)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert worker._kept_waiting(dict.fromkeys(now, (100.0, 100.0)), 10.0) == waited

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
 import os
 import signal
@@ -69,6 +70,8 @@ def test_what_is_asked_for(
         (["--impl", "vendor.cud"], "--impl: there is no implementation 'vendor.cud'; did you mean 'vendor.cuda'?"),
         (["--vendor", "nvidai"], "--vendor: there is no vendor 'nvidai'; did you mean 'nvidia'?"),
         (["--op", "silu_and_mul", "--impl", "vendor.testchip"], "silu_and_mul has no implementation vendor.testchip"),
+        (["--op", "rms_norm", "--op", "silu_and_mul", "--vendor", "testchip"], "check: silu_and_mul has no implementation testchip"),
+        (["--op", "topk", "--impl", "reference.torch", "--impl", "vendor.testchip"], "check: vendor.testchip has no topk"),
         (["--html", "/nowhere/at/all.html"], "--html: '/nowhere/at/all.html' cannot be written"),
     ],
 )
@@ -102,6 +105,37 @@ def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFi
     assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == len(OPERATORS)
     assert jobs[0].timeout == 1.5
     assert "All is well" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_costs_nothing_else(jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--op", "rms_norm", "--impl", "reference.torch", "--html", "/dev/full"]) == 1
+    captured = capsys.readouterr()
+    assert "All is well" in captured.out and "--html: [Errno 28] No space left on device" in captured.err
+
+
+def test_what_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages are the implementation's: a file's name in one may be any bytes."""
+    case = CaseResult("rms_norm", "reference.torch", SERVING, "1 × 8", "bfloat16", FAILED, message="no file lib\udcff.so")
+    report = Report({"device": "cpu"}, {}, 0, True, 1.0, [], [case])
+    monkeypatch.setattr("sglang_fl.cli.check.check", lambda job, progress: report)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["check", "--json", "--html", "~/report.html"]) == 1
+    assert json.loads(capsys.readouterr().out.encode())["cases"][0]["message"] == case.message
+    assert "no file lib\\udcff.so" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_terminal_without_our_characters(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["check", "--op", "rms_norm", "--impl", "reference.torch"]) == 0
+    assert b"All is well" in written.getvalue() and b"\\u2014" in written.getvalue()
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999", "x"])
+def test_seeds_that_no_generator_takes(seed: str, jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", f"--seed={seed}"])
+    assert f"--seed: '{seed}' is no whole number" in capsys.readouterr().err and jobs == []
 
 
 def test_the_process_that_checks_does_not_come_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,9 @@ class _Rotary:
         return self.of(draw, query, key, **{"the values behind the keys": value})
 
     def of(self, draw: Draw, query: torch.Tensor, key: torch.Tensor, **guarded: torch.Tensor) -> Call:
-        frequencies = 10000 ** -(torch.arange(0, self.rotary_dim, 2) / self.rotary_dim)
+        # Models' bases are from 1e4 to 1e7; no two calls have the same tables, so that one's cannot pass for another's.
+        base = 10 ** (4 + 3 * torch.rand((), generator=draw.rng))
+        frequencies = base ** -(torch.arange(0, self.rotary_dim, 2) / self.rotary_dim)
         angles = torch.outer(torch.arange(self.max_position), frequencies)
         cos, sin = draw.place(torch.cat((angles.cos(), angles.sin()), -1), self.cache_dtype).chunk(2, -1)
         inputs = {

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PyTorch keeps for all of a process, or of its thread: other layers run with it, and sampling draws from it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: name, what gets it and what sets it
+_SHARED: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
+    ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    ("default device", torch.get_default_device, torch.set_default_device),
+    ("gradients", torch.is_grad_enabled, torch.set_grad_enabled),
+    ("number of threads", torch.get_num_threads, torch.set_num_threads),
+    ("deterministic algorithms", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+)
+
+
+def shared_state() -> list[Any]:
+    return [get() for _, get, _ in _SHARED]
+
+
+def restore(before: list[Any]) -> list[str]:
+    """Set back what is not as it was; in words, what that was."""
+    changes = []
+    for (name, get, put), value in zip(_SHARED, before, strict=True):
+        now = get()
+        if now != value:
+            changes.append(f"{name}: from {value} to {now}")
+            put(value)
+    return changes
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the generators that serving draws from, the CPU's and the device's."""
+    module = getattr(torch, device.type, None)
+    states = [torch.get_rng_state()]
+    return [*states, module.get_rng_state()] if device.type != "cpu" and hasattr(module, "get_rng_state") else states  # type: ignore[union-attr]
