@@ -23,6 +23,7 @@ from torch.distributed import Backend
 
 from ..compat import check_groups
 from ..config import Settings
+from ..hooks import hook
 from .agreement import LIMIT, Answer, BringUp, Decision, Round, named, not_here
 from .communicator import CommunicatorFL, current_device
 from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
@@ -78,7 +79,10 @@ class Doors:
             FlagCXError: it does not take the hook.
         """
         check_groups()
-        _hook_group_coordinator(self.init_group_coordinator)
+        if not hook(_TARGET, self.init_group_coordinator):
+            raise FlagCXError(
+                f"SGLang did not take sglang-fl's hook on {_TARGET}: another plugin has hooked it already, or its log says why"
+            )
 
     def create(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
         """What torch.distributed calls for each group, in each of its ranks."""
@@ -200,17 +204,6 @@ class Doors:
         if plugin.extended_api:
             return plugin.creator_fn(opts, backend_options)
         return plugin.creator_fn(opts.store, opts.group_rank, opts.group_size, opts.timeout)
-
-
-def _hook_group_coordinator(around: Callable[..., None]) -> None:
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
-
-    native = GroupCoordinator.__init__
-    HookRegistry.register(_TARGET, around, HookType.AROUND, source=HookSource("sglang_fl", "sglang-fl"))
-    HookRegistry.apply_hooks()
-    if GroupCoordinator.__init__ is native:
-        raise FlagCXError(f"SGLang did not take sglang-fl's hook on {_TARGET}: another plugin has hooked it already, or its log says why")
 
 
 def _try_out(communicator: CommunicatorFL) -> None:

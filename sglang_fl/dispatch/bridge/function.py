@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...config import Settings
+from ...hooks import hook
 from ..locks import ForkSafeLock
 from ..logger_manager import dispatch_log, get_logger
 from ..manager import OpManager
@@ -213,9 +214,9 @@ class FunctionBinder:
         """Put the choice in the function's place."""
         wanted = choice.impl is not None or bool(overrides.active)
         if wanted and function.hook is None and function.unhookable is None:
-            hook = _Hook()
-            if _hook_in(function.bridge, hook):
-                function.hook = hook
+            placed = _Hook()
+            if hook(f"{function.bridge.module}.{function.bridge.name}", placed.around):
+                function.hook = placed
                 function.bridge.hooked(self.log_level)
             else:
                 function.unhookable = "another plugin has a hook there, or SGLang's log says why it took none"
@@ -287,15 +288,3 @@ def _is_called(own: Forward, bridge: FunctionBridge) -> bool:
     """Whether a module other than the function's own has imported it."""
     modules = [module for name, module in list(sys.modules.items()) if name != bridge.module and isinstance(module, ModuleType)]
     return any(value is own for module in modules for value in list(vars(module).values()))
-
-
-def _hook_in(bridge: FunctionBridge, hook: _Hook) -> bool:
-    """Have SGLang install a hook, and see whether it is there: SGLang logs what goes wrong, and goes on."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
-
-    module = import_module(bridge.module)
-    before = getattr(module, bridge.name)
-    source = HookSource("sglang_fl", "sglang-fl")
-    HookRegistry.register(f"{bridge.module}.{bridge.name}", hook.around, HookType.AROUND, source=source)
-    HookRegistry.apply_hooks()
-    return getattr(module, bridge.name) is not before

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...compat import check_gated_delta_rule
+from ...hooks import hook
 from ..logger_manager import dispatch_log, get_logger
 from .base import Forward, activation_dtype, check_result, device_of, scratch
 from .base import Site as ScratchSite
@@ -84,11 +85,8 @@ _watching: dict[GatedDeltaRuleBridge, int] = {}
 
 def _watch_dispatcher(bridge: GatedDeltaRuleBridge, log_level: int) -> None:
     """Say so if SGLang's dispatcher takes a kernel class that does not call the function."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
-
     if not _watching:
-        HookRegistry.register(_DISPATCHER, _dispatcher_made, HookType.AFTER, source=HookSource("sglang_fl", "sglang-fl"))
-        HookRegistry.apply_hooks()
+        hook(_DISPATCHER, _dispatcher_made, "after")
     _watching[bridge] = log_level
 
 
