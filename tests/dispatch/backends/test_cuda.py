@@ -26,10 +26,11 @@ from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 
 from sglang_fl.certify.words import INPUTS, OK, REFUSED, SERVING, UNUSUAL
 from sglang_fl.device import Device
-from sglang_fl.dispatch import OpManager, SelectionPolicy
+from sglang_fl.dispatch import OpManager, OpRegistry, SelectionPolicy
 from sglang_fl.dispatch.backends.reference import impl as reference
 from sglang_fl.dispatch.backends.vendor.cuda import cuda
 from sglang_fl.dispatch.backends.vendor.cuda.cuda import CudaBackend
+from sglang_fl.dispatch.backends.vendor.cuda.register_ops import register_builtins
 
 PACKAGE = "sglang_fl.dispatch.backends.vendor.cuda.impl"
 
@@ -97,6 +98,7 @@ def apply_rope_inplace(
     assert q.shape[-1] == k.shape[-1] == dim and q.stride(-1) == k.stride(-1) == 1 and q.numel()
     assert cos_sin_cache.dtype == torch.float32 and cos_sin_cache.is_contiguous() and positions.is_contiguous()
     assert q.stride(1) == k.stride(1)
+    assert not is_neox or dim % 4 == 0, "it would not compile"
     cos, sin = cos_sin_cache.chunk(2, -1)
     rotated = reference.rotary_embedding(q, k, cos, sin, positions, not is_neox)
     q.copy_(rotated[0])
@@ -246,6 +248,16 @@ def test_rotary(
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "gemma_rms_norm", "layer_norm", "rotary_embedding"])
+def test_the_cases_of_a_quick_check(backend: CudaBackend, op: str) -> None:
+    """In the dtypes that are declared; what a kernel does not take is refused, but nothing that serving does."""
+    registry = OpRegistry()
+    register_builtins(registry)
+    impl = registry.get_implementation(op, "vendor.cuda")
+    assert impl is not None
+    check_cases(op, getattr(backend, op), SERVING, UNUSUAL, INPUTS, allowed=frozenset({OK, REFUSED}), dtypes=impl.dtypes())
 
 
 def test_rotary_with_sections(backend: CudaBackend) -> None:

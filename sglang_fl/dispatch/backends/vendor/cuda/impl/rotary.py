@@ -30,6 +30,8 @@ def rotary_embedding(
     if not query.numel():
         return query, key
     rotary_dim = 2 * cos.shape[-1]
+    if not interleaved and rotary_dim % 4:
+        raise ValueError(f"rotary_embedding: by halves the kernel rotates multiples of 4 numbers, and these are {rotary_dim}")
     whole = rotary_dim == query.shape[-1]
     apply_rope_inplace(
         query if whole else query[..., :rotary_dim],
