@@ -61,17 +61,25 @@ def _assert(what: str, got: tuple[torch.Tensor, ...], wanted: tuple[Exact, ...],
         assert problem is None, f"{what}: {problem}"
 
 
-def check_cases(op: str, fn: Callable[..., Any], *checks: str, allowed: frozenset[str] = frozenset({OK}), device: str = "cpu") -> int:
+def check_cases(
+    op: str,
+    fn: Callable[..., Any],
+    *checks: str,
+    allowed: frozenset[str] = frozenset({OK}),
+    device: str = "cpu",
+    dtypes: frozenset[torch.dtype] | None = None,
+) -> int:
     """Hold an implementation to the cases of ``sglang-fl check --quick``; how many there were.
 
     Args:
         checks: the kinds of check.
         allowed: the outcomes that are no failure; REFUSED where a kernel may say that it does not take a call.
+        dtypes: what the implementation is given; None: every dtype.
     """
     seed = secrets.randbits(31)
     subject = Subject(op, fn, getattr(ReferenceBackend(), op), torch.device(device), writes_inputs=True)
     count = 0
-    for case in cases_of(op, None, torch.device(device), quick=True):
+    for case in cases_of(op, dtypes, torch.device(device), quick=True):
         if case.check in checks:
             outcome = subject.check(case, seed)
             assert outcome.status in allowed, f"{op}, {case.check}, {case.name}, {case.dtype}, seed {seed}: {outcome.message}"
