@@ -25,7 +25,7 @@ def qwen3_moe(end: int) -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,  # the least that SGLang's Qwen3-MoE can rotate on CUDA
         max_position_embeddings=2048,
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,

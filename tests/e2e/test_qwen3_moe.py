@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def moe_prompts(qwen3_moe: Path) -> list[Prompt]:
     tokenizer = AutoTokenizer.from_pretrained(qwen3_moe)
     recital = tokenizer(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{RECITAL}").input_ids
     rng = torch.Generator().manual_seed(4)
-    random = (settled(qwen3_moe, torch.randint(3, 490, (32,), generator=rng).tolist()) for _ in range(20))
-    prompts = [settled(qwen3_moe, recital[:64]), next(prompt for prompt in random if len(prompt.tokens) >= 20)]
+    random = (settled(qwen3_moe, torch.randint(3, 490, (32,), generator=rng).tolist()) for _ in range(40))
+    prompts = [settled(qwen3_moe, recital[:64]), *islice((prompt for prompt in random if len(prompt.tokens) >= 20), 4)]
+    assert len(prompts) == 5
     print("tokens:", *(len(prompt.tokens) for prompt in prompts))
     return prompts
 
@@ -112,5 +114,6 @@ def test_planted_mistakes_break_the_logprobs(running: Planted, moe_prompts: list
         running.chosen.write_text(mistake)
         found[mistake] = worst()
     running.chosen.write_text("none")
+    print({mistake: round(off, 1) for mistake, off in found.items()})
     assert all(off > 1 for off in found.values()), found
     assert worst() <= 1

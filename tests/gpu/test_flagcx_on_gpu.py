@@ -5,11 +5,13 @@ FLAGCX_PATH=/path/to/FlagCX NCCL_NVLS_ENABLE=0 python -m pytest tests/gpu/test_f
 """
 
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import flagcx_collectives
+import psutil
 import pytest
 import torch
 from e2e.conftest import Prompt, Running, make_prompts, off_by, serving
@@ -90,6 +92,7 @@ def servers(
     prompts: list[Prompt], flagcx: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Running]]]:
     model = demo_model()
+    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
 
         def start(name: str) -> Running:
@@ -97,7 +100,9 @@ def servers(
             environ = flagcx if over_flagcx else {"NCCL_NVLS_ENABLE": "0"}
             share = ("--tp", "2", "--max-total-tokens", "16384", "--mem-fraction-static", "0.8")
             arguments = (*share, "--disable-custom-all-reduce") if alone else share
-            return stack.enter_context(serving(model, tmp_path_factory.mktemp("server"), *arguments, dtype="bfloat16", environ=environ))
+            return stack.enter_context(
+                serving(model, tmp_path_factory.mktemp(name.replace(" ", "-")), *arguments, dtype="bfloat16", environ=environ)
+            )
 
         yield {name: pool.submit(start, name) for name in WAYS}
 
@@ -116,3 +121,17 @@ def test_logprobs_are_those_of_nccl(servers: dict[str, Future[Running]], prompts
     for prompt in prompts:
         pair = [servers[name].result().logprobs(prompt) for name in (ours, theirs)]
         assert off_by(*pair, prompt.bounds) <= 1
+
+
+@pytest.mark.parametrize("name", ["nccl", "flagcx", "flagcx alone"])
+def test_a_server_with_graphs_ends_when_it_is_asked_to(servers: dict[str, Future[Running]], name: str) -> None:
+    """The last test: it leaves no server. NCCL frees no communicator of which there is a graph, and waits for ever."""
+    process = servers[name].result().server.process
+    assert process is not None
+    children = psutil.Process(process.pid).children(recursive=True)
+    started = time.monotonic()
+    process.terminate()
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    print(f"{name}: ended {time.monotonic() - started:.1f} s after SIGTERM")
+    assert not alive

@@ -16,6 +16,8 @@ from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 CHUNK, RECURRENT, PACKED = FUNCTIONS
+# SGLang keeps the convolution's states in bf16, and fails where it has to write fp16 there.
+_FP16_STATES = {"SGLANG_MAMBA_CONV_DTYPE": "float16"}
 _LEFT = {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in FUNCTIONS)}
 _OURS = ";".join
 #: The functions' implementation, and the settings that bring it about; all else is SGLang's.
@@ -35,11 +37,12 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="module")
 def servers(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     model = hybrid_model()
+    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
 
         def start(name: str, environ: Mapping[str, str]) -> Running:
             share = ("--max-total-tokens", "16384", "--max-mamba-cache-size", "64", "--mem-fraction-static", "0.9")
-            server = serving(model, tmp_path_factory.mktemp(name), *share, dtype="float16", environ=environ)
+            server = serving(model, tmp_path_factory.mktemp(name), *share, dtype="float16", environ={**_FP16_STATES, **environ})
             return stack.enter_context(server)
 
         yield {name: pool.submit(start, name, environ) for name, (_, environ) in WAYS.items()}

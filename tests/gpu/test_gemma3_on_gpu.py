@@ -34,6 +34,7 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="module")
 def servers(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     model = gemma3_model()
+    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
 
         def start(name: str) -> Running:

@@ -140,6 +140,7 @@ WAYS = {
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     model = qwen3_moe_model()
+    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
 
         def start(name: str) -> Running:

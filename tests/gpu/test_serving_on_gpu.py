@@ -54,6 +54,7 @@ def prompts() -> list[Prompt]:
 def servers(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     # After the prompts, whose bounds take seconds alone, and minutes beside servers that keep the cores busy.
     model = demo_model()
+    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
 
         def start(name: str, way: Way) -> Running:
