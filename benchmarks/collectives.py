@@ -5,22 +5,26 @@
     FLAGCX_PATH=/path/to/FlagCX NCCL_NVLS_ENABLE=0 python benchmarks/collectives.py --out collectives.json
     FLAGCX_PATH=… python benchmarks/collectives.py --ops all_reduce --sizes 8K 1M 64M --rounds 30
     FLAGCX_PATH=… python benchmarks/collectives.py --device cpu --ranks 2 --sizes 1K 64K        # the tests' stand-in
+    python benchmarks/collectives.py --show benchmarks/results/collectives-nvidia-h200x2.json   # the tables of a run
 
 Candidates: pynccl (PyNcclCommunicator, the baseline), flagcx (CommunicatorFL), flagcx-torch (the torch.distributed backend
 flagcx), torch (torch.distributed's NCCL); on a CPU torch (gloo, the baseline) and the two of FlagCX. Of each: microseconds
 per call, and the bus bandwidth in GB/s, which is the bytes of --sizes over the time, times what the operation must move
 over a link (all_reduce 2(n-1)/n, all_gather, reduce_scatter and all_to_all (n-1)/n, broadcast and send_recv 1; the
-convention of nccl-tests, whose size of an all_gather is that of its output). bf16, in CUDA graphs and called one by one. Candidates take
-turns, forth and back; a round's time is that of the slowest rank; ratios to the baseline are medians of
-the rounds' ratios with 95 % bootstrap intervals. Before they are timed, all candidates' results are compared.
+convention of nccl-tests, whose size of an all_gather is that of its output). bf16, in CUDA graphs and called one by one.
+Candidates take turns, forth and back; a round's time is that of the slowest rank, after a call that is not timed; ratios to
+the baseline are medians of the rounds' ratios with 95 % bootstrap intervals; their geometric means over operations and
+sizes come last. Before they are timed, all candidates' results are compared.
 """
 
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +37,12 @@ from rich.console import Console
 from rich.table import Table
 from timing import first_error, paired_ratio
 
-from sglang_fl.cli.server import free_port
+from sglang_fl.cli.server import free_port, interrupt_on_termination
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
 _SIZES = ("1K", "4K", "16K", "64K", "256K", "1M", "4M", "16M", "64M", "256M")
 #: A timing lasts about so long, in microseconds, but has at most so many calls.
-_LEAST_US, _MOST_CALLS = 5000.0, 100
+_LEAST_US, _MOST_CALLS = 10_000.0, 200
 _KEPT_VARIABLES = ("NCCL_", "FLAGCX_")
 
 
@@ -60,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
         "--sizes", nargs="+", type=parse_size, default=[parse_size(s) for s in _SIZES], metavar="SIZE", help="default: 1K to 256M"
     )
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each candidate (default: 15)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results; an interrupted run's, too")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the tables of such a file")
     return parser
 
 
@@ -217,7 +222,7 @@ class Rank:
 
     def _count(self, call: Callable[[], Any]) -> int:
         """How many calls a timing has; the same on all ranks."""
-        us = torch.tensor([self._run(lambda: [call() for _ in range(5)]) / 5])
+        us = torch.tensor([self._run(call, lambda: [call() for _ in range(5)]) / 5])
         dist.all_reduce(us, op=dist.ReduceOp.MAX)
         return max(3, min(_MOST_CALLS, math.ceil(_LEAST_US / us.item())))
 
@@ -234,7 +239,7 @@ class Rank:
     def _timer(self, call: Callable[[], Any], count: int, mode: str) -> Callable[[], float]:
         """What gives microseconds a call."""
         if mode == "eager":
-            return lambda: self._run(lambda: [call() for _ in range(count)]) / count
+            return lambda: self._run(call, lambda: [call() for _ in range(count)]) / count
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -245,12 +250,13 @@ class Rank:
         with torch.cuda.graph(graph):
             for _ in range(count):
                 call()
-        return lambda: self._run(graph.replay) / count
+        return lambda: self._run(call, graph.replay) / count
 
-    def _run(self, work: Callable[[], Any]) -> float:
-        """Microseconds from the moment when all ranks are ready."""
+    def _run(self, call: Callable[[], Any], work: Callable[[], Any]) -> float:
+        """Microseconds that ``work`` takes after a call that is not timed: it waits for all ranks, and wakes their links."""
         self._synchronize()
         dist.barrier()
+        call()
         if self.device.type == "cpu":
             started = time.perf_counter()
             work()
@@ -270,6 +276,7 @@ class Rank:
 
 def run_rank(rank: int, ranks: int, port: int, args: argparse.Namespace, rows: Any) -> None:
     """The body of each process; rank 0 hands rows on as they come."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it through the first process
     this = Rank(rank, ranks, args.device, port)
     if rank == 0:
         rows.put(this.version)
@@ -284,28 +291,39 @@ def run_rank(rank: int, ranks: int, port: int, args: argparse.Namespace, rows: A
     dist.destroy_process_group()
 
 
-def collect(args: argparse.Namespace, ranks: int, console: Console) -> tuple[str, list[dict[str, Any]]]:
+@dataclass
+class Measured:
+    """What there is of a run so far."""
+
+    version: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def collect(args: argparse.Namespace, ranks: int, console: Console, measured: Measured) -> None:
     """Start the ranks, and gather what they measure. Raises what one of them raised."""
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     started = time.perf_counter()
     running = torch.multiprocessing.spawn(run_rank, (ranks, free_port(), args, queue), ranks, join=False)
-    version, rows, expected = "", [], len(args.ops) * len(args.sizes)
-    done = 0
-    while done < expected or not version:
-        if running.join(timeout=0.05) and queue.empty():
-            break
-        while not queue.empty():
-            got = queue.get()
-            if isinstance(got, str):
-                version = got
-                continue
-            done += 1
-            rows += got
-            console.print(f"{time.perf_counter() - started:6.1f} s  {got[0]['op']} of {got[0]['bytes']} bytes", highlight=False)
-    while not running.join():
-        pass
-    return version, rows
+    try:
+        expected, done = len(args.ops) * len(args.sizes), 0
+        while done < expected or not measured.version:
+            if running.join(timeout=0.05) and queue.empty():
+                break
+            while not queue.empty():
+                got = queue.get()
+                if isinstance(got, str):
+                    measured.version = got
+                    continue
+                done += 1
+                measured.rows += got
+                console.print(f"{time.perf_counter() - started:6.1f} s  {got[0]['op']} of {got[0]['bytes']} bytes", highlight=False)
+        while not running.join():
+            pass
+    except KeyboardInterrupt:
+        for process in running.processes:
+            process.kill()
+        raise
 
 
 def table(rows: Sequence[dict[str, Any]], mode: str) -> Table:
@@ -329,24 +347,71 @@ def table(rows: Sequence[dict[str, Any]], mode: str) -> Table:
     return found
 
 
+def summary(rows: Sequence[dict[str, Any]]) -> Table:
+    """The geometric means of the speeds over operations and sizes, which are taken for as many independent samples."""
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    found = Table(title=f"speed against {names[0]}: geometric mean over operations and sizes [95 %]", title_justify="left")
+    for column in ("", *names[1:]):
+        found.add_column(column, justify="right")
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        for told, is_large in (("up to 1 MiB", False), ("above 1 MiB", True)):
+            cells = []
+            for name in names[1:]:
+                logs = [
+                    math.log(row["speed"][0])
+                    for row in rows
+                    if (row["mode"], row["candidate"], row["bytes"] > 1 << 20) == (mode, name, is_large) and "speed" in row
+                ]
+                cells.append(_mean_and_interval(logs))
+            found.add_row(f"{mode}, {told}", *cells)
+    return found
+
+
+def _mean_and_interval(logs: Sequence[float]) -> str:
+    if len(logs) < 2:
+        return f"{math.exp(logs[0]):.3f}" if logs else ""
+    mean, half = np.mean(logs), 1.96 * np.std(logs, ddof=1) / math.sqrt(len(logs))
+    return f"{math.exp(mean):.3f} [{math.exp(mean - half):.3f}, {math.exp(mean + half):.3f}]"
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        console.print(table([row for row in rows if row["mode"] == mode], mode))
+    if rows:
+        console.print(summary(rows))
+
+
 def main() -> int:
     command = parser()
     args = command.parse_args()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    if args.show is not None:
+        try:
+            show(result_file.read(args.show)["rows"], console)
+        except (OSError, ValueError, KeyError) as error:
+            command.error(f"--show {args.show}: {error}")
+        return 0
     ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
     if args.device == "cuda" and torch.cuda.device_count() < max(2, ranks):
         command.error(f"needs {max(2, ranks)} GPUs, and there are {torch.cuda.device_count()}; --device cpu runs on the tests' stand-in")
     if ranks < 2:
         command.error("a collective needs two ranks")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    version, rows = collect(args, ranks, console)
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        console.print(table(rows, mode))
-    if args.out is not None:
-        variables = {name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES) and name != "FLAGCX_PATH"}
-        result_file.write(args.out, result_file.header(ranks=ranks, flagcx=version, variables=variables), rows)
-    return 0
+    measured, is_whole = Measured(), False
+    interrupt_on_termination()
+    try:
+        collect(args, ranks, console, measured)
+        is_whole = True
+    except KeyboardInterrupt:
+        console.print("interrupted; this is what there is")
+    finally:
+        show(measured.rows, console)
+        if args.out is not None and measured.rows:
+            variables = {name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES) and name != "FLAGCX_PATH"}
+            head = result_file.header(ranks=ranks, flagcx=measured.version, variables=variables)
+            result_file.write(args.out, head if is_whole else head | {"interrupted": True}, measured.rows)
+    return 0 if is_whole else 130
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import collectives
+import psutil
 import pytest
 from flagcx_stand_in import build
 from serving_lib import variants
@@ -40,6 +43,50 @@ def test_a_run_on_the_stand_in(tmp_path: Path) -> None:
     assert cells == {(op, size, name) for op in collectives.OPERATIONS for size in (1024, 12) for name in names}
     assert all(row["us"] > 0 and row["speed"][0] > 0 for row in found["rows"])
     assert all(row["speed"] == [1, 1, 1] for row in found["rows"] if row["candidate"] == "torch")
+    shown = subprocess.run([sys.executable, str(script), "--show", str(out)], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert "send_recv" in shown and "eager, up to 1 MiB" in shown
+
+
+def test_what_an_interrupted_run_has_measured_is_kept(tmp_path: Path) -> None:
+    flagcx, out = build(tmp_path).parents[2], tmp_path / "collectives.json"
+    command = [
+        sys.executable,
+        "-u",
+        str(Path(collectives.__file__)),
+        "--device",
+        "cpu",
+        "--sizes",
+        "1K",
+        "--rounds",
+        "2000",
+        "--out",
+        str(out),
+    ]
+    environ = {"PATH": "/bin", "HOME": str(tmp_path), "FLAGCX_PATH": str(flagcx)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "of 1024 bytes" in line:
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        printed = process.stdout.read()
+    assert process.returncode == 130, printed
+    assert "interrupted; this is what there is" in printed and "Traceback" not in printed
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    found = json.loads(out.read_text())
+    assert found["interrupted"] is True and found["rows"][0]["op"] == "all_reduce"
+
+
+def test_no_result_file_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("other.json", "missing.json"):
+        monkeypatch.setattr(sys, "argv", ["collectives.py", "--show", str(tmp_path / name)])
+        with pytest.raises(SystemExit, match="2"):
+            collectives.main()
+        assert name in capsys.readouterr().err
 
 
 class TestVariantsOfServing:
