@@ -7,18 +7,18 @@ FLAGCX_PATH=/path/to/FlagCX NCCL_NVLS_ENABLE=0 python -m pytest tests/gpu/test_f
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future
 
 import flagcx_collectives
 import psutil
 import pytest
 import torch
-from e2e.conftest import Prompt, Running, make_prompts, off_by, serving
+from e2e.conftest import Prompt, Running, make_prompts, off_by
 from flagcx_collectives import OPS, Case
 from flagcx_on_gpu import asynchronous_work, graphs, make_host_group
 from flagcx_ranks import Ranks, join_world, make_groups, ranks
 from flagcx_stand_in import REAL_FLAGCX
+from served_on_gpu import Way, recited, side_by_side
 
 from sglang_fl.cli.demo_model import RECITAL, demo_model
 
@@ -91,26 +91,23 @@ def prompts() -> list[Prompt]:
 def servers(
     prompts: list[Prompt], flagcx: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Running]]]:
-    model = demo_model()
-    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
-    with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
-
-        def start(name: str) -> Running:
-            over_flagcx, alone = WAYS[name]
-            environ = flagcx if over_flagcx else {"NCCL_NVLS_ENABLE": "0"}
-            share = ("--tp", "2", "--max-total-tokens", "16384", "--mem-fraction-static", "0.8")
-            arguments = (*share, "--disable-custom-all-reduce") if alone else share
-            return stack.enter_context(
-                serving(model, tmp_path_factory.mktemp(name.replace(" ", "-")), *arguments, dtype="bfloat16", environ=environ)
-            )
-
-        yield {name: pool.submit(start, name) for name in WAYS}
+    ways = {
+        name: Way(
+            "flagcx" if over_flagcx else "nccl",
+            flagcx if over_flagcx else {"NCCL_NVLS_ENABLE": "0"},
+            ("--disable-custom-all-reduce",) if alone else (),
+        )
+        for name, (over_flagcx, alone) in WAYS.items()
+    }
+    share = ("--tp", "2", "--max-total-tokens", "16384", "--mem-fraction-static", "0.8")
+    with side_by_side(demo_model(), ways, "bfloat16", tmp_path_factory, share) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", WAYS)
 def test_two_ranks_recite(servers: dict[str, Future[Running]], name: str) -> None:
     running = servers[name].result()
-    assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
+    assert recited(running) == RECITAL
     log = running.server.log.read_text()
     assert ("serves the collectives of 2 ranks" in log) == WAYS[name][0]
     assert "FlagCX is not used" not in log

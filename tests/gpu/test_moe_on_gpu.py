@@ -2,21 +2,20 @@
 """On an NVIDIA GPU: routing and experts against float64, in CUDA graphs, and a Qwen3-MoE that is served with them."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accuracy import DTYPES
-from e2e.conftest import Running, serving
+from e2e.conftest import Running
 from e2e.qwen3_moe_model import qwen3_moe_model
 from moe_accuracy import check, refused
+from served_on_gpu import Way, check_the_recital, side_by_side
 
 from sglang_fl.certify.cases.call import Draw
 from sglang_fl.certify.cases.moe import _Experts, _Routing
-from sglang_fl.cli.demo_model import RECITAL
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -129,37 +128,27 @@ def test_more_tokens_than_flaggems_takes_at_once(manager: OpManager, kind: str) 
 
 
 WAYS = {
-    "sglang": ({"SGLANG_FL_PER_OP": "topk=sglang;fused_moe=sglang", "USE_FLAGGEMS": "0"}, ("sglang(policy)", "sglang(policy)")),
-    "flagos": ({"SGLANG_FL_PREFER": "flagos"}, ("flagos(default.flagos)", "flagos(default.flagos)")),
-    # Experts on CUDA are SGLang's own or FlagGems's.
-    "vendor": ({"SGLANG_FL_PREFER": "vendor"}, ("vendor(vendor.cuda)", "flagos(default.flagos)")),
-    "reference": ({"SGLANG_FL_PREFER": "reference"}, ("reference(reference.torch)", "reference(reference.torch)")),
+    "sglang": Way("sglang(policy)", {"SGLANG_FL_PER_OP": "topk=sglang;fused_moe=sglang", "USE_FLAGGEMS": "0"}),
+    "flagos": Way("flagos(default.flagos)", {"SGLANG_FL_PREFER": "flagos"}),
+    "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor"}),
+    "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
 }
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
-    model = qwen3_moe_model()
-    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
-    with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
-
-        def start(name: str) -> Running:
-            share = ("--max-total-tokens", "16384", "--mem-fraction-static", "0.9")
-            server = serving(model, tmp_path_factory.mktemp(name), *share, dtype="bfloat16", environ=WAYS[name][0])
-            return stack.enter_context(server)
-
-        yield {name: pool.submit(start, name) for name in WAYS}
+    with side_by_side(qwen3_moe_model(), WAYS, "bfloat16", tmp_path_factory) as found:
+        yield found
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_served_qwen3_moe_recites(servers: dict[str, Future[Running]], way: str) -> None:
-    """Alone and in a batch. Its logprobs are compared on the CPU in fp32: in bf16 rounding alone gives some tokens other experts."""
+    """Its logprobs are compared on the CPU in fp32: in bf16 rounding alone gives some tokens other experts."""
     running = servers[way].result()
-    assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: running.recite().json()["choices"][0]["message"]["content"], range(16)))
-    assert answers == [RECITAL] * 16
-    topk, fused_moe = WAYS[way][1]
+    check_the_recital(running)
+    topk = WAYS[way].destination
+    # Experts on CUDA are SGLang's own or FlagGems's.
+    fused_moe = WAYS["flagos"].destination if way == "vendor" else topk
     assert {f"TopK → {topk}", f"UnquantizedFusedMoEMethod → {fused_moe}"} <= running.dispatched()
 
 

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On an NVIDIA GPU: real servers with SGLang's default prefill and decode graphs, one for each way to run.
+"""On an NVIDIA GPU: real servers with SGLang's default prefill and decode graphs, one for each way to run."""
 
-They start together, since a start takes minutes where kernels are compiled; each has a small share of the memory.
-"""
-
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
-from e2e.conftest import Prompt, Running, make_prompts, off_by, serving
+from e2e.conftest import Prompt, Running, make_prompts
+from served_on_gpu import Way, check_logprobs, check_the_recital, side_by_side
 
-from sglang_fl.cli.demo_model import RECITAL, demo_model
+from sglang_fl.cli.demo_model import demo_model
 from sglang_fl.config import load_settings
 from sglang_fl.device import Device
 
@@ -22,15 +18,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CLASSES = {"RMSNorm": "rms_norm", "RotaryEmbedding": "rotary_embedding", "SiluAndMul": "silu_and_mul"}
 #: Qwen3's query and key norms, which SGLang computes with one kernel of its own on CUDA.
 FUSED = "RMSNorm → sglang(not called: model.layers.*.self_attn.k_norm model.layers.*.self_attn.q_norm)"
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to run the server, and where its layers must then have run."""
-
-    destination: str
-    environ: Mapping[str, str] = field(default_factory=dict)
-    arguments: tuple[str, ...] = ()
 
 
 SGLANG = {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in CLASSES.values())}
@@ -54,15 +41,8 @@ def prompts() -> list[Prompt]:
 def servers(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     # After the prompts, whose bounds take seconds alone, and minutes beside servers that keep the cores busy.
     model = demo_model()
-    tmp_path_factory.getbasetemp()  # made by one thread, not by several at once
-    with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
-
-        def start(name: str, way: Way) -> Running:
-            share = ("--max-total-tokens", "16384", "--mem-fraction-static", "0.9")
-            server = serving(model, tmp_path_factory.mktemp(name), *share, *way.arguments, dtype="bfloat16", environ=way.environ)
-            return stack.enter_context(server)
-
-        yield {name: pool.submit(start, name, way) for name, way in WAYS.items()}
+    with side_by_side(model, WAYS, "bfloat16", tmp_path_factory) as found:
+        yield found
 
 
 @pytest.fixture(params=WAYS, scope="module")
@@ -76,19 +56,11 @@ def running(servers: dict[str, Future[Running]], way: str) -> Running:
 
 
 def test_the_recital_is_exact(running: Running) -> None:
-    assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
-
-
-def test_sixteen_at_once_are_all_exact(running: Running) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: running.recite().json()["choices"][0]["message"]["content"], range(16)))
-    assert answers == [RECITAL] * 16
+    check_the_recital(running)
 
 
 def test_logprobs_are_within_what_rounding_to_bf16_may_cost(running: Running, way: str, prompts: list[Prompt]) -> None:
-    worst = max(off_by(running.logprobs(prompt), prompt.exact, prompt.bounds) for prompt in prompts)
-    print(f"{way}: logprobs are off by {worst:.3f} of what rounding to bf16 may cost two runs")
-    assert worst <= 0.5
+    check_logprobs(running, way, prompts)
 
 
 def test_every_layer_ran_where_it_should(running: Running, way: str) -> None:
