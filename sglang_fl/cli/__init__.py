@@ -38,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sglang-fl: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output is gone: what is left in the buffer must not fail again at exit.
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What is left in the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whose reader is gone, and wants no more
+            print(f"sglang-fl: the output cannot be written: {error.strerror or error}", file=sys.stderr)
         return 1
 
 

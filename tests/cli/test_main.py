@@ -175,3 +175,11 @@ def test_reader_of_the_output_that_goes_away(argv: list[str]) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environ, check=False, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("argv", [["ops"], ["config"], ["ops", "--json"]])
+def test_output_that_cannot_be_written_is_said_in_a_line(argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-m", "sglang_fl", *argv], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (1, "sglang-fl: the output cannot be written: No space left on device\n")
