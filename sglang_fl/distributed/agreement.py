@@ -8,10 +8,11 @@ never decide differently, even where an answer came at the last moment.
 
 import contextlib
 import json
+import re
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,8 @@ _BRING_UP = 25.0
 #: How long the one who holds the store waits for the others to have read that all stop; silent ones never do.
 _PARTING = 5.0
 _DECISION, _FAILED, _HEARD = "decision", "failed", "heard"
+#: FlagCX's own variables that decide how ranks talk to each other. (Interfaces, devices and logs may differ between nodes.)
+_SHARED_VARIABLE = re.compile(r"FLAGCX_(USE_\w+|UNIRUNNER_\w+|C2C_ALGO|CUSTOM_OP_ENABLE)")
 #: What ``_FAILED`` holds: a rank has an error, or its time was up.
 _ERROR, _LATE = b"error", b"late"
 
@@ -37,7 +40,7 @@ class Answer:
     """What a rank says of itself.
 
     ``chosen_by`` is the setting that chose FlagCX, as ``variable=value``; ``problem`` why it cannot use it;
-    ``strict`` whether it would rather stop than fall back.
+    ``strict`` whether it would rather stop than fall back; ``variables`` those of FlagCX's that must be the same on all.
     """
 
     host: str
@@ -45,6 +48,12 @@ class Answer:
     strict: bool
     version: dict[str, Any] | None = None
     problem: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def shared_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """FlagCX's variables that must be the same on all ranks, as far as they are set."""
+    return {name: value for name, value in environ.items() if _SHARED_VARIABLE.fullmatch(name)}
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ def judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decision
     told += [f"rank {rank} on {answer.host} ({answer.chosen_by}): {answer.problem}" for rank, answer in failed.items()]
     versions = {rank: Version(**answer.version) for rank, answer in answers.items() if answer.version is not None}
     told += _different_versions(versions, answers)
+    told += _different_variables(answers)
     stop = any(answer.strict for answer in answers.values())
     return Decision("; ".join(told), stop) if told else Decision()
 
@@ -136,6 +146,21 @@ def _different_versions(versions: dict[int, Version], answers: dict[int, Answer]
                 f"rank {rank} on {answers[rank].host} has {version} by {answers[rank].chosen_by}"
             ]
     return []
+
+
+def _different_variables(answers: dict[int, Answer]) -> list[str]:
+    told = []
+    for name in sorted({name for answer in answers.values() for name in answer.variables}):
+        values: dict[str | None, list[int]] = {}
+        for rank, answer in answers.items():
+            values.setdefault(answer.variables.get(name), []).append(rank)
+        if len(values) > 1:
+            where = []
+            for value, ranks in values.items():
+                hosts = ", ".join(dict.fromkeys(answers[rank].host for rank in ranks))
+                where.append(f"{'not set' if value is None else repr(value)} on {named(ranks)} ({hosts})")
+            told.append(f"{name} must be the same on all ranks, and is {', '.join(where)}")
+    return told
 
 
 def _by_setting(answers: dict[int, Answer]) -> dict[str, list[int]]:

@@ -24,7 +24,7 @@ from torch.distributed import Backend
 from ..compat import check_groups
 from ..config import Settings
 from ..hooks import hook
-from .agreement import LIMIT, Answer, BringUp, Decision, Round, named, not_here
+from .agreement import LIMIT, Answer, BringUp, Decision, Round, named, not_here, shared_variables
 from .communicator import CommunicatorFL, current_device
 from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
 from .device_communicators.flagcx_files import find_library
@@ -148,7 +148,7 @@ class Doors:
             version = self._library.version.to_dict()
         except FlagCXError as error:
             problem = str(error)
-        return Answer(socket.gethostname(), self._chosen_by(), self._settings.strict, version, problem)
+        return Answer(socket.gethostname(), self._chosen_by(), self._settings.strict, version, problem, shared_variables(os.environ))
 
     def _chosen_by(self) -> str:
         by_path = f"FLAGCX_PATH={self._settings.flagcx_path}"

@@ -103,6 +103,15 @@ def test_another_version_on_a_rank(world: Ranks, flagcx: str, tmp_path: Path, en
     assert f"FLAGCX_PATH={tmp_path}" in warning
 
 
+def test_a_variable_of_flagcx_that_differs(world: Ranks, flagcx: str) -> None:
+    """It decides how ranks talk: they would wait for each other, each in its own way. Those that a node has for itself may differ."""
+    own = {"FLAGCX_PATH": flagcx, "FLAGCX_SOCKET_IFNAME": "lo"}
+    found = outcomes(world, {**own, "FLAGCX_USE_HETERO_COMM": "1"}, own, {**own, "FLAGCX_USE_HETERO_COMM": "1", "FLAGCX_DEBUG": "WARN"})
+    told = f"FLAGCX_USE_HETERO_COMM must be the same on all ranks, and is '1' on ranks 0, 2 ({HOST}), not set on rank 1 ({HOST})"
+    warning = fell_back_together(found)
+    assert told in warning and "IFNAME" not in warning and "DEBUG" not in warning
+
+
 @pytest.mark.parametrize(("function", "rank"), [("flagcxCommInitRank", 1), ("flagcxGetUniqueId", 0), ("flagcxAllReduce", 2)])
 def test_it_does_not_come_up_on_a_rank(world: Ranks, flagcx: str, function: str, rank: int) -> None:
     """The others' calls never return; they hear of it from the store, and before their time is up."""
