@@ -18,6 +18,7 @@ sizes come last. Before they are timed, all candidates' results are compared.
 """
 
 import argparse
+import ctypes
 import math
 import os
 import signal
@@ -38,12 +39,17 @@ from rich.table import Table
 from timing import first_error, paired_ratio
 
 from sglang_fl.cli.server import free_port, interrupt_on_termination
+from sglang_fl.dispatch.logger_manager import why_unwritable
+from sglang_fl.distributed.device_communicators.flagcx_files import FlagCXError, find_library
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
 _SIZES = ("1K", "4K", "16K", "64K", "256K", "1M", "4M", "16M", "64M", "256M")
 #: A timing lasts about so long, in microseconds, but has at most so many calls.
 _LEAST_US, _MOST_CALLS = 10_000.0, 200
 _KEPT_VARIABLES = ("NCCL_", "FLAGCX_")
+#: A path is no part of the results, and a container's NCCL_VERSION not that of the NCCL that runs.
+_LEFT_OUT = ("FLAGCX_PATH", "NCCL_VERSION")
+_PR_SET_PDEATHSIG = 1
 
 
 def parse_size(text: str) -> int:
@@ -55,15 +61,21 @@ def parse_size(text: str) -> int:
     return int(number) << unit
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes, one a GPU (default: all GPUs; 2 on a CPU)")
+    parser.add_argument("--ranks", type=_positive, metavar="N", help="processes, one a GPU (default: all GPUs; 2 on a CPU)")
     parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="OP", help=f"default: {' '.join(OPERATIONS)}")
     parser.add_argument(
         "--sizes", nargs="+", type=parse_size, default=[parse_size(s) for s in _SIZES], metavar="SIZE", help="default: 1K to 256M"
     )
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each candidate (default: 15)")
+    parser.add_argument("--rounds", type=_positive, default=15, metavar="N", help="timings of each candidate (default: 15)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results; an interrupted run's, too")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the tables of such a file")
     return parser
@@ -178,27 +190,21 @@ class Rank:
         for mode in ("graph", "eager") if self.device.type == "cuda" else ("eager",):
             count = self._count(next(iter(calls.values())))
             timers, errors = self._timers(calls, count, mode)
-            rows += [{"op": operation, "bytes": b.bytes, "mode": mode, "candidate": name, "error": told} for name, told in errors.items()]
             times: dict[str, list[float]] = {name: [] for name in timers}
             order = list(timers)
             for _ in range(rounds):
                 for name in order:
                     times[name].append(self._slowest(timers[name]))
                 order.reverse()
-            baseline = np.array(next(iter(times.values())))
-            for name, found in times.items():
-                us = float(np.median(found))
-                rows.append(
-                    {
-                        "op": operation,
-                        "bytes": b.bytes,
-                        "mode": mode,
-                        "candidate": name,
-                        "us": us,
-                        "bus_gb_s": b.bytes * bus_factor(operation, self.ranks) / us / 1000,
-                        "speed": paired_ratio(baseline, np.array(found)),
-                    }
-                )
+            baseline = times.get(next(iter(calls)))
+            for name in calls:
+                row = {"op": operation, "bytes": b.bytes, "mode": mode, "candidate": name, "error": errors.get(name)}
+                if name in times:
+                    us = float(np.median(times[name]))
+                    row |= {"us": us, "bus_gb_s": b.bytes * bus_factor(operation, self.ranks) / us / 1000}
+                    row["speed"] = None if baseline is None else paired_ratio(np.array(baseline), np.array(times[name]))
+                    row["rounds_us"] = times[name]
+                rows.append(row)
         return rows
 
     def _compare_results(self, operation: str, b: Buffers, calls: dict[str, Callable[[], Any]]) -> None:
@@ -276,7 +282,8 @@ class Rank:
 
 def run_rank(rank: int, ranks: int, port: int, args: argparse.Namespace, rows: Any) -> None:
     """The body of each process; rank 0 hands rows on as they come."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it through the first process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it through the first process, and so does that one's end:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     this = Rank(rank, ranks, args.device, port)
     if rank == 0:
         rows.put(this.version)
@@ -337,11 +344,13 @@ def table(rows: Sequence[dict[str, Any]], mode: str) -> Table:
         shown = []
         for name in names:
             row = cells[operation, size, name]
-            if "error" in row:
+            if row.get("error") is not None:
                 shown.append(row["error"])
                 continue
-            median, low, high = row["speed"]
-            ratio = "" if name == names[0] else f"  {median:.3f} [{low:.3f}, {high:.3f}]"
+            ratio = ""
+            if name != names[0] and row.get("speed") is not None:
+                median, low, high = row["speed"]
+                ratio = f"  {median:.3f} [{low:.3f}, {high:.3f}]"
             shown.append(f"{row['us']:.1f}  {row['bus_gb_s']:.1f}{ratio}")
         found.add_row(operation, str(size), *shown)
     return found
@@ -360,7 +369,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> Table:
                 logs = [
                     math.log(row["speed"][0])
                     for row in rows
-                    if (row["mode"], row["candidate"], row["bytes"] > 1 << 20) == (mode, name, is_large) and "speed" in row
+                    if (row["mode"], row["candidate"], row["bytes"] > 1 << 20) == (mode, name, is_large) and row.get("speed") is not None
                 ]
                 cells.append(_mean_and_interval(logs))
             found.add_row(f"{mode}, {told}", *cells)
@@ -398,20 +407,33 @@ def main() -> int:
         command.error(f"needs {max(2, ranks)} GPUs, and there are {torch.cuda.device_count()}; --device cpu runs on the tests' stand-in")
     if ranks < 2:
         command.error("a collective needs two ranks")
-    measured, is_whole = Measured(), False
+    args.ops, args.sizes = list(dict.fromkeys(args.ops)), list(dict.fromkeys(args.sizes))
+    unwritable = why_unwritable(args.out and str(args.out))
+    if unwritable:
+        command.error(f"--out: {unwritable}")
+    try:
+        find_library(os.environ.get("FLAGCX_PATH"), os.environ)
+    except FlagCXError as error:
+        command.error(str(error))
+    measured, is_whole, code = Measured(), False, 0
     interrupt_on_termination()
     try:
         collect(args, ranks, console, measured)
         is_whole = True
     except KeyboardInterrupt:
         console.print("interrupted; this is what there is")
+        code = 130
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+        print(f"collectives.py: {str(error).strip()}", file=sys.stderr)
+        code = 1
     finally:
         show(measured.rows, console)
         if args.out is not None and measured.rows:
-            variables = {name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES) and name != "FLAGCX_PATH"}
-            head = result_file.header(ranks=ranks, flagcx=measured.version, variables=variables)
+            kept = {name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES) and name not in _LEFT_OUT}
+            nccl = ".".join(map(str, torch.cuda.nccl.version())) if args.device == "cuda" else None
+            head = result_file.header(ranks=ranks, flagcx=measured.version, nccl=nccl, variables=kept)
             result_file.write(args.out, head if is_whole else head | {"interrupted": True}, measured.rows)
-    return 0 if is_whole else 130
+    return code
 
 
 if __name__ == "__main__":

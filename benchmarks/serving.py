@@ -22,6 +22,7 @@ own with --variant. NAME-no-custom-ar is a variant with --disable-custom-all-red
 --out; the engines' logs lie beside it.
 
     python benchmarks/serving.py qwen3-8b --variants native,flagcx,native-no-custom-ar,flagcx-no-custom-ar --engine-arg tp_size=2
+    python benchmarks/serving.py --show benchmarks/results/serving-nvidia-h200x2.jsonl --against native-no-custom-ar
 """
 
 import argparse
@@ -41,14 +42,15 @@ import yaml
 from rich.console import Console
 from serving_lib import kernels, machine, tokens
 from serving_lib.engine import CommandFailed, Engine, Engines
-from serving_lib.results import Results
+from serving_lib.results import Results, read
 from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
-from serving_lib.summary import summarize
+from serving_lib.summary import against, summarize
 from serving_lib.table import other_table, speed_table
 from serving_lib.variants import BadVariant, Variant, choose, default_names
 from shapes import SHAPES, Shape, UnknownShape, load_shape
 
 from sglang_fl.cli.server import interrupt_on_termination
+from sglang_fl.config.errors import suggest
 from sglang_fl.device import probe
 
 #: With fewer rounds than six the bootstrap's 95 % intervals are far from holding 95 %.
@@ -64,7 +66,9 @@ _GIB = 1 << 30
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=f"a model's directory, or a shape: {', '.join(SHAPES)}, or NAME:LAYERS for one cut to so many layers")
+    parser.add_argument(
+        "model", nargs="?", help=f"a model's directory, or a shape: {', '.join(SHAPES)}, or NAME:LAYERS for one cut to so many layers"
+    )
     parser.add_argument(
         "--variants", metavar="A,B,…", help="what to compare; the first is the baseline (default: native,off,default,flagos)"
     )
@@ -88,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of sglang.Engine; repeatable")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("serving.jsonl"), metavar="FILE", help="results (default: serving.jsonl)")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the speeds in such a file")
+    parser.add_argument("--against", metavar="NAME", help="with --show: the variant that speeds are multiples of")
     return parser
 
 
@@ -352,9 +358,28 @@ def command_without_paths(words: list[str], model: str) -> str:
     return shlex.join(["benchmarks/serving.py", *kept])
 
 
+def show(file: Path, baseline: str | None, console: Console) -> None:
+    """Print the speeds of a file's runs; raises OSError, or ValueError for a file or variant that is none."""
+    runs = read(file)
+    names = list(dict.fromkeys(name for run in runs for name in run["variants"]))
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"there is no variant {baseline!r}{suggest(baseline, tuple(names))}; there are {', '.join(names)}")
+    for run in runs:
+        if run["summary"] and (baseline is None or baseline in run["variants"]):
+            console.print(speed_table(run if baseline is None else against(run, baseline)))
+
+
 def main() -> int:
     command = parser()
     args = command.parse_args()
+    if args.show is not None:
+        try:
+            show(args.show, args.against, Console(width=None if sys.stdout.isatty() else 200))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            command.error(f"--show {args.show}: {error}")
+        return 0
+    if args.model is None:
+        command.error("which model? a directory, or a shape: " + ", ".join(SHAPES))
     plain_cpu = probe().device_type == "cpu"
     console = Console()
     if not console.is_terminal:

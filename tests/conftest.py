@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from flagcx_stand_in import REAL_FLAGCX
+from flagcx_stand_in import REAL_FLAGCX, remove_leftovers
 from installed_packages import Packages, forget_platforms
 
 _PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_", "_SGLANG_FL_")
@@ -29,6 +29,10 @@ def pytest_configure() -> None:
         os.environ[REAL_FLAGCX] = os.environ["FLAGCX_PATH"]
     for variable in _settings_in_environment():
         del os.environ[variable]
+
+
+def pytest_unconfigure() -> None:
+    remove_leftovers()
 
 
 @pytest.fixture(autouse=True)

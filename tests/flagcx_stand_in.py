@@ -8,6 +8,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 SOURCE = Path(__file__).parent / "distributed" / "flagcx_stand_in.c"
@@ -49,3 +50,10 @@ def counts(directory: Path) -> dict[int, Counter[str]]:
         records = [_RECORD.unpack_from(file.read_bytes(), at) for at in range(0, os.path.getsize(file), _RECORD.size)]
         found[int(file.name)] = Counter({name.rstrip(b"\0").decode(): calls for name, calls, _ in records if calls})
     return found
+
+
+def remove_leftovers() -> None:
+    """Where ranks were to meet that were killed before they did."""
+    for file in Path("/dev/shm").glob("flagcx-stand-in-*"):
+        if not psutil.pid_exists(int(file.name.split("-")[3])):
+            file.unlink(missing_ok=True)

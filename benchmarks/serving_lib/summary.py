@@ -21,6 +21,12 @@ def ratio_with_interval(baseline: Sequence[float], other: Sequence[float]) -> tu
     return float(np.median(ratios)), float(low), float(high)
 
 
+def against(run: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """A run's data with another of its variants as the baseline of the speeds."""
+    tokens = {row["case"]: round(row["tokens_per_second"] * row["seconds"]) for row in run["summary"] if row["tokens_per_second"]}
+    return {**run, "baseline": baseline, "summary": summarize(run["rounds"], list(run["variants"]), baseline, tokens)}
+
+
 def summarize(
     rounds: Sequence[Mapping[str, Any]], variants: Sequence[str], baseline: str, tokens: Mapping[str, int]
 ) -> list[dict[str, Any]]:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import collectives
 import psutil
 import pytest
 from flagcx_stand_in import build
+from rich.console import Console
 from serving_lib import variants
 
 
@@ -26,7 +30,7 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_the_bus_bandwidth_is_that_of_nccl_tests() -> None:
-    assert [collectives.bus_factor(op, 4) for op in ("all_reduce", "all_gather", "reduce_scatter", "broadcast")] == [1.5, 0.75, 0.75, 1]
+    assert [collectives.bus_factor(op, 4) for op in collectives.OPERATIONS] == [1.5, 0.75, 0.75, 0.75, 1, 1]
 
 
 def test_a_run_on_the_stand_in(tmp_path: Path) -> None:
@@ -47,8 +51,10 @@ def test_a_run_on_the_stand_in(tmp_path: Path) -> None:
     assert "send_recv" in shown and "eager, up to 1 MiB" in shown
 
 
-def test_what_an_interrupted_run_has_measured_is_kept(tmp_path: Path) -> None:
-    flagcx, out = build(tmp_path).parents[2], tmp_path / "collectives.json"
+@contextmanager
+def running(tmp_path: Path, out: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A run that would last, with its first row measured; and the processes that it started."""
+    flagcx = build(tmp_path).parents[2]
     command = [
         sys.executable,
         "-u",
@@ -58,7 +64,7 @@ def test_what_an_interrupted_run_has_measured_is_kept(tmp_path: Path) -> None:
         "--sizes",
         "1K",
         "--rounds",
-        "2000",
+        "40",
         "--out",
         str(out),
     ]
@@ -71,13 +77,64 @@ def test_what_an_interrupted_run_has_measured_is_kept(tmp_path: Path) -> None:
             if "of 1024 bytes" in line:
                 break
         children = psutil.Process(process.pid).children(recursive=True)
+        yield process, children
+        process.kill()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def test_what_an_interrupted_run_has_measured_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "collectives.json"
+    with running(tmp_path, out) as (process, _):
         os.killpg(process.pid, signal.SIGINT)
-        printed = process.stdout.read()
+        printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130, printed
     assert "interrupted; this is what there is" in printed and "Traceback" not in printed
-    assert not psutil.wait_procs(children, timeout=20)[1]
     found = json.loads(out.read_text())
-    assert found["interrupted"] is True and found["rows"][0]["op"] == "all_reduce"
+    assert found["interrupted"] is True and found["rows"][0]["op"] == "all_reduce" and len(found["rows"][0]["rounds_us"]) == 40
+
+
+def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+    out = tmp_path / "collectives.json"
+    with running(tmp_path, out) as (process, children):
+        next(child for child in children if "multiprocessing.spawn" in " ".join(child.cmdline())).kill()
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "terminated with signal SIGKILL" in printed
+    assert json.loads(out.read_text())["rows"]
+
+
+def test_ranks_end_with_the_first_process(tmp_path: Path) -> None:
+    with running(tmp_path, tmp_path / "collectives.json") as (process, _):
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--rounds", "0"], "'0' is no number above 0"),
+        (["--ranks", "-1"], "'-1' is no number above 0"),
+        (["--ranks", "1"], "a collective needs two ranks"),
+        (["--out", "/nowhere/at/all.json"], "'/nowhere/at/all.json' cannot be written"),
+        ([], "/nowhere"),
+    ],
+)
+def test_wrong_use(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLAGCX_PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", ["collectives.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        collectives.main()
+    assert told in capsys.readouterr().err
+
+
+def test_the_baseline_stays_where_a_candidate_failed() -> None:
+    def row(candidate: str, speed: float | None, size: int = 1024) -> dict[str, object]:
+        timed = {"us": 1.0, "bus_gb_s": 1.0, "speed": [speed] * 3} if speed is not None else {"error": "it cannot be captured"}
+        return {"op": "all_reduce", "bytes": size, "mode": "graph", "candidate": candidate, **timed}
+
+    rows = [row("pynccl", 1.0), row("flagcx", None), row("pynccl", 1.0, 2048), row("flagcx", 0.5, 2048)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    collectives.show(rows, console)
+    told = console.export_text()
+    assert "speed against pynccl" in told and "it cannot be captured" in told and "0.500" in told and "flagcx" in told
 
 
 def test_no_result_file_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

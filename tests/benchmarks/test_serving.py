@@ -148,6 +148,14 @@ class TestSummary:
         rows = summary.summarize([{"seconds": {"decode/1": {"a": 1.0, "b": -0.5}}}], ["a", "b"], "a", {"decode/1": 1})
         assert "ratio" not in rows[1] and rows[1]["tokens_per_second"] is None
 
+    def test_another_baseline(self) -> None:
+        rounds = [{"seconds": {"prefill/2": {"a": 2.0, "b": 1.0, "c": 4.0}}}]
+        run = {"variants": ["a", "b", "c"], "baseline": "a", "rounds": rounds}
+        run["summary"] = summary.summarize(rounds, ["a", "b", "c"], "a", {"prefill/2": 60})
+        found = summary.against(run, "b")
+        assert found["baseline"] == "b" and [row.get("ratio") for row in found["summary"]] == [0.5, None, 0.25]
+        assert [row["tokens_per_second"] for row in found["summary"]] == [30, 60, 15]
+
 
 class TestTokens:
     @staticmethod
@@ -305,6 +313,23 @@ class TestCommand:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], told: str
     ) -> None:
         assert told in self.refused(monkeypatch, capsys, tmp_path, *words)
+
+    def test_what_was_measured_is_shown(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        file = Path(serving.__file__).parent / "results" / "serving-nvidia-h200x2.jsonl"
+        monkeypatch.setattr(sys, "argv", ["serving.py", "--show", str(file), "--against", "native-no-custom-ar"])
+        assert serving.main() == 0
+        assert "14 rounds; speed as a multiple of native-no-custom-ar's" in capsys.readouterr().out
+        (tmp_path / "other").write_text("{}")
+        for words, told in (
+            (["--show", str(file), "--against", "flagc"], "did you mean 'flagcx'"),
+            (["--show", str(tmp_path / "gone")], "gone"),
+            (["--show", str(tmp_path / "other")], "other"),
+            ([], "which model?"),
+        ):
+            monkeypatch.setattr(sys, "argv", ["serving.py", *words])
+            with pytest.raises(SystemExit, match="2"):
+                serving.main()
+            assert told in capsys.readouterr().err
 
     def test_engine_arguments(self, tmp_path: Path) -> None:
         args = serving.parser().parse_args(["tiny", "--engine-arg", "chunked-prefill-size=512", "--engine-arg", "disable_radix_cache=true"])
