@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""With TEST_GPU_RECORD=FILE each test that ran is a line of JSON there: what, how it ended, what it printed, where and with what."""
+
+import datetime
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from result_file import source_hash
+
+
+@functools.cache
+def where() -> dict[str, object]:
+    """The same in each line of a run; the source is that of sglang_fl and the benchmarks."""
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"devices": devices, "torch": torch.__version__, "source": source_hash()}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = os.environ.get("TEST_GPU_RECORD")
+    if not file or report.skipped or (report.when != "call" and not report.failed):
+        return
+    line = {
+        "test": report.nodeid,
+        "outcome": report.outcome,
+        "seconds": round(report.duration, 2),
+        "printed": report.capstdout.splitlines(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **where(),
+    }
+    with Path(file).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
