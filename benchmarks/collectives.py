@@ -34,6 +34,7 @@ import result_file
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from arguments import positive
 from rich.console import Console
 from rich.table import Table
 from timing import first_error, paired_ratio
@@ -61,21 +62,15 @@ def parse_size(text: str) -> int:
     return int(number) << unit
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--ranks", type=_positive, metavar="N", help="processes, one a GPU (default: all GPUs; 2 on a CPU)")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="processes, one a GPU (default: all GPUs; 2 on a CPU)")
     parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="OP", help=f"default: {' '.join(OPERATIONS)}")
     parser.add_argument(
         "--sizes", nargs="+", type=parse_size, default=[parse_size(s) for s in _SIZES], metavar="SIZE", help="default: 1K to 256M"
     )
-    parser.add_argument("--rounds", type=_positive, default=15, metavar="N", help="timings of each candidate (default: 15)")
+    parser.add_argument("--rounds", type=positive, default=15, metavar="N", help="timings of each candidate (default: 15)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results; an interrupted run's, too")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the tables of such a file")
     return parser

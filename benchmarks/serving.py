@@ -39,6 +39,7 @@ from typing import Any
 
 import result_file
 import yaml
+from arguments import positive
 from rich.console import Console
 from serving_lib import kernels, machine, tokens
 from serving_lib.engine import CommandFailed, Engine, Engines
@@ -73,11 +74,11 @@ def parser() -> argparse.ArgumentParser:
         "--variants", metavar="A,B,…", help="what to compare; the first is the baseline (default: native,off,default,flagos)"
     )
     parser.add_argument("--variant", action="append", default=[], metavar="NAME:VAR=VALUE,…", help="a variant of your own; repeatable")
-    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 32, 64], metavar="N", help="batch sizes (default: 1 32 64)")
-    parser.add_argument("--input-len", type=_positive, default=1024, metavar="N", help="tokens of a prompt for prefill (default: 1024)")
-    parser.add_argument("--decode-input-len", type=_positive, default=64, metavar="N", help="tokens of a prompt for decode (default: 64)")
-    parser.add_argument("--output-len", type=_positive, default=256, metavar="N", help="decode steps that are timed (default: 256)")
-    parser.add_argument("--rounds", type=_positive, default=10, metavar="N", help="measured rounds (default: 10)")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32, 64], metavar="N", help="batch sizes (default: 1 32 64)")
+    parser.add_argument("--input-len", type=positive, default=1024, metavar="N", help="tokens of a prompt for prefill (default: 1024)")
+    parser.add_argument("--decode-input-len", type=positive, default=64, metavar="N", help="tokens of a prompt for decode (default: 64)")
+    parser.add_argument("--output-len", type=positive, default=256, metavar="N", help="decode steps that are timed (default: 256)")
+    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="measured rounds (default: 10)")
     parser.add_argument(
         "--budget",
         type=float,
@@ -88,19 +89,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="compare the kernels that run, by name and count")
     parser.add_argument("--start", choices=("together", "apart"), default="together", help="apart: one after the other, for start-up times")
     parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS", help="how long starting may take (default: 900)")
-    parser.add_argument("--max-total-tokens", type=_positive, metavar="N", help="KV cache of each engine (default: what the run needs)")
+    parser.add_argument("--max-total-tokens", type=positive, metavar="N", help="KV cache of each engine (default: what the run needs)")
     parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of sglang.Engine; repeatable")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("serving.jsonl"), metavar="FILE", help="results (default: serving.jsonl)")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the speeds in such a file")
     parser.add_argument("--against", metavar="NAME", help="with --show: the variant that speeds are multiples of")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
 
 
 def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, plain_cpu: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 """The command ``sglang-fl``. One file a verb; each has ``add_arguments(parser)`` and ``run(args) -> int``."""
 
 import argparse
+import errno
 import faulthandler
 import os
 import sys
@@ -13,6 +14,9 @@ from ..config import SettingsError
 from . import check, config, demo, doctor, new_vendor, ops
 
 VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config, "check": check, "new-vendor": new_vendor}
+
+#: What a write to standard output fails with.
+_CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sglang-fl: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.filename is not None:
+        if error.errno not in _CANNOT_WRITE or error.filename is not None:
             raise
         # What is left in the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
