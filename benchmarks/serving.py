@@ -367,18 +367,18 @@ def show(file: Path, baseline: str | None, console: Console) -> None:
 def main() -> int:
     command = parser()
     args = command.parse_args()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
     if args.show is not None:
         try:
-            show(args.show, args.against, Console(width=None if sys.stdout.isatty() else 200))
+            show(args.show, args.against, console)
         except (OSError, ValueError, KeyError, TypeError) as error:
             command.error(f"--show {args.show}: {error}")
         return 0
     if args.model is None:
         command.error("which model? a directory, or a shape: " + ", ".join(SHAPES))
     plain_cpu = probe().device_type == "cpu"
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
     with contextlib.ExitStack() as leftovers:
         directory = Path(leftovers.enter_context(tempfile.TemporaryDirectory(prefix="sglang-fl-shape-")))
         try:

@@ -11,6 +11,7 @@ from sglang_fl.certify.cases import OPERATORS_CHECKED, cases_of
 from sglang_fl.certify.measure import Subject
 from sglang_fl.certify.words import COMPILE, FAILED, THREADS
 from sglang_fl.dispatch import OpManager, SelectionPolicy
+from sglang_fl.dispatch.backends.flaggems import library
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -23,10 +24,10 @@ CUDA = torch.device("cuda")
 def one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlagGems's kernels in configurations drawn at random: it would choose any of them, and they must all be right.
 
-    Its own tuning compiles more than a hundred for each size of head and dtype, which takes minutes, and keeps what it found for
+    Its own tuning compiles about a hundred for each size of head and dtype, which takes minutes, and keeps what it found for
     the machine's later runs.
     """
-    pytest.importorskip("flag_gems")
+    library.load()
     from flag_gems.utils.libentry import LibTuner
     from triton.runtime.errors import OutOfResources
 
