@@ -12,7 +12,7 @@ from accuracy import DTYPES
 from e2e.conftest import Running
 from e2e.qwen3_moe_model import qwen3_moe_model
 from moe_accuracy import check, refused
-from served_on_gpu import Way, check_the_recital, side_by_side
+from served_on_gpu import FLAGOS, Way, check_the_recital, side_by_side
 
 from sglang_fl.certify.cases.call import Draw
 from sglang_fl.certify.cases.moe import _Experts, _Routing
@@ -129,7 +129,7 @@ def test_more_tokens_than_flaggems_takes_at_once(manager: OpManager, kind: str) 
 
 WAYS = {
     "sglang": Way("sglang(policy)", {"SGLANG_FL_PER_OP": "topk=sglang;fused_moe=sglang", "USE_FLAGGEMS": "0"}),
-    "flagos": Way("flagos(default.flagos)", {"SGLANG_FL_PREFER": "flagos"}),
+    "flagos": Way("flagos(default.flagos)", FLAGOS),
     "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor"}),
     "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
 }

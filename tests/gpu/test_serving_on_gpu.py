@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 from e2e.conftest import Prompt, Running, make_prompts
-from served_on_gpu import Way, check_logprobs, check_the_recital, side_by_side
+from served_on_gpu import FLAGOS, Way, check_logprobs, check_the_recital, side_by_side
 
 from sglang_fl.cli.demo_model import demo_model
 from sglang_fl.config import load_settings
@@ -25,10 +25,10 @@ COMPILE = ("--enable-torch-compile", "--torch-compile-max-bs", "2")
 WAYS = {
     "sglang": Way("sglang(policy)", SGLANG),
     "profile": Way("profile"),
-    "flagos": Way("flagos(default.flagos)", {"SGLANG_FL_PREFER": "flagos", "SGLANG_FLAGGEMS_RECORD": "1"}),
+    "flagos": Way("flagos(default.flagos)", {**FLAGOS, "SGLANG_FLAGGEMS_RECORD": "1"}),
     "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_STRICT": "1"}),
     "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
-    "compiled": Way("flagos(default.flagos)", {"SGLANG_FL_PREFER": "flagos"}, COMPILE),
+    "compiled": Way("flagos(default.flagos)", FLAGOS, COMPILE),
 }
 
 
