@@ -8,7 +8,7 @@ import pytest
 import torch
 from e2e.conftest import Prompt, Running, make_prompts
 from e2e.gemma3_model import gemma3_model
-from served_on_gpu import Way, check_logprobs, check_the_recital, side_by_side
+from served_on_gpu import FLAGOS, Way, check_logprobs, check_the_recital, side_by_side
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -18,7 +18,7 @@ ROTARY = "RotaryEmbedding → sglang(not called: model.layers.*.self_attn.rotary
 _LEFT = {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in OPERATORS)}
 WAYS = {
     "sglang": Way("sglang(policy)", _LEFT),
-    "flagos": Way("flagos(default.flagos)", {"SGLANG_FL_PREFER": "flagos", "SGLANG_FL_STRICT": "1"}),
+    "flagos": Way("flagos(default.flagos)", {**FLAGOS, "SGLANG_FL_STRICT": "1"}),
     "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_STRICT": "1"}),
     "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
 }
