@@ -103,10 +103,19 @@ class RotaryEmbeddingBridge(Bridge):
 
 
 def write_back(given: torch.Tensor, by_head: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
-    """``given``, holding the result; nothing is copied if the implementation wrote it there."""
+    """``given``, holding the result; nothing is copied if the implementation wrote it there, whatever view of it it returns."""
     if rotated is not by_head or by_head.data_ptr() != given.data_ptr():
-        given.copy_(rotated.reshape(given.shape))
+        rotated = rotated.reshape(given.shape)
+        if not _is_the_same_memory(rotated, given):
+            given.copy_(rotated)
     return given
+
+
+def _is_the_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of tensors of one shape. The stride of a dimension of one element says nothing: a view may have any."""
+    return one.data_ptr() == other.data_ptr() and all(
+        size == 1 or mine == others for size, mine, others in zip(one.shape, one.stride(), other.stride(), strict=True)
+    )
 
 
 def _by_head(x: torch.Tensor, num_tokens: int, head_size: int) -> torch.Tensor:

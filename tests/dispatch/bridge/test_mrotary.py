@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .sglang_layers import HEAD, MAX_POSITION, ROTARY_LAYERS, rotary
 from .test_bridges import CALLS, agree_with_native, bind, reference, reference_policy, rng
@@ -94,6 +95,42 @@ def test_exchanged_axes_do_not_agree(rng: torch.Generator) -> None:
     query = torch.randn(4, HEAD, generator=rng)
     with pytest.raises(AssertionError):
         agree_with_native(layer, torch.randint(0, MAX_POSITION, (3, 4), generator=rng), query, query)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten.copy_.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_what_was_written_in_place_is_not_copied_onto_itself(tokens: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vendor.cuda does it, which returns other views; models hand over slices of a packed projection."""
+
+    def in_place(obj: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
+        rotated = reference.mrotary_embedding(obj, positions, query, key)
+        for given, result in zip((query, key), rotated, strict=True):
+            given.mul_(0).add_(result)
+        return tuple(x.reshape(len(x), x.shape[1] // HEAD, HEAD).reshape(x.shape) for x in (query, key))
+
+    layer = layer_of()
+    monkeypatch.setattr(type(layer), "_resolve_forward_method", lambda self: self.forward_cuda)
+    assert bind(layer, mrotary_embedding=in_place).bound == 1
+    packed = torch.randn(tokens, 8 * HEAD, generator=rng)
+    query, key, _ = packed.split([4 * HEAD, 2 * HEAD, 2 * HEAD], -1)
+    positions = torch.randint(0, MAX_POSITION, (3, tokens), generator=rng)
+    with Copies() as wanted:
+        native = reference.mrotary_embedding(layer, positions, query.clone(), key.clone())
+    with Copies() as copies:
+        got = layer(positions, query, key)
+    assert copies.count == wanted.count
+    for given, returned, expected in zip((query, key), got, native, strict=True):
+        assert returned is given
+        torch.testing.assert_close(given, expected)
 
 
 def test_where_sglang_writes_in_place_so_does_a_bound_layer(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
