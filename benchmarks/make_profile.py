@@ -6,7 +6,8 @@
     python benchmarks/make_profile.py --check    # exits with 1 and a diff if the file would change
 
 It reads ``ops-<gpu>.json`` (of ``ops.py``) and ``aten-<gpu>.json`` (of ``aten.py measure``) in
-benchmarks/results; ``--gpu nvidia-h100`` says which, if there is more than one.
+benchmarks/results; ``--gpu nvidia-h100`` says which, if there is more than one. What ``ops.py --op`` measured in further sittings is in
+``ops-<gpu>.2.json`` and so on; an operator's figures are those of the last file that has it.
 
 The rule. Something of FlagOS's goes into the profile if, against what SGLang or PyTorch does by itself,
   1. it is right, and nothing failed at any shape;
@@ -47,6 +48,8 @@ LEAST_CALLS_PER_PASS = 0.1
 #: What aten.py says of a call that no process survives.
 _ENDED = "it ended its process"
 _FAMILIES = ("flagos", "vendor")
+#: The name of a further sitting's file ends so.
+_FURTHER = re.compile(r"\.[0-9]+\.json$")
 _WIDTH = 110
 
 Row = Mapping[str, Any]
@@ -233,14 +236,12 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], gpu: str) -> str:
         if mine != other:
             raise ValueError(f"ops-{gpu}.json and aten-{gpu}.json are not of one machine: {part} {mine} and {other}; measure both again")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(ops["versions"].items()))
-    dates = " and ".join(sorted({ops["date"], aten["date"]}))
+    dates = " and ".join(sorted({*ops.get("dates", [ops["date"]]), aten["date"]}))
+    names = ", ".join([*ops.get("files", [f"ops-{gpu}.json"]), f"aten-{gpu}.json"])
     lines = [
         *_paragraph("NVIDIA GPUs. Written by benchmarks/make_profile.py; do not edit, run it again:"),
         "#     python benchmarks/make_profile.py",
-        *_paragraph(
-            f"Measured on {ops['machine']['gpu']} on {dates} ({versions}); "
-            f"the figures are in benchmarks/results/ops-{gpu}.json and aten-{gpu}.json."
-        ),
+        *_paragraph(f"Measured on {ops['machine']['gpu']} on {dates} ({versions}); the figures are in benchmarks/results: {names}."),
         *_paragraph(
             "The rule: something of FlagOS's is used if it is right at every shape, nowhere slower than what it replaces (time ratio at "
             f"most {MAX_RATIO}), at least 2 % faster in the median, and, for an ATen function, called in at least one forward "
@@ -286,13 +287,38 @@ def _list(key: str, names: Sequence[str]) -> list[str]:
     return textwrap.wrap(f"{key}: [{', '.join(names)}]", _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
+def read_ops(results: Path, gpu: str) -> dict[str, Any]:
+    """The results of all sittings on a GPU as one: each operator's rows are those of the last file that has it.
+
+    Raises:
+        ValueError: the files are not of the same GPU, versions and dtype.
+    """
+    further = [path for path in results.glob(f"ops-{gpu}.*.json") if _FURTHER.search(path.name)]
+    paths = [results / f"ops-{gpu}.json", *sorted(further, key=lambda path: int(path.name.split(".")[-2]))]
+    found = [result_file.read(path) for path in paths]
+    first = found[0]
+    for path, other in zip(paths[1:], found[1:], strict=True):
+        for what, one, two in (
+            ("GPU", first["machine"]["gpu"], other["machine"]["gpu"]),
+            ("versions", first["versions"], other["versions"]),
+            ("dtype", first["dtype"], other["dtype"]),
+        ):
+            if one != two:
+                raise ValueError(f"{path.name} and {paths[0].name} are not alike: {what} {two} and {one}; measure both again")
+    last = {row["op"]: number for number, result in enumerate(found) for row in result["rows"]}
+    rows = [row for number, result in enumerate(found) for row in result["rows"] if last[row["op"]] == number]
+    notes = " ".join(dict.fromkeys(result["note"] for result in found if result.get("note")))
+    joined = {**first, "rows": rows, "dates": sorted({result["date"] for result in found}), "files": [path.name for path in paths]}
+    return joined | ({"note": notes} if notes else {})
+
+
 def find_gpu(results: Path, wanted: str | None) -> str:
     """The GPU that there are results of.
 
     Raises:
         ValueError: there are none, or of several GPUs and none is named.
     """
-    found = sorted(path.stem.removeprefix("ops-") for path in results.glob("ops-*.json"))
+    found = sorted(path.stem.removeprefix("ops-") for path in results.glob("ops-*.json") if not _FURTHER.search(path.name))
     if wanted is not None and wanted in found:
         return wanted
     if not found or wanted is not None:
@@ -312,7 +338,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         gpu = find_gpu(args.results, args.gpu)
-        ops, aten = (result_file.read(args.results / f"{kind}-{gpu}.json") for kind in ("ops", "aten"))
+        ops, aten = read_ops(args.results, gpu), result_file.read(args.results / f"aten-{gpu}.json")
         text = profile(ops, aten, gpu)
     except (OSError, ValueError) as error:
         sys.exit(f"make_profile: {error}")

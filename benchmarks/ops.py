@@ -8,6 +8,7 @@ sglang-fl to one implementation each. On CUDA the calls are captured into graphs
     python benchmarks/ops.py                                              # prints a table
     python benchmarks/ops.py --out benchmarks/results/ops-nvidia-h100.json   # and keeps the data
     python benchmarks/ops.py --quick --tokens 16 --hidden 256             # other shapes
+    python benchmarks/ops.py --op fused_moe --kind flagos vendor          # without the reference, which is slow at large shapes
 
 A row's ``ratio`` and ``host_ratio`` are (median, low, high) of its time over that of SGLang's layer, with a
 95 % interval; ``bandwidth_share`` is what it moves at least (each input read once, each output written
@@ -37,20 +38,26 @@ from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.registry import OpRegistry
-from sglang_fl.dispatch.types import OpImpl
+from sglang_fl.dispatch.types import BackendImplKind, OpImpl
 
 SGLANG = "sglang"
+_KINDS = tuple(kind.value for kind in BackendImplKind)
 TOKENS, HIDDEN = (1, 16, 64, 512, 2048, 8192), (1024, 2048, 4096, 8192)
+_SGLANG_IN_FP32 = 1e-5
 QUICK_TOKENS, QUICK_HIDDEN, QUICK_ROUNDS = (1, 64, 2048), (1024, 4096), 9
 
 
 class Model(nn.Module):
-    """As much of a model as the binder looks at to know a layer's sizes, dtype and device."""
+    """As much of a model as the binder looks at to know a layer's sizes, dtype and device.
+
+    Most of a model's weights are of its dtype, also where this layer's are not.
+    """
 
     def __init__(self, layer: nn.Module, form: Form, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.layer = layer
-        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
+        most = 1 + sum(parameter.numel() for parameter in layer.parameters())
+        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype, device=device).expand(most), requires_grad=False)
         if form.intermediate_size is not None:
             self.gate_up_proj = SimpleNamespace(output_size_per_partition=2 * form.intermediate_size)
 
@@ -71,13 +78,14 @@ def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.devi
 def disagreement(result: Tensors, expected: Tensors) -> str | None:
     """How a layer's result differs from that of SGLang's layer by more than rounding, or None.
 
-    A coarse check, against mixed-up arguments; the tests compare with float64.
+    A coarse check, against mixed-up arguments; the tests compare with float64. SGLang's own is not always exact to a few
+    roundings of fp32: FlashInfer's routing by groups was off by 4.5e-6 of the largest weight on an H100.
     """
     for i, (x, y) in enumerate(zip(result, expected, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype:
             return f"result {i} is {tuple(x.shape)} {x.dtype}, SGLang's is {tuple(y.shape)} {y.dtype}"
         error = (x.float() - y.float()).abs().max().item()
-        allowed = 4 * torch.finfo(y.dtype).eps * y.float().abs().max().item()
+        allowed = max(4 * torch.finfo(y.dtype).eps, _SGLANG_IN_FP32) * y.float().abs().max().item()
         if not error <= allowed:
             return f"result {i} differs from SGLang's by {error:.3g}; rounding explains {allowed:.3g}"
     return None
@@ -179,6 +187,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--op", nargs="+", choices=tuple(FORMS), default=list(FORMS), help="only these operators")
+    parser.add_argument("--kind", nargs="+", choices=_KINDS, default=list(_KINDS), help="only implementations of these kinds")
     parser.add_argument("--tokens", nargs="+", type=int, help="numbers of tokens")
     parser.add_argument("--hidden", nargs="+", type=int, help="hidden sizes, multiples of 128")
     args = parser.parse_args()
@@ -196,6 +205,7 @@ def main() -> None:
     unavailable: dict[str, dict[str, str]] = {}
     for op in args.op:
         found = sorted(manager.registry.get_implementations(op), key=lambda impl: (-impl.priority, impl.impl_id))
+        found = [impl for impl in found if impl.kind.value in args.kind]
         why = {impl.impl_id: impl.why_unavailable() for impl in found}
         impls[op] = [impl for impl in found if why[impl.impl_id] is None]
         unavailable[op] = {impl_id: reason for impl_id, reason in why.items() if reason is not None}

@@ -102,9 +102,16 @@ def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, pl
     """The arguments of ``sglang.Engine``: its defaults, but for the model and the KV cache's size.
 
     Raises:
-        ValueError: an ``--engine-arg`` is no NAME=VALUE.
+        ValueError: an ``--engine-arg`` is no NAME=VALUE, or the model does not take so many tokens.
     """
     lengths = Lengths(args.input_len, args.decode_input_len, args.output_len)
+    longest = max(args.input_len + 1, args.decode_input_len + args.output_len, _PROMPT_FOR_TOKENS + args.tokens)
+    context = shape.config.get("max_position_embeddings", longest)
+    if longest > context:
+        raise ValueError(
+            f"{shape.name} takes {context} tokens, and a prompt with its output would have {longest}: "
+            "take a smaller --input-len, --decode-input-len, --output-len or --tokens"
+        )
     arguments: dict[str, Any] = {
         "model_path": str(shape.write(directory)),
         "skip_tokenizer_init": True,

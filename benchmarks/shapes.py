@@ -120,6 +120,29 @@ SHAPES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 512,
         "tie_word_embeddings": False,
     },
+    # Its activation is NewGELU, and its context short: --input-len 512.
+    "gpt2-xl": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "hidden_size": 1600,
+        "initializer_range": 0.02,
+        "intermediate_size": 6400,
+        "layer_norm_epsilon": 1e-5,
+        "max_position_embeddings": 1024,
+        "num_attention_heads": 25,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 25,
+        "resid_pdrop": 0.1,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 50257,
+    },
     "llama-3-8b": {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -194,7 +217,8 @@ class Shape:
             keys, values = self._linear_sizes()
             count += self._linear_attention_layers() * (2 * keys + 3 * values + 2 * config["linear_num_value_heads"])
         experts = config.get("num_experts")
-        mlp = experts * (3 * config["moe_intermediate_size"] + 1) if experts else 3 * config["intermediate_size"]
+        matrices = 2 if "activation_function" in config else 3  # GPT-2's are not gated
+        mlp = experts * (3 * config["moe_intermediate_size"] + 1) if experts else matrices * config["intermediate_size"]
         shared = config.get("shared_expert_intermediate_size")
         mlp += 3 * shared + 1 if shared else 0
         return int(embeddings + hidden * (count + config["num_hidden_layers"] * mlp))

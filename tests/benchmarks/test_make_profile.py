@@ -3,7 +3,7 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,35 @@ def test_what_is_broken_is_on_the_blacklist(tmp_path: Path) -> None:
     assert yaml.safe_load(text)["flagos_blacklist"] == ["mm", "mul"]
     assert "(exit code -6): Assertion `a == b' failed." in text and "/build" not in text
     (tmp_path / "nvidia.yaml").write_text(text)
+
+
+def further(tmp_path: Path, number: int, ops: Sequence[str], ratio: list[float], **changes: Any) -> None:
+    rows = [row for op in ops for row in op_rows(op, {FLAGOS: [ratio]})]
+    result_file.write(tmp_path / f"ops-made-up.{number}.json", HEAD | {"dtype": "bfloat16", "date": f"2026-02-{number:02}"} | changes, rows)
+
+
+def test_an_operator_is_judged_by_the_last_sitting_that_measured_it(tmp_path: Path) -> None:
+    results(tmp_path)
+    further(tmp_path, 2, ["relu2", "layer_norm"], SLOWER, note="What was left out.")
+    further(tmp_path, 10, ["relu2"], FASTER)
+    assert make_profile.find_gpu(tmp_path, None) == "made-up"
+    ops = make_profile.read_ops(tmp_path, "made-up")
+    text = profile(ops, result_file.read(tmp_path / "aten-made-up.json"), "made-up")
+    orders = yaml.safe_load(text)["op_backends"]
+    assert orders["relu2"] == orders["rms_norm"] == ["flagos", "sglang"] and orders["layer_norm"] == ["sglang"]
+    assert "on 2026-01-02 and 2026-02-02 and 2026-02-10" in " ".join(text.replace("\n# ", " ").split())
+    assert "ops-made-up.2.json" in text and "# Note: What was left out." in text
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [("GPU", {"machine": {"gpu": "Another"}}), ("versions", {"versions": {"torch": "0"}}), ("dtype", {"dtype": "float16"})],
+)
+def test_sittings_that_differ_are_refused(what: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    results(tmp_path)
+    further(tmp_path, 2, ["relu2"], SLOWER, **changes)
+    with pytest.raises(ValueError, match=rf"ops-made-up\.2\.json and ops-made-up\.json are not alike: {what}"):
+        make_profile.read_ops(tmp_path, "made-up")
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

@@ -39,7 +39,14 @@ class Answering:
 class TestShapes:
     @pytest.mark.parametrize(
         ("name", "billions"),
-        [("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19), ("llama-3-8b", 8.03), ("qwen3-30b-a3b", 30.5), ("qwen3-next-80b-a3b", 79.7)],
+        [
+            ("qwen3-0.6b", 0.596),
+            ("qwen3-8b", 8.19),
+            ("llama-3-8b", 8.03),
+            ("qwen3-30b-a3b", 30.5),
+            ("qwen3-next-80b-a3b", 79.7),
+            ("gpt2-xl", 1.557),
+        ],
     )
     def test_the_weights_add_up_to_the_published_size(self, name: str, billions: float) -> None:
         assert shapes.load_shape(name).weight_count() / 1e9 == pytest.approx(billions, rel=2e-3)
@@ -306,6 +313,7 @@ class TestCommand:
             (["tiny", "--variants", "of"], "did you mean 'off'"),
             (["tiny", "--variants", "off", "--variant", "mine"], "NAME:VAR=VALUE"),
             (["tiny", "--variants", "off", "--engine-arg", "x"], "NAME=VALUE"),
+            (["gpt2-xl", "--variants", "off"], "takes 1024 tokens, and a prompt with its output would have 1025"),
             (["tiny", "--variants", "off", "--batch", "0"], "no number above 0"),
         ],
     )
