@@ -2,6 +2,7 @@
 """The CUDA backend's glue, on stand-ins of its kernels that take what the real ones take and no more."""
 
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from importlib import import_module, util
@@ -91,6 +92,19 @@ def register_custom_op(fn: Callable[..., Any], *, op_name: str, mutates_args: li
     return fn
 
 
+def at_once(dim: int, itemsize: int, is_neox: bool) -> int:
+    """The bytes that a thread loads as one, as rope.cuh works them out with its next_pow2."""
+
+    def next_pow2(target: int, factor: int) -> int:
+        power = 1
+        while power * factor < target:
+            power *= 2
+        return power
+
+    work_threads = next_pow2(dim, math.gcd(16 // itemsize, dim))
+    return next_pow2(dim, 2 * work_threads * (1 + is_neox)) * 2 * itemsize
+
+
 def apply_rope_inplace(
     q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, positions: torch.Tensor, *, is_neox: bool, rope_dim: int = 0
 ) -> None:
@@ -99,6 +113,9 @@ def apply_rope_inplace(
     assert cos_sin_cache.dtype == torch.float32 and cos_sin_cache.is_contiguous() and positions.is_contiguous()
     assert q.stride(1) == k.stride(1)
     assert not is_neox or dim % 4 == 0, "it would not compile"
+    for x in (q, k):
+        vector = at_once(dim, x.itemsize, is_neox)
+        assert all(at % vector == 0 for at in (x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) * x.itemsize)), "misaligned"
     cos, sin = cos_sin_cache.chunk(2, -1)
     rotated = reference.rotary_embedding(q, k, cos, sin, positions, not is_neox)
     q.copy_(rotated[0])
@@ -248,6 +265,22 @@ def test_rotary(
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens, 2))[:, 0]
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_that_lie_askew_are_copied(backend: CudaBackend, interleaved: bool) -> None:
+    """A slice that begins at an odd place would be an illegal access on a GPU, which ends the process."""
+    cos, sin = torch.rand(2, 16, 32)
+    packed = torch.randn(3, 4 * 64 + 2).bfloat16()
+    query, key = packed[:, 1:129].unflatten(-1, (2, 64)), packed[:, 129:257].unflatten(-1, (2, 64))
+    check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, torch.tensor([5, 0, 9]), interleaved, True)
+
+
+def test_heads_of_a_size_that_lies_askew_are_refused(backend: CudaBackend) -> None:
+    """The first 8 of 10 numbers: the next head begins 20 bytes on."""
+    query, cos = torch.ones(2, 3, 10).bfloat16(), torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"takes 8 bytes at once, and heads of 10 do not begin at multiples"):
+        backend.rotary_embedding(None, query, query.clone(), cos, cos, torch.zeros(2, dtype=torch.int64), False)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "gemma_rms_norm", "layer_norm", "rotary_embedding"])

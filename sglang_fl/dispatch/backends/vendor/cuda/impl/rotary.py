@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from sglang.kernels.ops.attention.rope import apply_rope_inplace
@@ -13,6 +15,22 @@ def _refuse_all_but_fp32(cos: torch.Tensor) -> None:
         raise TypeError(f"a rotary embedding on CUDA needs cos and sin in fp32, and they are {cos.dtype}")
 
 
+@lru_cache
+def _bytes_at_once(rotary_dim: int, itemsize: int, by_halves: bool) -> int:
+    """How many bytes a thread of SGLang's kernel reads and writes at once (kernels/jit/csrc/elementwise/rope.cuh)."""
+    threads = _power_of_two(rotary_dim / math.gcd(16 // itemsize, rotary_dim))
+    return 2 * itemsize * _power_of_two(rotary_dim / (2 * threads * (1 + by_halves)))
+
+
+def _power_of_two(least: float) -> int:
+    return 1 << max(0, math.ceil(math.log2(least)))
+
+
+def _is_at_steps_of(x: torch.Tensor, step: int) -> bool:
+    """Whether every head of ``[tokens, heads, head_size]`` begins at a multiple of so many bytes."""
+    return not (x.data_ptr() | x.stride(0) * x.itemsize | x.stride(1) * x.itemsize) % step
+
+
 def rotary_embedding(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -23,15 +41,19 @@ def rotary_embedding(
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _refuse_all_but_fp32(cos)
-    if not inplace:
+    rotary_dim = 2 * cos.shape[-1]
+    step = _bytes_at_once(rotary_dim, query.itemsize, not interleaved)
+    as_they_lie = inplace and query.stride(1) == key.stride(1) and _is_at_steps_of(query, step) and _is_at_steps_of(key, step)
+    if not as_they_lie:
         query, key = query.clone(memory_format=torch.contiguous_format), key.clone(memory_format=torch.contiguous_format)
-    elif query.stride(1) != key.stride(1):
-        query, key = query.contiguous(), key.contiguous()
     if not query.numel():
         return query, key
-    rotary_dim = 2 * cos.shape[-1]
     if not interleaved and rotary_dim % 4:
         raise ValueError(f"rotary_embedding: by halves the kernel rotates multiples of 4 numbers, and these are {rotary_dim}")
+    if not as_they_lie and not _is_at_steps_of(query, step):
+        raise ValueError(
+            f"rotary_embedding: the kernel takes {step} bytes at once, and heads of {query.shape[-1]} do not begin at multiples"
+        )
     whole = rotary_dim == query.shape[-1]
     apply_rope_inplace(
         query if whole else query[..., :rotary_dim],
