@@ -122,7 +122,8 @@ class _Worker:
             if code is not None:
                 raise _Ended(CRASHED, f"crashed: {_told(code)}", self._last_words())
             if left <= 0:
-                raise _Ended(HUNG, f"hung: more than {limit:g} s (--timeout)", self._last_words())
+                told = f"hung: more than {limit:g} s; what compiles or tunes at its first call may need a longer --timeout"
+                raise _Ended(HUNG, told, self._last_words())
             if ready:
                 time.sleep(0.05)
         line, _, self._unread = self._unread.partition(b"\n")
