@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..dispatch.types import Refusal
 from .cases import OPERATORS_CHECKED, Call, Case
 from .exact import Verdict
 from .shared_state import random_states, restore, shared_state
@@ -146,7 +147,8 @@ class Subject:
         except REFUSALS as error:
             told = f"{type(error).__name__}: {error}"
             written = changed(call, kept, frozenset())
-            if written and not (self.writes_inputs and set(written) <= call.may_write):
+            declared = self.writes_inputs and not isinstance(error, Refusal) and set(written) <= call.may_write
+            if written and not declared:
                 raise Wrong(f"wrote {', '.join(written)} before it raised {told}") from error
             raise Refused(told) from error
         written = changed(call, kept, call.may_write)

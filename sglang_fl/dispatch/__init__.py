@@ -32,7 +32,7 @@ from .policy import (
     with_strict_mode,
 )
 from .registry import OpRegistry, OpRegistrySnapshot
-from .types import SGLANG, BackendImplKind, BackendPriority, OpImpl, match_token
+from .types import SGLANG, BackendImplKind, BackendPriority, OpImpl, Refusal, match_token
 
 __all__ = [
     "OPERATORS",
@@ -49,6 +49,7 @@ __all__ = [
     "OpRegistrySnapshot",
     "Plan",
     "PolicyManager",
+    "Refusal",
     "SelectionPolicy",
     "call_op",
     "get_default_manager",

@@ -15,7 +15,7 @@ from .logger_manager import get_logger
 from .ops import OPERATORS
 from .policy import PolicyManager, SelectionPolicy, get_policy
 from .registry import OpRegistry
-from .types import SGLANG, OpImpl, match_token
+from .types import SGLANG, OpImpl, Refusal, match_token
 
 logger = get_logger()
 
@@ -49,6 +49,10 @@ def is_capturing() -> bool:
         return False
     check = getattr(torch.get_device_module(), "is_current_stream_capturing", None)
     return bool(check is not None and check())
+
+
+#: What an implementation raises of its own accord, or Python in it: a capture lives on.
+_NOT_OF_THE_DEVICE = (ValueError, TypeError, NotImplementedError)
 
 
 class OpManager:
@@ -172,8 +176,9 @@ class OpManager:
     def call(self, op_name: str, *args: Any, **kwargs: Any) -> Any:
         """Run an operator on the first implementation in order.
 
-        One that raises is reported. The next in order is tried only if it is declared not to write
-        its inputs, no graph is being captured, and the policy is not strict.
+        One that raises is reported. The next in order is tried if it refused the call (:class:`Refusal`), or is declared not to
+        write its inputs and, while a graph is captured, raised a ValueError, TypeError or NotImplementedError, which
+        are no errors of the device; not under a strict policy.
 
         Raises:
             RuntimeError: there is no implementation, or all of them failed.
@@ -208,7 +213,7 @@ class OpManager:
         failures = [(failed, error)]
         others = plan.candidates[plan.candidates.index(failed) + 1 :] if failed in plan.candidates else ()
         for other in others:
-            if not self._may_retry(failures[-1][0], policy):
+            if not self._may_retry(*failures[-1], policy):
                 break
             try:
                 result = call(other)
@@ -218,15 +223,17 @@ class OpManager:
             else:
                 return result
         else:
-            if plan.to_sglang and call_sglang is not None and self._may_retry(failures[-1][0], policy):
+            if plan.to_sglang and call_sglang is not None and self._may_retry(*failures[-1], policy):
                 return call_sglang()
         if len(failures) == 1:
             raise error
         told = "; ".join(f"{impl.impl_id}: {type(e).__name__}: {e}" for impl, e in failures)
         raise RuntimeError(f"All implementations failed for op={plan.op!r}: {told}") from failures[-1][1]
 
-    def _may_retry(self, failed: OpImpl, policy: SelectionPolicy) -> bool:
-        return not (policy.strict or failed.writes_inputs or is_capturing())
+    def _may_retry(self, failed: OpImpl, error: Exception, policy: SelectionPolicy) -> bool:
+        if policy.strict or isinstance(error, Refusal):
+            return not policy.strict
+        return not failed.writes_inputs and (isinstance(error, _NOT_OF_THE_DEVICE) or not is_capturing())
 
     def report_failure(self, impl: OpImpl, error: BaseException) -> None:
         """Log that an implementation raised; the same again is not logged again."""

@@ -26,7 +26,8 @@ Common to all of them, and held to by ``sglang-fl check``:
 - An implementation works under graph capture where its device has graphs, and under ``torch.compile``: no
   synchronisation with the host, no allocation outside the framework's allocator, no shape that depends on data.
 - What it cannot compute it refuses with a ValueError, TypeError or NotImplementedError before it writes anything; bf16
-  on the shapes of serving it must take.
+  on the shapes of serving it must take. After a :class:`~sglang_fl.dispatch.Refusal`, a ValueError, the next implementation takes
+  the call; after another error it does where the implementation is declared not to write its inputs.
 """
 
 from __future__ import annotations

@@ -14,6 +14,14 @@ from .ops import FLBackendBase
 SGLANG = "sglang"
 
 
+class Refusal(ValueError):
+    """An implementation does not take a call, and has written nothing: the next in the order may take it.
+
+    The others by which the contract lets one refuse (ValueError, TypeError, NotImplementedError) may come from anywhere in it, and
+    an implementation that writes its inputs is not retried after them.
+    """
+
+
 class BackendImplKind(enum.StrEnum):
     """Where an implementation comes from; its value is the word for it in an order."""
 
@@ -45,8 +53,8 @@ class OpImpl:
         supported_dtypes: the activation dtypes it takes, or their names (``"bfloat16"``), so that PyTorch
             need not be imported to say it; None: all.
         min_arch: the least device capability, as ``(9, 0)``, ``"9.0"``, ``"sm90"`` or ``90``.
-        writes_inputs: whether a call may have written its inputs when it raises. Only an
-            implementation that says it does not is retried elsewhere while serving.
+        writes_inputs: whether a call may have written its inputs when it raises. While serving, a call of one that
+            may have is given to another implementation after a :class:`Refusal` only.
         batch_invariant: whether a row's result is the same, bit for bit, whatever else is in the
             batch. Only such run under ``--enable-deterministic-inference``.
 

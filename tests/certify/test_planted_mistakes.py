@@ -30,6 +30,7 @@ from sglang_fl.certify.words import (
     THREADS,
     UNUSUAL,
 )
+from sglang_fl.dispatch import Refusal
 from sglang_fl.dispatch.backends.reference.impl import moe as reference_moe
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.ops import OPERATORS
@@ -548,18 +549,19 @@ def test_refusing_what_has_no_tokens_is_one() -> None:
             assert outcome.status == (OK if case.draw(7, CPU).inputs["x"].numel() else FAILED), case.name
 
 
+@pytest.mark.parametrize("error", [ValueError, Refusal])
 @pytest.mark.parametrize("declared", [False, True])
-def test_writing_before_refusing(declared: bool) -> None:
-    """Of x without a residual never; with one, only if the implementation says so of itself."""
+def test_writing_before_refusing(declared: bool, error: type[Exception]) -> None:
+    """Of x without a residual never; with one, only if the implementation says so of itself, and never before a Refusal."""
 
     def refuses_late(layer: Any, x: Any, residual: Any = None) -> Any:
         x.zero_()
-        raise ValueError("too late")
+        raise error("too late")
 
     outcomes = found("rms_norm", refuses_late, INPUTS, writes_inputs=declared)[INPUTS]
     without, with_residual = outcomes[:2]
-    assert (without.status, without.message) == (FAILED, "wrote x before it raised ValueError: too late")
-    assert with_residual.status == (REFUSED if declared else FAILED)
+    assert (without.status, without.message) == (FAILED, f"wrote x before it raised {error.__name__}: too late")
+    assert with_residual.status == (REFUSED if declared and error is not Refusal else FAILED)
 
 
 def test_a_device_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from sglang_fl.dispatch import (
     OpImpl,
     OpManager,
     OpRegistry,
+    Refusal,
     SelectionPolicy,
     call_op,
     get_default_manager,
@@ -168,6 +169,43 @@ def test_failure_is_retried_when_inputs_are_not_written(caplog: pytest.LogCaptur
 def test_failure_is_not_retried_when_strict() -> None:
     with with_strict_mode(), pytest.raises(ArithmeticError, match="flagos is broken"):
         standard(fails=("flagos",), writes_inputs=False).call("op")
+
+
+def raises(error: Exception) -> Callable[[], str]:
+    def fn() -> str:
+        raise error
+
+    return fn
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize(
+    ("error", "writes_inputs", "retried"),
+    [
+        (Refusal("not these"), True, (True, True)),
+        (Refusal("not these"), False, (True, True)),
+        (ValueError("not these"), True, (False, False)),
+        (ValueError("not these"), False, (True, True)),
+        (NotImplementedError("not these"), False, (True, True)),
+        (RuntimeError("CUDA error"), True, (False, False)),
+        (RuntimeError("CUDA error"), False, (True, False)),
+    ],
+)
+def test_who_may_take_the_call_after_which_error(
+    error: Exception, writes_inputs: bool, retried: tuple[bool, bool], capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that is being captured lives on after what an implementation raises of its own accord."""
+    monkeypatch.setattr("sglang_fl.dispatch.manager.is_capturing", lambda: capturing)
+    manager = manager_of(
+        OpImpl("op", "default.flagos", D, raises(error), writes_inputs=writes_inputs), OpImpl("op", "reference.torch", R, say("reference"))
+    )
+    if retried[capturing]:
+        assert manager.call("op") == "reference"
+    else:
+        with pytest.raises(type(error), match=str(error)):
+            manager.call("op")
+    with with_strict_mode(), pytest.raises(type(error), match=str(error)):
+        manager.call("op")
 
 
 def test_failure_is_not_retried_while_capturing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,27 @@ class NoContexts:
     active = 0
 
 
+#: How often calls go to SGLang, since the operator cannot say what they ask for, before nobody looks any more.
+LEFT_BEFORE_IT_IS_SO = 8
+
+
+class Counted:
+    """An implementation's function, and how often it has returned and raised."""
+
+    def __init__(self, fn: Forward):
+        self._fn = fn
+        self.returned = self.raised = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = self._fn(*args, **kwargs)
+        except BaseException:
+            self.raised += 1
+            raise
+        self.returned += 1
+        return result
+
+
 @dataclass(frozen=True)
 class Routes:
     """Where a bound forward may send a call.

@@ -23,7 +23,7 @@ from ..manager import OpManager
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
 from .activation import GeluAndMulBridge, NewGELUBridge, QuickGELUBridge, ReLU2Bridge, SiluAndMulBridge
-from .base import OBJ, Bridge, Forward, NoContexts, Routes, Site, activation_dtype, device_of
+from .base import LEFT_BEFORE_IT_IS_SO, OBJ, Bridge, Counted, Forward, NoContexts, Routes, Site, activation_dtype, device_of
 from .choice import Choice, Chooser, Place
 from .first_passes import FirstPasses
 from .fused_moe import FusedMoEBridge
@@ -167,26 +167,42 @@ class Binder:
         if not watch:
             return forward
         self._ours.add(forward)
-        return _named(self._recording(forward, str(impl)), impl)
+        counted = Counted(impl.fn)
+        telling = info.bridge.forward(replace(routes, fn=counted))
+        return _named(self._recording(forward, telling, counted, str(impl)), impl)
 
-    def _recording(self, forward: Forward, destination: str) -> Forward:
-        """A forward that puts its first call on record and then gives its place to ``forward``.
+    def _recording(self, forward: Forward, telling: Forward, counted: Counted, destination: str) -> Forward:
+        """A forward that puts on record where its first calls went, and then gives its place to ``forward``.
 
-        In the layer by which the model's first passes are counted it keeps the place until they are over.
+        A call that the operator cannot express goes to SGLang, and the next ones may be of the same kind: it keeps its place until one
+        has reached the implementation, or a few have not. In the layer by which the model's first passes are counted it keeps the
+        place until they are over.
+
+        Args:
+            telling: the same as ``forward``, with ``counted`` in the implementation's place.
         """
+        left: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
         def first(layer: Any, /, *args: Any, **kwargs: Any) -> Any:  # SGLang may name an argument ``layer``
-            if not (overrides.active or torch.compiler.is_compiling()):
+            if overrides.active or torch.compiler.is_compiling():
+                return forward(layer, *args, **kwargs)
+            info = self._layers.get(layer)
+            counts = info is not None and info.first_passes.called(layer, shared=info.bridge.shared)
+            before = counted.returned, counted.raised
+            result = telling(layer, *args, **kwargs)
+            if counted.returned > before[0]:
                 dispatch_log().record(type(layer).__name__, destination)
-                info = self._layers.get(layer)
-                counts = info is not None and info.first_passes.called(layer, shared=info.bridge.shared)
-                if not counts and getattr(layer._forward_method, "__func__", None) is first:
-                    layer._forward_method = MethodType(forward, layer)
-            return forward(layer, *args, **kwargs)
+            elif counted.raised == before[1]:
+                dispatch_log().record(type(layer).__name__, f"sglang({destination} cannot say what it is called with)")
+                left[layer] = left.get(layer, 0) + 1
+                counts |= left[layer] < LEFT_BEFORE_IT_IS_SO
+            if not counts and getattr(layer._forward_method, "__func__", None) is first:
+                layer._forward_method = MethodType(forward, layer)
+            return result
 
         return first
 
-    def _divert(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _divert(self, layer: Any, /, *args: Any, **kwargs: Any) -> Any:  # SGLang may name an argument ``layer``
         """A call while a policy context is open somewhere: here, or in another thread or task."""
         info = self._layers.get(layer)
         if info is None:  # a copy of a bound layer
@@ -218,9 +234,12 @@ class Binder:
                 dispatch_log().record(type(layer).__name__, str(other))
                 return result
 
-            return self.manager.call_after_failure(
-                plan, policy, impl, error, call, lambda: _own_forward(layer)(layer, *sglang_args, **named)
-            )
+            def call_sglang() -> Any:
+                result = _own_forward(layer)(layer, *sglang_args, **named)
+                dispatch_log().record(type(layer).__name__, f"sglang({impl} failed)")
+                return result
+
+            return self.manager.call_after_failure(plan, policy, impl, error, call, call_sglang)
 
         return failed
 
@@ -278,7 +297,7 @@ def _own_forward(layer: Any) -> Forward:
     if function is not None:
         return function
 
-    def resolve_and_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def resolve_and_call(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         return layer._resolve_forward_method()(*args, **kwargs)
 
     return resolve_and_call

@@ -26,7 +26,7 @@ from ..logger_manager import dispatch_log, get_logger
 from ..manager import OpManager
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
-from .base import Contexts, Forward, NoContexts
+from .base import LEFT_BEFORE_IT_IS_SO, Contexts, Counted, Forward, NoContexts
 from .catalog import FUNCTIONS
 from .choice import Choice, Chooser, Place
 from .report import BindReport
@@ -235,17 +235,35 @@ class FunctionBinder:
         contexts = overrides if watch else NoContexts()
         routes = FunctionRoutes(impl.fn, impl.dtypes(), function.own, contexts, divert, self._failed(function, impl))
         forward = function.bridge.forward(routes)
-        return self._recording(function, forward, str(impl)) if watch else forward
+        if not watch:
+            return forward
+        counted = Counted(impl.fn)
+        return self._recording(function, forward, function.bridge.forward(replace(routes, fn=counted)), counted, str(impl))
 
-    def _recording(self, function: _Function, forward: Forward, destination: str) -> Forward:
-        """A forward that puts its first call on record and then gives its place to ``forward``."""
+    def _recording(self, function: _Function, forward: Forward, telling: Forward, counted: Counted, destination: str) -> Forward:
+        """A forward that puts on record where its first calls went, and then gives its place to ``forward``.
+
+        Args:
+            telling: the same as ``forward``, with ``counted`` in the implementation's place.
+        """
+        left = 0
 
         def first(*args: Any, **kwargs: Any) -> Any:
-            if not (overrides.active or torch.compiler.is_compiling()):
+            nonlocal left
+            if overrides.active or torch.compiler.is_compiling():
+                return forward(*args, **kwargs)
+            before = counted.returned, counted.raised
+            result = telling(*args, **kwargs)
+            if counted.returned > before[0]:
                 dispatch_log().record(function.bridge.name, destination)
-                if function.hook is not None and function.hook.forward is first:
-                    function.hook.forward = forward
-            return forward(*args, **kwargs)
+            elif counted.raised == before[1]:
+                dispatch_log().record(function.bridge.name, f"sglang({destination} cannot say what it is called with)")
+                left += 1
+                if left < LEFT_BEFORE_IT_IS_SO:
+                    return result
+            if function.hook is not None and function.hook.forward is first:
+                function.hook.forward = forward
+            return result
 
         return first
 
@@ -267,7 +285,12 @@ class FunctionBinder:
                 dispatch_log().record(function.bridge.name, str(other))
                 return result
 
-            return self.manager.call_after_failure(replace(plan, candidates=tuple(fit)), policy, impl, error, call, call_sglang)
+            def left_to_sglang() -> Any:
+                result = call_sglang()
+                dispatch_log().record(function.bridge.name, f"sglang({impl} failed)")
+                return result
+
+            return self.manager.call_after_failure(replace(plan, candidates=tuple(fit)), policy, impl, error, call, left_to_sglang)
 
         return failed
 

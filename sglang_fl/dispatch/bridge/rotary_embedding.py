@@ -48,7 +48,8 @@ class RotaryEmbeddingBridge(Bridge):
         key = scratch(site, TRIAL_TOKENS, TRIAL_KV_HEADS, layer.head_size)
         _, cos, sin = cos_sin(layer)
         positions = torch.arange(TRIAL_TOKENS, device=site.device) % cos.shape[0]
-        result = fn(layer, query.clone(), key.clone(), cos, sin, positions, not layer.is_neox_style, True)
+        in_place = layer._resolve_forward_method().__name__ not in OUT_OF_PLACE
+        result = fn(layer, query.clone(), key.clone(), cos, sin, positions, not layer.is_neox_style, in_place)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"its result is {type(result).__name__}, not (query, key)")
         check_result("its query", result[0], query)
@@ -58,7 +59,7 @@ class RotaryEmbeddingBridge(Bridge):
         fn, dtypes, own = routes.fn, routes.dtypes, routes.own
         contexts, divert, failed = routes.contexts, routes.divert, routes.failed
         # Where SGLang's own forward writes query and key in place, some of its models rely on that
-        # and do not look at the result (models/llama4.py).
+        # and do not look at the result (models/llama4.py); where it does not, one may give a tensor as both, or keep it.
         in_place = own.__name__ not in OUT_OF_PLACE
 
         def forward(
@@ -89,7 +90,7 @@ class RotaryEmbeddingBridge(Bridge):
                 halves[2],
                 rows,
                 not state["is_neox_style"],
-                True,
+                in_place,
             )
             try:
                 rotated = fn(self, *args)

@@ -27,7 +27,7 @@ from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 
 from sglang_fl.certify.words import INPUTS, OK, REFUSED, SERVING, UNUSUAL
 from sglang_fl.device import Device
-from sglang_fl.dispatch import OpManager, OpRegistry, SelectionPolicy
+from sglang_fl.dispatch import OpManager, OpRegistry, Refusal, SelectionPolicy
 from sglang_fl.dispatch.backends.reference import impl as reference
 from sglang_fl.dispatch.backends.vendor.cuda import cuda
 from sglang_fl.dispatch.backends.vendor.cuda.cuda import CudaBackend
@@ -240,13 +240,13 @@ def test_a_row_too_narrow_for_the_wide_kernel(monkeypatch: pytest.MonkeyPatch, b
 
 def test_weights_of_another_dtype_are_refused(backend: CudaBackend) -> None:
     """The kernel would read them as what they are not."""
-    with pytest.raises(TypeError, match="float32"):
+    with pytest.raises(Refusal, match="float32"):
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="hidden_size is 64"):
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 32))
-    with pytest.raises(TypeError, match=r"gemma_rms_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.bfloat16"):
+    with pytest.raises(Refusal, match=r"gemma_rms_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.bfloat16"):
         backend.gemma_rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
-    with pytest.raises(TypeError, match=r"layer_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.float32"):
+    with pytest.raises(Refusal, match=r"layer_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.float32"):
         backend.layer_norm(Norm(torch.ones(64).bfloat16(), bias=torch.ones(64).bfloat16()), torch.ones(2, 64, dtype=torch.bfloat16))
 
 
@@ -310,7 +310,7 @@ def test_halves_of_one_cache_are_joined_without_a_copy(backend: CudaBackend) -> 
 
 def test_a_cache_of_another_dtype_is_refused(backend: CudaBackend) -> None:
     query, cos = torch.ones(2, 1, 8), torch.ones(4, 4, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="bfloat16"):
+    with pytest.raises(Refusal, match="bfloat16"):
         backend.rotary_embedding(None, query, query.clone(), cos, cos, torch.zeros(2, dtype=torch.int64))
 
 

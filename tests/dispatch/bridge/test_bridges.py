@@ -15,11 +15,21 @@ from accuracy import U32, assert_within
 from torch import nn
 
 from sglang_fl.config import Settings
-from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, reset_global_policy, set_global_policy
+from sglang_fl.dispatch import (
+    BackendImplKind,
+    OpImpl,
+    OpManager,
+    OpRegistry,
+    Refusal,
+    SelectionPolicy,
+    reset_global_policy,
+    set_global_policy,
+)
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.catalog import BESIDE, LAYERS, OVERRIDING
 from sglang_fl.dispatch.bridge.report import BindReport
+from sglang_fl.dispatch.logger_manager import open_dispatch_log
 
 from .sglang_layers import (
     ACTIVATION_LAYERS,
@@ -225,6 +235,75 @@ def test_callers_that_do_not_look_at_the_result(rng: torch.Generator, form: str,
     for given, returned, native in zip((query, key), result, expected, strict=True):
         assert returned is given
         assert_within("rotary_embedding", given, native.double(), native.double().abs() + 1, roundings=8)
+
+
+def test_where_sglang_is_out_of_place_nothing_is_written(rng: torch.Generator) -> None:
+    """layers/attention/dsa/dsa_indexer.py gives one tensor as query and key, except on devices where SGLang's own is in place."""
+
+    def one_after_the_other(obj: Any, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Any:
+        *rest, inplace = rest
+        rotated = []
+        for x in (q, k):
+            rotated.append(reference.rotary_embedding(obj, x, x, *rest, False)[0])
+            if inplace:
+                rotated[-1] = x.copy_(rotated[-1])
+        return tuple(rotated)
+
+    layer = rotary("RotaryEmbedding")
+    assert bind(layer, rotary_embedding=one_after_the_other).bound == 1
+    key, positions = torch.randn(3, 1, HEAD, generator=rng), torch.tensor([3, 5, 7])
+    native = layer.forward_native(positions, key.clone(), key.clone())
+    given = key.clone()
+    for one, other in zip(layer(positions, given, given), native, strict=True):
+        assert_within("rotary_embedding", one, other.double(), other.double().abs() + 1, roundings=8)
+    assert torch.equal(given, key)
+
+
+def test_the_log_says_where_calls_went_that_the_operator_cannot_express(
+    rng: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA several models have the kernel of their rotary embedding write the KV cache too."""
+    log = tmp_path / "dispatch.log"
+    open_dispatch_log(str(log))
+    try:
+        layer = rotary("RotaryEmbedding")
+        monkeypatch.setattr(type(layer), "forward_native", lambda self, positions, query, key, offsets, fused: (query, key))
+        assert bind(layer).bound == 1
+        query, key, positions = torch.randn(2, HEAD, generator=rng), torch.randn(2, HEAD, generator=rng), torch.arange(2)
+        for _ in range(3):
+            layer(positions, query, key, fused_set_kv_buffer_arg=object())
+        assert log.read_text() == "[OOT-DISPATCH] RotaryEmbedding → sglang(reference(reference.torch) cannot say what it is called with)\n"
+        assert CALLS == []
+        layer(positions, query, key)
+        assert "[OOT-DISPATCH] RotaryEmbedding → reference(reference.torch)\n" in log.read_text()
+        assert CALLS == ["rotary_embedding"]
+    finally:
+        open_dispatch_log(None)
+
+
+def test_after_a_refusal_the_next_takes_the_call(rng: torch.Generator) -> None:
+    """SGLang may round a layer's cos and sin to bf16 while it serves (models/mimo_v2.py), which vendor.cuda's kernel cannot read."""
+
+    def only_fp32(obj: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *rest: Any) -> Any:
+        CALLS.append("vendor")
+        if cos.dtype != torch.float32:
+            raise Refusal(f"cos in {cos.dtype}")
+        return reference.rotary_embedding(obj, q, k, cos, *rest)
+
+    registry = OpRegistry()
+    registry.register_impl(OpImpl("rotary_embedding", "vendor.x", BackendImplKind.VENDOR, only_fp32, vendor="nvidia"))
+    second = counted("rotary_embedding", reference.rotary_embedding)
+    registry.register_impl(OpImpl("rotary_embedding", "reference.torch", BackendImplKind.REFERENCE, second))
+    set_global_policy(SelectionPolicy("vendor"))
+    layer = rotary("RotaryEmbedding")
+    binder = Binder(OpManager(registry), Settings())
+    assert binder.bind(Model(layer)).bound == 1
+    query, positions = torch.randn(3, HEAD, generator=rng), torch.tensor([3, 5, 7])
+    CALLS.clear()
+    layer(positions, query, query.clone())
+    layer.cos_sin_cache = layer.cos_sin_cache.bfloat16()
+    agree_with_native(layer, positions, query, query.clone())
+    assert CALLS[:2] == ["vendor", "vendor"] and set(CALLS[2:]) == {"rotary_embedding"}
 
 
 def test_a_call_in_a_dtype_that_is_not_supported_goes_to_sglang(rng: torch.Generator) -> None:

@@ -567,6 +567,22 @@ def test_a_policy_context_reaches_both(rng: torch.Generator) -> None:
     assert CALLS == ["fused_moe", "topk", "fused_moe"]
 
 
+def test_a_context_reaches_experts_that_are_left_to_sglang(rng: torch.Generator) -> None:
+    """SGLang calls their forward with ``layer=``."""
+    set_global_policy(SelectionPolicy("reference", per_op_order=(("fused_moe", ("sglang",)),)))
+    layer, owner = router(), experts()
+    bind(layer, owner.quant_method)
+    x, logits = tokens(rng)
+    own = owner(x, layer(x, logits))
+    assert CALLS == ["topk"]
+    with policy_context(SelectionPolicy("reference", per_op_order=(("fused_moe", ("sglang",)),))):
+        assert torch.equal(owner(x, layer(x, logits)), own)
+    assert "fused_moe" not in CALLS
+    with policy_context(SelectionPolicy("reference")):
+        torch.testing.assert_close(owner(x, layer(x, logits)), own)
+    assert "fused_moe" in CALLS
+
+
 def logits_halved(obj: Any, hidden_states: Any, router_logits: Any, **named: Any) -> Any:
     return reference.topk(obj, hidden_states, router_logits / 2, **named)
 

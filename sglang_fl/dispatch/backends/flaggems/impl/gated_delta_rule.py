@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 from torch.nn import functional
 
+from ....types import Refusal
 from ...state_pool import read, write
 from ..library import load
 
@@ -34,7 +35,7 @@ _MAX_KEY_DIM, _MIN_DIM = 256, 16
 
 def _check_heads(op: str, heads: int, value_heads: int) -> None:
     if not heads or value_heads % heads:
-        raise ValueError(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
+        raise Refusal(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
 
 
 def _normed(x: torch.Tensor) -> torch.Tensor:
@@ -59,15 +60,15 @@ def chunk_gated_delta_rule(
     heads, key_dim, value_heads, value_dim = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     _check_heads(op, heads, value_heads)
     if key_dim > _MAX_KEY_DIM or min(key_dim, value_dim) < _MIN_DIM:
-        raise ValueError(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
+        raise Refusal(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
     if q.dtype == torch.float32:
-        raise TypeError(f"{op}: the kernels multiply in bf16 and fp16, and q is {q.dtype}")
+        raise Refusal(f"{op}: the kernels multiply in bf16 and fp16, and q is {q.dtype}")
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     slots = initial_state_indices
     if slots is None:
         slots = torch.arange(count, device=q.device)
     if len(slots) != count:
-        raise ValueError(f"{op}: {len(slots)} slots for {count} sequences")
+        raise Refusal(f"{op}: {len(slots)} slots for {count} sequences")
     if not q.numel():
         return v.new_empty(v.shape), q.new_empty((q.shape[0], 0, value_heads, value_dim, key_dim))
     if use_qk_l2norm:
@@ -130,7 +131,7 @@ def fused_recurrent_gated_delta_rule(
     if cu_seqlens is None:
         cu_seqlens = torch.arange(rows + 1, device=q.device) * tokens
     elif rows != 1:
-        raise ValueError(f"{op}: with cu_seqlens all sequences are in one row, and q has {rows}")
+        raise Refusal(f"{op}: with cu_seqlens all sequences are in one row, and q has {rows}")
     count = len(cu_seqlens) - 1
     states = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
     if initial_state is not None:
@@ -162,7 +163,7 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     value_heads, value_dim, key_dim = initial_state.shape[1:]
     heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
     if rest:
-        raise ValueError(f"{op}: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states {tuple(initial_state.shape[1:])}")
+        raise Refusal(f"{op}: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states {tuple(initial_state.shape[1:])}")
     _check_heads(op, heads, value_heads)
     batch = len(mixed_qkv)
     if not batch:

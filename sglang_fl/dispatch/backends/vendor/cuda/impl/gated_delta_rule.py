@@ -8,6 +8,7 @@ import torch
 from sglang.kernels.ops.attention.fla import fused_recurrent
 from sglang.kernels.ops.attention.fla.chunk import ChunkGatedDeltaRuleFunction
 
+from .....types import Refusal
 from ....state_pool import read, write
 
 # In partials: a hook is put wherever a module holds the function itself.
@@ -21,7 +22,7 @@ _MAX_KEY_DIM, _MIN_DIM = 256, 16
 
 def _check_heads(op: str, heads: int, value_heads: int) -> None:
     if not heads or value_heads % heads:
-        raise ValueError(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
+        raise Refusal(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
 
 
 def chunk_gated_delta_rule(
@@ -41,14 +42,14 @@ def chunk_gated_delta_rule(
     _check_heads(op, q.shape[2], v.shape[2])
     key_dim, value_dim = q.shape[3], v.shape[3]
     if key_dim > _MAX_KEY_DIM or min(key_dim, value_dim) < _MIN_DIM:
-        raise ValueError(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
+        raise Refusal(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
     if q.dtype not in _CHUNK_DTYPES:
-        raise TypeError(f"{op}: the kernel takes bf16 and fp16, and q is {q.dtype}")
+        raise Refusal(f"{op}: the kernel takes bf16 and fp16, and q is {q.dtype}")
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state_indices is None:
         initial_state_indices = torch.arange(count, dtype=torch.int32, device=q.device)
     if len(initial_state_indices) != count:
-        raise ValueError(f"{op}: {len(initial_state_indices)} slots for {count} sequences")
+        raise Refusal(f"{op}: {len(initial_state_indices)} slots for {count} sequences")
     pool, update = initial_state, inplace_update and initial_state is not None
     if pool is None:
         pool = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
@@ -81,9 +82,9 @@ def fused_recurrent_gated_delta_rule(
     op = "fused_recurrent_gated_delta_rule"
     _check_heads(op, q.shape[2], v.shape[2])
     if cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"{op}: with cu_seqlens all sequences are in one row, and q has {q.shape[0]}")
+        raise Refusal(f"{op}: with cu_seqlens all sequences are in one row, and q has {q.shape[0]}")
     if scale is not None and scale <= 0:
-        raise ValueError(f"{op}: the kernel takes a scale above 0, not {scale}")
+        raise Refusal(f"{op}: the kernel takes a scale above 0, not {scale}")
     if beta is None:
         beta = torch.ones_like(g)  # SGLang's own default has a number for each head of q
     if not q.numel():

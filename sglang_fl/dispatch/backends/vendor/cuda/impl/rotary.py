@@ -7,12 +7,13 @@ import torch
 from sglang.kernels.ops.attention.rope import apply_rope_inplace
 from sglang.kernels.ops.attention.rotary_triton import triton_mrope_fused
 
+from .....types import Refusal
 from ....cos_sin import joined
 
 
 def _refuse_all_but_fp32(cos: torch.Tensor) -> None:
     if cos.dtype != torch.float32:
-        raise TypeError(f"a rotary embedding on CUDA needs cos and sin in fp32, and they are {cos.dtype}")
+        raise Refusal(f"a rotary embedding on CUDA needs cos and sin in fp32, and they are {cos.dtype}")
 
 
 @lru_cache
@@ -49,11 +50,9 @@ def rotary_embedding(
     if not query.numel():
         return query, key
     if not interleaved and rotary_dim % 4:
-        raise ValueError(f"rotary_embedding: by halves the kernel rotates multiples of 4 numbers, and these are {rotary_dim}")
+        raise Refusal(f"rotary_embedding: by halves the kernel rotates multiples of 4 numbers, and these are {rotary_dim}")
     if not as_they_lie and not _is_at_steps_of(query, step):
-        raise ValueError(
-            f"rotary_embedding: the kernel takes {step} bytes at once, and heads of {query.shape[-1]} do not begin at multiples"
-        )
+        raise Refusal(f"rotary_embedding: the kernel takes {step} bytes at once, and heads of {query.shape[-1]} do not begin at multiples")
     whole = rotary_dim == query.shape[-1]
     apply_rope_inplace(
         query if whole else query[..., :rotary_dim],
