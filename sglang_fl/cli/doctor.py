@@ -143,13 +143,15 @@ def _package_problems(device: Device) -> list[Problem]:
 
 def _flaggems_problems(device: Device, settings: Settings) -> list[Problem]:
     """What is wrong with FlagGems, where the settings have a use for it."""
-    orders = [SelectionPolicy.from_settings(settings).order_for(op) for op in OPERATORS]
-    wanted = settings.flagos_whitelist != () or any("flagos" in order for order in orders)
-    if not (known_vendors()[device.vendor].flaggems and settings.use_flaggems and wanted):
+    policy = SelectionPolicy.from_settings(settings)
+    on_it = [op for op in OPERATORS if "flagos" in policy.order_for(op)]
+    replaces_aten = settings.flagos_whitelist != ()
+    if not (known_vendors()[device.vendor].flaggems and settings.use_flaggems and (replaces_aten or on_it)):
         return []
     if importlib.util.find_spec("flag_gems") is None:
         install = "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems"
-        return [Problem(f"FlagGems is not installed, and serves {device.vendor}", install)]
+        use = f"serves {device.vendor}" if replaces_aten else f"would run {', '.join(on_it)}"
+        return [Problem(f"FlagGems is not installed, and {use}", install)]
     return [Problem(told, f"pip install flag_gems=={TESTED}, which sglang-fl was tested with") for told in changed_signatures()]
 
 
