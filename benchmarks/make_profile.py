@@ -226,7 +226,7 @@ def _paragraph(text: str) -> Iterator[str]:
 
 
 def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], gpu: str) -> str:
-    """The profile's text.
+    """The profile's text, from what :func:`read_ops` and :func:`result_file.read` gave.
 
     Raises:
         ValueError: the two results are not of the same GPU and versions.
@@ -236,8 +236,8 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], gpu: str) -> str:
         if mine != other:
             raise ValueError(f"ops-{gpu}.json and aten-{gpu}.json are not of one machine: {part} {mine} and {other}; measure both again")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(ops["versions"].items()))
-    dates = " and ".join(sorted({*ops.get("dates", [ops["date"]]), aten["date"]}))
-    names = ", ".join([*ops.get("files", [f"ops-{gpu}.json"]), f"aten-{gpu}.json"])
+    dates = " and ".join(sorted({*ops["dates"], aten["date"]}))
+    names = ", ".join([*ops["files"], f"aten-{gpu}.json"])
     lines = [
         *_paragraph("NVIDIA GPUs. Written by benchmarks/make_profile.py; do not edit, run it again:"),
         "#     python benchmarks/make_profile.py",

@@ -43,8 +43,10 @@ from sglang_fl.dispatch.types import BackendImplKind, OpImpl
 SGLANG = "sglang"
 _KINDS = tuple(kind.value for kind in BackendImplKind)
 TOKENS, HIDDEN = (1, 16, 64, 512, 2048, 8192), (1024, 2048, 4096, 8192)
-_SGLANG_IN_FP32 = 1e-5
 QUICK_TOKENS, QUICK_HIDDEN, QUICK_ROUNDS = (1, 64, 2048), (1024, 4096), 9
+#: SGLang's own is not always exact to a few roundings of fp32: FlashInfer's routing by groups was off by 4.5e-6 of the
+#: largest weight on an H100.
+_SGLANG_IN_FP32 = 1e-5
 
 
 class Model(nn.Module):
@@ -78,8 +80,7 @@ def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.devi
 def disagreement(result: Tensors, expected: Tensors) -> str | None:
     """How a layer's result differs from that of SGLang's layer by more than rounding, or None.
 
-    A coarse check, against mixed-up arguments; the tests compare with float64. SGLang's own is not always exact to a few
-    roundings of fp32: FlashInfer's routing by groups was off by 4.5e-6 of the largest weight on an H100.
+    A coarse check, against mixed-up arguments; the tests compare with float64.
     """
     for i, (x, y) in enumerate(zip(result, expected, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype:

@@ -105,7 +105,8 @@ def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, pl
         ValueError: an ``--engine-arg`` is no NAME=VALUE, or the model does not take so many tokens.
     """
     lengths = Lengths(args.input_len, args.decode_input_len, args.output_len)
-    longest = max(args.input_len + 1, args.decode_input_len + args.output_len, _PROMPT_FOR_TOKENS + args.tokens)
+    single = _PROMPT_FOR_TOKENS + args.tokens
+    longest = max(lengths.longest, single)
     context = shape.config.get("max_position_embeddings", longest)
     if longest > context:
         raise ValueError(
@@ -117,7 +118,7 @@ def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, pl
         "skip_tokenizer_init": True,
         "log_level": "info",
         "random_seed": 0,
-        "max_total_tokens": args.max_total_tokens or pool_tokens(args.batch, lengths, _PROMPT_FOR_TOKENS + args.tokens),
+        "max_total_tokens": args.max_total_tokens or pool_tokens(args.batch, lengths, single),
         "mem_fraction_static": _MEM_FRACTION_STATIC,
     }
     if shape.state_bytes():

@@ -23,6 +23,11 @@ class Lengths:
     decode: int
     output: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt and output."""
+        return max(self.prefill + 1, self.decode + FIRST_TOKENS + self.output)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -78,8 +83,7 @@ def pool_tokens(batches: Sequence[int], lengths: Lengths, single: int) -> int:
     Args:
         single: tokens of the longest sequence that is generated alone.
     """
-    longest = max(lengths.prefill + 1, lengths.decode + FIRST_TOKENS + lengths.output)
-    return max(max(batches) * (longest + _PAGE), single + _PAGE) + _PAGE
+    return max(max(batches) * (lengths.longest + _PAGE), single + _PAGE) + _PAGE
 
 
 def make_prompts(vocabulary: int, batch: int, length: int, seed: Sequence[int]) -> list[list[int]]:

@@ -169,8 +169,12 @@ def results(tmp_path: Path, gpu: str = "made-up", **changes: Any) -> Path:
     return tmp_path
 
 
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return make_profile.read_ops(directory, "made-up"), result_file.read(directory / "aten-made-up.json")
+
+
 def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
-    ops, aten = (result_file.read(results(tmp_path) / f"{kind}-made-up.json") for kind in ("ops", "aten"))
+    ops, aten = read(results(tmp_path))
     text = profile(ops, aten, "made-up")
     assert text == profile(ops, aten | {"rows": aten["rows"][::-1]}, "made-up")
     found = yaml.safe_load(text)
@@ -187,13 +191,13 @@ def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
 
 
 def test_no_function_is_an_empty_list(tmp_path: Path) -> None:
-    ops, aten = (result_file.read(results(tmp_path) / f"{kind}-made-up.json") for kind in ("ops", "aten"))
+    ops, aten = read(results(tmp_path))
     text = profile(ops, aten | {"rows": []}, "made-up")
     assert yaml.safe_load(text)["flagos_whitelist"] == []
 
 
 def test_what_is_broken_is_on_the_blacklist(tmp_path: Path) -> None:
-    ops, aten = (result_file.read(results(tmp_path) / f"{kind}-made-up.json") for kind in ("ops", "aten"))
+    ops, aten = read(results(tmp_path))
     died = "it ended its process (exit code -6): python3: /build/triton/src/a.cc:6: bool visit(int *, int): Assertion `a == b' failed."
     rows = [*aten["rows"], aten_row(function="mm", error=died), aten_row(function="mul", right=False, why="it is off")]
     text = profile(ops, aten | {"rows": rows}, "made-up")
@@ -212,8 +216,7 @@ def test_an_operator_is_judged_by_the_last_sitting_that_measured_it(tmp_path: Pa
     further(tmp_path, 2, ["relu2", "layer_norm"], SLOWER, note="What was left out.")
     further(tmp_path, 10, ["relu2"], FASTER)
     assert make_profile.find_gpu(tmp_path, None) == "made-up"
-    ops = make_profile.read_ops(tmp_path, "made-up")
-    text = profile(ops, result_file.read(tmp_path / "aten-made-up.json"), "made-up")
+    text = profile(*read(tmp_path), "made-up")
     orders = yaml.safe_load(text)["op_backends"]
     assert orders["relu2"] == orders["rms_norm"] == ["flagos", "sglang"] and orders["layer_norm"] == ["sglang"]
     assert "on 2026-01-02 and 2026-02-02 and 2026-02-10" in " ".join(text.replace("\n# ", " ").split())

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from ..logger_manager import dispatch_log
 from .catalog import LAYERS
 
 Forward = Callable[..., Any]
@@ -53,21 +54,43 @@ class NoContexts:
 LEFT_BEFORE_IT_IS_SO = 8
 
 
-class Counted:
-    """An implementation's function, and how often it has returned and raised."""
+class Watched:
+    """An implementation's function that knows whether the calls meant for it reach it."""
 
     def __init__(self, fn: Forward):
         self._fn = fn
-        self.returned = self.raised = 0
+        self._returned = self._raised = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             result = self._fn(*args, **kwargs)
         except BaseException:
-            self.raised += 1
+            self._raised += 1
             raise
-        self.returned += 1
+        self._returned += 1
         return result
+
+    def record(self, name: str, destination: str, forward: Forward, /, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        """Call a forward that ends in this function or in SGLang's own, and put on record where; a failure is for who takes over.
+
+        Returns:
+            (its result, whether it went to SGLang without an attempt).
+        """
+        returned, raised = self._returned, self._raised
+        result = forward(*args, **kwargs)
+        is_left = (self._returned, self._raised) == (returned, raised)
+        if is_left:
+            destination = f"sglang({destination} cannot say what it is called with)"
+        if is_left or self._returned > returned:
+            dispatch_log().record(name, destination)
+        return result, is_left
+
+
+def recorded(name: str, destination: str, fn: Forward, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a function, and put on record that it served."""
+    result = fn(*args, **kwargs)
+    dispatch_log().record(name, destination)
+    return result
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..manager import OpManager
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
 from .activation import GeluAndMulBridge, NewGELUBridge, QuickGELUBridge, ReLU2Bridge, SiluAndMulBridge
-from .base import LEFT_BEFORE_IT_IS_SO, OBJ, Bridge, Counted, Forward, NoContexts, Routes, Site, activation_dtype, device_of
+from .base import LEFT_BEFORE_IT_IS_SO, OBJ, Bridge, Forward, NoContexts, Routes, Site, Watched, activation_dtype, device_of, recorded
 from .choice import Choice, Chooser, Place
 from .first_passes import FirstPasses
 from .fused_moe import FusedMoEBridge
@@ -167,11 +167,11 @@ class Binder:
         if not watch:
             return forward
         self._ours.add(forward)
-        counted = Counted(impl.fn)
-        telling = info.bridge.forward(replace(routes, fn=counted))
-        return _named(self._recording(forward, telling, counted, str(impl)), impl)
+        watched = Watched(impl.fn)
+        telling = info.bridge.forward(replace(routes, fn=watched))
+        return _named(self._recording(forward, telling, watched, str(impl)), impl)
 
-    def _recording(self, forward: Forward, telling: Forward, counted: Counted, destination: str) -> Forward:
+    def _recording(self, forward: Forward, telling: Forward, watched: Watched, destination: str) -> Forward:
         """A forward that puts on record where its first calls went, and then gives its place to ``forward``.
 
         A call that the operator cannot express goes to SGLang, and the next ones may be of the same kind: it keeps its place until one
@@ -179,7 +179,7 @@ class Binder:
         place until they are over.
 
         Args:
-            telling: the same as ``forward``, with ``counted`` in the implementation's place.
+            telling: the same as ``forward``, with ``watched`` in the implementation's place.
         """
         left: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -188,12 +188,8 @@ class Binder:
                 return forward(layer, *args, **kwargs)
             info = self._layers.get(layer)
             counts = info is not None and info.first_passes.called(layer, shared=info.bridge.shared)
-            before = counted.returned, counted.raised
-            result = telling(layer, *args, **kwargs)
-            if counted.returned > before[0]:
-                dispatch_log().record(type(layer).__name__, destination)
-            elif counted.raised == before[1]:
-                dispatch_log().record(type(layer).__name__, f"sglang({destination} cannot say what it is called with)")
+            result, is_left = watched.record(type(layer).__name__, destination, telling, layer, *args, **kwargs)
+            if is_left:
                 left[layer] = left.get(layer, 0) + 1
                 counts |= left[layer] < LEFT_BEFORE_IT_IS_SO
             if not counts and getattr(layer._forward_method, "__func__", None) is first:
@@ -229,17 +225,15 @@ class Binder:
                 fit = [i for i in plan.candidates if i is impl or self.chooser.fits(i, place)]
                 plan = replace(plan, candidates=tuple(fit))
 
-            def call(other: OpImpl) -> Any:
-                result = other.fn(vars(layer).get(OBJ, layer), *args, **named)
-                dispatch_log().record(type(layer).__name__, str(other))
-                return result
-
-            def call_sglang() -> Any:
-                result = _own_forward(layer)(layer, *sglang_args, **named)
-                dispatch_log().record(type(layer).__name__, f"sglang({impl} failed)")
-                return result
-
-            return self.manager.call_after_failure(plan, policy, impl, error, call, call_sglang)
+            name = type(layer).__name__
+            return self.manager.call_after_failure(
+                plan,
+                policy,
+                impl,
+                error,
+                lambda other: recorded(name, str(other), other.fn, vars(layer).get(OBJ, layer), *args, **named),
+                lambda: recorded(name, f"sglang({impl} failed)", _own_forward(layer), layer, *sglang_args, **named),
+            )
 
         return failed
 

@@ -26,7 +26,7 @@ from ..logger_manager import dispatch_log, get_logger
 from ..manager import OpManager
 from ..policy import PolicyManager, SelectionPolicy, get_policy, overrides
 from ..types import OpImpl
-from .base import LEFT_BEFORE_IT_IS_SO, Contexts, Counted, Forward, NoContexts
+from .base import LEFT_BEFORE_IT_IS_SO, Contexts, Forward, NoContexts, Watched, recorded
 from .catalog import FUNCTIONS
 from .choice import Choice, Chooser, Place
 from .report import BindReport
@@ -237,14 +237,14 @@ class FunctionBinder:
         forward = function.bridge.forward(routes)
         if not watch:
             return forward
-        counted = Counted(impl.fn)
-        return self._recording(function, forward, function.bridge.forward(replace(routes, fn=counted)), counted, str(impl))
+        watched = Watched(impl.fn)
+        return self._recording(function, forward, function.bridge.forward(replace(routes, fn=watched)), watched, str(impl))
 
-    def _recording(self, function: _Function, forward: Forward, telling: Forward, counted: Counted, destination: str) -> Forward:
+    def _recording(self, function: _Function, forward: Forward, telling: Forward, watched: Watched, destination: str) -> Forward:
         """A forward that puts on record where its first calls went, and then gives its place to ``forward``.
 
         Args:
-            telling: the same as ``forward``, with ``counted`` in the implementation's place.
+            telling: the same as ``forward``, with ``watched`` in the implementation's place.
         """
         left = 0
 
@@ -252,16 +252,10 @@ class FunctionBinder:
             nonlocal left
             if overrides.active or torch.compiler.is_compiling():
                 return forward(*args, **kwargs)
-            before = counted.returned, counted.raised
-            result = telling(*args, **kwargs)
-            if counted.returned > before[0]:
-                dispatch_log().record(function.bridge.name, destination)
-            elif counted.raised == before[1]:
-                dispatch_log().record(function.bridge.name, f"sglang({destination} cannot say what it is called with)")
-                left += 1
-                if left < LEFT_BEFORE_IT_IS_SO:
-                    return result
-            if function.hook is not None and function.hook.forward is first:
+            result, is_left = watched.record(function.bridge.name, destination, telling, *args, **kwargs)
+            left += is_left
+            waits = is_left and left < LEFT_BEFORE_IT_IS_SO
+            if not waits and function.hook is not None and function.hook.forward is first:
                 function.hook.forward = forward
             return result
 
@@ -280,17 +274,15 @@ class FunctionBinder:
             place = function.place
             fit = [i for i in plan.candidates if i is impl or self.chooser.fits(i, place)]
 
-            def call(other: OpImpl) -> Any:
-                result = other.fn(*args)
-                dispatch_log().record(function.bridge.name, str(other))
-                return result
-
-            def left_to_sglang() -> Any:
-                result = call_sglang()
-                dispatch_log().record(function.bridge.name, f"sglang({impl} failed)")
-                return result
-
-            return self.manager.call_after_failure(replace(plan, candidates=tuple(fit)), policy, impl, error, call, left_to_sglang)
+            name = function.bridge.name
+            return self.manager.call_after_failure(
+                replace(plan, candidates=tuple(fit)),
+                policy,
+                impl,
+                error,
+                lambda other: recorded(name, str(other), other.fn, *args),
+                lambda: recorded(name, f"sglang({impl} failed)", call_sglang),
+            )
 
         return failed
 

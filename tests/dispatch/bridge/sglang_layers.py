@@ -15,6 +15,8 @@ from sglang_fl.dispatch.bridge.catalog import LAYERS
 HEAD, ROTARY, MAX_POSITION, BASE = 64, 64, 256, 10000
 HIDDEN = 64
 EXPERTS = 8
+#: class name -> the operator that its layers are for.
+OP_OF = {name: op for op, layers in LAYERS.items() for _, name in layers}
 
 
 def sglang_class(name: str) -> type[nn.Module]:

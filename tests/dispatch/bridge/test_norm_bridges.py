@@ -16,13 +16,12 @@ from sglang_fl.certify import exact
 from sglang_fl.config import Settings
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
-from sglang_fl.dispatch.bridge.catalog import LAYERS, OVERRIDING
+from sglang_fl.dispatch.bridge.catalog import OVERRIDING
 
-from .sglang_layers import ACTIVATION_LAYERS, HIDDEN, NORM_LAYERS, Model, sglang_class
+from .sglang_layers import ACTIVATION_LAYERS, HIDDEN, NORM_LAYERS, OP_OF, Model, sglang_class
 from .test_bridges import CALLS, bind, counted, reference, reference_policy, rng
 
 __all__ = ["reference_policy", "rng"]
-OP_OF = {name: op for op, layers in LAYERS.items() for _, name in layers}
 
 
 def bound_norm(rng: torch.Generator, name: str, **options: Any) -> Any:

@@ -15,14 +15,13 @@ from dispatch.backends.test_cuda import backend as cuda
 from sglang.kernels.fused_op import BaseFusedOp
 from torch import nn
 
-from sglang_fl.dispatch.bridge.catalog import BESIDE, LAYERS, OVERRIDING
+from sglang_fl.dispatch.bridge.catalog import BESIDE, OVERRIDING
 
-from .sglang_layers import ACTIVATION_LAYERS, HEAD, HIDDEN, MAX_POSITION, NORM_LAYERS, ROTARY_LAYERS, sglang_class
+from .sglang_layers import ACTIVATION_LAYERS, HEAD, HIDDEN, MAX_POSITION, NORM_LAYERS, OP_OF, ROTARY_LAYERS, sglang_class
 from .test_bridges import CALLS, bind, reference_policy, rng
 
 __all__ = ["ascend", "cuda", "reference_policy", "rng"]
 BF16 = torch.bfloat16
-OP_OF = {name: op for op, layers in LAYERS.items() for _, name in layers}
 TOKENS = (0, 1, 2, 17)
 #: What a vendor has no kernel for.
 LACKING = {"cuda": {"new_gelu", "quick_gelu"}, "ascend": {"relu2"}}

@@ -19,12 +19,12 @@ def _refuse_all_but_fp32(cos: torch.Tensor) -> None:
 @lru_cache
 def _bytes_at_once(rotary_dim: int, itemsize: int, by_halves: bool) -> int:
     """How many bytes a thread of SGLang's kernel reads and writes at once (kernels/jit/csrc/elementwise/rope.cuh)."""
-    threads = _power_of_two(rotary_dim / math.gcd(16 // itemsize, rotary_dim))
-    return 2 * itemsize * _power_of_two(rotary_dim / (2 * threads * (1 + by_halves)))
+    threads = _power_of_two(rotary_dim // math.gcd(16 // itemsize, rotary_dim))
+    return 2 * itemsize * _power_of_two(math.ceil(rotary_dim / (2 * threads * (1 + by_halves))))
 
 
-def _power_of_two(least: float) -> int:
-    return 1 << max(0, math.ceil(math.log2(least)))
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _is_at_steps_of(x: torch.Tensor, step: int) -> bool:
