@@ -57,8 +57,7 @@ def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: st
         why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
         row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
         implementations.append(row)
-    source = settings.source("op_backends" if op in dict(settings.op_backends) else "prefer")
-    return OpRow(op, " | ".join(plan.order), str(source), picked(plan, settings), implementations)
+    return OpRow(op, " | ".join(plan.order), str(settings.source_of_order(op)), picked(plan, settings), implementations)
 
 
 def picked(plan: Plan, settings: Settings) -> str:

@@ -30,9 +30,17 @@ class _Value:
     label: str
     item_labels: dict[Any, str] = field(default_factory=dict)
     is_reset: bool = False  # null in a file
+    weaker: "_Value | None" = None  # the table of a weaker place, which this one adds to
 
     def blame(self, item: Any) -> str:
         return self.item_labels.get(item, self.label)
+
+
+def _choose(option: Option, value: _Value, chosen: dict[str, _Value]) -> None:
+    """A value from a stronger place. It takes the weaker one's place, but for a table, which is joined item by item."""
+    if option.name == "op_backends" and not value.is_reset:
+        value.weaker = chosen.get(option.name)
+    chosen[option.name] = value
 
 
 def profile_path(name: str, *, in_tree: bool = False) -> Path | None:
@@ -104,6 +112,7 @@ def load_settings(
     problems += _clashing_lists(chosen)
     if problems:
         raise SettingsError(problems)
+    order_sources = _join_orders(chosen)
     _give_way_to_prefer(chosen)
     _settle_lists(chosen, in_profile)
     return Settings(
@@ -111,6 +120,7 @@ def load_settings(
         platform=platform,
         profile_file=str(profile) if profile else None,
         sources={name: value.source for name, value in chosen.items()},
+        order_sources=order_sources,
     )
 
 
@@ -152,7 +162,7 @@ def _read_file(path: Path, place: int, name: str, chosen: dict[str, _Value], pro
                 hint = f"; it is set with the variable {other.env}"
             problems.append(f"{where}: unknown key {key!r}{hint}")
         elif entry.value is None:
-            chosen[option.name] = _Value(option.default, Source(place, f"{name}:{entry.line}"), f"{where}: {key}", is_reset=True)
+            _choose(option, _Value(option.default, Source(place, f"{name}:{entry.line}"), f"{where}: {key}", is_reset=True), chosen)
         else:
             _parse(option, entry, Source(place, f"{name}:{entry.line}"), path, chosen, problems, vocabulary)
 
@@ -163,7 +173,7 @@ def _parse(
     label = f"{path}:{entry.line}: {option.yaml}"
     labels = {item: f"{path}:{line}: {option.yaml}" for item, line in entry.item_lines.items()}
     try:
-        chosen[option.name] = _Value(option.parse(entry.value), source, label, labels)
+        _choose(option, _Value(option.parse(entry.value), source, label, labels), chosen)
         problems += _unknown_names(option, chosen[option.name], vocabulary)
     except Unusable as error:
         problems += [f"{labels.get(item, label)}: {told}" for item, told in error.faults]
@@ -178,7 +188,7 @@ def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], pro
         except Unusable as error:
             problems += [f"{option.env}: {told}" for _, told in error.faults]
             continue
-        chosen[option.name] = _Value(value, Source(ENVIRONMENT, option.env), option.env)
+        _choose(option, _Value(value, Source(ENVIRONMENT, option.env), option.env), chosen)
         problems += _unknown_names(option, chosen[option.name], vocabulary)
 
 
@@ -246,20 +256,47 @@ def _settle_lists(chosen: dict[str, _Value], in_profile: Mapping[str, _Value]) -
             del chosen[black]
 
 
-def _give_way_to_prefer(chosen: dict[str, _Value]) -> None:
-    """A preference is about every operator, so it replaces single orders from a weaker place.
+def _join_orders(chosen: dict[str, _Value]) -> dict[str, Source]:
+    """Join the orders of all places, operator by operator; returned is where each came from.
 
-    ``flagos`` replaces a profile's ``flagos_whitelist`` too: that is a choice of what is faster. A
-    profile's ``flagos_blacklist`` stays: it is about what does not work.
+    A preference is about every operator, so it replaces single orders from a weaker place.
     """
+    tables: list[_Value] = []
+    table = chosen.get("op_backends")
+    while table is not None:
+        tables.append(table)
+        table = table.weaker
     prefer = chosen.get("prefer")
-    if prefer is None or prefer.is_reset:
-        return
-    orders, white = chosen.get("op_backends"), chosen.get("flagos_whitelist")
-    if orders is not None and prefer.source.place > orders.source.place > DEFAULT:
-        note = f"default; the orders of {orders.source.where} give way to prefer from {prefer.source.where}"
+    in_force = [table for table in tables if prefer is None or prefer.is_reset or prefer.source.place <= table.source.place]
+    if not tables:
+        return {}
+    if not in_force:
+        assert prefer is not None
+        places = " and ".join(table.source.where for table in tables)
+        note = f"default; the orders of {places} give way to prefer from {prefer.source.where}"
         chosen["op_backends"] = _Value((), Source(DEFAULT, note), prefer.label)
-    if prefer.value == "flagos" and white is not None and prefer.source.place > white.source.place == PROFILE_PLACE:
+        return {}
+    orders: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, Source] = {}
+    for table in reversed(in_force):
+        orders |= dict(table.value)
+        sources |= {op: table.source for op, _ in table.value}
+    strongest = in_force[0]
+    giving = [table.source for table in in_force if table.source in sources.values()]
+    source = Source(strongest.source.place, " and ".join(each.where for each in giving)) if giving else strongest.source
+    chosen["op_backends"] = _Value(tuple(orders.items()), source, strongest.label)
+    return sources
+
+
+def _give_way_to_prefer(chosen: dict[str, _Value]) -> None:
+    """``prefer: flagos`` replaces a profile's ``flagos_whitelist``, a choice of what is faster.
+
+    A profile's ``flagos_blacklist`` stays: it is about what does not work.
+    """
+    prefer, white = chosen.get("prefer"), chosen.get("flagos_whitelist")
+    if prefer is None or prefer.is_reset or white is None:
+        return
+    if prefer.value == "flagos" and prefer.source.place > white.source.place == PROFILE_PLACE:
         note = f"default; the list of {white.source.where} gives way to prefer: flagos from {prefer.source.where}"
         chosen["flagos_whitelist"] = _Value(None, Source(DEFAULT, note), prefer.label)
 

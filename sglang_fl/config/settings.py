@@ -29,7 +29,8 @@ class Settings:
     """The settings in force. Build one with :func:`sglang_fl.config.load_settings`.
 
     The attributes are the rows of :data:`sglang_fl.config.options.OPTIONS`; ``sources`` has a
-    :class:`Source` for each of them, and ``platform`` is the name of the profile in use.
+    :class:`Source` for each of them, ``order_sources`` one for each operator in ``op_backends``, and ``platform`` is
+    the name of the profile in use.
     """
 
     oot_enabled: bool = True
@@ -55,6 +56,7 @@ class Settings:
     platform: str = "cpu"
     profile_file: str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    order_sources: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def collective(self) -> str | None:
@@ -80,6 +82,12 @@ class Settings:
     def source(self, name: str) -> Source:
         return self.sources.get(name, Source(DEFAULT, "default"))
 
+    def source_of_order(self, op: str) -> Source:
+        """Where the order that an operator goes by came from: its own, or the preference."""
+        if op not in dict(self.op_backends):
+            return self.source("prefer")
+        return self.order_sources.get(op, self.source("op_backends"))
+
     def items(self) -> Iterator[tuple[str, Any, Source]]:
         """(name, value, source) of every setting, in the table's order."""
         for name in OPTIONS:
@@ -95,5 +103,6 @@ class Settings:
             if isinstance(data[name], list):
                 data[name] = tuple(data[name])
         data["op_backends"] = tuple((op, tuple(order)) for op, order in data["op_backends"])
-        data["sources"] = {name: Source(**source) for name, source in data["sources"].items()}
+        for places in ("sources", "order_sources"):
+            data[places] = {name: Source(**source) for name, source in data[places].items()}
         return cls(**{f.name: data[f.name] for f in fields(cls)})

@@ -148,11 +148,11 @@ def test_empty_file_sets_nothing(load: Loader, text: str) -> None:
     assert dict(load(text).sources) == dict(load().sources)
 
 
-@pytest.mark.parametrize("name", IN_FILES)
+@pytest.mark.parametrize("name", [name for name in IN_FILES if name != "op_backends"])
 def test_environment_over_file_over_profile_over_default(load: Loader, profile: Profile, name: str) -> None:
     """The stronger value replaces the weaker one whole: the two have nothing in common here.
 
-    But for what a profile says does not work: a user's blacklist adds to that.
+    But for what a profile says does not work: a user's blacklist adds to that. Orders are joined: see below.
     """
     (weak_text, weak), (strong_text, strong) = TEXTS[name]
     adds = name in ("oot_blacklist", "flagos_blacklist")
@@ -222,6 +222,61 @@ def test_prefer_sets_aside_orders_of_weaker_places(load: Loader, profile: Profil
         weaker = "profile cpu:1" if orders_from == "profile" else f"{load.file}:1"
         stronger = "SGLANG_FL_PREFER" if prefer_from == "environment" else f"{load.file}:1"
         assert source == f"default; the orders of {weaker} give way to prefer from {stronger}"
+
+
+def test_orders_are_joined_operator_by_operator(load: Loader, profile: Profile) -> None:
+    profile("\nop_backends: {rms_norm: sglang, silu_and_mul: sglang, topk: sglang}\n")
+    settings = load("op_backends: {silu_and_mul: vendor, topk: vendor}\n", SGLANG_FL_PER_OP="topk=flagos;fused_moe=flagos")
+    expected = {"rms_norm": "sglang", "silu_and_mul": "vendor", "topk": "flagos", "fused_moe": "flagos"}
+    assert dict(settings.op_backends) == {op: (order,) for op, order in expected.items()}
+    assert str(settings.source("op_backends")) == f"SGLANG_FL_PER_OP and {load.file}:1 and profile cpu:2"
+    places = {op: str(settings.source_of_order(op)) for op in ("rms_norm", "silu_and_mul", "topk", "fused_moe", "new_gelu")}
+    assert places == {
+        "rms_norm": "profile cpu:2",
+        "silu_and_mul": f"{load.file}:1",
+        "topk": "SGLANG_FL_PER_OP",
+        "fused_moe": "SGLANG_FL_PER_OP",
+        "new_gelu": "default",
+    }
+    assert Settings.from_json(settings.to_json()) == settings
+
+
+@pytest.mark.parametrize(
+    ("file", "variables", "expected", "source"),
+    [
+        ("op_backends: {rms_norm: vendor}", {}, {"rms_norm": "vendor"}, "{file}:1"),  # nothing of the profile's is left
+        ("op_backends: {}", {}, {"rms_norm": "sglang"}, "profile cpu:1"),  # names nothing, so it changes nothing
+        ("op_backends: null", {}, {}, "{file}:1"),
+        ("op_backends: null", {"SGLANG_FL_PER_OP": "topk=vendor"}, {"topk": "vendor"}, "SGLANG_FL_PER_OP"),
+        ("prefer: vendor", {"SGLANG_FL_PER_OP": "topk=vendor"}, {"topk": "vendor"}, "SGLANG_FL_PER_OP"),
+        ("prefer: vendor\nop_backends: {topk: flagos}", {}, {"topk": "flagos"}, "{file}:2"),
+        (
+            "op_backends: {topk: flagos}",
+            {"SGLANG_FL_PREFER": "vendor"},
+            {},
+            "default; the orders of {file}:1 and profile cpu:1 give way to prefer from SGLANG_FL_PREFER",
+        ),
+        (
+            "op_backends: {topk: flagos}",
+            {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_PER_OP": "fused_moe=flagos"},
+            {"fused_moe": "flagos"},
+            "SGLANG_FL_PER_OP",
+        ),
+    ],
+)
+def test_what_drops_the_orders_of_weaker_places(
+    load: Loader, profile: Profile, file: str, variables: dict[str, str], expected: dict[str, str], source: str
+) -> None:
+    profile("op_backends: {rms_norm: sglang}\n")
+    settings = load(file + "\n", **variables)
+    assert dict(settings.op_backends) == {op: (order,) for op, order in expected.items()}
+    assert str(settings.source("op_backends")) == source.format(file=load.file)
+
+
+def test_naming_one_operator_leaves_the_others_as_a_real_profile_has_them(on_nvidia: Loader) -> None:
+    before, after = dict(on_nvidia().op_backends), dict(on_nvidia(SGLANG_FL_PER_OP="rms_norm=flagos|sglang").op_backends)
+    assert after.pop("rms_norm") == ("flagos", "sglang") != before.pop("rms_norm")
+    assert after == before
 
 
 def test_prefer_sets_aside_the_orders_of_a_real_profile(on_nvidia: Loader) -> None:
