@@ -5,20 +5,23 @@
     python benchmarks/make_profile.py            # writes sglang_fl/config/nvidia.yaml
     python benchmarks/make_profile.py --check    # exits with 1 and a diff if the file would change
 
-It reads ``ops-<gpu>.json`` (of ``ops.py``) and ``aten-<gpu>.json`` (of ``aten.py measure``) in
-benchmarks/results; ``--gpu nvidia-h100`` says which, if there is more than one. What ``ops.py --op`` measured in further sittings is in
-``ops-<gpu>.2.json`` and so on; an operator's figures are those of the last file that has it.
+It reads ``ops-<gpu>.json`` (of ``ops.py``), ``aten-<gpu>.json`` (of ``aten.py measure``) and ``serving-<gpu>.jsonl`` (of
+``serving.py``) in benchmarks/results; ``--gpu nvidia-h100`` says which, if there is more than one. What ``ops.py --op`` measured
+in further sittings is in ``ops-<gpu>.2.json`` and so on; an operator's figures are those of the last file that has it.
 
 The rule. Something of FlagOS's goes into the profile if, against what SGLang or PyTorch does by itself,
   1. it is right, and nothing failed at any shape;
   2. it is nowhere slower: its time ratio is at most 1.02 at every shape, and known to within 0.1 (the width of its
      95 % interval);
   3. it gains at least 2 % in the median over the shapes.
-For an operator (Layer 2) the implementation with the least median ratio goes first, then SGLang's own. For
-an ATen function (Layer 1) being right includes that its call replays in a graph with new data, and one
+For an operator (Layer 2) the implementation with the least median ratio goes first, then SGLang's own, if
+  4. a model was served with it, and with nothing else of FlagOS's, and no phase at any batch size is slower than 0.98 of
+     native's speed beyond its 95 % interval: SGLang prefills some models outside graphs, where a call costs the host more
+     than the same call in a loop.
+For an ATen function (Layer 1) being right includes that its call replays in a graph with new data, and one
 that serving also calls outside graphs must keep to 2. on the host as well. What is random cannot be shown
 to be right, and stays out. And
-  4. serving calls it in at least one forward pass of ten (counted by the calls of ``embedding``): FlagGems costs
+  5. serving calls it in at least one forward pass of ten (counted by the calls of ``embedding``): FlagGems costs
      its import at start-up, and a kernel its compilation at the first call, which a rare gain does not repay.
 An ATen function that was wrong, or ended the process, is in ``flagos_blacklist``: it stays with PyTorch too
 where a user prefers FlagOS for everything.
@@ -31,12 +34,14 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import result_file
+from serving_lib.results import read as read_runs
 
+from sglang_fl.dispatch.bridge.catalog import FUNCTIONS, LAYERS
 from sglang_fl.dispatch.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +50,12 @@ MAX_RATIO, MAX_MEDIAN, MAX_WIDTH = 1.02, 0.98, 0.1
 #: A model calls it once in each forward pass.
 _PASS = "embedding"
 LEAST_CALLS_PER_PASS = 0.1
+#: Of native's speed, what a served model must reach.
+LEAST_SPEED = 0.98
+#: What a line of the dispatch log says, such as ``RMSNorm → flagos(default.flagos)``.
+_DISPATCHED = re.compile(r"(?P<name>\w+) → (?P<kind>\w+)\((?P<impl>.*)\)")
+#: Variables that let FlagOS run more than an operator.
+_MORE = frozenset({"SGLANG_FL_PREFER", "SGLANG_FL_FLAGOS_WHITELIST", "SGLANG_FL_FLAGOS_BLACKLIST", "SGLANG_FL_DIST_BACKEND"})
 #: What aten.py says of a call that no process survives.
 _ENDED = "it ended its process"
 _FAMILIES = ("flagos", "vendor")
@@ -122,8 +133,48 @@ def _by_gain(name: str, timed: Sequence[Row], what: str) -> Verdict:
     return Verdict(name, True, figures, median)
 
 
-def order_of(op: str, rows: Sequence[Row]) -> tuple[list[str], list[Verdict]]:
-    """An operator's order, and the verdict on each implementation that was measured."""
+def _alone(run: Row, variant: str) -> tuple[frozenset[str], str] | None:
+    """The classes and functions that ran on FlagOS in a variant, and on which implementation, if that is one and nothing else was."""
+    lines = [_DISPATCHED.fullmatch(line) for line in run["dispatched"].get(variant, ())]
+    ours = [line for line in lines if line is None or line["kind"] != "sglang"]
+    if not ours or _MORE & run["variants"][variant].keys():
+        return None
+    names, impls = set(), set()
+    for line in ours:
+        if line is None:
+            return None
+        names.add(line["name"])
+        impls.add(line["impl"])
+    return (frozenset(names), impls.pop()) if len(impls) == 1 else None
+
+
+def as_served(verdict: Verdict, op: str, runs: Sequence[Row]) -> Verdict:
+    """The verdict on an implementation that is faster by itself, after what was served with it."""
+    names = {FUNCTIONS[op][1]} if op in FUNCTIONS else {name for _, name in LAYERS.get(op, ())}
+    phases = 0
+    for run in runs:
+        for variant in run["variants"]:
+            alone = _alone(run, variant)
+            if alone is None or run["baseline"] != "native" or alone[1] != verdict.name or not alone[0] <= names:
+                continue
+            found = [row for row in run["summary"] if row["variant"] == variant and "ratio" in row]
+            phases += len(found)
+            slowest = min(found, key=lambda row: row["high"], default=None)
+            if slowest is not None and slowest["high"] < LEAST_SPEED:
+                speed = f"{slowest['ratio']:.2f} of native's speed in {slowest['case']} ({slowest['low']:.2f} to {slowest['high']:.2f})"
+                return replace(verdict, accepted=False, reason=f"{verdict.reason}; but serving {run['model']} with it has {speed}")
+    if not phases:
+        return replace(verdict, accepted=False, reason=f"{verdict.reason}; but no model was served with it alone")
+    return verdict
+
+
+def order_of(op: str, rows: Sequence[Row], runs: Sequence[Row]) -> tuple[list[str], list[Verdict]]:
+    """An operator's order, and the verdict on each implementation that was measured.
+
+    Args:
+        rows: of ``ops.py``.
+        runs: of ``serving.py``.
+    """
     mine = [row for row in rows if row["op"] == op]
     shapes = len({(row.get("variant"), row["hidden"], row["tokens"]) for row in mine})
     impls: dict[str, list[Row]] = {}
@@ -131,6 +182,7 @@ def order_of(op: str, rows: Sequence[Row]) -> tuple[list[str], list[Verdict]]:
         if row["kind"] in _FAMILIES:
             impls.setdefault(row["impl"], []).append(row)
     verdicts = [judge_implementation(impl, found, shapes) for impl, found in sorted(impls.items())]
+    verdicts = [as_served(verdict, op, runs) if verdict.accepted else verdict for verdict in verdicts]
     accepted = [verdict for verdict in verdicts if verdict.accepted]
     if not accepted:
         return ["sglang"], verdicts
@@ -225,8 +277,8 @@ def _paragraph(text: str) -> Iterator[str]:
     yield from textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
-def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], gpu: str) -> str:
-    """The profile's text, from what :func:`read_ops` and :func:`result_file.read` gave.
+def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row], gpu: str) -> str:
+    """The profile's text, from what :func:`read_ops`, :func:`result_file.read` and :func:`read_served` gave.
 
     Raises:
         ValueError: the two results are not of the same GPU and versions.
@@ -237,15 +289,15 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], gpu: str) -> str:
             raise ValueError(f"ops-{gpu}.json and aten-{gpu}.json are not of one machine: {part} {mine} and {other}; measure both again")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(ops["versions"].items()))
     dates = " and ".join(sorted({*ops["dates"], aten["date"]}))
-    names = ", ".join([*ops["files"], f"aten-{gpu}.json"])
+    names = ", ".join([*ops["files"], f"aten-{gpu}.json", f"serving-{gpu}.jsonl"])
     lines = [
         *_paragraph("NVIDIA GPUs. Written by benchmarks/make_profile.py; do not edit, run it again:"),
         "#     python benchmarks/make_profile.py",
         *_paragraph(f"Measured on {ops['machine']['gpu']} on {dates} ({versions}); the figures are in benchmarks/results: {names}."),
         *_paragraph(
             "The rule: something of FlagOS's is used if it is right at every shape, nowhere slower than what it replaces (time ratio at "
-            f"most {MAX_RATIO}), at least 2 % faster in the median, and, for an ATen function, called in at least one forward "
-            "pass of ten."
+            f"most {MAX_RATIO}), at least 2 % faster in the median, and, for an operator, not slower in a served model with nothing else "
+            "of FlagOS's, for an ATen function, called in at least one forward pass of ten."
         ),
         *(line for result in (ops, aten) if result.get("note") for line in _paragraph(f"Note: {result['note']}")),
         "",
@@ -253,7 +305,7 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], gpu: str) -> str:
         "op_backends:",
     ]
     for op in sorted(OPERATORS):
-        order, verdicts = order_of(op, ops["rows"])
+        order, verdicts = order_of(op, ops["rows"], runs)
         if not verdicts:
             lines += _comment("nothing of FlagOS's was measured", "  ")
         for verdict in verdicts:
@@ -312,6 +364,18 @@ def read_ops(results: Path, gpu: str) -> dict[str, Any]:
     return joined | ({"note": notes} if notes else {})
 
 
+def read_served(results: Path, ops: Mapping[str, Any], gpu: str) -> list[dict[str, Any]]:
+    """The runs of ``serving.py`` on the GPU and with the versions of the operators' results; none if there is no file."""
+    path = results / f"serving-{gpu}.jsonl"
+    mine = ops["versions"]
+    return [
+        run
+        for run in (read_runs(path) if path.exists() else ())
+        if run["machine"]["device"] == ops["machine"]["gpu"]
+        and all(mine[name] == version for name, version in run["versions"].items() if name in mine)
+    ]
+
+
 def find_gpu(results: Path, wanted: str | None) -> str:
     """The GPU that there are results of.
 
@@ -339,7 +403,7 @@ def main() -> None:
     try:
         gpu = find_gpu(args.results, args.gpu)
         ops, aten = read_ops(args.results, gpu), result_file.read(args.results / f"aten-{gpu}.json")
-        text = profile(ops, aten, gpu)
+        text = profile(ops, aten, read_served(args.results, ops, gpu), gpu)
     except (OSError, ValueError) as error:
         sys.exit(f"make_profile: {error}")
     if not args.check:

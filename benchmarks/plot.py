@@ -6,7 +6,8 @@
     python benchmarks/plot.py serving.jsonl --out docs/serving.svg
 
 A column for each model, a row each for prefill and decode, a mark for each variant and batch size. Of several runs of
-a model the one with most rounds counts. The same results give the same file, byte for byte.
+a model the one with the most rounds counts, of those the one with the most variants. The same results give the same
+file, byte for byte.
 """
 
 import argparse
@@ -34,13 +35,14 @@ _PHASES = ("prefill", "decode")
 
 
 def longest_runs(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The run of each model with the most rounds, in the order of first appearance."""
-    found: dict[str, dict[str, Any]] = {}
+    """The run of each model with the most rounds, of those the one that compares the most, in the order of first appearance."""
+    found: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
     for run in runs:
-        before = found.get(run["model"])
-        if any("ratio" in row for row in run["summary"]) and (before is None or len(run["rounds"]) >= len(before["rounds"])):
-            found[run["model"]] = run
-    return found
+        compared = {row["variant"] for row in run["summary"] if "ratio" in row}
+        worth = len(run["rounds"]), len(compared)
+        if compared and worth >= found.get(run["model"], ((0, 0), run))[0]:
+            found[run["model"]] = worth, run
+    return {model: run for model, (_, run) in found.items()}
 
 
 def draw_panel(axes: Any, run: dict[str, Any], phase: str, variants: list[str]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks/make_profile.py: its rules on made-up results, and the profile in the repository against the measured ones."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,9 +35,26 @@ def op_rows(op: str, ratios: Mapping[tuple[str, str], list[Any]]) -> list[dict[s
     return rows
 
 
-def order(**ratios: list[Any]) -> tuple[list[str], dict[str, str]]:
+def served(*lines: str, settings: Mapping[str, str] | None = None, **changes: Any) -> dict[str, Any]:
+    """A run of serving.py in which the variant ``mine`` logged these lines, and was as fast as native."""
+    rows = [{"case": case, "variant": "mine", "ratio": 1.01, "low": 0.96, "high": 1.06} for case in ("prefill/1", "decode/1")]
+    run = {"model": "made-up-1b", "baseline": "native", "variants": {"native": {"SGLANG_PLUGINS": "none"}, "mine": settings or {}}}
+    machine = {"machine": {"device": "Made-up GPU"}, "versions": {"torch": "9.9", "transformers": "7"}}
+    return (
+        run
+        | machine
+        | {"dispatched": {"native": [], "mine": list(lines)}, "summary": [{"case": "prefill/1", "variant": "native"}, *rows]}
+        | changes
+    )
+
+
+LEFT = "SiluAndMul → sglang(policy)"
+SERVED = [served(f"RMSNorm → {kind}({impl})", LEFT) for impl, kind in (FLAGOS, VENDOR)]
+
+
+def order(runs: Sequence[Mapping[str, Any]] = SERVED, /, **ratios: list[Any]) -> tuple[list[str], dict[str, str]]:
     kinds = {"flagos": FLAGOS, "vendor": VENDOR, "reference": ("reference.torch", "reference")}
-    found, verdicts = order_of("rms_norm", op_rows("rms_norm", {kinds[kind]: values for kind, values in ratios.items()}))
+    found, verdicts = order_of("rms_norm", op_rows("rms_norm", {kinds[kind]: values for kind, values in ratios.items()}), runs)
     return found, {verdict.name: verdict.reason for verdict in verdicts}
 
 
@@ -74,6 +92,35 @@ class TestOperators:
         assert "1.000 times SGLang's time in the median (0.90 to 1.00), which is no gain of 2 %" in reasons["default.flagos"]
         assert order(flagos=[[0.98, 0.97, 0.99]] * 3)[0] == ["flagos", "sglang"]
 
+    def test_what_is_slower_as_served_is_left_out(self) -> None:
+        slower = {"case": "prefill/32", "variant": "mine", "ratio": 0.6, "low": 0.4, "high": 0.97}
+        run = served("RMSNorm → flagos(default.flagos)")
+        found, reasons = order([run, run | {"summary": [*run["summary"], slower]}], flagos=[FASTER])
+        assert found == ["sglang"]
+        assert reasons["default.flagos"].endswith(
+            "; but serving made-up-1b with it has 0.60 of native's speed in prefill/32 (0.40 to 0.97)"
+        )
+        assert order([run | {"summary": [*run["summary"], slower | {"high": 0.99}]}], flagos=[FASTER])[0] == ["flagos", "sglang"]
+
+    @pytest.mark.parametrize(
+        "run",
+        [
+            served(LEFT),
+            served("RMSNorm → flagos(default.flagos)", "SiluAndMul → flagos(default.flagos)"),
+            served("RMSNorm → flagos(default.flagos)", "SiluAndMul → vendor(vendor.cuda)"),
+            served("SiluAndMul → flagos(default.flagos)"),
+            served("RMSNorm → vendor(vendor.cuda)"),
+            served("RMSNorm → flagos(default.flagos)", settings={"SGLANG_FL_PREFER": "flagos"}),
+            served("RMSNorm → flagos(default.flagos)", baseline="off"),
+            served("RMSNorm → flagos(default.flagos)", summary=[]),
+            served("RMSNorm → flagos(default.flagos)", "a line of another version"),
+        ],
+        ids=["left", "another operator", "another implementation", "only another", "not it", "prefer", "no native", "cut off", "unknown"],
+    )
+    def test_what_no_model_was_served_with_alone_is_left_out(self, run: dict[str, Any]) -> None:
+        found, reasons = order([run], flagos=[FASTER])
+        assert found == ["sglang"] and reasons["default.flagos"].endswith("; but no model was served with it alone")
+
     def test_an_error_disqualifies(self) -> None:
         found, reasons = order(flagos=[FASTER, "RuntimeError: no"], vendor=[EVEN, EVEN])
         assert found == ["sglang"]
@@ -88,7 +135,7 @@ class TestOperators:
 
     def test_of_two_of_a_kind_one_is_named(self) -> None:
         rows = op_rows("rms_norm", {VENDOR: [EVEN], ("vendor.other", "vendor"): [FASTER]})
-        assert order_of("rms_norm", rows)[0] == ["impl:vendor.other", "sglang"]
+        assert order_of("rms_norm", rows, [served("RMSNorm → vendor(vendor.other)")])[0] == ["impl:vendor.other", "sglang"]
 
 
 class TestFunctions:
@@ -166,17 +213,24 @@ def results(tmp_path: Path, gpu: str = "made-up", **changes: Any) -> Path:
     aten_rows = [aten_row(function=name, ratio=FASTER if name < "n" else SLOWER) for name in ("zeros", "abs", "neg", "cos")]
     result_file.write(tmp_path / f"ops-{gpu}.json", HEAD | {"dtype": "bfloat16"}, rows)
     result_file.write(tmp_path / f"aten-{gpu}.json", HEAD | {"models": ["qwen3-0.6b", "qwen3-8b"]} | changes, aten_rows)
+    another_gpu = SERVED[0] | {
+        "machine": {"device": "Another"},
+        "summary": [{"case": "x", "variant": "mine", "ratio": 0.1, "low": 0.1, "high": 0.1}],
+    }
+    runs = [*SERVED, another_gpu, another_gpu | {"machine": SERVED[0]["machine"], "versions": {"torch": "1"}}]
+    (tmp_path / f"serving-{gpu}.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     return tmp_path
 
 
-def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    return make_profile.read_ops(directory, "made-up"), result_file.read(directory / "aten-made-up.json")
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    ops = make_profile.read_ops(directory, "made-up")
+    return ops, result_file.read(directory / "aten-made-up.json"), make_profile.read_served(directory, ops, "made-up")
 
 
 def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
-    ops, aten = read(results(tmp_path))
-    text = profile(ops, aten, "made-up")
-    assert text == profile(ops, aten | {"rows": aten["rows"][::-1]}, "made-up")
+    ops, aten, runs = read(results(tmp_path))
+    text = profile(ops, aten, runs, "made-up")
+    assert text == profile(ops, aten | {"rows": aten["rows"][::-1]}, runs, "made-up")
     found = yaml.safe_load(text)
     assert set(found) == {"op_backends", "flagos_whitelist"}
     assert found["flagos_whitelist"] == ["abs", "cos"]
@@ -191,16 +245,16 @@ def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
 
 
 def test_no_function_is_an_empty_list(tmp_path: Path) -> None:
-    ops, aten = read(results(tmp_path))
-    text = profile(ops, aten | {"rows": []}, "made-up")
+    ops, aten, runs = read(results(tmp_path))
+    text = profile(ops, aten | {"rows": []}, runs, "made-up")
     assert yaml.safe_load(text)["flagos_whitelist"] == []
 
 
 def test_what_is_broken_is_on_the_blacklist(tmp_path: Path) -> None:
-    ops, aten = read(results(tmp_path))
+    ops, aten, runs = read(results(tmp_path))
     died = "it ended its process (exit code -6): python3: /build/triton/src/a.cc:6: bool visit(int *, int): Assertion `a == b' failed."
     rows = [*aten["rows"], aten_row(function="mm", error=died), aten_row(function="mul", right=False, why="it is off")]
-    text = profile(ops, aten | {"rows": rows}, "made-up")
+    text = profile(ops, aten | {"rows": rows}, runs, "made-up")
     assert yaml.safe_load(text)["flagos_blacklist"] == ["mm", "mul"]
     assert "(exit code -6): Assertion `a == b' failed." in text and "/build" not in text
     (tmp_path / "nvidia.yaml").write_text(text)
@@ -215,6 +269,8 @@ def test_an_operator_is_judged_by_the_last_sitting_that_measured_it(tmp_path: Pa
     results(tmp_path)
     further(tmp_path, 2, ["relu2", "layer_norm"], SLOWER, note="What was left out.")
     further(tmp_path, 10, ["relu2"], FASTER)
+    with (tmp_path / "serving-made-up.jsonl").open("a") as file:
+        file.write(json.dumps(served("ReLU2 → flagos(default.flagos)")) + "\n")
     assert make_profile.find_gpu(tmp_path, None) == "made-up"
     text = profile(*read(tmp_path), "made-up")
     orders = yaml.safe_load(text)["op_backends"]

@@ -5,6 +5,8 @@ Only one is up at a time, since an idle one keeps a core busy: a fixture that se
 ``native_logprobs`` first, whose server has ended by then.
 """
 
+import gzip
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,6 +74,19 @@ class Running:
         assert [token for _, token, *_ in found] == prompt.tokens
         return [logprob for logprob, *_ in found[1:]]
 
+    def python_functions(self, directory: Path) -> set[str]:
+        """The Python functions that run in the scheduler's process while a prompt is answered with 8 tokens, as ``file(line): name``.
+
+        The server is idle at both ends, so whole steps are in it.
+        """
+        what = {"output_dir": str(directory), "activities": ["CPU"], "with_stack": True, "record_shapes": False, "profile_id": "python"}
+        prompt = {"text": QUESTION, "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}}
+        for path, asked in (("start_profile", what), ("generate", prompt), ("stop_profile", {})):
+            requests.post(f"{self.server.url}/{path}", json=asked, timeout=300).raise_for_status()
+        (trace,) = directory.glob("python*.trace.json.gz")
+        with gzip.open(trace) as file:
+            return {event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "python_function"}
+
     def recite(self, **more: object) -> requests.Response:
         asked = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 400, **more}
         answer = requests.post(f"{self.server.url}/v1/chat/completions", json=asked, timeout=120, stream=bool(more.get("stream")))
@@ -98,13 +113,28 @@ def serving(
         yield Running(server, dispatch_log)
 
 
+@dataclass(frozen=True)
+class Native:
+    """What a server gave that leaves everything to SGLang."""
+
+    logprobs: list[list[float]]
+    python_functions: set[str]
+
+
 @pytest.fixture(scope="session")
-def native_logprobs(model: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
-    """The logprobs of a server that leaves everything to SGLang, and its dispatch log's word for that."""
-    with serving(model, tmp_path_factory.mktemp("native"), environ={"SGLANG_FL_OOT_ENABLED": "0"}) as running:
+def native_logprobs(native: Native) -> list[list[float]]:
+    return native.logprobs
+
+
+@pytest.fixture(scope="session")
+def native(model: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Native:
+    """A server that leaves everything to SGLang, and its dispatch log's word for that."""
+    directory = tmp_path_factory.mktemp("native")
+    with serving(model, directory, environ={"SGLANG_FL_OOT_ENABLED": "0"}) as running:
         found = [running.logprobs(prompt) for prompt in prompts]
         assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
         assert running.dispatched() == {f"{name} → sglang(Layer 2 is off)" for name in ("RMSNorm", "SiluAndMul", "RotaryEmbedding")}
+        functions = running.python_functions(directory)
     for logprobs, prompt in zip(found, prompts, strict=True):
         assert off_by(logprobs, prompt.exact, prompt.bounds) <= 0.5, "native SGLang itself is one correct evaluation"
-    return found
+    return Native(found, functions)

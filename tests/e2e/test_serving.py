@@ -10,7 +10,7 @@ import pytest
 
 from sglang_fl.cli.demo_model import RECITAL
 
-from .conftest import Prompt, Running, off_by, serving
+from .conftest import Native, Prompt, Running, off_by, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -52,6 +52,15 @@ def test_the_servers_log_has_one_summary(running: Running) -> None:
     assert printed.count("layers bound") == 1
     assert "sglang-fl: 17 layers bound, 0 left to SGLang" in printed
     assert "rms_norm           RMSNorm                      → reference(reference.torch), 13 layers" in printed
+
+
+def test_no_code_of_the_plugin_runs_in_a_step_that_is_left_to_sglang(native: Native, running: Running, tmp_path: Path) -> None:
+    """So what serving costs then is SGLang's own; a server with bound layers shows that such code would be seen."""
+    bound = running.python_functions(tmp_path)
+    for functions in (native.python_functions, bound):
+        assert any("managers/scheduler.py" in name for name in functions) and any("models/qwen3.py" in name for name in functions)
+    assert any("sglang_fl/dispatch/bridge/rms_norm.py" in name for name in bound)
+    assert not [name for name in native.python_functions if "sglang_fl" in name]
 
 
 def test_logprobs_agree_with_sglangs_own(running: Running, prompts: list[Prompt], native_logprobs: list[list[float]]) -> None:

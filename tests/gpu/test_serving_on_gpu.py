@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +88,15 @@ def test_layer_1_is_on_where_everything_is_flagos(running: Running, way: str) ->
         assert (": aten::" in printed) is (way == "flagos"), "the operators that ran are on record"
     elif way == "sglang":
         assert "no ATen operator is replaced: USE_FLAGGEMS=0" in printed
+
+
+@pytest.mark.parametrize("left", ["sglang", "profile"])
+def test_no_code_of_the_plugin_runs_in_a_step_that_is_left_to_sglang(
+    servers: dict[str, Future[Running]], left: str, tmp_path: Path
+) -> None:
+    functions = servers[left].result().python_functions(tmp_path)
+    assert any("managers/scheduler.py" in name for name in functions)
+    assert not [name for name in functions if "sglang_fl" in name]
 
 
 def test_torch_compile_is_told_of(running: Running, way: str) -> None:
