@@ -72,3 +72,6 @@ class ReLU2Bridge(ActivationBridge):
 class SiluAndMulBridge(ActivationBridge):
     op = "silu_and_mul"
     gated = True
+
+    def reason_at(self, site: Site) -> str | None:
+        return "SGLang fuses it with the FP8 quantisation that follows" if site.fuses_activation else None

@@ -30,12 +30,14 @@ class Site:
         device: where the model lies.
         intermediate_size: the width of the activations in this part of the model, if known.
         num_experts: how many experts this part of the model routes between, if known.
+        fuses_activation: whether SGLang computes this part's activation together with what follows, as long as the layer is its own.
     """
 
     dtype: torch.dtype
     device: torch.device
     intermediate_size: int | None = None
     num_experts: int | None = None
+    fuses_activation: bool = False
 
 
 class Contexts(Protocol):
@@ -150,6 +152,10 @@ class Bridge(ABC):
         if self.npu_switch is not None and _is_on_npu(self.npu_switch):
             return f"{self.npu_switch} is set"
         return self._reason_in_attributes(layer)
+
+    def reason_at(self, site: Site) -> str | None:
+        """Why a layer that stands there is left to SGLang, or None."""
+        return None
 
     @abstractmethod
     def _reason_in_attributes(self, layer: Layer) -> str | None: ...

@@ -123,7 +123,7 @@ class Binder:
             return f"SGLang pinned it to {getattr(method, '__name__', method)}"
         if any(parameter.device != site.device for parameter in bridge.parameters(layer)):
             return "its weights are offloaded"
-        return bridge.reason_to_leave(layer)
+        return bridge.reason_at(site) or bridge.reason_to_leave(layer)
 
     def _choose(self, layer: nn.Module, info: _Layer, policy: SelectionPolicy) -> Choice:
         return self.chooser.choose(_place(layer, info), policy)
@@ -262,7 +262,7 @@ def _layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Bridge, Site]
         bridge = next((bridge for base, bridge in loaded if isinstance(layer, base)), None)
         if bridge is not None:
             parent = modules.get(name.rpartition(".")[0], model)
-            yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent), _num_experts(parent))
+            yield layer, name, bridge, Site(dtype, device, _intermediate_size(parent), _num_experts(parent), _fuses_activation(parent))
 
 
 #: How SGLang's models name an MLP's first matrix, and how many activations it makes for each that goes on.
@@ -276,6 +276,11 @@ def _intermediate_size(parent: nn.Module) -> int | None:
         if isinstance(width, int):
             return width // halves
     return None
+
+
+def _fuses_activation(parent: nn.Module) -> bool:
+    """Whether an MLP has a kernel for SiLU and FP8 quantisation, and a last matrix that takes its result (Llama, Qwen2; Blackwell)."""
+    return getattr(getattr(parent, "activation_quant", None), "enabled", False) is True
 
 
 def _num_experts(parent: nn.Module) -> int | None:

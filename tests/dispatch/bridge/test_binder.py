@@ -5,6 +5,7 @@ import asyncio
 import copy
 import gc
 import logging
+import pkgutil
 import re
 import threading
 import time
@@ -27,6 +28,7 @@ from sglang_fl.dispatch import (
     OpRegistry,
     PolicyManager,
     SelectionPolicy,
+    get_default_manager,
     policy_context,
     reset_global_policy,
     set_global_policy,
@@ -280,6 +282,23 @@ def test_the_width_of_a_gated_mlp_comes_from_its_first_matrix() -> None:
     mlp.gate_up_proj.output_size_per_partition = 96
     mlp.act_fn = sglang_class("SiluAndMul")()
     assert [site for *_, site in _layers_of(Model(mlp))] == [Site(torch.float32, torch.device("cpu"), 48)]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_activation_that_sglang_fuses_with_fp8_quantisation_stays_its_own(enabled: bool) -> None:
+    """Bound, it would be computed alone, and quantised in a second kernel."""
+    from sglang.srt.layers.quantization.fp8_activation import DenseSiluAndMulQuant
+
+    mlp = nn.Module()
+    mlp.act_fn = sglang_class("SiluAndMul")()
+    mlp.activation_quant = DenseSiluAndMulQuant.__new__(DenseSiluAndMulQuant)  # which asks for Blackwell
+    mlp.activation_quant.enabled = enabled
+    report = Binder(get_default_manager(), Settings()).bind(Model(mlp))
+    assert report.bound == (not enabled)
+    assert ("SGLang fuses it with the FP8 quantisation that follows" in report.summary()) is enabled
+    for model in ("llama", "qwen2"):
+        source = Path(pkgutil.resolve_name("sglang").__path__[0], "srt", "models", f"{model}.py").read_text()
+        assert "self.activation_quant = DenseSiluAndMulQuant(self.down_proj)" in source
 
 
 def test_a_pinned_layer_stays_pinned() -> None:
