@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from . import activation, gated_delta_rule, moe, normalization, rotary
 from .form import Form, Forms, Tensors
 
-__all__ = ["FORMS", "NOT_MEASURED", "Form", "Tensors"]
+__all__ = ["FORMS", "Form", "Tensors"]
 
 #: operator -> its forms at a hidden size.
 FORMS: Mapping[str, Forms] = {
@@ -16,6 +16,3 @@ FORMS: Mapping[str, Forms] = {
     **normalization.FORMS,
     **rotary.FORMS,
 }
-
-#: Operators that ``ops.py`` does not measure: nothing in SGLang calls them.
-NOT_MEASURED = frozenset({"fused_recurrent_gated_delta_rule"})

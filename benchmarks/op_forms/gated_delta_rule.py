@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of the gated delta rule, as SGLang's linear attention calls them: with a pool of fp32 states, in place."""
+"""The functions of the gated delta rule, as SGLang's linear attention calls them: with a pool of fp32 states, in place.
+
+``fused_recurrent_gated_delta_rule``, which nothing in SGLang 0.5.23 calls, is measured as a decode step: a token of each sequence.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -37,7 +40,7 @@ class Called(nn.Module):
 
 def _bound(bridge: FunctionBridge, site: GatedDeltaSite, prepare: Prepare, impl: OpImpl) -> nn.Module:
     """What SGLang's caller comes to when the function is bound, the registry's hook aside."""
-    if impl.kind is BackendImplKind.REFERENCE and bridge.op != "fused_recurrent_gated_delta_rule_packed_decode":
+    if impl.kind is BackendImplKind.REFERENCE and bridge.op != "fused_recurrent_gated_delta_rule_packed_decode" and _captures(site):
         raise NotImplementedError("it reads the sequences' lengths on the host, which no graph can hold")
     bridge.trial(site, impl.fn)
 
@@ -48,14 +51,18 @@ def _bound(bridge: FunctionBridge, site: GatedDeltaSite, prepare: Prepare, impl:
     return Called(bridge.forward(routes), prepare)
 
 
-def _form(op: str, variant: str, site: GatedDeltaSite, inputs: Callable[[int], Tensors], prepare: Prepare, **more: Any) -> Form:
+def _captures(site: GatedDeltaSite) -> bool:
+    return site.device.type != "cpu"
+
+
+def _form(op: str, site: GatedDeltaSite, inputs: Callable[[int], Tensors], prepare: Prepare, **more: Any) -> Form:
     bridge = next(bridge for bridge in GATED_DELTA_RULE if bridge.op == op)
 
     def own() -> nn.Module:
         module = __import__(bridge.module, fromlist=[bridge.name])
         return Called(getattr(module, bridge.name), prepare)
 
-    return Form(variant, own, inputs, lambda tensors: nbytes(*tensors), bound=partial(_bound, bridge, site, prepare), **more)
+    return Form("", own, inputs, bound=partial(_bound, bridge, site, prepare), **more)
 
 
 def _site(hidden: int, dtype: torch.dtype, device: torch.device) -> GatedDeltaSite:
@@ -91,7 +98,36 @@ def chunk(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[For
         states = {"initial_state": pool, "initial_state_indices": slots, "cu_seqlens": ends}
         return {"q": q, "k": k, "v": v, "g": g, "beta": beta, **states, "head_first": False, "use_qk_l2norm_in_kernel": True}
 
-    yield _form("chunk_gated_delta_rule", "", site, inputs, prepare, compared=lambda result: (result[0],))
+    def moved(tensors: Tensors) -> int:
+        _, _, v, _, _, pool = tensors
+        return nbytes(*tensors) + nbytes(v, pool)
+
+    yield _form("chunk_gated_delta_rule", site, inputs, prepare, moved=moved, compared=lambda result: (result[0],))
+
+
+def recurrent(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
+    if hidden not in _HIDDEN:
+        return
+    site = _site(hidden, dtype, device)
+
+    def inputs(batch: int) -> Tensors:
+        q, k = torch.randn(2, 1, batch, site.heads, _DIM, dtype=dtype, device=device)
+        v = torch.randn(1, batch, site.value_heads, _DIM, dtype=dtype, device=device)
+        g, beta = torch.rand(2, 1, batch, site.value_heads, device=device)
+        states = torch.randn(batch, site.value_heads, _DIM, _DIM, device=device)
+        return q, k, v, -g, beta, states, torch.arange(batch + 1, device=device)
+
+    def prepare(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, states: torch.Tensor, ends: torch.Tensor
+    ) -> dict[str, Any]:
+        sequences = {"initial_state": states, "output_final_state": True, "cu_seqlens": ends}
+        return {"q": q, "k": k, "v": v, "g": g, "beta": beta, **sequences, "use_qk_l2norm_in_kernel": True}
+
+    def moved(tensors: Tensors) -> int:
+        _, _, v, _, _, states, _ = tensors
+        return nbytes(*tensors) + nbytes(v, states)
+
+    yield _form("fused_recurrent_gated_delta_rule", site, inputs, prepare, moved=moved, most_tokens=_BATCH)
 
 
 def packed_decode(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
@@ -113,11 +149,16 @@ def packed_decode(hidden: int, dtype: torch.dtype, device: torch.device) -> Iter
         gates = {"mixed_qkv": mixed, "a": a, "b": b, "A_log": constants[0], "dt_bias": constants[1], "scale": _DIM**-0.5}
         return {**gates, "initial_state": pool, "out": out, "ssm_state_indices": slots, "use_qk_l2norm_in_kernel": True}
 
+    def moved(tensors: Tensors) -> int:
+        _, _, _, pool, _, _ = tensors
+        return nbytes(*tensors) + nbytes(pool)
+
     op = "fused_recurrent_gated_delta_rule_packed_decode"
-    yield _form(op, "", site, inputs, prepare, compared=lambda result: (result[0],), most_tokens=_BATCH)
+    yield _form(op, site, inputs, prepare, moved=moved, compared=lambda result: (result[0],), most_tokens=_BATCH)
 
 
 FORMS: dict[str, Forms] = {
     "chunk_gated_delta_rule": chunk,
+    "fused_recurrent_gated_delta_rule": recurrent,
     "fused_recurrent_gated_delta_rule_packed_decode": packed_decode,
 }
