@@ -3,9 +3,10 @@
 """SGLang's serving speed with and without sglang-fl, on this machine, in one sitting.
 
 An engine for each variant is started, all of them stay up on the same device, and the measurements alternate
-between them, one engine busy at a time; so a ratio is of neighbours in time. Of each variant: prefill
-and decode at some batch sizes, start-up and memory, and whether its greedy tokens and (with --profile)
-the kernels that it runs are the baseline's, which is the first variant.
+between them; so a ratio is of neighbours in time. While one is measured, the processes of the others are stopped
+(SIGSTOP): idle engines poll, and would take cores from it. Of each variant: prefill and decode at some batch sizes,
+start-up and memory, and whether its greedy tokens and (with --profile) the kernels that it runs are the
+baseline's, which is the first variant.
 
     python benchmarks/serving.py qwen3-0.6b                        # a built-in shape, random weights
     python benchmarks/serving.py qwen3-8b:12 --profile             # its first 12 layers
@@ -194,6 +195,7 @@ class Run:
             "lengths": vars(self.lengths),
             "seed": args.seed,
             "start": args.start,
+            "idle_engines": "stopped",
             "startup": {},
             "memory": {},
             "device_memory_used_gib": {"before": machine.device_memory_used()},
@@ -305,7 +307,7 @@ class Run:
         for engine in [*(e for e in self.engines.up if e.name == baseline), *self.engines.up]:
             if not engine.ready:
                 continue
-            with self.engines.dropping(engine):
+            with self.engines.alone(engine):
                 try:
                     found = collect(engine)
                     again = engine.name in collected

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +43,7 @@ class Engine:
         self._arguments = {**arguments, **variant.arguments}
         self._environ = variant.environ(environ, self.dispatch_log)
         self._process: subprocess.Popen[bytes] | None = None
+        self._paused = False
         self._answers = -1
         self._unread = b""
         self._started = 0.0
@@ -66,7 +67,9 @@ class Engine:
                     stderr=subprocess.STDOUT,
                     env=self._environ,
                     pass_fds=(theirs,),
-                    start_new_session=True,
+                    # A group that loses its parent in the session has its stopped processes continued and hung up by the kernel;
+                    # a session of its own would not, and what is stopped would outlive a benchmark that was killed.
+                    process_group=0,
                 )
         finally:
             os.close(theirs)
@@ -97,6 +100,17 @@ class Engine:
     def fileno(self) -> int:
         return self._answers
 
+    def pause(self) -> None:
+        """Stop its processes where they are, until it is asked something or ended."""
+        if self._process is not None:
+            self._paused = True  # before the signal: an interrupt between the two does no harm
+            self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if self._paused:
+            self._signal(signal.SIGCONT)
+            self._paused = False
+
     def request_stop(self) -> None:
         """Ask an idle engine to end in order."""
         if self.ready and self.alive():
@@ -107,6 +121,7 @@ class Engine:
         """End the process and everything that it started, orphans included."""
         if self._process is None:
             return
+        self.resume()
         family = self._family()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -147,17 +162,23 @@ class Engine:
         return "\n".join([line for line in lines if line.strip()][-count:])
 
     def _family(self) -> list[psutil.Process]:
-        """Every process of its session: its children may outlive it, orphaned."""
+        """Every process of its group: its children may outlive it, orphaned."""
         assert self._process is not None
         family = []
         for process in psutil.process_iter():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == self._process.pid:
+                if os.getpgid(process.pid) == self._process.pid:
                     family.append(process)
         return family
 
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def _send(self, values: Mapping[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
+        self.resume()
         try:
             self._process.stdin.write(json.dumps(values).encode() + b"\n")
             self._process.stdin.flush()
@@ -227,6 +248,15 @@ class Engines:
         except EngineFailed as error:
             self.errors[engine.name] = str(error)
             engine.kill()
+
+    @contextlib.contextmanager
+    def alone(self, engine: Engine) -> Iterator[None]:
+        """Like ``dropping``, with the other engines stopped, which stay so until they are asked something."""
+        for other in self.up:
+            if other is not engine:
+                other.pause()
+        with self.dropping(engine):
+            yield
 
     def __enter__(self) -> "Engines":
         return self

@@ -98,14 +98,14 @@ def run_round(engines: Engines, number: int, batches: Sequence[int], lengths: Le
     """Measure every case on every engine; an engine that fails is out of the run.
 
     The engines of a case get the same prompts, one right after the other; the order turns with each case and
-    round (A B C D, D C B A, …).
+    round (A B C D, D C B A, …). The others are stopped meanwhile.
     """
     found: dict[str, Any] = {"seconds": {}, "cached_tokens": 0}
     for index, case in enumerate(cases(batches)):
         prompts = make_prompts(vocabulary, 2 * case.batch, getattr(lengths, case.phase), (seed, number, index))
         seconds = found["seconds"][str(case)] = {}
         for engine in _turning(engines.up, number + index):
-            with engines.dropping(engine):
+            with engines.alone(engine):
                 measured = case.measure(engine, prompts[: case.batch], prompts[case.batch :], lengths)
                 seconds[engine.name] = measured["seconds"]
                 found["cached_tokens"] += measured["cached_tokens"]

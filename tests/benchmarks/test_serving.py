@@ -32,6 +32,9 @@ class Answering:
             raise EngineFailed(f"{self.name}: gone")
         return {"seconds": 1.0 + self._seconds * values["max_new_tokens"], "cached_tokens": 0}
 
+    def pause(self) -> None:
+        pass
+
     def kill(self) -> None:
         self.ready = False
 
