@@ -35,10 +35,12 @@ for line in sys.stdin:
 
 #: A benchmark with a stopped engine, whose processes it names.
 BENCHMARK = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from serving_lib import engine
 from serving_lib.variants import Variant
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 engine._WORKER = Path("worker.py").absolute()
 engines = engine.Engines([engine.Engine(Variant("a", {}), {}, Path("a"), os.environ)])
