@@ -5,8 +5,8 @@
 An engine for each variant is started, all of them stay up on the same device, and the measurements alternate
 between them; so a ratio is of neighbours in time. While one is measured, the processes of the others are stopped
 (SIGSTOP): idle engines poll, and would take cores from it. Of each variant: prefill and decode at some batch sizes,
-start-up and memory, and whether its greedy tokens and (with --profile) the kernels that it runs are the
-baseline's, which is the first variant.
+start-up and memory, and whether its greedy tokens and (with --profile) the kernels that it runs and the Python functions
+that its scheduler calls in a step are the baseline's, which is the first variant.
 
     python benchmarks/serving.py qwen3-0.6b                        # a built-in shape, random weights
     python benchmarks/serving.py qwen3-8b:12 --profile             # its first 12 layers
@@ -19,8 +19,9 @@ chunk_gated_delta_rule. Three of its engines fit in 80 GB.
 
 Variants: native (SGLang without plugins), off (sglang-fl with every operator left to SGLang), default (sglang-fl
 as it comes), flagos, vendor, reference (SGLANG_FL_PREFER), flagcx (collectives over the FlagCX of FLAGCX_PATH), and your
-own with --variant. NAME-no-custom-ar is a variant with --disable-custom-all-reduce. Runs are lines of JSON in
---out; the engines' logs lie beside it.
+own with --variant. NAME-no-custom-ar is a variant with --disable-custom-all-reduce; NAME-again is a variant a second time:
+native,native-again,off says how far apart two engines are that do not differ. Runs are lines of JSON in --out; the
+engines' logs lie beside it.
 
     python benchmarks/serving.py qwen3-8b --variants native,flagcx,native-no-custom-ar,flagcx-no-custom-ar --engine-arg tp_size=2
     python benchmarks/serving.py --show benchmarks/results/serving-nvidia-h200x2.jsonl --against native-no-custom-ar
@@ -36,13 +37,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import result_file
 import yaml
 from arguments import positive
 from rich.console import Console
-from serving_lib import kernels, machine, tokens
+from serving_lib import kernels, machine, python_calls, tokens
 from serving_lib.engine import CommandFailed, Engine, Engines
 from serving_lib.results import Results, read
 from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
@@ -60,10 +61,12 @@ _WARM_UP_ROUNDS, _LEAST_ROUNDS = 2, 6
 _PROMPT_FOR_TOKENS = 64
 _PROFILED_STEPS = 8
 _PROFILED_BATCH = 32
+_PROFILED_PREFILLS = 5
 _MEM_FRACTION_STATIC = 0.9
 #: Slots of states that SGLang keeps for a request of a hybrid model, whose snapshots for the prefix cache included.
 _STATES_PER_REQUEST = 5
 _GIB = 1 << 30
+Found = TypeVar("Found")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"begin no further round this long after the program's start, once there are {_LEAST_ROUNDS}; tokens and kernels come after",
     )
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="greedy tokens to compare; 0: none (default: 256)")
-    parser.add_argument("--profile", action="store_true", help="compare the kernels that run, by name and count")
+    parser.add_argument("--profile", action="store_true", help="compare the kernels and the Python calls of a step, by name and count")
     parser.add_argument("--start", choices=("together", "apart"), default="together", help="apart: one after the other, for start-up times")
     parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS", help="how long starting may take (default: 900)")
     parser.add_argument("--max-total-tokens", type=positive, metavar="N", help="KV cache of each engine (default: what the run needs)")
@@ -207,6 +210,7 @@ class Run:
             "tokens": {},
             "profile": {"stripped": kernels.STRIPPED, "windows": {}},
             "kernels": {},
+            "python": {},
             "dispatched": {},
             "errors": self.engines.errors,
             "interrupted": False,
@@ -229,6 +233,7 @@ class Run:
                 self._compare_tokens()
             if self.args.profile:
                 self._compare_kernels()
+                self._compare_python()
             for engine in self.engines.up:
                 self.data["memory"][engine.name]["host_gib_at_end"] = engine.host_memory() / _GIB
 
@@ -295,6 +300,12 @@ class Run:
 
         self._compare("kernels", self._profile, compare, self.data["profile"]["windows"])
 
+    def _compare_python(self) -> None:
+        def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+            return {window: python_calls.compare(ours[window], theirs[window]) for window in ours}
+
+        self._compare("python", self._profile_python, compare, {})
+
     def _compare(
         self,
         what: str,
@@ -325,18 +336,45 @@ class Run:
 
     def _profile(self, engine: Engine) -> dict[str, Any]:
         """What ran in the prefill of a prompt, and in decode steps alone and of a batch."""
-        found = {"prefill/1": self._window(engine, 1, self.lengths.prefill, 1).per_step(1)}
-        for batch in dict.fromkeys((1, min(_PROFILED_BATCH, max(self.args.batch)))):
-            short, long = (self._window(engine, batch, self.lengths.decode, FIRST_TOKENS + more) for more in (0, _PROFILED_STEPS))
+
+        def window(batch: int, length: int, max_new_tokens: int) -> kernels.Window:
+            return self._trace(engine, [self._prompts(batch, length)], max_new_tokens, kernels.read_window)
+
+        found = {"prefill/1": window(1, self.lengths.prefill, 1).per_step(1)}
+        for batch in self._profiled_batches:
+            short, long = (window(batch, self.lengths.decode, FIRST_TOKENS + more) for more in (0, _PROFILED_STEPS))
             found[f"decode/{batch}"] = (long - short).per_step(_PROFILED_STEPS)
         return found
 
-    def _window(self, engine: Engine, batch: int, length: int, max_new_tokens: int) -> kernels.Window:
-        prompts = make_prompts(self.shape.config["vocab_size"], batch, length, (self.args.seed, batch, length))
+    def _profile_python(self, engine: Engine) -> dict[str, Any]:
+        """What Python calls in the scheduler's process in the same steps."""
+        prefills = [[prompt] for prompt in self._prompts(_PROFILED_PREFILLS, self.lengths.prefill)]
+        found = {"prefill/1": self._trace(engine, prefills, 1, python_calls.prefill_step, python=True)}
+        for batch in self._profiled_batches:
+            prompts = self._prompts(batch, self.lengths.decode)
+            found[f"decode/{batch}"] = self._trace(engine, [prompts], FIRST_TOKENS + _PROFILED_STEPS, python_calls.decode_step, python=True)
+        return found
+
+    @property
+    def _profiled_batches(self) -> list[int]:
+        return list(dict.fromkeys((1, min(_PROFILED_BATCH, max(self.args.batch)))))
+
+    def _prompts(self, batch: int, length: int) -> list[list[int]]:
+        return make_prompts(self.shape.config["vocab_size"], batch, length, (self.args.seed, batch, length))
+
+    def _trace(
+        self,
+        engine: Engine,
+        batches: list[list[list[int]]],
+        max_new_tokens: int,
+        read: Callable[[Path], Found],
+        python: bool = False,
+    ) -> Found:
+        """What ``read`` finds in a trace of these batches."""
         engine.ask("flush")
         with tempfile.TemporaryDirectory(prefix="sglang-fl-traces-") as directory:
-            answer = engine.ask("profile", input_ids=prompts, max_new_tokens=max_new_tokens, directory=directory)
-            return kernels.read_window(Path(answer["trace"]))
+            answer = engine.ask("profile", batches=batches, max_new_tokens=max_new_tokens, directory=directory, python=python)
+            return read(Path(answer["trace"]))
 
     def _say(self, text: str) -> None:
         self.console.print(f"{time.perf_counter() - self.started:6.1f} s  {text}", markup=False, highlight=False)

@@ -79,10 +79,11 @@ def read_window(trace: Path) -> Window:
 
 def compare(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Whether two windows ran the same kernels equally often; else both counts of those that differ."""
-    differing = _differing(baseline["kernels"], other["kernels"])
-    return {"identical": not differing, "differing": differing, "differing_copies": _differing(baseline["copies"], other["copies"])}
+    found = differing(baseline["kernels"], other["kernels"])
+    return {"identical": not found, "differing": found, "differing_copies": differing(baseline["copies"], other["copies"])}
 
 
-def _differing(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, list[float]]:
-    pairs = {name: [ours.get(name, 0.0), theirs.get(name, 0.0)] for name in sorted({*ours, *theirs})}
+def differing(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, list[float]]:
+    """Both counts of each name whose counts are not the same."""
+    pairs = {name: [ours.get(name, 0), theirs.get(name, 0)] for name in sorted({*ours, *theirs})}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -36,17 +36,18 @@ def _speed(phase: str, row: dict[str, Any] | None) -> str:
 
 
 def other_table(run: dict[str, Any]) -> Table:
-    """A row for each variant: start-up, memory, tokens, kernels."""
+    """A row for each variant: start-up, memory, tokens, kernels, Python's calls."""
     table = Table(title=f"Against {run['baseline']}", title_justify="left")
-    for column in ("variant", "start-up", "device memory", "tokens", "kernels"):
+    for column in ("variant", "start-up", "device memory", "tokens", "kernels", "Python calls"):
         table.add_column(column)
     for name in run["variants"]:
         if name in run["startup"]:
             seconds = _against([run["startup"].get(n, {}).get("spawn_to_ready") for n in (run["baseline"], name)], ".1f", "s")
             memory = [run["memory"].get(n) for n in (run["baseline"], name)]
-            table.add_row(name, seconds, _memory(*memory), _tokens(run["tokens"].get(name)), _kernels(run["kernels"].get(name)))
+            windows = (_windows(run.get(what, {}).get(name)) for what in ("kernels", "python"))
+            table.add_row(name, seconds, _memory(*memory), _tokens(run["tokens"].get(name)), *windows)
         else:
-            table.add_row(name, "failed", "", "", "")
+            table.add_row(name, "failed", "", "", "", "")
     return table
 
 
@@ -76,7 +77,7 @@ def _tokens(found: dict[str, Any] | None) -> str:
     return found["verdict"] if found["identical"] else f"{found['verdict']} at {found['first_difference']}"
 
 
-def _kernels(found: dict[str, Any] | None) -> str:
+def _windows(found: dict[str, Any] | None) -> str:
     """Window by window; a window that differs with how many names do."""
     if not found:
         return "–"

@@ -23,8 +23,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
     # Where FlagCX is, the shell's FLAGCX_PATH says. Strict: a fallback would be measured as FlagCX.
     "flagcx": {"SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"},
 }
-#: A built-in variant with this after its name leaves out SGLang's own all-reduce for small messages.
+#: A variant with this after its name leaves out SGLang's own all-reduce for small messages.
 _NO_CUSTOM = "-no-custom-ar"
+#: A variant with this after its name is the same once more: how far apart two engines are that do not differ.
+_AGAIN = "-again"
 
 
 class BadVariant(ValueError):
@@ -78,10 +80,11 @@ def choose(names: Sequence[str], own: Sequence[str], plain_cpu: bool) -> list[Va
         added.append(name)
     variants = []
     for name in dict.fromkeys([*names, *added]):
-        kind = name.removesuffix(_NO_CUSTOM)
+        once = name.removesuffix(_AGAIN)
+        kind = once.removesuffix(_NO_CUSTOM)
         if kind not in known:
             raise BadVariant(f"no variant {name!r}{suggest(kind, tuple(known))}; there are {', '.join(known)}")
-        variant = Variant(name, known[kind], {"disable_custom_all_reduce": True} if kind != name else {})
+        variant = Variant(name, known[kind], {"disable_custom_all_reduce": True} if kind != once else {})
         if variant.native and plain_cpu:
             raise BadVariant(
                 "native SGLang cannot serve on a plain CPU: its CPU engine needs kernels of its own build. "

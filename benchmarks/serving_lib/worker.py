@@ -90,17 +90,24 @@ class Worker:
             "top": [[[token, logprob] for logprob, token, *_ in position] for position in meta["output_top_logprobs"]],
         }
 
-    def profile(self, input_ids: list[list[int]], max_new_tokens: int, directory: str) -> dict[str, Any]:
-        """A trace of what the device does for a batch, from before its prefill to after its last token.
+    def profile(self, batches: list[list[list[int]]], max_new_tokens: int, directory: str, python: bool = False) -> dict[str, Any]:
+        """A trace of what the device does for batches, one after another, from before a prefill to after a last token.
+
+        With ``python``, of the Python functions that the scheduler's process calls instead.
 
         The engine is idle at both ends, so whole steps are in it. (SGLang's profiler by stage stops and starts inside
         a step, which has a range open; with activity CPU, torch 2.14.1 then writes to what it has freed.)
         """
         self.engine.start_profile(
-            output_dir=directory, activities=[_profiler_activity()], with_stack=False, record_shapes=False, profile_id="window"
+            output_dir=directory,
+            activities=["CPU" if python else _profiler_activity()],
+            with_stack=python,
+            record_shapes=False,
+            profile_id="window",
         )
         try:
-            self.generate(input_ids, max_new_tokens)
+            for input_ids in batches:
+                self.generate(input_ids, max_new_tokens)
         finally:
             self.engine.stop_profile()
         (trace,) = Path(directory).glob("*.trace.json.gz")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import serving
 import shapes
-from serving_lib import kernels, results, rounds, summary, tokens, variants
+from serving_lib import kernels, python_calls, results, rounds, summary, tokens, variants
 from serving_lib.engine import EngineFailed, Engines
 
 from sglang_fl.dispatch.ops import OPERATORS
@@ -119,6 +119,14 @@ class TestVariants:
         with pytest.raises(variants.BadVariant, match="--variants off,default"):
             variants.choose(["native"], [], plain_cpu=True)
         assert "native" not in variants.default_names(plain_cpu=True)
+
+    def test_a_variant_can_be_taken_a_second_time(self) -> None:
+        names = ["native", "native-again", "native-no-custom-ar", "native-no-custom-ar-again", "mine-again"]
+        found = variants.choose(names, ["mine:A=b"], plain_cpu=False)
+        assert [variant.name for variant in found] == [*names, "mine"]
+        for once, again in ((0, 1), (2, 3), (5, 4)):
+            assert found[once].settings == found[again].settings and found[once].arguments == found[again].arguments
+        assert found[1].native and found[3].arguments == {"disable_custom_all_reduce": True} and found[4].settings == {"A": "b"}
 
     def test_an_unknown_variant_names_the_nearest(self) -> None:
         with pytest.raises(variants.BadVariant, match="did you mean 'flagos'"):
@@ -252,6 +260,49 @@ class TestKernels:
         assert kernels.compare(ours, ours) == {"identical": True, "differing": {}, "differing_copies": {}}
         found = kernels.compare(ours, theirs)
         assert found == {"identical": False, "differing": {"b": [2.0, 3.0], "c": [0.0, 1.0]}, "differing_copies": {"d": [0.0, 1.0]}}
+
+
+class TestPythonCalls:
+    """Traces of a scheduler that calls ``run_batch`` each 100 microseconds, for 60."""
+
+    STEP = "sglang/srt/managers/scheduler.py(4613): run_batch"
+
+    def trace(self, path: Path, steps: list[list[str]], between: str = "poll") -> Path:
+        listed = [{"ph": "X", "cat": "python_function", "name": between, "ts": 1.0, "dur": 1.0}]
+        for number, called in enumerate(steps):
+            begin = 100.0 * (number + 1)
+            calls = [(self.STEP, begin, 60.0), *((name, begin + 1 + i, 1.0) for i, name in enumerate(called)), (between, begin + 80, 1.0)]
+            listed += [{"ph": "X", "cat": "python_function", "name": name, "ts": ts, "dur": dur} for name, ts, dur in calls]
+            listed.append({"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": begin + 2, "dur": 1.0})
+        # Traces are not in order.
+        with gzip.open(path, "wt") as file:
+            json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *reversed(listed)]}, file)
+        return path
+
+    def test_a_decode_step_reaches_to_the_next_and_leaves_out_what_is_rare(self, tmp_path: Path) -> None:
+        first, usual, logging, last = ["prefill"] * 9, ["f", "g", "f"], ["f", "g", "f", "log"], ["f", "end"]
+        steps = [first, *[usual] * 5, logging, *[usual] * 4, last]
+        assert python_calls.decode_step(self.trace(tmp_path / "t.gz", steps)) == {self.STEP: 1, "f": 2, "g": 1, "poll": 1}
+
+    def test_a_prefill_ends_where_the_engine_may_be_idle(self, tmp_path: Path) -> None:
+        assert python_calls.prefill_step(self.trace(tmp_path / "t.gz", [["f"]] * 5)) == {self.STEP: 1, "f": 1}
+
+    def test_addresses_and_the_checkouts_place_are_stripped(self, tmp_path: Path) -> None:
+        called = ["<built-in method cat of type object at 0x7f24add53c60>", "/home/x/sglang_fl/bind.py(3): f", "sglang_fl/bind.py(3): f"]
+        found = python_calls.prefill_step(self.trace(tmp_path / "t.gz", [called] * 5))
+        assert found == {self.STEP: 1, "<built-in method cat of type object at >": 1, "sglang_fl/bind.py(3): f": 2}
+
+    def test_too_few_steps_are_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="4 whole steps of the scheduler, and 5"):
+            python_calls.prefill_step(self.trace(tmp_path / "t.gz", [["f"]] * 4))
+        with pytest.raises(ValueError, match="0 whole steps"):
+            python_calls.decode_step(self.trace(tmp_path / "t.gz", [["f"]] * 3))
+
+    def test_comparison(self) -> None:
+        ours, theirs = {"f": 2, "g": 1}, {"f": 3, "h": 1}
+        assert python_calls.compare(ours, ours) == {"identical": True, "calls_per_step": 3, "differing": {}}
+        found = python_calls.compare(ours, theirs)
+        assert found == {"identical": False, "calls_per_step": 4, "differing": {"f": [2, 3], "g": [1, 0], "h": [0, 1]}}
 
 
 class TestRounds:
