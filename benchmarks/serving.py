@@ -47,7 +47,7 @@ from serving_lib import kernels, machine, python_calls, tokens
 from serving_lib.engine import CommandFailed, Engine, Engines
 from serving_lib.results import Results, read
 from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
-from serving_lib.summary import against, summarize
+from serving_lib.summary import against, summarize, tally
 from serving_lib.table import other_table, speed_table
 from serving_lib.variants import BadVariant, Variant, choose, default_names
 from shapes import SHAPES, Shape, UnknownShape, load_shape
@@ -97,7 +97,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of sglang.Engine; repeatable")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("serving.jsonl"), metavar="FILE", help="results (default: serving.jsonl)")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the speeds in such a file")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="measure nothing; print the speeds in such a file, and how many are the baseline's"
+    )
     parser.add_argument("--against", metavar="NAME", help="with --show: the variant that speeds are multiples of")
     return parser
 
@@ -407,9 +409,13 @@ def show(file: Path, baseline: str | None, console: Console) -> None:
     names = list(dict.fromkeys(name for run in runs for name in run["variants"]))
     if baseline is not None and baseline not in names:
         raise ValueError(f"there is no variant {baseline!r}{suggest(baseline, tuple(names))}; there are {', '.join(names)}")
-    for run in runs:
-        if run["summary"] and (baseline is None or baseline in run["variants"]):
-            console.print(speed_table(run if baseline is None else against(run, baseline)))
+    shown = [run for run in runs if run["summary"] and (baseline is None or baseline in run["variants"])]
+    if baseline is not None:
+        shown = [against(run, baseline) for run in shown]
+    for run in shown:
+        console.print(speed_table(run))
+    for variant, count in tally(shown).items():
+        console.print(f"{variant}: {count}", markup=False, highlight=False)
 
 
 def main() -> int:

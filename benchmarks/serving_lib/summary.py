@@ -3,6 +3,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,35 @@ def against(run: Mapping[str, Any], baseline: str) -> dict[str, Any]:
     """A run's data with another of its variants as the baseline of the speeds."""
     tokens = {row["case"]: round(row["tokens_per_second"] * row["seconds"]) for row in run["summary"] if row["tokens_per_second"]}
     return {**run, "baseline": baseline, "summary": summarize(run["rounds"], list(run["variants"]), baseline, tokens)}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many intervals of ratios there are, and how many of them lie wholly above 1 (faster) or below."""
+
+    intervals: int
+    faster: int
+    slower: int
+
+    def __str__(self) -> str:
+        held = self.intervals - self.faster - self.slower
+        return (
+            f"{held} of {self.intervals} intervals hold 1, {self.faster} lie above it, {self.slower} below "
+            f"(were the speeds equal, {0.05 * self.intervals:.1f} would miss it by chance)"
+        )
+
+
+def tally(runs: Sequence[Mapping[str, Any]]) -> dict[str, Tally]:
+    """Over several runs, for each variant."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for row in run["summary"]:
+            if "ratio" in row:
+                rows.setdefault(row["variant"], []).append(row)
+    return {
+        variant: Tally(len(found), sum(row["low"] > 1 for row in found), sum(row["high"] < 1 for row in found))
+        for variant, found in rows.items()
+    }
 
 
 def summarize(

@@ -155,6 +155,14 @@ class TestSummary:
             widths.append(high - low)
         assert widths[1] < widths[0] / 2
 
+    def test_intervals_are_counted_over_runs(self) -> None:
+        rows = [("off", 0.9, 1.1), ("off", 1.0, 1.2), ("off", 1.01, 1.2), ("default", 0.8, 0.99)]
+        run = {"summary": [{"variant": name, "ratio": 1.0, "low": low, "high": high} for name, low, high in rows]}
+        run["summary"].append({"variant": "native"})
+        found = summary.tally([run, run])
+        assert found == {"off": summary.Tally(6, 2, 0), "default": summary.Tally(2, 0, 2)}
+        assert str(found["off"]) == "4 of 6 intervals hold 1, 2 lie above it, 0 below (were the speeds equal, 0.3 would miss it by chance)"
+
     def test_rows(self) -> None:
         seconds = [{"prefill/2": {"a": 2.0, "b": 1.0}}, {"prefill/2": {"a": 4.0, "b": 2.0}}, {"prefill/2": {"a": 3.0}}]
         rows = summary.summarize([{"seconds": s} for s in seconds], ["a", "b", "gone"], "a", {"prefill/2": 60})
@@ -380,7 +388,9 @@ class TestCommand:
         file = Path(serving.__file__).parent / "results" / "serving-nvidia-h200x2.jsonl"
         monkeypatch.setattr(sys, "argv", ["serving.py", "--show", str(file), "--against", "native-no-custom-ar"])
         assert serving.main() == 0
-        assert "14 rounds; speed as a multiple of native-no-custom-ar's" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "14 rounds; speed as a multiple of native-no-custom-ar's" in printed
+        assert "flagcx-no-custom-ar: 9 of 10 intervals hold 1, 1 lie above it, 0 below" in printed
         (tmp_path / "other").write_text("{}")
         for words, told in (
             (["--show", str(file), "--against", "flagc"], "did you mean 'flagcx'"),
