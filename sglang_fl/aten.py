@@ -239,6 +239,7 @@ def replace_operators(settings: Settings, device: Device, *, deterministic: bool
         logger.warning("SGLANG_FLAGGEMS_LOG_PATH is set, and SGLANG_FLAGGEMS_RECORD is not: nothing will be recorded")
     off = why_off(settings, device, deterministic=deterministic)
     if off is not None:
+        restore_operators()
         asked = settings.source("flagos_whitelist").place > PROFILE or settings.source("use_flaggems").place > PROFILE
         if settings.strict and off == NOT_INSTALLED and asked:
             raise RuntimeError(f"sglang-fl: no ATen operator is replaced: {off} (strict is set)")

@@ -229,6 +229,16 @@ def test_nothing_stays_replaced_where_the_report_fails(gems: ModuleType, monkeyp
     assert not is_ours("add.Tensor")
 
 
+@pytest.mark.parametrize(
+    ("off", "deterministic"), [({"use_flaggems": False}, False), ({"flagos_whitelist": ()}, False), ({"flagos_whitelist": ("mul",)}, True)]
+)
+def test_what_was_on_is_off_where_the_settings_ask_for_nothing(gems: ModuleType, off: dict[str, Any], deterministic: bool) -> None:
+    replace_operators(settings(flagos_whitelist=("mul",)), NVIDIA)
+    assert is_ours("mul.Tensor")
+    assert "no ATen operator is replaced" in replace_operators(settings(**off), NVIDIA, deterministic=deterministic).summary()
+    assert not is_ours("mul.Tensor")
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_operator_of_the_whitelist_that_flaggems_leaves_out(
     gems: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: bool

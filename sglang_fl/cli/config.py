@@ -12,6 +12,9 @@ from ..device import probe
 from ..dispatch.manager import get_default_manager
 from ..runtime import check_names
 
+#: blacklist -> the whitelist that goes before it.
+_WHITELISTS = {"oot_blacklist": "oot_whitelist", "flagos_blacklist": "flagos_whitelist"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
@@ -24,7 +27,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"# sglang-fl settings; platform {settings.platform}, profile {settings.profile_file or 'none'}")
     for name, value, source in settings.items():
         option = OPTIONS[name]
-        if option.yaml:
+        if option.yaml and getattr(settings, _WHITELISTS.get(name, ""), None) is not None:
+            # A file may have one of the two. Left out, a profile's is in force again once the whitelist is taken away.
+            print(f"# {_yaml(option.yaml, value)}  # {source}")
+        elif option.yaml:
             print(f"{_yaml(option.yaml, value)}  # {source}")
         else:
             print(f"# {option.env}={_variable(value)}  # {source}")

@@ -5,7 +5,7 @@ import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
@@ -19,6 +19,7 @@ from .. import __version__
 from ..config import Settings, SettingsError
 from ..device import Device, detect, probe
 from ..dispatch.backends.flaggems.library import TESTED, changed_signatures, why_not_here
+from ..dispatch.bridge.catalog import classes_of
 from ..dispatch.manager import OpManager
 from ..dispatch.ops import OPERATORS
 from ..dispatch.policy import SelectionPolicy
@@ -26,7 +27,7 @@ from ..distributed.device_communicators.flagcx_files import FlagCXError, find_li
 from ..runtime import check_settings
 from ..vendor_platform import known_vendors, platforms_told
 from ..vocabulary import flaggems_functions
-from .ops import operator_rows
+from .ops import OpRow, operator_rows
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
 _PLATFORM_GROUP = "sglang.srt.platforms"
@@ -96,7 +97,9 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     except SettingsError as error:
         found.problems += [Problem(told, "correct it; a server does not start with it", fatal=True) for told in error.problems]
     else:
-        found.layers = [*_layers(settings, device, manager), _collectives(settings, device, environ)]
+        operators = operator_rows(manager, settings)
+        found.layers = [_first_layer(settings, device), *map(_second_layer, operators), _collectives(settings, device, environ)]
+        found.problems += _order_problems(operators, settings)
         found.problems += _flaggems_problems(device, settings)
         found.problems += _flagcx_problems(settings, environ, deep=deep)
         if deep:
@@ -214,12 +217,23 @@ def _declaration_problems(device: Device) -> list[Problem]:
     return [Problem(problem, "mend that package, or uninstall it", fatal=True) for problem in told]
 
 
-def _layers(settings: Settings, device: Device, manager: OpManager) -> list[dict[str, str]]:
-    """One entry a layer of the plugin, Layer 2 with one an operator."""
-    rows = [_first_layer(settings, device)]
-    for row in operator_rows(manager, settings):
-        rows.append({"layer": f"2 {row.op}", "state": row.picked, "why": f"{row.order} ({row.order_from})"})
-    return rows
+def _second_layer(row: OpRow) -> dict[str, str]:
+    return {"layer": f"2 {row.op}", "state": row.told(), "why": f"{row.order} ({row.order_from})"}
+
+
+def _order_problems(rows: Sequence[OpRow], settings: Settings) -> list[Problem]:
+    """Orders that name nothing which can run here."""
+    then = "a server stops whose model has one, as strict is set" if settings.strict else "those stay with SGLang"
+    return [
+        Problem(
+            f"{row.op}: nothing in its order, {row.order} ({row.order_from}), can run here for "
+            f"{', '.join(name for name in classes_of(row.op) if name not in row.left)}; {then}",
+            f"see 'sglang-fl ops' for what can; end the order with reference, or with sglang to leave {row.op} there",
+            fatal=settings.strict,
+        )
+        for row in rows
+        if row.cannot_run
+    ]
 
 
 def _collectives(settings: Settings, device: Device, environ: Mapping[str, str]) -> dict[str, str]:

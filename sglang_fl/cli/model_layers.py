@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import BESIDE, DERIVED, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, OVERRIDING
+from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, OVERRIDING, names_in_lists
 
 #: How ``get_rope`` names the class it makes, by the config's rope type.
 _ROPE_CLASSES = {
@@ -81,7 +81,7 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
         if class_name is None:
             continue
         op = _KNOWN.get(class_name)
-        why = settings.why_left(_names(class_name, op)) if op else None
+        why = settings.why_left(names_in_lists(class_name, op)) if op else None
         if class_name == _MAKE_EXPERTS[0]:
             destination = "sglang (its experts are quantised)"
         elif op is None:
@@ -92,13 +92,6 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
             destination = f"sglang ({why})" if why else picked[op]
         rows.append(LayerRow(class_name, op, _size(op, text), destination))
     return rows
-
-
-def _names(class_name: str, op: str) -> set[str]:
-    """The class, and those of the catalog that it derives from."""
-    if class_name in BESIDE or op in FUNCTIONS:
-        return {class_name}
-    return {class_name, *(LAYERS[base][0][1] for base in (op, DERIVED.get(op)) if base)}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

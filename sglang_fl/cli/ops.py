@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..config import Settings
 from ..device import probe
-from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS
+from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
 from ..runtime import check_settings
@@ -31,13 +31,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class OpRow:
-    """An operator: what there is, in which order, and what comes of it."""
+    """An operator: what there is, in which order, and what comes of it.
+
+    Attributes:
+        picked: what its layers run on, before their trial.
+        left: layer class -> why it stays with SGLang all the same.
+        cannot_run: the order in force names nothing that can run here, ``sglang`` neither.
+    """
 
     op: str
     order: str
     order_from: str
     picked: str
+    left: dict[str, str]
     implementations: list[dict[str, Any]]
+    cannot_run: bool
+
+    def told(self) -> str:
+        """``picked``, and the classes that are left where others are not."""
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            by_reason.setdefault(why, []).append(name)
+        if len(self.left) == len(classes_of(self.op)):
+            return self.picked
+        return "; ".join([self.picked, *(f"{', '.join(names)}: sglang ({why})" for why, names in by_reason.items())])
 
 
 def operator_rows(manager: OpManager, settings: Settings) -> list[OpRow]:
@@ -57,15 +74,17 @@ def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: st
         why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
         row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
         implementations.append(row)
-    return OpRow(op, " | ".join(plan.order), str(settings.source_of_order(op)), picked(plan, settings), implementations)
+    stays = {name: settings.why_left(names_in_lists(name, op)) for name in classes_of(op)}
+    left = {name: reason for name, reason in stays.items() if reason is not None}
+    cannot_run = not plan.candidates and not plan.to_sglang and len(left) < len(classes_of(op))
+    return OpRow(op, " | ".join(plan.order), str(settings.source_of_order(op)), _picked(plan, left), left, implementations, cannot_run)
 
 
-def picked(plan: Plan, settings: Settings) -> str:
-    """What a layer of this operator would run on, before its trial."""
-    if plan.op not in LAYERS and plan.op not in FUNCTIONS:
+def _picked(plan: Plan, left: dict[str, str]) -> str:
+    if not classes_of(plan.op):
         return "nothing: this version binds no layer of SGLang to it"
-    if not settings.oot_enabled:
-        return "sglang (Layer 2 is off)"
+    if len(left) == len(classes_of(plan.op)):
+        return f"sglang ({', '.join(dict.fromkeys(left.values()))})"
     if plan.candidates:
         return str(plan.candidates[0])
     return "sglang" if plan.to_sglang else f"sglang (no implementation can run: {plan.describe()})"
@@ -100,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     table.add_column("order in force, and from where", overflow="fold")
     table.add_column("picked", overflow="fold")
     for row in rows:
-        table.add_row(row.op, "\n".join(map(_told, row.implementations)), f"{row.order}\n({row.order_from})", row.picked)
+        table.add_row(row.op, "\n".join(map(_told, row.implementations)), f"{row.order}\n({row.order_from})", row.told())
         table.add_section()
     console.print(table)
     if layers is not None:

@@ -105,7 +105,12 @@ def load_settings(
     in_profile = dict(chosen)
     user_file = environ.get(CONFIG_FILE, "").strip()
     if user_file:
-        _read_file(Path(user_file).expanduser(), FILE, user_file, chosen, problems, vocabulary)
+        try:
+            path = Path(user_file).expanduser()
+        except RuntimeError as error:  # ~name of nobody
+            problems.append(f"{CONFIG_FILE}: {user_file!r}: {error}")
+        else:
+            _read_file(path, FILE, user_file, chosen, problems, vocabulary)
     in_profile = {name: value for name, value in in_profile.items() if not chosen[name].is_reset}
     _read_environment(environ, chosen, problems, vocabulary)
 
@@ -192,6 +197,13 @@ def _read_environment(environ: Mapping[str, str], chosen: dict[str, _Value], pro
         problems += _unknown_names(option, chosen[option.name], vocabulary)
 
 
+def _set_aside(chosen: dict[str, _Value], black: str, white: str) -> None:
+    """A whitelist is in force; what the blacklist was is kept for who asks where its value came from."""
+    value = chosen[black]
+    note = f"[{', '.join(value.value)}] of {value.source.where}, set aside by {white}"
+    chosen[black] = _Value(None, Source(DEFAULT, note), value.label)
+
+
 def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
     """A whitelist beats a blacklist of a weaker place; otherwise the two together are a contradiction.
 
@@ -203,7 +215,7 @@ def _clashing_lists(chosen: dict[str, _Value]) -> Iterator[str]:
         if first is None or second is None or first.value is None or second.value is None:
             continue
         if first.source.place > second.source.place:
-            del chosen[black]
+            _set_aside(chosen, black, white)
             continue
         if first.source.place == PROFILE_PLACE:
             continue
@@ -253,7 +265,7 @@ def _settle_lists(chosen: dict[str, _Value], in_profile: Mapping[str, _Value]) -
             if left != first.value:
                 source = Source(first.source.place, f"{first.source.where} without {black} from {second.source.where}")
                 chosen[white] = _Value(left, source, first.label)
-            del chosen[black]
+            _set_aside(chosen, black, white)
 
 
 def _join_orders(chosen: dict[str, _Value]) -> dict[str, Source]:
@@ -272,8 +284,8 @@ def _join_orders(chosen: dict[str, _Value]) -> dict[str, Source]:
         return {}
     if not in_force:
         assert prefer is not None
-        places = " and ".join(table.source.where for table in tables)
-        note = f"default; the orders of {places} give way to prefer from {prefer.source.where}"
+        giving_way = " and ".join(table.source.where for table in tables if table.value)
+        note = f"default; the orders of {giving_way} give way to prefer from {prefer.source.where}" if giving_way else "default"
         chosen["op_backends"] = _Value((), Source(DEFAULT, note), prefer.label)
         return {}
     orders: dict[str, tuple[str, ...]] = {}

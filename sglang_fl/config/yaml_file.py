@@ -64,6 +64,8 @@ def read_mapping(path: Path, *, what: str, problems: list[str]) -> dict[Any, Ent
     except yaml.MarkedYAMLError as error:
         where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
         raise SettingsError(f"{where}: not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: it is nested more deeply than any setting is") from None
 
 
 def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode, path: Path, problems: list[str]) -> dict[Any, Entry]:

@@ -85,6 +85,21 @@ def test_saved_output_gives_the_same_settings(
     assert yaml.safe_load(config(**alone)) == yaml.safe_load(saved.read_text())
 
 
+def test_a_blacklist_that_a_whitelist_sets_aside_is_told_and_comes_back(
+    config: Run, machine: Callable[[str], None], tmp_path: Path
+) -> None:
+    """A saved file whose whitelist is taken away must not give FlagGems what the profile says is broken."""
+    machine("nvidia")
+    broken = settings_on("nvidia", {"SGLANG_FL_PREFER": "flagos"}).flagos_blacklist
+    assert broken, "the profile knows of something broken"
+    printed = config(SGLANG_FL_FLAGOS_BLACKLIST="mm")
+    assert "flagos_whitelist: []" in printed
+    assert re.search(rf"^# flagos_blacklist: null  # \[mm, {broken[0]}\] of .* set aside by flagos_whitelist$", printed, re.MULTILINE)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(config().replace("flagos_whitelist: []", "flagos_whitelist: null"))
+    assert settings_on("nvidia", {"SGLANG_FL_CONFIG": str(saved)}).flagos_blacklist == broken
+
+
 def test_settings_that_only_variables_have_are_given_as_comments(config: Run, backend: Callable[..., str], tmp_path: Path) -> None:
     environ = {
         "SGLANG_FL_OOT_ENABLED": "off",

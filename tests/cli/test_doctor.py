@@ -15,6 +15,7 @@ from sglang_fl import __version__
 from sglang_fl.cli import main
 from sglang_fl.cli.doctor import Diagnosis, Problem, diagnose
 from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.vendors import VENDORS
 from sglang_fl.vocabulary import flaggems_functions
 
 PLATFORMS = "sglang.srt.platforms"
@@ -112,6 +113,34 @@ def test_a_flaggems_that_changed(machine: Callable[[str], None], monkeypatch: py
     assert problem.what == "flag_gems/modules/activation.py: there is no gems_silu_and_mul"
     assert problem.remedy.startswith("pip install flag_gems==") and not problem.fatal
     assert diagnose({"USE_FLAGGEMS": "0"}).problems == [], "nothing would use it"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_order_that_cannot_run(strict: bool) -> None:
+    """A server stops at such a layer under strict, and the doctor says so before."""
+    environ = {"SGLANG_FL_PER_OP": "rms_norm=flagos", "SGLANG_FL_OOT_BLACKLIST": "Gemma4RMSNorm"}
+    problem = only_problem(diagnose({**environ, "SGLANG_FL_STRICT": str(int(strict))}))
+    assert problem.fatal == strict and problem.what.startswith("rms_norm: nothing in its order, flagos (SGLANG_FL_PER_OP), can run here")
+    assert "RMSNorm, RMSNormWithoutScale; " in problem.what and ("a server stops" in problem.what) == strict
+    assert diagnose({**environ, "SGLANG_FL_OOT_WHITELIST": "TopK", "SGLANG_FL_OOT_BLACKLIST": ""}).problems == [], (
+        "no such layer is asked for"
+    )
+    assert diagnose({"SGLANG_FL_PER_OP": "rms_norm=flagos|sglang"}).problems == []
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_every_platform_runs_something_by_default(machine: Callable[[str], None], vendor: str) -> None:
+    machine(vendor)
+    assert [problem.what for problem in diagnose({}).problems if "can run here" in problem.what] == []
+
+
+def test_the_lists_of_classes_are_in_the_state() -> None:
+    states = {row["layer"]: row["state"] for row in diagnose({"SGLANG_FL_OOT_BLACKLIST": "SiluAndMul,RMSNorm,TopK"}).layers}
+    assert states["2 silu_and_mul"] == states["2 topk"] == "sglang (oot_blacklist)"
+    assert states["2 rms_norm"] == "reference(reference.torch); RMSNorm: sglang (oot_blacklist)"
+    states = {row["layer"]: row["state"] for row in diagnose({"SGLANG_FL_OOT_WHITELIST": "Gemma3RMSNorm"}).layers}
+    assert states["2 gemma_rms_norm"] == "reference(reference.torch); GemmaRMSNorm: sglang (not in oot_whitelist)"
+    assert states["2 rms_norm"] == "sglang (not in oot_whitelist)"
 
 
 def test_layer_2_off() -> None:

@@ -91,7 +91,7 @@ def test_profile_is_valid(name: str, full_vocabulary: Vocabulary) -> None:
     environ = {} if name == "in_tree" else {"SGLANG_FL_PLATFORM": name}
     settings = load_settings(environ, device=device, vocabulary=full_vocabulary)
     assert settings.profile_file == str(DIRECTORY / f"{name}.yaml")
-    assert {str(source).split(":")[0] for source in settings.sources.values()} == {f"profile {name}"}
+    assert {str(source).split(":")[0].rpartition("] of ")[2] for source in settings.sources.values()} == {f"profile {name}"}
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -284,6 +284,11 @@ def test_prefer_sets_aside_the_orders_of_a_real_profile(on_nvidia: Loader) -> No
     assert on_nvidia(SGLANG_FL_PREFER="flagos").op_backends == ()
 
 
+def test_no_orders_give_way_where_there_are_none(on_nvidia: Loader) -> None:
+    assert str(on_nvidia("op_backends: null\n", SGLANG_FL_PREFER="vendor").source("op_backends")) == "default"
+    assert "profile nvidia" in str(on_nvidia(SGLANG_FL_PREFER="vendor").source("op_backends"))
+
+
 def test_prefer_null_is_no_preference(on_nvidia: Loader) -> None:
     """It takes a preference back; the profile's orders have nothing to give way to."""
     assert on_nvidia("prefer: null\n").op_backends == on_nvidia().op_backends != ()

@@ -193,6 +193,16 @@ def test_directory_instead_of_file(load: Loader, tmp_path: Path) -> None:
     assert repr(str(tmp_path)) in problem and "directory" in problem
 
 
+def test_home_directory_of_nobody(load: Loader) -> None:
+    (problem,) = load.problems(SGLANG_FL_CONFIG="~nobody-of-this-name/x.yaml")
+    assert place_of(problem) == "SGLANG_FL_CONFIG" and "home directory" in problem
+
+
+def test_file_that_is_nested_too_deeply(load: Loader) -> None:
+    (problem,) = load.problems("op_backends: " + "[" * 5000)
+    assert problem.endswith("nested more deeply than any setting is")
+
+
 def test_file_that_is_no_text(load: Loader) -> None:
     (problem,) = load.problems(b"prefer: \xff\xfe\n")
     assert place_of(problem) == "SGLANG_FL_CONFIG"

@@ -95,3 +95,17 @@ OVERRIDING = frozenset(
         "Llama4VisionRotaryEmbedding",
     }
 )
+
+
+def names_in_lists(class_name: str, op: str) -> set[str]:
+    """The names under which the lists of classes may mean one: its own, and those of the catalog that it derives from."""
+    if class_name in BESIDE or op in FUNCTIONS:
+        return {class_name}
+    return {class_name, *(LAYERS[base][0][1] for base in (op, DERIVED.get(op)) if base)}
+
+
+def classes_of(op: str) -> list[str]:
+    """The classes, or the function, that a bridge may give to an operator; none if there is no bridge for it."""
+    if op in FUNCTIONS:
+        return [FUNCTIONS[op][1]]
+    return [name for _, name in LAYERS.get(op, ()) if name not in OVERRIDING]
