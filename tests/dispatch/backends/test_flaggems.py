@@ -45,6 +45,15 @@ def source(tmp_path: Path) -> Path:
     [
         ("modules/normalization.py", "weight: torch.Tensor, eps: float", "w: torch.Tensor, eps: float", "takes (x, residual, w, eps), not"),
         ("fused/gelu_and_mul.py", "def gelu_and_mul(x, y,", "def gelu_and_mul(gate, up,", "takes (gate, up, approximate), not"),
+        (
+            "modules/normalization.py",
+            "weight: torch.Tensor, eps: float",
+            "weight: torch.Tensor, eps: float, mode: int",
+            "takes (x, residual, weight, eps, mode), not (x, residual, weight, eps)",
+        ),
+        ("ops/gelu.py", 'approximate="none"', 'approx="none"', "takes (self, *, approx), not (self, *, approximate)"),
+        ("ops/gelu.py", 'def gelu(self, *, approximate="none")', "def gelu(self)", "takes (self), not (self, *, approximate)"),
+        ("ops/gelu.py", 'approximate="none")', 'approximate="none", out)', "takes (self, *, approximate, out), not"),
         ("modules/activation.py", "def gems_silu_and_mul", "def gems_swiglu", "there is no gems_silu_and_mul"),
         (
             "runtime/register.py",
@@ -57,6 +66,8 @@ def source(tmp_path: Path) -> Path:
         ("__init__.py", "def enable(", "def enable((", "cannot be read"),
         ("runtime/register.py", "cpp_patched_ops", "patched", "there is no cpp_patched_ops"),
         ("utils/libentry.py", "minor_version", "minor", "there is no minor_version"),
+        ("utils/libentry.py", "def run(", "def launch(", "there is no LibEntry.run"),
+        ("utils/libentry.py", "3 <= minor_version <= 6", "minor_version in (3, 4, 5, 6)", "which Tritons it knows"),
         ("runtime/backend/device.py", "class DeviceDetector", "class Detector", "there is no DeviceDetector"),
     ],
 )
@@ -145,11 +156,14 @@ def test_a_kernels_second_launch_hands_over_what_the_first_did(gems: ModuleType,
         ("another way", 8, 8),
     ],
 )
-def test_the_triton_that_flaggems_takes_it_for(monkeypatch: pytest.MonkeyPatch, source: str, minor: int, expected: int) -> None:
+def test_the_triton_that_flaggems_takes_it_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, source: str, minor: int, expected: int
+) -> None:
     libentry = SimpleNamespace(LibEntry=SimpleNamespace(run=print), major_version=3, minor_version=minor)
     monkeypatch.setattr(library.inspect, "getsource", lambda _: source)
     library._launch_with_all_arguments(libentry)
     assert libentry.minor_version == expected
+    assert ("in a way that sglang-fl does not know" in caplog.text) == (source == "another way")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ logger = logging.getLogger("sglang_fl.flaggems")
 #: Where FlagGems keeps the class that knows its device, newer releases first.
 _DETECTORS = ("flag_gems.runtime.backend.device_finder", "flag_gems.runtime.backend.device")
 
-#: What we call of FlagGems, by file: function or class.method -> the parameters it must begin with.
+#: What we call of FlagGems, by file: function or class.method -> the parameters it must begin with, and behind "*" those that we
+#: hand over by name. Others must have defaults.
 _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
     "__init__.py": {
         "enable": ("lib", "unused", "registrar"),
@@ -38,7 +39,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "Register.get_unused_ops": ("self",),
     },
     "fused/gelu_and_mul.py": {"gelu_and_mul": ("x", "y", "approximate")},
-    "ops/gelu.py": {"gelu": ("self",)},
+    "ops/gelu.py": {"gelu": ("self", "*", "approximate")},
     "fused/FLA/chunk_delta_h.py": {
         "chunk_gated_delta_rule_fwd_h": (
             "k",
@@ -90,6 +91,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
     "fused/FLA/wy_fast.py": {"recompute_w_u_fwd": ("k", "v", "beta", "g_cumsum", "A", "cu_seqlens")},
     "modules/activation.py": {"gems_silu_and_mul": ("x", "y")},
     "modules/normalization.py": {"gems_rms_forward": ("x", "residual", "weight", "eps")},
+    "utils/libentry.py": {"LibEntry.run": ("self",)},
     "fused/topk_softmax.py": {"topk_softmax": ("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "renormalize")},
     "fused/grouped_topk.py": {
         "grouped_topk": ("scores", "n_group", "topk_group", "topk", "renormalize", "routed_scaling_factor", "bias", "scoring_func"),
@@ -115,6 +117,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "utils/codegen_config_utils.py": ("CODEGEN_COFIGS",),
     "utils/libentry.py": ("LibEntry", "major_version", "minor_version"),
 }
+#: How FlagGems tells the Tritons that it knows from others, in LibEntry.run; see _launch_with_all_arguments.
+_KNOWN_TRITONS = re.compile(r"3 <= minor_version <= (\d+)")
 _OF_DETECTOR = ("DeviceDetector", "vendor", "vendor_name")
 #: The release that all of this was tried with.
 TESTED = "5.0.2"
@@ -186,7 +190,8 @@ def _changes(root: Path) -> Iterator[str]:
     for file in sorted(_SIGNATURES.keys() | names.keys()):
         where = f"flag_gems/{file}"
         try:
-            body = ast.parse((root / file).read_text(encoding="utf-8")).body
+            text = (root / file).read_text(encoding="utf-8")
+            body = ast.parse(text).body
         except (OSError, SyntaxError) as error:
             yield f"{where} cannot be read: {error}"
             continue
@@ -195,19 +200,42 @@ def _changes(root: Path) -> Iterator[str]:
             found = functions.get(name)
             if found is None:
                 yield f"{where}: there is no {name}"
-            elif found[: len(expected)] != expected:
-                yield f"{where}: {name} takes ({', '.join(found)}), not ({', '.join(expected)})"
+            elif not _takes(found, expected):
+                yield f"{where}: {name} takes ({', '.join(_parameters(found))}), not ({', '.join(expected)})"
         there = set(_defined(body))
         yield from (f"{where}: there is no {name}" for name in names.get(file, ()) if name not in there)
+        if file == "utils/libentry.py" and "LibEntry.run" in functions and "minor_version" in there and not _KNOWN_TRITONS.search(text):
+            yield f"{where}: LibEntry.run does not say with {_KNOWN_TRITONS.pattern!r} which Tritons it knows"
 
 
-def _functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+def _takes(function: ast.arguments, expected: tuple[str, ...]) -> bool:
+    """Whether a function can be called as we do."""
+    front, _, by_name = " ".join(expected).partition("*")
+    begin, named = front.split(), by_name.split()
+    positional = [*function.posonlyargs, *function.args]
+    optional = {argument.arg for argument in positional[len(positional) - len(function.defaults) :]}
+    optional |= {argument.arg for argument, default in zip(function.kwonlyargs, function.kw_defaults, strict=True) if default is not None}
+    may_be_named = {argument.arg for argument in (*function.args, *function.kwonlyargs)}
+    return (
+        [argument.arg for argument in positional[: len(begin)]] == begin
+        and may_be_named.issuperset(named)
+        and may_be_named.union(argument.arg for argument in positional) <= optional.union(begin, named)
+    )
+
+
+def _parameters(function: ast.arguments) -> Iterator[str]:
+    yield from (argument.arg for argument in (*function.posonlyargs, *function.args))
+    if function.kwonlyargs:
+        yield from ("*", *(argument.arg for argument in function.kwonlyargs))
+
+
+def _functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.arguments]]:
     """(name, parameters) of a module's functions and of its classes' methods."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield from _functions(node.body, f"{node.name}.")
         elif isinstance(node, ast.FunctionDef):
-            yield prefix + node.name, tuple(argument.arg for argument in (*node.args.posonlyargs, *node.args.args))
+            yield prefix + node.name, node.args
 
 
 def _defined(body: list[ast.stmt]) -> Iterator[str]:
@@ -253,7 +281,9 @@ def _launch_with_all_arguments(libentry: Any) -> None:
     behind a constant is then taken for another, or read from beyond the last.
     """
     launch = getattr(getattr(libentry, "LibEntry", None), "run", None)
-    known = re.search(r"3 <= minor_version <= (\d+)", inspect.getsource(launch)) if launch else None
-    if known and libentry.major_version == 3 and libentry.minor_version > int(known[1]):
+    known = _KNOWN_TRITONS.search(inspect.getsource(launch)) if launch else None
+    if known is None:
+        logger.warning("this FlagGems launches kernels in a way that sglang-fl does not know: see 'sglang-fl doctor'")
+    elif libentry.major_version == 3 and libentry.minor_version > int(known[1]):
         libentry.minor_version = int(known[1])
         logger.debug("FlagGems launches kernels as for Triton 3.%s, the last that it knew", known[1])
