@@ -13,18 +13,19 @@ The rule. Something of FlagOS's goes into the profile if, against what SGLang or
   1. it is right, and nothing failed at any shape;
   2. it is nowhere slower: its time ratio is at most 1.02 at every shape, and known to within 0.1 (the width of its
      95 % interval);
-  3. it gains at least 2 % in the median over the shapes.
+  3. it gains at least 2 % in the median over the shapes, of which there are six or more.
 For an operator (Layer 2) the implementation with the least median ratio goes first, then SGLang's own, if
   4. a model was served with it, and with nothing else of FlagOS's, and no phase at any batch size is slower than 0.98 of
      native's speed beyond its 95 % interval: SGLang prefills some models outside graphs, where a call costs the host more
-     than the same call in a loop.
+     than the same call in a loop. Any run can speak against it; one that speaks for it has six rounds or more, of prefill and
+     decode at batch 1 and at 32 or more.
 For an ATen function (Layer 1) being right includes that its call replays in a graph with new data, and one
 that serving also calls outside graphs must keep to 2. on the host as well. What is random cannot be shown
 to be right, and stays out. And
   5. serving calls it in at least one forward pass of ten (counted by the calls of ``embedding``): FlagGems costs
      its import at start-up, and a kernel its compilation at the first call, which a rare gain does not repay.
-An ATen function that was wrong, or ended the process, is in ``flagos_blacklist``: it stays with PyTorch too
-where a user prefers FlagOS for everything.
+An ATen function that was wrong (also: in a graph that serving captured), or ended the process, is in ``flagos_blacklist``: it
+stays with PyTorch too where a user prefers FlagOS for everything. A name leaves that list only by results that show it right.
 """
 
 import argparse
@@ -39,8 +40,11 @@ from pathlib import Path
 from typing import Any
 
 import result_file
+import schemas
+import yaml
 from serving_lib.results import read as read_runs
 
+from sglang_fl.config.errors import suggest
 from sglang_fl.dispatch.bridge.catalog import FUNCTIONS, LAYERS
 from sglang_fl.dispatch.ops import OPERATORS
 
@@ -50,6 +54,9 @@ MAX_RATIO, MAX_MEDIAN, MAX_WIDTH = 1.02, 0.98, 0.1
 #: A model calls it once in each forward pass.
 _PASS = "embedding"
 LEAST_CALLS_PER_PASS = 0.1
+LEAST_SHAPES = 6
+#: Of a run that speaks for an implementation: with fewer rounds the intervals are far from holding 95 %.
+LEAST_ROUNDS, LEAST_BATCH = 6, 32
 #: Of native's speed, what a served model must reach.
 LEAST_SPEED = 0.98
 #: What a line of the dispatch log says, such as ``RMSNorm → flagos(default.flagos)``.
@@ -58,6 +65,10 @@ _DISPATCHED = re.compile(r"(?P<name>\w+) → (?P<kind>\w+)\((?P<impl>.*)\)")
 _MORE = frozenset({"SGLANG_FL_PREFER", "SGLANG_FL_FLAGOS_WHITELIST", "SGLANG_FL_FLAGOS_BLACKLIST", "SGLANG_FL_DIST_BACKEND"})
 #: What aten.py says of a call that no process survives.
 _ENDED = "it ended its process"
+#: And of one whose graph gave other results than the call.
+_REPLAYED = "replayed with new data"
+#: The packages whose versions must be the same for figures to be compared.
+_DECIDING = ("sglang", "sglang-kernel", "torch", "triton", "flag_gems", "flashinfer-python")
 _FAMILIES = ("flagos", "vendor")
 #: The name of a further sitting's file ends so.
 _FURTHER = re.compile(r"\.[0-9]+\.json$")
@@ -113,8 +124,8 @@ def judge_implementation(impl: str, rows: Sequence[Row], shapes: int) -> Verdict
     if failed is not None:
         return Verdict(impl, False, f"failed at {_shape(failed)}: {failed['error']}")
     timed = [row for row in rows if row.get("ratio")]
-    if len(timed) < shapes:
-        return Verdict(impl, False, f"timed at {len(timed)} of {shapes} shapes only")
+    if len(timed) < max(shapes, LEAST_SHAPES):
+        return Verdict(impl, False, f"timed at {len(timed)} of {max(shapes, LEAST_SHAPES)} shapes only")
     worst = _worst(timed, "ratio")
     if worst is not None:
         return Verdict(impl, False, f"{_times(worst['ratio'][0])} times SGLang's time at {_shape(worst)}")
@@ -151,21 +162,29 @@ def _alone(run: Row, variant: str) -> tuple[frozenset[str], str] | None:
 def as_served(verdict: Verdict, op: str, runs: Sequence[Row]) -> Verdict:
     """The verdict on an implementation that is faster by itself, after what was served with it."""
     names = {FUNCTIONS[op][1]} if op in FUNCTIONS else {name for _, name in LAYERS.get(op, ())}
-    phases = 0
+    whole = False
     for run in runs:
         for variant in run["variants"]:
             alone = _alone(run, variant)
             if alone is None or run["baseline"] != "native" or alone[1] != verdict.name or not alone[0] <= names:
                 continue
             found = [row for row in run["summary"] if row["variant"] == variant and "ratio" in row]
-            phases += len(found)
+            whole |= _is_whole(run, found)
             slowest = min(found, key=lambda row: row["high"], default=None)
             if slowest is not None and slowest["high"] < LEAST_SPEED:
                 speed = f"{slowest['ratio']:.2f} of native's speed in {slowest['case']} ({slowest['low']:.2f} to {slowest['high']:.2f})"
                 return replace(verdict, accepted=False, reason=f"{verdict.reason}; but serving {run['model']} with it has {speed}")
-    if not phases:
+    if not whole:
         return replace(verdict, accepted=False, reason=f"{verdict.reason}; but no model was served with it alone")
     return verdict
+
+
+def _is_whole(run: Row, found: Sequence[Row]) -> bool:
+    """Whether these ratios of a run are enough to speak for what was served."""
+    cases = [row["case"].split("/") for row in found]
+    batches = {phase: {int(batch) for other, batch in cases if other == phase} for phase in ("prefill", "decode")}
+    enough = all(1 in found and max(found) >= LEAST_BATCH for found in batches.values())
+    return enough and len(run["rounds"]) >= LEAST_ROUNDS
 
 
 def order_of(op: str, rows: Sequence[Row], runs: Sequence[Row]) -> tuple[list[str], list[Verdict]]:
@@ -209,6 +228,7 @@ def judge_function(function: str, rows: Sequence[Row], passes: int) -> Verdict:
             broken |= row.get("right") is False
         elif row.get("graph_safe") is False or (row.get("graph_safe") is None and row["seen_captured"] and not _no_graph_holds(row)):
             faults.append(f"{where} in a graph: {row.get('graph_why') or 'not shown to work'}")
+            broken |= bool(row["seen_captured"]) and str(row.get("graph_why")).startswith(_REPLAYED)
     timed = [row for row in rows if row.get("ratio")]
     slower = _worst(timed, "ratio")
     slower_on_host = _worst([row for row in rows if row["seen_eager"]], "host_ratio")
@@ -281,15 +301,17 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row]
     """The profile's text, from what :func:`read_ops`, :func:`result_file.read` and :func:`read_served` gave.
 
     Raises:
-        ValueError: the two results are not of the same GPU and versions.
+        ValueError: the two results are not of the same GPU and versions, or the forward passes were not counted.
     """
+    if aten["rows"] and not any(row["key"] == _PASS for row in aten["rows"]):
+        raise ValueError(f"aten-{gpu}.json has no call of {_PASS}, by which forward passes are counted; record and measure again")
     for part in ("machine", "versions"):
         mine, other = (result[part] if part == "versions" else result[part]["gpu"] for result in (ops, aten))
         if mine != other:
             raise ValueError(f"ops-{gpu}.json and aten-{gpu}.json are not of one machine: {part} {mine} and {other}; measure both again")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(ops["versions"].items()))
     dates = " and ".join(sorted({*ops["dates"], aten["date"]}))
-    names = ", ".join([*ops["files"], f"aten-{gpu}.json", f"serving-{gpu}.jsonl"])
+    names = ", ".join([*ops["files"], f"aten-{gpu}.json ({aten['date']})", f"serving-{gpu}.jsonl"])
     lines = [
         *_paragraph("NVIDIA GPUs. Written by benchmarks/make_profile.py; do not edit, run it again:"),
         "#     python benchmarks/make_profile.py",
@@ -343,11 +365,15 @@ def read_ops(results: Path, gpu: str) -> dict[str, Any]:
     """The results of all sittings on a GPU as one: each operator's rows are those of the last file that has it.
 
     Raises:
-        ValueError: the files are not of the same GPU, versions and dtype.
+        ValueError: a file is not as ops.py writes it, the files are not of the same GPU, versions and dtype, or an operator was
+            measured at fewer shapes than before.
     """
     further = [path for path in results.glob(f"ops-{gpu}.*.json") if _FURTHER.search(path.name)]
     paths = [results / f"ops-{gpu}.json", *sorted(further, key=lambda path: int(path.name.split(".")[-2]))]
     found = [result_file.read(path) for path in paths]
+    for path, result in zip(paths, found, strict=True):
+        schemas.check(path.name, result, schemas.Ops)
+        _check_operators(path, result["rows"])
     first = found[0]
     for path, other in zip(paths[1:], found[1:], strict=True):
         for what, one, two in (
@@ -357,23 +383,86 @@ def read_ops(results: Path, gpu: str) -> dict[str, Any]:
         ):
             if one != two:
                 raise ValueError(f"{path.name} and {paths[0].name} are not alike: {what} {two} and {one}; measure both again")
-    last = {row["op"]: number for number, result in enumerate(found) for row in result["rows"]}
+    last: dict[str, int] = {}
+    for number, result in enumerate(found):
+        for op in dict.fromkeys(row["op"] for row in result["rows"]):
+            if op in last and not _shapes(found[last[op]]["rows"], op) <= _shapes(result["rows"], op):
+                raise ValueError(
+                    f"{paths[number].name} has {op} at {len(_shapes(result['rows'], op))} shapes, without some of the "
+                    f"{len(_shapes(found[last[op]]['rows'], op))} of {paths[last[op]].name}; measure it at all of them"
+                )
+            last[op] = number
     rows = [row for number, result in enumerate(found) for row in result["rows"] if last[row["op"]] == number]
     notes = " ".join(dict.fromkeys(result["note"] for result in found if result.get("note")))
-    joined = {**first, "rows": rows, "dates": sorted({result["date"] for result in found}), "files": [path.name for path in paths]}
+    joined = {
+        **first,
+        "rows": rows,
+        "dates": sorted({result["date"] for result in found}),
+        "files": [f"{path.name} ({result['date']})" for path, result in zip(paths, found, strict=True)],
+    }
     return joined | ({"note": notes} if notes else {})
 
 
+def _shapes(rows: Sequence[Row], op: str) -> set[tuple[str | None, int, int]]:
+    return {(row.get("variant"), row["hidden"], row["tokens"]) for row in rows if row["op"] == op}
+
+
+def _check_operators(path: Path, rows: Sequence[Row]) -> None:
+    """Raises ValueError for rows of an operator that there is not, and for two of the same."""
+    seen = set()
+    for row in rows:
+        if row["op"] not in OPERATORS:
+            raise ValueError(f"{path.name}: there is no operator {row['op']!r}{suggest(row['op'], OPERATORS)}")
+        what = (row["op"], row["impl"], row.get("variant"), row["hidden"], row["tokens"])
+        if what in seen:
+            raise ValueError(f"{path.name} has {row['op']} of {row['impl']} at {_shape(row)} twice")
+        seen.add(what)
+
+
+def read_aten(results: Path, gpu: str) -> dict[str, Any]:
+    """The results of ``aten.py measure``. Raises ValueError if they are none."""
+    path = results / f"aten-{gpu}.json"
+    found = result_file.read(path)
+    schemas.check(path.name, found, schemas.Aten)
+    return found
+
+
 def read_served(results: Path, ops: Mapping[str, Any], gpu: str) -> list[dict[str, Any]]:
-    """The runs of ``serving.py`` on the GPU and with the versions of the operators' results; none if there is no file."""
+    """The runs of ``serving.py`` on the GPU and with the versions of the operators' results; none if there is no file.
+
+    Others are left out, which standard error says. Raises ValueError for what is no run.
+    """
     path = results / f"serving-{gpu}.jsonl"
-    mine = ops["versions"]
-    return [
-        run
-        for run in (read_runs(path) if path.exists() else ())
-        if run["machine"]["device"] == ops["machine"]["gpu"]
-        and all(mine[name] == version for name, version in run["versions"].items() if name in mine)
-    ]
+    runs = read_runs(path) if path.exists() else []
+    wanted = {name: ops["versions"].get(name) for name in _DECIDING if name in ops["versions"]}
+    mine = []
+    for number, run in enumerate(runs, 1):
+        schemas.check(f"run {number} of {path.name}", run, schemas.Served)
+        found = {name: run["versions"].get(name) for name in wanted}
+        if run["machine"]["device"] == ops["machine"]["gpu"] and found == wanted:
+            mine.append(run)
+        else:
+            print(f"left out: run {number} of {path.name}, on {run['machine']['device']} with {found}", file=sys.stderr)
+    return mine
+
+
+def check_blacklist(profile: Path, rows: Sequence[Row]) -> None:
+    """What was found broken stays so until it is shown right.
+
+    Raises:
+        ValueError: the profile that is there has a name on its ``flagos_blacklist`` of which these results do not show that.
+    """
+    if not profile.exists():
+        return
+    there = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    broken = {verdict.name for verdict in judge_functions(rows) if verdict.broken}
+    for name in (there or {}).get("flagos_blacklist") or ():
+        mine = [row for row in rows if row["function"] == name]
+        if name not in broken and not (mine and all(row.get("right") is True and not row.get("error") for row in mine)):
+            raise ValueError(
+                f"{name} is on the flagos_blacklist of {profile.name}, and these results do not show that it is right now; measure it "
+                "again, or take it off that list yourself if it should never have been there"
+            )
 
 
 def find_gpu(results: Path, wanted: str | None) -> str:
@@ -402,7 +491,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         gpu = find_gpu(args.results, args.gpu)
-        ops, aten = read_ops(args.results, gpu), result_file.read(args.results / f"aten-{gpu}.json")
+        ops, aten = read_ops(args.results, gpu), read_aten(args.results, gpu)
+        check_blacklist(args.profile, aten["rows"])
         text = profile(ops, aten, read_served(args.results, ops, gpu), gpu)
     except (OSError, ValueError) as error:
         sys.exit(f"make_profile: {error}")
@@ -410,7 +500,7 @@ def main() -> None:
         args.profile.write_text(text, encoding="utf-8")
         print(f"{args.profile.name} was written from the results on {gpu}")
         return
-    there = args.profile.read_text(encoding="utf-8")
+    there = args.profile.read_text(encoding="utf-8") if args.profile.exists() else ""
     if there != text:
         sys.stdout.writelines(
             difflib.unified_diff(there.splitlines(True), text.splitlines(True), args.profile.name, f"from {gpu}'s results")

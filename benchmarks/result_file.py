@@ -86,9 +86,21 @@ def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
     scratch.replace(path)
 
 
+def parse(text: str, where: str) -> Any:
+    """JSON, which has no NaN and no infinities. Raises ValueError, naming the place, for what is none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no figure")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result file. Raises ValueError if it is none."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         raise ValueError(f"{path} is no result file: it has no rows")
     return found

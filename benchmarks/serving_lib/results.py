@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import result_file
+
 
 class Results:
     """JSON lines. ``save`` keeps what a run has in FILE.partial; ``finish`` makes it a line of FILE.
@@ -39,8 +41,15 @@ class Results:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file of results."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The runs of a file of results. Raises ValueError, naming the line, for what is none."""
+    runs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            run = result_file.parse(line, f"{path}:{number}")
+            if not isinstance(run, dict):
+                raise ValueError(f"{path}:{number}: this is no run of serving.py")
+            runs.append(run)
+    return runs
 
 
 def without_paths(value: Any) -> Any:

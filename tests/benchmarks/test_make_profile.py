@@ -22,6 +22,11 @@ FASTER, EVEN, SLOWER = [0.9, 0.88, 0.92], [1.0, 0.97, 1.03], [1.5, 1.4, 1.6]
 FLAGOS, VENDOR = ("default.flagos", "flagos"), ("vendor.cuda", "vendor")
 
 
+@pytest.fixture(autouse=True)
+def few_shapes_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_profile, "LEAST_SHAPES", 1)
+
+
 def op_rows(op: str, ratios: Mapping[tuple[str, str], list[Any]]) -> list[dict[str, Any]]:
     """Rows of SGLang's own layer and of implementations; one ratio, or error text, for each shape."""
     rows: list[dict[str, Any]] = []
@@ -37,9 +42,11 @@ def op_rows(op: str, ratios: Mapping[tuple[str, str], list[Any]]) -> list[dict[s
 
 def served(*lines: str, settings: Mapping[str, str] | None = None, **changes: Any) -> dict[str, Any]:
     """A run of serving.py in which the variant ``mine`` logged these lines, and was as fast as native."""
-    rows = [{"case": case, "variant": "mine", "ratio": 1.01, "low": 0.96, "high": 1.06} for case in ("prefill/1", "decode/1")]
+    cases = [f"{phase}/{batch}" for phase in ("prefill", "decode") for batch in (1, 64)]
+    rows = [{"case": case, "variant": "mine", "ratio": 1.01, "low": 0.96, "high": 1.06} for case in cases]
     run = {"model": "made-up-1b", "baseline": "native", "variants": {"native": {"SGLANG_PLUGINS": "none"}, "mine": settings or {}}}
-    machine = {"machine": {"device": "Made-up GPU"}, "versions": {"torch": "9.9", "transformers": "7"}}
+    versions = {"torch": "9.9", "flag_gems": "8.8", "transformers": "7"}
+    machine = {"machine": {"device": "Made-up GPU"}, "versions": versions, "rounds": [{}] * 6}
     return (
         run
         | machine
@@ -113,9 +120,25 @@ class TestOperators:
             served("RMSNorm → flagos(default.flagos)", settings={"SGLANG_FL_PREFER": "flagos"}),
             served("RMSNorm → flagos(default.flagos)", baseline="off"),
             served("RMSNorm → flagos(default.flagos)", summary=[]),
+            served("RMSNorm → flagos(default.flagos)", summary=served()["summary"][:-1]),
+            served("RMSNorm → flagos(default.flagos)", summary=[row for row in served()["summary"] if not row["case"].endswith("/1")]),
+            served("RMSNorm → flagos(default.flagos)", rounds=[{}] * 5),
             served("RMSNorm → flagos(default.flagos)", "a line of another version"),
         ],
-        ids=["left", "another operator", "another implementation", "only another", "not it", "prefer", "no native", "cut off", "unknown"],
+        ids=[
+            "left",
+            "another operator",
+            "another implementation",
+            "only another",
+            "not it",
+            "prefer",
+            "no native",
+            "cut off",
+            "one batch",
+            "no batch of 1",
+            "few rounds",
+            "unknown",
+        ],
     )
     def test_what_no_model_was_served_with_alone_is_left_out(self, run: dict[str, Any]) -> None:
         found, reasons = order([run], flagos=[FASTER])
@@ -129,6 +152,12 @@ class TestOperators:
     def test_a_shape_that_was_not_measured_disqualifies(self) -> None:
         found, reasons = order(flagos=[FASTER], vendor=[EVEN, EVEN])
         assert (found, reasons["default.flagos"]) == (["sglang"], "timed at 1 of 2 shapes only")
+
+    def test_few_shapes_disqualify(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(make_profile, "LEAST_SHAPES", 6)
+        found, reasons = order(flagos=[FASTER] * 5)
+        assert (found, reasons["default.flagos"]) == (["sglang"], "timed at 5 of 6 shapes only")
+        assert order(flagos=[FASTER] * 6)[0] == ["flagos", "sglang"]
 
     def test_plain_pytorch_is_never_an_answer(self) -> None:
         assert order(reference=[FASTER]) == (["sglang"], {})
@@ -180,6 +209,8 @@ class TestFunctions:
             ({"error": "it was not measured: the time was used up"}, False),
             ({"right": None, "why": "its results are random"}, False),
             ({"graph_safe": False, "graph_why": "it synchronises"}, False),
+            ({"graph_safe": False, "graph_why": "replayed with new data, result 0: 3 of 4 differ"}, True),
+            ({"graph_safe": False, "graph_why": "replayed with new data, result 0: 3 of 4 differ", "seen_captured": 0}, False),
             ({"ratio": SLOWER}, False),
         ],
     )
@@ -211,20 +242,22 @@ class TestFunctions:
 def results(tmp_path: Path, gpu: str = "made-up", **changes: Any) -> Path:
     rows = [row for op in OPERATORS for row in op_rows(op, {FLAGOS: [FASTER if op == "rms_norm" else SLOWER], VENDOR: [EVEN]})]
     aten_rows = [aten_row(function=name, ratio=FASTER if name < "n" else SLOWER) for name in ("zeros", "abs", "neg", "cos")]
+    aten_rows.append(aten_row(key="embedding", function="embedding", ratio=SLOWER, seen_eager=8, seen_captured=0))
     result_file.write(tmp_path / f"ops-{gpu}.json", HEAD | {"dtype": "bfloat16"}, rows)
     result_file.write(tmp_path / f"aten-{gpu}.json", HEAD | {"models": ["qwen3-0.6b", "qwen3-8b"]} | changes, aten_rows)
     another_gpu = SERVED[0] | {
         "machine": {"device": "Another"},
-        "summary": [{"case": "x", "variant": "mine", "ratio": 0.1, "low": 0.1, "high": 0.1}],
+        "summary": [{"case": "prefill/1", "variant": "mine", "ratio": 0.1, "low": 0.1, "high": 0.1}],
     }
-    runs = [*SERVED, another_gpu, another_gpu | {"machine": SERVED[0]["machine"], "versions": {"torch": "1"}}]
+    others = [{"torch": "1", "flag_gems": "8.8"}, {"torch": "9.9"}, {}]
+    runs = [*SERVED, another_gpu, *(another_gpu | {"machine": SERVED[0]["machine"], "versions": versions} for versions in others)]
     (tmp_path / f"serving-{gpu}.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     return tmp_path
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     ops = make_profile.read_ops(directory, "made-up")
-    return ops, result_file.read(directory / "aten-made-up.json"), make_profile.read_served(directory, ops, "made-up")
+    return ops, make_profile.read_aten(directory, "made-up"), make_profile.read_served(directory, ops, "made-up")
 
 
 def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
@@ -237,7 +270,7 @@ def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
     assert found["op_backends"] == {op: ["flagos", "sglang"] if op == "rms_norm" else ["sglang"] for op in OPERATORS}
     assert "# neg: 1.50 times PyTorch's time in a graph (16x1024 bf16)\n" in text
     assert "  # default.flagos: 1.50 times SGLang's time at 1x1024\n" in text
-    assert "Made-up GPU on 2026-01-02" in text and "aten-made-up.json" in text
+    assert "Made-up GPU on 2026-01-02" in text and "aten-made-up.json (2026-01-02)" in " ".join(text.replace("\n# ", " ").split())
     assert all(len(line) <= 110 for line in text.splitlines())
     (tmp_path / "profile.yaml").write_text(text)
     settings = load_settings({"SGLANG_FL_CONFIG": str(tmp_path / "profile.yaml")})
@@ -277,6 +310,80 @@ def test_an_operator_is_judged_by_the_last_sitting_that_measured_it(tmp_path: Pa
     assert orders["relu2"] == orders["rms_norm"] == ["flagos", "sglang"] and orders["layer_norm"] == ["sglang"]
     assert "on 2026-01-02 and 2026-02-02 and 2026-02-10" in " ".join(text.replace("\n# ", " ").split())
     assert "ops-made-up.2.json" in text and "# Note: What was left out." in text
+
+
+def test_a_later_sitting_at_fewer_shapes_is_refused(tmp_path: Path) -> None:
+    results(tmp_path)
+    whole = [row for op in ("relu2",) for row in op_rows(op, {FLAGOS: [FASTER] * 3})]
+    result_file.write(tmp_path / "ops-made-up.2.json", HEAD | {"dtype": "bfloat16"}, whole)
+    make_profile.read_ops(tmp_path, "made-up")
+    further(tmp_path, 3, ["relu2"], FASTER)
+    with pytest.raises(ValueError, match=r"ops-made-up\.3\.json has relu2 at 1 shapes, without some of the 3 of ops-made-up\.2\.json"):
+        make_profile.read_ops(tmp_path, "made-up")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("ops-made-up.json", lambda found: found["rows"].append({}), "missing required field `op`"),
+        ("ops-made-up.json", lambda found: found.pop("machine"), "missing required field `machine`"),
+        ("ops-made-up.json", lambda found: found["rows"][1].update(ratio=[float("nan")] * 3), "NaN is no figure"),
+        ("ops-made-up.json", lambda found: found["rows"][1].update(ratio=[0, 0, 0]), "Expected `float` > 0"),
+        ("ops-made-up.json", lambda found: found["rows"][1].update(op="rms_nrom"), "did you mean 'rms_norm'"),
+        ("ops-made-up.json", lambda found: found["rows"].append(found["rows"][1]), "twice"),
+        ("aten-made-up.json", lambda found: found["rows"][0].pop("seen_eager"), "missing required field `seen_eager`"),
+        ("aten-made-up.json", lambda found: found["rows"][0].update(host_ratio=[-1, -1, -1]), "Expected `float` > 0"),
+        ("aten-made-up.json", lambda found: found["rows"].pop(), "has no call of embedding"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused_by_name(file: str, change: Any, told: str, tmp_path: Path) -> None:
+    path = results(tmp_path) / file
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    failed = run("--results", str(tmp_path), "--profile", str(tmp_path / "p.yaml"))
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert file in failed.stderr and told in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [('{"model": "x', ":1: Unterminated string"), ("[]", ":1: this is no run"), ("{}", "run 1 of serving-made-up.jsonl: Object missing")],
+)
+def test_a_run_that_is_none_is_refused_by_its_line(text: str, told: str, tmp_path: Path) -> None:
+    (results(tmp_path) / "serving-made-up.jsonl").write_text(text + "\n")
+    failed = run("--results", str(tmp_path), "--profile", str(tmp_path / "p.yaml"))
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "serving-made-up.jsonl" in failed.stderr and told in failed.stderr
+
+
+def test_runs_that_cannot_be_compared_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(read(results(tmp_path))[2]) == len(SERVED)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4 and told[0].startswith("left out: run 3 of serving-made-up.jsonl, on Another with")
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([], True),
+        ([{"right": None, "error": "it was not measured: the time was used up"}], True),
+        ([{}, {"right": None, "why": "not compared"}], True),
+        ([{}, {}], False),
+        ([{"right": False}], False),
+    ],
+)
+def test_what_was_broken_is_not_forgotten(rows: list[dict[str, Any]], kept: bool, tmp_path: Path) -> None:
+    """Measured wrong once, a function serves again when it was shown right, and not when it was not measured."""
+    there = tmp_path / "nvidia.yaml"
+    make_profile.check_blacklist(there, [])
+    there.write_text("flagos_blacklist: [mul]\n")
+    found = [aten_row(), *(aten_row(function="mul", **changes) for changes in rows)]
+    if not kept:
+        make_profile.check_blacklist(there, found)
+        return
+    with pytest.raises(ValueError, match=r"mul is on the flagos_blacklist of nvidia\.yaml"):
+        make_profile.check_blacklist(there, found)
 
 
 @pytest.mark.parametrize(
