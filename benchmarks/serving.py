@@ -39,13 +39,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import result_file
 import yaml
-from arguments import positive
+from arguments import not_negative, positive, seconds
 from rich.console import Console
 from serving_lib import kernels, machine, python_calls, tokens
 from serving_lib.engine import CommandFailed, Engine, Engines
-from serving_lib.results import Results, read
+from serving_lib.results import Busy, Results, read
 from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
 from serving_lib.summary import against, summarize, tally
 from serving_lib.table import other_table, speed_table
@@ -85,17 +86,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="measured rounds (default: 10)")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help=f"begin no further round this long after the program's start, once there are {_LEAST_ROUNDS}; tokens and kernels come after",
     )
-    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="greedy tokens to compare; 0: none (default: 256)")
+    parser.add_argument("--tokens", type=not_negative, default=256, metavar="N", help="greedy tokens to compare; 0: none (default: 256)")
     parser.add_argument("--profile", action="store_true", help="compare the kernels and the Python calls of a step, by name and count")
     parser.add_argument("--start", choices=("together", "apart"), default="together", help="apart: one after the other, for start-up times")
-    parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS", help="how long starting may take (default: 900)")
+    parser.add_argument("--start-timeout", type=seconds, default=900, metavar="SECONDS", help="how long starting may take (default: 900)")
     parser.add_argument("--max-total-tokens", type=positive, metavar="N", help="KV cache of each engine (default: what the run needs)")
     parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of sglang.Engine; repeatable")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of the prompts (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("serving.jsonl"), metavar="FILE", help="results (default: serving.jsonl)")
     parser.add_argument(
         "--show", type=Path, metavar="FILE", help="measure nothing; print the speeds in such a file, and how many are the baseline's"
@@ -138,7 +139,10 @@ def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, pl
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise ValueError(f"--engine-arg {text!r}: expected NAME=VALUE")
-        arguments[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            arguments[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--engine-arg {text!r}: {value!r} is no value of YAML: {error}") from None
     return arguments
 
 
@@ -215,7 +219,7 @@ class Run:
             "python": {},
             "dispatched": {},
             "errors": self.engines.errors,
-            "interrupted": False,
+            "interrupted": True,  # until it has come to its end
         }
 
     def execute(self) -> None:
@@ -225,19 +229,22 @@ class Run:
             self.engines.start(apart=self.args.start == "apart", seconds=self.args.start_timeout, on_ready=self._on_ready)
             self.data["device_memory_used_gib"]["ready"] = machine.device_memory_used()
             self._say_errors()
-            if not self.engines.up:
-                return
-            if self.data["baseline"] in self.engines.errors:
-                self.data["baseline"] = self.engines.up[0].name
-                self._say(f"the baseline is {self.data['baseline']}, as {self.variants[0].name} failed")
-            self._measure()
-            if self.args.tokens:
-                self._compare_tokens()
-            if self.args.profile:
-                self._compare_kernels()
-                self._compare_python()
-            for engine in self.engines.up:
-                self.data["memory"][engine.name]["host_gib_at_end"] = engine.host_memory() / _GIB
+            if self.engines.up:
+                self._measure_and_compare()
+        self.data["interrupted"] = False
+
+    def _measure_and_compare(self) -> None:
+        if self.data["baseline"] in self.engines.errors:
+            self.data["baseline"] = self.engines.up[0].name
+            self._say(f"the baseline is {self.data['baseline']}, as {self.variants[0].name} failed")
+        self._measure()
+        if self.args.tokens:
+            self._compare_tokens()
+        if self.args.profile:
+            self._compare_kernels()
+            self._compare_python()
+        for engine in self.engines.up:
+            self.data["memory"][engine.name]["host_gib_at_end"] = engine.host_memory() / _GIB
 
     def keep(self) -> None:
         """Save what there is."""
@@ -440,10 +447,14 @@ def main() -> int:
             variants = choose(names, args.variant, plain_cpu)
             shape = load_shape(args.model)
             arguments = engine_arguments(args, shape, directory, plain_cpu)
-            refuse_if_too_large(shape, arguments, variants, machine.machine()["memory_gib"])
+            memory = psutil.virtual_memory().total / _GIB if plain_cpu else machine.machine()["memory_gib"]
+            refuse_if_too_large(shape, arguments, variants, memory)
         except (BadVariant, UnknownShape, ValueError) as error:
             command.error(str(error))
-        results = Results(args.out)
+        try:
+            results = Results(args.out)
+        except (Busy, OSError) as error:
+            command.error(f"--out {args.out}: {error}")
         if results.recovered:
             console.print("The run before this one was cut off; what it had is in the results.", markup=False)
         run = Run(args, shape, variants, arguments, results, console)
@@ -451,7 +462,6 @@ def main() -> int:
         try:
             run.execute()
         except KeyboardInterrupt:
-            run.data["interrupted"] = True
             console.print("Interrupted.")
         finally:
             run.keep()
@@ -462,7 +472,8 @@ def main() -> int:
         console.print(other_table(run.data))
     for name, told in run.data["errors"].items():
         console.print(f"{name} failed: {told.splitlines()[0]}", markup=False, style="red")
-    return 130 if run.data["interrupted"] else 1 if run.data["errors"] else 0
+    failed = any("error" in found for what in ("tokens", "kernels", "python") for found in run.data[what].values())
+    return 130 if run.data["interrupted"] else 1 if run.data["errors"] or failed else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file of results, one run a line, and what a run has so far in a file beside it."""
 
+import fcntl
 import json
 import os
 import sys
@@ -11,16 +12,29 @@ from typing import Any
 import result_file
 
 
+class Busy(ValueError):
+    """Another run writes to the file."""
+
+
 class Results:
     """JSON lines. ``save`` keeps what a run has in FILE.partial; ``finish`` makes it a line of FILE.
 
     A run that was killed left its FILE.partial: the next one puts it into FILE.
+
+    Raises:
+        Busy: another process has the file.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another run writes to {path}; give this one a file of its own") from None
         self.recovered = self.partial.exists()
         if self.recovered:
             self._append()
@@ -35,8 +49,18 @@ class Results:
         self._append()
 
     def _append(self) -> None:
-        with self.path.open("ab") as file:
-            file.write(self.partial.read_bytes())
+        """Add the line; if that was cut off before, its beginning, or all of it, is there already."""
+        line = self.partial.read_bytes()
+        self._file.seek(0)
+        *_, last = [b"", *self._file.read().splitlines(keepends=True)]
+        if last == line:
+            line = b""
+        elif last and line.startswith(last):
+            self._file.truncate(self._file.seek(0, os.SEEK_END) - len(last))
+        elif last and not last.endswith(b"\n"):
+            line = b"\n" + line
+        self._file.write(line)
+        self._file.flush()
         self.partial.unlink()
 
 

@@ -354,6 +354,31 @@ class TestResults:
         after.finish({"run": 2})
         assert results.read(out) == [{"run": 1}, {"run": 2}] and not after.partial.exists()
 
+    @pytest.mark.parametrize("there", ["", '{"run": 1}\n', '{"run": 1}\n{"ru', '{"run": 1}\n{"run": 2}\n', '{"run": 1}\n{"xx'])
+    def test_a_line_that_was_cut_off_is_written_once(self, tmp_path: Path, there: str) -> None:
+        """The process may end before, in the middle of, and after appending."""
+        out = tmp_path / "r.jsonl"
+        results.Results(out).save({"run": 2})
+        out.write_text(there)
+        results.Results(out)
+        lines = out.read_text().splitlines()
+        assert lines[-1] == '{"run": 2}' and lines.count('{"run": 2}') == 1 and '{"ru' not in lines
+        assert ('{"run": 1}' in lines) == ('{"run": 1}' in there) and ('{"xx' in lines) == ('{"xx' in there), "nothing else is lost"
+
+    def test_two_runs_do_not_share_a_file(self, tmp_path: Path) -> None:
+        out = tmp_path / "r.jsonl"
+        first = results.Results(out)
+        first.save({"run": 1})
+        with pytest.raises(results.Busy, match="another run writes"):
+            results.Results(out)
+        first.finish({"run": 1})
+        assert results.read(out) == [{"run": 1}]
+
+    def test_a_line_that_is_no_run_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "r.jsonl").write_text('{"run": 1}\n\n{"run"')
+        with pytest.raises(ValueError, match=r"r\.jsonl:3: "):
+            results.read(tmp_path / "r.jsonl")
+
     def test_paths_of_this_machine_are_left_out(self) -> None:
         told = results.without_paths({"errors": [f"File {sys.prefix}/lib/x.py"]})
         assert told == {"errors": ["File <python>/lib/x.py"]}
@@ -376,13 +401,29 @@ class TestCommand:
             (["tiny", "--variants", "off", "--variant", "mine"], "NAME:VAR=VALUE"),
             (["tiny", "--variants", "off", "--engine-arg", "x"], "NAME=VALUE"),
             (["gpt2-xl", "--variants", "off"], "takes 1024 tokens, and a prompt with its output would have 1025"),
+            (["tiny", "--variants", "off", "--engine-arg", "x=[1"], "'[1' is no value of YAML"),
             (["tiny", "--variants", "off", "--batch", "0"], "no number above 0"),
+            (["tiny", "--variants", "off", "--batch", "1", "1000000"], "do not fit"),
+            (["tiny", "--variants", "off", "--tokens", "-5"], "no number from 0 up"),
+            (["tiny", "--variants", "off", "--budget", "nan"], "no number of seconds"),
+            (["tiny", "--variants", "off", "--budget", "0"], "no number of seconds"),
+            (["tiny", "--variants", "off", "--start-timeout", "soon"], "no number of seconds"),
         ],
     )
     def test_what_is_wrong_is_said_before_anything_starts(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], told: str
     ) -> None:
         assert told in self.refused(monkeypatch, capsys, tmp_path, *words)
+
+    def test_where_nothing_can_be_written(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        """Said before the engines start, and not after an hour."""
+        for out, told in ((tmp_path, "directory"), (Path("/proc/nowhere/r.jsonl"), "/proc/nowhere")):
+            monkeypatch.setattr(sys, "argv", ["serving.py", "tiny", "--variants", "off", "--out", str(out)])
+            with pytest.raises(SystemExit, match="2"):
+                serving.main()
+            assert told in capsys.readouterr().err
 
     def test_what_was_measured_is_shown(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         file = Path(serving.__file__).parent / "results" / "serving-nvidia-h200x2.jsonl"
