@@ -12,6 +12,7 @@ from .dispatch.bridge.binder import Binder
 from .dispatch.bridge.function import FunctionBinder
 from .dispatch.bridge.gated_delta_rule import GATED_DELTA_RULE
 from .dispatch.bridge.report import BindReport
+from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
 from .runtime import settings_in_worker
 
@@ -40,6 +41,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     if _binder is None or _functions is None:
         _binder = Binder(get_default_manager(), settings, deterministic=deterministic, log_level=level)
         _functions = FunctionBinder(GATED_DELTA_RULE, get_default_manager(), settings, deterministic=deterministic, log_level=level)
+    dispatch_log().begin(type(model).__name__)
     report = _binder.bind(model)
     _functions.bind(model, report)
     logger.log(level, report.summary())

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from sglang_fl.dispatch.logger_manager import read_dispatch_log
+
 from .variants import Variant
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -154,8 +156,7 @@ class Engine:
         """What the dispatch log says ran where, each line once."""
         if not self.dispatch_log.exists():
             return []
-        lines = self.dispatch_log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return list(dict.fromkeys(line.removeprefix("[OOT-DISPATCH] ") for line in lines))
+        return [f"{name} → {destination}" for name, destination in read_dispatch_log(self.dispatch_log.read_text(errors="replace"))]
 
     def last_lines(self, count: int = 15) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..config.options import PREFERENCES
 from ..device import probe
+from ..dispatch.logger_manager import read_dispatch_log
 from ..dispatch.manager import get_default_manager
 from ..runtime import check_settings
 from .demo_model import QUESTION, RECITAL, cache_directory, demo_model
@@ -144,9 +145,7 @@ def _show_dispatch(console: Console, dispatch_log: Path, start: int) -> None:
     table = Table(title="What ran where", title_justify="left")
     table.add_column("SGLang layer")
     table.add_column("ran on")
-    lines = dispatch_log.read_bytes()[start:].decode().splitlines() if dispatch_log.exists() else []
-    for line in dict.fromkeys(lines):
-        class_name, _, destination = line.removeprefix("[OOT-DISPATCH] ").partition(" → ")
-        table.add_row(class_name, destination)
+    for row in read_dispatch_log(dispatch_log.read_bytes()[start:].decode()) if dispatch_log.exists() else []:
+        table.add_row(*row)
     console.print()
     console.print(table)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logging of the dispatch, and the file that says which operator ran on what."""
 
+import datetime
 import logging
 import os
 from pathlib import Path
 
 from .locks import ForkSafeLock
+
+#: Of each line that says where layers of a class run.
+PREFIX = "[OOT-DISPATCH] "
 
 
 def get_logger(name: str = "sglang_fl.dispatch") -> logging.Logger:
@@ -35,7 +39,7 @@ class DispatchLog:
 
     A line is written when a layer of a class first runs on an implementation in this process, and,
     for classes left to SGLang, when that is settled. Processes share the file: lines are appended
-    whole.
+    whole. A line that begins with ``#`` says when a process bound a model, and which.
     """
 
     def __init__(self, path: str | None):
@@ -51,14 +55,28 @@ class DispatchLog:
             if (class_name, destination) in self._seen:
                 return
             self._seen.add((class_name, destination))
-        line = f"[OOT-DISPATCH] {class_name} → {destination}"
+        line = f"{PREFIX}{class_name} → {destination}"
         get_logger().debug(line)
+        self._write(line)
+
+    def begin(self, model: str) -> None:
+        """Write that this process binds a model from here on."""
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._write(f"# {now}, process {os.getpid()}: {model}")
+
+    def _write(self, line: str) -> None:
         if self.path is not None:
             try:
                 with self.path.open("ab", buffering=0) as file:
                     file.write(f"{line}\n".encode())
             except OSError as error:
                 get_logger().error("the dispatch log %s cannot be written: %s", self.path, error)
+
+
+def read_dispatch_log(text: str) -> list[tuple[str, str]]:
+    """(class, destination) of each line of such a file, each once."""
+    lines = [line.removeprefix(PREFIX).partition(" → ") for line in text.splitlines() if line.startswith(PREFIX)]
+    return list(dict.fromkeys((class_name, destination) for class_name, _, destination in lines))
 
 
 _open_log = DispatchLog(None)

@@ -6,19 +6,24 @@ its own thread or task only.
 """
 
 import hashlib
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings, load_settings, settings_in_force, suggest
+from ..config import Settings, SettingsError, load_settings, settings_in_force, suggest
+from ..config.options import CONFIG_FILE
 from ..vendors import canonical
 from .locks import ForkSafeLock
 from .types import SGLANG
+
+logger = logging.getLogger("sglang_fl.dispatch")
 
 PREFER_DEFAULT = "flagos"
 PREFER_VENDOR = "vendor"
@@ -38,6 +43,10 @@ def _check_token(token: str) -> None:
         raise ValueError(f"unknown backend {token!r}{suggest(token, _WORDS)}")
 
 
+def _names(given: Any) -> frozenset[str]:
+    return frozenset((given,) if isinstance(given, str) else given)
+
+
 @dataclass(frozen=True)
 class SelectionPolicy:
     """An order of preference, as a value: hashable, and usable in a ``with`` statement.
@@ -45,13 +54,15 @@ class SelectionPolicy:
     Attributes:
         prefer: ``flagos``, ``vendor`` or ``reference``: the kind that goes first.
         strict: an implementation that fails stops the caller; the next in order is not tried.
-        per_op_order: (operator, order) pairs. An order lists all that may be used: what is not in
-            it is not tried.
-        deny_vendors: vendors whose implementations may not be used.
-        allow_vendors: if given, the only vendors whose implementations may be used.
+        per_op_order: (operator, order) pairs, or a mapping. An order lists all that may be used: what is not in
+            it is not tried. It may be given as in SGLANG_FL_PER_OP, ``"vendor|sglang"``.
+        deny_vendors: vendors whose implementations may not be used; a string is one of them.
+        allow_vendors: if given, the only vendors whose implementations may be used; likewise.
 
     Raises:
-        ValueError: an unknown preference or backend.
+        ValueError: an unknown preference or backend. Operators and vendors that nobody has are warned of where the policy
+            is put in force, since a manager of your own may know others.
+        TypeError: ``strict`` is no bool.
     """
 
     prefer: str = PREFER_DEFAULT
@@ -62,17 +73,20 @@ class SelectionPolicy:
 
     def __post_init__(self) -> None:
         if self.prefer not in _DEFAULT_ORDERS:
-            raise ValueError(f"unknown preference {self.prefer!r}{suggest(self.prefer, list(_DEFAULT_ORDERS))}")
-        pairs = tuple(sorted((op, tuple(order)) for op, order in self.per_op_order))
+            raise ValueError(f"unknown preference {self.prefer!r}{suggest(str(self.prefer), list(_DEFAULT_ORDERS))}")
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict is {self.strict!r}, and must be True or False")
+        given = self.per_op_order.items() if isinstance(self.per_op_order, Mapping) else self.per_op_order
+        pairs = tuple(sorted((op, tuple(order.split("|") if isinstance(order, str) else order)) for op, order in given))
         for op, order in pairs:
             if not order:
                 raise ValueError(f"the order for {op!r} is empty")
             for token in order:
                 _check_token(token)
         object.__setattr__(self, "per_op_order", pairs)
-        object.__setattr__(self, "deny_vendors", frozenset(self.deny_vendors))
+        object.__setattr__(self, "deny_vendors", _names(self.deny_vendors))
         if self.allow_vendors is not None:
-            object.__setattr__(self, "allow_vendors", frozenset(self.allow_vendors))
+            object.__setattr__(self, "allow_vendors", _names(self.allow_vendors))
         object.__setattr__(self, "_hash", hash((self.prefer, self.strict, self.per_op_order, self.deny_vendors, self.allow_vendors)))
 
     def __hash__(self) -> int:
@@ -92,8 +106,8 @@ class SelectionPolicy:
             prefer=prefer,
             strict=strict,
             per_op_order=tuple((op, tuple(order)) for op, order in (per_op_order or {}).items()),
-            deny_vendors=frozenset(deny_vendors or ()),
-            allow_vendors=None if allow_vendors is None else frozenset(allow_vendors),
+            deny_vendors=_names(deny_vendors or ()),
+            allow_vendors=None if allow_vendors is None else _names(allow_vendors),
         )
 
     @classmethod
@@ -210,7 +224,12 @@ class PolicyManager:
 
         If a listener refuses it (a strict policy that a layer cannot follow), the old one stays and
         the listener's error is raised.
+
+        Raises:
+            TypeError: it is no policy.
         """
+        if policy is not None:
+            _check_policy(policy)
         with self._lock:
             before, self._global = self._global, policy
             try:
@@ -243,7 +262,33 @@ class PolicyManager:
                 self.notify()
 
 
+def _check_policy(policy: SelectionPolicy) -> None:
+    """Raises TypeError if it is none; and names that nobody has are warned of."""
+    if not isinstance(policy, SelectionPolicy):
+        raise TypeError(f"expected a SelectionPolicy, such as SelectionPolicy(prefer='vendor'), and got {policy!r}")
+    _warn_of_names(policy)
+
+
+@lru_cache(maxsize=256)
+def _warn_of_names(policy: SelectionPolicy) -> None:
+    """Warn, once, of operators and vendors that nobody has: a ban of "nvdia" bans nobody."""
+    if not (policy.per_op_order or policy.deny_vendors or policy.allow_vendors):
+        return
+    from .manager import get_default_manager  # which needs this module
+
+    vocabulary = get_default_manager().vocabulary()
+    vendors = (*policy.deny_vendors, *(policy.allow_vendors or ()))
+    told = [
+        *(vocabulary.problem_with("operators", op) for op, _ in policy.per_op_order),
+        *(vocabulary.problem_with_token(token) for _, order in policy.per_op_order for token in order),
+        *(vocabulary.problem_with("vendors", vendor) for vendor in sorted(vendors)),
+    ]
+    for problem in filter(None, told):
+        logger.warning("a policy of this process: %s", problem)
+
+
 def _push(policy: SelectionPolicy) -> Token[SelectionPolicy | None]:
+    _check_policy(policy)
     token = _override.set(policy)
     _depth.set(_depth.get() + 1)
     try:
@@ -295,7 +340,11 @@ def policy_from_config(path: str | Path) -> SelectionPolicy:
     """
     from .manager import get_default_manager  # which needs this module
 
-    return SelectionPolicy.from_settings(load_settings({"SGLANG_FL_CONFIG": str(path)}, vocabulary=get_default_manager().vocabulary()))
+    try:
+        settings = load_settings({CONFIG_FILE: str(path)}, vocabulary=get_default_manager().vocabulary())
+    except SettingsError as error:
+        raise SettingsError([problem.removeprefix(f"{CONFIG_FILE}: ") for problem in error.problems]) from None
+    return SelectionPolicy.from_settings(settings)
 
 
 def with_preference(prefer: str) -> SelectionPolicy:

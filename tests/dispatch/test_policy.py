@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -234,6 +235,50 @@ def test_vendors_have_aliases() -> None:
     assert SelectionPolicy(allow_vendors=frozenset({"npu"})).is_vendor_allowed("ascend")
 
 
+def test_a_vendor_may_be_given_as_a_string() -> None:
+    """As in a file; it is no set of letters."""
+    assert SelectionPolicy(deny_vendors="nvidia", allow_vendors="ascend") == SelectionPolicy.from_dict(  # type: ignore[arg-type]
+        deny_vendors="nvidia", allow_vendors="ascend"
+    )
+    assert not SelectionPolicy(deny_vendors="nvidia").is_vendor_allowed("nvidia")  # type: ignore[arg-type]
+
+
+def test_orders_may_be_given_as_in_the_settings() -> None:
+    wanted = SelectionPolicy(per_op_order=(("rms_norm", ("vendor", "sglang")), ("topk", ("sglang",))))
+    assert SelectionPolicy(per_op_order={"rms_norm": "vendor|sglang", "topk": "sglang"}) == wanted  # type: ignore[arg-type]
+    assert SelectionPolicy(per_op_order=(("topk", ["sglang"]), ("rms_norm", "vendor|sglang"))) == wanted  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("given", "error"), [({"strict": "no"}, "strict is 'no'"), ({"prefer": None}, "unknown preference None")])
+def test_values_of_another_type(given: dict[str, Any], error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=error):
+        SelectionPolicy(**given)
+
+
+@pytest.mark.parametrize("given", ["vendor", {"prefer": "vendor"}, 1])
+def test_what_is_no_policy_is_refused_at_once(given: Any) -> None:
+    before = get_policy()
+    with pytest.raises(TypeError, match="expected a SelectionPolicy"):
+        set_global_policy(given)
+    with pytest.raises(TypeError, match="expected a SelectionPolicy"), policy_context(given):
+        pass
+    assert get_policy() == before and overrides.active == 0
+
+
+def test_names_that_nobody_has_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A ban of "nvdia" bans nobody."""
+    policy = SelectionPolicy(deny_vendors=frozenset({"nvdia"}), per_op_order=(("rms_nrom", ("vendor:metaxx",)),))
+    for _ in range(2):
+        with policy_context(policy):
+            pass
+        set_global_policy(policy)
+    for word, meant in (("nvdia", "nvidia"), ("rms_nrom", "rms_norm"), ("metaxx", "metax")):
+        assert len([r for r in caplog.records if f"{word!r}; did you mean {meant!r}" in r.message]) == 1
+    caplog.clear()
+    set_global_policy(SelectionPolicy(deny_vendors=frozenset({"cuda", "metax"}), per_op_order=(("topk", ("impl:default.flagos",)),)))
+    assert not caplog.records
+
+
 def test_policy_from_config(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text("prefer: vendor\nstrict: true\nop_backends:\n  rms_norm: [sglang]\ndeny_vendors: [metax]\n")
@@ -241,7 +286,7 @@ def test_policy_from_config(tmp_path: Path) -> None:
     assert policy == SelectionPolicy.from_dict("vendor", True, {"rms_norm": ["sglang"]}, ["metax"])
     with policy_from_config(path):
         assert get_policy() == policy
-    with pytest.raises(SettingsError, match="there is no file"):
+    with pytest.raises(SettingsError, match=r"^sglang-fl: there is no file"):
         policy_from_config(tmp_path / "nope.yaml")
 
 

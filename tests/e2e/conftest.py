@@ -19,6 +19,7 @@ import torch
 
 from sglang_fl.cli.demo_model import QUESTION, RECITAL, demo_model
 from sglang_fl.cli.server import Server, free_port
+from sglang_fl.dispatch.logger_manager import read_dispatch_log
 
 from .forward_error import logprobs_and_bounds
 
@@ -62,7 +63,7 @@ class Running:
 
     def dispatched(self) -> set[str]:
         """The dispatch log's lines, without what is the same in all of them."""
-        return {line.removeprefix("[OOT-DISPATCH] ") for line in self.dispatch_log.read_text().splitlines()}
+        return {f"{name} → {destination}" for name, destination in read_dispatch_log(self.dispatch_log.read_text())}
 
     def logprobs(self, prompt: Prompt) -> list[float]:
         """The logprob of each token of the prompt but the first."""

@@ -45,6 +45,7 @@ def test_sixteen_at_once_are_all_exact(running: Running) -> None:
 
 def test_every_layer_ran_through_the_dispatch(running: Running) -> None:
     assert running.dispatched() == BOUND
+    assert running.dispatch_log.read_text().splitlines()[0].endswith(": Qwen3ForCausalLM"), "which process of which server they are of"
 
 
 def test_the_servers_log_has_one_summary(running: Running) -> None:
