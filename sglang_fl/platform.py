@@ -194,6 +194,11 @@ class PlainCpu(OutOfTree, CpuDeviceMixin):
         super().apply_server_args_defaults(server_args)
         # SGLang prefers its AMX backend on every x86 machine; this platform is for those without.
         if _given(server_args, "attention_backend") is None:
+            if _given(server_args, "enable_deterministic_inference"):
+                raise ValueError(
+                    "--enable-deterministic-inference needs an attention backend that SGLang has made deterministic, "
+                    "and there is none for a plain CPU; leave it out"
+                )
             server_args.attention_backend = self.get_default_attention_backend()
         server_args.disable_custom_all_reduce = True  # it is a CUDA kernel; SGLang would try and complain
         _limit_kv_cache(server_args)

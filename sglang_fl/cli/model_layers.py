@@ -69,7 +69,10 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     used: dict[str, None] = {}
     files = {name: _file_of(name) for name in config.get("architectures") or []}
     if not any(files.values()):
-        raise SettingsError(f"{directory}: SGLang has no model for the architecture {config.get('architectures')}")
+        raise SettingsError(
+            f"{directory}: SGLang has no model of its own for the architecture {config.get('architectures')}. "
+            "If it serves it through its Transformers backend, sglang-fl takes none of its layers over"
+        )
     for architecture, file in files.items():
         if file is not None:
             used |= dict.fromkeys(_classes_of(architecture, file))
@@ -149,24 +152,39 @@ def _rope_class(config: dict[str, Any]) -> str:
 
 
 def _size(op: str | None, config: dict[str, Any]) -> str:
+    """The sizes that matter to an operator, those of them that the configuration has."""
+
+    def first(*names: str) -> Any:
+        return next((config[name] for name in names if config.get(name) is not None), None)
+
+    def told(**sizes: Any) -> str:
+        return ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
+
+    def counted(*sizes: tuple[Any, str]) -> str:
+        return ", ".join(f"{size} {name}" for size, name in sizes if size is not None)
+
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
-    experts = next((config[name] for name in _NUMBER_OF_EXPERTS if config.get(name)), None)
-    norm, activation = f"hidden_size {hidden}, eps {config.get('rms_norm_eps')}", f"intermediate_size {config.get('intermediate_size')}"
-    rotary = f"head_dim {head_dim}, {heads} heads, {config.get('num_key_value_heads', heads)} kv heads"
+    experts = first(*_NUMBER_OF_EXPERTS)
+    norm = told(hidden_size=hidden, eps=first("rms_norm_eps", "layer_norm_eps", "norm_eps"))
+    activation = told(intermediate_size=config.get("intermediate_size"))
+    rotary = ", ".join(
+        filter(None, (told(head_dim=head_dim), counted((heads, "heads"), (config.get("num_key_value_heads", heads), "kv heads"))))
+    )
+    per_expert = told(hidden_size=hidden, moe_intermediate_size=first("moe_intermediate_size", "intermediate_size"))
+    keys, values = config.get("linear_num_key_heads"), config.get("linear_num_value_heads")
     return {
-        "fused_moe": f"{experts} experts, hidden_size {hidden}, moe_intermediate_size {config.get('moe_intermediate_size')}",
+        "fused_moe": ", ".join(filter(None, (counted((experts, "experts")), per_expert))),
         "gelu_and_mul": activation,
         "gemma_rms_norm": norm,
         "mrotary_embedding": rotary,
         "rms_norm": norm,
         "rotary_embedding": rotary,
         "silu_and_mul": activation,
-        "topk": f"{experts} experts, {config.get('num_experts_per_tok')} a token",
+        "topk": counted((experts, "experts"), (config.get("num_experts_per_tok"), "a token")),
         **dict.fromkeys(
             _GATED_DELTA_RULE,
-            f"{config.get('linear_num_key_heads')} heads of {config.get('linear_key_head_dim')}, "
-            f"{config.get('linear_num_value_heads')} value heads of {config.get('linear_value_head_dim')}",
+            f"{keys} heads of {config.get('linear_key_head_dim')}, {values} value heads of {config.get('linear_value_head_dim')}",
         ),
     }.get(op or "", "")
 

@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             shown.add_column(column, overflow="fold", min_width=_LEAST_NAME if column == "layer class" else None)
         for layer in layers:
             shown.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
-        console.print(shown)
+        console.print(shown if layers else f"The model in {args.model} has no layer that an operator of sglang-fl is for.")
         console.print(
             "Read from config.json and SGLang's source. A layer's own attributes decide when it is loaded; the server's log then says."
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the settings: defaults < platform profile < the user's YAML < environment."""
 
+import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -132,12 +133,17 @@ def load_settings(
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     shapes = {option.name: option.env for option in OPTIONS.values() if option.env} | {_stem(name): name for name in VARIABLES}
     for variable in environ:
-        if variable.startswith(PREFIXES) and variable not in VARIABLES:
+        misspelt = difflib.get_close_matches(variable.upper(), _WITHOUT_PREFIX, cutoff=0.9)
+        if (variable.upper().startswith(PREFIXES) or misspelt) and variable not in VARIABLES:
             yield f"{variable}: there is no such setting{suggest(_stem(variable), shapes)}"
     # FlagGems itself takes a vendor that it does not know for none, without a word.
     forced = environ.get("GEMS_VENDOR", "").strip()
     if forced and canonical(forced) not in known_vendors():
         yield f"GEMS_VENDOR: unknown vendor {forced!r}{suggest(forced, known_vendors().keys())}"
+
+
+#: Variables that do not begin as the others do. FlagOS's other programs have more that begin with USE_FLAG.
+_WITHOUT_PREFIX = sorted(variable for variable in VARIABLES if not variable.startswith(PREFIXES))
 
 
 def _stem(variable: str) -> str:

@@ -370,7 +370,31 @@ def failing_ops(capsys: pytest.CaptureFixture[str], directory: str) -> str:
 def test_unknown_architecture(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str], architectures: Any) -> None:
     directory = model({"architectures": architectures})
     told = failing_ops(capsys, directory)
-    assert directory in told and "no model for the architecture" in told and str(architectures) in told
+    assert (
+        directory in told
+        and "no model of its own for the architecture" in told
+        and "Transformers backend" in told
+        and str(architectures) in told
+    )
+
+
+def test_a_model_without_such_layers_is_said_to_have_none(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str]) -> None:
+    assert main(["ops", "--model", model({"architectures": ["OPTForCausalLM"]})]) == 0
+    assert "has no layer that an operator of sglang-fl is for" in capsys.readouterr().out
+
+
+def test_sizes_that_a_configuration_does_not_have_are_left_out(ops: Ops, model: Callable[[Any], str]) -> None:
+    """Mixtral has no moe_intermediate_size: all of its experts are of the one size."""
+    config = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+    found = {layer["op"]: layer["size"] for layer in ops("--model", model({"architectures": ["MixtralForCausalLM"], **config}))["layers"]}
+    assert found == {
+        "fused_moe": "4 experts, hidden_size 64, moe_intermediate_size 128",
+        "rms_norm": "hidden_size 64, eps 1e-05",
+        "rotary_embedding": "",
+        "topk": "4 experts, 2 a token",
+    }
+    found = {layer["op"]: layer["size"] for layer in ops("--model", model({"architectures": ["MixtralForCausalLM"]}))["layers"]}
+    assert set(found.values()) == {""}
 
 
 @pytest.mark.parametrize("architecture", ["OPTForCausalLM", "MiniCPMV", "LlavaForConditionalGeneration"])

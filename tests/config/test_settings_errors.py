@@ -146,6 +146,25 @@ def test_empty_name_in_a_list(load: Loader) -> None:
     assert "colon" not in problem, "there is none"
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("USE_FLAGEMS", "USE_FLAGGEMS"),
+        ("sglang_fl_prefer", "SGLANG_FL_PREFER"),
+        ("use_flaggems", "USE_FLAGGEMS"),
+        ("FLAGCX_PAHT", "FLAGCX_PATH"),
+    ],
+)
+def test_variables_without_the_prefix_and_in_small_letters(load: Loader, variable: str, meant: str) -> None:
+    (problem,) = load.problems(**{variable: "0"})
+    assert place_of(problem) == variable and f"did you mean {meant!r}" in problem
+
+
+@pytest.mark.parametrize("variable", ["USE_FLAGTREE", "USE_FLAG", "FLAGCX_DEBUG", "FLAGCX_PATHS_OF_OTHERS", "FLAGGEMS_SOURCE_DIR"])
+def test_variables_of_other_programs(load: Loader, variable: str) -> None:
+    load(**{variable: "0"})
+
+
 @pytest.mark.parametrize("variable", ["SGLANG_FL_FOO", "SGLANG_FL_ROOT"])
 def test_the_common_prefix_does_not_make_variables_alike(load: Loader, variable: str) -> None:
     (problem,) = load.problems(**{variable: "1"})

@@ -200,12 +200,12 @@ class Runner:
             )
 
     def run(
-        self, config: dict[str, Any], environ: dict[str, str], rounded_otherwise: int = 0
+        self, config: dict[str, Any], environ: dict[str, str], rounded_otherwise: int = 0, **arguments: Any
     ) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
         """Which layers are bound, the logprobs, and those with layers that round otherwise."""
         assert self.process.stdin is not None and self.process.stdout is not None
         out = self.directory / "result"
-        task = {"config": config, "environ": environ, "arguments": {}, "rounded_otherwise": rounded_otherwise, "out": str(out)}
+        task = {"config": config, "environ": environ, "arguments": arguments, "rounded_otherwise": rounded_otherwise, "out": str(out)}
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -235,6 +235,12 @@ def test_binding_changes_nothing_but_rounding(runner: Runner, name: str) -> None
     allowed, off = _allowed(native, others), _off(ours, native)
     print(f"{name}: off by {off / allowed:.3f} of what rounding may cost ({off:.1e} of {allowed:.1e})")
     assert off <= allowed
+
+
+def test_what_a_plain_cpu_does_not_have_is_said(runner: Runner) -> None:
+    """SGLang would say that the user chose the attention backend that this platform chooses."""
+    with pytest.raises(AssertionError, match="needs an attention backend that SGLang has made deterministic"):
+        runner.run(MODELS["llama"][0], ON_REFERENCE, enable_deterministic_inference=True)
 
 
 def _off(one: torch.Tensor, other: torch.Tensor) -> float:
