@@ -3,7 +3,7 @@
 
     python -P model_runner.py
 
-Each line of standard input is a task (:class:`Task` as JSON); the answer is a line on standard output: what a run gave, or its error.
+Each line of standard input is a task (:func:`run`) as JSON; the answer is a line on standard output: what a run gave, or its error.
 """
 
 import json
@@ -21,8 +21,6 @@ from typing import Any
 import torch
 
 VOCABULARY, PROMPTS, DECODED = 512, (7, 23), 8
-#: Of the units in the last place by which a correct result of a layer is moved, to see what that does to the logprobs.
-ULPS = 8
 
 
 def weights(model: torch.nn.Module) -> None:
@@ -35,7 +33,7 @@ def weights(model: torch.nn.Module) -> None:
             drawn *= 1.5 / tensor.shape[-1] ** 0.5
         elif tensor.dim() <= 1:
             drawn = 0.1 * drawn if "bias" in name else 1 + 0.3 * drawn
-        tensor.copy_(drawn)
+        tensor.copy_(drawn)  # on a device and in another dtype, too
 
 
 class Model:
@@ -48,7 +46,7 @@ class Model:
 
         loader.initialize_dummy_weights = lambda model, *_, **__: weights(model)
         one_batch.get_tokenizer = lambda *_, **__: None
-        given = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_total_tokens": 4096, "random_seed": 1}
+        given = {"load_format": "dummy", "skip_tokenizer_init": True, "max_total_tokens": 4096, "random_seed": 1}
         args = ServerArgs(model_path=str(directory), disable_radix_cache=True, max_running_requests=8, **given, **arguments)
         ports = PortArgs.init_new(args)
         rank = one_batch.spawn_world_rank(args, tp_rank=0, pp_rank=0)
@@ -58,7 +56,10 @@ class Model:
         self.model: torch.nn.Module = self.runner.torch_runner.model
 
     def logprobs(self) -> torch.Tensor:
-        """[1 + DECODED, prompts, vocabulary], of a prefill and of the greedy steps after it."""
+        """[1 + DECODED, prompts, vocabulary], of a prefill and of the steps after it.
+
+        The tokens that are decoded are drawn, so that two runs do not part where two tokens are as probable.
+        """
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -72,11 +73,12 @@ class Model:
             requests.append(request)
         self.runner.clear()
         tokens, logits, batch = self.runner.extend(requests)
-        found = [logits.clone()]
-        for _ in range(DECODED):
-            tokens, logits = self.runner.decode(tokens, batch)
-            found.append(logits.clone())
-        return torch.stack(found).double().log_softmax(-1)
+        found = [logits.double().cpu()]
+        for step in range(DECODED):
+            drawn = torch.randint_like(tokens.cpu(), 5, VOCABULARY - 12, generator=torch.Generator().manual_seed(1000 + step))
+            _, logits = self.runner.decode(drawn.to(tokens.device), batch)
+            found.append(logits.double().cpu())
+        return torch.stack(found).log_softmax(-1)
 
     def bound(self) -> dict[str, dict[str, int]]:
         """Layer class -> the name of its pinned forward -> how many layers."""
@@ -86,14 +88,15 @@ class Model:
             found.setdefault(type(layer).__name__, Counter())[name] += 1
         return {name: dict(counts) for name, counts in sorted(found.items())}
 
-    def rounded_otherwise(self, seed: int) -> torch.Tensor:
-        """The logprobs where each of those layers' results is off by up to ULPS units in the last place."""
+    def rounded_otherwise(self, seed: int, ulps: int) -> torch.Tensor:
+        """The logprobs where each of those layers' results is off by up to ``ulps`` units in the last place."""
         generator = torch.Generator().manual_seed(seed)
 
         def moved(value: Any) -> Any:
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                unit = ULPS * torch.finfo(value.dtype).eps / 2
-                return value * (1 + unit * (2 * torch.rand(value.shape, generator=generator) - 1))
+                unit = ulps * torch.finfo(value.dtype).eps / 2
+                factor = 1 + unit * (2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1)
+                return (value.double() * factor.to(value.device)).to(value.dtype)
             if isinstance(value, tuple):
                 parts = map(moved, value)
                 return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
@@ -122,13 +125,18 @@ class Model:
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
-    """What ``task`` asks for: ``config`` of the model, ``environ``, ``arguments`` of SGLang, ``rounded_otherwise``: how often."""
+    """What a task asks for.
+
+    Args:
+        task: ``config`` of the model; ``environ``; ``arguments`` of SGLang; ``rounded_otherwise``: how often, and ``ulps``: by how
+            much; ``out``: a file for the logprobs.
+    """
     os.environ.update(task["environ"])
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         (Path(directory) / "config.json").write_text(json.dumps(task["config"]))
         model = Model(Path(directory), task["arguments"])
         bound, logprobs = model.bound(), model.logprobs()
-        others = [model.rounded_otherwise(seed) for seed in range(task["rounded_otherwise"])]
+        others = [model.rounded_otherwise(seed, task["ulps"]) for seed in range(task["rounded_otherwise"])]
         torch.save((logprobs, others), task["out"])
     return {"bound": bound}
 
