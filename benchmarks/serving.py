@@ -4,9 +4,9 @@
 
 An engine for each variant is started, all of them stay up on the same device, and the measurements alternate
 between them; so a ratio is of neighbours in time. While one is measured, the processes of the others are stopped
-(SIGSTOP): idle engines poll, and would take cores from it. Of each variant: prefill and decode at some batch sizes,
-start-up and memory, and whether its greedy tokens and (with --profile) the kernels that it runs and the Python functions
-that its scheduler calls in a step are the baseline's, which is the first variant.
+(SIGSTOP): idle engines poll, and would take cores from it. All have the same PYTHONHASHSEED. Of each variant: prefill
+and decode at some batch sizes, start-up and memory, and whether its greedy tokens and (with --profile) the kernels that
+it runs and the Python functions that its scheduler calls in a step are the baseline's, which is the first variant.
 
     python benchmarks/serving.py qwen3-0.6b                        # a built-in shape, random weights
     python benchmarks/serving.py qwen3-8b:12 --profile             # its first 12 layers
@@ -50,7 +50,7 @@ from serving_lib.results import Busy, Results, read
 from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
 from serving_lib.summary import against, summarize, tally
 from serving_lib.table import other_table, speed_table
-from serving_lib.variants import BadVariant, Variant, choose, default_names
+from serving_lib.variants import HASH_SEED, BadVariant, Variant, choose, default_names
 from shapes import SHAPES, Shape, UnknownShape, load_shape
 
 from sglang_fl.cli.server import interrupt_on_termination
@@ -205,6 +205,7 @@ class Run:
             "seed": args.seed,
             "start": args.start,
             "idle_engines": "stopped",
+            "hash_seed": HASH_SEED,
             "startup": {},
             "memory": {},
             "device_memory_used_gib": {"before": machine.device_memory_used()},

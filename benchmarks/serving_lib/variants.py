@@ -25,6 +25,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 #: A variant with this after its name leaves out SGLang's own all-reduce for small messages.
 _NO_CUSTOM = "-no-custom-ar"
+#: Of each engine's Python. Random ones make processes that do the same differ in speed, for as long as they live.
+HASH_SEED = "0"
 #: A variant with this after its name is the same once more: how far apart two engines are that do not differ.
 _AGAIN = "-again"
 
@@ -46,8 +48,8 @@ class Variant:
         return self.settings.get("SGLANG_PLUGINS") == "none"
 
     def environ(self, base: Mapping[str, str], dispatch_log: Path) -> dict[str, str]:
-        """The environment of its engine: the machine's, without settings of sglang-fl, with its own."""
-        environ = {name: value for name, value in base.items() if not _OURS.fullmatch(name)}
+        """The environment of its engine: the machine's, without settings of sglang-fl, with its own, and the same hash seed for all."""
+        environ = {name: value for name, value in base.items() if not _OURS.fullmatch(name)} | {"PYTHONHASHSEED": HASH_SEED}
         if self.native:
             environ.pop("SGLANG_PLATFORM", None)  # it would load that plugin past SGLANG_PLUGINS
         else:

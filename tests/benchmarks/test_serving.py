@@ -92,11 +92,15 @@ SHELL = {"PATH": "/bin", "SGLANG_FL_STRICT": "1", "_SGLANG_FL_X": "1", "USE_FLAG
 class TestVariants:
     def test_settings_of_the_shell_do_not_reach_an_engine(self) -> None:
         (default,) = variants.choose(["default"], [], plain_cpu=False)
-        assert default.environ(SHELL, Path("log")) == {"PATH": "/bin", "SGLANG_FL_DISPATCH_LOG": "log"}
+        assert default.environ(SHELL, Path("log")) == {"PATH": "/bin", "PYTHONHASHSEED": "0", "SGLANG_FL_DISPATCH_LOG": "log"}
 
     def test_native_loads_no_plugin(self) -> None:
         (native,) = variants.choose(["native"], [], plain_cpu=False)
-        assert native.environ({**SHELL, "SGLANG_PLATFORM": "sglang_fl"}, Path("log")) == {"PATH": "/bin", "SGLANG_PLUGINS": "none"}
+        assert native.environ({**SHELL, "SGLANG_PLATFORM": "sglang_fl"}, Path("log")) == {
+            "PATH": "/bin",
+            "PYTHONHASHSEED": "0",
+            "SGLANG_PLUGINS": "none",
+        }
 
     def test_off_leaves_every_operator_to_sglang(self) -> None:
         (off,) = variants.choose(["off"], [], plain_cpu=True)
