@@ -338,6 +338,14 @@ class TestRounds:
         rounds.Case("prefill", 2).measure(Answering("a", 0.1, log), [[1] * 16, [2] * 16], [[3] * 16, [4] * 16], self.LENGTHS)  # type: ignore[arg-type]
         assert [asked["input_ids"] for _, asked in log] == [[[3] * 4, [4] * 4], [[1] * 16, [2] * 16]]
 
+    def test_before_decode_an_engine_runs_untimed(self) -> None:
+        """It was stopped until now."""
+        log: list[Any] = []
+        found = rounds.Case("decode", 1).measure(Answering("a", 0.1, log), [[1] * 4], [[3] * 4], self.LENGTHS)  # type: ignore[arg-type]
+        asked = [(values["input_ids"], values["max_new_tokens"]) for _, values in log]
+        assert asked == [([[3] * 4], 8), ([[1] * 4], 8), ([[1] * 4], 16)]
+        assert found["seconds"] == pytest.approx(0.1)
+
     def test_an_engine_that_fails_is_out_and_the_others_go_on(self) -> None:
         log: list[Any] = []
         engines = Engines([Answering("a", 0.1, log), Answering("b", 0.2, log, fails_at=4)])  # type: ignore[list-item]
