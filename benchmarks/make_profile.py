@@ -43,6 +43,7 @@ import result_file
 import schemas
 import yaml
 from serving_lib.results import read as read_runs
+from serving_lib.summary import LEAST_ROUNDS
 
 from sglang_fl.config.errors import suggest
 from sglang_fl.dispatch.bridge.catalog import FUNCTIONS, LAYERS
@@ -55,8 +56,8 @@ MAX_RATIO, MAX_MEDIAN, MAX_WIDTH = 1.02, 0.98, 0.1
 _PASS = "embedding"
 LEAST_CALLS_PER_PASS = 0.1
 LEAST_SHAPES = 6
-#: Of a run that speaks for an implementation: with fewer rounds the intervals are far from holding 95 %.
-LEAST_ROUNDS, LEAST_BATCH = 6, 32
+#: Up to which a run that speaks for an implementation must go.
+LEAST_BATCH = 32
 #: Of native's speed, what a served model must reach.
 LEAST_SPEED = 0.98
 #: What a line of the dispatch log says, such as ``RMSNorm → flagos(default.flagos)``.
@@ -67,8 +68,6 @@ _MORE = frozenset({"SGLANG_FL_PREFER", "SGLANG_FL_FLAGOS_WHITELIST", "SGLANG_FL_
 _ENDED = "it ended its process"
 #: And of one whose graph gave other results than the call.
 _REPLAYED = "replayed with new data"
-#: The packages whose versions must be the same for figures to be compared.
-_DECIDING = ("sglang", "sglang-kernel", "torch", "triton", "flag_gems", "flashinfer-python")
 _FAMILIES = ("flagos", "vendor")
 #: The name of a further sitting's file ends so.
 _FURTHER = re.compile(r"\.[0-9]+\.json$")
@@ -434,7 +433,7 @@ def read_served(results: Path, ops: Mapping[str, Any], gpu: str) -> list[dict[st
     """
     path = results / f"serving-{gpu}.jsonl"
     runs = read_runs(path) if path.exists() else []
-    wanted = {name: ops["versions"].get(name) for name in _DECIDING if name in ops["versions"]}
+    wanted = {name: ops["versions"].get(name) for name in result_file.PACKAGES if name in ops["versions"]}
     mine = []
     for number, run in enumerate(runs, 1):
         schemas.check(f"run {number} of {path.name}", run, schemas.Served)

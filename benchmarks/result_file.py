@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("sglang", "sglang-kernel", "torch", "triton", "flag_gems", "flashinfer-python")
+#: Those whose versions must be the same for figures to be compared.
+PACKAGES = ("sglang", "sglang-kernel", "torch", "triton", "flag_gems", "flashinfer-python")
 
 _EXACT = ("args", "kwargs")
 
@@ -25,7 +26,7 @@ def header(**more: Any) -> dict[str, Any]:
     from sglang_fl import __version__
 
     found = {"sglang-fl": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

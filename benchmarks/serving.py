@@ -48,7 +48,7 @@ from serving_lib import kernels, machine, python_calls, tokens
 from serving_lib.engine import CommandFailed, Engine, Engines
 from serving_lib.results import Busy, Results, read
 from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
-from serving_lib.summary import against, summarize, tally
+from serving_lib.summary import LEAST_ROUNDS, against, summarize, tally
 from serving_lib.table import other_table, speed_table
 from serving_lib.variants import HASH_SEED, BadVariant, Variant, choose, default_names
 from shapes import SHAPES, Shape, UnknownShape, load_shape
@@ -57,8 +57,7 @@ from sglang_fl.cli.server import interrupt_on_termination
 from sglang_fl.config.errors import suggest
 from sglang_fl.device import probe
 
-#: With fewer rounds than six the bootstrap's 95 % intervals are far from holding 95 %.
-_WARM_UP_ROUNDS, _LEAST_ROUNDS = 2, 6
+_WARM_UP_ROUNDS = 2
 _PROMPT_FOR_TOKENS = 64
 _PROFILED_STEPS = 8
 _PROFILED_BATCH = 32
@@ -88,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--budget",
         type=seconds,
         metavar="SECONDS",
-        help=f"begin no further round this long after the program's start, once there are {_LEAST_ROUNDS}; tokens and kernels come after",
+        help=f"begin no further round this long after the program's start, once there are {LEAST_ROUNDS}; tokens and kernels come after",
     )
     parser.add_argument("--tokens", type=not_negative, default=256, metavar="N", help="greedy tokens to compare; 0: none (default: 256)")
     parser.add_argument("--profile", action="store_true", help="compare the kernels and the Python calls of a step, by name and count")
@@ -242,8 +241,8 @@ class Run:
         if self.args.tokens:
             self._compare_tokens()
         if self.args.profile:
-            self._compare_kernels()
-            self._compare_python()
+            self._compare_windows("kernels", self._profile, kernels.compare, self.data["profile"]["windows"])
+            self._compare_windows("python", self._profile_python, python_calls.compare, {})
         for engine in self.engines.up:
             self.data["memory"][engine.name]["host_gib_at_end"] = engine.host_memory() / _GIB
 
@@ -283,7 +282,7 @@ class Run:
             self._say_errors()
         for number in range(self.args.rounds):
             over = self.args.budget is not None and time.perf_counter() - self.started > self.args.budget
-            if self.data["baseline"] in self.engines.errors or not self.engines.up or (over and number >= _LEAST_ROUNDS):
+            if self.data["baseline"] in self.engines.errors or not self.engines.up or (over and number >= LEAST_ROUNDS):
                 break
             began = time.perf_counter()
             found = run_round(self.engines, _WARM_UP_ROUNDS + number, self.args.batch, self.lengths, vocabulary, self.args.seed)
@@ -304,17 +303,15 @@ class Run:
 
         self._compare("tokens", greedy, tokens.compare, self.data["greedy"])
 
-    def _compare_kernels(self) -> None:
-        def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-            return {window: kernels.compare(ours[window], theirs[window]) for window in ours}
-
-        self._compare("kernels", self._profile, compare, self.data["profile"]["windows"])
-
-    def _compare_python(self) -> None:
-        def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-            return {window: python_calls.compare(ours[window], theirs[window]) for window in ours}
-
-        self._compare("python", self._profile_python, compare, {})
+    def _compare_windows(
+        self,
+        what: str,
+        collect: Callable[[Engine], dict[str, Any]],
+        compare: Callable[[Any, Any], dict[str, Any]],
+        collected: dict[str, Any],
+    ) -> None:
+        """Like :meth:`_compare`, of windows of steps, each by itself."""
+        self._compare(what, collect, lambda ours, theirs: {window: compare(ours[window], theirs[window]) for window in ours}, collected)
 
     def _compare(
         self,

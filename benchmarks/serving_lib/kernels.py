@@ -57,13 +57,19 @@ class Window:
         }
 
 
+def trace_events(trace: Path) -> list[dict[str, Any]]:
+    """The events of a trace of torch's profiler (``.json.gz``), which need not be in order."""
+    with gzip.open(trace, "rt", encoding="utf-8", errors="replace") as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return events
+
+
 def read_window(trace: Path) -> Window:
     """What a trace of torch's profiler (``.json.gz``) has.
 
     On a CPU, "kernels" are ATen operators, whose times include those of the operators they call.
     """
-    with gzip.open(trace, "rt", encoding="utf-8", errors="replace") as file:
-        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    events = [event for event in trace_events(trace) if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") in _KERNELS]
     kind = "kernels"
     if not kernels:

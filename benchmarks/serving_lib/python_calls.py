@@ -5,8 +5,6 @@ A step's time at a small batch is the host's, and other programs disturb it; the
 """
 
 import bisect
-import gzip
-import json
 import re
 import statistics
 from collections import Counter
@@ -14,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .kernels import differing
+from .kernels import differing, trace_events
 
 #: A step of the scheduler begins where this is called.
 _STEP = re.compile(r"managers/scheduler\.py\(\d+\): run_batch$")
@@ -53,8 +51,7 @@ def compare(baseline: Mapping[str, int], other: Mapping[str, int]) -> dict[str, 
 
 def _read(trace: Path) -> tuple[list[dict[str, Any]], list[float], list[float]]:
     """All calls, and when the scheduler's steps begin and end, in microseconds."""
-    with gzip.open(trace, "rt", encoding="utf-8", errors="replace") as file:
-        events = [event for event in json.load(file)["traceEvents"] if event.get("cat") == "python_function"]
+    events = [event for event in trace_events(trace) if event.get("cat") == "python_function"]
     steps = sorted((event for event in events if _STEP.search(event["name"])), key=lambda event: float(event["ts"]))
     return events, [event["ts"] for event in steps], [event["ts"] + event["dur"] for event in steps]
 

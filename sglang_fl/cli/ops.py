@@ -49,11 +49,11 @@ class OpRow:
 
     def told(self) -> str:
         """``picked``, and the classes that are left where others are not."""
+        if len(self.left) == len(classes_of(self.op)):
+            return self.picked
         by_reason: dict[str, list[str]] = {}
         for name, why in self.left.items():
             by_reason.setdefault(why, []).append(name)
-        if len(self.left) == len(classes_of(self.op)):
-            return self.picked
         return "; ".join([self.picked, *(f"{', '.join(names)}: sglang ({why})" for why, names in by_reason.items())])
 
 

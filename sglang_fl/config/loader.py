@@ -133,8 +133,10 @@ def load_settings(
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     shapes = {option.name: option.env for option in OPTIONS.values() if option.env} | {_stem(name): name for name in VARIABLES}
     for variable in environ:
-        misspelt = difflib.get_close_matches(variable.upper(), _WITHOUT_PREFIX, cutoff=0.9)
-        if (variable.upper().startswith(PREFIXES) or misspelt) and variable not in VARIABLES:
+        if variable in VARIABLES:
+            continue
+        shouted = variable.upper()
+        if shouted.startswith(PREFIXES) or difflib.get_close_matches(shouted, _WITHOUT_PREFIX, cutoff=0.9):
             yield f"{variable}: there is no such setting{suggest(_stem(variable), shapes)}"
     # FlagGems itself takes a vendor that it does not know for none, without a word.
     forced = environ.get("GEMS_VENDOR", "").strip()

@@ -105,9 +105,9 @@ class SelectionPolicy:
         return cls(
             prefer=prefer,
             strict=strict,
-            per_op_order=tuple((op, tuple(order)) for op, order in (per_op_order or {}).items()),
-            deny_vendors=_names(deny_vendors or ()),
-            allow_vendors=None if allow_vendors is None else _names(allow_vendors),
+            per_op_order=tuple((per_op_order or {}).items()),  # type: ignore[arg-type]  # __post_init__ makes tuples and sets
+            deny_vendors=deny_vendors or frozenset(),
+            allow_vendors=allow_vendors,
         )
 
     @classmethod
