@@ -148,7 +148,7 @@ class Rank:
 
     def __init__(self, rank: int, ranks: int, device_type: str, port: int):
         from sglang_fl.config import load_settings
-        from sglang_fl.distributed.doors import Doors
+        from sglang_fl.distributed.setup import Doors
 
         self.rank, self.ranks = rank, ranks
         self.device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")

@@ -39,7 +39,7 @@ def load_plugin() -> None:
     if level in logging.getLevelNamesMapping():
         logging.getLogger("sglang_fl").setLevel(level)
 
-    from .vendor_platform import platform_here
+    from .device.declared import platform_here
 
     found = platform_here(os.environ)
     if found is not None:

@@ -14,7 +14,7 @@ from .dispatch.bridge.gated_delta_rule import GATED_DELTA_RULE
 from .dispatch.bridge.report import BindReport
 from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
-from .runtime import settings_in_worker
+from .startup import settings_in_worker
 
 logger = logging.getLogger("sglang_fl")
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sglang-fl stands on in SGLang, checked against the SGLang that is installed."""
+"""What sglang-fl stands on in SGLang: signatures, checked against the SGLang that is installed, and its HookRegistry."""
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
@@ -225,3 +226,21 @@ def check_gated_delta_rule() -> None:
     problems = list(_problems(_GATED_DELTA_RULE))
     if problems:
         raise IncompatibleSGLang(unsupported(problems))
+
+
+def hook(target: str, function: Callable[..., Any], when: str = "around") -> bool:
+    """Have SGLang put a function around another one, or after it. Imports the target. SGLang logs what goes wrong with a hook, and goes on.
+
+    Args:
+        target: as ``package.module.name`` or ``package.module.Class.method``.
+        when: a value of SGLang's HookType.
+
+    Returns:
+        Whether it stands there now. If not, another plugin has hooked it already, or SGLang's log says why.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    before = pkgutil.resolve_name(target)
+    HookRegistry.register(target, function, HookType(when), source=HookSource("sglang_fl", "sglang-fl"))
+    HookRegistry.apply_hooks()
+    return pkgutil.resolve_name(target) is not before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asserts that an implementation's results are as near to float64 as ``sglang_fl.certify.exact`` says."""
+"""Asserts that an implementation's results are as near to float64 as ``sglang_fl.check.exact`` says."""
 
 import secrets
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from sglang_fl.certify import exact
-from sglang_fl.certify.cases import cases_of
-from sglang_fl.certify.exact import DTYPES, U32, Exact
-from sglang_fl.certify.measure import Subject
-from sglang_fl.certify.words import OK
+from sglang_fl.check import exact
+from sglang_fl.check.cases import cases_of
+from sglang_fl.check.constants import OK
+from sglang_fl.check.exact import DTYPES, U32, Exact
+from sglang_fl.check.measure import Subject
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
 __all__ = [
@@ -51,7 +51,7 @@ class Gelu:
 
 
 def assert_within(what: str, got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor, roundings: float) -> None:
-    """See :class:`sglang_fl.certify.exact.Exact`; the result's dtype may be any."""
+    """See :class:`sglang_fl.check.exact.Exact`; the result's dtype may be any."""
     _assert(what, (got,), (Exact("result", exact, terms, roundings),), got.dtype)
 
 

@@ -12,10 +12,10 @@ def serve_groups(rank: int, world_size: int, _: int, port: int) -> dict[str, Any
     from sglang.srt.distributed import parallel_state
     from sglang.srt.platforms import current_platform
 
-    from sglang_fl import distributed, runtime
+    from sglang_fl import distributed, startup
     from sglang_fl.distributed.communicator import CommunicatorFL
 
-    runtime.resolve(current_platform.device)
+    startup.resolve(current_platform.device)
     backend = parallel_state.get_default_distributed_backend("cpu")
     parallel_state.init_distributed_environment(world_size, rank, f"tcp://127.0.0.1:{port}", rank, backend)
     ranks = list(range(world_size))
@@ -69,10 +69,10 @@ def native_groups(rank: int, world_size: int, _: int, port: int, environ: dict[s
     from sglang.srt.distributed import parallel_state
     from sglang.srt.platforms import current_platform
 
-    from sglang_fl import runtime
+    from sglang_fl import startup
 
     os.environ.update(environ)
-    runtime.resolve(current_platform.device)
+    startup.resolve(current_platform.device)
     backend = parallel_state.get_default_distributed_backend("cpu")
     parallel_state.init_distributed_environment(world_size, rank, f"tcp://127.0.0.1:{port}", rank, backend)
     group = parallel_state.init_model_parallel_group([list(range(world_size))], rank, backend, group_name="tp", use_custom_allreduce=False)

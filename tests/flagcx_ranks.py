@@ -102,7 +102,7 @@ def join_world(rank: int, world_size: int, port: int, backend: str = "flagcx", l
 
     from sglang_fl.config import load_settings
     from sglang_fl.device import Device
-    from sglang_fl.distributed.doors import Doors
+    from sglang_fl.distributed.setup import Doors
 
     torch.set_num_threads(1)
     if torch.cuda.is_available():

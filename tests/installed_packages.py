@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_fl import vendor_platform
+from sglang_fl.device import declared as vendor_platform
 
 _COUNT = itertools.count()
 

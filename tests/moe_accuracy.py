@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sglang_fl.certify.cases.call import Draw, Make
-from sglang_fl.certify.cases.moe import OPERATORS
+from sglang_fl.check.cases.call import Draw, Make
+from sglang_fl.check.cases.moe import OPERATORS
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 

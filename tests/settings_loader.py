@@ -8,7 +8,7 @@ import pytest
 from sglang_fl.config import Settings, SettingsError, Vocabulary, load_settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch.ops import OPERATORS
-from sglang_fl.vocabulary import flaggems_functions
+from sglang_fl.startup.words import flaggems_functions
 
 CPU = Device("cpu", "cpu", None, "a test")
 NVIDIA = Device("nvidia", "cuda", "cuda", "a test")

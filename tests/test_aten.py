@@ -18,7 +18,7 @@ from sglang_fl import aten
 from sglang_fl.aten import AtenOperators, AtenReport, Recorder, replace_operators, restore_operators, why_off
 from sglang_fl.config import Settings, Source
 from sglang_fl.device import Device
-from sglang_fl.vocabulary import flaggems_functions
+from sglang_fl.startup.words import flaggems_functions
 
 __all__ = ["gems"]
 

@@ -15,8 +15,8 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 
 from sglang_fl import activate_platform
 from sglang_fl.device import Device, detect
+from sglang_fl.device.vendors import VENDORS
 from sglang_fl.platform import FLMoments, OutOfTree, PlatformFL, platform_class
-from sglang_fl.vendors import VENDORS
 
 ON, OFF = SimpleNamespace(is_available=lambda: True), SimpleNamespace(is_available=lambda: False)
 
@@ -72,7 +72,7 @@ def test_our_choice_is_sglangs(machine: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(platforms, "torch", torch_there)
     monkeypatch.setattr(platforms, "load_plugins_by_group", lambda group: {})
     monkeypatch.setitem(sys.modules, "torchada", ModuleType("torchada"))
-    monkeypatch.setattr("sglang_fl.device.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("sglang_fl.device.evidence.importlib.util.find_spec", lambda name: object())
 
     theirs = platforms._resolve_platform()
     device = detect(torch_there, os.environ)
@@ -112,7 +112,7 @@ def test_gems_vendor_decides_between_lookalikes() -> None:
 
 
 def test_musa_without_torchada_is_out_of_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_fl.device.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sglang_fl.device.evidence.importlib.util.find_spec", lambda name: None)
     device = detect(fake_torch(musa=True), {})
     assert (device.vendor, device.in_tree) == ("mthreads", None)
 
@@ -207,15 +207,15 @@ def test_in_tree_platforms_are_extended_with_the_moments_only() -> None:
 
 
 def test_collective_backend_by_vendor_and_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_fl import runtime
+    from sglang_fl import startup
     from sglang_fl.config import Settings
 
     for vendor in VENDORS.values():
         if vendor.in_tree is None:
             platform = platform_class(Device(vendor.name, vendor.device_type, None, "test"))()
-            monkeypatch.setattr(runtime, "_current", Settings())
+            monkeypatch.setattr(startup, "_current", Settings())
             assert platform.get_torch_distributed_backend_str() == vendor.collective
-            monkeypatch.setattr(runtime, "_current", Settings(dist_backend="gloo"))
+            monkeypatch.setattr(startup, "_current", Settings(dist_backend="gloo"))
             assert platform.get_torch_distributed_backend_str() == "gloo"
 
 

@@ -145,9 +145,9 @@ def main(name: str, everything: bool) -> None:
     interpret()
     import torch
 
-    from sglang_fl.certify.cases import cases_of
-    from sglang_fl.certify.measure import Subject
-    from sglang_fl.certify.words import INPUTS, SERVING, SPECIAL, UNUSUAL
+    from sglang_fl.check.cases import cases_of
+    from sglang_fl.check.constants import INPUTS, SERVING, SPECIAL, UNUSUAL
+    from sglang_fl.check.measure import Subject
 
     implementation = {"cuda": cuda, "flaggems": flaggems}[name]()
     cpu, found = torch.device("cpu"), []

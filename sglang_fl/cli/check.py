@@ -12,15 +12,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..certify.report import Report, as_html, print_report
-from ..certify.runner import Job, WorkerFailed, check
+from ..check.report import Report, as_html, print_report
+from ..check.runner import Job, WorkerFailed, check
 from ..config import SettingsError, suggest
 from ..device import probe
+from ..device.vendors import canonical
 from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
-from ..runtime import check_settings
-from ..vendors import canonical
+from ..startup import check_settings
 from .server import interrupt_on_termination
 
 

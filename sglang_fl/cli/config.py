@@ -10,7 +10,7 @@ import yaml
 from ..config import OPTIONS
 from ..device import probe
 from ..dispatch.manager import get_default_manager
-from ..runtime import check_names
+from ..startup import check_names
 
 #: blacklist -> the whitelist that goes before it.
 _WHITELISTS = {"oot_blacklist": "oot_whitelist", "flagos_blacklist": "flagos_whitelist"}

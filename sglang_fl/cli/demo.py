@@ -18,7 +18,7 @@ from ..config.options import PREFERENCES
 from ..device import probe
 from ..dispatch.logger_manager import read_dispatch_log
 from ..dispatch.manager import get_default_manager
-from ..runtime import check_settings
+from ..startup import check_settings
 from .demo_model import QUESTION, RECITAL, cache_directory, demo_model
 
 if TYPE_CHECKING:

@@ -18,15 +18,15 @@ from rich.table import Table
 from .. import __version__
 from ..config import Settings, SettingsError
 from ..device import Device, detect, probe
+from ..device.declared import known_vendors, platforms_told
 from ..dispatch.backends.flaggems.library import TESTED, changed_signatures, why_not_here
 from ..dispatch.bridge.catalog import classes_of
 from ..dispatch.manager import OpManager
 from ..dispatch.ops import OPERATORS
 from ..dispatch.policy import SelectionPolicy
 from ..distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
-from ..runtime import check_settings
-from ..vendor_platform import known_vendors, platforms_told
-from ..vocabulary import flaggems_functions
+from ..startup import check_settings
+from ..startup.words import flaggems_functions
 from .ops import OpRow, operator_rows
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
@@ -209,8 +209,8 @@ def _sglang_problems() -> list[Problem]:
 def _declaration_problems(device: Device) -> list[Problem]:
     import sglang  # noqa: F401  (before our platform, which is imported in the middle of it)
 
-    from ..declared import DeclaredMoments
     from ..platform import platform_class
+    from ..platform.declared import DeclaredMoments
 
     platform = platform_class(device)
     told = platform.declaration_problems() if issubclass(platform, DeclaredMoments) else []

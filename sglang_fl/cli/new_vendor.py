@@ -10,9 +10,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from ..config import SettingsError
+from ..device.declared import declared, why_no_identifier
+from ..device.vendors import VENDORS, Vendor
 from ..dispatch.manager import OpManager
-from ..vendor_platform import declared, why_no_identifier
-from ..vendors import VENDORS, Vendor
 
 #: What stands in the template for the vendor's name, and for the chip's in the names of classes.
 _NAME, _CLASS = "mychip", "MyChip"

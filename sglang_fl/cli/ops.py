@@ -16,7 +16,7 @@ from ..device import probe
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
-from ..runtime import check_settings
+from ..startup import check_settings
 from .model_layers import model_layers
 
 #: Of a column of names: most are shorter, and the longest would take half of a terminal.

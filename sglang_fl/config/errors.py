@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 
-from ..suggest import suggest
+from ..utils.suggest import suggest
 
 __all__ = ["SettingsError", "suggest"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..device import Device, probe
-from ..vendor_platform import declared, known_vendors
-from ..vendors import ALIASES, canonical
+from ..device.declared import declared, known_vendors
+from ..device.vendors import ALIASES, canonical
 from .errors import SettingsError, suggest
 from .options import CONFIG_FILE, OPTIONS, PREFIXES, PROFILE, RESOLVED, VARIABLES, Option, Unusable, Vocabulary
 from .settings import DEFAULT, ENVIRONMENT, FILE, Settings, Source

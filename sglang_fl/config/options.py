@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..vendor_platform import declared
+from ..device.declared import declared
 from .errors import suggest
 
 PREFERENCES = ("flagos", "vendor", "reference")

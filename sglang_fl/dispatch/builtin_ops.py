@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..packages import entries, importing, last_line, origin_of
-from ..suggest import near
+from ..utils.packages import entries, importing, last_line, origin_of
+from ..utils.suggest import near
 from .logger_manager import get_logger
 from .ops import OPERATORS
 from .registry import OpRegistry

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import Vocabulary, settings_in_force, suggest
-from ..vendor_platform import known_vendors
-from ..vendors import ALIASES
+from ..device.declared import known_vendors
+from ..device.vendors import ALIASES
 from .builtin_ops import Discovery, discover
 from .locks import ForkSafeLock
 from .logger_manager import get_logger

@@ -13,7 +13,7 @@ Common to all of them, and held to by ``sglang-fl check``:
   lies between its numbers in memory is not the operator's to write. A result may be contiguous or not.
 - Arithmetic inside is fp32 or better, from the inputs as they are; only the result is rounded, once, to its dtype: it
   may be off by half a unit of its last place, and by a few roundings of fp32 at the size of the terms summed
-  (``sglang_fl/certify/exact`` has each operator's bound).
+  (``sglang_fl/check/exact`` has each operator's bound).
 - nan and infinity come out where the arithmetic makes them, and in no other place. Numbers below fp32's smallest
   normal one may be taken for zero; fp16's own denormals may not.
 - Inputs are only read, except where an operator's text allows writing them. A result lies in new memory, or where

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..config import Settings, SettingsError, load_settings, settings_in_force, suggest
 from ..config.options import CONFIG_FILE
-from ..vendors import canonical
+from ..device.vendors import canonical
 from .locks import ForkSafeLock
 from .types import SGLANG
 

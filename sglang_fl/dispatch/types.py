@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..vendors import canonical
+from ..device.vendors import canonical
 from .ops import FLBackendBase
 
 #: The word of an order that leaves an operator to SGLang itself. No OpImpl answers to it.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ..config import Settings
 
 if TYPE_CHECKING:
-    from .doors import Doors
+    from .setup import Doors
 
 _doors: "Doors | None" = None
 
@@ -23,7 +23,7 @@ def open_doors(settings: Settings, device_type: str, fallback: str) -> str:
         the name of the ``torch.distributed`` backend.
     """
     global _doors
-    from .doors import NAME, Doors
+    from .setup import NAME, Doors
 
     if _doors is None:
         doors = Doors(settings, device_type, fallback)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sglang_fl.device import Device
+from sglang_fl.device.vendors import VENDORS
 from sglang_fl.dispatch.manager import reset_default_manager
-from sglang_fl.vendors import VENDORS
 
 _BACKEND = """
 from sglang_fl.dispatch import BackendImplKind, OpImpl

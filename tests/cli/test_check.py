@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_fl.certify.report import CaseResult, Report
-from sglang_fl.certify.runner import Job, WorkerFailed
-from sglang_fl.certify.words import FAILED, OK, SERVING
+from sglang_fl.check.constants import FAILED, OK, SERVING
+from sglang_fl.check.report import CaseResult, Report
+from sglang_fl.check.runner import Job, WorkerFailed
 from sglang_fl.cli import main
 from sglang_fl.dispatch.ops import OPERATORS
 

@@ -11,8 +11,8 @@ import sglang_fl.config
 from sglang_fl.cli import main
 from sglang_fl.config import OPTIONS, Settings, load_settings
 from sglang_fl.device import Device
+from sglang_fl.device.vendors import VENDORS
 from sglang_fl.dispatch.manager import reset_default_manager
-from sglang_fl.vendors import VENDORS
 
 Run = Callable[..., str]
 IN_FILES = [name for name, option in OPTIONS.items() if option.yaml]

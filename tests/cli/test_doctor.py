@@ -14,9 +14,9 @@ from installed_packages import Packages
 from sglang_fl import __version__
 from sglang_fl.cli import main
 from sglang_fl.cli.doctor import Diagnosis, Problem, diagnose
+from sglang_fl.device.vendors import VENDORS
 from sglang_fl.dispatch.ops import OPERATORS
-from sglang_fl.vendors import VENDORS
-from sglang_fl.vocabulary import flaggems_functions
+from sglang_fl.startup.words import flaggems_functions
 
 PLATFORMS = "sglang.srt.platforms"
 BACKENDS = "sglang_fl.plugin"
@@ -331,7 +331,7 @@ def test_no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def install_backend(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     found = [EntryPoint(f"entry_of_{module}", f"{module}:register_builtins", BACKENDS) for module in modules]
-    monkeypatch.setattr("sglang_fl.packages.entry_points", lambda group: found if group == BACKENDS else [])
+    monkeypatch.setattr("sglang_fl.utils.packages.entry_points", lambda group: found if group == BACKENDS else [])
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from installed_packages import Packages, pip_install
 
 from sglang_fl.cli import main
-from sglang_fl.vendor_platform import VendorPlatform
-from sglang_fl.vendors import VENDORS
+from sglang_fl.device.declared import VendorPlatform
+from sglang_fl.device.vendors import VENDORS
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -79,7 +79,7 @@ def test_names_that_cannot_be(name: str, told: str, tmp_path: Path, capsys: pyte
 
 
 def test_the_name_of_an_installed_package(tmp_path: Path, packages: Packages, capsys: pytest.CaptureFixture[str]) -> None:
-    code = "from sglang_fl.vendor_platform import VendorPlatform as V\nPLATFORM = V(name='mine', device_type='x', commands=('no-tool',))"
+    code = "from sglang_fl.device.declared import VendorPlatform as V\nPLATFORM = V(name='mine', device_type='x', commands=('no-tool',))"
     package = packages.install(code, {"sglang_fl.platform": "{module}:PLATFORM"})
     assert main(["new-vendor", "mine", str(tmp_path / "x")]) == 2
     assert f"'mine' has a platform already ({package} (entry point {package}))" in capsys.readouterr().err

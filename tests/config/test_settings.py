@@ -24,8 +24,8 @@ from sglang_fl.config import (
     settings_of_parent,
 )
 from sglang_fl.device import Device
+from sglang_fl.device.vendors import VENDORS
 from sglang_fl.dispatch import config as config_of_dispatch
-from sglang_fl.vendors import VENDORS
 
 Profile = Callable[[str], None]
 

@@ -12,7 +12,7 @@ from settings_loader import Loader
 
 from sglang_fl.config import OPTIONS, Settings, SettingsError, load_platform_config, suggest
 from sglang_fl.dispatch import OpManager, OpRegistry
-from sglang_fl.vocabulary import vocabulary
+from sglang_fl.startup.words import vocabulary
 
 VARIABLES_ONLY = [(name, option.env) for name, option in OPTIONS.items() if not option.yaml]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from sglang_fl.certify.exact import gated_delta_rule as exact_rule
+from sglang_fl.check.exact import gated_delta_rule as exact_rule
 from sglang_fl.cli.demo_model import QUESTION, RECITAL, reciting_model
 
 from .conftest import Prompt

@@ -12,7 +12,7 @@ import torch
 
 from sglang_fl.aten import AtenOperators
 from sglang_fl.config import Settings
-from sglang_fl.vocabulary import flaggems_functions
+from sglang_fl.startup.words import flaggems_functions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_fl.certify.cases import OPERATORS_CHECKED, cases_of
-from sglang_fl.certify.measure import Subject
-from sglang_fl.certify.words import COMPILE, FAILED, THREADS
+from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
+from sglang_fl.check.constants import COMPILE, FAILED, THREADS
+from sglang_fl.check.measure import Subject
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 from sglang_fl.dispatch.backends.flaggems import library
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from accuracy import DTYPES, Norm, check_cases, check_rms_norm, check_rotary_embedding, check_silu_and_mul
 
-from sglang_fl.certify.cases import OPERATORS_CHECKED
-from sglang_fl.certify.words import GRAPH, INPUTS, OK, REFUSED, SERVING, SPECIAL, THREADS, UNUSUAL
+from sglang_fl.check.cases import OPERATORS_CHECKED
+from sglang_fl.check.constants import GRAPH, INPUTS, OK, REFUSED, SERVING, SPECIAL, THREADS, UNUSUAL
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

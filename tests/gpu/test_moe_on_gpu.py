@@ -14,8 +14,8 @@ from e2e.qwen3_moe_model import qwen3_moe_model
 from moe_accuracy import check, refused
 from served_on_gpu import FLAGOS, Way, check_the_recital, side_by_side
 
-from sglang_fl.certify.cases.call import Draw
-from sglang_fl.certify.cases.moe import _Experts, _Routing
+from sglang_fl.check.cases.call import Draw
+from sglang_fl.check.cases.moe import _Experts, _Routing
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

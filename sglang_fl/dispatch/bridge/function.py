@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ...compat import hook
 from ...config import Settings
-from ...hooks import hook
 from ..locks import ForkSafeLock
 from ..logger_manager import dispatch_log, get_logger
 from ..manager import OpManager

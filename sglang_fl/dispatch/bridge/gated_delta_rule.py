@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...compat import check_gated_delta_rule
-from ...hooks import hook
+from ...compat import check_gated_delta_rule, hook
 from ..logger_manager import dispatch_log, get_logger
 from .base import Forward, activation_dtype, check_result, device_of, scratch
 from .base import Site as ScratchSite

@@ -22,7 +22,7 @@ from accuracy import (
 )
 from torch_npu_stand_in import torch_npu
 
-from sglang_fl.certify.words import INPUTS, SERVING, SPECIAL, UNUSUAL
+from sglang_fl.check.constants import INPUTS, SERVING, SPECIAL, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 from sglang_fl.dispatch.backends.vendor.ascend import ascend

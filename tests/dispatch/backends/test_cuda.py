@@ -25,7 +25,7 @@ from accuracy import (
 )
 from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 
-from sglang_fl.certify.words import INPUTS, OK, REFUSED, SERVING, UNUSUAL
+from sglang_fl.check.constants import INPUTS, OK, REFUSED, SERVING, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, OpRegistry, Refusal, SelectionPolicy
 from sglang_fl.dispatch.backends.reference import impl as reference

@@ -14,7 +14,7 @@ import torch
 from accuracy import DTYPES, Gelu, Norm, check_activation, check_cases, check_gemma_rms_norm, check_rotary_embedding
 from flaggems_here import gems
 
-from sglang_fl.certify.words import INPUTS, SERVING, UNUSUAL
+from sglang_fl.check.constants import INPUTS, SERVING, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch.backends.flaggems import library
 from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend

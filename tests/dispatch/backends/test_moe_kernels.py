@@ -16,8 +16,8 @@ from moe_accuracy import refused
 from torch.nn import functional
 from torch_npu_stand_in import torch_npu
 
-from sglang_fl.certify.cases.call import Draw
-from sglang_fl.certify.cases.moe import _Experts
+from sglang_fl.check.cases.call import Draw
+from sglang_fl.check.cases.moe import _Experts
 from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe as reference

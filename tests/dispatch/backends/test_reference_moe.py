@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_accuracy import check
 
-from sglang_fl.certify.cases.moe import _Experts, _Routing
+from sglang_fl.check.cases.moe import _Experts, _Routing
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe
 from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend

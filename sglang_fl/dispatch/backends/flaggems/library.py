@@ -20,7 +20,7 @@ from typing import Any
 
 from ....config import settings_in_force
 from ....device import Device, detect, probe
-from ....vendor_platform import known_vendors
+from ....device.declared import known_vendors
 
 logger = logging.getLogger("sglang_fl.flaggems")
 

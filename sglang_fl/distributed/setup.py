@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two doors through which SGLang's collectives come to FlagCX, opened in the processes that run the model.
+
+The first is the ``torch.distributed`` backend ``flagcx``, which SGLang makes its device groups with. The second is
+GroupCoordinator's device communicator. Both of a group share one FlagCX communicator. Where the ranks agree not to use
+FlagCX, each group is made with the vendor's own backend, from the same rendezvous keys, so that it fits ranks that
+never heard of FlagCX.
+"""
+
+import contextlib
+import inspect
+import logging
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import Backend as C10dBackend
+from torch._C._distributed_c10d import Store, _DistributedBackendOptions
+from torch.distributed import Backend
+
+from ..compat import check_groups, hook
+from ..config import Settings
+from .agreement import LIMIT, Answer, BringUp, Decision, Round, named, not_here, shared_variables
+from .communicator import CommunicatorFL, current_device
+from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
+from .device_communicators.flagcx_files import find_library
+from .process_group import ProcessGroupFlagCX
+from .watch import Watch
+
+logger = logging.getLogger("sglang_fl")
+
+NAME = "flagcx"
+_TARGET = "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__"
+
+
+class Doors:
+    """Makes the groups of this process.
+
+    Args:
+        settings: in which FlagCX is chosen.
+        device_type: whose tensors go over it.
+        fallback: the vendor's own ``torch.distributed`` backend.
+        limit: how long the ranks wait for each other when they agree, in seconds.
+    """
+
+    def __init__(self, settings: Settings, device_type: str, fallback: str, limit: float = LIMIT):
+        self._settings = settings
+        self._device_type = device_type
+        self._fallback = fallback
+        self._limit = limit
+        self._library: FlagCXLibrary | None = None
+        self._decision: Decision | None = None
+        self._groups: dict[str, ProcessGroupFlagCX] = {}
+        self._watch = Watch()
+
+    @property
+    def has_fallen_back(self) -> bool:
+        """Whether the ranks agreed to use the vendor's own collectives."""
+        return self._decision is not None and self._decision.reason is not None
+
+    @property
+    def version(self) -> Version | None:
+        """Of the library that is loaded; None before, or if it cannot be."""
+        return self._library.version if self._library is not None else None
+
+    def register_backend(self) -> None:
+        """The first door: ``flagcx`` becomes a backend that torch.distributed knows."""
+        Backend.register_backend(NAME, self.create, extended_api=True, devices=[self._device_type])
+
+    def hook_group_coordinator(self) -> None:
+        """The second door.
+
+        Raises:
+            IncompatibleSGLang: this SGLang makes its groups in another way.
+            FlagCXError: it does not take the hook.
+        """
+        check_groups()
+        if not hook(_TARGET, self.init_group_coordinator):
+            raise FlagCXError(
+                f"SGLang did not take sglang-fl's hook on {_TARGET}: another plugin has hooked it already, or its log says why"
+            )
+
+    def create(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
+        """What torch.distributed calls for each group, in each of its ranks."""
+        decision, world = self._decision, None
+        if not opts.global_ranks_in_group or decision is None:  # the default group, or one of ranks of another world too
+            decision, world = self._agree(opts)
+            if self._decision is None or not torch.distributed.is_initialized():
+                self._decision = decision
+        if decision.reason is not None:
+            return self._create_fallback(opts, backend_options)
+        rank, size, store, name, timeout = opts.group_rank, opts.group_size, opts.store, opts.group_id, opts.timeout
+        group = ProcessGroupFlagCX(rank, size, lambda device: self._bring_up(store, name, rank, size, device, timeout), self._release)
+        group._communicator = world
+        self._groups[name] = group
+        return group
+
+    def communicator(self, group: torch.distributed.ProcessGroup, device: torch.device) -> CommunicatorFL:
+        """The communicator of a group that :meth:`create` made, to be kept; the group's ranks must call this together."""
+        return self._groups[group.group_name].lend(device)
+
+    def init_group_coordinator(self, original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
+        """Around ``GroupCoordinator.__init__``: CommunicatorFL stands where NCCL's communicator would."""
+        arguments = inspect.signature(original).bind(coordinator, *args, **kwargs).arguments
+        if arguments["torch_distributed_backend"] != NAME or self.has_fallen_back:
+            original(**arguments)
+            return
+        has_communicator = arguments["use_pynccl"]
+        original(**{**arguments, "use_pynccl": False})
+        coordinator.use_pynccl = has_communicator
+        if coordinator.world_size > 1 and (has_communicator or self._fallback != "nccl"):
+            if coordinator.is_symmetric_memory_enabled():
+                raise FlagCXError(
+                    "--enable-symm-mem hands the communicator to NCCL itself, and FlagCX's is none of NCCL's: "
+                    f"start without it, or without FlagCX ({self._chosen_by()})"
+                )
+            coordinator.pynccl_comm = self.communicator(coordinator.device_group, coordinator.device)
+            coordinator.pynccl_comm.name = coordinator.unique_name  # says more than torch.distributed's
+
+    def _agree(self, opts: _DistributedBackendOptions) -> tuple[Decision, CommunicatorFL | None]:
+        """Ask all ranks; the communicator of all of them comes up if they agree, for more than one."""
+        rank, world_size = opts.group_rank, opts.group_size
+        answer = self._answer()
+        decision, communicator = Round(opts.store, "chosen", rank, world_size, self._limit).decide(answer), None
+        if decision.reason is None and world_size > 1:
+            device = current_device(self._device_type)
+            decision, communicator = self._come_up(opts.store, "world", opts.group_id, rank, world_size, device)
+        if decision.reason is None:
+            assert self._library is not None
+            if rank == 0:
+                logger.info("FlagCX %s serves the collectives of %d ranks (%s).", self._library.version, world_size, self._library.path)
+            return decision, communicator
+        if decision.stop:
+            raise FlagCXError(f"strict: FlagCX cannot be used: {decision.reason}. Every rank stops.")
+        logger.warning("FlagCX is not used: %s. All ranks take %s together.", decision.reason, self._fallback)
+        return decision, None
+
+    def _answer(self) -> Answer:
+        version, problem = None, None
+        try:
+            if not hasattr(C10dBackend, "all_gather_single"):
+                raise FlagCXError(f"PyTorch {torch.__version__} cannot take a backend that is written in Python; 2.14 can")
+            self._library = FlagCXLibrary(find_library(self._settings.flagcx_path, os.environ))
+            version = self._library.version.to_dict()
+        except FlagCXError as error:
+            problem = str(error)
+        return Answer(socket.gethostname(), self._chosen_by(), self._settings.strict, version, problem, shared_variables(os.environ))
+
+    def _chosen_by(self) -> str:
+        by_path = f"FLAGCX_PATH={self._settings.flagcx_path}"
+        if self._settings.dist_backend is None:
+            return by_path
+        setting = f"{self._settings.source('dist_backend')}: {NAME}"
+        return f"{setting}, {by_path}" if self._settings.flagcx_path else setting
+
+    def _bring_up(self, store: Store, name: str, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> CommunicatorFL:
+        """A later group's communicator. That of all ranks came up, so a failure is no reason to fall back: it ends the server.
+
+        The ranks first use a group when they get to it, after loading their share of a model for one: they have its timeout for that.
+        """
+        failed = f"FlagCX's communicator of group {name!r} did not come up"
+        if absent := not_here(store, rank, world_size, timeout):
+            raise FlagCXError(f"{failed}: {named(absent)} did not come to its first use within {timeout.total_seconds():.0f} s")
+        decision, communicator = self._come_up(store, "group", name, rank, world_size, device)
+        if decision.reason is not None:
+            raise FlagCXError(f"{failed}: {decision.reason}")
+        assert communicator is not None
+        return communicator
+
+    def _come_up(
+        self, store: Store, stage: str, name: str, rank: int, world_size: int, device: torch.device
+    ) -> tuple[Decision, CommunicatorFL | None]:
+        library = self._library
+        assert library is not None
+
+        def join(identity: bytes) -> CommunicatorFL:
+            own_stream: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+            if device.type != "cpu":
+                module = torch.get_device_module(device.type)
+                module.set_device(device)  # a thread's own
+                # Where a rank fails, the others' first kernels wait for it for ever, and the fallback must not queue behind them.
+                own_stream = module.stream(module.Stream(device))
+            communicator = CommunicatorFL(library, library.init_rank(world_size, identity, rank), rank, world_size, device, name)
+            with own_stream:
+                _try_out(communicator)
+            return communicator
+
+        answer = Answer(socket.gethostname(), self._chosen_by(), self._settings.strict)
+        decision, communicator = BringUp(store, stage, rank, world_size, self._limit).run(answer, library.unique_id, join)
+        if communicator is not None and decision.reason is None:
+            self._watch.add(communicator)
+        return decision, communicator
+
+    def _release(self, communicator: CommunicatorFL) -> None:
+        self._watch.remove(communicator)
+
+    def _create_fallback(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
+        Backend._ensure_backend_registered(self._fallback)
+        plugin = Backend._plugins[self._fallback.upper()]
+        if plugin.extended_api:
+            return plugin.creator_fn(opts, backend_options)
+        return plugin.creator_fn(opts.store, opts.group_rank, opts.group_size, opts.timeout)
+
+
+def _try_out(communicator: CommunicatorFL) -> None:
+    """A first all-reduce, whose result is known: it sets the vendor's library up, and shows that data moves."""
+    ones = torch.ones(communicator.world_size, dtype=torch.float32, device=communicator.device)
+    communicator.all_reduce(ones)
+    if ones.tolist() != [float(communicator.world_size)] * communicator.world_size:
+        raise FlagCXError(f"a first all-reduce of ones over {communicator.world_size} ranks gave {ones.tolist()}")

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+import fnmatch
+import importlib.util
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from sglang_fl.device import Device, detect, probe
+from sglang_fl.device.vendors import VENDORS
+
+
+def fake_torch(
+    card: str | None = None, *, hip: str | None = None, musa: str | None = None, has: tuple[str, ...] = (), idle: tuple[str, ...] = ()
+) -> ModuleType:
+    """A PyTorch with a CUDA-like card if ``card`` is given, the modules of ``has``, and of ``idle`` without a device."""
+    modules: dict[str, Any] = {"xpu": SimpleNamespace(is_available=lambda: False), "mps": SimpleNamespace(is_available=lambda: False)}
+    modules |= {name: SimpleNamespace(is_available=lambda: True) for name in has}
+    modules |= {name: SimpleNamespace(is_available=lambda: False) for name in idle}
+    version = SimpleNamespace(hip=hip)
+    if musa is not None:
+        version.musa = musa
+    cuda = SimpleNamespace(is_available=lambda: card is not None, get_device_name=lambda: card)
+    return cast(ModuleType, SimpleNamespace(cuda=cuda, version=version, **modules))
+
+
+@pytest.fixture
+def on_path(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The commands that PATH has: none, until a test adds some."""
+    commands: set[str] = set()
+    monkeypatch.setattr("sglang_fl.device.evidence.shutil.which", lambda name: f"/usr/bin/{name}" if name in commands else None)
+    return commands
+
+
+@pytest.fixture
+def device_files(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What there is under /dev: nothing, until a test adds something."""
+    files: set[str] = set()
+    monkeypatch.setattr("sglang_fl.device.evidence.glob.glob", lambda pattern: fnmatch.filter(files, pattern))
+    return files
+
+
+@pytest.fixture
+def torchada(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Whether torchada is installed: no, until a test says so."""
+    state = SimpleNamespace(installed=False)
+    find_spec = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> object:
+        return (SimpleNamespace() if state.installed else None) if name == "torchada" else find_spec(name, package)
+
+    monkeypatch.setattr("sglang_fl.device.evidence.importlib.util.find_spec", find)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("torch", "vendor", "device_type", "in_tree"),
+    [
+        (fake_torch(), "cpu", "cpu", None),
+        (fake_torch("NVIDIA H100 80GB HBM3"), "nvidia", "cuda", "cuda"),
+        (fake_torch("Tesla V100-SXM2-16GB"), "nvidia", "cuda", "cuda"),
+        (fake_torch("GeForce RTX 4090"), "nvidia", "cuda", "cuda"),
+        (fake_torch("a card of no name"), "nvidia", "cuda", "cuda"),
+        (fake_torch("NVIDIA H100 80GB HBM3", has=("xpu", "mps")), "nvidia", "cuda", "cuda"),
+        (fake_torch("AMD Instinct MI300X", hip="6.2"), "amd", "cuda", "rocm"),
+        (fake_torch("a card of no name", hip="6.2"), "amd", "cuda", "rocm"),
+        (fake_torch("P800 OAM", hip="6.2"), "amd", "cuda", "rocm"),
+        (fake_torch("BW200"), "nvidia", "cuda", "cuda"),
+        (fake_torch("K100_AI", hip="5.7"), "hygon", "cuda", None),
+        (fake_torch("BW200", hip="5.7"), "hygon", "cuda", None),
+        (fake_torch("Hygon DCU Z100", hip="5.7"), "hygon", "cuda", None),
+        (fake_torch("MetaX C500"), "metax", "cuda", None),
+        (fake_torch("Iluvatar BI-V150"), "iluvatar", "cuda", None),
+        (fake_torch("BI-V150", has=("corex",)), "iluvatar", "cuda", None),
+        (fake_torch("P800 OAM"), "kunlunxin", "cuda", None),
+        (fake_torch("ZW810E"), "thead", "cuda", "sail"),
+        (fake_torch("PPU-ZW810"), "thead", "cuda", "sail"),
+        (fake_torch(has=("npu",)), "ascend", "npu", "npu"),
+        (fake_torch("a card", hip="6.2", has=("npu",)), "ascend", "npu", "npu"),
+        (fake_torch("NVIDIA H100", has=("npu",)), "nvidia", "cuda", "cuda"),
+        (fake_torch(has=("npu", "xpu")), "ascend", "npu", "npu"),
+        (fake_torch(idle=("npu",)), "cpu", "cpu", None),
+        (fake_torch(has=("xpu", "mps")), "intel", "xpu", "xpu"),
+        (fake_torch(has=("mps",)), "apple", "mps", "mps"),
+        (fake_torch(has=("mlu",)), "cambricon", "mlu", None),
+        (fake_torch(has=("gcu",)), "enflame", "gcu", None),
+        (fake_torch(has=("txda",)), "tsingmicro", "txda", None),
+        (fake_torch(has=("ptpu",)), "sunrise", "ptpu", None),
+        (fake_torch(has=("aipu",)), "aipu", "aipu", None),
+        (fake_torch(has=("mps", "mlu")), "apple", "mps", "mps"),
+        (fake_torch(idle=("mlu", "gcu")), "cpu", "cpu", None),
+    ],
+)
+@pytest.mark.usefixtures("on_path", "torchada")
+def test_detect(torch: ModuleType, vendor: str, device_type: str, in_tree: str | None) -> None:
+    device = detect(torch, {})
+    assert (device.vendor, device.device_type, device.in_tree) == (vendor, device_type, in_tree)
+    assert device.is_in_tree == (in_tree is not None)
+    assert device.evidence
+
+
+@pytest.mark.parametrize(
+    ("hip", "command", "vendor"),
+    [
+        (None, "mx-smi", "metax"),
+        (None, "ixsmi", "iluvatar"),
+        (None, "xpu-smi", "kunlunxin"),
+        (None, "xpu_smi", "kunlunxin"),
+        (None, "hy-smi", "nvidia"),
+        ("5.7", "hy-smi", "hygon"),
+        ("5.7", "mx-smi", "amd"),
+    ],
+)
+def test_detect_of_a_card_that_does_not_say_whose_it_is(on_path: set[str], hip: str | None, command: str, vendor: str) -> None:
+    on_path.add(command)
+    device = detect(fake_torch("Device 4000", hip=hip), {})
+    assert device.vendor == vendor
+    assert (command in device.evidence) == (vendor not in ("nvidia", "amd"))
+
+
+def test_a_card_that_says_whose_it_is_counts_more_than_commands(on_path: set[str]) -> None:
+    on_path |= {"mx-smi", "ixsmi", "xpu-smi"}
+    assert detect(fake_torch("NVIDIA A100"), {}).vendor == "nvidia"
+    on_path |= {"hy-smi"}
+    assert detect(fake_torch("AMD Instinct MI300X", hip="6.2"), {}).vendor == "amd"
+
+
+@pytest.mark.parametrize(
+    ("forced", "vendor"),
+    [("metax", "metax"), ("MetaX ", "metax"), ("iluvatar", "iluvatar"), ("ascend", "nvidia"), ("unheard-of", "nvidia"), ("", "nvidia")],
+)
+@pytest.mark.usefixtures("on_path")
+def test_gems_vendor_decides_between_cards_alike(forced: str, vendor: str) -> None:
+    device = detect(fake_torch("NVIDIA-like card"), {"GEMS_VENDOR": forced})
+    assert device.vendor == vendor
+    assert (device.evidence == "GEMS_VENDOR") == (vendor != "nvidia")
+
+
+def test_gems_vendor_is_no_device() -> None:
+    assert detect(fake_torch(), {"GEMS_VENDOR": "metax"}).vendor == "cpu"
+
+
+def test_musa_is_in_tree_with_torchada_only(torchada: SimpleNamespace) -> None:
+    torch = fake_torch(musa="4.2", has=("musa",))
+    without = detect(torch, {})
+    assert (without.vendor, without.device_type, without.in_tree) == ("mthreads", "musa", None)
+    assert "torchada" in without.evidence
+    torchada.installed = True
+    assert detect(torch, {}).in_tree == "musa"
+
+
+@pytest.mark.usefixtures("torchada")
+def test_musa_build_without_a_device_is_plain_cpu() -> None:
+    assert detect(fake_torch(musa="4.2", idle=("musa",)), {}).vendor == "cpu"
+
+
+@pytest.mark.parametrize(("value", "in_tree"), [("1", "cpu"), ("0", "cuda")])
+@pytest.mark.usefixtures("on_path")
+def test_cpu_engine_of_sglang_goes_before_everything(device_files: set[str], value: str, in_tree: str) -> None:
+    device_files.add("/dev/nvidia0")
+    for device in (detect(fake_torch("NVIDIA H100"), {"SGLANG_USE_CPU_ENGINE": value}), probe({"SGLANG_USE_CPU_ENGINE": value})):
+        assert device.in_tree == in_tree
+
+
+@pytest.mark.parametrize(
+    ("files", "vendor"),
+    [
+        ((), "cpu"),
+        (("/dev/nvidia0", "/dev/nvidiactl"), "nvidia"),
+        (("/dev/nvidia12",), "nvidia"),
+        (("/dev/nvidiactl", "/dev/nvidia-uvm"), "cpu"),
+        (("/dev/kfd",), "amd"),
+        (("/dev/davinci3", "/dev/davinci_manager"), "ascend"),
+        (("/dev/davinci_manager",), "cpu"),
+        (("/dev/mtgpu.0",), "mthreads"),
+        (("/dev/alixpu0", "/dev/alixpu_ctl"), "thead"),
+        (("/dev/mxcd",), "metax"),
+        (("/dev/iluvatar0",), "iluvatar"),
+        (("/dev/xpuctrl",), "kunlunxin"),
+        (("/dev/cambricon_dev0",), "cambricon"),
+        (("/dev/gcu0",), "enflame"),
+        (("/dev/aipu",), "aipu"),
+        (("/dev/nvidia0", "/dev/mxcd"), "metax"),
+        (("/dev/nvidia0", "/dev/iluvatar0"), "iluvatar"),
+    ],
+)
+@pytest.mark.usefixtures("on_path")
+def test_probe_by_device_files(device_files: set[str], files: tuple[str, ...], vendor: str) -> None:
+    device_files.update(files)
+    row = VENDORS[vendor]
+    assert probe({}) == Device(vendor, row.device_type, row.in_tree, probe({}).evidence)
+
+
+def test_probe_does_not_take_a_tool_for_a_device(on_path: set[str], device_files: set[str]) -> None:
+    """Images come with nvidia-smi or npu-smi; without the device file the driver is not there."""
+    on_path |= {command for vendor in VENDORS.values() if vendor.device_files for command in vendor.commands}
+    assert probe({}).vendor == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("command", "files", "vendor"),
+    [("hy-smi", ("/dev/kfd",), "hygon"), ("tsm_smi", (), "tsingmicro"), ("pt_smi", (), "sunrise")],
+)
+def test_probe_by_command_where_a_driver_has_no_file_of_its_own(
+    on_path: set[str], device_files: set[str], command: str, files: tuple[str, ...], vendor: str
+) -> None:
+    on_path.add(command)
+    device_files.update(files)
+    assert probe({}).vendor == vendor
+
+
+@pytest.mark.parametrize(
+    ("forced", "command", "files", "vendor"),
+    [
+        ("hygon", "hy-smi", ("/dev/kfd",), "hygon"),
+        ("metax", "mx-smi", ("/dev/nvidia0",), "metax"),
+        ("cuda", "", ("/dev/nvidia0", "/dev/mxcd"), "nvidia"),
+        ("metax", "", ("/dev/nvidia0",), "nvidia"),
+        ("metax", "", (), "cpu"),
+        ("unheard-of", "", ("/dev/nvidia0",), "nvidia"),
+    ],
+)
+def test_probe_with_gems_vendor(
+    on_path: set[str], device_files: set[str], forced: str, command: str, files: tuple[str, ...], vendor: str
+) -> None:
+    on_path.add(command)
+    device_files.update(files)
+    assert probe({"GEMS_VENDOR": forced}).vendor == vendor
+
+
+def test_probe_imports_nothing() -> None:
+    code = "import sys; from sglang_fl.device import probe; probe(); sys.exit('torch' in sys.modules or 'flag_gems' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_fl import startup
+from sglang_fl.config import RESOLVED, SettingsError, get_effective_config, settings_of_parent
+from sglang_fl.device import Device
+from sglang_fl.dispatch import get_policy, reset_default_manager
+from sglang_fl.dispatch.policy import PolicyManager
+
+CPU = Device("cpu", "cpu", None, "test")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(startup, "_current", None)
+    monkeypatch.setattr(PolicyManager, "_instance", None)
+    monkeypatch.setenv(RESOLVED, "")  # so that it is put back
+    monkeypatch.delenv(RESOLVED)
+    reset_default_manager()
+    yield
+    reset_default_manager()
+
+
+def test_workers_get_what_the_main_process_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("prefer: vendor\n")
+    monkeypatch.setenv("SGLANG_FL_CONFIG", str(config))
+    resolved = startup.resolve(CPU)
+    config.write_text("prefer: nonsense\n")  # edited while the server starts
+    monkeypatch.setattr(startup, "_current", None)
+    assert startup.settings_in_worker(CPU) == resolved
+    assert get_policy().prefer == "vendor"
+    assert get_effective_config()["prefer"] == "vendor"
+
+
+def test_a_process_with_other_variables_is_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_FL_PREFER", "vendor")
+    startup.resolve(CPU)
+    assert settings_of_parent() is not None
+    monkeypatch.setenv("SGLANG_FL_PREFER", "reference")
+    assert settings_of_parent() is None
+    assert get_effective_config()["prefer"] == "reference"
+
+
+def test_each_server_of_a_process_has_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for prefer in ("vendor", "reference"):
+        monkeypatch.setenv("SGLANG_FL_PREFER", prefer)
+        startup.resolve(CPU)
+        seen.append((get_policy().prefer, startup.settings_in_worker(CPU).prefer))
+    assert seen == [("vendor", "vendor"), ("reference", "reference")]
+
+
+def test_nothing_is_put_in_force_by_a_setting_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_FL_PREFER", "vendr")
+    with pytest.raises(SettingsError, match="vendr"):
+        startup.resolve(CPU)
+    assert RESOLVED not in os.environ and startup._current is None
+
+
+def test_a_process_without_a_parent_resolves_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_FL_PREFER", "vendor")
+    assert startup.settings_in_worker(CPU).prefer == "vendor"
