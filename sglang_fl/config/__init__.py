@@ -11,6 +11,7 @@ from .errors import SettingsError, suggest
 from .loader import hand_down, load_settings, platform_name, plugin_modules, profile_path, settings_in_force, settings_of_parent
 from .options import CONFIG_FILE, OPTIONS, RESOLVED, Option, Vocabulary
 from .settings import Settings, Source
+from .words import Words
 from .yaml_file import read_mapping
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SettingsError",
     "Source",
     "Vocabulary",
+    "Words",
     "get_config_path",
     "get_effective_config",
     "get_flagos_blacklist",

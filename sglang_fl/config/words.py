@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names that settings may use, as a plain value: who knows them hands them in."""
+
+from dataclasses import dataclass
+
+from ..utils.suggest import suggest
+
+#: Tokens of an order that are no names.
+KINDS = ("flagos", "vendor", "reference", "sglang")
+
+_WHAT = {
+    "operators": "operator",
+    "classes": "SGLang layer class",
+    "vendors": "vendor",
+    "impls": "implementation",
+    "flaggems": "FlagGems function",
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """The names that settings may use. A field that is None is not checked.
+
+    Attributes:
+        operators: the operators of the dispatch.
+        classes: SGLang's layer classes that may be taken over.
+        vendors: vendors and their aliases.
+        impls: the ids of implementations.
+        flaggems: the FlagGems functions that replace ATen operators.
+        not_covered: operators and classes that exist, but that this version leaves to SGLang. They may stand in a blacklist.
+    """
+
+    operators: frozenset[str] | None = None
+    classes: frozenset[str] | None = None
+    vendors: frozenset[str] | None = None
+    impls: frozenset[str] | None = None
+    flaggems: frozenset[str] | None = None
+    not_covered: frozenset[str] = frozenset()
+
+    def problem_with(self, kind: str, word: str) -> str | None:
+        """What is wrong with a name, or None.
+
+        Args:
+            kind: the field that has the valid names, as in ``"vendors"``.
+        """
+        valid: frozenset[str] | None = getattr(self, kind)
+        if valid is None or word in valid:
+            return None
+        what = _WHAT[kind]
+        if word in self.not_covered:
+            return f"{what} {word!r} is not covered by this version of sglang-fl; it stays with SGLang, so leave it out here"
+        hint = " (sglang-fl ops lists the classes)" if kind == "classes" else ""
+        return f"unknown {what} {word!r}{suggest(word, valid)}{hint}"
+
+    def problem_with_token(self, token: str) -> str | None:
+        """What is wrong with a token of an order, such as ``"vendor:ascend"``, or None."""
+        head, colon, name = token.partition(":")
+        if head in ("vendor", "impl") and colon:
+            if not name:
+                return f"a name is missing after the colon of {token!r}"
+            return self.problem_with("vendors" if head == "vendor" else "impls", name)
+        if token in KINDS:
+            return None
+        named = {f"vendor:{v}" for v in self.vendors or ()} | {f"impl:{i}" for i in self.impls or ()}
+        return f"unknown backend {token!r}{suggest(token, named.union(KINDS) if len(token) > 10 else KINDS)}"
