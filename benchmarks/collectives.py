@@ -39,9 +39,10 @@ from rich.console import Console
 from rich.table import Table
 from timing import first_error, paired_ratio
 
-from sglang_fl.cli.server import free_port, interrupt_on_termination
 from sglang_fl.dispatch.logger_manager import why_unwritable
 from sglang_fl.distributed.device_communicators.flagcx_files import FlagCXError, find_library
+from sglang_fl.utils.server import free_port
+from sglang_fl.utils.signals import interrupt_on_termination
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
 _SIZES = ("1K", "4K", "16K", "64K", "256K", "1M", "4M", "16M", "64M", "256M")

@@ -53,9 +53,9 @@ from serving_lib.table import other_table, speed_table
 from serving_lib.variants import HASH_SEED, BadVariant, Variant, choose, default_names
 from shapes import SHAPES, Shape, UnknownShape, load_shape
 
-from sglang_fl.cli.server import interrupt_on_termination
 from sglang_fl.config.errors import suggest
 from sglang_fl.device import probe
+from sglang_fl.utils.signals import interrupt_on_termination
 
 _WARM_UP_ROUNDS = 2
 _PROMPT_FOR_TOKENS = 64

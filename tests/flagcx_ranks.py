@@ -13,7 +13,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sglang_fl.cli.server import free_port
+from sglang_fl.utils.server import free_port
 
 #: Set in each rank: its device, its groups by size over FlagCX and over the vendor's own backend, and the Doors.
 state: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
 from ..startup import check_settings
-from .server import interrupt_on_termination
+from ..utils.signals import interrupt_on_termination
 
 
 def _seconds(text: str) -> float:

@@ -19,10 +19,11 @@ from ..device import probe
 from ..dispatch.logger_manager import read_dispatch_log
 from ..dispatch.manager import get_default_manager
 from ..startup import check_settings
+from ..utils.signals import interrupt_on_termination
 from .demo_model import QUESTION, RECITAL, cache_directory, demo_model
 
 if TYPE_CHECKING:
-    from .server import Server
+    from ..utils.server import Server
 
 _MAX_TOKENS = 400
 
@@ -41,7 +42,7 @@ def _port(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .server import Server, ServerFailed, free_port, interrupt_on_termination, port_is_free
+    from ..utils.server import Server, ServerFailed, free_port, port_is_free
 
     console = Console()
     environ = {"SGLANG_FL_PREFER": args.prefer} if args.prefer else {}
@@ -109,7 +110,7 @@ def _ask(console: Console, server: "Server") -> bool:
     import httpx
     from openai import OpenAI, OpenAIError
 
-    from .server import ServerFailed
+    from ..utils.server import ServerFailed
 
     console.print(f"\n> {QUESTION}\n", style="bold", markup=False)
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -20,7 +20,7 @@ from flagcx_ranks import (
 )
 from flagcx_stand_in import build, header
 
-from sglang_fl.cli.server import free_port
+from sglang_fl.utils.server import free_port
 
 LIMIT = 3.0
 NOT_CHOSEN: dict[str, str] = {}

@@ -15,11 +15,11 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 import sglang_fl.distributed as distributed
 from sglang_fl import startup
-from sglang_fl.cli.server import free_port
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
 from sglang_fl.distributed.device_communicators.flagcx_files import FlagCXError
 from sglang_fl.platform import platform_class
+from sglang_fl.utils.server import free_port
 
 CPU = Device("cpu", "cpu", None, "test")
 

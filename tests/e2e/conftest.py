@@ -18,8 +18,8 @@ import requests
 import torch
 
 from sglang_fl.cli.demo_model import QUESTION, RECITAL, demo_model
-from sglang_fl.cli.server import Server, free_port
 from sglang_fl.dispatch.logger_manager import read_dispatch_log
+from sglang_fl.utils.server import Server, free_port
 
 from .forward_error import logprobs_and_bounds
 

@@ -12,7 +12,7 @@ import requests
 from installed_packages import pip_install
 
 from sglang_fl.cli.demo_model import RECITAL
-from sglang_fl.cli.server import Server, ServerFailed, free_port
+from sglang_fl.utils.server import Server, ServerFailed, free_port
 
 from .conftest import Prompt, Running, off_by, serving
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_fl.cli.demo_model import RECITAL
-from sglang_fl.cli.server import Server, ServerFailed, free_port
+from sglang_fl.utils.server import Server, ServerFailed, free_port
 
 from .conftest import Prompt, off_by, serving
 from .planted_mistakes import MISTAKES

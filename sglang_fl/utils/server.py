@@ -3,7 +3,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -141,13 +140,3 @@ class Server:
                 if os.getsid(process.pid) == session:
                     family.append(process)
         return family
-
-
-def interrupt_on_termination() -> None:
-    """Make SIGTERM and SIGHUP do what Ctrl-C does, so that blocks are left in order."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    for name in ("SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), interrupt)
