@@ -2,7 +2,7 @@
 """Which chip this is: one table of vendors, one list of evidence, and what installed packages declare of their chips."""
 
 from .declared import VendorPlatform, known_vendors
-from .evidence import Device, detect, forced_vendor, probe, why_unusable
+from .evidence import Device, detect, forced_vendor, probe, vendor_problems, why_unusable
 from .vendors import ALIASES, VENDORS, Vendor, canonical
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "forced_vendor",
     "known_vendors",
     "probe",
+    "vendor_problems",
     "why_unusable",
 ]

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from .declared import known_vendors, platform_here
+from .declared import known_vendors, platform_here, platform_problems
 from .vendors import VENDORS, Vendor, canonical
 
 
@@ -56,6 +56,19 @@ def _device(vendor: Vendor, evidence: str) -> Device:
 def forced_vendor(environ: Mapping[str, str]) -> Vendor | None:
     """The vendor that ``GEMS_VENDOR`` names, if FlagOS or an installed package knows it."""
     return known_vendors().get(canonical(environ.get("GEMS_VENDOR", "")))
+
+
+def vendor_problems(environ: Mapping[str, str], device: Device) -> list[str]:
+    """What is wrong with the packages that declare a chip, and with ``GEMS_VENDOR`` on this device. Each must stop a server."""
+    problems = platform_problems(environ)
+    forced = forced_vendor(environ)
+    if forced is not None and forced.name != device.vendor:
+        problems.append(
+            f"GEMS_VENDOR: {forced.name} ({forced.chip}) does not fit the device detected here, {device.vendor} ({device.evidence}); "
+            f"unset GEMS_VENDOR, or install the PyTorch build and driver for {forced.chip}. "
+            f"SGLANG_FL_PLATFORM={forced.name} uses its profile without its chip"
+        )
+    return problems
 
 
 def _declared(environ: Mapping[str, str]) -> Device | None:
