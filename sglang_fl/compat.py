@@ -1,15 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sglang-fl stands on in SGLang: signatures, checked against the SGLang that is installed, and its HookRegistry."""
+"""What sglang-fl relies on in SGLang: signatures, compared with the SGLang that is installed, and its HookRegistry.
+
+A *shape* is a path (``module:name`` or ``module:Class.method``) and the parameters that sglang-fl expects there. Where
+one is missing or different, everything is left to SGLang, and the names of what differs are logged (see
+``platform/hooks.py``): a newer SGLang serves without sglang-fl rather than wrongly with it.
+"""
 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-#: What the platform relies on; checked while arguments resolve.
-_PLATFORM = {
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
+
+from .utils.packages import last_line
+
+#: The SGLang releases that sglang-fl was tested with. Others start with a warning.
+TESTED = ">=0.5.23,<0.5.24"
+
+Shapes = Mapping[str, tuple[str, ...]]
+
+#: What the platform relies on.
+PLATFORM: Shapes = {
     "sglang.srt.platforms.interface:SRTPlatform.apply_server_args_defaults": ("self", "server_args"),
     "sglang.srt.platforms.interface:SRTPlatform.post_load_model": ("self", "model"),
     "sglang.srt.platforms.interface:SRTPlatform.get_default_attention_backend": ("self",),
@@ -23,12 +39,15 @@ _PLATFORM = {
     "sglang.srt.platforms.interface:SRTPlatform.get_paged_allocator_cls": ("self",),
     "sglang.srt.platforms.interface:SRTPlatform.init_backend": ("self",),
     "sglang.srt.platforms.device_mixin:DeviceMixin.get_torch_distributed_backend_str": ("self",),
-    "sglang.srt.arg_groups.overrides:record_of": ("view",),
-    "sglang.srt.arg_groups.overrides:model_config_of": ("server_args",),
     "sglang.srt.platforms.device_mixin:DeviceMixin.is_out_of_tree": ("self",),
 }
-#: What the bridges rely on; checked where a model was loaded, since importing it takes seconds.
-_LAYERS = {
+#: What the platform of a plain CPU needs to tell the user's arguments from SGLang's defaults.
+ARGUMENTS: Shapes = {
+    "sglang.srt.arg_groups.overrides:record_of": ("view",),
+    "sglang.srt.arg_groups.overrides:model_config_of": ("server_args",),
+}
+#: What the bridges rely on. To import it takes seconds, in which a server imports nothing that it does not need later.
+LAYERS: Shapes = {
     "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method": ("self",),
     "sglang.kernels.fused_op:BaseFusedOp.enter_torch_compile": ("self", "num_tokens"),
     "sglang.kernels.fused_op:BaseFusedOp.leave_torch_compile": ("self",),
@@ -86,10 +105,12 @@ _LAYERS = {
     "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_native": ("self", "layer", "dispatch_output"),
     "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply": ("self", "layer", "dispatch_output"),
 }
-#: What the hook on SGLang's groups reads of their arguments; checked where FlagCX is chosen.
-_GROUP_ARGUMENTS = ("torch_distributed_backend", "use_pynccl")
+#: Attributes of every layer, once made.
+LAYER_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
+#: What the hook on SGLang's groups reads, among other parameters; checked where FlagCX is chosen.
+GROUPS: Shapes = {"sglang.srt.distributed.parallel_state:GroupCoordinator.__init__": ("torch_distributed_backend", "use_pynccl")}
 #: What the bridges of the gated delta rule rely on; checked where a model has such layers.
-_GATED_DELTA_RULE = {
+GATED_DELTA_RULE: Shapes = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
         "q",
         "k",
@@ -138,37 +159,115 @@ _GATED_DELTA_RULE = {
     "sglang.srt.plugins.hook_registry:HookRegistry.register": ("target", "hook", "hook_type", "source"),
     "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks": (),
 }
-_FUSED_OP_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
 
 
 class IncompatibleSGLang(RuntimeError):
-    """The installed SGLang lacks something sglang-fl stands on."""
+    """The installed SGLang lacks something that sglang-fl relies on."""
 
 
 def installed_version() -> str:
+    """SGLang's version, as its metadata states it."""
     try:
         return version("sglang")
     except PackageNotFoundError:
-        return "not installed"
+        return "of unknown version"
 
 
-def supported_versions() -> str:
-    """The range of SGLang versions, as this package's metadata states it."""
+def version_warning() -> str | None:
+    """What to say of an SGLang outside the tested range; None inside it."""
+    installed = installed_version()
     try:
-        wanted = [line for line in requires("sglang-fl") or () if line.split(";")[0].strip().startswith("sglang")]
-    except PackageNotFoundError:
-        wanted = []
-    return wanted[0].removeprefix("sglang") if wanted else "the one in sglang-fl's pyproject.toml"
+        if SpecifierSet(TESTED).contains(installed, prereleases=True):
+            return None
+    except InvalidVersion:
+        pass  # nothing that was tested
+    return f"SGLang {installed} is outside the range that sglang-fl was tested with ({TESTED})"
 
 
-def unsupported(problems: Iterable[str]) -> str:
-    """The message for an SGLang that cannot be used."""
+@cache
+def platform_problems() -> tuple[str, ...]:
+    """What differs in SGLang from what the platform relies on."""
+    return (*_differences(PLATFORM), *argument_problems())
+
+
+@cache
+def argument_problems() -> tuple[str, ...]:
+    """What differs in how SGLang keeps the user's arguments."""
+    return tuple(_differences(ARGUMENTS))
+
+
+@cache
+def layer_problems() -> tuple[str, ...]:
+    """What differs in SGLang from what the bridges rely on. Imports SGLang's layers."""
+    return tuple(_differences(LAYERS)) or tuple(_attribute_differences())
+
+
+@cache
+def gated_delta_rule_problems() -> tuple[str, ...]:
+    """What differs in SGLang from what the bridges of the gated delta rule rely on. Imports its kernels."""
+    return tuple(_differences(GATED_DELTA_RULE))
+
+
+def check_platform() -> None:
+    _stop_at(platform_problems())
+
+
+def check_layers() -> None:
+    _stop_at(layer_problems())
+
+
+def check_gated_delta_rule() -> None:
+    _stop_at(gated_delta_rule_problems())
+
+
+def _stop_at(problems: tuple[str, ...]) -> None:
+    if problems:
+        raise IncompatibleSGLang(stop_message(problems))
+
+
+def check_groups() -> None:
+    """Raises IncompatibleSGLang unless SGLang's groups of ranks are made as the hook on them expects."""
+    _stop_at(tuple(_differences(GROUPS, all_parameters=False)))
+
+
+def leave_everything_message(problems: Iterable[str]) -> str:
+    """What to log where everything is left to SGLang."""
+    return _message(problems, "sglang-fl leaves everything to SGLang: no layer is bound, no ATen operator is replaced")
+
+
+def stop_message(problems: Iterable[str]) -> str:
+    """What to raise where the user asked for what this SGLang has no place for."""
+    return _message(problems, "sglang-fl cannot be used")
+
+
+def _message(problems: Iterable[str], consequence: str) -> str:
     lines = [
-        f"sglang-fl cannot work with the installed SGLang {installed_version()} (supported: {supported_versions()}):",
+        f"{consequence}. The installed SGLang {installed_version()} differs from what sglang-fl relies on (tested: {TESTED}):",
         *(f"  - {problem}" for problem in problems),
-        "Install a supported SGLang, or uninstall sglang-fl.",
+        "Install an SGLang of the tested range to use sglang-fl with it, or uninstall sglang-fl.",
     ]
     return "\n".join(lines)
+
+
+def _differences(shapes: Shapes, *, all_parameters: bool = True) -> Iterator[str]:
+    for path, expected in shapes.items():
+        try:
+            found = tuple(inspect.signature(_look_up(path)).parameters)
+        except Exception as error:  # whatever the import of another SGLang's module comes to
+            yield f"{path} is missing ({last_line(error)})"
+            continue
+        missing = [name for name in expected if name not in found]
+        if all_parameters and found != expected:
+            yield f"{path} takes ({', '.join(found)}), not ({', '.join(expected)})"
+        elif missing:
+            yield f"{path} takes no {' and no '.join(missing)}"
+
+
+def _attribute_differences() -> Iterator[str]:
+    from sglang.srt.layers.activation import SiluAndMul
+
+    layer = vars(SiluAndMul())
+    yield from (f"BaseFusedOp has no attribute {name}" for name in LAYER_ATTRIBUTES if name not in layer)
 
 
 def _look_up(path: str) -> Any:
@@ -177,55 +276,6 @@ def _look_up(path: str) -> Any:
     for name in names.split("."):
         found = getattr(found, name)
     return found
-
-
-def _problems(expected: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    for path, parameters in expected.items():
-        try:
-            found = tuple(inspect.signature(_look_up(path)).parameters)
-        except (ImportError, AttributeError) as error:
-            yield f"{path} is missing ({error})"
-            continue
-        if found != parameters:
-            yield f"{path} takes ({', '.join(found)}), not ({', '.join(parameters)})"
-
-
-def check_platform() -> None:
-    """Raises IncompatibleSGLang unless the platform interface is the one this package extends."""
-    problems = list(_problems(_PLATFORM))
-    if problems:
-        raise IncompatibleSGLang(unsupported(problems))
-
-
-def check_groups() -> None:
-    """Raises IncompatibleSGLang unless SGLang's groups of ranks are made as the hook on them expects."""
-    path = "sglang.srt.distributed.parallel_state:GroupCoordinator.__init__"
-    try:
-        found = inspect.signature(_look_up(path)).parameters
-    except (ImportError, AttributeError) as error:
-        raise IncompatibleSGLang(unsupported([f"{path} is missing ({error})"])) from error
-    missing = [name for name in _GROUP_ARGUMENTS if name not in found]
-    if missing:
-        raise IncompatibleSGLang(unsupported([f"{path} takes no {' and no '.join(missing)}"]))
-
-
-def check_layers() -> None:
-    """Raises IncompatibleSGLang unless the layers are the ones the bridges are for."""
-    problems = list(_problems(_LAYERS))
-    if not problems:
-        from sglang.srt.layers.activation import SiluAndMul
-
-        layer = vars(SiluAndMul())
-        problems = [f"BaseFusedOp has no attribute {name}" for name in _FUSED_OP_ATTRIBUTES if name not in layer]
-    if problems:
-        raise IncompatibleSGLang(unsupported(problems))
-
-
-def check_gated_delta_rule() -> None:
-    """Raises IncompatibleSGLang unless the functions of the gated delta rule are the ones the bridges are for."""
-    problems = list(_problems(_GATED_DELTA_RULE))
-    if problems:
-        raise IncompatibleSGLang(unsupported(problems))
 
 
 def hook(target: str, function: Callable[..., Any], when: str = "around") -> bool:
