@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_fl.device import declared as vendor_platform
+from sglang_fl.device import installed
 
 _COUNT = itertools.count()
 
@@ -44,8 +44,8 @@ class Packages:
 
 
 def forget_platforms() -> None:
-    vendor_platform.declared.cache_clear()
-    vendor_platform._present.cache_clear()
+    installed.declared.cache_clear()
+    installed._chips_here.cache_clear()
 
 
 def pip_install(package: Path, target: Path) -> None:

@@ -1,20 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which chip this is: one table of vendors, one list of evidence, and what installed packages declare of their chips."""
+"""Which chip this is.
 
-from .declared import VendorPlatform, known_vendors
+``vendors.py``      the table: one row a vendor, in the order in which chips are looked for
+``drivers.py``      what drivers leave on a machine, and what the installed PyTorch is built for
+``evidence.py``     :func:`detect` (with torch) and :func:`probe` (without): the one order in which all of it is asked
+``declaration.py``  :class:`VendorPlatform`, which a package writes to bring a chip of its own
+``installed.py``    the declarations of installed packages, and whether their chips are here
+
+Nothing here imports PyTorch or SGLang when it is imported.
+"""
+
+from .declaration import CAPABILITIES, ENTRY_POINT_GROUP, KV_POOL_KINDS, VendorPlatform, name_problem
 from .evidence import Device, detect, forced_vendor, probe, vendor_problems, why_unusable
+from .installed import declared, describe_platforms, known_vendors, platform_here
 from .vendors import ALIASES, VENDORS, Vendor, canonical
 
 __all__ = [
     "ALIASES",
+    "CAPABILITIES",
+    "ENTRY_POINT_GROUP",
+    "KV_POOL_KINDS",
     "VENDORS",
     "Device",
     "Vendor",
     "VendorPlatform",
     "canonical",
+    "declared",
+    "describe_platforms",
     "detect",
     "forced_vendor",
     "known_vendors",
+    "name_problem",
+    "platform_here",
     "probe",
     "vendor_problems",
     "why_unusable",

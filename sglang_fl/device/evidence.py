@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which accelerator this machine has, and whether SGLang has a platform of its own for it.
+"""Which chip this machine has, and whether SGLang has a platform of its own for it.
 
-Two answers to the same question. :func:`detect` asks PyTorch and is what the server uses; it
-follows SGLang's own order of detection, so that a device SGLang knows stays SGLang's.
-:func:`probe` reads only the driver's traces (device files, commands on PATH) and needs no PyTorch,
-whose import takes seconds: the command line uses it.
+Two functions give the same answer. :func:`detect` asks PyTorch and is what a server uses. :func:`probe` asks the drivers
+and reads how PyTorch was built, without importing it, which would take seconds: it is what the command line uses. Both go
+through the same list:
 
-Neither needs FlagGems. ``GEMS_VENDOR``, FlagGems's own variable, decides between vendors whose
-PyTorch builds look alike. A chip that an installed package brings up, and that is there, goes before
-what SGLang and PyTorch know of; ``vendor_platform`` has the packages' declarations.
+1. ``SGLANG_USE_CPU_ENGINE=1``: SGLang's own CPU platform.
+2. A chip that an installed package declares, if it is here or GEMS_VENDOR names it (``installed.py``).
+3. The rows of the vendors' table, in its order (``vendors.py``).
+4. A plain CPU.
+
+``GEMS_VENDOR``, FlagGems's own variable, then chooses between vendors of the same device type, whose PyTorch builds look
+alike. Any other vendor in it is an error; see :func:`vendor_problems`.
+
+The two can still differ where only PyTorch knows: a driver that is broken or too old for it, a missing PyTorch extension
+(torch_npu), or a card of another vendor behind NVIDIA's device files. Then :func:`detect` is right.
 """
 
-import glob
 import importlib.util
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from .declared import known_vendors, platform_here, platform_problems
+from .drivers import command, hardware_evidence, torch_builds, why_unusable_by_torch
+from .installed import known_vendors, platform_here, platform_problems
 from .vendors import VENDORS, Vendor, canonical
 
 
@@ -37,6 +42,44 @@ class Device:
         return self.in_tree is not None
 
 
+def detect(torch: ModuleType | None = None, environ: Mapping[str, str] | None = None) -> Device:
+    """The chip that PyTorch uses on this machine.
+
+    Args:
+        torch: the module to ask (tests hand in their own).
+        environ: read for ``SGLANG_USE_CPU_ENGINE`` and ``GEMS_VENDOR``.
+    """
+    if torch is None:
+        import torch as real_torch
+
+        torch = real_torch
+    return _find(os.environ if environ is None else environ, lambda: _ask_torch(torch))
+
+
+def probe(environ: Mapping[str, str] | None = None) -> Device:
+    """The chip that PyTorch would use, as far as can be known without importing it. See :func:`detect`."""
+    environ = os.environ if environ is None else environ
+    return _find(environ, lambda: _ask_drivers(environ))
+
+
+def vendor_problems(environ: Mapping[str, str], device: Device) -> list[str]:
+    """What is wrong with the packages that declare a chip, and with ``GEMS_VENDOR`` on this device. Each must stop a server."""
+    problems = platform_problems(environ)
+    forced = forced_vendor(environ)
+    if forced is not None and forced.name != device.vendor:
+        problems.append(
+            f"GEMS_VENDOR: {forced.name} ({forced.chip}) cannot be used: the device detected here is {device.vendor} ({device.evidence}). "
+            f"Unset GEMS_VENDOR, or install the driver and the PyTorch build of {forced.chip}. To use only its profile, set "
+            f"SGLANG_FL_PLATFORM={forced.name}"
+        )
+    return problems
+
+
+def forced_vendor(environ: Mapping[str, str]) -> Vendor | None:
+    """The vendor that ``GEMS_VENDOR`` names, if FlagOS or an installed package knows it."""
+    return known_vendors().get(canonical(environ.get("GEMS_VENDOR", "")))
+
+
 def why_unusable(torch: ModuleType, device_type: str) -> str | None:
     """Why PyTorch cannot use a device type, or None. Whether there is such a device is another question."""
     try:
@@ -49,123 +92,87 @@ def why_unusable(torch: ModuleType, device_type: str) -> str | None:
     return None
 
 
+def _find(environ: Mapping[str, str], ask: Callable[[], tuple[Vendor, str]]) -> Device:
+    if environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
+        return Device("cpu", "cpu", "cpu", "SGLANG_USE_CPU_ENGINE=1")
+    declared = platform_here(environ)
+    if declared is not None:
+        return _device(declared[0].row(), declared[1])
+    found, evidence = ask()
+    forced = forced_vendor(environ)
+    if forced is not None and forced != found and _look_alike(forced, found):
+        return _device(forced, "GEMS_VENDOR")
+    return _device(found, evidence)
+
+
+def _look_alike(forced: Vendor, found: Vendor) -> bool:
+    """Whether PyTorch shows a chip of both vendors in the same way. SGLang's own CUDA and ROCm platforms also need its build."""
+    return forced.device_type == found.device_type and (forced.in_tree is None or forced.torch_build == found.torch_build)
+
+
 def _device(vendor: Vendor, evidence: str) -> Device:
+    needed = vendor.in_tree_needs
+    if needed and importlib.util.find_spec(needed) is None:
+        return Device(vendor.name, vendor.device_type, None, f"{evidence}, without {needed}, which SGLang's platform needs")
     return Device(vendor.name, vendor.device_type, vendor.in_tree, evidence)
 
 
-def forced_vendor(environ: Mapping[str, str]) -> Vendor | None:
-    """The vendor that ``GEMS_VENDOR`` names, if FlagOS or an installed package knows it."""
-    return known_vendors().get(canonical(environ.get("GEMS_VENDOR", "")))
-
-
-def vendor_problems(environ: Mapping[str, str], device: Device) -> list[str]:
-    """What is wrong with the packages that declare a chip, and with ``GEMS_VENDOR`` on this device. Each must stop a server."""
-    problems = platform_problems(environ)
-    forced = forced_vendor(environ)
-    if forced is not None and forced.name != device.vendor:
-        problems.append(
-            f"GEMS_VENDOR: {forced.name} ({forced.chip}) does not fit the device detected here, {device.vendor} ({device.evidence}); "
-            f"unset GEMS_VENDOR, or install the PyTorch build and driver for {forced.chip}. "
-            f"SGLANG_FL_PLATFORM={forced.name} uses its profile without its chip"
-        )
-    return problems
-
-
-def _declared(environ: Mapping[str, str]) -> Device | None:
-    """The chip that an installed package brings up, if it is there."""
-    found = platform_here(environ)
-    return _device(found[0].row(), found[1]) if found else None
-
-
-def _cuda_vendor(torch: ModuleType, environ: Mapping[str, str]) -> tuple[Vendor, str]:
-    """Whose chip stands behind ``torch.cuda``: several vendors answer to that name."""
-    forced = forced_vendor(environ)
-    if forced is not None and forced.device_type == "cuda":
-        return forced, "GEMS_VENDOR"
-    card = str(torch.cuda.get_device_name())
-    words = card.lower()
-    hip = torch.version.hip is not None
-    if "ZW" in card:  # SGLang's own test for T-Head, ahead of everything else it asks of torch.cuda
-        return VENDORS["thead"], f"card {card!r}"
+def _ask_torch(torch: ModuleType) -> tuple[Vendor, str]:
+    """The first row whose device PyTorch can use."""
+    card = _vendor_of_card(torch) if torch.cuda.is_available() else None
     for vendor in VENDORS.values():
-        if vendor.name == "thead" or (vendor.name in ("hygon", "amd")) != hip:
-            continue
+        if card is not None and card[0] is vendor:
+            return card
+        if vendor.device_type not in ("cuda", "cpu") and _is_usable(torch, vendor):
+            return vendor, f"torch.{vendor.device_type}"
+    return VENDORS["cpu"], "no accelerator that PyTorch can use"
+
+
+def _is_usable(torch: ModuleType, vendor: Vendor) -> bool:
+    if vendor.name == "mthreads":
+        if getattr(torch.version, "musa", None) is None:
+            return False
+        if importlib.util.find_spec(vendor.in_tree_needs) is not None:  # SGLang asks no more than this
+            return True
+    module = getattr(torch, vendor.device_type, None)
+    return module is not None and bool(module.is_available())
+
+
+def _vendor_of_card(torch: ModuleType) -> tuple[Vendor, str]:
+    """Whose chip stands behind ``torch.cuda``: several vendors answer to that name."""
+    card = str(torch.cuda.get_device_name())
+    evidence = f"card {card!r}"
+    if "ZW" in card:  # SGLang's own test for T-Head
+        return VENDORS["thead"], evidence
+    build = "cuda" if torch.version.hip is None else "hip"
+    vendors = [vendor for vendor in VENDORS.values() if vendor.torch_build == build and vendor.name != "thead"]
+    words = card.lower()
+    for vendor in vendors:
         if any(words.startswith(name) or f" {name}" in words for name in vendor.card_names):
-            return vendor, f"card {card!r}"
+            return vendor, evidence
     if hasattr(torch, "corex"):
         return VENDORS["iluvatar"], "torch.corex"
-    lookalikes = ("hygon",) if hip else ("metax", "iluvatar", "kunlunxin")
-    for name in lookalikes:
-        for command in VENDORS[name].commands:
-            if shutil.which(command):
-                return VENDORS[name], f"card {card!r} and {command} on PATH"
-    return VENDORS["amd" if hip else "nvidia"], f"card {card!r}"
+    for vendor in vendors:
+        tool = command(vendor.commands) if vendor.in_tree is None else None
+        if tool:
+            return vendor, f"{evidence} and {tool}"
+    return VENDORS["nvidia" if build == "cuda" else "amd"], evidence
 
 
-def detect(torch: ModuleType | None = None, environ: Mapping[str, str] | None = None) -> Device:
-    """Ask PyTorch which device there is.
+def _ask_drivers(environ: Mapping[str, str]) -> tuple[Vendor, str]:
+    """The first row whose hardware or driver is here and which PyTorch is built for.
 
-    The CPU engine, which is asked for; then the chips that installed packages bring up; then SGLang's order
-    (``sglang/srt/platforms/__init__.py``): SAIL, CUDA, NPU, ROCm, XPU, MUSA, MPS; then the devices SGLang does not
-    know; then plain CPU.
-
-    Args:
-        torch: the module to ask (tests hand in their own).
-        environ: read for ``SGLANG_USE_CPU_ENGINE`` and ``GEMS_VENDOR``.
+    A command alone is weaker than device files: it may be part of a container image. WSL2 has nothing else.
     """
-    if torch is None:
-        import torch as real_torch
-
-        torch = real_torch
-    environ = os.environ if environ is None else environ
-
-    if environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
-        return Device("cpu", "cpu", "cpu", "SGLANG_USE_CPU_ENGINE=1")
-    brought = _declared(environ)
-    if brought is not None:
-        return brought
-    cuda = torch.cuda.is_available()
-    hip = torch.version.hip is not None
-    npu = hasattr(torch, "npu") and torch.npu.is_available()
-    if cuda and not (hip and npu):
-        return _device(*_cuda_vendor(torch, environ))
-    if npu:
-        return _device(VENDORS["ascend"], "torch.npu")
-    if torch.xpu.is_available():
-        return _device(VENDORS["intel"], "torch.xpu")
-    if getattr(torch.version, "musa", None) is not None:
-        if importlib.util.find_spec("torchada") is not None:
-            return _device(VENDORS["mthreads"], "torch.version.musa")
-        if hasattr(torch, "musa") and torch.musa.is_available():
-            return Device("mthreads", "musa", None, "torch.musa without torchada, which SGLang's platform needs")
-    if getattr(torch, "mps", None) is not None and torch.mps.is_available():
-        return _device(VENDORS["apple"], "torch.mps")
-    for vendor in VENDORS.values():
-        if vendor.in_tree is None and vendor.device_type not in ("cuda", "cpu"):
-            module = getattr(torch, vendor.device_type, None)
-            if module is not None and module.is_available():
-                return _device(vendor, f"torch.{vendor.device_type}")
-    return _device(VENDORS["cpu"], "no accelerator that PyTorch can use")
-
-
-def probe(environ: Mapping[str, str] | None = None) -> Device:
-    """What the drivers on this machine say, without importing PyTorch. See :func:`detect`."""
-    environ = os.environ if environ is None else environ
-    if environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
-        return Device("cpu", "cpu", "cpu", "SGLANG_USE_CPU_ENGINE=1")
-    brought = _declared(environ)
-    if brought is not None:
-        return brought
-    forced = forced_vendor(environ)
-    if forced is not None and (any(map(glob.glob, forced.device_files)) or any(map(shutil.which, forced.commands))):
-        return _device(forced, "GEMS_VENDOR")
-    # Chips that imitate CUDA first: some of them install commands or files under NVIDIA's names too.
-    for vendor in sorted(VENDORS.values(), key=lambda v: v.in_tree is not None):
-        for pattern in vendor.device_files:
-            if glob.glob(pattern):
-                return _device(vendor, f"device file {pattern}")
-        if not vendor.device_files:  # its driver has no file of its own
-            for command in vendor.commands:
-                if shutil.which(command):
-                    return _device(vendor, f"{command} on PATH")
-    return _device(VENDORS["cpu"], "no accelerator's device file under /dev")
+    builds = torch_builds()
+    vendors = list(VENDORS.values())
+    seen = [(vendor, hardware_evidence(vendor)) for vendor in vendors] + [(vendor, command(vendor.commands)) for vendor in vendors]
+    unusable = []
+    for vendor, evidence in seen:
+        if evidence is None:
+            continue
+        reason = why_unusable_by_torch(vendor, builds, environ)
+        if reason is None:
+            return vendor, evidence
+        unusable.append(f"{vendor.chip} ({evidence}): {reason}")
+    return VENDORS["cpu"], "; ".join(["no accelerator that PyTorch can use", *unusable[:1]])

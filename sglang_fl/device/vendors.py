@@ -1,17 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each chip vendor's name means: one row a vendor, in the names FlagGems uses.
+"""The table of chip vendors: one row a vendor, under the name that FlagGems uses.
 
-``device_type``  the ``torch.device`` type its PyTorch build answers to.
-``in_tree``      the platform SGLang itself has for it, or None: an out-of-tree platform then.
-``collective``   the ``torch.distributed`` backend its PyTorch build registers.
-``attention``    the attention backend to serve with when the user names none; None leaves the
-                 choice to SGLang, which knows its own platforms better.
-``commands``     tools of its driver; one of them on PATH means the driver is installed.
-``device_files`` what its kernel driver puts under ``/dev`` (glob patterns).
-``card_names``   how its cards call themselves through a CUDA-compatible PyTorch.
-
-Rows that have been run on hardware are listed in the README's support table; the others are
-read off the vendors' PyTorch builds and FlagGems, and no machine has confirmed them.
+The rows are in the order in which chips are looked for; see :mod:`sglang_fl.device.evidence`. Rows that have been run on
+hardware are in the README's support table. The others follow the vendors' PyTorch builds and FlagGems, and no machine has
+confirmed them.
 """
 
 from dataclasses import dataclass
@@ -19,6 +11,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Vendor:
+    """What is known of a vendor's chip.
+
+    Attributes:
+        name: the vendor's name, as in ``vendor:<name>`` and GEMS_VENDOR.
+        chip: the chip's name, for people.
+        device_type: the ``torch.device`` type that its PyTorch build answers to.
+        in_tree: SGLang's own platform for it; None: it gets an out-of-tree platform.
+        collective: the ``torch.distributed`` backend that its PyTorch build registers.
+        attention: the attention backend to serve with when the user names none; None: SGLang chooses.
+        commands: tools of its driver, looked for on PATH.
+        device_files: what its kernel driver puts under ``/dev`` (glob patterns).
+        card_names: how its cards' names begin in a CUDA-compatible PyTorch.
+        flaggems: whether FlagGems serves it.
+        torch_build: the field of ``torch.version`` (cuda, hip, xpu) that PyTorch must be built with; empty: it is an extension
+            of PyTorch, or unknown.
+        pci_vendor: the PCI vendor id of its display devices, where the driver has no device file of its own.
+        machine: the operating system and architecture that the chip is part of.
+        in_tree_needs: a Python module without which SGLang's own platform does not take the chip.
+    """
+
     name: str
     chip: str
     device_type: str
@@ -29,27 +41,33 @@ class Vendor:
     device_files: tuple[str, ...] = ()
     card_names: tuple[str, ...] = ()
     flaggems: bool = True
+    torch_build: str = ""
+    pci_vendor: str = ""
+    machine: tuple[str, str] | None = None
+    in_tree_needs: str = ""
 
 
+# The order is SGLang's own (sglang/srt/platforms/__init__.py): SAIL, CUDA, NPU, ROCm, XPU, MUSA, MPS. Chips that imitate CUDA
+# or ROCm come before the chip that they imitate; devices that SGLang does not know come last.
 # fmt: off
 _ROWS = (
     #       name          chip              device  in_tree  collective  attention      driver's commands     device files             names of cards
-    Vendor("nvidia",     "NVIDIA GPU",      "cuda", "cuda",  "nccl",     None,          ("nvidia-smi",),      ("/dev/nvidia[0-9]*",),  ("nvidia", "tesla", "geforce", "quadro")),
-    Vendor("amd",        "AMD GPU",         "cuda", "rocm",  "nccl",     None,          ("rocm-smi",),        ("/dev/kfd",),           ("amd", "instinct", "radeon")),
+    Vendor("thead",      "T-Head SAIL",     "cuda", "sail",  "nccl",     None,          ("ppu-smi",),         ("/dev/alixpu*",),       ("zw",),         torch_build="cuda", flaggems=False),
+    Vendor("metax",      "MetaX",           "cuda", None,    "nccl",     "triton",      ("mx-smi",),          ("/dev/mxcd",),          ("metax",),      torch_build="cuda"),
+    Vendor("iluvatar",   "Iluvatar CoreX",  "cuda", None,    "nccl",     "triton",      ("ixsmi",),           ("/dev/iluvatar*",),     ("iluvatar",),   torch_build="cuda"),
+    Vendor("kunlunxin",  "Kunlunxin",       "cuda", None,    "nccl",     "triton",      ("xpu-smi", "xpu_smi"), ("/dev/xpuctrl",),     ("kunlun", "p800"), torch_build="cuda"),
+    Vendor("nvidia",     "NVIDIA GPU",      "cuda", "cuda",  "nccl",     None,          ("nvidia-smi",),      ("/dev/nvidia[0-9]*",),  ("nvidia", "tesla", "geforce", "quadro"), torch_build="cuda"),
     Vendor("ascend",     "Huawei Ascend",   "npu",  "npu",   "hccl",     "ascend",      ("npu-smi",),         ("/dev/davinci[0-9]*",)),
-    Vendor("mthreads",   "Moore Threads",   "musa", "musa",  "mccl",     None,          ("mthreads-gmi",),    ("/dev/mtgpu*",)),
-    Vendor("thead",      "T-Head SAIL",     "cuda", "sail",  "nccl",     None,          ("ppu-smi",),         ("/dev/alixpu*",),       ("zw",),  flaggems=False),
-    Vendor("intel",      "Intel GPU",       "xpu",  "xpu",   "xccl",     None,          (),                   (),                      flaggems=False),
-    Vendor("apple",      "Apple silicon",   "mps",  "mps",   "gloo",     "torch_native", (),                  (),                      flaggems=False),
-    Vendor("metax",      "MetaX",           "cuda", None,    "nccl",     "triton",      ("mx-smi",),          ("/dev/mxcd",),          ("metax",)),
-    Vendor("iluvatar",   "Iluvatar CoreX",  "cuda", None,    "nccl",     "triton",      ("ixsmi",),           ("/dev/iluvatar*",),     ("iluvatar",)),
-    Vendor("kunlunxin",  "Kunlunxin",       "cuda", None,    "nccl",     "triton",      ("xpu-smi", "xpu_smi"), ("/dev/xpuctrl",),     ("kunlun", "p800")),
-    Vendor("hygon",      "Hygon DCU",       "cuda", None,    "nccl",     "triton",      ("hy-smi",),          (),                      ("hygon", "dcu", "k100", "z100", "bw")),
+    Vendor("hygon",      "Hygon DCU",       "cuda", None,    "nccl",     "triton",      ("hy-smi",),          (),                      ("hygon", "dcu", "k100", "z100", "bw"), torch_build="hip"),
+    Vendor("amd",        "AMD GPU",         "cuda", "rocm",  "nccl",     None,          ("rocm-smi",),        ("/dev/kfd",),           ("amd", "instinct", "radeon"), torch_build="hip"),
+    Vendor("intel",      "Intel GPU",       "xpu",  "xpu",   "xccl",     None,          pci_vendor="0x8086", torch_build="xpu", flaggems=False),
+    Vendor("mthreads",   "Moore Threads",   "musa", "musa",  "mccl",     None,          ("mthreads-gmi",),    ("/dev/mtgpu*",),        in_tree_needs="torchada"),
+    Vendor("apple",      "Apple silicon",   "mps",  "mps",   "gloo",     "torch_native", machine=("Darwin", "arm64"), flaggems=False),
     Vendor("cambricon",  "Cambricon MLU",   "mlu",  None,    "cncl",     "triton",      ("cnmon",),           ("/dev/cambricon_dev*",)),
     Vendor("enflame",    "Enflame GCU",     "gcu",  None,    "eccl",     "triton",      ("efsmi",),           ("/dev/gcu[0-9]*",)),
-    Vendor("tsingmicro", "TsingMicro",      "txda", None,    "tccl",     "torch_native", ("tsm_smi",),        (),                      ),
-    Vendor("sunrise",    "Sunrise",         "ptpu", None,    "tccl",     "torch_native", ("pt_smi",),         (),                      ),
-    Vendor("aipu",       "ARM China Zhouyi", "aipu", None,   "gloo",     "torch_native", (),                  ("/dev/aipu",),          ),
+    Vendor("tsingmicro", "TsingMicro",      "txda", None,    "tccl",     "torch_native", ("tsm_smi",)),
+    Vendor("sunrise",    "Sunrise",         "ptpu", None,    "tccl",     "torch_native", ("pt_smi",)),
+    Vendor("aipu",       "ARM China Zhouyi", "aipu", None,   "gloo",     "torch_native", (),                  ("/dev/aipu",)),
     Vendor("cpu",        "CPU",             "cpu",  None,    "gloo",     "torch_native", flaggems=False),
 )
 # fmt: on

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installed packages that join through entry points: how they are called, and what to say of one that fails."""
+"""Installed packages that join through entry points: finding them, naming them, and saying why one failed."""
 
 import contextlib
 import logging
@@ -11,8 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 _STANDARD_LIBRARY, _OURS = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]
-#: After so many seconds an import that has not come back is named.
-_PATIENCE = 10.0
+#: An import that takes longer is named in the log.
+_SLOW_IMPORT_SECONDS = 10.0
 _INSTALLED = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
 
 
@@ -22,15 +22,15 @@ def entries(group: str) -> list[EntryPoint]:
 
 
 def origin_of(entry: EntryPoint) -> str:
-    """The package and its entry point, in words."""
+    """The package and its entry point, for messages."""
     return f"{entry.dist.name} (entry point {entry.name})" if entry.dist else f"entry point {entry.name}"
 
 
 @contextlib.contextmanager
 def importing(origin: str) -> Iterator[None]:
-    """While a package is imported: if that does not come back, the log says which it is."""
-    told = "importing %s has not come back for %.0f s; if it hangs, mend or uninstall that package"
-    timer = threading.Timer(_PATIENCE, logging.getLogger("sglang_fl").warning, (told, origin, _PATIENCE))
+    """Around the import of a package: a warning names it if that takes long."""
+    message = "importing %s has taken %.0f s so far; if it hangs, fix or uninstall that package"
+    timer = threading.Timer(_SLOW_IMPORT_SECONDS, logging.getLogger("sglang_fl").warning, (message, origin, _SLOW_IMPORT_SECONDS))
     timer.daemon = True
     timer.start()
     try:
@@ -40,17 +40,17 @@ def importing(origin: str) -> Iterator[None]:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's traceback, and the place that it names: ``ImportError: no x (pkg/ops.py:3)``."""
-    told = error.msg if isinstance(error, SyntaxError) else str(error)
-    line = " ".join(f"{type(error).__name__}: {told}".split()).removesuffix(":")
+    """The error and where it was raised in the package, in one line: ``ImportError: no x (pkg/ops.py:3)``."""
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    line = " ".join(f"{type(error).__name__}: {message}".split()).removesuffix(":")
     if isinstance(error, SyntaxError) and error.filename:
         return f"{line} ({error.filename}:{error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_a_caller(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours_or_pythons(frame.filename)]
     return f"{line} ({frames[-1].filename}:{frames[-1].lineno})" if frames else line
 
 
-def _is_a_caller(filename: str) -> bool:
-    """Whether a file is Python's or ours, and not of the package that was called."""
+def _is_ours_or_pythons(filename: str) -> bool:
+    """Whether a file belongs to Python or to sglang-fl, and not to the package that was called."""
     file = Path(filename)
     if filename.startswith("<") or file.parent in (_OURS / "utils", _OURS / "device", _OURS / "dispatch"):
         return True

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a sentence that tells a user which word was meant."""
+"""Nearest-name hints for error messages."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
 def near(word: str, valid: Iterable[str]) -> str | None:
-    """The valid word that a word is a slip of, or None."""
+    """The valid word that ``word`` is probably a misspelling of, or None."""
     return next(iter(get_close_matches(word.lower(), valid, n=1, cutoff=0.85)), None)
 
 
 def suggest(word: str, valid: Iterable[str] | Mapping[str, str]) -> str:
     """``"; did you mean 'x'?"`` with the nearest valid word, or the valid ones if none is near.
 
-    A mapping leads from words to compare with to the words to show.
+    A mapping's keys are compared with, and its values shown.
     """
     names = sorted(set(valid.values() if isinstance(valid, Mapping) else valid))
     lowered = {shape.lower(): name for shape, name in (valid.items() if isinstance(valid, Mapping) else zip(names, names, strict=True))}

@@ -12,8 +12,7 @@ from settings_loader import CPU, Loader
 import sglang_fl.config
 from sglang_fl.config import OPTIONS, Vocabulary, load_settings
 from sglang_fl.config.options import DIST_BACKENDS, PREFERENCES
-from sglang_fl.device import Device
-from sglang_fl.device.vendors import VENDORS
+from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.startup.words import flaggems_functions, vocabulary

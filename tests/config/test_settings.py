@@ -23,8 +23,7 @@ from sglang_fl.config import (
     load_platform_config,
     settings_of_parent,
 )
-from sglang_fl.device import Device
-from sglang_fl.device.vendors import VENDORS
+from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch import config as config_of_dispatch
 
 Profile = Callable[[str], None]

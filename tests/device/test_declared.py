@@ -15,25 +15,27 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_fl import load_plugin, startup
 from sglang_fl.check.worker import Worker
-from sglang_fl.cli.doctor import _declaration_problems
+from sglang_fl.cli.doctor.checks import Machine, declared_platform
 from sglang_fl.config import Settings, SettingsError, load_settings
-from sglang_fl.device import Device, detect, probe
-from sglang_fl.device.declared import (
+from sglang_fl.device import (
     CAPABILITIES,
     ENTRY_POINT_GROUP,
     KV_POOL_KINDS,
+    Device,
     VendorPlatform,
     declared,
+    describe_platforms,
+    detect,
     known_vendors,
-    platform_problems,
-    platforms_told,
+    probe,
+    vendor_problems,
 )
 from sglang_fl.dispatch import OpManager
 from sglang_fl.platform import platform_class
 from sglang_fl.startup.words import vocabulary
 
 GROUP = {ENTRY_POINT_GROUP: "{module}:PLATFORM"}
-IMPORT = "from sglang_fl.device.declared import VendorPlatform\n"
+IMPORT = "from sglang_fl.vendor_platform import VendorPlatform\n"
 
 
 def declare(packages: Packages, name: str = "mychip", more: str = "", head: str = "") -> str:
@@ -52,25 +54,25 @@ def test_the_words_are_sglangs() -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"name": "My-Chip"}, "'My-Chip' is none; did you mean 'my_chip'?"),
-        ({"name": ""}, "a vendor's name is a Python identifier"),
-        ({"name": "class"}, "a vendor's name is a Python identifier"),
-        ({"name": 3}, "a vendor's name is a Python identifier"),
-        ({"name": "reference"}, "a word of the settings"),
+        ({"name": "My-Chip"}, "not 'My-Chip'; did you mean 'my_chip'?"),
+        ({"name": ""}, "a vendor's name must be a Python identifier"),
+        ({"name": "class"}, "a vendor's name must be a Python identifier"),
+        ({"name": 3}, "a vendor's name must be a Python identifier"),
+        ({"name": "reference"}, "means something else in the settings"),
         ({"name": "npu"}, "'npu' is another name for 'ascend'"),
-        ({"name": "nvidia"}, "a platform for 'nvidia' of its own"),
-        ({"name": "cpu"}, "a platform for 'cpu' of its own"),
-        ({"device_type": "my chip"}, "device_type is the name of a torch.device type, not 'my chip'"),
-        ({"commands": "mychip-smi"}, "commands is a tuple of texts, not 'mychip-smi'"),
-        ({"commands": ()}, "device_files, commands or is_present must tell whether the chip is there"),
-        ({"is_present": True}, "is_present is a function of no arguments, not True"),
+        ({"name": "nvidia"}, "there is a platform for 'nvidia' already"),
+        ({"name": "cpu"}, "there is a platform for 'cpu' already"),
+        ({"device_type": "my chip"}, "device_type must be the name of a torch.device type, not 'my chip'"),
+        ({"commands": "mychip-smi"}, "commands must be a tuple of strings, not 'mychip-smi'"),
+        ({"commands": ()}, "give device_files, commands or is_present"),
+        ({"is_present": True}, "is_present must be a function without arguments, not True"),
         ({"capabilities": ("graph_captur",)}, "unknown capability 'graph_captur'; did you mean 'graph_capture'?"),
         ({"capabilities": ("graph_capture",)}, "graph_capture needs a graph_runner"),
         ({"kv_pools": {"mla2": "a:B"}}, "unknown kind of KV pool 'mla2'; did you mean 'mla'?"),
-        ({"kv_pools": ["a:B"]}, "kv_pools is a mapping"),
-        ({"graph_runner": "a.b.C"}, "graph_runner is written 'module:Class', not 'a.b.C'"),
-        ({"attention_backends": {"x": 3}}, "attention_backends['x'] is written 'module:Class', not 3"),
-        ({"platform_class": "a b:C"}, "platform_class is written 'module:Class', not 'a b:C'"),
+        ({"kv_pools": ["a:B"]}, "kv_pools must map names"),
+        ({"graph_runner": "a.b.C"}, "graph_runner must be written 'module:Class', not 'a.b.C'"),
+        ({"attention_backends": {"x": 3}}, "attention_backends['x'] must be written 'module:Class', not 3"),
+        ({"platform_class": "a b:C"}, "platform_class must be written 'module:Class', not 'a b:C'"),
         ({"profile": "/no/such.yaml"}, "profile: there is no file '/no/such.yaml'"),
     ],
 )
@@ -81,18 +83,18 @@ def test_what_a_declaration_cannot_say(wrong: dict[str, Any], told: str) -> None
 
 
 def test_a_chip_is_known_by_file_by_command_or_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trace(**how: Any) -> str | None:
-        return VendorPlatform(name="mychip", device_type="mychip", **how).trace()
+    def evidence(**how: Any) -> str | None:
+        return VendorPlatform(name="mychip", device_type="mychip", **how).evidence()
 
     (tmp_path / "mychip0").touch()
     tool = tmp_path / "mychip-smi"
     tool.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert trace(device_files=(f"{tmp_path}/mychip[0-9]",)) == f"device file {tmp_path}/mychip[0-9]"
-    assert trace(device_files=(f"{tmp_path}/other*",), commands=("mychip-smi",)) == "mychip-smi on PATH"
-    assert trace(commands=("other-smi",)) is None
-    assert trace(commands=("mychip-smi",), is_present=lambda: False) is None
-    assert trace(is_present=lambda: True) == "its package says so"
+    assert evidence(device_files=(f"{tmp_path}/mychip[0-9]",)) == f"device file {tmp_path}/mychip[0-9]"
+    assert evidence(device_files=(f"{tmp_path}/other*",), commands=("mychip-smi",)) == "mychip-smi on PATH"
+    assert evidence(commands=("other-smi",)) is None
+    assert evidence(commands=("mychip-smi",), is_present=lambda: False) is None
+    assert evidence(is_present=lambda: True) == "its package says so"
 
 
 def test_a_chip_that_is_there_goes_before_what_pytorch_sees(packages: Packages) -> None:
@@ -127,7 +129,7 @@ def problems_of(**environ: str) -> tuple[str, ...]:
 def test_of_two_that_are_there_one_must_be_chosen(packages: Packages) -> None:
     declare(packages, "zchip"), declare(packages, "achip")
     (told,) = problems_of()
-    assert told.startswith("2 chips that packages bring up are there: achip (") and told.endswith("set GEMS_VENDOR to the one to use")
+    assert told.startswith("the chips of 2 packages are here: achip (") and told.endswith("set GEMS_VENDOR to the one to use")
     assert detect(environ={}).vendor == "achip"
     startup.check_settings({"GEMS_VENDOR": "zchip"}, CPU, OpManager())
 
@@ -138,10 +140,10 @@ def test_of_two_that_are_there_one_must_be_chosen(packages: Packages) -> None:
         ("import no_such", "ModuleNotFoundError: No module named 'no_such' ({file}:1)"),
         ("raise SystemExit(3)", "SystemExit: 3 ({file}:1)"),
         ("PLATFORM = {'name': 'mychip'}", "{module}:PLATFORM is {{'name': 'mychip'}}, and not a VendorPlatform"),
-        (f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', device_type='x')", "must tell whether the chip is there ({file}:2)"),
+        (f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', device_type='x')", "nothing tells whether the chip is there ({file}:2)"),
         (
             f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', devicetype='x')",
-            "VendorPlatform has no choice 'devicetype'; did you mean 'device_type'?",
+            "VendorPlatform: unknown field 'devicetype'; did you mean 'device_type'?",
         ),
     ],
 )
@@ -158,11 +160,9 @@ def test_a_package_whose_declaration_is_broken(packages: Packages, code: str, to
 def test_a_detection_that_raises(packages: Packages) -> None:
     module = declare(packages, more="is_present=lambda: 1 / 0")
     assert detect(environ={}).vendor == "cpu"
-    assert platforms_told() == [f"mychip ({module} (entry point {module})): cannot be told"]
+    assert describe_platforms() == [f"mychip ({module} (entry point {module})): unknown"]
     (problem,) = problems_of()
-    assert problem.startswith(
-        f"whether mychip is there cannot be told: is_present of {module} (entry point {module}) raised ZeroDivisionError"
-    )
+    assert problem.startswith(f"cannot tell whether mychip is here: is_present of {module} (entry point {module}) raised ZeroDivisionError")
 
 
 def test_two_packages_for_one_chip(packages: Packages) -> None:
@@ -280,9 +280,9 @@ def test_attention_backends_are_registered_and_can_be_asked_for(packages: Packag
 
 
 def apply(platform: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(startup, "resolve", lambda device: resolved.append(device))
-    monkeypatch.setattr("sglang_fl.platform._given", lambda server_args, name: 1)
-    monkeypatch.setattr("sglang_fl.platform._share_cores", lambda server_args: None)
+    monkeypatch.setattr(startup, "resolve", lambda device: resolved.append(device) or Settings())
+    monkeypatch.setattr("sglang_fl.platform.plain_cpu._given", lambda server_args, name: 1)
+    monkeypatch.setattr("sglang_fl.platform.plain_cpu._share_cores", lambda server_args: None)
     resolved: list[Device] = []
     server_args = SimpleNamespace()
     platform.apply_server_args_defaults(server_args)
@@ -345,18 +345,18 @@ def test_what_is_wrong_with_a_declaration_is_raised_where_sglang_lets_it_through
         apply(platform, monkeypatch)
     (problem,) = caught.value.problems
     assert told in problem and "mychip" in problem
-    (in_doctor,) = _declaration_problems(detect(environ={}))
+    (in_doctor,) = declared_platform(Machine({}, detect(environ={}), OpManager(), deep=True))
     assert in_doctor.what == problem and in_doctor.fatal
 
 
 def test_a_module_that_is_not_installed_is_told_without_importing_anything(packages: Packages) -> None:
     declare(packages, more="is_present=lambda: True, graph_runner='no_such_module:Runner'")
-    (problem,) = platform_problems({})
+    (problem,) = vendor_problems({}, CPU)
     assert "mychip" in problem and "graph_runner: there is no module 'no_such_module'" in problem
 
 
 def test_a_choice_that_there_is_not(packages: Packages) -> None:
-    with pytest.raises(TypeError, match="VendorPlatform has no choice 'attension'; did you mean 'attention'"):
+    with pytest.raises(TypeError, match="VendorPlatform: unknown field 'attension'; did you mean 'attention'"):
         VendorPlatform(name="mychip", device_type="cpu", is_present=lambda: True, attension="triton")  # type: ignore[call-arg]
     declare(packages, more="is_present=lambda: True, attension='triton'")
     (problem,) = problems_of()
@@ -388,7 +388,7 @@ def test_to_know_who_declares_is_light(packages: Packages) -> None:
     declare(packages)
     code = """
 import sys
-from sglang_fl.device.declared import declared
+from sglang_fl.vendor_platform import declared
 print(list(declared().platforms), sorted({'torch', 'sglang', 'yaml'} & set(sys.modules)))
 """
     environ = {**os.environ, "PYTHONPATH": str(packages.directory)}

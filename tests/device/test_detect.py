@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import fnmatch
 import importlib.util
+import platform
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from sglang_fl.device import Device, detect, probe
-from sglang_fl.device.vendors import VENDORS
+from sglang_fl.device import VENDORS, Device, Vendor, detect, drivers, probe, vendor_problems
 
 
 def fake_torch(
@@ -30,7 +31,7 @@ def fake_torch(
 def on_path(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The commands that PATH has: none, until a test adds some."""
     commands: set[str] = set()
-    monkeypatch.setattr("sglang_fl.device.evidence.shutil.which", lambda name: f"/usr/bin/{name}" if name in commands else None)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in commands else None)
     return commands
 
 
@@ -38,8 +39,16 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def device_files(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """What there is under /dev: nothing, until a test adds something."""
     files: set[str] = set()
-    monkeypatch.setattr("sglang_fl.device.evidence.glob.glob", lambda pattern: fnmatch.filter(files, pattern))
+    monkeypatch.setattr("glob.glob", lambda pattern: fnmatch.filter(files, pattern))
     return files
+
+
+@pytest.fixture(autouse=True)
+def torch_builds(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What the installed PyTorch is built for: CUDA and ROCm, until a test says otherwise."""
+    builds = {"cuda", "hip"}
+    monkeypatch.setattr("sglang_fl.device.evidence.torch_builds", lambda: frozenset(builds))
+    return builds
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def torchada(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def find(name: str, package: str | None = None) -> object:
         return (SimpleNamespace() if state.installed else None) if name == "torchada" else find_spec(name, package)
 
-    monkeypatch.setattr("sglang_fl.device.evidence.importlib.util.find_spec", find)
+    monkeypatch.setattr("importlib.util.find_spec", find)
     return state
 
 
@@ -187,16 +196,27 @@ def test_cpu_engine_of_sglang_goes_before_everything(device_files: set[str], val
     ],
 )
 @pytest.mark.usefixtures("on_path")
-def test_probe_by_device_files(device_files: set[str], files: tuple[str, ...], vendor: str) -> None:
+def test_probe_by_device_files(device_files: set[str], torchada: SimpleNamespace, files: tuple[str, ...], vendor: str) -> None:
     device_files.update(files)
+    torchada.installed = True
     row = VENDORS[vendor]
     assert probe({}) == Device(vendor, row.device_type, row.in_tree, probe({}).evidence)
 
 
-def test_probe_does_not_take_a_tool_for_a_device(on_path: set[str], device_files: set[str]) -> None:
-    """Images come with nvidia-smi or npu-smi; without the device file the driver is not there."""
+def test_probe_takes_device_files_for_more_than_a_tool(on_path: set[str], device_files: set[str]) -> None:
+    """Images come with nvidia-smi or npu-smi, and Intel has an xpu-smi, too."""
     on_path |= {command for vendor in VENDORS.values() if vendor.device_files for command in vendor.commands}
-    assert probe({}).vendor == "cpu"
+    device_files.add("/dev/davinci0")
+    assert probe({}).vendor == "ascend"
+
+
+@pytest.mark.parametrize("vendor", [vendor for vendor in VENDORS.values() if vendor.commands], ids=lambda vendor: vendor.name)
+@pytest.mark.usefixtures("device_files")
+def test_probe_by_any_command(on_path: set[str], vendor: Vendor) -> None:
+    """WSL2 has nvidia-smi and no /dev/nvidia0."""
+    on_path.add(vendor.commands[-1])
+    device = probe({})
+    assert (device.vendor, f"{vendor.commands[-1]} on PATH" in device.evidence) == (vendor.name, True)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +237,9 @@ def test_probe_by_command_where_a_driver_has_no_file_of_its_own(
         ("hygon", "hy-smi", ("/dev/kfd",), "hygon"),
         ("metax", "mx-smi", ("/dev/nvidia0",), "metax"),
         ("cuda", "", ("/dev/nvidia0", "/dev/mxcd"), "nvidia"),
-        ("metax", "", ("/dev/nvidia0",), "nvidia"),
+        ("metax", "", ("/dev/nvidia0",), "metax"),
+        ("amd", "", ("/dev/nvidia0",), "nvidia"),
+        ("ascend", "npu-smi", ("/dev/nvidia0",), "nvidia"),
         ("metax", "", (), "cpu"),
         ("unheard-of", "", ("/dev/nvidia0",), "nvidia"),
     ],
@@ -233,3 +255,120 @@ def test_probe_with_gems_vendor(
 def test_probe_imports_nothing() -> None:
     code = "import sys; from sglang_fl.device import probe; probe(); sys.exit('torch' in sys.modules or 'flag_gems' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_every_vendor_can_be_found_without_torch() -> None:
+    for vendor in VENDORS.values():
+        assert vendor.name == "cpu" or vendor.device_files or vendor.commands or vendor.pci_vendor or vendor.machine, vendor.name
+
+
+@pytest.fixture
+def display_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_path: set[str]) -> Path:
+    """The PCI vendor id of the machine's only display device: Intel's, until a test writes another."""
+    file = tmp_path / "vendor"
+    file.write_text("0x8086\n")
+    monkeypatch.setattr("glob.glob", lambda pattern: [str(file)] if pattern == "/sys/class/drm/renderD*/device/vendor" else [])
+    return file
+
+
+def test_probe_finds_an_intel_gpu_if_torch_is_built_for_it(display_device: Path, torch_builds: set[str]) -> None:
+    """Most computers with an Intel CPU have such a device, and nearly none a PyTorch for it."""
+    assert probe({}).vendor == "cpu" and "PyTorch is not built for xpu" in probe({}).evidence
+    torch_builds.add("xpu")
+    assert (probe({}).vendor, probe({}).in_tree) == ("intel", "xpu") and str(display_device) in probe({}).evidence
+    display_device.write_text("0x1002\n")
+    assert probe({}).vendor == "cpu"
+
+
+@pytest.mark.parametrize(("machine", "vendor"), [("arm64", "apple"), ("x86_64", "cpu")])
+@pytest.mark.usefixtures("on_path", "device_files")
+def test_probe_finds_apple_silicon(monkeypatch: pytest.MonkeyPatch, machine: str, vendor: str) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert probe({}).vendor == vendor
+
+
+@pytest.mark.parametrize(
+    ("builds", "files", "vendor"),
+    [
+        (("cuda",), ("/dev/nvidia0", "/dev/kfd"), "nvidia"),
+        (("hip",), ("/dev/nvidia0", "/dev/kfd"), "amd"),
+        ((), ("/dev/nvidia0", "/dev/kfd"), "cpu"),
+        ((), ("/dev/nvidia0", "/dev/davinci0"), "ascend"),
+        (("cuda",), ("/dev/nvidia0", "/dev/davinci0"), "nvidia"),
+        (("cuda",), ("/dev/nvidia0", "/dev/cambricon_dev0"), "nvidia"),
+    ],
+)
+@pytest.mark.usefixtures("on_path")
+def test_probe_sees_what_torch_is_built_for(
+    device_files: set[str], torch_builds: set[str], builds: tuple[str, ...], files: tuple[str, ...], vendor: str
+) -> None:
+    device_files.update(files)
+    torch_builds.clear()
+    torch_builds.update(builds)
+    device = probe({})
+    assert device.vendor == vendor
+    if vendor == "cpu":
+        assert "NVIDIA GPU (device file /dev/nvidia[0-9]*): PyTorch is not built for cuda" in device.evidence
+
+
+@pytest.mark.parametrize(("value", "vendor"), [("", "cpu"), ("-1", "cpu"), ("0", "nvidia"), ("1,2", "nvidia")])
+@pytest.mark.usefixtures("on_path")
+def test_probe_of_hidden_devices(device_files: set[str], value: str, vendor: str) -> None:
+    device_files.add("/dev/nvidia0")
+    assert probe({"CUDA_VISIBLE_DEVICES": value}).vendor == vendor
+
+
+@pytest.mark.usefixtures("on_path")
+def test_probe_knows_of_torchada_what_detect_knows(device_files: set[str], torchada: SimpleNamespace) -> None:
+    device_files.add("/dev/mtgpu.0")
+    for installed in (False, True):
+        torchada.installed = installed
+        with_torch, without = detect(fake_torch(musa="4.2", has=("musa",)), {}), probe({})
+        assert (with_torch.vendor, with_torch.in_tree) == (without.vendor, without.in_tree) == ("mthreads", "musa" if installed else None)
+
+
+@pytest.mark.parametrize("forced", VENDORS)
+@pytest.mark.parametrize(
+    ("torch", "file"),
+    [
+        (fake_torch("a card"), "/dev/nvidia0"),
+        (fake_torch("MetaX C500"), "/dev/mxcd"),
+        (fake_torch("a card", hip="6.2"), "/dev/kfd"),
+        (fake_torch(has=("npu",)), "/dev/davinci0"),
+        (fake_torch(has=("mlu",)), "/dev/cambricon_dev0"),
+        (fake_torch(), "/dev/null"),
+    ],
+)
+@pytest.mark.usefixtures("on_path")
+def test_gems_vendor_is_in_force_or_a_problem_and_means_the_same_to_both(
+    device_files: set[str], torch_builds: set[str], torch: ModuleType, file: str, forced: str
+) -> None:
+    device_files.add(file)
+    torch_builds.clear()
+    torch_builds.add("cuda" if torch.version.hip is None else "hip")
+    environ = {"GEMS_VENDOR": forced}
+    device = detect(torch, environ)
+    assert probe(environ).vendor == device.vendor
+    problems = vendor_problems(environ, device)
+    assert bool(problems) == (device.vendor != forced)
+    assert all(forced in problem and device.vendor in problem and device.evidence in problem for problem in problems)
+
+
+def test_what_torch_is_built_for_is_read_from_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    assert drivers.torch_builds() == {name for name in ("cuda", "hip", "xpu") if getattr(torch.version, name, None) is not None}
+    version = tmp_path / "version.py"
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert drivers.torch_builds() == {"cuda", "hip"}, "there is no such file"
+    for text, builds in (
+        ("__version__ = '2.9.0+xpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\nxpu: Optional[str] = '20250101'\n", {"xpu"}),
+        ("cuda = None\nhip = '6.2.41133'\n", {"hip"}),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", set()),
+    ):
+        version.write_text(text)
+        assert drivers.torch_builds() == builds
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert drivers.torch_builds() == {"cuda", "hip"}, "there is no PyTorch"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_fl.config.options import DIST_BACKENDS
-from sglang_fl.device.vendors import ALIASES, VENDORS, canonical
+from sglang_fl.device import ALIASES, VENDORS, canonical
 
 
 def directory_of(package: str) -> Path:
