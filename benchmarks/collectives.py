@@ -149,7 +149,7 @@ class Rank:
 
     def __init__(self, rank: int, ranks: int, device_type: str, port: int):
         from sglang_fl.config import load_settings
-        from sglang_fl.distributed.setup import Doors
+        from sglang_fl.distributed.setup import FlagCXSetup
 
         self.rank, self.ranks = rank, ranks
         self.device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
@@ -159,11 +159,12 @@ class Rank:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
         # By the environment alone, and strict: a fallback would be timed as FlagCX.
         environ = {name: os.environ[name] for name in ("FLAGCX_PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        doors = Doors(load_settings({**environ, "SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"}), device_type, native)
-        doors.register_backend()
+        settings = load_settings({**environ, "SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"})
+        setup = FlagCXSetup(settings, device_type, native)
+        setup.register_backend()
         everyone = list(range(ranks))
         flagcx = dist.new_group(everyone, backend="flagcx")
-        self.version = str(doors.version)
+        self.version = str(setup.version)
         self.candidates: dict[str, Callable[..., Callable[[], Any]]] = {}
         if device_type == "cuda":
             from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -172,7 +173,7 @@ class Rank:
             pynccl.disabled = False
             self.candidates["pynccl"] = lambda *about: by_communicator(pynccl, *about)
         torch_group = dist.new_group(everyone, backend=native)
-        communicator = doors.communicator(flagcx, self.device)
+        communicator = setup.communicator(flagcx, self.device)
         self.candidates["torch"] = lambda *about: by_torch(torch_group, *about)
         self.candidates["flagcx"] = lambda *about: by_communicator(communicator, *about)
         self.candidates["flagcx-torch"] = lambda *about: by_torch(flagcx, *about)

@@ -26,7 +26,7 @@ def serve_groups(rank: int, world_size: int, _: int, port: int) -> dict[str, Any
     assert isinstance(communicator, CommunicatorFL) and isinstance(parallel_state._WORLD.pynccl_comm, CommunicatorFL)
     found: dict[str, Any] = {
         "backend": backend,
-        "shared": communicator is distributed._doors.communicator(group.device_group, group.device),
+        "shared": communicator is distributed._setup.communicator(group.device_group, group.device),
     }
 
     mine = torch.full((rank + 1, 2), float(rank))

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_fl.utils.server import free_port
 
-#: Set in each rank: its device, its groups by size over FlagCX and over the vendor's own backend, and the Doors.
+#: Set in each rank: its device, its groups by size over FlagCX and over the vendor's own backend, and the FlagCXSetup.
 state: dict[str, Any] = {}
 
 
@@ -102,7 +102,7 @@ def join_world(rank: int, world_size: int, port: int, backend: str = "flagcx", l
 
     from sglang_fl.config import load_settings
     from sglang_fl.device import Device
-    from sglang_fl.distributed.setup import Doors
+    from sglang_fl.distributed.setup import FlagCXSetup
 
     torch.set_num_threads(1)
     if torch.cuda.is_available():
@@ -113,8 +113,8 @@ def join_world(rank: int, world_size: int, port: int, backend: str = "flagcx", l
         state["device"], state["vendor"] = torch.device("cpu"), "gloo"
         device = Device("cpu", "cpu", None, "test")
     if backend == "flagcx":
-        state["doors"] = Doors(load_settings(os.environ, device=device), device.device_type, state["vendor"], limit)
-        state["doors"].register_backend()
+        state["setup"] = FlagCXSetup(load_settings(os.environ, device=device), device.device_type, state["vendor"], limit)
+        state["setup"].register_backend()
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", world_size=world_size, rank=rank, timeout=timedelta(seconds=60))
     return type(dist.group.WORLD._get_backend(state["device"])).__name__
 
@@ -227,4 +227,4 @@ def make_groups(rank: int, world_size: int, port: int) -> None:
         state["flagcx"][size] = dist.new_group(list(range(size)), backend="flagcx")
         state["native"][size] = dist.new_group(list(range(size)), backend=state["vendor"])
         if rank < size:
-            state["communicators"][size] = state["doors"].communicator(state["flagcx"][size], state["device"])
+            state["communicators"][size] = state["setup"].communicator(state["flagcx"][size], state["device"])

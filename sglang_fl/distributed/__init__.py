@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from ..config import Settings
 
 if TYPE_CHECKING:
-    from .setup import Doors
+    from .setup import FlagCXSetup
 
-_doors: "Doors | None" = None
+_setup: "FlagCXSetup | None" = None
 
 
-def open_doors(settings: Settings, device_type: str, fallback: str) -> str:
-    """Bring SGLang's collectives to FlagCX in this process; the first call does it, before any group is made.
+def set_up_flagcx(settings: Settings, device_type: str, fallback: str) -> str:
+    """Make SGLang's collectives use FlagCX in this process; the first call does it, before any group is made.
 
     Args:
         settings: in which FlagCX is chosen.
@@ -22,12 +22,12 @@ def open_doors(settings: Settings, device_type: str, fallback: str) -> str:
     Returns:
         the name of the ``torch.distributed`` backend.
     """
-    global _doors
-    from .setup import NAME, Doors
+    global _setup
+    from .setup import NAME, FlagCXSetup
 
-    if _doors is None:
-        doors = Doors(settings, device_type, fallback)
-        doors.register_backend()
-        doors.hook_group_coordinator()
-        _doors = doors
+    if _setup is None:
+        flagcx = FlagCXSetup(settings, device_type, fallback)
+        flagcx.register_backend()
+        flagcx.hook_group_coordinator()
+        _setup = flagcx
     return NAME

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ranks use FlagCX, or none does: they tell each other, and take one decision, through a store of torch.distributed.
+"""All ranks use FlagCX, or none does: they take one decision together, through a store of torch.distributed.
 
 Each rank puts its answer under a key of its own and waits for the others'. The first that has them all, or whose time
 is up, writes the decision with compare-and-set; every rank follows what is written there, so that two ranks
@@ -24,11 +24,11 @@ from .device_communicators.flagcx_files import FlagCXError
 
 #: How long the ranks wait for each other, in seconds.
 LIMIT = 30.0
-#: How long a communicator may take to come up; the rest of LIMIT is for saying so.
-_BRING_UP = 25.0
-#: How long the one who holds the store waits for the others to have read that all stop; silent ones never do.
-_PARTING = 5.0
-_DECISION, _FAILED, _HEARD = "decision", "failed", "heard"
+#: How long the initialization of a communicator may take; the rest of LIMIT is for reporting it.
+_INIT_LIMIT = 25.0
+#: How long the rank that holds the store waits for the others to read that all stop; silent ones never do.
+_ACKNOWLEDGE_LIMIT = 5.0
+_DECISION, _FAILED, _ACKNOWLEDGED = "decision", "failed", "acknowledged"
 #: FlagCX's own variables that decide how ranks talk to each other. (Interfaces, devices and logs may differ between nodes.)
 _SHARED_VARIABLE = re.compile(r"FLAGCX_(USE_\w+|UNIRUNNER_\w+|C2C_ALGO|CUSTOM_OP_ENABLE)")
 #: What ``_FAILED`` holds: a rank has an error, or its time was up.
@@ -64,7 +64,7 @@ class Decision:
     stop: bool = False
 
 
-class Round:
+class Agreement:
     """One question that all ranks answer, under keys of its own."""
 
     def __init__(self, store: Store, name: str, rank: int, world_size: int, limit: float):
@@ -90,19 +90,21 @@ class Round:
         if answer.problem is not None:
             self._store.set(self._key(_FAILED), (_LATE if late else _ERROR).decode())
         self._store.set(self._key(self._rank), json.dumps(asdict(answer)))
-        proposal = judge(self._answers(), self._world_size, self._limit)
+        proposal = _judge(self._answers(), self._world_size, self._limit)
         decided = self._store.compare_set(self._key(_DECISION), "", json.dumps(asdict(proposal)))
         decision = Decision(**json.loads(decided))
         if decision.stop:
-            self._part()
+            self._acknowledge()
         return decision
 
-    def _part(self) -> None:
+    def _acknowledge(self) -> None:
         """Before all stop: the process of rank 0 may hold the store, and the others must have read the decision by then."""
-        self._store.set(self._key(f"{_HEARD}/{self._rank}"), "1")
+        self._store.set(self._key(f"{_ACKNOWLEDGED}/{self._rank}"), "1")
         if self._rank == 0:
             with contextlib.suppress(DistStoreError):
-                self._store.wait([self._key(f"{_HEARD}/{rank}") for rank in range(self._world_size)], timedelta(seconds=_PARTING))
+                self._store.wait(
+                    [self._key(f"{_ACKNOWLEDGED}/{rank}") for rank in range(self._world_size)], timedelta(seconds=_ACKNOWLEDGE_LIMIT)
+                )
 
     def failure(self) -> bytes:
         """``_ERROR`` or ``_LATE`` if a rank had a problem, else empty."""
@@ -116,23 +118,23 @@ class Round:
         return {rank: Answer(**json.loads(self._store.get(key))) for rank, key in enumerate(keys) if self._store.check([key])}
 
 
-def judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decision:
+def _judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decision:
     """What the answers given within ``limit`` seconds amount to; the reason names each rank that stands in the way."""
     silent = [rank for rank in range(world_size) if rank not in answers]
     failed = {rank: answer for rank, answer in answers.items() if answer.problem is not None}
-    told = []
+    reasons = []
     if silent:
-        chosen = "; ".join(f"{named(ranks)} by {setting}" for setting, ranks in _by_setting(answers).items())
-        told.append(
-            f"{named(silent)} did not answer within {limit:.0f} s, so FlagCX was not chosen there or the process is stuck "
+        chosen = "; ".join(f"{format_ranks(ranks)} by {setting}" for setting, ranks in _by_setting(answers).items())
+        reasons.append(
+            f"{format_ranks(silent)} did not answer within {limit:.0f} s, so FlagCX was not chosen there or the process is stuck "
             f"(chosen on {chosen}; set SGLANG_FL_DIST_BACKEND=flagcx or FLAGCX_PATH on every node, or on none)"
         )
-    told += [f"rank {rank} on {answer.host} ({answer.chosen_by}): {answer.problem}" for rank, answer in failed.items()]
+    reasons += [f"rank {rank} on {answer.host} ({answer.chosen_by}): {answer.problem}" for rank, answer in failed.items()]
     versions = {rank: Version(**answer.version) for rank, answer in answers.items() if answer.version is not None}
-    told += _different_versions(versions, answers)
-    told += _different_variables(answers)
+    reasons += _different_versions(versions, answers)
+    reasons += _different_variables(answers)
     stop = any(answer.strict for answer in answers.values())
-    return Decision("; ".join(told), stop) if told else Decision()
+    return Decision("; ".join(reasons), stop) if reasons else Decision()
 
 
 def _different_versions(versions: dict[int, Version], answers: dict[int, Answer]) -> list[str]:
@@ -149,7 +151,7 @@ def _different_versions(versions: dict[int, Version], answers: dict[int, Answer]
 
 
 def _different_variables(answers: dict[int, Answer]) -> list[str]:
-    told = []
+    differences = []
     for name in sorted({name for answer in answers.values() for name in answer.variables}):
         values: dict[str | None, list[int]] = {}
         for rank, answer in answers.items():
@@ -158,9 +160,9 @@ def _different_variables(answers: dict[int, Answer]) -> list[str]:
             where = []
             for value, ranks in values.items():
                 hosts = ", ".join(dict.fromkeys(answers[rank].host for rank in ranks))
-                where.append(f"{'not set' if value is None else repr(value)} on {named(ranks)} ({hosts})")
-            told.append(f"{name} must be the same on all ranks, and is {', '.join(where)}")
-    return told
+                where.append(f"{'not set' if value is None else repr(value)} on {format_ranks(ranks)} ({hosts})")
+            differences.append(f"{name} must be the same on all ranks, and is {', '.join(where)}")
+    return differences
 
 
 def _by_setting(answers: dict[int, Answer]) -> dict[str, list[int]]:
@@ -170,13 +172,13 @@ def _by_setting(answers: dict[int, Answer]) -> dict[str, list[int]]:
     return settings
 
 
-def named(ranks: list[int]) -> str:
+def format_ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def not_here(store: Store, rank: int, world_size: int, timeout: timedelta) -> list[int]:
-    """Wait for all ranks of a group to come here; the ranks that have not when the time is up."""
-    keys = [f"sglang_fl/here/{other}" for other in range(world_size)]
+def absent_ranks(store: Store, rank: int, world_size: int, timeout: timedelta) -> list[int]:
+    """Wait for all ranks of a group to call this; returns those that have not when the time is up."""
+    keys = [f"sglang_fl/arrived/{other}" for other in range(world_size)]
     store.set(keys[rank], "1")
     deadline = time.monotonic() + timeout.total_seconds()
     while not store.check(keys) and time.monotonic() < deadline:
@@ -185,15 +187,15 @@ def not_here(store: Store, rank: int, world_size: int, timeout: timedelta) -> li
     return [other for other, key in enumerate(keys) if not store.check([key])]
 
 
-class BringUp:
-    """Brings a communicator up on all ranks, in a thread: where one rank fails, the others' calls never return."""
+class CommunicatorInit:
+    """Initializes a communicator on all ranks, in a thread: where one rank fails, the others' calls never return."""
 
     def __init__(self, store: Store, name: str, rank: int, world_size: int, limit: float):
-        self._round = Round(store, f"{name}/up", rank, world_size, limit)
+        self._agreement = Agreement(store, f"{name}/initialized", rank, world_size, limit)
         self._store = store
         self._identity_key = f"sglang_fl/{name}/unique_id"
         self._rank = rank
-        self._limit = limit * _BRING_UP / LIMIT
+        self._limit = limit * _INIT_LIMIT / LIMIT
 
     def run(self, answer: Answer, identity: Callable[[], bytes], join: Callable[[bytes], Any]) -> tuple[Decision, Any]:
         """Returns the decision of all ranks, and what ``join`` returned on this one.
@@ -216,18 +218,18 @@ class BringUp:
         # The store serves one caller at a time, so the thread below must not be the one that waits for it.
         shared = attempt(lambda: self._share(identity))
         if shared:
-            thread = threading.Thread(target=lambda: attempt(lambda: outcome.append(join(shared))), name="flagcx-bring-up", daemon=True)
+            thread = threading.Thread(target=lambda: attempt(lambda: outcome.append(join(shared))), name="flagcx-init", daemon=True)
             thread.start()
             deadline = time.monotonic() + self._limit
-            while thread.is_alive() and time.monotonic() < deadline and not self._round.failure():
+            while thread.is_alive() and time.monotonic() < deadline and not self._agreement.failure():
                 thread.join(0.1)
             # Beside a rank with an error the others wait in vain; where time is up for one it is for all, and who hangs says so.
-            late = thread.is_alive() and self._round.failure() != _ERROR
+            late = thread.is_alive() and self._agreement.failure() != _ERROR
             if late:
-                problems.append(f"its communicator did not come up within {self._limit:.0f} s")
+                problems.append(f"its communicator was not initialized within {self._limit:.0f} s")
         if problems:
             answer = Answer(**{**asdict(answer), "problem": problems[0]})
-        return self._round.decide(answer, late), outcome[0] if outcome else None
+        return self._agreement.decide(answer, late), outcome[0] if outcome else None
 
     def _share(self, identity: Callable[[], bytes]) -> bytes:
         """The id that rank 0 made; empty if it could not."""

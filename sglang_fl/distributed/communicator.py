@@ -4,7 +4,6 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import c_void_p
 from typing import Any
 
 import torch
@@ -12,18 +11,21 @@ from torch.distributed import ReduceOp
 
 from .device_communicators.flagcx import DTYPES, OPS, PIECES, FlagCXError, FlagCXLibrary
 
+_IN_PROGRESS = 7
+
 
 class CommunicatorFL:
     """The collectives of one group of ranks, each put on the stream that is current when it is called.
 
     It has the interface of SGLang's ``PyNcclCommunicator``, and is always enabled. Tensors are on ``device`` and
-    contiguous (or dense, as those of NCCL). A call returns once the work is on the stream, and can be captured in a
-    graph. Ranks are ranks in the group. A tensor without elements is left alone, on all ranks alike.
+    contiguous; one that is sent, received or changed in place may also be dense (a transposed one), with the same strides
+    on all ranks, as with NCCL. A call returns once the work is on the stream, and can be captured in a graph. Ranks are
+    ranks in the group. A tensor without elements is left alone, on all ranks alike.
 
     Reductions take the dtypes of :data:`DTYPES`; what only moves data takes any.
 
     Raises (each call):
-        TypeError, ValueError: a tensor, dtype or reduction that cannot be used; nothing was started.
+        TypeError, ValueError: a tensor, rank, dtype or reduction that cannot be used; this call started nothing.
         FlagCXError: FlagCX failed. The ranks are then no longer in step: the process must end.
     """
 
@@ -34,22 +36,11 @@ class CommunicatorFL:
         self.world_size = world_size
         self.device = device
         self.name = name
-        self.comm = c_void_p(comm)
         self._library = library
         self._comm = comm
+        self._functions = library.functions
         self._streams = library.streams
         self._raw_stream = raw_stream_of(device)
-        functions = library.functions
-        self._all_reduce = functions["flagcxAllReduce"]
-        self._reduce = functions["flagcxReduce"]
-        self._reduce_scatter = functions["flagcxReduceScatter"]
-        self._all_gather = functions["flagcxAllGather"]
-        self._broadcast = functions["flagcxBroadcast"]
-        self._all_to_all = functions["flagcxAlltoAll"]
-        self._send = functions["flagcxSend"]
-        self._recv = functions["flagcxRecv"]
-        self._group_start = functions["flagcxGroupStart"]
-        self._group_end = functions["flagcxGroupEnd"]
 
     @property
     def disabled(self) -> bool:
@@ -68,35 +59,23 @@ class CommunicatorFL:
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = ReduceOp.SUM) -> None:
         """Reduce ``tensor`` over all ranks, in place."""
-        self._check(tensor)
-        count = tensor.numel()
-        if count:
+        self._check_dense("tensor", tensor)
+        if count := tensor.numel():
             data = tensor.data_ptr()
-            code = self._all_reduce(data, data, count, DTYPES[tensor.dtype], OPS[op], self._comm, self._streams[self._raw_stream()])
-            if code:
-                self._fail("flagcxAllReduce", code)
+            self._call("flagcxAllReduce", data, data, count, DTYPES[tensor.dtype], OPS[op])
 
     def outplace_all_reduce(self, in_tensor: torch.Tensor, out_tensor: torch.Tensor | None = None, op: Any = ReduceOp.SUM) -> torch.Tensor:
-        """Reduce ``in_tensor`` over all ranks into ``out_tensor``, a new one if None; returns it."""
-        self._check(in_tensor)
+        """Reduce ``in_tensor`` over all ranks into ``out_tensor``, a new one if None; returns it.
+
+        SGLang calls it in compiled models and piecewise graphs.
+        """
+        self._check_dense("in_tensor", in_tensor)
         if out_tensor is None:
             out_tensor = torch.empty_like(in_tensor)
-        else:
-            self._check(out_tensor)
-            _same_elements(in_tensor, out_tensor)
-        count = in_tensor.numel()
-        if count:
-            code = self._all_reduce(
-                in_tensor.data_ptr(),
-                out_tensor.data_ptr(),
-                count,
-                DTYPES[in_tensor.dtype],
-                OPS[op],
-                self._comm,
-                self._streams[self._raw_stream()],
-            )
-            if code:
-                self._fail("flagcxAllReduce", code)
+        self._check_dense("out_tensor", out_tensor)
+        _check_same_layout("in_tensor", in_tensor, "out_tensor", out_tensor)
+        if count := in_tensor.numel():
+            self._call("flagcxAllReduce", in_tensor.data_ptr(), out_tensor.data_ptr(), count, DTYPES[in_tensor.dtype], OPS[op])
         return out_tensor
 
     def all_gather(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, sizes: Sequence[int] | None = None) -> None:
@@ -107,36 +86,14 @@ class CommunicatorFL:
             input_tensor: [n, ...], or [sizes[rank], ...].
             sizes: rows of each rank where they differ.
         """
-        self._check(input_tensor)
-        self._check(output_tensor)
-        _same_dtype(input_tensor, output_tensor)
-        code_of_type, pieces = PIECES[input_tensor.dtype]
+        self._check_contiguous(output_tensor, input_tensor)
         if sizes is not None:
-            parts = self._parts(output_tensor, sizes)
-            stream = self._streams[self._raw_stream()]
-            self.group_start()
-            for root, (address, count) in enumerate(parts):
-                if count:
-                    source = input_tensor.data_ptr() if root == self.rank else address
-                    code = self._broadcast(source, address, count * pieces, code_of_type, root, self._comm, stream)
-                    if code:
-                        self._fail("flagcxBroadcast", code)
-            self.group_end()
+            self.all_gather_list(self._split("output_tensor", output_tensor, sizes), input_tensor)
             return
-        count = input_tensor.numel()
-        if output_tensor.numel() != count * self.world_size:
-            raise ValueError(f"all_gather of {count} elements by {self.world_size} ranks into {output_tensor.numel()}")
-        if count:
-            code = self._all_gather(
-                input_tensor.data_ptr(),
-                output_tensor.data_ptr(),
-                count * pieces,
-                code_of_type,
-                self._comm,
-                self._streams[self._raw_stream()],
-            )
-            if code:
-                self._fail("flagcxAllGather", code)
+        self._check_shares("output_tensor", output_tensor, "input_tensor", input_tensor)
+        if count := input_tensor.numel():
+            code, pieces = PIECES[input_tensor.dtype]
+            self._call("flagcxAllGather", input_tensor.data_ptr(), output_tensor.data_ptr(), count * pieces, code)
 
     def reduce_scatter(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, op: Any = ReduceOp.SUM, sizes: Sequence[int] | None = None
@@ -148,171 +105,124 @@ class CommunicatorFL:
             input_tensor: [world_size * n, ...], or [sum(sizes), ...].
             sizes: rows of each rank where they differ.
         """
-        self._check(input_tensor)
-        self._check(output_tensor)
-        _same_dtype(input_tensor, output_tensor)
-        code_of_type, code_of_op = DTYPES[input_tensor.dtype], OPS[op]
+        self._check_contiguous(output_tensor, input_tensor)
         if sizes is not None:
-            parts = self._parts(input_tensor, sizes)
-            stream = self._streams[self._raw_stream()]
-            self.group_start()
-            for root, (address, count) in enumerate(parts):
-                if count:
-                    target = output_tensor.data_ptr() if root == self.rank else address
-                    code = self._reduce(address, target, count, code_of_type, code_of_op, root, self._comm, stream)
-                    if code:
-                        self._fail("flagcxReduce", code)
-            self.group_end()
+            self.reduce_scatter_list(output_tensor, self._split("input_tensor", input_tensor, sizes), op)
             return
-        count = output_tensor.numel()
-        if input_tensor.numel() != count * self.world_size:
-            raise ValueError(f"reduce_scatter of {input_tensor.numel()} elements to {self.world_size} ranks of {count}")
-        if count:
-            code = self._reduce_scatter(
-                input_tensor.data_ptr(),
-                output_tensor.data_ptr(),
-                count,
-                code_of_type,
-                code_of_op,
-                self._comm,
-                self._streams[self._raw_stream()],
-            )
-            if code:
-                self._fail("flagcxReduceScatter", code)
+        self._check_shares("input_tensor", input_tensor, "output_tensor", output_tensor)
+        if count := output_tensor.numel():
+            code = DTYPES[input_tensor.dtype]
+            self._call("flagcxReduceScatter", input_tensor.data_ptr(), output_tensor.data_ptr(), count, code, OPS[op])
 
     def all_to_all_single(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor) -> None:
         """Give the i-th of ``world_size`` equal parts of ``input_tensor`` to rank i, and take its part for this rank."""
-        self._check(input_tensor)
-        self._check(output_tensor)
-        _same_elements(input_tensor, output_tensor)
+        self._check_contiguous(output_tensor, input_tensor)
+        _check_same_layout("input_tensor", input_tensor, "output_tensor", output_tensor)
         count, rest = divmod(input_tensor.numel(), self.world_size)
         if rest:
-            raise ValueError(f"all_to_all_single: {input_tensor.numel()} elements cannot be split evenly between {self.world_size} ranks")
+            raise ValueError(f"input_tensor has {input_tensor.numel()} elements, which {self.world_size} ranks cannot share evenly")
         if count:
-            code_of_type, pieces = PIECES[input_tensor.dtype]
-            code = self._all_to_all(
-                input_tensor.data_ptr(),
-                output_tensor.data_ptr(),
-                count * pieces,
-                code_of_type,
-                self._comm,
-                self._streams[self._raw_stream()],
-            )
-            if code:
-                self._fail("flagcxAlltoAll", code)
+            code, pieces = PIECES[input_tensor.dtype]
+            self._call("flagcxAlltoAll", input_tensor.data_ptr(), output_tensor.data_ptr(), count * pieces, code)
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         """Copy rank ``src``'s ``tensor`` into everyone's."""
-        self._check(tensor)
-        self._broadcast_into(tensor, tensor, src)
+        self._check_dense("tensor", tensor)
+        self._check_rank("src", src)
+        self._broadcast(tensor, tensor, src)
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Send ``tensor`` to rank ``dst``, which must call :meth:`recv`."""
-        self._check(tensor)
-        count = tensor.numel()
-        if count:
-            code_of_type, pieces = PIECES[tensor.dtype]
-            code = self._send(tensor.data_ptr(), count * pieces, code_of_type, dst, self._comm, self._streams[self._raw_stream()])
-            if code:
-                self._fail("flagcxSend", code)
+        self._check_dense("tensor", tensor)
+        self._check_rank("dst", dst)
+        if count := tensor.numel():
+            code, pieces = PIECES[tensor.dtype]
+            self._call("flagcxSend", tensor.data_ptr(), count * pieces, code, dst)
 
     def recv(self, tensor: torch.Tensor, src: int) -> None:
         """Fill ``tensor`` with what rank ``src`` sends."""
-        self._check(tensor)
-        count = tensor.numel()
-        if count:
-            code_of_type, pieces = PIECES[tensor.dtype]
-            code = self._recv(tensor.data_ptr(), count * pieces, code_of_type, src, self._comm, self._streams[self._raw_stream()])
-            if code:
-                self._fail("flagcxRecv", code)
+        self._check_dense("tensor", tensor)
+        self._check_rank("src", src)
+        if count := tensor.numel():
+            code, pieces = PIECES[tensor.dtype]
+            self._call("flagcxRecv", tensor.data_ptr(), count * pieces, code, src)
 
     def group_start(self) -> None:
         """Begin a group: what is called until :meth:`group_end` is started there, as one. Groups can be nested."""
-        code = self._group_start(self._comm)
-        if code:
-            self._fail("flagcxGroupStart", code)
+        self._group("flagcxGroupStart")
 
     def group_end(self) -> None:
-        code = self._group_end(self._comm)
-        if code:
-            self._fail("flagcxGroupEnd", code)
+        self._group("flagcxGroupEnd")
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """A group that ends with its block, also where a call in it is refused: left open, it would swallow all later calls."""
+        """A group that ends with its block, also where a call in it fails: left open, it would swallow all later calls."""
         self.group_start()
         try:
             yield
-        finally:
-            self.group_end()
-
-    def register_comm_window_raw(self, ptr: int, size: int) -> int:
-        """Register ``size`` bytes at ``ptr`` for symmetric operations; all ranks must."""
-        return self._library.register_window(self._comm, ptr, size)
-
-    def deregister_comm_window(self, window: int) -> None:
-        self._library.deregister_window(self._comm, window)
+        except BaseException:
+            self._functions["flagcxGroupEnd"](self._comm)  # whatever it returns: the first error is the one to report
+            raise
+        self.group_end()
 
     # What torch.distributed has and SGLang's communicator has not.
 
     def reduce(self, tensor: torch.Tensor, dst: int, op: Any = ReduceOp.SUM) -> None:
         """Reduce ``tensor`` over all ranks into that of rank ``dst``, in place; what the others hold then is undefined."""
-        self._check(tensor)
-        count = tensor.numel()
-        if count:
+        self._check_dense("tensor", tensor)
+        self._check_rank("dst", dst)
+        if count := tensor.numel():
             data = tensor.data_ptr()
-            code = self._reduce(data, data, count, DTYPES[tensor.dtype], OPS[op], dst, self._comm, self._streams[self._raw_stream()])
-            if code:
-                self._fail("flagcxReduce", code)
+            self._call("flagcxReduce", data, data, count, DTYPES[tensor.dtype], OPS[op], dst)
 
     def all_gather_list(self, outputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> None:
         """Put rank i's ``tensor`` into ``outputs[i]``; ranks may differ in size."""
-        for part in (tensor, *outputs):
-            self._check(part)
-        _same_elements(tensor, outputs[self.rank])
-        self.group_start()
-        for root, output in enumerate(outputs):
-            self._broadcast_into(tensor if root == self.rank else output, output, root)
-        self.group_end()
+        self._check_list("outputs", outputs, "the tensor to gather", tensor)
+        with self.group():
+            for root, output in enumerate(outputs):
+                self._broadcast(tensor if root == self.rank else output, output, root)
 
     def reduce_scatter_list(self, output: torch.Tensor, tensors: Sequence[torch.Tensor], op: Any = ReduceOp.SUM) -> None:
         """Reduce everyone's ``tensors[rank]`` into ``output``; ranks may differ in size."""
-        for part in (output, *tensors):
-            self._check(part)
-        _same_elements(tensors[self.rank], output)
-        code_of_type, code_of_op = DTYPES[output.dtype], OPS[op]
-        stream = self._streams[self._raw_stream()]
-        self.group_start()
-        for root, tensor in enumerate(tensors):
-            if tensor.numel():
-                target = output if root == self.rank else tensor
-                code = self._reduce(
-                    tensor.data_ptr(), target.data_ptr(), tensor.numel(), code_of_type, code_of_op, root, self._comm, stream
-                )
-                if code:
-                    self._fail("flagcxReduce", code)
-        self.group_end()
+        self._check_list("tensors", tensors, "output", output)
+        code, reduction = DTYPES[output.dtype], OPS[op]
+        with self.group():
+            for root, tensor in enumerate(tensors):
+                if count := tensor.numel():
+                    target = output if root == self.rank else tensor
+                    self._call("flagcxReduce", tensor.data_ptr(), target.data_ptr(), count, code, reduction, root)
 
     def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Send and receive (tensor, rank) pairs as one; what a rank has for itself is copied."""
-        for tensor, _ in (*sends, *receives):  # before a group is open, which an error would leave so
-            self._check(tensor)
-        mine = [tensor for tensor, peer in sends if peer == self.rank]
-        for target, source in zip((tensor for tensor, peer in receives if peer == self.rank), mine, strict=True):
+        for name, pairs in (("sent", sends), ("received", receives)):
+            for tensor, peer in pairs:
+                self._check_rank("peer", peer)
+                self._check_dense(f"the tensor {name} {'to' if name == 'sent' else 'from'} rank {peer}", tensor)
+        own = [tensor for tensor, peer in sends if peer == self.rank]
+        targets = [tensor for tensor, peer in receives if peer == self.rank]
+        if len(own) != len(targets):
+            raise ValueError(f"rank {self.rank} sends {len(own)} tensors to itself and receives {len(targets)}")
+        for source, target in zip(own, targets, strict=True):
+            check_same_size("the tensor sent to this rank", source, "the one that receives it", target)
+        for source, target in zip(own, targets, strict=True):
             target.copy_(source)
-        self.group_start()
-        for tensor, peer in sends:
-            if peer != self.rank:
-                self.send(tensor, peer)
-        for tensor, peer in receives:
-            if peer != self.rank:
-                self.recv(tensor, peer)
-        self.group_end()
+        with self.group():
+            for tensor, peer in sends:
+                if peer != self.rank:
+                    self.send(tensor, peer)
+            for tensor, peer in receives:
+                if peer != self.rank:
+                    self.recv(tensor, peer)
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise ValueError for a tensor that no call takes, before a group is begun."""
+        for place, tensor in enumerate(tensors):
+            self._check_dense(f"tensor {place} of the batch", tensor)
 
     def async_error(self) -> str | None:
         """An error that struck outside of any call, in words; None: there is none, or FlagCX cannot tell."""
         code = self._library.async_error(self._comm)
-        return self._told("the communicator", code) if code and code != _IN_PROGRESS else None
+        return self._explain("the communicator", code) if code and code != _IN_PROGRESS else None
 
     def close(self, *, abort: bool) -> None:
         """Free the communicator; nothing may be called on it afterwards.
@@ -320,69 +230,96 @@ class CommunicatorFL:
         Args:
             abort: give up what is under way; else wait for it.
         """
-        self._library.functions["flagcxCommAbort" if abort else "flagcxCommDestroy"](self._comm)
+        self._functions["flagcxCommAbort" if abort else "flagcxCommDestroy"](self._comm)
 
-    def _broadcast_into(self, source: torch.Tensor, target: torch.Tensor, root: int) -> None:
-        count = target.numel()
-        if count:
-            code_of_type, pieces = PIECES[target.dtype]
-            code = self._broadcast(
-                source.data_ptr(),
-                target.data_ptr(),
-                count * pieces,
-                code_of_type,
-                root,
-                self._comm,
-                self._streams[self._raw_stream()],
-            )
-            if code:
-                self._fail("flagcxBroadcast", code)
+    def _call(self, function: str, *arguments: int) -> None:
+        """Call a function of FlagCX with this communicator and the current stream."""
+        code = self._functions[function](*arguments, self._comm, self._streams[self._raw_stream()])
+        if code:
+            raise FlagCXError(self._explain(function, code))
 
-    def _parts(self, tensor: torch.Tensor, sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """(address, elements) of each rank's rows of a tensor."""
-        rows = tensor.shape[0]
-        if len(sizes) != self.world_size or sum(sizes) != rows:
-            raise ValueError(f"sizes {list(sizes)} do not divide {rows} rows between {self.world_size} ranks")
-        per_row = tensor.numel() // rows if rows else 0
-        address, parts = tensor.data_ptr(), []
-        for size in sizes:
-            parts.append((address, size * per_row))
-            address += size * per_row * tensor.element_size()
-        return parts
+    def _group(self, function: str) -> None:
+        code = self._functions[function](self._comm)
+        if code:
+            raise FlagCXError(self._explain(function, code))
 
-    def check(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise ValueError for a tensor that no call takes, before a group is begun."""
-        for tensor in tensors:
-            self._check(tensor)
-
-    def _check(self, tensor: torch.Tensor) -> None:
-        if tensor.device != self.device:
-            raise ValueError(f"this communicator is for {self.device}, and the tensor is on {tensor.device}")
-        if not tensor.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(tensor):
-            raise ValueError(f"FlagCX takes contiguous tensors, not one of shape {list(tensor.shape)} with strides {list(tensor.stride())}")
-
-    def _fail(self, function: str, code: int) -> None:
-        raise FlagCXError(self._told(function, code))
-
-    def _told(self, what: str, code: int) -> str:
-        why = self._library.explain(code, self._comm)
+    def _explain(self, what: str, code: int) -> str:
+        reason = self._library.explain(code, self._comm)
         return (
-            f"FlagCX: {what} failed on rank {self.rank} of the {self.world_size} of group {self.name!r} ({self.device}): {why}. "
+            f"FlagCX: {what} failed on rank {self.rank} of the {self.world_size} of group {self.name!r} ({self.device}): {reason}. "
             "The ranks are out of step, so this server cannot go on."
         )
 
+    def _broadcast(self, source: torch.Tensor, target: torch.Tensor, root: int) -> None:
+        if count := target.numel():
+            code, pieces = PIECES[target.dtype]
+            self._call("flagcxBroadcast", source.data_ptr(), target.data_ptr(), count * pieces, code, root)
 
-_IN_PROGRESS = 7
+    def _split(self, name: str, tensor: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Each rank's rows of a tensor."""
+        if len(sizes) != self.world_size or sum(sizes) != len(tensor) or min(sizes) < 0:
+            raise ValueError(f"sizes {list(sizes)} do not divide the {len(tensor)} rows of {name} between {self.world_size} ranks")
+        return torch.split_with_sizes(tensor, list(sizes))
+
+    # FlagCX is given addresses and counts: all that it would read or write past its end, or take for another dtype, is refused here.
+
+    def _check_dense(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}, and this communicator is for {self.device}")
+        if not tensor.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+            raise _not_contiguous(name, tensor)
+
+    def _check_contiguous(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor) -> None:
+        """For what divides a tensor between ranks by its place in memory."""
+        for name, tensor in (("output_tensor", output_tensor), ("input_tensor", input_tensor)):
+            self._check_dense(name, tensor)
+            if not tensor.is_contiguous():
+                raise _not_contiguous(name, tensor)
+
+    def _check_rank(self, name: str, rank: int) -> None:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"{name} is rank {rank}, and the group has {self.world_size} ranks")
+
+    def _check_list(self, name: str, tensors: Sequence[torch.Tensor], own_name: str, own: torch.Tensor) -> None:
+        """One tensor for each rank, of which that of this rank must be like its own."""
+        if len(tensors) != self.world_size:
+            raise ValueError(f"{name} has {len(tensors)} tensors, and the group has {self.world_size} ranks")
+        self._check_dense(own_name, own)
+        for rank, tensor in enumerate(tensors):
+            self._check_dense(f"{name}[{rank}]", tensor)
+            _check_dtype(own_name, own, f"{name}[{rank}]", tensor)
+        _check_same_layout(own_name, own, f"{name}[{self.rank}]", tensors[self.rank])
+
+    def _check_shares(self, name: str, whole: torch.Tensor, share_name: str, share: torch.Tensor) -> None:
+        """``whole`` holds a share for each rank."""
+        _check_dtype(share_name, share, name, whole)
+        if whole.numel() != share.numel() * self.world_size:
+            raise ValueError(
+                f"{name} has {whole.numel()} elements, and {self.world_size} times the {share.numel()} of {share_name} are "
+                f"{share.numel() * self.world_size}"
+            )
 
 
-def _same_dtype(one: torch.Tensor, other: torch.Tensor) -> None:
-    if one.dtype != other.dtype:
-        raise ValueError(f"a tensor of {one.dtype} cannot go into one of {other.dtype}")
+def _not_contiguous(name: str, tensor: torch.Tensor) -> ValueError:
+    return ValueError(f"{name} is not contiguous: its shape is {list(tensor.shape)}, its strides are {list(tensor.stride())}")
 
 
-def _same_elements(one: torch.Tensor, other: torch.Tensor) -> None:
-    if one.numel() != other.numel() or one.dtype != other.dtype:
-        raise ValueError(f"{one.numel()} elements of {one.dtype} cannot go into {other.numel()} of {other.dtype}")
+def _check_dtype(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, and {other_name} is {other.dtype}")
+
+
+def check_same_size(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    _check_dtype(name, tensor, other_name, other)
+    if tensor.numel() != other.numel():
+        raise ValueError(f"{name} has {tensor.numel()} elements, and {other_name} has {other.numel()}")
+
+
+def _check_same_layout(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """The one's memory can be copied into the other's."""
+    check_same_size(name, tensor, other_name, other)
+    if not (tensor.is_contiguous() and other.is_contiguous()) and (tensor.shape, tensor.stride()) != (other.shape, other.stride()):
+        raise ValueError(f"{name} has strides {list(tensor.stride())}, and {other_name} has {list(other.stride())}")
 
 
 def raw_stream_of(device: torch.device) -> Callable[[], int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Backend, Work, _create_work_from_future
 
-from .communicator import CommunicatorFL, current_device
+from .communicator import CommunicatorFL, check_same_size, current_device
 
 
 class ProcessGroupFlagCX(Backend):
@@ -22,25 +22,26 @@ class ProcessGroupFlagCX(Backend):
 
     Args:
         rank, world_size: in the group.
-        bring_up: makes the communicator on a device, together with the other ranks; called on the first use.
+        create_communicator: makes the communicator on a device, together with the other ranks; called on the first use.
         release: called when the group gives the communicator up, before it is freed.
+        communicator: the one to use, if there is one already.
     """
 
     def __init__(
         self,
         rank: int,
         world_size: int,
-        bring_up: Callable[[torch.device], CommunicatorFL],
+        create_communicator: Callable[[torch.device], CommunicatorFL],
         release: Callable[[CommunicatorFL], None],
+        communicator: CommunicatorFL | None = None,
     ):
         super().__init__(rank, world_size)
-        self._bring_up = bring_up
+        self._create_communicator = create_communicator
         self._release = release
-        self._communicator: CommunicatorFL | None = None
-        self._is_lent = False
+        self._communicator = communicator
+        self._is_persistent = False
         self._side_stream: Any = None
         self._batch: list[tuple[Callable[[CommunicatorFL], None], Sequence[torch.Tensor]]] | None = None
-        self._timeout: timedelta | None = None
 
     def getBackendName(self) -> str:
         return "flagcx"
@@ -48,15 +49,15 @@ class ProcessGroupFlagCX(Backend):
     def communicator(self, device: torch.device) -> CommunicatorFL:
         """The group's communicator; the first call makes it, and must then come from all ranks."""
         if self._communicator is None:
-            self._communicator = self._bring_up(device)
+            self._communicator = self._create_communicator(device)
         return self._communicator
 
-    def lend(self, device: torch.device) -> CommunicatorFL:
-        """The same for one who keeps it: it is never freed, and goes with the process, as SGLang's NCCL communicator does.
+    def persistent_communicator(self, device: torch.device) -> CommunicatorFL:
+        """The same, to be kept: it is never freed, and goes with the process, as SGLang's NCCL communicator does.
 
         CUDA graphs may hold it, and NCCL does not return from destroying or aborting a communicator while one lives.
         """
-        self._is_lent = True
+        self._is_persistent = True
         return self.communicator(device)
 
     def _run(
@@ -121,8 +122,10 @@ class ProcessGroupFlagCX(Backend):
         return self._run(_each(tensors, lambda c, t: c.reduce(t, root, op)), tensors, tensors, asynchronous=opts.asyncOp)
 
     def allgather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        pairs = list(zip(output_tensors, input_tensors, strict=True))
+
         def gather(communicator: CommunicatorFL) -> None:
-            for outputs, tensor in zip(output_tensors, input_tensors, strict=True):
+            for outputs, tensor in pairs:
                 communicator.all_gather_list(outputs, tensor)
 
         tensors = [*input_tensors, *(t for outputs in output_tensors for t in outputs)]
@@ -132,18 +135,20 @@ class ProcessGroupFlagCX(Backend):
         return self._run(lambda c: c.all_gather(output, tensor), (tensor, output), [output], asynchronous=opts.asyncOp)
 
     def all_gather_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
+        pairs = list(zip(outputs, tensors, strict=True))
+
         def gather(communicator: CommunicatorFL) -> None:
             with communicator.group():
-                for output, tensor in zip(outputs, tensors, strict=True):
+                for output, tensor in pairs:
                     communicator.all_gather(output, tensor)
 
         return self._run(gather, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
     def reduce_scatter(self, output_tensors: list[torch.Tensor], input_tensors: list[list[torch.Tensor]], opts: Any) -> Work | None:
-        op = opts.reduceOp
+        op, pairs = opts.reduceOp, list(zip(output_tensors, input_tensors, strict=True))
 
         def scatter(communicator: CommunicatorFL) -> None:
-            for output, tensors in zip(output_tensors, input_tensors, strict=True):
+            for output, tensors in pairs:
                 communicator.reduce_scatter_list(output, tensors, op)
 
         tensors = [*output_tensors, *(t for inputs in input_tensors for t in inputs)]
@@ -154,30 +159,33 @@ class ProcessGroupFlagCX(Backend):
         return self._run(lambda c: c.reduce_scatter(output, tensor, op), (tensor, output), [output], asynchronous=opts.asyncOp)
 
     def reduce_scatter_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
-        op = opts.reduceOp
+        op, pairs = opts.reduceOp, list(zip(outputs, tensors, strict=True))
 
         def scatter(communicator: CommunicatorFL) -> None:
             with communicator.group():
-                for output, tensor in zip(outputs, tensors, strict=True):
+                for output, tensor in pairs:
                     communicator.reduce_scatter(output, tensor, op)
 
         return self._run(scatter, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
     def gather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
         tensor, outputs = input_tensors[0], output_tensors[0] if output_tensors else []
-        receives = [(output, peer) for peer, output in enumerate(outputs)]
+        receives = self._by_rank("outputs", outputs) if outputs else []
+        for output, peer in receives:
+            check_same_size("the tensor to gather", tensor, f"outputs[{peer}]", output)
         sends = [(tensor, opts.rootRank)]
         return self._run(lambda c: c.exchange(sends, receives), (tensor, *outputs), outputs or [tensor], asynchronous=opts.asyncOp)
 
     def scatter(self, output_tensors: list[torch.Tensor], input_tensors: list[list[torch.Tensor]], opts: Any) -> Work | None:
         output, inputs = output_tensors[0], input_tensors[0] if input_tensors else []
-        sends = [(tensor, peer) for peer, tensor in enumerate(inputs)]
+        sends = self._by_rank("inputs", inputs) if inputs else []
+        for tensor, peer in sends:
+            check_same_size("output", output, f"inputs[{peer}]", tensor)
         receives = [(output, opts.rootRank)]
         return self._run(lambda c: c.exchange(sends, receives), (output, *inputs), [output], asynchronous=opts.asyncOp)
 
     def alltoall(self, output_tensors: list[torch.Tensor], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
-        sends = [(tensor, peer) for peer, tensor in enumerate(input_tensors)]
-        receives = [(tensor, peer) for peer, tensor in enumerate(output_tensors)]
+        sends, receives = self._by_rank("input_tensors", input_tensors), self._by_rank("output_tensors", output_tensors)
         tensors = (*input_tensors, *output_tensors)
         return self._run(lambda c: c.exchange(sends, receives), tensors, output_tensors, asynchronous=opts.asyncOp)
 
@@ -185,11 +193,25 @@ class ProcessGroupFlagCX(Backend):
         self, output: torch.Tensor, tensor: torch.Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any
     ) -> Work | None:
         if output_sizes or input_sizes:
-            world_size = self.size()
-            sends = [(part, peer) for peer, part in enumerate(_split(tensor, input_sizes, world_size))]
-            receives = [(part, peer) for peer, part in enumerate(_split(output, output_sizes, world_size))]
+            sends = self._by_rank("input", self._split("input", tensor, input_sizes))
+            receives = self._by_rank("output", self._split("output", output, output_sizes))
             return self._run(lambda c: c.exchange(sends, receives), (tensor, output), [output], asynchronous=opts.asyncOp)
         return self._run(lambda c: c.all_to_all_single(output, tensor), (tensor, output), [output], asynchronous=opts.asyncOp)
+
+    def _split(self, name: str, tensor: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+        """A tensor's rows by rank: ``sizes`` of them, or equal shares."""
+        if sizes:
+            return torch.split_with_sizes(tensor, sizes)
+        share, rest = divmod(len(tensor), self.size())
+        if rest:
+            raise ValueError(f"{name} has {len(tensor)} rows, which {self.size()} ranks cannot share evenly")
+        return torch.split_with_sizes(tensor, [share] * self.size())
+
+    def _by_rank(self, name: str, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+        """One (tensor, rank) pair for each rank of the group."""
+        if len(tensors) != self.size():
+            raise ValueError(f"{name} has {len(tensors)} tensors, and the group has {self.size()} ranks")
+        return [(tensor, rank) for rank, tensor in enumerate(tensors)]
 
     def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Work | None:
         return self._run(_each(tensors, lambda c, t: c.send(t, dst)), tensors, tensors, asynchronous=True)
@@ -206,8 +228,7 @@ class ProcessGroupFlagCX(Backend):
         return _done([token], device) if opts.asyncOp else None
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Kept for those who ask; FlagCX itself waits without a limit."""
-        self._timeout = timeout
+        """torch.distributed calls it; FlagCX itself waits without a limit, so it has no effect."""
 
     def shutdown(self) -> None:
         self._close(abort=False)
@@ -219,7 +240,7 @@ class ProcessGroupFlagCX(Backend):
         communicator, self._communicator = self._communicator, None
         if communicator is not None:
             self._release(communicator)
-            if not self._is_lent:
+            if not self._is_persistent:
                 communicator.close(abort=abort)
 
 
@@ -229,11 +250,6 @@ def _each(tensors: Sequence[torch.Tensor], operation: Callable[[CommunicatorFL, 
             operation(communicator, tensor)
 
     return run
-
-
-def _split(tensor: torch.Tensor, sizes: list[int], world_size: int) -> Sequence[torch.Tensor]:
-    """A tensor's rows by rank: ``sizes`` of them, or equal shares."""
-    return tensor.split(sizes) if sizes else tensor.chunk(world_size)
 
 
 def _done(results: Any, device: torch.device) -> Work:

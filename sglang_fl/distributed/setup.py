@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two doors through which SGLang's collectives come to FlagCX, opened in the processes that run the model.
+"""FlagCXSetup: makes SGLang's collectives use FlagCX, in the processes that run the model.
 
-The first is the ``torch.distributed`` backend ``flagcx``, which SGLang makes its device groups with. The second is
-GroupCoordinator's device communicator. Both of a group share one FlagCX communicator. Where the ranks agree not to use
-FlagCX, each group is made with the vendor's own backend, from the same rendezvous keys, so that it fits ranks that
-never heard of FlagCX.
+SGLang uses it in two places: as the ``torch.distributed`` backend ``flagcx``, which it makes its device groups with, and
+as GroupCoordinator's device communicator. Both of a group share one FlagCX communicator. Where the ranks agree not to use
+FlagCX, each group is made with the vendor's own backend, from the same rendezvous keys, so that it works with ranks
+where FlagCX was not chosen.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch.distributed import Backend
 
 from ..compat import check_groups, hook
 from ..config import Settings
-from .agreement import LIMIT, Answer, BringUp, Decision, Round, named, not_here, shared_variables
+from .agreement import LIMIT, Agreement, Answer, CommunicatorInit, Decision, absent_ranks, format_ranks, shared_variables
 from .communicator import CommunicatorFL, current_device
 from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
 from .device_communicators.flagcx_files import find_library
@@ -36,7 +36,7 @@ NAME = "flagcx"
 _TARGET = "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__"
 
 
-class Doors:
+class FlagCXSetup:
     """Makes the groups of this process.
 
     Args:
@@ -67,11 +67,11 @@ class Doors:
         return self._library.version if self._library is not None else None
 
     def register_backend(self) -> None:
-        """The first door: ``flagcx`` becomes a backend that torch.distributed knows."""
+        """Register ``flagcx`` as a backend of torch.distributed."""
         Backend.register_backend(NAME, self.create, extended_api=True, devices=[self._device_type])
 
     def hook_group_coordinator(self) -> None:
-        """The second door.
+        """Have each GroupCoordinator made with a CommunicatorFL.
 
         Raises:
             IncompatibleSGLang: this SGLang makes its groups in another way.
@@ -93,14 +93,17 @@ class Doors:
         if decision.reason is not None:
             return self._create_fallback(opts, backend_options)
         rank, size, store, name, timeout = opts.group_rank, opts.group_size, opts.store, opts.group_id, opts.timeout
-        group = ProcessGroupFlagCX(rank, size, lambda device: self._bring_up(store, name, rank, size, device, timeout), self._release)
-        group._communicator = world
+
+        def create_communicator(device: torch.device) -> CommunicatorFL:
+            return self._create_communicator(store, name, rank, size, device, timeout)
+
+        group = ProcessGroupFlagCX(rank, size, create_communicator, self._watch.remove, world)
         self._groups[name] = group
         return group
 
     def communicator(self, group: torch.distributed.ProcessGroup, device: torch.device) -> CommunicatorFL:
         """The communicator of a group that :meth:`create` made, to be kept; the group's ranks must call this together."""
-        return self._groups[group.group_name].lend(device)
+        return self._groups[group.group_name].persistent_communicator(device)
 
     def init_group_coordinator(self, original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
         """Around ``GroupCoordinator.__init__``: CommunicatorFL stands where NCCL's communicator would."""
@@ -121,13 +124,13 @@ class Doors:
             coordinator.pynccl_comm.name = coordinator.unique_name  # says more than torch.distributed's
 
     def _agree(self, opts: _DistributedBackendOptions) -> tuple[Decision, CommunicatorFL | None]:
-        """Ask all ranks; the communicator of all of them comes up if they agree, for more than one."""
+        """Ask all ranks; if they agree, their communicator is initialized, where there is more than one."""
         rank, world_size = opts.group_rank, opts.group_size
         answer = self._answer()
-        decision, communicator = Round(opts.store, "chosen", rank, world_size, self._limit).decide(answer), None
+        decision, communicator = Agreement(opts.store, "chosen", rank, world_size, self._limit).decide(answer), None
         if decision.reason is None and world_size > 1:
             device = current_device(self._device_type)
-            decision, communicator = self._come_up(opts.store, "world", opts.group_id, rank, world_size, device)
+            decision, communicator = self._init_communicator(opts.store, "world", opts.group_id, rank, world_size, device)
         if decision.reason is None:
             assert self._library is not None
             if rank == 0:
@@ -135,7 +138,7 @@ class Doors:
             return decision, communicator
         if decision.stop:
             raise FlagCXError(f"strict: FlagCX cannot be used: {decision.reason}. Every rank stops.")
-        logger.warning("FlagCX is not used: %s. All ranks take %s together.", decision.reason, self._fallback)
+        logger.warning("FlagCX is not used: %s. All ranks use %s instead.", decision.reason, self._fallback)
         return decision, None
 
     def _answer(self) -> Answer:
@@ -156,21 +159,23 @@ class Doors:
         setting = f"{self._settings.source('dist_backend')}: {NAME}"
         return f"{setting}, {by_path}" if self._settings.flagcx_path else setting
 
-    def _bring_up(self, store: Store, name: str, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> CommunicatorFL:
-        """A later group's communicator. That of all ranks came up, so a failure is no reason to fall back: it ends the server.
+    def _create_communicator(
+        self, store: Store, name: str, rank: int, world_size: int, device: torch.device, timeout: timedelta
+    ) -> CommunicatorFL:
+        """A later group's communicator. That of all ranks works, so a failure is no reason to fall back: it ends the server.
 
-        The ranks first use a group when they get to it, after loading their share of a model for one: they have its timeout for that.
+        A rank may come late to a group's first use, as after loading its share of a model: the group's timeout is the limit for that.
         """
-        failed = f"FlagCX's communicator of group {name!r} did not come up"
-        if absent := not_here(store, rank, world_size, timeout):
-            raise FlagCXError(f"{failed}: {named(absent)} did not come to its first use within {timeout.total_seconds():.0f} s")
-        decision, communicator = self._come_up(store, "group", name, rank, world_size, device)
+        failed = f"FlagCX's communicator of group {name!r} could not be initialized"
+        if absent := absent_ranks(store, rank, world_size, timeout):
+            raise FlagCXError(f"{failed}: {format_ranks(absent)} did not use the group within {timeout.total_seconds():.0f} s")
+        decision, communicator = self._init_communicator(store, "group", name, rank, world_size, device)
         if decision.reason is not None:
             raise FlagCXError(f"{failed}: {decision.reason}")
         assert communicator is not None
         return communicator
 
-    def _come_up(
+    def _init_communicator(
         self, store: Store, stage: str, name: str, rank: int, world_size: int, device: torch.device
     ) -> tuple[Decision, CommunicatorFL | None]:
         library = self._library
@@ -185,17 +190,14 @@ class Doors:
                 own_stream = module.stream(module.Stream(device))
             communicator = CommunicatorFL(library, library.init_rank(world_size, identity, rank), rank, world_size, device, name)
             with own_stream:
-                _try_out(communicator)
+                _verify(communicator)
             return communicator
 
         answer = Answer(socket.gethostname(), self._chosen_by(), self._settings.strict)
-        decision, communicator = BringUp(store, stage, rank, world_size, self._limit).run(answer, library.unique_id, join)
+        decision, communicator = CommunicatorInit(store, stage, rank, world_size, self._limit).run(answer, library.unique_id, join)
         if communicator is not None and decision.reason is None:
             self._watch.add(communicator)
         return decision, communicator
-
-    def _release(self, communicator: CommunicatorFL) -> None:
-        self._watch.remove(communicator)
 
     def _create_fallback(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
         Backend._ensure_backend_registered(self._fallback)
@@ -205,7 +207,7 @@ class Doors:
         return plugin.creator_fn(opts.store, opts.group_rank, opts.group_size, opts.timeout)
 
 
-def _try_out(communicator: CommunicatorFL) -> None:
+def _verify(communicator: CommunicatorFL) -> None:
     """A first all-reduce, whose result is known: it sets the vendor's library up, and shows that data moves."""
     ones = torch.ones(communicator.world_size, dtype=torch.float32, device=communicator.device)
     communicator.all_reduce(ones)

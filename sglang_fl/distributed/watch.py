@@ -27,7 +27,7 @@ class Watch:
         with self._lock:
             self._communicators.append(communicator)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look, name="flagcx-watch", daemon=True)
+                self._thread = threading.Thread(target=self._poll, name="flagcx-watch", daemon=True)
                 self._thread.start()
 
     def remove(self, communicator: CommunicatorFL) -> None:
@@ -36,7 +36,7 @@ class Watch:
             if communicator in self._communicators:
                 self._communicators.remove(communicator)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while True:
             time.sleep(_INTERVAL)
             with self._lock:

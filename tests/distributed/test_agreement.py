@@ -55,7 +55,7 @@ def fell_back_together(found: list[Outcome]) -> str:
     warnings = {outcome.warnings for outcome in found if outcome.warnings}
     assert len(warnings) == 1, "the ranks give one and the same reason"
     (warning,) = warnings.pop()
-    assert warning.startswith("FlagCX is not used: ") and warning.endswith("All ranks take gloo together.")
+    assert warning.startswith("FlagCX is not used: ") and warning.endswith("All ranks use gloo instead.")
     return warning
 
 
@@ -107,13 +107,13 @@ def test_a_variable_of_flagcx_that_differs(world: Ranks, flagcx: str) -> None:
     """It decides how ranks talk: they would wait for each other, each in its own way. Those that a node has for itself may differ."""
     own = {"FLAGCX_PATH": flagcx, "FLAGCX_SOCKET_IFNAME": "lo"}
     found = outcomes(world, {**own, "FLAGCX_USE_HETERO_COMM": "1"}, own, {**own, "FLAGCX_USE_HETERO_COMM": "1", "FLAGCX_DEBUG": "WARN"})
-    told = f"FLAGCX_USE_HETERO_COMM must be the same on all ranks, and is '1' on ranks 0, 2 ({HOST}), not set on rank 1 ({HOST})"
+    message = f"FLAGCX_USE_HETERO_COMM must be the same on all ranks, and is '1' on ranks 0, 2 ({HOST}), not set on rank 1 ({HOST})"
     warning = fell_back_together(found)
-    assert told in warning and "IFNAME" not in warning and "DEBUG" not in warning
+    assert message in warning and "IFNAME" not in warning and "DEBUG" not in warning
 
 
 @pytest.mark.parametrize(("function", "rank"), [("flagcxCommInitRank", 1), ("flagcxGetUniqueId", 0), ("flagcxAllReduce", 2)])
-def test_it_does_not_come_up_on_a_rank(world: Ranks, flagcx: str, function: str, rank: int) -> None:
+def test_the_initialization_fails_on_a_rank(world: Ranks, flagcx: str, function: str, rank: int) -> None:
     """The others' calls never return; they hear of it from the store, and before their time is up."""
     environ = {"FLAGCX_PATH": flagcx, "FLAGCX_STAND_IN_FAULT": f"{function}@{rank}#0=fail"}
     found = outcomes(world, *[environ] * 3)
@@ -126,7 +126,7 @@ def test_it_does_not_come_up_on_a_rank(world: Ranks, flagcx: str, function: str,
 def test_it_hangs_on_a_rank(world: Ranks, flagcx: str) -> None:
     environ = {"FLAGCX_PATH": flagcx, "FLAGCX_STAND_IN_FAULT": "flagcxCommInitRank@1#0=hang"}
     warning = fell_back_together(outcomes(world, *[environ] * 3))
-    assert f"rank 1 on {HOST} (FLAGCX_PATH={flagcx}): its communicator did not come up within 2 s" in warning
+    assert f"rank 1 on {HOST} (FLAGCX_PATH={flagcx}): its communicator was not initialized within 2 s" in warning
 
 
 def test_strict_on_one_rank_stops_all(world: Ranks, flagcx: str, tmp_path: Path) -> None:
@@ -138,12 +138,13 @@ def test_strict_on_one_rank_stops_all(world: Ranks, flagcx: str, tmp_path: Path)
 
 
 def test_ranks_come_to_a_groups_first_use_when_they_can(flagcx: str) -> None:
-    """One that loads its weights longer than a communicator takes to come up is waited for, as long as the group says."""
+    """One that loads its weights longer than the initialization of a communicator may take is waited for, as long as the group says."""
     with ranks([{"FLAGCX_PATH": flagcx}] * 2) as world:
         world.run(join_world, "flagcx", 1.0)
         assert world.run(use_a_group, 1, 2.5, 60.0) == [2.0] * 2
         with pytest.raises(
-            RankFailed, match=r"FlagCXError: FlagCX's communicator of group '.*' did not come up: rank 1 did not come to its first use"
+            RankFailed,
+            match=r"FlagCXError: FlagCX's communicator of group '.*' could not be initialized: rank 1 did not use the",
         ):
             world.run(use_a_group, 1, 4.0, 1.0)
 
@@ -153,7 +154,9 @@ def test_refused_batches_and_a_group_with_ranks_of_another_world(flagcx: str) ->
         assert world.run(join_world, "flagcx", LIMIT) == ["ProcessGroupFlagCX"] * 2
         for errors, total in world.run(refused_batches):
             assert total == 2.0, "no group was left open, in which it would wait for its end"
-            assert errors[0].startswith("FlagCX takes contiguous tensors") and errors[1] == "all_gather of 2 elements by 2 ranks into 3"
+            assert errors[0].startswith("tensor 1 of the batch is not contiguous") and errors[1].startswith(
+                "output_tensor has 3 elements, and 2 times the 2"
+            )
         found = world.run(join_another_world, free_port(), "flagcxCommInitRank@1#0=fail")
         assert found == [("ProcessGroupGloo", "ProcessGroupFlagCX")] * 2
 

@@ -2,8 +2,10 @@
 """Finding libflagcx, loading it, and what is said where it cannot be used. One rank, in this process."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.distributed import ReduceOp
 from sglang_fl.distributed.communicator import CommunicatorFL, raw_stream_of
 from sglang_fl.distributed.device_communicators.flagcx import DTYPES, PIECES, FlagCXError, FlagCXLibrary, Version
 from sglang_fl.distributed.device_communicators.flagcx_files import LIBRARY, find_library, header_of
+from sglang_fl.distributed.process_group import ProcessGroupFlagCX
 
 CPU = torch.device("cpu")
 
@@ -94,7 +97,7 @@ def test_releases_that_do_not_say_which_they_are(tmp_path: Path) -> None:
 def test_before_0_13(tmp_path: Path) -> None:
     """Handles come in a group and ids from the library; without its header nobody knows how the group is laid out."""
     old = build(tmp_path, "-DBEFORE_0_13")
-    with pytest.raises(FlagCXError, match=r"which FlagCX it is cannot be told .*flagcxHandleInit.*put its flagcx\.h"):
+    with pytest.raises(FlagCXError, match=r"unknown FlagCX release .*flagcxHandleInit.*put its flagcx\.h"):
         FlagCXLibrary(old)
     add_header(tmp_path, header("0.12.0"))
     library = FlagCXLibrary(old)
@@ -159,23 +162,154 @@ def test_any_dtype_can_be_moved(communicator: CommunicatorFL, dtype: torch.dtype
 
 
 def test_what_cannot_be_used_is_named(communicator: CommunicatorFL) -> None:
-    with pytest.raises(ValueError, match="this communicator is for cpu, and the tensor is on meta"):
+    with pytest.raises(ValueError, match=r"^tensor is on meta, and this communicator is for cpu$"):
         communicator.all_reduce(torch.ones(3, device="meta"))
-    with pytest.raises(ValueError, match=r"contiguous tensors, not one of shape \[4, 2\] with strides \[4, 1\]"):
+    with pytest.raises(ValueError, match=r"^tensor is not contiguous: its shape is \[4, 2\], its strides are \[4, 1\]$"):
         communicator.all_reduce(torch.ones(4, 4)[:, :2])
     for call in (communicator.all_gather, communicator.reduce_scatter):
-        with pytest.raises(ValueError, match=r"a tensor of torch.float32 cannot go into one of torch.bfloat16"):
+        with pytest.raises(ValueError, match=r"put_tensor is torch\.\w+, and \w+put_tensor is torch"):
             call(torch.ones(3, dtype=torch.bfloat16), torch.ones(3))
-    with pytest.raises(ValueError, match=r"contiguous tensors, not one of shape"):
+    with pytest.raises(ValueError, match=r"^the tensor sent to rank 0 is not contiguous: its shape"):
         communicator.exchange([(torch.ones(4, 4)[:, :2], 0)], [(torch.ones(4, 2), 0)])
-    with pytest.raises(ValueError, match="all_gather of 3 elements by 1 ranks into 4"):
+    with pytest.raises(ValueError, match=r"^output_tensor has 4 elements, and 1 times the 3 of input_tensor are 3$"):
         communicator.all_gather(torch.ones(4), torch.ones(3))
-    with pytest.raises(ValueError, match="reduce_scatter of 3 elements to 1 ranks of 4"):
+    with pytest.raises(ValueError, match=r"^input_tensor has 3 elements, and 1 times the 4 of output_tensor are 4$"):
         communicator.reduce_scatter(torch.ones(4), torch.ones(3))
-    with pytest.raises(ValueError, match=r"sizes \[2\] do not divide 3 rows between 1 ranks"):
-        communicator.all_gather(torch.ones(3), torch.ones(3), sizes=[2])
-    with pytest.raises(ValueError, match=r"3 elements of torch.float32 cannot go into 3 of torch.float64"):
+    for call in (communicator.all_gather, communicator.reduce_scatter):
+        with pytest.raises(ValueError, match=r"^sizes \[2\] do not divide the 3 rows of \w+put_tensor between 1 ranks$"):
+            call(torch.ones(3), torch.ones(3), sizes=[2])
+    with pytest.raises(ValueError, match=r"^input_tensor is torch.float32, and output_tensor is torch.float64$"):
         communicator.all_to_all_single(torch.ones(3, dtype=torch.float64), torch.ones(3))
+
+
+@pytest.fixture
+def rank_1_of_2(library: FlagCXLibrary) -> CommunicatorFL:
+    """A rank whose peer is not there; a call of FlagCX is an error."""
+    without_peer = CommunicatorFL(library, 0, 1, 2, CPU, "pair")
+    without_peer._functions = {name: _not_to_be_called(name) for name in library.functions}
+    return without_peer
+
+
+def _not_to_be_called(name: str) -> Callable[..., int]:
+    def call(*arguments: object) -> int:
+        raise AssertionError(f"{name}{arguments} was called")
+
+    return call
+
+
+FOUR, SIX, TRANSPOSED = torch.ones(4), torch.ones(6), torch.ones(3, 2).t()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        # With sizes: this rank's own tensor must be as long as its size says.
+        (lambda c: c.all_gather(SIX, torch.ones(1), sizes=[3, 3]), "the tensor to gather has 1 elements, and outputs[1] has 3"),
+        (
+            lambda c: c.all_gather(torch.ones(6, 2), torch.ones(1, 2), sizes=[4, 2]),
+            "the tensor to gather has 2 elements, and outputs[1] has 4",
+        ),
+        (lambda c: c.reduce_scatter(torch.ones(1), SIX, sizes=[3, 3]), "output has 1 elements, and tensors[1] has 3"),
+        (lambda c: c.all_gather(SIX, FOUR, sizes=[-4, 10]), "sizes [-4, 10] do not divide the 6 rows of output_tensor between 2 ranks"),
+        (lambda c: c.reduce_scatter(FOUR, SIX, sizes=[6]), "sizes [6] do not divide the 6 rows of input_tensor between 2 ranks"),
+        (lambda c: c.outplace_all_reduce(FOUR, SIX), "in_tensor has 4 elements, and out_tensor has 6"),
+        (lambda c: c.outplace_all_reduce(TRANSPOSED, torch.ones(2, 3)), "in_tensor has strides [1, 2], and out_tensor has [3, 1]"),
+        (
+            lambda c: c.all_gather(torch.ones(4, 3), TRANSPOSED),
+            "input_tensor is not contiguous: its shape is [2, 3], its strides are [1, 2]",
+        ),
+        (
+            lambda c: c.reduce_scatter(TRANSPOSED, torch.ones(4, 3)),
+            "output_tensor is not contiguous: its shape is [2, 3], its strides are [1, 2]",
+        ),
+        (
+            lambda c: c.all_to_all_single(TRANSPOSED, torch.ones(2, 3)),
+            "output_tensor is not contiguous: its shape is [2, 3], its strides are [1, 2]",
+        ),
+        (lambda c: c.all_to_all_single(SIX, FOUR), "input_tensor has 4 elements, and output_tensor has 6"),
+        (lambda c: c.all_to_all_single(torch.ones(3), torch.ones(3)), "input_tensor has 3 elements, which 2 ranks cannot share evenly"),
+        (lambda c: c.broadcast(FOUR, 2), "src is rank 2, and the group has 2 ranks"),
+        (lambda c: c.send(FOUR, -1), "dst is rank -1, and the group has 2 ranks"),
+        (lambda c: c.recv(FOUR, 2), "src is rank 2, and the group has 2 ranks"),
+        (lambda c: c.reduce(FOUR, 5), "dst is rank 5, and the group has 2 ranks"),
+        (lambda c: c.all_gather_list([FOUR], FOUR), "outputs has 1 tensors, and the group has 2 ranks"),
+        (lambda c: c.all_gather_list([FOUR, SIX], FOUR), "the tensor to gather has 4 elements, and outputs[1] has 6"),
+        (lambda c: c.all_gather_list([FOUR.half(), FOUR], FOUR), "the tensor to gather is torch.float32, and outputs[0] is torch.float16"),
+        (lambda c: c.reduce_scatter_list(FOUR, [FOUR.int(), FOUR]), "output is torch.float32, and tensors[0] is torch.int32"),
+        (lambda c: c.reduce_scatter_list(SIX, [FOUR, FOUR]), "output has 6 elements, and tensors[1] has 4"),
+        (lambda c: c.reduce_scatter_list(FOUR, [FOUR, FOUR, FOUR]), "tensors has 3 tensors, and the group has 2 ranks"),
+        (lambda c: c.reduce_scatter_list(FOUR, [FOUR.to("meta"), FOUR]), "tensors[0] is on meta, and this communicator is for cpu"),
+        (lambda c: c.exchange([(FOUR, 1)], [(SIX, 1)]), "the tensor sent to this rank has 4 elements, and the one that receives it has 6"),
+        (
+            lambda c: c.exchange([(FOUR, 1)], [(FOUR.half(), 1)]),
+            "the tensor sent to this rank is torch.float32, and the one that receives it is torch.float16",
+        ),
+        (lambda c: c.exchange([(FOUR, 1)], []), "rank 1 sends 1 tensors to itself and receives 0"),
+        (lambda c: c.exchange([(FOUR, 2)], []), "peer is rank 2, and the group has 2 ranks"),
+    ],
+)
+def test_lengths_dtypes_layouts_and_ranks_are_checked_before_the_call(
+    rank_1_of_2: CommunicatorFL, call: Callable[[CommunicatorFL], None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call(rank_1_of_2)
+
+
+OPTIONS = SimpleNamespace(rootRank=1, asyncOp=False, reduceOp=ReduceOp.SUM)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g: g.gather([[FOUR]], [FOUR], OPTIONS), "outputs has 1 tensors, and the group has 2 ranks"),
+        (lambda g: g.gather([[SIX, FOUR]], [FOUR], OPTIONS), "the tensor to gather has 4 elements, and outputs[0] has 6"),
+        (lambda g: g.scatter([FOUR], [[FOUR, FOUR, FOUR]], OPTIONS), "inputs has 3 tensors, and the group has 2 ranks"),
+        (lambda g: g.scatter([FOUR], [[FOUR.int(), FOUR]], OPTIONS), "output is torch.float32, and inputs[0] is torch.int32"),
+        (lambda g: g.alltoall([FOUR, FOUR], [FOUR], OPTIONS), "input_tensors has 1 tensors, and the group has 2 ranks"),
+        (lambda g: g.alltoall([FOUR], [FOUR, FOUR], OPTIONS), "output_tensors has 1 tensors, and the group has 2 ranks"),
+        (lambda g: g.all_to_all_single(FOUR, FOUR, [1, 1, 2], [2, 2], OPTIONS), "output has 3 tensors, and the group has 2 ranks"),
+        (lambda g: g.all_to_all_single(torch.ones(5), FOUR, [], [2, 2], OPTIONS), "output has 5 rows, which 2 ranks cannot share evenly"),
+        (lambda g: g.allgather([[FOUR, SIX]], [FOUR], OPTIONS), "the tensor to gather has 4 elements, and outputs[1] has 6"),
+        (lambda g: g.reduce_scatter([FOUR], [[FOUR.int(), FOUR]], OPTIONS), "output is torch.float32, and tensors[0] is torch.int32"),
+        (lambda g: g.broadcast([FOUR.to("meta")], OPTIONS), "tensor is on meta, and this communicator is for cpu"),
+    ],
+)
+def test_the_process_group_checks_too(rank_1_of_2: CommunicatorFL, call: Callable[[ProcessGroupFlagCX], None], message: str) -> None:
+    group = ProcessGroupFlagCX(1, 2, lambda device: rank_1_of_2, lambda communicator: None)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call(group)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("flagcxBroadcast", lambda c: c.all_gather(FOUR.clone(), FOUR, sizes=[4])),
+        ("flagcxReduce", lambda c: c.reduce_scatter(FOUR.clone(), FOUR, sizes=[4])),
+        ("flagcxBroadcast", lambda c: c.all_gather_list([FOUR.clone()], FOUR)),
+        ("flagcxReduce", lambda c: c.reduce_scatter_list(FOUR.clone(), [FOUR])),
+    ],
+)
+def test_a_failure_leaves_no_group_open(
+    communicator: CommunicatorFL, monkeypatch: pytest.MonkeyPatch, function: str, call: Callable[[CommunicatorFL], None]
+) -> None:
+    """In an open group a call only queues its work: the next one would return, and have done nothing."""
+    monkeypatch.setenv("FLAGCX_STAND_IN_FAULT", f"{function}@0#0=fail")
+    with pytest.raises(FlagCXError, match=f"{function} failed on rank 0"):
+        call(communicator)
+    monkeypatch.delenv("FLAGCX_STAND_IN_FAULT")
+    gathered = torch.zeros(4)
+    communicator.all_gather(gathered, FOUR)
+    assert torch.equal(gathered, FOUR)
+
+
+def test_a_failed_exchange_leaves_no_group_open(rank_1_of_2: CommunicatorFL) -> None:
+    calls: list[str] = []
+    results = {"flagcxGroupStart": 0, "flagcxGroupEnd": 0, "flagcxSend": 3}
+    rank_1_of_2._functions = {name: lambda *arguments, name=name: calls.append(name) or results[name] for name in results}
+    rank_1_of_2._library = SimpleNamespace(explain=lambda code, comm: "broken")
+    with pytest.raises(FlagCXError, match="flagcxSend failed on rank 1 of the 2"):
+        rank_1_of_2.exchange([(FOUR, 0)], [(SIX, 0)])
+    assert calls == ["flagcxGroupStart", "flagcxSend", "flagcxGroupEnd"]
 
 
 def test_a_transposed_tensor_is_reduced_where_it_lies(communicator: CommunicatorFL) -> None:
@@ -189,19 +323,14 @@ def test_it_is_never_disabled(communicator: CommunicatorFL) -> None:
     assert not communicator.disabled and communicator.available and bool(communicator)
     with communicator.change_state(enable=False):
         assert not communicator.disabled
-    assert communicator.comm.value and communicator.rank == 0 and communicator.world_size == 1 and communicator.device == CPU
+    assert communicator.rank == 0 and communicator.world_size == 1 and communicator.device == CPU
 
 
 def test_a_call_that_fails_says_where(communicator: CommunicatorFL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLAGCX_STAND_IN_FAULT", "flagcxBroadcast@0#0=fail")
-    told = r"flagcxBroadcast failed on rank 0 of the 1 of group 'alone' \(cpu\): flagcxInternalError \(3\)\. The ranks are out of step"
-    with pytest.raises(FlagCXError, match=told):
+    message = r"flagcxBroadcast failed on rank 0 of the 1 of group 'alone' \(cpu\): flagcxInternalError \(3\)\. The ranks are out of step"
+    with pytest.raises(FlagCXError, match=message):
         communicator.broadcast(torch.ones(3), 0)
-
-
-def test_windows_need_a_library_that_has_them(communicator: CommunicatorFL) -> None:
-    with pytest.raises(FlagCXError, match="lacks flagcxCommWindowRegister"):
-        communicator.register_comm_window_raw(0, 4096)
 
 
 def test_the_header_beside_the_real_library(checkout: Path) -> None:

@@ -40,7 +40,7 @@ def test_another_choice_leaves_sglang_as_it_is(monkeypatch: pytest.MonkeyPatch, 
     after = methods()
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] is not after[name] and before[name] != after[name]] == []
-    assert distributed._doors is None and "flagcx" not in torch.distributed.Backend.backend_list
+    assert distributed._setup is None and "flagcx" not in torch.distributed.Backend.backend_list
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_two_ranks_through_group_coordinator(world: Ranks, counters: Path) -> No
     assert (first["all_to_all"], second["all_to_all"]) == ([0, 10], [1, 11])
     assert second["recv"] == [7] * 3 and second["sent_dict"] == [5] * 3
     for counted in counts(counters).values():
-        assert counted["flagcxCommInitRank"] == 3, "the world at first, and both of a group's doors share one"
+        assert counted["flagcxCommInitRank"] == 3, "the world at first, and both places of a group share one"
         # Graphs may hold those of the world and of tp: NCCL would wait for them when it frees a communicator.
         assert counted["flagcxCommDestroy"] == 1, "only that of the default group, which no GroupCoordinator has"
         assert counted["flagcxAlltoAll"] == 1 and counted["flagcxReduce"] == 2
@@ -85,7 +85,7 @@ def test_two_ranks_that_fell_back(world: Ranks) -> None:
 
 
 def test_symmetric_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_fl.distributed.setup import Doors
+    from sglang_fl.distributed.setup import FlagCXSetup
 
     class Coordinator:
         world_size = 2
@@ -96,7 +96,7 @@ def test_symmetric_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         def is_symmetric_memory_enabled(self) -> bool:
             return True
 
-    doors = Doors(Settings(flagcx_path="/opt/flagcx"), "cpu", "gloo")
+    setup = FlagCXSetup(Settings(flagcx_path="/opt/flagcx"), "cpu", "gloo")
     coordinator = Coordinator.__new__(Coordinator)
     with pytest.raises(FlagCXError, match=r"--enable-symm-mem .* or without FlagCX \(FLAGCX_PATH=/opt/flagcx\)"):
-        doors.init_group_coordinator(Coordinator.__init__, coordinator, torch_distributed_backend="flagcx", use_pynccl=True)
+        setup.init_group_coordinator(Coordinator.__init__, coordinator, torch_distributed_backend="flagcx", use_pynccl=True)

@@ -43,10 +43,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "flagcxRecv":              (c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
 }
 # fmt: on
-_LATER = {
-    "flagcxCommWindowRegister": (c_void_p, c_void_p, c_size_t, POINTER(c_void_p), c_int, c_int),
-    "flagcxCommWindowDeregister": (c_void_p, c_void_p, c_int),
-}
 
 _StreamCopy = CFUNCTYPE(c_int, POINTER(c_void_p), c_void_p)
 
@@ -183,13 +179,13 @@ class FlagCXLibrary:
         interface = "flagcxDeviceHandleInit" if self._has_device_handle else "flagcxHandleInit"
         if header is not None and header.problems:
             release = header.version or "before 0.13"
-            told = "; ".join(header.problems[:3])
-            raise FlagCXError(f"{header.path}: FlagCX {release} has another layout than sglang-fl knows (0.5 to 0.13): {told}")
+            problems = "; ".join(header.problems[:3])
+            raise FlagCXError(f"{header.path}: FlagCX {release} has another layout than sglang-fl knows (0.5 to 0.13): {problems}")
         if header is None and (reported.value != 10000 or not self._has_device_handle):
             # Before 0.13 nothing in the library tells the layouts apart.
             raise FlagCXError(
-                f"{self.path}: which FlagCX it is cannot be told (flagcxGetVersion says {reported.value}, {interface}), nor how its "
-                "structs are laid out: point FLAGCX_PATH at its checkout, or put its flagcx.h beside it or in ../include"
+                f"{self.path}: unknown FlagCX release (flagcxGetVersion says {reported.value}, {interface}), and so unknown "
+                "struct layouts: point FLAGCX_PATH at its checkout, or put its flagcx.h beside it or in ../include"
             )
         return Version(reported.value, header.release if header else None, interface)
 
@@ -237,33 +233,17 @@ class FlagCXLibrary:
         code = self.functions["flagcxCommGetAsyncError"](comm, byref(error))
         return error.value if code == 0 else None
 
-    def register_window(self, comm: int, address: int, size: int) -> int:
-        """Register memory for symmetric operations (FLAGCX_WIN_COLL_SYMMETRIC, memory of the vendor's library)."""
-        window = c_void_p()
-        self._check("flagcxCommWindowRegister", self._later("flagcxCommWindowRegister")(comm, address, size, byref(window), 1, 0))
-        assert window.value is not None
-        return window.value
-
-    def deregister_window(self, comm: int, window: int) -> None:
-        self._check("flagcxCommWindowDeregister", self._later("flagcxCommWindowDeregister")(comm, window, 0))
-
-    def _later(self, name: str) -> Any:
-        """A function that serving does not need, and that older libraries lack."""
-        if not hasattr(self._dll, name):
-            raise FlagCXError(f"{self.path} lacks {name}")
-        return self._function(name, _LATER[name])
-
     def explain(self, code: int, comm: int | None) -> str:
         """A result code in words, with what the vendor's library last said about a communicator."""
         name = RESULTS[code] if 0 <= code < len(RESULTS) else "an unknown result"
-        told = f"{name} ({code})"
+        message = f"{name} ({code})"
         if comm is not None and hasattr(self._dll, "flagcxGetLastError"):
             last_error = self._dll.flagcxGetLastError
             last_error.argtypes, last_error.restype = (c_void_p,), c_char_p
             said = (last_error(comm) or b"").decode(errors="replace").strip()
             if said and said != "Not implemented.":
-                told += f": {said}"
-        return told
+                message += f": {said}"
+        return message
 
     def _check(self, name: str, code: int) -> None:
         if code:
