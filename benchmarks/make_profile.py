@@ -24,7 +24,7 @@ that serving also calls outside graphs must keep to 2. on the host as well. What
 to be right, and stays out. And
   5. serving calls it in at least one forward pass of ten (counted by the calls of ``embedding``): FlagGems costs
      its import at start-up, and a kernel its compilation at the first call, which a rare gain does not repay.
-An ATen function that was wrong (also: in a graph that serving captured), or ended the process, is in ``flagos_blacklist``: it
+An ATen function that was wrong (also: in a graph that serving captured), or ended the process, is in ``flagos_broken``: it
 stays with PyTorch too where a user prefers FlagOS for everything. A name leaves that list only by results that show it right.
 """
 
@@ -343,7 +343,7 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row]
     for verdict in verdicts:
         if not verdict.broken:
             lines += _comment(f"{verdict.name}: {verdict.reason}")
-    lines += _list("flagos_whitelist", [verdict.name for verdict in verdicts if verdict.accepted])
+    lines += _list("flagos_faster", [verdict.name for verdict in verdicts if verdict.accepted])
     broken = [verdict for verdict in verdicts if verdict.broken]
     if broken:
         lines += [
@@ -352,7 +352,7 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row]
         ]
         for verdict in broken:
             lines += _comment(f"{verdict.name}: {verdict.reason}")
-        lines += _list("flagos_blacklist", [verdict.name for verdict in broken])
+        lines += _list("flagos_broken", [verdict.name for verdict in broken])
     return "\n".join(lines) + "\n"
 
 
@@ -445,21 +445,21 @@ def read_served(results: Path, ops: Mapping[str, Any], gpu: str) -> list[dict[st
     return mine
 
 
-def check_blacklist(profile: Path, rows: Sequence[Row]) -> None:
+def check_broken(profile: Path, rows: Sequence[Row]) -> None:
     """What was found broken stays so until it is shown right.
 
     Raises:
-        ValueError: the profile that is there has a name on its ``flagos_blacklist`` of which these results do not show that.
+        ValueError: the profile that is there has a name in ``flagos_broken`` of which these results do not show that.
     """
     if not profile.exists():
         return
     there = yaml.safe_load(profile.read_text(encoding="utf-8"))
     broken = {verdict.name for verdict in judge_functions(rows) if verdict.broken}
-    for name in (there or {}).get("flagos_blacklist") or ():
+    for name in (there or {}).get("flagos_broken") or ():
         mine = [row for row in rows if row["function"] == name]
         if name not in broken and not (mine and all(row.get("right") is True and not row.get("error") for row in mine)):
             raise ValueError(
-                f"{name} is on the flagos_blacklist of {profile.name}, and these results do not show that it is right now; measure it "
+                f"{name} is in flagos_broken of {profile.name}, and these results do not show that it is right now; measure it "
                 "again, or take it off that list yourself if it should never have been there"
             )
 
@@ -491,7 +491,7 @@ def main() -> None:
     try:
         gpu = find_gpu(args.results, args.gpu)
         ops, aten = read_ops(args.results, gpu), read_aten(args.results, gpu)
-        check_blacklist(args.profile, aten["rows"])
+        check_broken(args.profile, aten["rows"])
         text = profile(ops, aten, read_served(args.results, ops, gpu), gpu)
     except (OSError, ValueError) as error:
         sys.exit(f"make_profile: {error}")

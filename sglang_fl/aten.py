@@ -24,7 +24,7 @@ logger = logging.getLogger("sglang_fl.aten")
 
 Function = Callable[..., Any]
 
-_UNKNOWN = "this PyTorch has no such operator"
+_UNKNOWN_OPERATOR = "this PyTorch has no such operator"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AtenReport:
 
     Attributes:
         replaced: (ATen operator, FlagGems function), as in ``("mul.Tensor", "mul")``.
-        left: (ATen operator, FlagGems function, why) of what FlagGems has and PyTorch keeps.
+        left: (ATen operator, FlagGems function, reason) of what FlagGems has and PyTorch keeps.
         off: why the layer is off as a whole, or None.
     """
 
@@ -49,10 +49,10 @@ class AtenReport:
         return f"sglang-fl: FlagGems replaces {len(self.replaced)} ATen operators with {len(functions)} functions, {len(self.left)} left"
 
     def left_by_reason(self) -> dict[str, list[str]]:
-        """Why -> the FlagGems functions that were left for it."""
+        """Reason -> the FlagGems functions that were left for it."""
         reasons: dict[str, list[str]] = {}
-        for _, function, why in self.left:
-            names = reasons.setdefault(why, [])
+        for _, function, reason in self.left:
+            names = reasons.setdefault(reason, [])
             if function not in names:
                 names.append(function)
         return reasons
@@ -67,8 +67,10 @@ def why_off(settings: Settings, device: Device, *, deterministic: bool = False) 
     """
     if not settings.use_flaggems:
         return f"USE_FLAGGEMS=0 ({settings.source('use_flaggems')})"
-    if settings.flagos_whitelist == ():
-        return f"flagos_whitelist is empty ({settings.source('flagos_whitelist')})"
+    if settings.flagos_functions == ():
+        key = settings.flagos_key
+        state = "names only excluded functions" if getattr(settings, key) else "is empty"
+        return f"{key} {state} ({settings.source(key)})"
     if deterministic:
         return "deterministic mode"
     return why_not_here(device)
@@ -92,7 +94,7 @@ class AtenOperators:
 
         Raises:
             RuntimeError: another set of operators is on; FlagGems finds no device; under ``strict``, an
-                operator could not be registered, or one that the whitelist names is not replaced.
+                operator could not be registered, or one that the settings list is not replaced.
             ImportError: FlagGems is not installed.
         """
         if AtenOperators._on is self:
@@ -100,14 +102,17 @@ class AtenOperators:
         if AtenOperators._on is not None:
             raise RuntimeError("another set of ATen operators is replaced already; disable() it first")
         gems = load()
-        replaced: dict[str, str] = {}
-        failed: dict[str, str] = {}
         self._library = torch.library.Library("aten", "IMPL")
         AtenOperators._on = self
         try:
-            self._register(gems, self._library, replaced, failed)
-            left = [(key, function, self._why_left(gems, key, function, failed)) for key, function in _rows(gems) if key not in replaced]
-            self._complain(left, failed)
+            replaced, failed = _register(gems, self.settings, self._library)
+            left = [
+                (key, function, failed.get(key) or _exclusion_reason(gems, self.settings, key, function))
+                for function, rows in gems.FULL_CONFIG_BY_FUNC.items()
+                for key, *_ in rows
+                if key not in replaced
+            ]
+            self._check_left(left, failed)
         except BaseException:
             self.disable()
             raise
@@ -129,58 +134,63 @@ class AtenOperators:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.disable()
 
-    def _register(self, gems: ModuleType, library: torch.library.Library, replaced: dict[str, str], failed: dict[str, str]) -> None:
-        recorder = Recorder(self.settings) if self.settings.flaggems_record else None
-
-        class Registrar(gems.registrar):  # type: ignore[name-defined]
-            """FlagGems's own, telling what became of each operator."""
-
-            def register_impl(self, key: str, fn: Function) -> None:
-                # PyTorch takes a kernel for an operator that it does not have, and never calls it.
-                if not torch._C._dispatch_has_kernel(f"aten::{key}"):
-                    failed[key] = _UNKNOWN
-                    return
-                try:
-                    super().register_impl(key, recorder.recording(key, fn) if recorder else fn)
-                except Exception as error:
-                    failed[key] = f"it could not be registered: {error}"
-                else:
-                    replaced[key] = fn.__name__
-
-        if self.settings.flagos_whitelist is not None:
-            gems.only_enable(lib=library, include=list(self.settings.flagos_whitelist), registrar=Registrar)
-        else:
-            gems.enable(lib=library, unused=list(self.settings.flagos_blacklist or ()), registrar=Registrar)
-
-    def _complain(self, left: list[tuple[str, str, str]], failed: dict[str, str]) -> None:
-        """About operators that the whitelist names and PyTorch keeps, and any whose registration failed."""
-        named = set(self.settings.flagos_whitelist or ())
-        for key, function, why in left:
-            if function in named or (key in failed and why != _UNKNOWN):
-                by = f" ({self.settings.source('flagos_whitelist')} names {function})" if function in named else ""
-                told = f"aten::{key}: {why}; PyTorch's own serves{by}"
-                if self.settings.strict:
-                    raise RuntimeError(f"sglang-fl: {told} (strict is set)")
-                logger.warning(told)
-
-    def _why_left(self, gems: ModuleType, key: str, function: str, failed: dict[str, str]) -> str:
-        if key in failed:
-            return failed[key]
+    def _check_left(self, left: list[tuple[str, str, str]], failed: dict[str, str]) -> None:
+        """Warn of operators that the settings list and PyTorch keeps, and of failed registrations; under ``strict``, raise."""
         settings = self.settings
-        if settings.flagos_whitelist is not None and function not in settings.flagos_whitelist:
-            return f"not in flagos_whitelist ({settings.source('flagos_whitelist')})"
-        if settings.flagos_blacklist is not None and function in settings.flagos_blacklist:
-            return f"flagos_blacklist ({settings.source('flagos_blacklist')})"
-        if function in gems.current_work_registrar.get_unused_ops():
-            return f"FlagGems leaves it out on {gems.vendor_name}"
-        if key in gems.current_work_registrar.cpp_patched_ops:
-            return "FlagGems's C++ extension has it"
-        return "FlagGems's condition for it does not hold with this PyTorch"
+        listed = settings.flagos_functions or ()
+        for key, function, reason in left:
+            if function in listed or (key in failed and reason != _UNKNOWN_OPERATOR):
+                by = f" ({settings.source(settings.flagos_key)} names {function})" if function in listed else ""
+                message = f"aten::{key}: {reason}; PyTorch's own kernel is used{by}"
+                if settings.strict:
+                    raise RuntimeError(f"sglang-fl: {message} (strict is set)")
+                logger.warning(message)
 
 
-def _rows(gems: ModuleType) -> list[tuple[str, str]]:
-    """(ATen operator, FlagGems function) of everything FlagGems has."""
-    return [(row[0], function) for function, rows in gems.FULL_CONFIG_BY_FUNC.items() for row in rows]
+def _register(gems: ModuleType, settings: Settings, library: torch.library.Library) -> tuple[dict[str, str], dict[str, str]]:
+    """Register what the settings select.
+
+    Returns:
+        ATen operator -> FlagGems function of what was replaced, and ATen operator -> reason of what failed.
+    """
+    replaced: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    recorder = Recorder(settings) if settings.flaggems_record else None
+
+    class Registrar(gems.registrar):  # type: ignore[name-defined]
+        """FlagGems's own, noting what became of each operator."""
+
+        def register_impl(self, key: str, fn: Function) -> None:
+            # PyTorch takes a kernel for an operator that it does not have, and never calls it.
+            if not torch._C._dispatch_has_kernel(f"aten::{key}"):
+                failed[key] = _UNKNOWN_OPERATOR
+                return
+            try:
+                super().register_impl(key, recorder.recording(key, fn) if recorder else fn)
+            except Exception as error:
+                failed[key] = f"it could not be registered: {error}"
+            else:
+                replaced[key] = fn.__name__
+
+    selected = settings.flagos_functions
+    if selected is not None:
+        gems.only_enable(lib=library, include=list(selected), registrar=Registrar)
+    else:
+        excluded = [function for function in gems.FULL_CONFIG_BY_FUNC if settings.flagos_exclusion_reason(function)]
+        gems.enable(lib=library, unused=excluded, registrar=Registrar)
+    return replaced, failed
+
+
+def _exclusion_reason(gems: ModuleType, settings: Settings, key: str, function: str) -> str:
+    """Why an operator whose registration was not tried stays with PyTorch."""
+    reason = settings.flagos_exclusion_reason(function)
+    if reason is not None:
+        return reason
+    if function in gems.current_work_registrar.get_unused_ops():
+        return f"FlagGems leaves it out on {gems.vendor_name}"
+    if key in gems.current_work_registrar.cpp_patched_ops:
+        return "FlagGems's C++ extension has it"
+    return "FlagGems's condition for it does not hold with this PyTorch"
 
 
 class Recorder:
@@ -198,7 +208,7 @@ class Recorder:
             logger.setLevel(logging.INFO)  # what was asked for is not less than SGLANG_FL_LOG_LEVEL
 
     def recording(self, key: str, fn: Function) -> Function:
-        """``fn``, putting its calls on record."""
+        """``fn``, logging its calls."""
         line = f"{fn.__module__}.{fn.__name__}: aten::{key}"
 
         @functools.wraps(fn)
@@ -248,16 +258,14 @@ def replace_operators(settings: Settings, device: Device, *, deterministic: bool
         restore_operators()
     if _operators is None:
         operators = AtenOperators(settings)
-        if AtenOperators._on is not None:
-            return operators.enable()  # which says that another set is on
         try:
             operators.enable()
         except Exception as error:
-            if settings.strict:
+            if settings.strict or AtenOperators._on is not None:
                 raise
-            told = f"FlagGems could not be switched on: {type(error).__name__}: {error}"
-            logger.warning(told, exc_info=True)
-            return AtenReport(off=told)
+            message = f"FlagGems could not be switched on: {type(error).__name__}: {error}"
+            logger.warning(message, exc_info=True)
+            return AtenReport(off=message)
         _operators = operators
     return _operators.report
 

@@ -5,21 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from sglang_fl.config import Settings, SettingsError, Vocabulary, load_settings
+from sglang_fl.config import Settings, SettingsError, Words, load_settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.startup.words import flaggems_functions
 
 CPU = Device("cpu", "cpu", None, "a test")
 NVIDIA = Device("nvidia", "cuda", "cuda", "a test")
-VOCABULARY = Vocabulary(
+WORDS = Words(
     operators=frozenset(OPERATORS),
     classes=frozenset({"RMSNorm", "SiluAndMul", "RotaryEmbedding"}),
     vendors=frozenset({"nvidia", "ascend", "metax"}),
     impls=frozenset({"reference.torch", "vendor.ascend"}),
     flaggems=flaggems_functions() or frozenset({"mul", "add", "to_copy"}),
     not_covered=frozenset({"GemmaRMSNorm", "TopK", "mamba_scan"}),
-    hints={"classes": "where the classes are listed"},
 )
 
 
@@ -29,13 +28,13 @@ class Loader:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.device = CPU
-        self.vocabulary: Vocabulary | None = VOCABULARY
+        self.words: Words | None = WORDS
 
     def __call__(self, text: str | bytes | None = None, /, **environ: str) -> Settings:
         if text is not None:
             self.file.write_bytes(text if isinstance(text, bytes) else text.encode())
             environ["SGLANG_FL_CONFIG"] = str(self.file)
-        return load_settings(environ, device=self.device, vocabulary=self.vocabulary)
+        return load_settings(environ, device=self.device, words=self.words)
 
     def problems(self, text: str | bytes | None = None, /, **environ: str) -> tuple[str, ...]:
         with pytest.raises(SettingsError) as caught:

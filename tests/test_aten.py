@@ -86,6 +86,22 @@ def test_blacklist(gems: ModuleType) -> None:
         assert report.left_by_reason()["flagos_blacklist (the test's flagos_blacklist)"] == ["mul"]
 
 
+def test_what_a_profile_measured(gems: ModuleType) -> None:
+    """Faster functions are those in use, broken ones are not; both are named in the reasons with where they come from."""
+    with AtenOperators(settings(flagos_faster=("mul", "mm"), flagos_broken=("mm",), flagos_blacklist=("add",))) as report:
+        assert {function for _, function in report.replaced} == {"mul"}
+        reasons = report.left_by_reason()
+        assert reasons["flagos_broken (the test's flagos_broken)"] == ["mm"]
+        assert reasons["flagos_blacklist (the test's flagos_blacklist)"] == ["add"]
+        assert "sub" in reasons["not in flagos_faster (the test's flagos_faster)"]
+
+
+def test_a_user_who_prefers_flagos_gets_all_that_is_not_broken(gems: ModuleType) -> None:
+    with AtenOperators(settings(prefer="flagos", flagos_faster=(), flagos_broken=("mul",))) as report:
+        assert is_ours("mm") and is_ours("add.Tensor") and not is_ours("mul.Tensor")
+        assert report.left_by_reason()["flagos_broken (the test's flagos_broken)"] == ["mul"]
+
+
 def test_one_set_at_a_time(gems: ModuleType) -> None:
     with AtenOperators(settings(flagos_whitelist=("mul",))):
         other = AtenOperators(settings(flagos_whitelist=("add",)))
@@ -132,6 +148,14 @@ def test_nothing_stays_replaced_where_enabling_fails(gems: ModuleType, monkeypat
     [
         ({"use_flaggems": False}, NVIDIA, False, "USE_FLAGGEMS=0 (the test's use_flaggems)"),
         ({"flagos_whitelist": ()}, NVIDIA, False, "flagos_whitelist is empty (the test's flagos_whitelist)"),
+        ({"flagos_faster": ()}, NVIDIA, False, "flagos_faster is empty (the test's flagos_faster)"),
+        (
+            {"flagos_faster": ("mul",), "flagos_broken": ("mul",)},
+            NVIDIA,
+            False,
+            "flagos_faster names only excluded functions (the test's flagos_faster)",
+        ),
+        ({"flagos_faster": (), "prefer": "flagos"}, NVIDIA, False, None),
         ({}, NVIDIA, True, "deterministic mode"),
         ({}, CPU, False, "FlagGems has nothing for cpu"),
         ({}, NVIDIA, False, None),
@@ -223,7 +247,7 @@ def test_recorded_operators_are_replaced_all_the_same(gems: ModuleType, tmp_path
 def test_nothing_stays_replaced_where_the_report_fails(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A FlagGems that lacks what the report asks: what the log then says must be true."""
     monkeypatch.delattr(gems, "vendor_name")
-    monkeypatch.setattr(AtenOperators, "_why_left", lambda self, gems, *_: gems.vendor_name)
+    monkeypatch.setattr(aten, "_exclusion_reason", lambda gems, *_: gems.vendor_name)
     report = replace_operators(settings(flagos_blacklist=("mul",)), NVIDIA)
     assert report.off is not None and "vendor_name" in report.off
     assert not is_ours("add.Tensor")
@@ -251,7 +275,7 @@ def test_an_operator_of_the_whitelist_that_flaggems_leaves_out(
             operators.enable()
         return
     assert {function for _, function in operators.enable().replaced} == {"mul"}
-    assert "aten::_to_copy: FlagGems's condition for it does not hold with this PyTorch; PyTorch's own serves" in caplog.text
+    assert "aten::_to_copy: FlagGems's condition for it does not hold with this PyTorch; PyTorch's own kernel is used" in caplog.text
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -271,7 +295,7 @@ def test_a_registration_that_fails(
             AtenOperators(settings(strict=True)).enable()
         return
     with AtenOperators(Settings()):
-        assert "aten::mm: it could not be registered: no room for it; PyTorch's own serves" in caplog.text
+        assert "aten::mm: it could not be registered: no room for it; PyTorch's own kernel is used" in caplog.text
 
 
 def test_other_settings_take_the_place_of_those_before(gems: ModuleType) -> None:

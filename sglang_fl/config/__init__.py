@@ -8,10 +8,11 @@ from typing import Any
 
 from ..device import probe
 from .errors import SettingsError, suggest
-from .loader import hand_down, load_settings, platform_name, plugin_modules, profile_path, settings_in_force, settings_of_parent
-from .options import CONFIG_FILE, OPTIONS, RESOLVED, Option, Vocabulary
+from .loader import load_settings, platform_name, plugin_modules, profile_path
+from .options import CONFIG_FILE, OPTIONS, PLATFORM, Option
+from .process import RESOLVED, hand_down, settings_in_force, settings_of_parent
 from .settings import Settings, Source
-from .words import Words
+from .words import Words, unreachable
 from .yaml_file import read_mapping
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "Settings",
     "SettingsError",
     "Source",
-    "Vocabulary",
     "Words",
     "get_config_path",
     "get_effective_config",
@@ -37,6 +37,7 @@ __all__ = [
     "settings_in_force",
     "settings_of_parent",
     "suggest",
+    "unreachable",
 ]
 
 
@@ -57,7 +58,7 @@ def get_config_path() -> str | None:
 
 def load_platform_config(platform: str | None = None) -> dict[str, Any] | None:
     """What a platform's profile says, or None where there is no profile."""
-    environ = dict(os.environ) if platform is None else {**os.environ, "SGLANG_FL_PLATFORM": platform}
+    environ = dict(os.environ) if platform is None else {**os.environ, PLATFORM: platform}
     name, in_tree = platform_name(environ, probe())
     path = profile_path(name, in_tree=in_tree)
     return {key: entry.value for key, entry in read_mapping(path, what=CONFIG_FILE, problems=[]).items()} if path else None
@@ -69,9 +70,12 @@ def get_per_op_order() -> dict[str, list[str]] | None:
 
 
 def get_flagos_blacklist() -> list[str] | None:
-    """The FlagGems functions that stay out of Layer 1, or None."""
-    names = settings_in_force().flagos_blacklist
-    return None if names is None else list(names)
+    """The FlagGems functions that a list keeps out of Layer 1 (a blacklist, or a profile's of broken ones), or None."""
+    settings = settings_in_force()
+    if settings.flagos_blacklist is None and settings.flagos_broken is None:
+        return None
+    names = dict.fromkeys((*(settings.flagos_blacklist or ()), *(settings.flagos_broken or ())))
+    return [name for name in names if settings.flagos_exclusion_reason(name)]
 
 
 def get_oot_blacklist() -> list[str] | None:

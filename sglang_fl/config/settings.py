@@ -8,7 +8,7 @@ from typing import Any
 
 from .options import OPTIONS
 
-#: Places a value can come from, weakest first.
+#: Places a value can come from, lowest precedence first.
 DEFAULT, PROFILE, FILE, ENVIRONMENT = range(4)
 _PLACES = ("default", "profile", "file", "environment")
 
@@ -45,6 +45,8 @@ class Settings:
     use_flaggems: bool = True
     flagos_whitelist: tuple[str, ...] | None = None
     flagos_blacklist: tuple[str, ...] | None = None
+    flagos_faster: tuple[str, ...] | None = None
+    flagos_broken: tuple[str, ...] | None = None
     flaggems_record: bool = False
     flaggems_log_path: str | None = None
     flaggems_log_once: bool = True
@@ -65,7 +67,35 @@ class Settings:
             return "flagcx"
         return self.dist_backend
 
-    def why_left(self, class_names: set[str]) -> str | None:
+    @property
+    def flagos_key(self) -> str:
+        """The setting that selects the FlagGems functions which replace ATen operators; ``prefer`` selects all of them."""
+        if self.flagos_whitelist is not None:
+            return "flagos_whitelist"
+        user_prefers_flagos = self.prefer == "flagos" and self.source("prefer").place > PROFILE
+        return "prefer" if self.flagos_faster is None or user_prefers_flagos else "flagos_faster"
+
+    @property
+    def flagos_functions(self) -> tuple[str, ...] | None:
+        """The FlagGems functions that replace ATen operators; None: all but those with a :meth:`flagos_exclusion_reason`."""
+        if self.flagos_key == "prefer":
+            return None
+        return tuple(function for function in getattr(self, self.flagos_key) if self.flagos_exclusion_reason(function) is None)
+
+    def flagos_exclusion_reason(self, function: str) -> str | None:
+        """Why a FlagGems function does not replace ATen operators: a setting and its source. None: it does.
+
+        A whitelist is exactly what replaces them, also if a function of it is known as broken.
+        """
+        selecting = self.flagos_key
+        for key in () if selecting == "flagos_whitelist" else ("flagos_blacklist", "flagos_broken"):
+            if function in (getattr(self, key) or ()):
+                return f"{key} ({self.source(key)})"
+        if selecting != "prefer" and function not in getattr(self, selecting):
+            return f"not in {selecting} ({self.source(selecting)})"
+        return None
+
+    def exclusion_reason(self, class_names: set[str]) -> str | None:
         """Why a layer stays with SGLang whatever the policy says, or None.
 
         Args:

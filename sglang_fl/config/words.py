@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that settings may use, as a plain value: who knows them hands them in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..device import canonical
 from ..utils.suggest import suggest
 
 #: Tokens of an order that are no names.
@@ -63,3 +65,25 @@ class Words:
             return None
         named = {f"vendor:{v}" for v in self.vendors or ()} | {f"impl:{i}" for i in self.impls or ()}
         return f"unknown backend {token!r}{suggest(token, named.union(KINDS) if len(token) > 10 else KINDS)}"
+
+
+def unreachable(order: Sequence[str]) -> str | None:
+    """Why a token of an order can never be tried, or None: one before it ends the order, or means the same implementations."""
+    for i, token in enumerate(order):
+        earlier = next((earlier for earlier in order[:i] if _includes(earlier, token)), None)
+        if earlier is not None:
+            why = "ends the order" if earlier == "sglang" else "comes before it" if earlier == token else "includes it"
+            return f"{token!r} in {'|'.join(order)!r} is never tried: {earlier!r} {why}"
+    return None
+
+
+def _includes(earlier: str, token: str) -> bool:
+    kind, _, name = token.partition(":")
+    if earlier in ("sglang", token):
+        return True
+    if earlier == "vendor":
+        return kind == "vendor" or token.startswith("impl:vendor.")
+    if earlier.startswith("vendor:"):
+        vendor = earlier.removeprefix("vendor:")
+        return (kind == "vendor" and canonical(name) == canonical(vendor)) or token == f"impl:vendor.{vendor}"
+    return False

@@ -65,7 +65,7 @@ def read_mapping(path: Path, *, what: str, problems: list[str]) -> dict[Any, Ent
         where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
         raise SettingsError(f"{where}: not valid YAML: {error.problem}") from None
     except RecursionError:
-        raise SettingsError(f"{path}: it is nested more deeply than any setting is") from None
+        raise SettingsError(f"{path}: nested too deeply") from None
 
 
 def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode, path: Path, problems: list[str]) -> dict[Any, Entry]:
@@ -94,7 +94,7 @@ def _pairs(loader: yaml.SafeLoader, mapping: yaml.MappingNode, path: Path, probl
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append(f"{path}:{_line(key_node)}: expected a name before the colon, found {key!r}")
         elif key in lines:
-            problems.append(f"{path}:{_line(key_node)}: {key!r} is given twice, first on line {lines[key]}")
+            problems.append(f"{path}:{_line(key_node)}: duplicate key {key!r}, first on line {lines[key]}")
         else:
             lines[key] = _line(key_node)
             pairs.append((key_node, value_node))

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of this process: resolved once in the server's main process, handed to its workers.
-
-The main process puts what it resolved into the environment that its workers inherit, so that a file
-edited while a server starts cannot give its ranks different settings.
-"""
+"""The settings of a server, read and checked whole before it starts, and put in force in its processes."""
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from ..config import Settings, SettingsError, hand_down, load_settings, plugin_modules, settings_of_parent
-from ..device import Device
-from ..device.declared import platform_problems
+from ..config import Settings, SettingsError, Words, hand_down, load_settings, plugin_modules, settings_of_parent
+from ..device import Device, vendor_problems
 from ..dispatch.logger_manager import open_dispatch_log, why_unwritable
 from ..dispatch.manager import OpManager, get_default_manager
 from ..dispatch.policy import PolicyManager
 from ..distributed.device_communicators.flagcx_files import FlagCXError, find_library
-from .words import vocabulary
+from .words import settings_words
 
 _current: Settings | None = None
 
@@ -29,38 +24,43 @@ def check_settings(environ: Mapping[str, str], device: Device, manager: OpManage
     """
     modules = plugin_modules(environ)
     discovery = manager.discover(modules)
-    broken = [failure for failure in discovery.failed if failure.module is not None]
-    problems = [f"SGLANG_FL_PLUGIN_MODULES: {failure.module} cannot be used: {failure.reason}" for failure in broken]
-    return _checked(environ, device, manager, [*problems, *discovery.conflicts])
+    problems = [
+        f"SGLANG_FL_PLUGIN_MODULES: {failure.module} cannot be used: {failure.reason}" for failure in discovery.failed if failure.module
+    ]
+    return _check(environ, device, settings_words(manager, modules), [*problems, *discovery.conflicts])
 
 
 def check_names(environ: Mapping[str, str], device: Device, manager: OpManager) -> Settings:
-    """As :func:`check_settings`, but for backends: packages are imported only if a name is not known without them."""
-    modules = plugin_modules(environ)
-    if modules:
-        return check_settings(environ, device, manager)
-    return _checked(environ, device, manager, [])
+    """As :func:`check_settings`, but packages are imported only if the settings are not valid with our own names."""
+    if not plugin_modules(environ):
+        try:
+            return _check(environ, device, settings_words(manager, with_packages=False))
+        except SettingsError:
+            pass  # a name may be a package's
+    return check_settings(environ, device, manager)
 
 
-def _checked(environ: Mapping[str, str], device: Device, manager: OpManager, more: Sequence[str]) -> Settings:
-    problems = [*more, *platform_problems(environ)]
+def _check(environ: Mapping[str, str], device: Device, words: Words, problems: Sequence[str] = ()) -> Settings:
+    problems = [*problems, *vendor_problems(environ, device)]
     try:
-        settings = load_settings(environ, device=device, vocabulary=vocabulary(manager))
+        settings = load_settings(environ, device=device, words=words)
     except SettingsError as error:
         raise SettingsError([*error.problems, *problems]) from None
-    for variable, path in (("SGLANG_FL_DISPATCH_LOG", settings.dispatch_log), ("SGLANG_FLAGGEMS_LOG_PATH", settings.flaggems_log_path)):
-        unwritable = why_unwritable(path)
-        if unwritable:
-            problems.append(f"{variable}: {unwritable}")
-    if settings.collective == "flagcx":
-        source = settings.source("flagcx_path" if settings.flagcx_path else "dist_backend")
-        try:
-            find_library(settings.flagcx_path, environ)
-        except FlagCXError as error:
-            problems.append(f"{source}: {error}")
+    problems += _file_problems(settings, environ)
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def _file_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
+    for variable, path in (("SGLANG_FL_DISPATCH_LOG", settings.dispatch_log), ("SGLANG_FLAGGEMS_LOG_PATH", settings.flaggems_log_path)):
+        if problem := why_unwritable(path):
+            yield f"{variable}: {problem}"
+    if settings.collective == "flagcx":
+        try:
+            find_library(settings.flagcx_path, environ)
+        except FlagCXError as error:
+            yield f"{settings.source('flagcx_path' if settings.flagcx_path else 'dist_backend')}: {error}"
 
 
 def resolve(device: Device) -> Settings:

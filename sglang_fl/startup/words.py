@@ -3,24 +3,20 @@
 
 import ast
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from ..config import Vocabulary
+from ..config import Words
 from ..dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES
 from ..dispatch.manager import OpManager
 
 
-def vocabulary(manager: OpManager) -> Vocabulary:
-    """Names of this package, and of the backends that are found if one is not among them."""
-    return replace(
-        manager.vocabulary(()),  # with plugin modules they were found when those were checked
-        classes=CLASSES,
-        flaggems=flaggems_functions(),
-        not_covered=NOT_COVERED_CLASSES,
-        hints={"classes": "sglang-fl ops lists the classes"},
-    )
+def settings_words(manager: OpManager, plugin_modules: Sequence[str] = (), *, with_packages: bool = True) -> Words:
+    """The names of this package and, unless ``with_packages`` is False, of the backends that are installed."""
+    words = manager.words(plugin_modules, with_packages=with_packages)
+    return replace(words, classes=CLASSES, flaggems=flaggems_functions(), not_covered=NOT_COVERED_CLASSES)
 
 
 @lru_cache(maxsize=1)

@@ -260,35 +260,36 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str
     return ops, make_profile.read_aten(directory, "made-up"), make_profile.read_served(directory, ops, "made-up")
 
 
-def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path) -> None:
+def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ops, aten, runs = read(results(tmp_path))
     text = profile(ops, aten, runs, "made-up")
     assert text == profile(ops, aten | {"rows": aten["rows"][::-1]}, runs, "made-up")
     found = yaml.safe_load(text)
-    assert set(found) == {"op_backends", "flagos_whitelist"}
-    assert found["flagos_whitelist"] == ["abs", "cos"]
+    assert set(found) == {"op_backends", "flagos_faster"}
+    assert found["flagos_faster"] == ["abs", "cos"]
     assert found["op_backends"] == {op: ["flagos", "sglang"] if op == "rms_norm" else ["sglang"] for op in OPERATORS}
     assert "# neg: 1.50 times PyTorch's time in a graph (16x1024 bf16)\n" in text
     assert "  # default.flagos: 1.50 times SGLang's time at 1x1024\n" in text
     assert "Made-up GPU on 2026-01-02" in text and "aten-made-up.json (2026-01-02)" in " ".join(text.replace("\n# ", " ").split())
     assert all(len(line) <= 110 for line in text.splitlines())
-    (tmp_path / "profile.yaml").write_text(text)
-    settings = load_settings({"SGLANG_FL_CONFIG": str(tmp_path / "profile.yaml")})
-    assert settings.flagos_whitelist == ("abs", "cos")
+    (tmp_path / "nvidia.yaml").write_text(text)
+    monkeypatch.setattr("sglang_fl.config.loader.PROFILES", tmp_path)
+    settings = load_settings({"SGLANG_FL_PLATFORM": "nvidia"})
+    assert settings.flagos_functions == ("abs", "cos")
 
 
 def test_no_function_is_an_empty_list(tmp_path: Path) -> None:
     ops, aten, runs = read(results(tmp_path))
     text = profile(ops, aten | {"rows": []}, runs, "made-up")
-    assert yaml.safe_load(text)["flagos_whitelist"] == []
+    assert yaml.safe_load(text)["flagos_faster"] == []
 
 
-def test_what_is_broken_is_on_the_blacklist(tmp_path: Path) -> None:
+def test_what_is_broken_is_listed(tmp_path: Path) -> None:
     ops, aten, runs = read(results(tmp_path))
     died = "it ended its process (exit code -6): python3: /build/triton/src/a.cc:6: bool visit(int *, int): Assertion `a == b' failed."
     rows = [*aten["rows"], aten_row(function="mm", error=died), aten_row(function="mul", right=False, why="it is off")]
     text = profile(ops, aten | {"rows": rows}, runs, "made-up")
-    assert yaml.safe_load(text)["flagos_blacklist"] == ["mm", "mul"]
+    assert yaml.safe_load(text)["flagos_broken"] == ["mm", "mul"]
     assert "(exit code -6): Assertion `a == b' failed." in text and "/build" not in text
     (tmp_path / "nvidia.yaml").write_text(text)
 
@@ -376,14 +377,14 @@ def test_runs_that_cannot_be_compared_are_told_of(tmp_path: Path, capsys: pytest
 def test_what_was_broken_is_not_forgotten(rows: list[dict[str, Any]], kept: bool, tmp_path: Path) -> None:
     """Measured wrong once, a function serves again when it was shown right, and not when it was not measured."""
     there = tmp_path / "nvidia.yaml"
-    make_profile.check_blacklist(there, [])
-    there.write_text("flagos_blacklist: [mul]\n")
+    make_profile.check_broken(there, [])
+    there.write_text("flagos_broken: [mul]\n")
     found = [aten_row(), *(aten_row(function="mul", **changes) for changes in rows)]
     if not kept:
-        make_profile.check_blacklist(there, found)
+        make_profile.check_broken(there, found)
         return
-    with pytest.raises(ValueError, match=r"mul is on the flagos_blacklist of nvidia\.yaml"):
-        make_profile.check_blacklist(there, found)
+    with pytest.raises(ValueError, match=r"mul is in flagos_broken of nvidia\.yaml"):
+        make_profile.check_broken(there, found)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ def test_check_compares_and_writes_nothing(tmp_path: Path) -> None:
     changed = (tmp_path / "nvidia.yaml").read_text().replace("[abs, cos]", "[abs]")
     (tmp_path / "nvidia.yaml").write_text(changed)
     checked = run(*places, "--check")
-    assert checked.returncode == 1 and "+flagos_whitelist: [abs, cos]" in checked.stdout
+    assert checked.returncode == 1 and "+flagos_faster: [abs, cos]" in checked.stdout
     assert (tmp_path / "nvidia.yaml").read_text() == changed
 
 

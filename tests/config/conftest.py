@@ -23,7 +23,7 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     def write(text: str) -> None:
         directory = tmp_path / "profiles"
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         (directory / "cpu.yaml").write_text(text)
         monkeypatch.setattr("sglang_fl.config.loader.PROFILES", directory)
 

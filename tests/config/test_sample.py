@@ -10,12 +10,12 @@ import yaml
 from settings_loader import CPU, Loader
 
 import sglang_fl.config
-from sglang_fl.config import OPTIONS, Vocabulary, load_settings
+from sglang_fl.config import OPTIONS, Words, load_settings
 from sglang_fl.config.options import DIST_BACKENDS, PREFERENCES
 from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.ops import OPERATORS
-from sglang_fl.startup.words import flaggems_functions, vocabulary
+from sglang_fl.startup.words import flaggems_functions, settings_words
 
 DIRECTORY = Path(sglang_fl.config.__file__).parent
 SAMPLE = DIRECTORY / "sample.yaml"
@@ -28,19 +28,17 @@ def parsed(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def full_vocabulary() -> Vocabulary:
-    """The one that a server checks against, with the backends of this machine."""
-    manager = OpManager()
-    manager.ensure_initialized(())
-    return vocabulary(manager)
+def words() -> Words:
+    """Those that a server checks against, with the backends of this machine."""
+    return settings_words(OpManager())
 
 
-def test_vocabulary_is_not_empty(full_vocabulary: Vocabulary) -> None:
-    assert set(OPERATORS) <= (full_vocabulary.operators or set())
-    assert {"RMSNorm", "SiluAndMul", "RotaryEmbedding"} <= (full_vocabulary.classes or set())
-    assert set(VENDORS) <= (full_vocabulary.vendors or set())
-    assert full_vocabulary.with_packages is not None
-    assert "reference.torch" in (full_vocabulary.with_packages().impls or set())
+def test_words_are_there(words: Words) -> None:
+    assert set(OPERATORS) <= (words.operators or set())
+    assert {"RMSNorm", "SiluAndMul", "RotaryEmbedding"} <= (words.classes or set())
+    assert set(VENDORS) <= (words.vendors or set())
+    assert "reference.torch" in (words.impls or set())
+    assert "reference.torch" not in (settings_words(OpManager(), with_packages=False).impls or set())
 
 
 def test_functions_of_flaggems_are_read_from_its_source() -> None:
@@ -50,8 +48,8 @@ def test_functions_of_flaggems_are_read_from_its_source() -> None:
     assert functions is not None and {"mul", "add", "to_copy", "softmax"} <= functions and len(functions) > 100
 
 
-def test_sample_is_valid(full_vocabulary: Vocabulary) -> None:
-    settings = load_settings({"SGLANG_FL_CONFIG": str(SAMPLE)}, device=CPU, vocabulary=full_vocabulary)
+def test_sample_is_valid(words: Words) -> None:
+    settings = load_settings({"SGLANG_FL_CONFIG": str(SAMPLE)}, device=CPU, words=words)
     assert all(str(settings.source(name)).startswith(f"{SAMPLE}:") for name, option in OPTIONS.items() if option.yaml)
 
 
@@ -85,12 +83,12 @@ def test_every_profile_is_of_a_known_platform() -> None:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_profile_is_valid(name: str, full_vocabulary: Vocabulary) -> None:
+def test_profile_is_valid(name: str, words: Words) -> None:
     device = Device("cpu", "cpu", "cpu", "a test") if name == "in_tree" else CPU
     environ = {} if name == "in_tree" else {"SGLANG_FL_PLATFORM": name}
-    settings = load_settings(environ, device=device, vocabulary=full_vocabulary)
+    settings = load_settings(environ, device=device, words=words)
     assert settings.profile_file == str(DIRECTORY / f"{name}.yaml")
-    assert {str(source).split(":")[0].rpartition("] of ")[2] for source in settings.sources.values()} == {f"profile {name}"}
+    assert {str(source).split(":")[0] for source in settings.sources.values()} == {f"profile {name}"}
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -105,6 +103,12 @@ def test_profile_of_an_in_tree_platform_never_falls_from_sglang_into_plain_torch
     for op in OPERATORS:
         assert "sglang" in orders[op]
         assert "reference" not in orders[op][: orders[op].index("sglang")]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles_have_keys_of_their_own_for_what_was_measured(name: str) -> None:
+    """The white and blacklists are a user's."""
+    assert not {"flagos_whitelist", "flagos_blacklist", "oot_whitelist", "oot_blacklist"} & set(parsed(name))
 
 
 @pytest.mark.parametrize("vendor", [vendor for vendor in VENDORS.values() if vendor.in_tree], ids=lambda vendor: vendor.name)

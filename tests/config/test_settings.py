@@ -45,6 +45,8 @@ TEXTS: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "use_flaggems": (("off", False), ("1", True)),
     "flagos_whitelist": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
     "flagos_blacklist": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
+    "flagos_faster": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
+    "flagos_broken": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
     "flaggems_record": (("1", True), ("0", False)),
     "flaggems_log_path": (("/tmp/a.log", "/tmp/a.log"), ("b.log", "b.log")),
     "flaggems_log_once": (("0", False), ("yes", True)),
@@ -55,11 +57,21 @@ TEXTS: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "dispatch_debug": (("1", True), ("false", False)),
 }
 IN_FILES = [name for name, option in OPTIONS.items() if option.yaml]
-VARIABLES_ONLY = [name for name, option in OPTIONS.items() if not option.yaml]
+WITH_VARIABLE = [name for name, option in OPTIONS.items() if option.env]
 
 
 def test_the_texts_above_are_for_every_option() -> None:
     assert TEXTS.keys() == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", ["flagos_faster", "flagos_broken"])
+def test_a_profile_has_keys_that_a_user_does_not(load: Loader, profile: Profile, name: str) -> None:
+    for text, value in TEXTS[name]:
+        profile(f"\n{name}: {text}\n")
+        settings = load()
+        assert getattr(settings, name) == value and str(settings.source(name)) == "profile cpu:2"
+    profile(f"{name}: [mull]\n")
+    assert "unknown FlagGems function 'mull'" in load.problems()[0]
 
 
 def test_defaults_of_options_and_of_settings_agree() -> None:
@@ -81,6 +93,7 @@ def test_the_interface_of_the_field() -> None:
         ("USE_FLAGGEMS", True, None),
         ("SGLANG_FL_FLAGOS_WHITELIST", None, "flagos_whitelist"),
         ("SGLANG_FL_FLAGOS_BLACKLIST", None, "flagos_blacklist"),
+        (None, None, None),  # the keys that only a profile has: flagos_faster, flagos_broken
         ("SGLANG_FLAGGEMS_RECORD", False, None),
         ("SGLANG_FLAGGEMS_LOG_PATH", None, None),
         ("SGLANG_FLAGGEMS_LOG_ONCE", True, None),
@@ -92,7 +105,7 @@ def test_the_interface_of_the_field() -> None:
     }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", WITH_VARIABLE)
 def test_variable_sets_option(load: Loader, name: str) -> None:
     variable = OPTIONS[name].env
     assert variable is not None
@@ -102,7 +115,7 @@ def test_variable_sets_option(load: Loader, name: str) -> None:
         assert str(settings.source(name)) == variable
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", WITH_VARIABLE)
 def test_empty_variable_is_as_if_unset(load: Loader, profile: Profile, name: str) -> None:
     profile("")
     variable = OPTIONS[name].env
@@ -149,25 +162,20 @@ def test_empty_file_sets_nothing(load: Loader, text: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in IN_FILES if name != "op_backends"])
 def test_environment_over_file_over_profile_over_default(load: Loader, profile: Profile, name: str) -> None:
-    """The stronger value replaces the weaker one whole: the two have nothing in common here.
-
-    But for what a profile says does not work: a user's blacklist adds to that. Orders are joined: see below.
-    """
-    (weak_text, weak), (strong_text, strong) = TEXTS[name]
-    adds = name in ("oot_blacklist", "flagos_blacklist")
+    """The higher value overrides the lower one: the two have nothing in common here. Orders are merged: see below."""
+    (low_text, low), (high_text, high) = TEXTS[name]
     variable = OPTIONS[name].env
     assert variable is not None
-    profile(f"\n{name}: {weak_text}\n")
+    profile(f"\n{name}: {low_text}\n")
 
     settings = load()
-    assert (getattr(settings, name), str(settings.source(name))) == (weak, "profile cpu:2")
-    both, and_profile = ((*strong, *weak), " and profile cpu:2") if adds else (strong, "")
-    settings = load(f"{name}: {strong_text}\n")
-    assert (getattr(settings, name), str(settings.source(name))) == (both, f"{load.file}:1{and_profile}")
-    settings = load(f"{name}: {strong_text}\n", **{variable: weak_text})
-    assert (getattr(settings, name), str(settings.source(name))) == (weak, f"{variable}{and_profile}")
-    settings = load(**{variable: strong_text})
-    assert (getattr(settings, name), str(settings.source(name))) == (both, f"{variable}{and_profile}")
+    assert (getattr(settings, name), str(settings.source(name))) == (low, "profile cpu:2")
+    settings = load(f"{name}: {high_text}\n")
+    assert (getattr(settings, name), str(settings.source(name))) == (high, f"{load.file}:1")
+    settings = load(f"{name}: {high_text}\n", **{variable: low_text})
+    assert (getattr(settings, name), str(settings.source(name))) == (low, variable)
+    settings = load(**{variable: high_text})
+    assert (getattr(settings, name), str(settings.source(name))) == (high, variable)
 
 
 @pytest.mark.parametrize("name", IN_FILES)
@@ -220,7 +228,7 @@ def test_prefer_sets_aside_orders_of_weaker_places(load: Loader, profile: Profil
     if not kept:
         weaker = "profile cpu:1" if orders_from == "profile" else f"{load.file}:1"
         stronger = "SGLANG_FL_PREFER" if prefer_from == "environment" else f"{load.file}:1"
-        assert source == f"default; the orders of {weaker} give way to prefer from {stronger}"
+        assert source == f"default; prefer from {stronger} overrides the orders of {weaker}"
 
 
 def test_orders_are_joined_operator_by_operator(load: Loader, profile: Profile) -> None:
@@ -253,7 +261,7 @@ def test_orders_are_joined_operator_by_operator(load: Loader, profile: Profile) 
             "op_backends: {topk: flagos}",
             {"SGLANG_FL_PREFER": "vendor"},
             {},
-            "default; the orders of {file}:1 and profile cpu:1 give way to prefer from SGLANG_FL_PREFER",
+            "default; prefer from SGLANG_FL_PREFER overrides the orders of {file}:1 and profile cpu:1",
         ),
         (
             "op_backends: {topk: flagos}",
@@ -283,8 +291,8 @@ def test_prefer_sets_aside_the_orders_of_a_real_profile(on_nvidia: Loader) -> No
     assert on_nvidia(SGLANG_FL_PREFER="flagos").op_backends == ()
 
 
-def test_no_orders_give_way_where_there_are_none(on_nvidia: Loader) -> None:
-    assert str(on_nvidia("op_backends: null\n", SGLANG_FL_PREFER="vendor").source("op_backends")) == "default"
+def test_prefer_overrides_no_orders_where_there_are_none(on_nvidia: Loader) -> None:
+    assert str(on_nvidia("op_backends: null\n", SGLANG_FL_PREFER="vendor").source("op_backends")) == f"{on_nvidia.file}:1"
     assert "profile nvidia" in str(on_nvidia(SGLANG_FL_PREFER="vendor").source("op_backends"))
 
 
@@ -315,15 +323,10 @@ def _in_places(profile: Profile, **places: tuple[str, str]) -> tuple[str, dict[s
 def test_whitelist_and_blacklist(load: Loader, profile: Profile, white: str, black: str, white_place: str, black_place: str) -> None:
     first, second = ("RMSNorm", "SiluAndMul") if white == "oot_whitelist" else ("mul", "add")
     file, environ = _in_places(profile, **{white: (white_place, first), black: (black_place, second)})
-    if PLACES.index(white_place) > PLACES.index(black_place) or white_place == black_place == "profile":
+    if PLACES.index(white_place) > PLACES.index(black_place):
         settings = load(file, **environ)
         assert getattr(settings, white) == (first,)
-        assert getattr(settings, black) is None
-    elif white_place == "profile":
-        for also in ("", f",{first}"):
-            settings = load(file.replace(second, f"[{second}{also}]"), **{name: f"{text}{also}" for name, text in environ.items()})
-            assert getattr(settings, white) == (() if also else (first,)), "less was asked for, and not more"
-            assert getattr(settings, black) is None
+        assert getattr(settings, black) is None and settings.source(black) == settings.source(white)
     else:
         (problem,) = load.problems(file, **environ)
         line_of_black = 2 if white_place == black_place else 1
@@ -343,49 +346,56 @@ def test_null_takes_a_weaker_list_out_of_the_way(load: Loader, profile: Profile,
     assert (getattr(settings, white), getattr(settings, black)) == (None, (name,))
 
 
+KNOWN = ("add", "mm", "mul")
+FASTER_AND_BROKEN = "flagos_faster: [add, mul]\nflagos_broken: [mul]"
+
+
 @pytest.mark.parametrize(
-    ("profile_says", "file_says", "environ", "whitelist", "blacklist"),
+    ("profile_says", "file_says", "environ", "functions"),
     [
-        ("flagos_whitelist: []", "", {}, (), None),
-        ("flagos_whitelist: [mul]", "", {"SGLANG_FL_PREFER": "flagos"}, None, None),
-        ("flagos_whitelist: [mul]", "prefer: flagos", {}, None, None),
-        ("flagos_whitelist: [mul]", "prefer: null", {}, ("mul",), None),
-        ("flagos_whitelist: [mul]", "prefer: vendor", {}, ("mul",), None),
-        ("prefer: flagos\nflagos_whitelist: [mul]", "", {}, ("mul",), None),
-        ("flagos_blacklist: [mul]", "prefer: flagos", {}, None, ("mul",)),
-        ("flagos_whitelist: [add]\nflagos_blacklist: [mul]", "", {}, ("add",), None),
-        ("flagos_whitelist: []\nflagos_blacklist: [mul]", "prefer: flagos", {}, None, ("mul",)),
-        ("flagos_whitelist: []\nflagos_blacklist: [mul]", "flagos_whitelist: null", {}, None, ("mul",)),
-        ("flagos_whitelist: []\nflagos_blacklist: [mul]", "flagos_blacklist: [add]", {}, (), None),
-        (
-            "flagos_whitelist: []\nflagos_blacklist: [mul]",
-            "",
-            {"SGLANG_FL_PREFER": "flagos", "SGLANG_FL_FLAGOS_BLACKLIST": "add"},
-            None,
-            ("add", "mul"),
-        ),
-        ("flagos_blacklist: [mul]", "flagos_blacklist: null", {"SGLANG_FL_FLAGOS_BLACKLIST": "add"}, None, ("add",)),
-        ("flagos_blacklist: [mul]", "flagos_blacklist: null", {}, None, None),
-        ("flagos_whitelist: [mul, mm]", "", {"SGLANG_FL_FLAGOS_BLACKLIST": "mul"}, ("mm",), None),
-        ("flagos_whitelist: []\nflagos_blacklist: [mul]", "flagos_whitelist: [mul]", {}, ("mul",), None),
-        ("", "flagos_whitelist: [mul]", {"SGLANG_FL_PREFER": "flagos"}, ("mul",), None),
+        ("", "", {}, "add mm mul"),
+        ("flagos_faster: []", "", {}, ""),
+        ("flagos_faster: [mul]", "", {}, "mul"),
+        ("flagos_broken: [mul]", "", {}, "add mm"),
+        (FASTER_AND_BROKEN, "", {}, "add"),
+        (FASTER_AND_BROKEN, "prefer: flagos", {}, "add mm"),
+        (FASTER_AND_BROKEN, "", {"SGLANG_FL_PREFER": "flagos"}, "add mm"),
+        (FASTER_AND_BROKEN, "prefer: null", {}, "add"),
+        (FASTER_AND_BROKEN, "prefer: vendor", {}, "add"),
+        (f"prefer: flagos\n{FASTER_AND_BROKEN}", "", {}, "add"),
+        (FASTER_AND_BROKEN, "flagos_blacklist: [add]", {}, ""),
+        (FASTER_AND_BROKEN, "flagos_blacklist: null", {}, "add"),
+        (FASTER_AND_BROKEN, "flagos_blacklist: [add]", {"SGLANG_FL_PREFER": "flagos"}, "mm"),
+        (FASTER_AND_BROKEN, "", {"SGLANG_FL_FLAGOS_WHITELIST": "mul,mm"}, "mm mul"),  # also a broken one: they said so
+        (FASTER_AND_BROKEN, "flagos_whitelist: []\nprefer: flagos", {}, ""),
+        (FASTER_AND_BROKEN, "flagos_blacklist: [add]", {"SGLANG_FL_FLAGOS_WHITELIST": "add"}, "add"),
+        ("flagos_whitelist: [mul]", "", {}, "mul"),  # a vendor's profile of before: values of a lower source
+        ("flagos_whitelist: [mul]", "flagos_whitelist: [mm]", {}, "mm"),
+        ("flagos_whitelist: [mul]", "flagos_whitelist: null\nflagos_blacklist: [mm]", {}, "add mul"),
+        ("flagos_blacklist: [mul]", "prefer: flagos", {}, "add mm"),
+        ("flagos_blacklist: [mul]", "flagos_blacklist: [mm]", {}, "add mul"),
     ],
 )
-def test_prefer_flagos_means_all_that_works(
-    load: Loader,
-    profile: Profile,
-    profile_says: str,
-    file_says: str,
-    environ: dict[str, str],
-    whitelist: tuple[str, ...] | None,
-    blacklist: tuple[str, ...] | None,
+def test_flaggems_functions_in_use(
+    load: Loader, profile: Profile, profile_says: str, file_says: str, environ: dict[str, str], functions: str
 ) -> None:
-    """A profile's whitelist says what is faster, its blacklist what does not work; a user's lists are the user's."""
+    """What was measured decides by default; a user's lists mean what they say."""
     profile(profile_says)
     settings = load(file_says, **environ)
-    assert (settings.flagos_whitelist, settings.flagos_blacklist) == (whitelist, blacklist)
-    if whitelist is None and "whitelist" in profile_says and "flagos" in (file_says.removeprefix("prefer: "), *environ.values()):
-        assert "gives way to prefer: flagos" in str(settings.source("flagos_whitelist"))
+    in_use = [function for function in KNOWN if settings.flagos_exclusion_reason(function) is None]
+    assert in_use == functions.split()
+    assert settings.flagos_functions is None or sorted(settings.flagos_functions) == in_use
+    assert Settings.from_json(settings.to_json()).flagos_functions == settings.flagos_functions
+
+
+def test_the_reason_for_a_flaggems_function_that_is_not_in_use(load: Loader, profile: Profile) -> None:
+    profile(FASTER_AND_BROKEN)
+    settings = load("flagos_blacklist: [add]")
+    assert settings.flagos_exclusion_reason("add") == f"flagos_blacklist ({load.file}:1)"
+    assert settings.flagos_exclusion_reason("mul") == "flagos_broken (profile cpu:2)"
+    assert settings.flagos_exclusion_reason("mm") == "not in flagos_faster (profile cpu:1)"
+    settings = load(SGLANG_FL_FLAGOS_WHITELIST="add")
+    assert settings.flagos_exclusion_reason("mul") == "not in flagos_whitelist (SGLANG_FL_FLAGOS_WHITELIST)"
 
 
 def test_lists_of_different_kinds_may_stand_together(load: Loader) -> None:
@@ -440,8 +450,8 @@ def test_profile_of_platform(load: Loader, environ: dict[str, str], vendor: str,
     assert settings.platform == ({"cuda": "nvidia", "npu": "ascend", "musa": "mthreads"}.get(wanted, wanted) or vendor)
 
 
-def test_without_a_vocabulary_names_are_taken_as_they_are(load: Loader) -> None:
-    load.vocabulary = None
+def test_without_words_names_are_taken_as_they_are(load: Loader) -> None:
+    load.words = None
     settings = load("oot_blacklist: [Anything]\nop_backends: {any_op: 'impl:any.thing'}\n", SGLANG_FL_DENY_VENDORS="anyone")
     assert (settings.oot_blacklist, settings.deny_vendors) == (("Anything",), ("anyone",))
     assert settings.op_backends == (("any_op", ("impl:any.thing",)),)
@@ -466,6 +476,8 @@ TEXT = st.none() | st.text()
         use_flaggems=st.booleans(),
         flagos_whitelist=NAMES,
         flagos_blacklist=NAMES,
+        flagos_faster=NAMES,
+        flagos_broken=NAMES,
         flaggems_record=st.booleans(),
         flaggems_log_path=TEXT,
         flaggems_log_once=st.booleans(),
@@ -485,7 +497,7 @@ def test_json_round_trip(settings: Settings) -> None:
     assert "\0" not in text and "\n" not in text, "it travels in an environment variable"
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", WITH_VARIABLE)
 def test_settings_reach_worker_processes(load: Loader, name: str) -> None:
     settings = load(**{str(OPTIONS[name].env): TEXTS[name][0][0]})
     environ = {str(OPTIONS[name].env): TEXTS[name][0][0]}
@@ -521,7 +533,11 @@ def test_what_tools_of_flagos_ask(nvidia_machine: pytest.MonkeyPatch, tmp_path: 
     assert (load_platform_config("cpu") or {}) == {"prefer": "reference"}
     assert load_platform_config("metax") is None
     assert get_per_op_order() == orders
-    assert get_oot_blacklist() is None and get_flagos_blacklist() is None
+    assert get_oot_blacklist() is None
+    assert get_flagos_blacklist() == (load_platform_config() or {})["flagos_broken"]
+    nvidia_machine.setenv("SGLANG_FL_FLAGOS_BLACKLIST", "mm")
+    assert get_flagos_blacklist() == ["mm", *(load_platform_config() or {})["flagos_broken"]]
+    nvidia_machine.delenv("SGLANG_FL_FLAGOS_BLACKLIST")
     assert get_effective_config().keys() == OPTIONS.keys()
 
     file = tmp_path / "mine.yaml"

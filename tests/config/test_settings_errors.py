@@ -12,9 +12,10 @@ from settings_loader import Loader
 
 from sglang_fl.config import OPTIONS, Settings, SettingsError, load_platform_config, suggest
 from sglang_fl.dispatch import OpManager, OpRegistry
-from sglang_fl.startup.words import vocabulary
+from sglang_fl.startup.words import settings_words
 
-VARIABLES_ONLY = [(name, option.env) for name, option in OPTIONS.items() if not option.yaml]
+VARIABLES_ONLY = [(name, option.env) for name, option in OPTIONS.items() if not option.yaml and option.env]
+VARIABLES = [str(option.env) for option in OPTIONS.values() if option.env]
 
 
 def place_of(problem: str) -> str:
@@ -100,8 +101,8 @@ def test_file(load: Loader, text: str, line: int, offending: str, nearest: str |
         ("SGLANG_FL_PER_OP", "rms_norm", "expected OP=ORDER;OP=ORDER", "'rms_norm'"),
         ("SGLANG_FL_PER_OP", "rms_nrm=vendor", "'rms_nrm'", "rms_norm"),
         ("SGLANG_FL_PER_OP", "silu_and_mul=vendor;rms_norm=vender|flagos", "'vender'", "vendor"),
-        ("SGLANG_FL_PER_OP", "rms_norm=vendor;rms_norm=flagos", "'rms_norm'", "twice"),
-        ("SGLANG_FL_PER_OP", "rms_norm=flagos|flagos", "'flagos|flagos'", "twice"),
+        ("SGLANG_FL_PER_OP", "rms_norm=vendor;rms_norm=flagos", "duplicate operator", "'rms_norm'"),
+        ("SGLANG_FL_PER_OP", "rms_norm=flagos|flagos", "'flagos|flagos'", "never tried"),
         ("SGLANG_FL_PER_OP", "rms_norm=", "rms_norm", "'vendor|flagos'"),
         ("SGLANG_FL_PER_OP", "rms_norm=vendor:ascnd", "'ascnd'", "ascend"),
         ("SGLANG_FL_PER_OP", "rms_norm=impl:vendor.ascnd", "'vendor.ascnd'", "vendor.ascend"),
@@ -179,6 +180,14 @@ def test_key_of_a_setting_that_has_only_a_variable(load: Loader, name: str, vari
     assert repr(name) in problem and problem.endswith(f"variable {variable}")
 
 
+@pytest.mark.parametrize(("key", "own"), [("flagos_faster", "flagos_whitelist"), ("flagos_broken", "flagos_blacklist")])
+def test_key_of_a_profile_in_a_users_file(load: Loader, key: str, own: str) -> None:
+    for value in ("[mul]", "null"):
+        (problem,) = load.problems(f"strict: 1\n{key}: {value}\n")
+        assert place_of(problem) == f"{load.file}:2"
+        assert f"{key!r} is a key of profiles" in problem and problem.endswith(f"in your own file use {own!r}")
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
@@ -219,7 +228,7 @@ def test_home_directory_of_nobody(load: Loader) -> None:
 
 def test_file_that_is_nested_too_deeply(load: Loader) -> None:
     (problem,) = load.problems("op_backends: " + "[" * 5000)
-    assert problem.endswith("nested more deeply than any setting is")
+    assert problem.endswith("nested too deeply")
 
 
 def test_file_that_is_no_text(load: Loader) -> None:
@@ -256,6 +265,74 @@ def test_every_order_of_a_mapping_is_checked(load: Loader) -> None:
     assert [place_of(problem) for problem in problems] == [f"{load.file}:{line}" for line in (2, 3, 4)]
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("op_backends:\n  rms_norm: 3\n  silu_and_mull: vendor\n  topk: vendr\n  relu2: vendor|vendor\n", (2, 3, 4, 5)),
+        ("deny_vendors:\n  - 3\n  - metx\n", (2, 3)),
+        ("oot_whitelist: [RMSNorm, 3]\noot_blacklist: [SiluAndMul]\n", (1, 1)),
+    ],
+)
+def test_an_item_of_the_wrong_shape_hides_no_other_problem(load: Loader, text: str, lines: tuple[int, ...]) -> None:
+    problems = load.problems(text)
+    assert sorted(place_of(problem) for problem in problems) == [f"{load.file}:{line}" for line in lines]
+
+
+def test_a_malformed_order_hides_no_other_problem_of_its_variable(load: Loader) -> None:
+    problems = load.problems(SGLANG_FL_PER_OP="rms_norm;silu_and_mul=;topk=vendr;relu2=sglang|vendor;new_glu=vendor")
+    assert [place_of(problem) for problem in problems] == ["SGLANG_FL_PER_OP"] * 5
+    for part in ("'rms_norm'", "'new_glu'", "relu2: ", "silu_and_mul: ", "'vendr'"):
+        assert len([problem for problem in problems if part in problem]) == 1
+
+
+@pytest.mark.parametrize(
+    ("order", "token", "earlier"),
+    [
+        ("sglang|vendor", "vendor", "sglang"),
+        ("flagos|sglang|reference", "reference", "sglang"),
+        ("flagos|vendor|flagos", "flagos", "flagos"),
+        ("vendor:nvidia|vendor:cuda", "vendor:cuda", "vendor:nvidia"),
+        ("vendor|flagos|vendor:ascend", "vendor:ascend", "vendor"),
+        ("vendor|impl:vendor.ascend", "impl:vendor.ascend", "vendor"),
+        ("vendor:ascend|flagos|impl:vendor.ascend", "impl:vendor.ascend", "vendor:ascend"),
+        ("impl:reference.torch|impl:reference.torch", "impl:reference.torch", "impl:reference.torch"),
+    ],
+)
+def test_a_token_that_is_never_tried(load: Loader, order: str, token: str, earlier: str) -> None:
+    load.words = None
+    for problem in (*load.problems(f"op_backends: {{rms_norm: '{order}'}}"), *load.problems(SGLANG_FL_PER_OP=f"rms_norm={order}")):
+        assert f"rms_norm: {token!r} in {order!r} is never tried: {earlier!r} " in problem
+
+
+@pytest.mark.parametrize("order", ["vendor:ascend|vendor|flagos|sglang", "impl:vendor.ascend|vendor:ascend|vendor", "flagos|reference"])
+def test_an_order_from_the_special_to_the_general(load: Loader, order: str) -> None:
+    assert dict(load(SGLANG_FL_PER_OP=f"rms_norm={order}").op_backends)["rms_norm"] == tuple(order.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "denied", "message"),
+    [
+        ("nvidia", "cuda", "'nvidia' is allowed and 'cuda', the same vendor, is denied; no vendor is left"),
+        ("metax", "metax", "'metax' is allowed and 'metax', the same vendor, is denied; no vendor is left"),
+        ("npu, metax", "ascend", "'npu' is allowed and 'ascend', the same vendor, is denied"),
+    ],
+)
+def test_a_vendor_that_is_allowed_and_denied(load: Loader, allowed: str, denied: str, message: str) -> None:
+    load.words = None
+    (problem,) = load.problems(SGLANG_FL_ALLOW_VENDORS=allowed, SGLANG_FL_DENY_VENDORS=denied)
+    assert problem == f"SGLANG_FL_ALLOW_VENDORS and SGLANG_FL_DENY_VENDORS: {message}"
+
+
+def test_a_higher_source_may_deny_one_of_several_allowed_vendors(load: Loader) -> None:
+    assert load("allow_vendors: [metax, ascend]\n", SGLANG_FL_DENY_VENDORS="ascend").deny_vendors == ("ascend",)
+    (problem,) = load.problems("allow_vendors: [ascend]\n", SGLANG_FL_DENY_VENDORS="ascend")
+    assert "no vendor is left" in problem
+
+
+def test_whitespace_around_the_tokens_of_a_list_is_no_part_of_them(load: Loader) -> None:
+    assert dict(load("op_backends: {rms_norm: [' vendor', 'flagos ']}\n").op_backends)["rms_norm"] == ("vendor", "flagos")
+
+
 def test_key_given_twice_does_not_hide_other_problems(load: Loader) -> None:
     problems = load.problems("prefer: vendor\nprefer: flagos\nstrct: 1\n")
     assert [place_of(problem) for problem in problems] == [f"{load.file}:2", f"{load.file}:3"]
@@ -278,7 +355,7 @@ def test_what_a_stronger_place_replaces_is_checked_too(load: Loader, text: str, 
 
 def test_list_of_classes_says_where_they_are_listed(load: Loader) -> None:
     (problem,) = load.problems(SGLANG_FL_OOT_WHITELIST="Zzz")
-    assert problem.endswith("(where the classes are listed)")
+    assert problem.endswith("(sglang-fl ops lists the classes)")
 
 
 def test_message_of_one_problem_and_of_several() -> None:
@@ -331,7 +408,7 @@ def test_any_file_gives_settings_or_a_settings_error(loader: Loader, text: str) 
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.sampled_from([str(option.env) for option in OPTIONS.values()]), st.text(st.characters(exclude_characters="\0", codec="utf-8")))
+@given(st.sampled_from(VARIABLES), st.text(st.characters(exclude_characters="\0", codec="utf-8")))
 def test_any_variable_gives_settings_or_a_settings_error(loader: Loader, variable: str, text: str) -> None:
     try:
         assert isinstance(loader(**{variable: text}), Settings)
@@ -355,7 +432,7 @@ def test_an_order_for_an_operator_that_is_not_covered_is_refused(load: Loader) -
 
 @pytest.mark.parametrize("word", ["cuda", "npu", "musa"])
 def test_vendors_may_be_called_by_their_aliases(load: Loader, word: str) -> None:
-    load.vocabulary = vocabulary(OpManager(OpRegistry()))
+    load.words = settings_words(OpManager(OpRegistry()), with_packages=False)
     assert load(SGLANG_FL_DENY_VENDORS=word).deny_vendors == (word,)
 
 

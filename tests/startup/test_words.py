@@ -47,7 +47,7 @@ def test_a_name_that_only_a_package_has(package: str, environ: dict[str, str]) -
 
 
 @pytest.mark.parametrize(
-    ("environ", "told"),
+    ("environ", "message"),
     [
         ({"SGLANG_FL_PER_OP": "chip_srot=vendor"}, "SGLANG_FL_PER_OP: unknown operator 'chip_srot'; did you mean 'chip_sort'?"),
         ({"SGLANG_FL_PER_OP": "rms_nrom=vendor"}, "SGLANG_FL_PER_OP: unknown operator 'rms_nrom'; did you mean 'rms_norm'?"),
@@ -57,11 +57,11 @@ def test_a_name_that_only_a_package_has(package: str, environ: dict[str, str]) -
         ({"SGLANG_FL_DENY_VENDORS": "mychp"}, "SGLANG_FL_DENY_VENDORS: unknown vendor 'mychp'; did you mean 'mychip'?"),
     ],
 )  # fmt: skip
-def test_a_misspelt_name_gets_the_nearest(package: str, environ: dict[str, str], told: str) -> None:
+def test_a_misspelt_name_gets_the_nearest(package: str, environ: dict[str, str], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         startup.check_names(environ, CPU, OpManager())
     (problem,) = caught.value.problems
-    assert told in problem
+    assert message in problem
 
 
 def test_an_operator_that_no_package_has_and_we_do_not_cover() -> None:
@@ -71,7 +71,7 @@ def test_an_operator_that_no_package_has_and_we_do_not_cover() -> None:
 
 def test_packages_are_imported_only_for_a_name_that_is_not_known_without_them(package: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("op_backends:\n  rms_norm: [vendor, vendor:ascend, flagos, sglang]\ndeny_vendors: [metax]\n")
+    file.write_text("op_backends:\n  rms_norm: [vendor:ascend, vendor, flagos, sglang]\ndeny_vendors: [metax]\n")
     startup.check_names({"SGLANG_FL_CONFIG": str(file)}, CPU, OpManager())
     assert package not in sys.modules
     startup.check_names({"SGLANG_FL_PER_OP": "chip_sort=vendor"}, CPU, OpManager())
