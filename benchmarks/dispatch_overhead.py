@@ -125,7 +125,7 @@ def main() -> None:
     functions = {"silu_and_mul": nothing_silu_and_mul, "rms_norm": nothing_rms_norm, "rotary_embedding": nothing_rotary_embedding}
     registry.register_many(OpImpl(op, "default.flagos", BackendImplKind.DEFAULT, fn) for op, fn in functions.items())
     set_global_policy(SelectionPolicy())
-    binder = Binder(OpManager(registry), Settings())
+    binder = Binder(OpManager(registry))
 
     x, positions = torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
     cases = {
@@ -139,7 +139,7 @@ def main() -> None:
         op = name.split(",")[0]
         native, bound = cls(*arguments), cls(*arguments)
         native._forward_method = MethodType(as_sglang_forward(functions[op], op), native)
-        report = binder.bind(Holder(bound))
+        report = binder.bind(Holder(bound), Settings())
         assert report.bound == 1, report.summary()
         rows.append({"case": name} | compare(native, bound, inputs))
 

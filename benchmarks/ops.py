@@ -71,7 +71,7 @@ def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.devi
     registry = OpRegistry()
     registry.register_impl(impl)
     layer = form.layer().to(device)
-    report = Binder(OpManager(registry), Settings()).bind(Model(layer, form, dtype, device))
+    report = Binder(OpManager(registry)).bind(Model(layer, form, dtype, device), Settings())
     if report.bound != 1:
         raise RuntimeError(f"{impl.impl_id} was not bound: {report.summary()}")
     return layer

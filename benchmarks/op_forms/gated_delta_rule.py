@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_fl.dispatch.bridge.base import NoContexts
-from sglang_fl.dispatch.bridge.function import FunctionBridge, FunctionRoutes
-from sglang_fl.dispatch.bridge.gated_delta_rule import GATED_DELTA_RULE, GatedDeltaSite
+from sglang_fl.dispatch.bridge.base import NoContexts, Routes
+from sglang_fl.dispatch.bridge.bridges import FUNCTION_BRIDGES
+from sglang_fl.dispatch.bridge.function import FunctionBridge
+from sglang_fl.dispatch.bridge.gated_delta_rule import GatedDeltaContext
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
 
 from .form import Form, Forms, Tensors, nbytes
@@ -38,25 +39,25 @@ class Called(nn.Module):
         return self.function(**self.prepare(*tensors))
 
 
-def _bound(bridge: FunctionBridge, site: GatedDeltaSite, prepare: Prepare, impl: OpImpl) -> nn.Module:
+def _bound(bridge: FunctionBridge, site: GatedDeltaContext, prepare: Prepare, impl: OpImpl) -> nn.Module:
     """What SGLang's caller comes to when the function is bound, the registry's hook aside."""
     if impl.kind is BackendImplKind.REFERENCE and bridge.op != "fused_recurrent_gated_delta_rule_packed_decode" and _captures(site):
         raise NotImplementedError("it reads the sequences' lengths on the host, which no graph can hold")
-    bridge.trial(site, impl.fn)
+    bridge.trial(None, site, impl.fn)
 
     def failed(error: Exception, *_: Any) -> Any:
         raise error
 
-    routes = FunctionRoutes(impl.fn, impl.dtypes(), failed, NoContexts(), failed, failed)
-    return Called(bridge.forward(routes), prepare)
+    routes = Routes(impl.fn, impl.dtypes(), failed, NoContexts(), failed, failed)
+    return Called(partial(bridge.forward(routes), None), prepare)
 
 
-def _captures(site: GatedDeltaSite) -> bool:
+def _captures(site: GatedDeltaContext) -> bool:
     return site.device.type != "cpu"
 
 
-def _form(op: str, site: GatedDeltaSite, inputs: Callable[[int], Tensors], prepare: Prepare, **more: Any) -> Form:
-    bridge = next(bridge for bridge in GATED_DELTA_RULE if bridge.op == op)
+def _form(op: str, site: GatedDeltaContext, inputs: Callable[[int], Tensors], prepare: Prepare, **more: Any) -> Form:
+    bridge = next(bridge for bridge in FUNCTION_BRIDGES if bridge.op == op)
 
     def own() -> nn.Module:
         module = __import__(bridge.module, fromlist=[bridge.name])
@@ -65,9 +66,9 @@ def _form(op: str, site: GatedDeltaSite, inputs: Callable[[int], Tensors], prepa
     return Form("", own, inputs, bound=partial(_bound, bridge, site, prepare), **more)
 
 
-def _site(hidden: int, dtype: torch.dtype, device: torch.device) -> GatedDeltaSite:
+def _site(hidden: int, dtype: torch.dtype, device: torch.device) -> GatedDeltaContext:
     heads = hidden // _DIM
-    return GatedDeltaSite(heads, 2 * heads, _DIM, _DIM, dtype, torch.float32, device)
+    return GatedDeltaContext(heads, 2 * heads, _DIM, _DIM, dtype, torch.float32, device)
 
 
 @lru_cache

@@ -15,9 +15,9 @@ def test_the_platform_is_sglangs_own() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.platforms.cuda import CudaSRTPlatform
 
-    from sglang_fl.platform import FLMoments
+    from sglang_fl.platform.hooks import PlatformHooks
 
-    assert isinstance(current_platform, CudaSRTPlatform) and isinstance(current_platform, FLMoments)
+    assert isinstance(current_platform, CudaSRTPlatform) and isinstance(current_platform, PlatformHooks)
     assert not current_platform.is_out_of_tree()
     assert current_platform.capabilities == CudaSRTPlatform.capabilities
 
@@ -28,8 +28,8 @@ def test_a_bound_layer_replays_in_a_graph_with_new_data() -> None:
     set_global_policy(SelectionPolicy("reference"))
     try:
         layer = RMSNorm(256).cuda().bfloat16()
-        binder = Binder(get_default_manager(), Settings())
-        assert binder.bind(torch.nn.Sequential(layer)).bound == 1
+        binder = Binder(get_default_manager())
+        assert binder.bind(torch.nn.Sequential(layer), Settings()).bound == 1
         x = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16)
         layer(x)
         torch.cuda.synchronize()
@@ -51,8 +51,8 @@ def test_a_rotary_embedding_is_written_in_place_as_sglangs_own_is(form: str) -> 
     set_global_policy(SelectionPolicy("reference"))
     try:
         layer, own = (RotaryEmbedding(64, 64, 256, 10000, True, torch.bfloat16).cuda() for _ in range(2))
-        binder = Binder(get_default_manager(), Settings())
-        assert binder.bind(torch.nn.Sequential(layer)).bound == 1
+        binder = Binder(get_default_manager())
+        assert binder.bind(torch.nn.Sequential(layer), Settings()).bound == 1
         packed = torch.randn(5, 6 * 64, device="cuda", dtype=torch.bfloat16)
         positions = torch.randint(0, 256, (5,), device="cuda")
         results = []

@@ -2,8 +2,8 @@
 """SGLang 0.5.23's layer classes by operator, as names: this file imports nothing of SGLang.
 
 The first class of each operator is the one whose forward the operator's signature describes; the
-others are its subclasses, or stand beside it (:data:`BESIDE`). Which of them a bridge takes over is the bridge's to say; all of them may
-stand in ``oot_whitelist`` and ``oot_blacklist``. A test holds the lists against the installed SGLang.
+others are its subclasses, or have a bridge of their own (:data:`STANDALONE_CLASSES`). Which of them a bridge takes over is the
+bridge's to say; all of them may stand in ``oot_whitelist`` and ``oot_blacklist``. A test holds the lists against the installed SGLang.
 """
 
 #: operator -> (module, class), the class described by the operator's signature first.
@@ -60,7 +60,7 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
 #: Operators whose class derives from another operator's class: naming that one in a list means both.
 DERIVED = {"mrotary_embedding": "rotary_embedding"}
 #: Classes that do an operator's work under a bridge of their own, and derive from none of its other classes.
-BESIDE = frozenset({"Gemma3RMSNorm", "Gemma4RMSNorm", "RMSNormWithoutScale"})
+STANDALONE_CLASSES = frozenset({"Gemma3RMSNorm", "Gemma4RMSNorm", "RMSNormWithoutScale"})
 
 #: operator -> (module, function) that SGLang calls, and not as a layer. The lists of classes may name it, too.
 FUNCTIONS: dict[str, tuple[str, str]] = {
@@ -84,7 +84,7 @@ NOT_COVERED_CLASSES = frozenset(
 )
 
 #: Those that have a forward of their own, and so always stay with SGLang.
-OVERRIDING = frozenset(
+CUSTOM_FORWARD = frozenset(
     {
         "BailingMRotaryEmbedding",
         "DeepseekScalingRotaryEmbedding",
@@ -99,7 +99,7 @@ OVERRIDING = frozenset(
 
 def names_in_lists(class_name: str, op: str) -> set[str]:
     """The names under which the lists of classes may mean one: its own, and those of the catalog that it derives from."""
-    if class_name in BESIDE or op in FUNCTIONS:
+    if class_name in STANDALONE_CLASSES or op in FUNCTIONS:
         return {class_name}
     return {class_name, *(LAYERS[base][0][1] for base in (op, DERIVED.get(op)) if base)}
 
@@ -108,4 +108,4 @@ def classes_of(op: str) -> list[str]:
     """The classes, or the function, that a bridge may give to an operator; none if there is no bridge for it."""
     if op in FUNCTIONS:
         return [FUNCTIONS[op][1]]
-    return [name for _, name in LAYERS.get(op, ()) if name not in OVERRIDING]
+    return [name for _, name in LAYERS.get(op, ()) if name not in CUSTOM_FORWARD]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+from .base import Forward, ModelContext, Routes, check_result, scratch
+from .layer import Layer, LayerBridge
 from .moe import server_reason, sglang_topk
 
 _TRIAL_TOKENS = 2
@@ -18,7 +19,7 @@ _STANDARD = {"gemm1_alpha": None, "gemm1_clamp_limit": None, "swiglu_limit": Non
 _SCALES = {"forward_cuda": True, "forward_musa": True, "forward_cpu": False, "forward_native": False}
 
 
-class FusedMoEBridge(Bridge):
+class FusedMoEBridge(LayerBridge):
     """SGLang's UnquantizedFusedMoEMethod, a module below each FusedMoE layer: ``forward(layer, dispatch_output)``."""
 
     op = "fused_moe"
@@ -27,7 +28,7 @@ class FusedMoEBridge(Bridge):
         owner = getattr(getattr(layer, "moe_runner_config", None), "layer", None)
         return iter(()) if owner is None else owner.parameters()
 
-    def _reason_in_attributes(self, layer: Layer) -> str | None:
+    def attribute_reason(self, layer: Layer) -> str | None:
         if type(layer).apply is not self.layer_class.apply:  # type: ignore[union-attr]
             return f"{type(layer).__name__} overrides apply"
         config = getattr(layer, "moe_runner_config", None)
@@ -71,11 +72,11 @@ class FusedMoEBridge(Bridge):
             return "its weights go on the input of experts with a bias"
         return _reason_in_weights(config, owner)
 
-    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+    def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         config, owner = layer.moe_runner_config, layer.moe_runner_config.layer
         return (
-            site.dtype,
-            site.device,
+            context.dtype,
+            context.device,
             owner.w13_weight.dtype,
             owner.w13_weight.shape,
             config.num_experts,
@@ -86,14 +87,14 @@ class FusedMoEBridge(Bridge):
             layer.with_bias,
         )
 
-    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
+    def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         config, owner = layer.moe_runner_config, layer.moe_runner_config.layer
         experts, _, hidden_size = owner.w13_weight.shape
         top_k = min(config.top_k or 1, experts)
-        x = scratch(site, _TRIAL_TOKENS, hidden_size)
-        ids = torch.arange(top_k, dtype=torch.int32, device=site.device).repeat(_TRIAL_TOKENS, 1)
+        x = scratch(context, _TRIAL_TOKENS, hidden_size)
+        ids = torch.arange(top_k, dtype=torch.int32, device=context.device).repeat(_TRIAL_TOKENS, 1)
         ids[-1, -1] = -1
-        weights = torch.full(ids.shape, 1 / top_k, device=site.device)
+        weights = torch.full(ids.shape, 1 / top_k, device=context.device)
         logits = x.new_zeros(_TRIAL_TOKENS, experts)
         given = _dispatch_output()(x.clone(), None, sglang_topk().StandardTopKOutput(weights, ids, logits))
         check_result("its result", fn(layer, owner, given), x)
@@ -127,7 +128,7 @@ class FusedMoEBridge(Bridge):
             try:
                 return combined(fn(self, layer, given))
             except Exception as error:
-                found = failed(self, error, (layer, given), (layer, dispatch_output))
+                found = failed(self, error, (self, layer, given), (layer, dispatch_output))
                 return found if isinstance(found, combined) else combined(found)
 
         return forward

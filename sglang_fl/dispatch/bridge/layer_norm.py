@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-
 import torch
 
-from .base import Forward, Layer, Routes
+from .base import Forward, Routes
+from .layer import Layer
 from .norm import NormBridge
 
 
@@ -11,7 +11,7 @@ class LayerNormBridge(NormBridge):
 
     op = "layer_norm"
 
-    def _reason_in_attributes(self, layer: Layer) -> str | None:
+    def attribute_reason(self, layer: Layer) -> str | None:
         for name, standard in (("elementwise_affine", True), ("use_bias", True)):
             if getattr(layer, name) is not standard:
                 return f"{name}={getattr(layer, name)}"
@@ -33,6 +33,6 @@ class LayerNormBridge(NormBridge):
             try:
                 return fn(self, x)
             except Exception as error:
-                return failed(self, error, (x,), (x,))
+                return failed(self, error, (self, x), (x,))
 
         return forward

@@ -3,17 +3,18 @@ from typing import Any
 
 import torch
 
-from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
-from .rotary_embedding import OUT_OF_PLACE, TRIAL_HEADS, TRIAL_KV_HEADS, TRIAL_TOKENS, write_back
+from .base import Forward, ModelContext, Routes, scratch
+from .layer import Layer, LayerBridge
+from .rotary_embedding import OUT_OF_PLACE, TRIAL_HEADS, TRIAL_KV_HEADS, TRIAL_TOKENS, check_query_and_key, write_back
 
 
-class MRotaryEmbeddingBridge(Bridge):
+class MRotaryEmbeddingBridge(LayerBridge):
     """SGLang's MRotaryEmbedding: ``forward(positions, query, key, fused_set_kv_buffer_arg)``."""
 
     op = "mrotary_embedding"
     shared = True
 
-    def _reason_in_attributes(self, layer: Layer) -> str | None:
+    def attribute_reason(self, layer: Layer) -> str | None:
         cache = layer._buffers.get("cos_sin_cache")
         if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
             return "its cos_sin_cache is not [max_position, rotary_dim]"
@@ -23,21 +24,18 @@ class MRotaryEmbeddingBridge(Bridge):
             return "its axis_map does not say which position each pair turns by"
         return None
 
-    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+    def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         sections = tuple(layer.mrope_section or ())
         size = layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
-        return site.dtype, site.device, *size, sections, layer.mrope_interleaved
+        return context.dtype, context.device, *size, sections, layer.mrope_interleaved
 
-    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
-        positions = torch.arange(TRIAL_TOKENS, device=site.device) % layer.cos_sin_cache.shape[0]
+    def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
+        positions = torch.arange(TRIAL_TOKENS, device=context.device) % layer.cos_sin_cache.shape[0]
         for given in (positions, positions.expand(3, -1)) if layer.mrope_section else (positions,):
-            query = scratch(site, TRIAL_TOKENS, TRIAL_HEADS * layer.head_size)
-            key = scratch(site, TRIAL_TOKENS, TRIAL_KV_HEADS * layer.head_size)
+            query = scratch(context, TRIAL_TOKENS, TRIAL_HEADS * layer.head_size)
+            key = scratch(context, TRIAL_TOKENS, TRIAL_KV_HEADS * layer.head_size)
             result = fn(layer, given, query.clone(), key.clone())
-            if not isinstance(result, tuple) or len(result) != 2:
-                raise TypeError(f"its result is {type(result).__name__}, not (query, key)")
-            check_result("its query", result[0], query)
-            check_result("its key", result[1], key)
+            check_query_and_key(result, query, key)
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own = routes.fn, routes.dtypes, routes.own
@@ -61,7 +59,7 @@ class MRotaryEmbeddingBridge(Bridge):
             try:
                 rotated = fn(self, positions, query, key)
             except Exception as error:
-                rotated = failed(self, error, (positions, query, key), (positions, query, key))
+                rotated = failed(self, error, (self, positions, query, key), (positions, query, key))
             if in_place and positions.dim() == 2:
                 return write_back(query, query, rotated[0]), write_back(key, key, rotated[1])
             return rotated

@@ -4,6 +4,9 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .function import FunctionSocket
+from .socket import Socket
+
 
 @dataclass
 class BindReport:
@@ -15,11 +18,11 @@ class BindReport:
     layers: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     functions: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def add(self, op: str, class_name: str, destination: str) -> None:
-        self.layers[op, class_name, destination] += 1
-
-    def add_function(self, op: str, name: str, destination: str) -> None:
-        self.functions[op, name] = destination
+    def add(self, socket: Socket, destination: str) -> None:
+        if isinstance(socket, FunctionSocket):
+            self.functions[socket.op, socket.name] = destination
+        else:
+            self.layers[socket.op, socket.name, destination] += 1
 
     @property
     def bound(self) -> int:

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
-from typing import Any
 
-import torch
-from torch import nn
-
-from .base import OBJ, Forward, Layer, Routes, Site
-from .norm import NormBridge, norm_obj
+from .layer import Layer
+from .norm import NormBridge
 
 #: Attributes of SGLang's RMSNorm that change its result, and the value that does not.
 _STANDARD = {
@@ -36,7 +32,7 @@ class RMSNormBridge(NormBridge):
     op = "rms_norm"
     with_residual = True
 
-    def _reason_in_attributes(self, layer: Layer) -> str | None:
+    def attribute_reason(self, layer: Layer) -> str | None:
         for name, standard in _STANDARD.items():
             value = getattr(layer, name)
             if value != standard:
@@ -47,56 +43,13 @@ class RMSNormBridge(NormBridge):
             return "its output is quantised to FP8 on the way out"
         return None
 
-    def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
-
-        def forward(
-            self: Layer,
-            x: torch.Tensor,
-            residual: torch.Tensor | None = None,
-            post_residual_addition: torch.Tensor | None = None,
-            quant_linear: nn.Module | None = None,
-        ) -> Any:
-            if post_residual_addition is not None or quant_linear is not None:
-                return own(self, x, residual, post_residual_addition, quant_linear)
-            if contexts.active:
-                return divert(self, x, residual)
-            if dtypes is not None and x.dtype not in dtypes:
-                return own(self, x, residual)
-            try:
-                return fn(self, x, residual)
-            except Exception as error:
-                return failed(self, error, (x, residual), (x, residual))
-
-        return forward
-
 
 class RMSNormWithoutScaleBridge(NormBridge):
     """SGLang's RMSNormWithoutScale: ``forward(x)``, ``eps`` for ``variance_epsilon``, and ones for weights."""
 
     op = "rms_norm"
     class_name = "RMSNormWithoutScale"
-
-    def _obj(self, layer: Layer, site: Site) -> Any:
-        return vars(layer).get(OBJ) or norm_obj(layer, site.dtype, site.device)
-
-    def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
-
-        def forward(self: Layer, x: torch.Tensor) -> Any:
-            if contexts.active:
-                return divert(self, x)
-            if dtypes is not None and x.dtype not in dtypes:
-                return own(self, x)
-            obj = self.__dict__.get(OBJ) or norm_obj(self, x.dtype, x.device)
-            try:
-                return fn(obj, x)
-            except Exception as error:
-                return failed(self, error, (x,), (x,))
-
-        return forward
+    has_eps = True
 
 
 class Gemma4RMSNormBridge(RMSNormWithoutScaleBridge):
@@ -104,5 +57,5 @@ class Gemma4RMSNormBridge(RMSNormWithoutScaleBridge):
 
     class_name = "Gemma4RMSNorm"
 
-    def _reason_in_attributes(self, layer: Layer) -> str | None:
+    def attribute_reason(self, layer: Layer) -> str | None:
         return f"scale_shift={layer.scale_shift}" if layer.with_scale and layer.scale_shift != 0 else None

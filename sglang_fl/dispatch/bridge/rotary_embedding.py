@@ -3,7 +3,8 @@ from typing import Any
 
 import torch
 
-from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+from .base import Forward, ModelContext, Routes, check_pair, check_result, scratch
+from .layer import Layer, LayerBridge
 
 TRIAL_TOKENS, TRIAL_HEADS, TRIAL_KV_HEADS = 2, 4, 2
 #: SGLang's forwards that return new tensors.
@@ -26,13 +27,13 @@ def cos_sin(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return halves
 
 
-class RotaryEmbeddingBridge(Bridge):
+class RotaryEmbeddingBridge(LayerBridge):
     """SGLang's RotaryEmbedding: ``forward(positions, query, key, offsets, fused_set_kv_buffer_arg)``."""
 
     op = "rotary_embedding"
     shared = True
 
-    def _reason_in_attributes(self, layer: Layer) -> str | None:
+    def attribute_reason(self, layer: Layer) -> str | None:
         cache = layer._buffers.get("cos_sin_cache")
         if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
             return "its cos_sin_cache is not [max_position, rotary_dim]"
@@ -40,20 +41,17 @@ class RotaryEmbeddingBridge(Bridge):
             return "it reads sin_cos_cache instead of positions"
         return None
 
-    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
-        return site.dtype, site.device, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
+    def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
+        return context.dtype, context.device, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
 
-    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
-        query = scratch(site, TRIAL_TOKENS, TRIAL_HEADS, layer.head_size)
-        key = scratch(site, TRIAL_TOKENS, TRIAL_KV_HEADS, layer.head_size)
+    def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
+        query = scratch(context, TRIAL_TOKENS, TRIAL_HEADS, layer.head_size)
+        key = scratch(context, TRIAL_TOKENS, TRIAL_KV_HEADS, layer.head_size)
         _, cos, sin = cos_sin(layer)
-        positions = torch.arange(TRIAL_TOKENS, device=site.device) % cos.shape[0]
+        positions = torch.arange(TRIAL_TOKENS, device=context.device) % cos.shape[0]
         in_place = layer._resolve_forward_method().__name__ not in OUT_OF_PLACE
         result = fn(layer, query.clone(), key.clone(), cos, sin, positions, not layer.is_neox_style, in_place)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"its result is {type(result).__name__}, not (query, key)")
-        check_result("its query", result[0], query)
-        check_result("its key", result[1], key)
+        check_query_and_key(result, query, key)
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own = routes.fn, routes.dtypes, routes.own
@@ -84,6 +82,7 @@ class RotaryEmbeddingBridge(Bridge):
             rows = (positions if offsets is None else positions + offsets).flatten()
             head_size = state["head_size"]
             args = (
+                self,
                 _by_head(query, rows.shape[0], head_size),
                 _by_head(key, rows.shape[0], head_size),
                 halves[1],
@@ -93,14 +92,21 @@ class RotaryEmbeddingBridge(Bridge):
                 in_place,
             )
             try:
-                rotated = fn(self, *args)
+                rotated = fn(*args)
             except Exception as error:
                 rotated = failed(self, error, args, (positions, query, key, offsets))
             if in_place:
-                return write_back(query, args[0], rotated[0]), write_back(key, args[1], rotated[1])
+                return write_back(query, args[1], rotated[0]), write_back(key, args[2], rotated[1])
             return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
 
         return forward
+
+
+def check_query_and_key(result: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless ``result`` is a pair like these."""
+    rotated = check_pair(result, "(query, key)")
+    check_result("its query", rotated[0], query)
+    check_result("its key", rotated[1], key)
 
 
 def write_back(given: torch.Tensor, by_head: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:

@@ -3,19 +3,20 @@ from typing import Any
 
 import torch
 
-from .base import Bridge, Forward, Layer, Routes, Site, check_result, scratch
+from .base import Forward, ModelContext, Routes, check_result, scratch
+from .layer import Layer, LayerBridge
 from .moe import server_reason, sglang_topk
 
 _TRIAL_TOKENS = 2
 _UNKNOWN_EXPERTS, _UNKNOWN_SIZE = 64, 128
 
 
-class TopKBridge(Bridge):
+class TopKBridge(LayerBridge):
     """SGLang's TopK: ``forward(hidden_states, router_logits, *, num_token_non_padded, …)``, a StandardTopKOutput."""
 
     op = "topk"
 
-    def _reason_in_attributes(self, layer: Layer) -> str | None:
+    def attribute_reason(self, layer: Layer) -> str | None:
         config = layer.topk_config
         if config.custom_routing_function is not None:
             return "it has a routing function of its own"
@@ -29,15 +30,15 @@ class TopKBridge(Bridge):
             return "its runner takes raw logits"
         if layer.enable_waterfill or layer.waterfill_balancer is not None:
             return "waterfill balances its shared experts"
-        return _biased(config) or _shared(config) or _watched(layer) or server_reason()
+        return _biased(config) or _shared(config) or _recorded(layer) or server_reason()
 
-    def trial_key(self, layer: Layer, site: Site) -> tuple[Any, ...]:
+    def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         config = layer.topk_config
         bias = None if config.correction_bias is None else (config.correction_bias.dtype, config.correction_bias.shape)
         return (
-            site.dtype,
-            site.device,
-            site.num_experts,
+            context.dtype,
+            context.device,
+            context.num_experts,
             config.top_k,
             config.scoring_func,
             config.renormalize,
@@ -49,22 +50,22 @@ class TopKBridge(Bridge):
             config.fused_shared_experts_scaling_factor,
         )
 
-    def trial(self, layer: Layer, site: Site, fn: Forward) -> None:
+    def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         config = layer.topk_config
         bias = config.correction_bias
-        experts = len(bias) if bias is not None else site.num_experts or _UNKNOWN_EXPERTS
-        hidden_states = scratch(site, _TRIAL_TOKENS, _UNKNOWN_SIZE)
-        router_logits = scratch(site, _TRIAL_TOKENS, experts)
-        wanted = torch.empty(_TRIAL_TOKENS, config.top_k, device=site.device)
-        for real in (None, torch.ones(1, dtype=torch.int32, device=site.device)):
-            result = fn(layer, hidden_states, router_logits.clone(), num_token_non_padded=real, expert_location_dispatch_info=None)
+        experts = len(bias) if bias is not None else context.num_experts or _UNKNOWN_EXPERTS
+        hidden_states = scratch(context, _TRIAL_TOKENS, _UNKNOWN_SIZE)
+        router_logits = scratch(context, _TRIAL_TOKENS, experts)
+        wanted = torch.empty(_TRIAL_TOKENS, config.top_k, device=context.device)
+        for num_tokens in (None, torch.ones(1, dtype=torch.int32, device=context.device)):
+            result = fn(layer, hidden_states, router_logits.clone(), num_token_non_padded=num_tokens, expert_location_dispatch_info=None)
             if not isinstance(result, tuple) or len(result) < 2:
                 raise TypeError(f"its result is {type(result).__name__}, not (topk_weights, topk_ids)")
             check_result("its topk_weights", result[0][:1], wanted[:1])
             check_result("its topk_ids", result[1], wanted.to(torch.int32))
             if result[0].shape != wanted.shape:
                 raise ValueError(f"its topk_weights has shape {tuple(result[0].shape)}, not {tuple(wanted.shape)}")
-            _check_ids(result[1], experts + config.num_shared_topk_slots, padded=real is not None)
+            _check_ids(result[1], experts + config.num_shared_topk_slots, padded=num_tokens is not None)
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own = routes.fn, routes.dtypes, routes.own
@@ -100,7 +101,7 @@ class TopKBridge(Bridge):
                 found = fn(self, hidden_states, router_logits, num_token_non_padded=asked)
             except Exception as error:
                 args = (hidden_states, router_logits)
-                found = failed(self, error, args, args, num_token_non_padded=asked)
+                found = failed(self, error, (self, *args), args, num_token_non_padded=asked)
             if keep_padded_ids:
                 zero_padded(found[0], num_token_non_padded)
             return output(found[0], found[1], router_logits)
@@ -136,7 +137,7 @@ def _shared(config: Any) -> str | None:
     return None
 
 
-def _watched(layer: Layer) -> str | None:
+def _recorded(layer: Layer) -> str | None:
     """What else SGLang's forward does with the ids of its choice, if this server asks for it."""
     from sglang.srt.runtime_context import get_exec
 

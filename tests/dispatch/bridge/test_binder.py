@@ -34,9 +34,12 @@ from sglang_fl.dispatch import (
     set_global_policy,
     with_preference,
 )
-from sglang_fl.dispatch.bridge.base import Site
+from sglang_fl.dispatch.bridge.base import ModelContext
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.bridges import LAYER_BRIDGES
+from sglang_fl.dispatch.bridge.layer import layer_sockets
 from sglang_fl.dispatch.bridge.report import BindReport
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 from sglang_fl.dispatch.policy import overrides
 
@@ -119,9 +122,9 @@ _alive: list[Binder] = []
 def bind(
     layer: nn.Module, manager: OpManager, settings: Settings | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> BindReport:
-    binder = Binder(manager, settings or Settings(), **options)
+    binder = Binder(manager)
     _alive.append(binder)
-    return binder.bind(Model(layer, dtype=dtype))
+    return binder.bind(Model(layer, dtype=dtype), settings or Settings(), **options)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +133,8 @@ def bind(
         (SelectionPolicy(), FLAGOS),
         (SelectionPolicy("vendor"), VENDOR),
         (SelectionPolicy("reference"), REFERENCE),
-        (order("sglang", "flagos"), "sglang"),
-        (order("vendor:nobody", "sglang", "reference"), "sglang"),
+        (order("sglang"), "sglang"),
+        (order("vendor:nobody", "sglang"), "sglang"),
         (order("vendor:nobody", "reference"), REFERENCE),
         (SelectionPolicy("vendor", deny_vendors=frozenset("x")), FLAGOS),
     ],
@@ -178,9 +181,8 @@ def test_a_class_in_a_list_stands_for_its_subclasses() -> None:
 def test_the_summary_counts() -> None:
     set_global_policy(SelectionPolicy("reference"))
     shared = norm()
-    report = Binder(manager(), Settings()).bind(
-        Model(shared, norm(), nn.Sequential(shared), norm(fp32_residual=True), rotary("RotaryEmbedding"))
-    )
+    model = Model(shared, norm(), nn.Sequential(shared), norm(fp32_residual=True), rotary("RotaryEmbedding"))
+    report = Binder(manager()).bind(model, Settings())
     assert report.bound == 2
     assert report.left == 2
     assert report.summary().splitlines()[0] == "sglang-fl: 2 layers bound, 2 left to SGLang"
@@ -229,8 +231,8 @@ def test_what_fails_its_trial_is_passed_over_with_one_warning(broken: Any, told:
     with caplog.at_level(logging.WARNING):
         set_global_policy(SelectionPolicy())
         layers = [norm(), norm()]
-        binder = Binder(manager(flagos=broken), Settings())
-        report = binder.bind(Model(*layers))
+        binder = Binder(manager(flagos=broken))
+        report = binder.bind(Model(*layers), Settings())
     assert {ran(layer) for layer in layers} == {VENDOR}
     assert report.bound == 2
     assert len(caplog.records) == 1
@@ -269,19 +271,19 @@ def test_the_trial_has_the_layers_real_size_and_dtype_and_leaves_random_numbers_
     set_global_policy(SelectionPolicy())
     layers = [norm() for _ in range(30)]
     state = torch.random.get_rng_state()
-    Binder(manager(flagos=fn), Settings()).bind(Model(*layers, dtype=torch.bfloat16))
+    Binder(manager(flagos=fn)).bind(Model(*layers, dtype=torch.bfloat16), Settings())
     assert torch.equal(state, torch.random.get_rng_state())
     assert seen == [((2, HIDDEN), torch.bfloat16, False), ((2, HIDDEN), torch.bfloat16, True)], "one trial speaks for all"
 
 
 def test_the_width_of_a_gated_mlp_comes_from_its_first_matrix() -> None:
-    from sglang_fl.dispatch.bridge.binder import _layers_of
-
     mlp = nn.Module()
     mlp.gate_up_proj = nn.Module()
     mlp.gate_up_proj.output_size_per_partition = 96
     mlp.act_fn = sglang_class("SiluAndMul")()
-    assert [site for *_, site in _layers_of(Model(mlp))] == [Site(torch.float32, torch.device("cpu"), 48)]
+    assert [socket.context for socket in layer_sockets(Model(mlp), LAYER_BRIDGES, Load(Settings()))] == [
+        ModelContext(torch.float32, torch.device("cpu"), 48)
+    ]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -293,7 +295,7 @@ def test_an_activation_that_sglang_fuses_with_fp8_quantisation_stays_its_own(ena
     mlp.act_fn = sglang_class("SiluAndMul")()
     mlp.activation_quant = DenseSiluAndMulQuant.__new__(DenseSiluAndMulQuant)  # which asks for Blackwell
     mlp.activation_quant.enabled = enabled
-    report = Binder(get_default_manager(), Settings()).bind(Model(mlp))
+    report = Binder(get_default_manager()).bind(Model(mlp), Settings())
     assert report.bound == (not enabled)
     assert ("SGLang fuses it with the FP8 quantisation that follows" in report.summary()) is enabled
     for model in ("llama", "qwen2"):
@@ -314,7 +316,7 @@ def test_pinned_and_compiled_layers_are_left_alone_after_a_context_that_gave_a_l
     with policy_context(order("sglang")):
         assert ran(layer) == "sglang"
     pinned = norm(force_native=True)
-    assert "SGLang pinned it" in _alive[-1].bind(Model(pinned)).summary()
+    assert "SGLang pinned it" in _alive[-1].bind(Model(pinned), Settings()).summary()
     layer.enter_torch_compile(num_tokens=1)
     set_global_policy(SelectionPolicy("vendor"))
     assert layer._forward_method == layer.forward_native
@@ -417,10 +419,10 @@ def test_a_policy_set_while_a_model_is_being_bound_is_followed() -> None:
     """The policy that binding started from may be another by the time the layers are known."""
     set_global_policy(SelectionPolicy())
     layer = norm()
-    binder = Binder(manager(), Settings())
+    binder = Binder(manager())
     _alive.append(binder)
     with binder._lock:
-        thread = threading.Thread(target=binder.bind, args=(Model(layer),))
+        thread = threading.Thread(target=binder.bind, args=(Model(layer), Settings()))
         thread.start()
         time.sleep(0.2)  # the thread waits for the lock now
         set_global_policy(SelectionPolicy("vendor"))

@@ -12,6 +12,7 @@ import pytest
 import sglang
 import torch
 from accuracy import U32, assert_within
+from backend_functions import reference
 from torch import nn
 
 from sglang_fl.config import Settings
@@ -25,9 +26,8 @@ from sglang_fl.dispatch import (
     reset_global_policy,
     set_global_policy,
 )
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.bridge.binder import Binder
-from sglang_fl.dispatch.bridge.catalog import BESIDE, LAYERS, OVERRIDING
+from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD, LAYERS, STANDALONE_CLASSES
 from sglang_fl.dispatch.bridge.report import BindReport
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 
@@ -44,7 +44,6 @@ from .sglang_layers import (
     sglang_class,
 )
 
-reference = ReferenceBackend()
 CALLS: list[str] = []
 
 
@@ -65,10 +64,10 @@ def bind(
         registry.register_impl(
             OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, counted(op, wrong.get(op) or getattr(reference, op)))
         )
-    binder = Binder(OpManager(registry), settings or Settings())
+    binder = Binder(OpManager(registry))
     for layer in layers:
         layer.test_keeps_alive = binder  # type: ignore[assignment]
-    report = binder.bind(Model(*layers, dtype=dtype))
+    report = binder.bind(Model(*layers, dtype=dtype), settings or Settings())
     CALLS.clear()
     return report
 
@@ -89,7 +88,7 @@ def rng() -> torch.Generator:
 
 def sglang_subclasses() -> dict[str, set[str]]:
     """operator -> its classes and all their subclasses, read from the source of the installed SGLang."""
-    roots = {op: {layers[0][1]} | {name for _, name in layers if name in BESIDE} for op, layers in LAYERS.items()}
+    roots = {op: {layers[0][1]} | {name for _, name in layers if name in STANDALONE_CLASSES} for op, layers in LAYERS.items()}
     parents: dict[str, set[str]] = {}
     bases = frozenset().union(*roots.values())
     for path in (Path(sglang.__file__).parent / "srt").rglob("*.py"):
@@ -134,7 +133,7 @@ def test_every_class_of_the_catalog_is_walked_here() -> None:
 def test_rotary_class(rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
     layer = ROTARY_LAYERS[name](dtype=dtype)
     report = bind(layer, dtype=dtype)
-    if name in OVERRIDING:
+    if name in CUSTOM_FORWARD:
         assert report.bound == 0 and layer._forward_method is None, report.summary()
         assert "overrides" in report.summary()
         return
@@ -213,7 +212,7 @@ class InPlaceRotary(sglang_class("RotaryEmbedding")):  # type: ignore[misc]
 @pytest.mark.parametrize("writes", [False, True])
 def test_callers_that_do_not_look_at_the_result(rng: torch.Generator, form: str, writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """models/llama4.py rotates views of its packed queries and keys, and goes on with the packed tensor."""
-    monkeypatch.setattr("sglang_fl.dispatch.bridge.base.overridden", lambda cls, base: set())
+    monkeypatch.setattr("sglang_fl.dispatch.bridge.layer.overridden", lambda cls, base: set())
 
     def writing(obj: Any, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Any:
         rotated = reference.rotary_embedding(obj, q, k, *rest)
@@ -272,7 +271,7 @@ def test_the_log_says_where_calls_went_that_the_operator_cannot_express(
         query, key, positions = torch.randn(2, HEAD, generator=rng), torch.randn(2, HEAD, generator=rng), torch.arange(2)
         for _ in range(3):
             layer(positions, query, key, fused_set_kv_buffer_arg=object())
-        assert log.read_text() == "[OOT-DISPATCH] RotaryEmbedding → sglang(reference(reference.torch) cannot say what it is called with)\n"
+        assert log.read_text() == "[OOT-DISPATCH] RotaryEmbedding → sglang(arguments not supported by reference(reference.torch))\n"
         assert CALLS == []
         layer(positions, query, key)
         assert "[OOT-DISPATCH] RotaryEmbedding → reference(reference.torch)\n" in log.read_text()
@@ -296,8 +295,8 @@ def test_after_a_refusal_the_next_takes_the_call(rng: torch.Generator) -> None:
     registry.register_impl(OpImpl("rotary_embedding", "reference.torch", BackendImplKind.REFERENCE, second))
     set_global_policy(SelectionPolicy("vendor"))
     layer = rotary("RotaryEmbedding")
-    binder = Binder(OpManager(registry), Settings())
-    assert binder.bind(Model(layer)).bound == 1
+    binder = Binder(OpManager(registry))
+    assert binder.bind(Model(layer), Settings()).bound == 1
     query, positions = torch.randn(3, HEAD, generator=rng), torch.tensor([3, 5, 7])
     CALLS.clear()
     layer(positions, query, query.clone())
@@ -317,8 +316,8 @@ def test_a_call_in_a_dtype_that_is_not_supported_goes_to_sglang(rng: torch.Gener
         ACTIVATION_LAYERS["SiluAndMul"](),
         rotary("RotaryEmbedding", dtype=torch.bfloat16),
     )
-    binder = Binder(OpManager(registry), Settings())
-    assert binder.bind(Model(norm, activation, embedding, dtype=torch.bfloat16)).bound == 3
+    binder = Binder(OpManager(registry))
+    assert binder.bind(Model(norm, activation, embedding, dtype=torch.bfloat16), Settings()).bound == 3
     CALLS.clear()
     for dtype, expected in ((torch.float32, []), (torch.bfloat16, ["rms_norm", "rms_norm", "silu_and_mul", "rotary_embedding"])):
         x = torch.randn(3, HIDDEN, generator=rng).to(dtype)

@@ -71,7 +71,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
 def bound(level: int = logging.INFO) -> Decoder:
     set_global_policy(SelectionPolicy("reference"))
     model = Decoder()
-    Binder(OpManager(), Settings(), log_level=level).bind(model)
+    Binder(OpManager()).bind(model, Settings(), log_level=level)
     return model
 
 
@@ -132,7 +132,7 @@ def test_a_layer_that_is_called_later_is_taken_back(log: Path, caplog: pytest.Lo
 def test_layers_left_to_sglang_are_not_waited_for(log: Path) -> None:
     set_global_policy(SelectionPolicy("reference", per_op_order=(("silu_and_mul", ("sglang",)),)))
     model = Decoder()
-    Binder(OpManager(), Settings()).bind(model)
+    Binder(OpManager()).bind(model, Settings())
     model.run(ENOUGH, qk_norm=True, act=False)
     assert not_called(log) == []
 
@@ -140,8 +140,8 @@ def test_layers_left_to_sglang_are_not_waited_for(log: Path) -> None:
 def test_layers_that_a_policy_moves_later_are_waited_for(log: Path) -> None:
     set_global_policy(SelectionPolicy(per_op_order=(("rms_norm", ("sglang",)), ("silu_and_mul", ("reference",)))))
     model = Decoder()
-    binder = Binder(OpManager(), Settings())
-    binder.bind(model)
+    binder = Binder(OpManager())
+    binder.bind(model, Settings())
     set_global_policy(SelectionPolicy("reference"))
     model.run(ENOUGH, qk_norm=False)
     assert len(not_called(log)) == 1

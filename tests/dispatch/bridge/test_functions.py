@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_functions import reference
 from sglang.srt.layers.attention.linear.gdn_backend import GDNKernelDispatcher
 from sglang.srt.layers.attention.linear.kernels import gdn_triton
 from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
@@ -31,11 +32,10 @@ from sglang_fl.dispatch import (
     set_global_policy,
     with_preference,
 )
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.bridge import gated_delta_rule
+from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
-from sglang_fl.dispatch.bridge.function import FunctionBinder
-from sglang_fl.dispatch.bridge.gated_delta_rule import GATED_DELTA_RULE
+from sglang_fl.dispatch.bridge.function import FunctionSocket
 from sglang_fl.dispatch.bridge.report import BindReport
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 from sglang_fl.dispatch.policy import overrides
@@ -43,7 +43,6 @@ from sglang_fl.dispatch.policy import overrides
 H, HV, K, V = 2, 4, 8, 16
 CHUNK, RECURRENT, PACKED = FUNCTIONS
 NOT_CALLED = "sglang(nothing that SGLang has loaded calls it)"
-reference = ReferenceBackend()
 
 
 class Hybrid(nn.Module):
@@ -77,7 +76,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert overrides.active == 0
 
 
-_alive: list[FunctionBinder] = []
+_alive: list[Binder] = []
 
 
 def bind(
@@ -90,11 +89,9 @@ def bind(
         if op in fns:
             registry.register_impl(OpImpl(op, "default.flagos", BackendImplKind.DEFAULT, fns[op], writes_inputs=False))
     set_global_policy(policy or SelectionPolicy())
-    binder = FunctionBinder(GATED_DELTA_RULE, OpManager(registry), settings or Settings())
+    binder = Binder(OpManager(registry))
     _alive.append(binder)
-    report = BindReport()
-    binder.bind(model or Hybrid(), report)
-    return report
+    return binder.bind(model or Hybrid(), settings or Settings())
 
 
 def prefill(kernel: Any = None, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -317,9 +314,8 @@ def test_a_dtype_that_the_implementation_does_not_take_goes_to_sglang(monkeypatc
             supported_dtypes=frozenset({torch.bfloat16}),
         )
     )
-    binder = FunctionBinder(GATED_DELTA_RULE[:1], OpManager(registry), Settings())
-    report = BindReport()
-    binder.bind(Hybrid(dtype=torch.bfloat16), report)
+    binder = Binder(OpManager(registry))
+    report = binder.bind(Hybrid(dtype=torch.bfloat16), Settings())
     assert report.functions[CHUNK, CHUNK] == "reference(reference.torch)"
     assert prefill()[0] == "o", "an fp32 call in a bf16 model"
 
@@ -384,3 +380,38 @@ def test_a_kernel_class_that_does_not_call_it_is_named(caplog: pytest.LogCapture
     assert "sglang-fl: SGLang runs FlashInferGDNKernel, which does not call chunk_gated_delta_rule" in caplog.text
     assert f"{CHUNK} → sglang(not called: FlashInferGDNKernel does its work)" in (tmp_path / "log").read_text()
     assert PACKED not in (tmp_path / "log").read_text()
+
+
+def test_a_refresh_that_stops_changes_nothing() -> None:
+    """A strict policy moves two functions; the hook on the second is taken by another plugin."""
+    HookRegistry.register(".".join(FUNCTIONS[PACKED]), lambda own, *args, **kwargs: "theirs", HookType.AROUND)
+    HookRegistry.apply_hooks()
+    bind(SelectionPolicy(per_op_order=tuple((op, ("sglang",)) for op in FUNCTIONS)))
+    binder = _alive[-1]
+    chunk = next(socket for socket in binder._sockets.values() if socket.op == CHUNK)
+    PolicyManager.get_instance()._global = SelectionPolicy(strict=True)
+    with pytest.raises(RuntimeError, match=f"{PACKED} stays with SGLang"):
+        binder.refresh()
+    assert isinstance(chunk, FunctionSocket) and chunk.forward is None
+
+
+def test_a_model_loaded_with_other_settings_decides_anew() -> None:
+    registry = OpRegistry()
+    registry.register_many(
+        OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False) for op in FUNCTIONS
+    )
+    binder = Binder(OpManager(registry))
+    assert binder.bind(Hybrid(), Settings()).functions[CHUNK, CHUNK] == "reference(reference.torch)"
+    report = binder.bind(Hybrid(), Settings(oot_blacklist=(CHUNK,)))
+    assert report.functions[CHUNK, CHUNK] == "sglang(oot_blacklist)"
+    assert report.functions[PACKED, PACKED] == "reference(reference.torch)"
+    with pytest.raises(Exception, match=r"."):
+        prefill()  # SGLang's Triton kernel, which has no device here
+    assert binder.bind(Hybrid(), Settings(), deterministic=True).functions[PACKED, PACKED] == "sglang(deterministic mode)"
+
+
+def test_functions_of_another_sglang_stay_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta_rule, "gated_delta_rule_problems", lambda: ("chunk_gated_delta_rule is missing",))
+    report = bind()
+    assert set(report.functions.values()) == {"sglang(this SGLang is another one than sglang-fl knows: chunk_gated_delta_rule is missing)"}
+    assert untouched()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_within
+from backend_functions import reference
 from torch import nn
 
 from sglang_fl.config import Settings
@@ -21,15 +22,12 @@ from sglang_fl.dispatch import (
     set_global_policy,
     with_preference,
 )
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.registry import OpRegistry
 
 from .sglang_layers import EXPERTS, HIDDEN, MOE_LAYERS, Model, experts, in_a_server, router
 from .test_bridges import CALLS, bind
-
-reference = ReferenceBackend()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,8 +77,8 @@ def test_a_models_modules_reach_the_method_of_its_experts() -> None:
     layer = experts()
     assert dict(layer.named_modules())["quant_method"] is layer.quant_method
     block = nn.ModuleDict({"topk": router(), "experts": layer})
-    binder = Binder(OpManager(), Settings())
-    report = binder.bind(Model(block))
+    binder = Binder(OpManager())
+    report = binder.bind(Model(block), Settings())
     assert report.bound == 2, report.summary()
     names = {info.name: info.site.num_experts for info in binder._layers.values()}
     assert names == {"layers.0.topk": EXPERTS, "layers.0.experts.quant_method": None}
@@ -507,9 +505,9 @@ def bind_block(block: nn.Module, **wrong: Callable[..., Any]) -> Any:
     registry = OpRegistry()
     for op in ("topk", "fused_moe"):
         registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, wrong.get(op) or getattr(reference, op)))
-    binder = Binder(OpManager(registry), Settings())
+    binder = Binder(OpManager(registry))
     block.test_keeps_alive = binder  # type: ignore[assignment]
-    return binder.bind(Model(block))
+    return binder.bind(Model(block), Settings())
 
 
 @pytest.mark.parametrize(
@@ -543,10 +541,10 @@ def test_an_implementation_that_fails_in_service_is_retried_elsewhere(
         if successor:
             registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False))
         set_global_policy(SelectionPolicy("vendor", per_op_order=((op, ("vendor", "reference", "sglang")),)))
-        binder = Binder(OpManager(registry), Settings())
+        binder = Binder(OpManager(registry))
         layer, owner = router(), experts()
         state.broken = False
-        assert binder.bind(Model(nn.ModuleDict({"topk": layer, "experts": owner}))).bound == 1
+        assert binder.bind(Model(nn.ModuleDict({"topk": layer, "experts": owner})), Settings()).bound == 1
         x, logits = tokens(rng)
         wanted = owner(x, layer(x, logits))
         state.broken = True

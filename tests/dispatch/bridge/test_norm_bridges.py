@@ -16,7 +16,7 @@ from sglang_fl.check import exact
 from sglang_fl.config import Settings
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
-from sglang_fl.dispatch.bridge.catalog import OVERRIDING
+from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD
 
 from .sglang_layers import ACTIVATION_LAYERS, HIDDEN, NORM_LAYERS, OP_OF, Model, sglang_class
 from .test_bridges import CALLS, bind, counted, reference, reference_policy, rng
@@ -35,7 +35,7 @@ def bound_norm(rng: torch.Generator, name: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", NORM_LAYERS)
 def test_norm_class(rng: torch.Generator, name: str) -> None:
-    if name in OVERRIDING:
+    if name in CUSTOM_FORWARD:
         layer = NORM_LAYERS[name]()
         report = bind(layer)
         assert report.bound == 0 and layer._forward_method is None, report.summary()
@@ -237,8 +237,8 @@ def test_a_failing_norm_gives_way_to_one_that_reads_the_same_weights(rng: torch.
         registry.register_impl(OpImpl("gemma_rms_norm", impl_id, kind, counted(impl_id, fn), writes_inputs=False))
     set_global_policy(SelectionPolicy("flagos"))
     layer: Any = NORM_LAYERS["Gemma3RMSNorm"]()
-    binder = Binder(OpManager(registry), Settings())
-    assert binder.bind(Model(layer)).bound == 1
+    binder = Binder(OpManager(registry))
+    assert binder.bind(Model(layer), Settings()).bound == 1
     broken = True
     CALLS.clear()
     norms_agree(layer, torch.randn(4, HIDDEN, generator=rng), torch.randn(4, HIDDEN, generator=rng))
@@ -259,7 +259,7 @@ def test_the_width_behind_an_mlps_first_matrix_is_tried(rng: torch.Generator) ->
         mlp = nn.Module()
         mlp.act, mlp.embedding = ACTIVATION_LAYERS["ReLU2"](), nn.Parameter(torch.zeros(1))
         setattr(mlp, name, SimpleNamespace(output_size_per_partition=200))
-        Binder(OpManager(registry), Settings()).bind(mlp)
+        Binder(OpManager(registry)).bind(mlp, Settings())
     assert widths == [200, 200, 200, 128]
 
 
@@ -292,7 +292,7 @@ def test_post_residual_addition_goes_to_sglang(rng: torch.Generator, name: str) 
 
 
 @pytest.mark.parametrize("shape", [(0, HIDDEN), (1, HIDDEN), (3, 4, HIDDEN), (2, 0, HIDDEN)])
-@pytest.mark.parametrize("name", sorted(NORM_LAYERS.keys() - OVERRIDING))
+@pytest.mark.parametrize("name", sorted(NORM_LAYERS.keys() - CUSTOM_FORWARD))
 def test_norm_shapes(rng: torch.Generator, name: str, shape: tuple[int, ...]) -> None:
     layer = bound_norm(rng, name)
     norms_agree(layer, torch.randn(shape, generator=rng), torch.randn(shape, generator=rng))

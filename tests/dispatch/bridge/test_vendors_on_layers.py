@@ -15,7 +15,7 @@ from dispatch.backends.test_cuda import backend as cuda
 from sglang.kernels.fused_op import BaseFusedOp
 from torch import nn
 
-from sglang_fl.dispatch.bridge.catalog import BESIDE, OVERRIDING
+from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD, STANDALONE_CLASSES
 
 from .sglang_layers import ACTIVATION_LAYERS, HEAD, HIDDEN, MAX_POSITION, NORM_LAYERS, OP_OF, ROTARY_LAYERS, sglang_class
 from .test_bridges import CALLS, bind, reference_policy, rng
@@ -54,7 +54,7 @@ def agree(got: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("name", sorted(set(ROTARY_LAYERS) - OVERRIDING))
+@pytest.mark.parametrize("name", sorted(set(ROTARY_LAYERS) - CUSTOM_FORWARD))
 def test_rotary(
     name: str,
     tokens: int,
@@ -86,7 +86,7 @@ def test_rotary(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("name", sorted(set(NORM_LAYERS) - OVERRIDING))
+@pytest.mark.parametrize("name", sorted(set(NORM_LAYERS) - CUSTOM_FORWARD))
 def test_norm(name: str, tokens: int, kind: str, request: pytest.FixtureRequest, rng: torch.Generator) -> None:
     backend, op = request.getfixturevalue(kind), OP_OF[name]
 
@@ -100,7 +100,7 @@ def test_norm(name: str, tokens: int, kind: str, request: pytest.FixtureRequest,
     wide = torch.randn(tokens, 3 * HIDDEN, generator=rng).to(BF16)
     x = wide[:, HIDDEN : 2 * HIDDEN]
     agree(two(x), one(x.clone()))
-    if op != "layer_norm" and name not in BESIDE:
+    if op != "layer_norm" and name not in STANDALONE_CLASSES:
         x, residual = torch.randn(2, tokens, HIDDEN, generator=rng).to(BF16)
         agree(two(x.clone(), residual.clone()), one(x.clone(), residual.clone()))
     assert op in CALLS
@@ -108,7 +108,7 @@ def test_norm(name: str, tokens: int, kind: str, request: pytest.FixtureRequest,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("name", sorted(set(ACTIVATION_LAYERS) - OVERRIDING))
+@pytest.mark.parametrize("name", sorted(set(ACTIVATION_LAYERS) - CUSTOM_FORWARD))
 def test_activation(name: str, tokens: int, kind: str, request: pytest.FixtureRequest, rng: torch.Generator) -> None:
     op = OP_OF[name]
     if op in LACKING[kind]:

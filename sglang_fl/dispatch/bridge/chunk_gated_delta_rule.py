@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .base import Forward, Routes, check_pair, check_result
+from .gated_delta_rule import GatedDeltaContext, GatedDeltaRuleBridge, check_pool
+
+
+class ChunkGatedDeltaRuleBridge(GatedDeltaRuleBridge):
+    """Prefill of SGLang's linear attention."""
+
+    op = "chunk_gated_delta_rule"
+    kernel = "extend_kernel"
+
+    def trial(self, subject: Any, context: GatedDeltaContext, fn: Forward) -> None:
+        """Three sequences, one of more than a chunk, one without a slot."""
+        tokens, heads, value_heads = 69, context.heads, context.value_heads
+        q, v = context.scratch(1, tokens, heads, context.key_dim), context.scratch(1, tokens, value_heads, context.value_dim)
+        gate = context.scratch32(1, tokens, value_heads).abs()
+        slots, ends = (torch.tensor(x, dtype=torch.int32, device=context.device) for x in ([2, 0, -1], [0, 66, 68, tokens]))
+        pool = context.pool(3)
+        result = fn(q, q.flip(1), v, -gate, 1 - gate / 2, None, pool, slots, ends, True, True)
+        out, chunks = check_pair(result, "(o, chunk states)")
+        check_result("o", out, v)
+        check_result("the chunk states", chunks, q, (1, 4, *pool.shape[1:]))
+        check_pool(pool, context.pool(3), written=[0, 2])
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+
+        def forward(
+            self: Any,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            g: torch.Tensor,
+            beta: torch.Tensor,
+            scale: float | None = None,
+            initial_state: torch.Tensor | None = None,
+            initial_state_indices: torch.Tensor | None = None,
+            cu_seqlens: torch.Tensor | None = None,
+            head_first: bool = False,
+            use_qk_l2norm_in_kernel: bool = False,
+            inplace_update: bool = True,
+        ) -> Any:
+            states = initial_state, initial_state_indices, cu_seqlens
+            sglang_args = (q, k, v, g, beta, scale, *states, head_first, use_qk_l2norm_in_kernel, inplace_update)
+            if contexts.active:
+                return divert(self, *sglang_args)
+            if head_first or (dtypes is not None and q.dtype not in dtypes):
+                return own(self, *sglang_args)
+            args = (q, k, v, g, beta, scale, *states, use_qk_l2norm_in_kernel, inplace_update)
+            try:
+                result = fn(*args)
+            except Exception as error:
+                result = failed(self, error, args, sglang_args)
+            return result[0], None, result[-1]  # SGLang's own, if it took over, has three parts
+
+        # As SGLang's own function is, one that torch.compile runs as it is.
+        disable: Callable[[Forward], Forward] = torch.compiler.disable
+        return disable(forward)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the bridges of activations without weights share."""
+
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Forward, ModelContext, Routes, check_result, scratch
+from .layer import Layer, LayerBridge
+
+_TRIAL_TOKENS = 2
+_UNKNOWN_SIZE = 128
+
+
+class ElementwiseBridge(LayerBridge):
+    """SGLang's activations without weights: ``forward(x)``."""
+
+    #: Whether x holds two halves, a gate and what it is multiplied with.
+    gated: ClassVar[bool] = False
+
+    def attribute_reason(self, layer: Layer) -> str | None:
+        return None
+
+    def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
+        return context.dtype, context.device, context.intermediate_size
+
+    def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
+        size = context.intermediate_size or _UNKNOWN_SIZE
+        x = scratch(context, _TRIAL_TOKENS, 2 * size if self.gated else size)
+        check_result("its result", fn(layer, x), x, (_TRIAL_TOKENS, size))
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
+        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+
+        def forward(self: Layer, x: torch.Tensor) -> torch.Tensor:
+            if contexts.active:
+                return divert(self, x)
+            if dtypes is not None and x.dtype not in dtypes:
+                return own(self, x)
+            try:
+                return fn(self, x)
+            except Exception as error:
+                return failed(self, error, (self, x), (x,))
+
+        return forward

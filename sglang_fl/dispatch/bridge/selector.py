@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selects an implementation for a call site: the first in the policy's order that passes its trial there."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..logger_manager import get_logger
+from ..manager import OpManager, Plan, is_capturing
+from ..policy import SelectionPolicy
+from ..types import OpImpl
+from .socket import Socket
+
+logger = get_logger()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a policy selects for a call site; ``impl`` is None where it stays with SGLang, with the reason."""
+
+    impl: OpImpl | None
+    reason: str = ""
+
+    @property
+    def destination(self) -> str:
+        return str(self.impl) if self.impl else f"sglang({self.reason})"
+
+
+class Selector:
+    """Selects, and remembers what came of trials and which warnings were given."""
+
+    def __init__(self, manager: OpManager):
+        self.manager = manager
+        self._trials: dict[tuple[Any, ...], Exception | None] = {}
+        self._warned: set[str] = set()
+
+    def select(self, socket: Socket, policy: SelectionPolicy) -> Selection:
+        """The first implementation in order that passes its trial.
+
+        Raises:
+            RuntimeError: under ``strict``, one failed its trial, or there is none.
+        """
+        plan = self.manager.plan(socket.op, policy)
+        passed_over = dict(plan.passed_over)
+        for index, impl in enumerate(plan.candidates):
+            reason = _unfit(impl, socket)
+            if reason is not None:
+                passed_over[impl.impl_id] = reason
+                continue
+            error = self._try(impl, socket)
+            if error is None:
+                return Selection(impl)
+            message = f"{socket.op}: {impl.impl_id} failed its trial on {socket.name}: {type(error).__name__}: {error}"
+            if policy.strict:
+                raise RuntimeError(f"sglang-fl: {message} (strict is set, so nothing takes its place)") from error
+            passed_over[impl.impl_id] = f"failed its trial: {type(error).__name__}: {error}"
+            self._warn_once(f"{message}; {_successor(plan, index)} takes its place")
+        if plan.to_sglang:
+            return Selection(None, "policy")
+        if socket.load.deterministic:
+            return Selection(None, "deterministic mode")
+        reasons = "; ".join(f"{what}: {why}" for what, why in passed_over.items())
+        message = f"no implementation of {socket.op} can run for {socket.name} (order {'|'.join(plan.order)}: {reasons})"
+        if policy.strict:
+            raise RuntimeError(f"sglang-fl: {message}")
+        self._warn_once(f"{message}; it stays with SGLang")
+        return Selection(None, "no implementation can run")
+
+    def fits(self, impl: OpImpl, socket: Socket) -> bool:
+        """Whether it may run there and has passed, or passes, its trial."""
+        return _unfit(impl, socket) is None and self._try(impl, socket) is None
+
+    def _try(self, impl: OpImpl, socket: Socket) -> Exception | None:
+        """The trial's error, or None."""
+        key = (impl, socket.op, socket.trial_key)
+        if key in self._trials:
+            return self._trials[key]
+        if is_capturing():
+            return None
+        try:
+            with torch.inference_mode():
+                socket.trial(impl.fn)
+            torch.get_device_module(socket.device).synchronize()
+        except Exception as error:
+            logger.debug("trial of %s on %s", impl.impl_id, socket.name, exc_info=True)
+            # Its traceback would keep the layer and the scratch tensors.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+            self._trials[key] = error
+        else:
+            self._trials[key] = None
+        return self._trials[key]
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def _unfit(impl: OpImpl, socket: Socket) -> str | None:
+    """Why an implementation may not be tried at a call site, or None."""
+    if socket.load.deterministic and not impl.batch_invariant:
+        return "it is not declared batch-invariant"
+    dtypes = impl.dtypes()
+    if dtypes is not None and socket.dtype not in dtypes:
+        return f"it does not take {socket.dtype}"
+    return None
+
+
+def _successor(plan: Plan, index: int) -> str:
+    if index + 1 < len(plan.candidates):
+        return plan.candidates[index + 1].impl_id
+    return "SGLang"

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each load of a model is bound by its own settings and mode; what is recorded is what ran."""
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sglang_fl import bind, compat, startup
+from sglang_fl.config import Settings
+from sglang_fl.device import Device
+from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
+from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.recording import RecordingFunction
+
+from .sglang_layers import HIDDEN, Model, sglang_class
+
+CPU = Device("cpu", "cpu", None, "a test")
+
+
+@pytest.fixture(autouse=True)
+def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(startup, "_current", None)
+    monkeypatch.setattr(bind, "_binder", None)
+    monkeypatch.setattr(PolicyManager, "_instance", None)
+    yield
+
+
+def binder() -> Binder:
+    registry = OpRegistry()
+    registry.register_impl(OpImpl("rms_norm", "reference.torch", BackendImplKind.REFERENCE, lambda layer, x, residual=None: (x, residual)))
+    registry.register_impl(
+        OpImpl("rms_norm", "vendor.exact", BackendImplKind.VENDOR, plain, vendor="x", writes_inputs=False, batch_invariant=True)
+    )
+    registry.register_impl(OpImpl("rms_norm", "default.flagos", BackendImplKind.DEFAULT, plain, writes_inputs=False))
+    set_global_policy(SelectionPolicy())
+    return Binder(OpManager(registry))
+
+
+def plain(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    return x if residual is None else (x, residual)
+
+
+def norm() -> nn.Module:
+    return sglang_class("RMSNorm")(HIDDEN)
+
+
+def test_a_second_load_is_bound_by_its_own_settings_and_mode() -> None:
+    process = binder()
+    assert "flagos(default.flagos), 1 layer" in process.bind(Model(norm()), Settings()).summary()
+    assert "sglang(oot_blacklist), 1 layer" in process.bind(Model(norm()), Settings(oot_blacklist=("RMSNorm",))).summary()
+    assert "vendor(vendor.exact), 1 layer" in process.bind(Model(norm()), Settings(), deterministic=True).summary()
+    assert "flagos(default.flagos), 1 layer" in process.bind(Model(norm()), Settings()).summary()
+
+
+def test_a_layer_keeps_the_mode_of_its_load_when_the_policy_changes() -> None:
+    process = binder()
+    exact, usual = norm(), norm()
+    process.bind(Model(exact), Settings(), deterministic=True)
+    process.bind(Model(usual), Settings())
+    set_global_policy(SelectionPolicy("vendor"))
+    set_global_policy(SelectionPolicy("flagos"))
+    x = torch.ones(2, HIDDEN)
+    for layer, name in ((exact, "forward_vendor.exact"), (usual, "forward_default.flagos")):
+        layer(x)
+        assert layer._forward_method.__name__ == name
+
+
+def test_the_same_model_bound_again_gives_back_what_is_now_excluded() -> None:
+    process, layer = binder(), norm()
+    process.bind(Model(layer), Settings())
+    process.bind(Model(layer), Settings(oot_enabled=False))
+    assert layer._forward_method is None
+    set_global_policy(SelectionPolicy("vendor"))
+    assert layer._forward_method is None, "and follows no policy any more"
+
+
+def test_bind_model_takes_the_settings_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = SimpleNamespace(
+        deterministic=SimpleNamespace(enable_deterministic_inference=False), graph=SimpleNamespace(enable_torch_compile=False)
+    )
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: mode)
+    startup.apply(Settings(prefer="reference"))
+    assert bind.bind_model(Model(norm()), CPU).bound == 1
+    startup.apply(Settings(prefer="reference", oot_blacklist=("RMSNorm",)))
+    assert bind.bind_model(Model(norm()), CPU).bound == 0
+    startup.apply(Settings(prefer="reference"))
+    mode.deterministic.enable_deterministic_inference = True
+    assert "deterministic mode" in bind.bind_model(Model(norm()), CPU).summary()
+
+
+def test_layers_of_another_sglang_stay_with_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(bind, "layer_problems", lambda: ("sglang.srt.layers.layernorm:RMSNorm.forward_native is missing",))
+    startup.apply(Settings(prefer="reference"))
+    layer = norm()
+    assert bind.bind_model(Model(layer), CPU).bound == 0 and layer._forward_method is None
+    assert "leaves everything to SGLang" in caplog.text and "RMSNorm.forward_native is missing" in caplog.text
+    startup.apply(Settings(prefer="reference", strict=True))
+    with pytest.raises(compat.IncompatibleSGLang, match=r"RMSNorm\.forward_native is missing"):
+        bind.bind_model(Model(layer), CPU)
+
+
+def test_a_call_of_another_thread_is_not_taken_for_this_ones() -> None:
+    """While this thread's call goes to SGLang, another thread's reaches the implementation."""
+    function = RecordingFunction(lambda: None)
+
+    def falls_back() -> None:
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    _, fell_back = function.record("RMSNorm", "flagos(default.flagos)", falls_back)
+    assert fell_back
+    _, fell_back = function.record("RMSNorm", "flagos(default.flagos)", function)
+    assert not fell_back
