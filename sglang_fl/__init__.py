@@ -13,19 +13,17 @@ import sys
 __version__ = "0.1.0"
 
 
-def activate_platform() -> str:
+def activate_platform() -> str | None:
     """Entry point ``sglang.srt.platforms``: the platform class, as ``module:name``.
 
-    SGLang calls it in the middle of its own import and imports the class right afterwards. If that
-    import fails, this SGLang has another platform interface, and the process ends with a message:
-    SGLang itself would go on without this package and say so only in its log.
+    SGLang calls it in the middle of its own import and imports the class right afterwards. None leaves the device to
+    SGLang's own platform: this SGLang has another platform interface, and a warning says what differs.
     """
     try:
-        import sglang_fl.platform  # noqa: F401
+        from .platform import PlatformFL  # noqa: F401
     except (ImportError, AttributeError) as error:
-        from .compat import unsupported
-
-        sys.exit(unsupported([f"{type(error).__name__}: {error}"]))
+        _leave_device_to_sglang(error)
+        return None
     return "sglang_fl.platform:PlatformFL"
 
 
@@ -39,7 +37,7 @@ def load_plugin() -> None:
     if level in logging.getLevelNamesMapping():
         logging.getLogger("sglang_fl").setLevel(level)
 
-    from .device.declared import platform_here
+    from .device import platform_here
 
     found = platform_here(os.environ)
     if found is not None:
@@ -47,3 +45,23 @@ def load_plugin() -> None:
 
         for choices in (ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES):
             choices.extend(name for name in found[0].attention_backends if name not in choices)
+
+
+def _leave_device_to_sglang(error: Exception) -> None:
+    """Say why; under ``strict``, end the process, since SGLang would go on whatever was raised."""
+    from .compat import leave_everything_message, stop_message
+    from .config import SettingsError, load_settings
+    from .device import detect
+    from .utils.packages import last_line
+
+    device = detect()
+    problems = [f"its platform interface: {last_line(error)}"]
+    if device.in_tree is None:
+        problems.append(f"SGLang itself has no platform for this device ({device.vendor}) and may stop with an error of its own")
+    try:
+        strict = load_settings(os.environ, device=device).strict
+    except SettingsError:  # SGLang serves without them
+        strict = False
+    if strict:
+        sys.exit(stop_message(problems))
+    logging.getLogger("sglang_fl").warning(leave_everything_message(problems))

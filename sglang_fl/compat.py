@@ -17,8 +17,6 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-from .utils.packages import last_line
-
 #: The SGLang releases that sglang-fl was tested with. Others start with a warning.
 TESTED = ">=0.5.23,<0.5.24"
 
@@ -202,6 +200,11 @@ def layer_problems() -> tuple[str, ...]:
     return tuple(_differences(LAYERS)) or tuple(_attribute_differences())
 
 
+def binding_problems() -> tuple[str, ...]:
+    """What differs in SGLang from what it takes to bind a model. If anything does, everything is left to SGLang."""
+    return platform_problems() + layer_problems()
+
+
 @cache
 def gated_delta_rule_problems() -> tuple[str, ...]:
     """What differs in SGLang from what the bridges of the gated delta rule rely on. Imports its kernels."""
@@ -254,7 +257,7 @@ def _differences(shapes: Shapes, *, all_parameters: bool = True) -> Iterator[str
         try:
             found = tuple(inspect.signature(_look_up(path)).parameters)
         except Exception as error:  # whatever the import of another SGLang's module comes to
-            yield f"{path} is missing ({last_line(error)})"
+            yield f"{path} is missing ({type(error).__name__}: {error})"
             continue
         missing = [name for name in expected if name not in found]
         if all_parameters and found != expected:

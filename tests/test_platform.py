@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,11 @@ from sglang.srt.platforms.cuda import CudaSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 
 from sglang_fl import activate_platform
-from sglang_fl.device import Device, detect
-from sglang_fl.device.vendors import VENDORS
-from sglang_fl.platform import FLMoments, OutOfTree, PlatformFL, platform_class
+from sglang_fl.compat import TESTED, installed_version
+from sglang_fl.device import VENDORS, Device, detect
+from sglang_fl.platform import PlatformFL, plain_cpu, platform_class
+from sglang_fl.platform.hooks import PlatformHooks
+from sglang_fl.platform.out_of_tree import OutOfTree
 
 ON, OFF = SimpleNamespace(is_available=lambda: True), SimpleNamespace(is_available=lambda: False)
 
@@ -185,11 +188,11 @@ def test_this_machine_is_a_plain_cpu() -> None:
 
 def test_sglang_finds_us() -> None:
     assert type(platforms.current_platform).__name__ == "PlatformFL"
-    assert isinstance(platforms.current_platform, FLMoments)
+    assert isinstance(platforms.current_platform, PlatformHooks)
 
 
-def test_in_tree_platforms_are_extended_with_the_moments_only() -> None:
-    """Nothing of SGLang's own class is replaced but the moments at which sglang-fl acts."""
+def test_in_tree_platforms_are_extended_with_the_hooks_only() -> None:
+    """Nothing of SGLang's own class is replaced but what the hooks add to."""
     for vendor in VENDORS.values():
         if vendor.in_tree is None:
             continue
@@ -201,7 +204,7 @@ def test_in_tree_platforms_are_extended_with_the_moments_only() -> None:
             for name in vars(klass)
             if not name.startswith("__")
         }
-        added = {"device", "vendor", "device_count", "_native_collective"}
+        added = {"device", "device_count"}
         assert own - added == {"apply_server_args_defaults", "post_load_model", "get_torch_distributed_backend_str"}
         assert not issubclass(cls, OutOfTree)
 
@@ -234,19 +237,40 @@ print(sorted(new & {"flag_gems", "transformers", "openai", "rich", "torch_npu"})
     assert activate_platform() == "sglang_fl.platform:PlatformFL"
 
 
-def test_an_sglang_without_our_interface_ends_the_process_with_a_message(tmp_path: Any) -> None:
-    """SGLang would log a traceback and go on without us."""
-    package = tmp_path / "sglang" / "srt" / "platforms"
+def activate_beside(sglang: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Activate our platform in a process that finds another SGLang."""
+    package = sglang / "sglang" / "srt" / "platforms"
     package.mkdir(parents=True)
-    for directory in (tmp_path / "sglang", tmp_path / "sglang" / "srt", package):
+    for directory in (sglang / "sglang", sglang / "sglang" / "srt", package):
         (directory / "__init__.py").touch()
-    code = "import sglang_fl; sglang_fl.activate_platform(); print('went on')"
-    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, cwd=tmp_path)
-    assert done.returncode == 1 and "went on" not in done.stdout
-    assert "sglang-fl cannot work with the installed SGLang 0.5." in done.stderr
-    assert "supported: <0.5.24,>=0.5.23" in done.stderr
-    assert "sglang.srt.platforms.cpu" in done.stderr
+    code = "import sglang_fl; print('activated:', sglang_fl.activate_platform())"
+    environ = {**os.environ, "PYTHONPATH": str(sglang), **environ}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, cwd=sglang)
+
+
+def test_an_sglang_without_our_interface_keeps_its_own_platform(tmp_path: Path) -> None:
+    done = activate_beside(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "activated: None\n")
+    assert "sglang-fl leaves everything to SGLang" in done.stderr
+    assert f"The installed SGLang {installed_version()} differs" in done.stderr and f"tested: {TESTED}" in done.stderr
+    assert "its platform interface: ModuleNotFoundError: No module named 'sglang.srt.platforms.interface'" in done.stderr
+    if not torch.cuda.is_available():
+        assert "SGLang itself has no platform for this device (cpu)" in done.stderr
+
+
+def test_under_strict_an_sglang_without_our_interface_ends_the_process(tmp_path: Path) -> None:
+    """SGLang would log any other error and go on without us."""
+    done = activate_beside(tmp_path, SGLANG_FL_STRICT="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "sglang-fl cannot be used" in done.stderr and "sglang.srt.platforms.interface" in done.stderr
+
+
+@pytest.mark.parametrize("code", ["import sglang_fl.platform", "from sglang_fl.platform import PlatformFL"])
+def test_the_platform_can_be_imported_first(code: str) -> None:
+    code += (
+        "; import sglang_fl.platform as ours; from sglang.srt.platforms import current_platform as it; assert type(it) is ours.PlatformFL"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -265,21 +289,17 @@ def test_an_sglang_without_our_interface_ends_the_process_with_a_message(tmp_pat
     ],
 )
 def test_ranks_share_the_cores(ranks: tuple[int, ...], nodes: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_fl import platform
-
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setenv("_SGLANG_FL_CPU_OMP_THREADS_BIND", "")
     monkeypatch.setattr("sglang.srt.utils.get_cpu_ids_by_node", lambda: nodes)
     tp, pp, dp, nnodes = (*ranks, 1)[:4]
-    platform._share_cores(SimpleNamespace(tp_size=tp, pp_size=pp, dp_size=dp, nnodes=nnodes))
+    plain_cpu._share_cores(SimpleNamespace(tp_size=tp, pp_size=pp, dp_size=dp, nnodes=nnodes))
     assert os.environ.get("SGLANG_CPU_OMP_THREADS_BIND") == expected
-    platform._share_cores(SimpleNamespace(tp_size=1, pp_size=1, dp_size=1, nnodes=1))
+    plain_cpu._share_cores(SimpleNamespace(tp_size=1, pp_size=1, dp_size=1, nnodes=1))
     assert os.environ.get("SGLANG_CPU_OMP_THREADS_BIND") is None, "what we set for one engine does not bind the next"
 
 
 def test_cores_that_the_user_bound_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_fl import platform
-
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "1|0")
-    platform._share_cores(SimpleNamespace(tp_size=2, pp_size=1, dp_size=1, nnodes=1))
+    plain_cpu._share_cores(SimpleNamespace(tp_size=2, pp_size=1, dp_size=1, nnodes=1))
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "1|0"

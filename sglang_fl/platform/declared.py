@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The platform that an installed package declares, as classes that PlatformFL is made of.
-
-As with ``platform``, nothing heavy may be imported at the top.
-"""
+"""A chip that an installed package declares: its classes are loaded, checked and made known to SGLang here."""
 
 import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang.srt.platforms.interface import PlatformCapabilities
 
 from ..config.errors import SettingsError
-from ..device import why_unusable
-from ..device.declared import VendorPlatform
-from ..device.declared import declared as installed
+from ..device import VendorPlatform, why_unusable
+from ..device import declared as installed
 from ..utils.packages import last_line
 from ..utils.suggest import suggest
+from .hooks import PlatformHooks
 
 #: What SGLang takes a class for, by the choice that names it.
 _BASES = {
@@ -40,35 +36,36 @@ def load_class(declaration: VendorPlatform, field: str) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise RuntimeError(_told(declaration, f"{field} {path!r} cannot be loaded: {last_line(error)}")) from error
+        raise RuntimeError(describe(declaration, f"{field} {path!r} cannot be loaded: {last_line(error)}")) from error
     if not isinstance(found, type):
-        raise RuntimeError(_told(declaration, f"{field} {path!r} is {found!r}, and no class"))
+        raise RuntimeError(describe(declaration, f"{field} {path!r} is {found!r}, and no class"))
     return found
 
 
-def _told(declaration: VendorPlatform, what: str) -> str:
+def describe(declaration: VendorPlatform, what: str) -> str:
+    """What is wrong with a declaration, and whose it is."""
     origin = installed().origins.get(declaration.name, "a package")
     return f"the platform {declaration.name} that {origin} declares cannot be used: {what}"
 
 
-class DeclaredMoments:
-    """What must happen whatever the package's own class does: it goes before that."""
+class DeclaredHooks(PlatformHooks):
+    """The hooks, and what must happen whatever the package's own class does."""
 
     declaration: VendorPlatform
     #: What was wrong with the package's class, which is loaded in the middle of ``import sglang``, where nothing may be raised.
-    broken: str | None
+    load_error: str | None
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Raises SettingsError with all that is wrong with the declaration."""
         problems = self.declaration_problems()
         if problems:
             raise SettingsError(problems)
-        super().apply_server_args_defaults(server_args)  # type: ignore[misc]
+        super().apply_server_args_defaults(server_args)
 
     @classmethod
     def declaration_problems(cls) -> list[str]:
         """What is wrong with the declaration. All that it names is loaded: later it would fail with the weights in place."""
-        return [*([cls.broken] if cls.broken else []), *_problems(cls.declaration)]
+        return [*([cls.load_error] if cls.load_error else []), *_problems(cls.declaration)]
 
     def init_backend(self) -> None:
         """In each process that runs a model, before its runner is made."""
@@ -101,57 +98,15 @@ def _problems(declaration: VendorPlatform) -> list[str]:
             continue
         base = _BASES.get(field, _BASES.get(field.partition("[")[0]))
         if base is not None and not issubclass(found, pkgutil.resolve_name(base)):
-            problems.append(_told(declaration, f"{field} {declaration.classes()[field]!r} is no subclass of SGLang's {base}"))
+            problems.append(describe(declaration, f"{field} {declaration.classes()[field]!r} is no subclass of SGLang's {base}"))
     for name in declaration.attention_backends:
         made = ATTENTION_BACKENDS.get(name)
         if made is not None and not made.__module__.startswith(__package__):
-            problems.append(_told(declaration, f"SGLang has an attention backend {name!r} of its own; give it another name"))
+            problems.append(describe(declaration, f"SGLang has an attention backend {name!r} of its own; give it another name"))
     known = {*ATTENTION_BACKEND_CHOICES, *declaration.attention_backends}
     if declaration.attention is not None and declaration.attention not in known:
-        problems.append(_told(declaration, f"unknown attention backend {declaration.attention!r}{suggest(declaration.attention, known)}"))
+        problems.append(
+            describe(declaration, f"unknown attention backend {declaration.attention!r}{suggest(declaration.attention, known)}")
+        )
     unusable = why_unusable(torch, declaration.device_type)
-    return problems if unusable is None else [*problems, _told(declaration, unusable)]
-
-
-class DeclaredAnswers:
-    """What a declaration says, in the words of SGLang's platform interface. It goes behind the package's own class."""
-
-    declaration: VendorPlatform
-
-    def _declared_class(self, field: str) -> Any:
-        return load_class(self.declaration, field) if field in self.declaration.classes() else None
-
-    def get_graph_runner_cls(self) -> type | None:
-        return self._declared_class("graph_runner")
-
-    def get_full_graph_backend_cls(self) -> type[Any]:
-        return self._declared_class("graph_backend")
-
-    def get_piecewise_backend_cls(self) -> type | None:
-        return self._declared_class("piecewise_backend")
-
-    def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        return self._declared_class(f"kv_pools[{kind!r}]")
-
-    def get_paged_allocator_cls(self) -> type | None:
-        return self._declared_class("paged_allocator")
-
-
-def declared_bases(declaration: VendorPlatform, device: type) -> tuple[type, ...]:
-    """The classes that a platform is made of, in order, the one for the device type last."""
-    capabilities = PlatformCapabilities(**dict.fromkeys(declaration.capabilities, True))
-    answers = type("DeclaredAnswers", (DeclaredAnswers,), {"declaration": declaration, "capabilities": capabilities})
-    bases: tuple[type, ...] = (answers, device)
-    broken = None
-    if declaration.platform_class is not None:
-        try:
-            bases = (load_class(declaration, "platform_class"), *bases)
-            type("Together", bases, {})
-        except RuntimeError as error:
-            broken = str(error)
-        except TypeError as error:
-            broken = _told(
-                declaration, f"platform_class {declaration.platform_class!r} cannot be combined with SGLang's: {last_line(error)}"
-            )
-            bases = (answers, device)
-    return (type("DeclaredMoments", (DeclaredMoments,), {"declaration": declaration, "broken": broken}), *bases)
+    return problems if unusable is None else [*problems, describe(declaration, unusable)]

@@ -32,7 +32,7 @@ from sglang_fl.device import (
 )
 from sglang_fl.dispatch import OpManager
 from sglang_fl.platform import platform_class
-from sglang_fl.startup.words import vocabulary
+from sglang_fl.startup.words import settings_words
 
 GROUP = {ENTRY_POINT_GROUP: "{module}:PLATFORM"}
 IMPORT = "from sglang_fl.vendor_platform import VendorPlatform\n"
@@ -131,7 +131,14 @@ def test_of_two_that_are_there_one_must_be_chosen(packages: Packages) -> None:
     (told,) = problems_of()
     assert told.startswith("the chips of 2 packages are here: achip (") and told.endswith("set GEMS_VENDOR to the one to use")
     assert detect(environ={}).vendor == "achip"
-    startup.check_settings({"GEMS_VENDOR": "zchip"}, CPU, OpManager())
+    environ = {"GEMS_VENDOR": "zchip"}
+    startup.check_settings(environ, detect(environ=environ), OpManager())
+
+
+@pytest.mark.parametrize("environ", [{"GEMS_VENDOR": "ascend"}, {"GEMS_VENDOR": "NPU "}, {"GEMS_VENDOR": "nvidia"}])
+def test_a_vendor_whose_chip_is_not_here_stops_a_server(environ: dict[str, str]) -> None:
+    (problem,) = problems_of(**environ)
+    assert "does not apply: the device here is cpu (a test)" in problem and "unset GEMS_VENDOR" in problem
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,7 @@ def test_the_packages_profile_is_in_force(packages: Packages, tmp_path: Path) ->
     profile.write_text("prefer: vendor\nop_backends:\n  rms_norm: [reference]\n")
     declare(packages, more=f"is_present=lambda: True, profile={str(profile)!r}")
     device = detect(environ={})
-    settings = load_settings({}, device=device, vocabulary=vocabulary(OpManager()))
+    settings = load_settings({}, device=device, words=settings_words(OpManager()))
     assert (settings.prefer, settings.op_backends, settings.platform) == ("vendor", (("rms_norm", ("reference",)),), "mychip")
     assert str(settings.source("prefer")) == f"{profile}:1"
     profile.write_text("prefr: vendor\n")

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PlatformHooks: what SGLang calls on its platform while a server starts, and what sglang-fl does there."""
+
+import logging
+from typing import Any
+
+import torch
+
+from .. import compat
+from ..device import Device
+
+logger = logging.getLogger("sglang_fl")
+
+
+class PlatformHooks:
+    """Goes before every other class of a platform: each hook calls theirs too."""
+
+    device: Device
+
+    def device_count(self) -> int:
+        """How many devices PyTorch sees; 1 for a CPU."""
+        return int(torch.get_device_module(self.device.device_type).device_count())
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """While arguments resolve, in the main process: check the settings and SGLang.
+
+        SGLang lets through what is raised here, which ends the server, or reaches the caller of
+        ``sgl.Engine``.
+
+        Raises:
+            SettingsError: a setting cannot be used.
+            IncompatibleSGLang: under ``strict``, this SGLang differs from what sglang-fl relies on.
+        """
+        from ..startup import resolve
+
+        settings = resolve(self.device)
+        problems = compat.binding_problems()
+        if problems and settings.strict:
+            raise compat.IncompatibleSGLang(compat.stop_message(problems))
+        if problems:
+            logger.warning(compat.leave_everything_message(problems))
+        elif warning := compat.version_warning():
+            logger.warning("%s; all that sglang-fl relies on is there, and it is in use", warning)
+        super().apply_server_args_defaults(server_args)  # type: ignore[misc]
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """In every process that runs a model, once its weights are there: bind its layers."""
+        super().post_load_model(model)  # type: ignore[misc]
+        if compat.binding_problems():
+            logger.info("sglang-fl leaves the model to SGLang: a warning at the start of the server says what differs in it")
+            return
+        # The bridges import SGLang's layers, which the check above has seen.
+        from ..bind import bind_model
+
+        bind_model(model, self.device)
+
+    def get_torch_distributed_backend_str(self) -> str:
+        """The backend of SGLang's device groups; where FlagCX is chosen, it is set up here, in a worker."""
+        from ..startup import settings_in_worker
+
+        settings = settings_in_worker(self.device)
+        native = str(super().get_torch_distributed_backend_str())  # type: ignore[misc]
+        if settings.collective == "flagcx":
+            from ..distributed import set_up_flagcx
+
+            return set_up_flagcx(settings, self.device.device_type, native)
+        return settings.dist_backend or native

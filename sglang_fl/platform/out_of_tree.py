@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Platforms for devices that SGLang does not know, or knows only by a look-alike's name."""
+
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cuda import CudaDeviceMixin
+from sglang.srt.platforms.device_mixin import DeviceCapability, DeviceMixin, PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from ..device import Device, Vendor, VendorPlatform, known_vendors
+from .declared import load_class
+
+
+class OutOfTree(SRTPlatform):
+    """What every such device needs from SGLang: answered by the table of vendors, or by a package's declaration."""
+
+    _enum = PlatformEnum.OOT
+    device: Device
+    declaration: VendorPlatform | None = None
+
+    @property
+    def vendor(self) -> Vendor:
+        return known_vendors()[self.device.vendor]
+
+    @property
+    def capabilities(self) -> PlatformCapabilities:  # type: ignore[override]
+        if self.declaration is not None:
+            return PlatformCapabilities(**dict.fromkeys(self.declaration.capabilities, True))
+        # Triton kernels run wherever FlagGems does. Graph capture needs a graph runner that the vendor
+        # brings; without one SGLang would take CUDA's.
+        return PlatformCapabilities(supports_triton=self.device_type != "cpu")
+
+    def get_device(self, device_id: int | None = 0) -> str:
+        # A string: SGLang splits it at ":". It asks with None as well.
+        return self.device_type if device_id is None else f"{self.device_type}:{device_id}"
+
+    def get_group_coordinator_device(self, local_rank: int) -> torch.device:
+        return torch.device(self.device_type, local_rank)
+
+    def get_default_attention_backend(self) -> str:
+        return self.vendor.attention or "torch_native"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "inductor"
+
+    def get_torch_distributed_backend_str(self) -> str:
+        # What the user asks for goes before this, in PlatformHooks.
+        return self.vendor.collective
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CUDA" if self.device_type == "cuda" else "PrivateUse1"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        activity: torch.profiler.ProfilerActivity = getattr(torch.profiler.ProfilerActivity, self.get_torch_profiler_activity_str())
+        return activity
+
+    def get_graph_runner_cls(self) -> type | None:
+        return self._declared_class("graph_runner")
+
+    def get_full_graph_backend_cls(self) -> type[Any]:
+        return self._declared_class("graph_backend")
+
+    def get_piecewise_backend_cls(self) -> type | None:
+        return self._declared_class("piecewise_backend")
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        return self._declared_class(f"kv_pools[{kind!r}]")
+
+    def get_paged_allocator_cls(self) -> type | None:
+        return self._declared_class("paged_allocator")
+
+    def _declared_class(self, field: str) -> Any:
+        """The class that the declaration names; None leaves the choice to SGLang."""
+        if self.declaration is None or field not in self.declaration.classes():
+            return None
+        return load_class(self.declaration, field)
+
+
+class TorchDeviceMixin(DeviceMixin):
+    """Device operations through ``torch.<device_type>``, for a device that SGLang does not know."""
+
+    @property
+    def _module(self) -> Any:
+        return torch.get_device_module(self.device_type)
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        return int(self._module.get_device_properties(device_id).total_memory)
+
+    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
+        free, total = self._module.mem_get_info(device)
+        return float(total - free)
+
+    def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
+        free, total = self._module.mem_get_info(device_id)
+        return int(free), int(total)
+
+    def set_device(self, device: torch.device) -> None:
+        self._module.set_device(device)
+
+    def get_device_name(self, device_id: int = 0) -> str:
+        return str(self._module.get_device_name(device_id))
+
+    def get_device_uuid(self, device_id: int = 0) -> str:
+        uuid = getattr(self._module.get_device_properties(device_id), "uuid", None)
+        return str(uuid) if uuid is not None else f"{self.device_type}:{device_id}"
+
+    def get_device_capability(self, device_id: int = 0) -> DeviceCapability | None:
+        ask = getattr(self._module, "get_device_capability", None)
+        found = ask(device_id) if ask is not None else None
+        return DeviceCapability(*found) if isinstance(found, tuple) and len(found) == 2 else None
+
+    def empty_cache(self) -> None:
+        self._module.empty_cache()
+
+    def synchronize(self) -> None:
+        self._module.synchronize()
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return device is None or str(device) != "cpu"
+
+
+class OutOfTreeDevice(OutOfTree, TorchDeviceMixin):
+    """A device type of its own, such as ``mlu``."""
+
+    _enum = PlatformEnum.OOT
+
+
+class OutOfTreeCuda(OutOfTree, CudaDeviceMixin):
+    """A chip that answers to ``torch.cuda`` and is not NVIDIA's."""
+
+    _enum = PlatformEnum.OOT

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PlainCpu: a CPU with PyTorch and nothing else, and the arguments that SGLang's defaults would get wrong there."""
+
+import os
+from itertools import pairwise
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+
+from .. import compat
+from .out_of_tree import OutOfTree
+
+_USUAL_TOKENS = 32768
+_BIND, _BOUND_BY_US = "SGLANG_CPU_OMP_THREADS_BIND", "_SGLANG_FL_CPU_OMP_THREADS_BIND"
+
+
+class PlainCpu(OutOfTree, CpuDeviceMixin):
+    """SGLang's own CPU engine needs AMX kernels built for it."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_device(self, device_id: int | None = 0) -> str:
+        return "cpu"
+
+    def get_group_coordinator_device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        # Inductor's first compilation on a CPU takes longer than anything it then saves.
+        return "eager"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        super().apply_server_args_defaults(server_args)
+        if compat.argument_problems():  # what the user gave cannot be told from SGLang's defaults
+            return
+        # SGLang prefers its AMX backend on every x86 machine; this platform is for those without.
+        if _given(server_args, "attention_backend") is None:
+            if _given(server_args, "enable_deterministic_inference"):
+                raise ValueError(
+                    "--enable-deterministic-inference needs an attention backend that SGLang has made deterministic, "
+                    "and there is none for a plain CPU; leave it out"
+                )
+            server_args.attention_backend = self.get_default_attention_backend()
+        server_args.disable_custom_all_reduce = True  # it is a CUDA kernel; SGLang would try and complain
+        _limit_kv_cache(server_args)
+        _share_cores(server_args)
+
+
+def _given(server_args: Any, name: str) -> Any:
+    """What the user gave for an argument, None if nothing: SGLang has filled some in by now."""
+    from sglang.srt.arg_groups.overrides import record_of
+
+    raw = record_of(server_args._cfg)._raw_input
+    return raw.get(name)
+
+
+def _limit_kv_cache(server_args: Any) -> None:
+    """Enough KV cache for the model's whole context, or for a few requests of a usual length.
+
+    SGLang gives it most of a device's memory. A CPU's memory is also everyone else's, and zeroing
+    most of it takes half a minute.
+    """
+    from sglang.srt.arg_groups.overrides import model_config_of, record_of
+
+    if _given(server_args, "max_total_tokens") is None and _given(server_args, "mem_fraction_static") is None:
+        context = model_config_of(record_of(server_args._cfg)).context_len
+        server_args.max_total_tokens = max(context, _USUAL_TOKENS)
+
+
+def _share_cores(server_args: Any) -> None:
+    """Give each rank of this machine its share of the cores.
+
+    SGLang gives each rank a NUMA node, and stops where there are more ranks than nodes unless the
+    user spells out the cores in SGLANG_CPU_OMP_THREADS_BIND.
+    """
+    if os.environ.get(_BIND) not in (None, "", os.environ.get(_BOUND_BY_US)):
+        return
+    os.environ.pop(_BIND, "")
+    from sglang.srt.utils import get_cpu_ids_by_node
+
+    world_size = server_args.tp_size * server_args.pp_size * server_args.dp_size
+    nodes = [[int(cpu) for cpu in node.split(",")] for node in get_cpu_ids_by_node()]
+    if world_size <= len(nodes):
+        return
+    ranks = max(1, world_size // server_args.nnodes)  # on this machine
+    cpus = [cpu for node in nodes for cpu in node]
+    starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]
+    shares = [cpus[start : max(end, start + 1)] for start, end in pairwise(starts)]
+    os.environ[_BIND] = os.environ[_BOUND_BY_US] = "|".join(",".join(map(str, share)) for share in shares)
