@@ -11,7 +11,7 @@ Nothing here imports PyTorch or SGLang when it is imported.
 """
 
 from .declaration import CAPABILITIES, ENTRY_POINT_GROUP, KV_POOL_KINDS, VendorPlatform, name_problem
-from .evidence import Device, detect, forced_vendor, probe, vendor_problems, why_unusable
+from .evidence import Device, detect, probe, vendor_problems, why_unusable
 from .installed import declared, describe_platforms, known_vendors, platform_here
 from .vendors import ALIASES, VENDORS, Vendor, canonical
 
@@ -28,7 +28,6 @@ __all__ = [
     "declared",
     "describe_platforms",
     "detect",
-    "forced_vendor",
     "known_vendors",
     "name_problem",
     "platform_here",

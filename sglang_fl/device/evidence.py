@@ -65,19 +65,14 @@ def probe(environ: Mapping[str, str] | None = None) -> Device:
 def vendor_problems(environ: Mapping[str, str], device: Device) -> list[str]:
     """What is wrong with the packages that declare a chip, and with ``GEMS_VENDOR`` on this device. Each must stop a server."""
     problems = platform_problems(environ)
-    forced = forced_vendor(environ)
+    forced = _forced_vendor(environ)
     if forced is not None and forced.name != device.vendor:
         problems.append(
-            f"GEMS_VENDOR: {forced.name} ({forced.chip}) cannot be used: the device detected here is {device.vendor} ({device.evidence}). "
-            f"Unset GEMS_VENDOR, or install the driver and the PyTorch build of {forced.chip}. To use only its profile, set "
-            f"SGLANG_FL_PLATFORM={forced.name}"
+            f"GEMS_VENDOR: {forced.name} does not apply: the device here is {device.vendor} ({device.evidence}). If there is a "
+            f"{forced.chip}, check its driver and its PyTorch build; if not, unset GEMS_VENDOR (SGLANG_FL_PLATFORM={forced.name} "
+            "selects only its profile)"
         )
     return problems
-
-
-def forced_vendor(environ: Mapping[str, str]) -> Vendor | None:
-    """The vendor that ``GEMS_VENDOR`` names, if FlagOS or an installed package knows it."""
-    return known_vendors().get(canonical(environ.get("GEMS_VENDOR", "")))
 
 
 def why_unusable(torch: ModuleType, device_type: str) -> str | None:
@@ -99,10 +94,15 @@ def _find(environ: Mapping[str, str], ask: Callable[[], tuple[Vendor, str]]) -> 
     if declared is not None:
         return _device(declared[0].row(), declared[1])
     found, evidence = ask()
-    forced = forced_vendor(environ)
+    forced = _forced_vendor(environ)
     if forced is not None and forced != found and _look_alike(forced, found):
         return _device(forced, "GEMS_VENDOR")
     return _device(found, evidence)
+
+
+def _forced_vendor(environ: Mapping[str, str]) -> Vendor | None:
+    """The vendor that ``GEMS_VENDOR`` names, if FlagOS or an installed package knows it."""
+    return known_vendors().get(canonical(environ.get("GEMS_VENDOR", "")))
 
 
 def _look_alike(forced: Vendor, found: Vendor) -> bool:
