@@ -250,7 +250,7 @@ def replace_operators(settings: Settings, device: Device, *, deterministic: bool
     off = why_off(settings, device, deterministic=deterministic)
     if off is not None:
         restore_operators()
-        asked = settings.source("flagos_whitelist").place > PROFILE or settings.source("use_flaggems").place > PROFILE
+        asked = settings.source("flagos_whitelist").precedence > PROFILE or settings.source("use_flaggems").precedence > PROFILE
         if settings.strict and off == NOT_INSTALLED and asked:
             raise RuntimeError(f"sglang-fl: no ATen operator is replaced: {off} (strict is set)")
         return AtenReport(off=off)

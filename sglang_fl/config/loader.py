@@ -117,7 +117,7 @@ def _merge(layers: Sequence[_Layer]) -> _Layer:
     for layer in layers:
         chosen |= layer
     for white, black in _LISTS:
-        if _are_given(chosen, white, black) and chosen[white].source.place > chosen[black].source.place:
+        if _are_given(chosen, white, black) and chosen[white].source.precedence > chosen[black].source.precedence:
             chosen[black] = replace(chosen[black], value=None, source=chosen[white].source)
     if "op_backends" in chosen:
         chosen["op_backends"] = _merge_orders(layers, chosen["op_backends"].where)
@@ -131,10 +131,10 @@ def _merge_orders(layers: Sequence[_Layer], where: str) -> _Given:
     source = Source(DEFAULT, "default")
     for layer in layers:
         prefer, table = layer.get("prefer"), layer.get("op_backends")
-        if prefer is not None and prefer.source.place != DEFAULT and orders:
+        if prefer is not None and prefer.source.precedence != DEFAULT and orders:
             source = Source(DEFAULT, f"default; prefer from {prefer.source} overrides the orders of {_joined(sources.values())}")
             orders, sources = {}, {}
-        if table is not None and table.source.place == DEFAULT:
+        if table is not None and table.source.precedence == DEFAULT:
             orders, sources, source = {}, {}, table.source
         elif table is not None:
             orders |= dict(table.value)
@@ -143,8 +143,8 @@ def _merge_orders(layers: Sequence[_Layer], where: str) -> _Given:
 
 
 def _joined(sources: Iterable[Source]) -> Source:
-    ordered = sorted(set(sources), key=lambda source: -source.place)
-    return Source(ordered[0].place, " and ".join(source.where for source in ordered))
+    ordered = sorted(set(sources), key=lambda source: -source.precedence)
+    return Source(ordered[0].precedence, " and ".join(source.where for source in ordered))
 
 
 def _are_given(chosen: _Layer, *names: str) -> bool:
@@ -155,14 +155,14 @@ def _contradictions(chosen: _Layer) -> Iterator[str]:
     for white, black in _LISTS:
         if _are_given(chosen, white, black):
             first, second = chosen[white], chosen[black]
-            hint = f" (set {white}: null in a file to drop the lower one)" if first.source.place < second.source.place else ""
+            hint = f" (set {white}: null in a file to drop the lower one)" if first.source.precedence < second.source.precedence else ""
             yield f"{first.where} and {second.where}: give one or the other, not both{hint}"
     if not _are_given(chosen, "allow_vendors", "deny_vendors"):
         return
     allow, deny = chosen["allow_vendors"], chosen["deny_vendors"]
     denied = {canonical(vendor): vendor for vendor in deny.value}
     both = [vendor for vendor in allow.value if canonical(vendor) in denied]
-    if both and (len(both) == len(allow.value) or allow.source.place == deny.source.place):
+    if both and (len(both) == len(allow.value) or allow.source.precedence == deny.source.precedence):
         pairs = ", ".join(f"{vendor!r} is allowed and {denied[canonical(vendor)]!r}, the same vendor, is denied" for vendor in both)
         yield f"{allow.where} and {deny.where}: {pairs}" + ("; no vendor is left" if len(both) == len(allow.value) else "")
 
@@ -208,11 +208,11 @@ def _read_users_file(environ: Mapping[str, str], words: Words, problems: list[st
     return _read_file(path, FILE, name, words, problems)
 
 
-def _read_file(path: Path, place: int, name: str, words: Words, problems: list[str]) -> _Layer:
-    keys = {option.name: option for option in OPTIONS.values() if option.in_file or (place == PROFILE and option.users_key)}
+def _read_file(path: Path, precedence: int, name: str, words: Words, problems: list[str]) -> _Layer:
+    keys = {option.name: option for option in OPTIONS.values() if option.in_file or (precedence == PROFILE and option.users_key)}
     layer: _Layer = {}
     try:
-        entries = read_mapping(path, what=CONFIG_FILE if place == FILE else "the platform's profile", problems=problems)
+        entries = read_mapping(path, what=CONFIG_FILE if precedence == FILE else "the platform's profile", problems=problems)
     except SettingsError as error:
         problems += error.problems
         return layer
@@ -225,7 +225,7 @@ def _read_file(path: Path, place: int, name: str, words: Words, problems: list[s
             layer[option.name] = _Given(option.default, Source(DEFAULT, f"{name}:{entry.line}"), f"{where}: {key}")
         else:
             items = {item: f"{path}:{line}: {key}" for item, line in entry.item_lines.items()}
-            given = _Given(entry.value, Source(place, f"{name}:{entry.line}"), f"{where}: {key}", items)
+            given = _Given(entry.value, Source(precedence, f"{name}:{entry.line}"), f"{where}: {key}", items)
             _parse(option, given, layer, words, problems)
     return layer
 

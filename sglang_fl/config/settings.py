@@ -8,16 +8,15 @@ from typing import Any
 
 from .options import OPTIONS
 
-#: Places a value can come from, lowest precedence first.
+#: What a value can come from, lowest precedence first.
 DEFAULT, PROFILE, FILE, ENVIRONMENT = range(4)
-_PLACES = ("default", "profile", "file", "environment")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value came from: its place, and a name for it that a reader can go to."""
+    """Where a value came from: its precedence, and a name for it that a reader can go to."""
 
-    place: int
+    precedence: int
     where: str
 
     def __str__(self) -> str:
@@ -72,7 +71,7 @@ class Settings:
         """The setting that selects the FlagGems functions which replace ATen operators; ``prefer`` selects all of them."""
         if self.flagos_whitelist is not None:
             return "flagos_whitelist"
-        user_prefers_flagos = self.prefer == "flagos" and self.source("prefer").place > PROFILE
+        user_prefers_flagos = self.prefer == "flagos" and self.source("prefer").precedence > PROFILE
         return "prefer" if self.flagos_faster is None or user_prefers_flagos else "flagos_faster"
 
     @property

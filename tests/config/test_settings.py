@@ -190,7 +190,7 @@ def test_a_value_over_null(load: Loader) -> None:
     assert load("oot_whitelist: null\n", SGLANG_FL_OOT_WHITELIST="RMSNorm").oot_whitelist == ("RMSNorm",)
 
 
-def test_absent_keys_leave_weaker_places_alone(load: Loader, profile: Profile) -> None:
+def test_absent_keys_leave_lower_sources_alone(load: Loader, profile: Profile) -> None:
     profile("strict: 1\nprefer: vendor\n")
     settings = load("prefer: reference\n", SGLANG_FL_DENY_VENDORS="metax")
     assert (settings.strict, settings.prefer, settings.deny_vendors) == (True, "reference", ("metax",))
@@ -213,7 +213,9 @@ ORDERS = "rms_norm=reference"
         ("file", "environment", True),
     ],
 )
-def test_prefer_sets_aside_orders_of_weaker_places(load: Loader, profile: Profile, prefer_from: str, orders_from: str, kept: bool) -> None:
+def test_prefer_overrides_the_orders_of_lower_sources(
+    load: Loader, profile: Profile, prefer_from: str, orders_from: str, kept: bool
+) -> None:
     texts: dict[str, dict[str, str]] = {"profile": {}, "file": {}, "environment": {}}
     texts[prefer_from]["prefer"] = "vendor"
     texts[orders_from]["op_backends"] = ORDERS
@@ -226,9 +228,9 @@ def test_prefer_sets_aside_orders_of_weaker_places(load: Loader, profile: Profil
     assert settings.op_backends == ((("rms_norm", ("reference",)),) if kept else ())
     source = str(settings.source("op_backends"))
     if not kept:
-        weaker = "profile cpu:1" if orders_from == "profile" else f"{load.file}:1"
-        stronger = "SGLANG_FL_PREFER" if prefer_from == "environment" else f"{load.file}:1"
-        assert source == f"default; prefer from {stronger} overrides the orders of {weaker}"
+        lower = "profile cpu:1" if orders_from == "profile" else f"{load.file}:1"
+        higher = "SGLANG_FL_PREFER" if prefer_from == "environment" else f"{load.file}:1"
+        assert source == f"default; prefer from {higher} overrides the orders of {lower}"
 
 
 def test_orders_are_joined_operator_by_operator(load: Loader, profile: Profile) -> None:
@@ -271,7 +273,7 @@ def test_orders_are_joined_operator_by_operator(load: Loader, profile: Profile) 
         ),
     ],
 )
-def test_what_drops_the_orders_of_weaker_places(
+def test_what_drops_the_orders_of_lower_sources(
     load: Loader, profile: Profile, file: str, variables: dict[str, str], expected: dict[str, str], source: str
 ) -> None:
     profile("op_backends: {rms_norm: sglang}\n")
@@ -286,7 +288,7 @@ def test_naming_one_operator_leaves_the_others_as_a_real_profile_has_them(on_nvi
     assert after == before
 
 
-def test_prefer_sets_aside_the_orders_of_a_real_profile(on_nvidia: Loader) -> None:
+def test_prefer_overrides_the_orders_of_a_real_profile(on_nvidia: Loader) -> None:
     assert on_nvidia().op_backends != ()
     assert on_nvidia(SGLANG_FL_PREFER="flagos").op_backends == ()
 
@@ -297,7 +299,7 @@ def test_prefer_overrides_no_orders_where_there_are_none(on_nvidia: Loader) -> N
 
 
 def test_prefer_null_is_no_preference(on_nvidia: Loader) -> None:
-    """It takes a preference back; the profile's orders have nothing to give way to."""
+    """It takes a preference back; the profile's orders have nothing that overrides them."""
     assert on_nvidia("prefer: null\n").op_backends == on_nvidia().op_backends != ()
 
 
@@ -337,7 +339,7 @@ def test_whitelist_and_blacklist(load: Loader, profile: Profile, white: str, bla
 
 
 @pytest.mark.parametrize(("white", "black"), PAIRS)
-def test_null_takes_a_weaker_list_out_of_the_way(load: Loader, profile: Profile, white: str, black: str) -> None:
+def test_null_drops_a_lower_list(load: Loader, profile: Profile, white: str, black: str) -> None:
     name = "RMSNorm" if white == "oot_whitelist" else "mul"
     profile(f"{white}: {name}\n")
     settings = load(f"{white}: null\n{black}: {name}\n")

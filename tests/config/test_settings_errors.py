@@ -348,7 +348,7 @@ def test_key_given_twice_does_not_hide_other_problems(load: Loader) -> None:
         ("op_backends: {rms_norm: vendr}\n", {"SGLANG_FL_PREFER": "vendor"}),
     ],
 )
-def test_what_a_stronger_place_replaces_is_checked_too(load: Loader, text: str, environ: dict[str, str]) -> None:
+def test_what_a_higher_source_overrides_is_checked_too(load: Loader, text: str, environ: dict[str, str]) -> None:
     (problem,) = load.problems(text, **environ)
     assert place_of(problem) == f"{load.file}:1"
 

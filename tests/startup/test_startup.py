@@ -8,7 +8,7 @@ import pytest
 from sglang_fl import startup
 from sglang_fl.config import RESOLVED, SettingsError, get_effective_config, settings_of_parent
 from sglang_fl.device import Device
-from sglang_fl.dispatch import get_policy, reset_default_manager
+from sglang_fl.dispatch import OpManager, get_policy, reset_default_manager
 from sglang_fl.dispatch.policy import PolicyManager
 
 CPU = Device("cpu", "cpu", None, "test")
@@ -65,3 +65,24 @@ def test_nothing_is_put_in_force_by_a_setting_that_is_refused(monkeypatch: pytes
 def test_a_process_without_a_parent_resolves_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_FL_PREFER", "vendor")
     assert startup.settings_in_worker(CPU).prefer == "vendor"
+
+
+def test_a_vendor_that_does_not_apply_here_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together with what else is wrong, in one error."""
+    monkeypatch.setenv("GEMS_VENDOR", "ascend")
+    monkeypatch.setenv("SGLANG_FL_STRICT", "2")
+    with pytest.raises(SettingsError) as caught:
+        startup.resolve(CPU)
+    strict, vendor = caught.value.problems
+    assert strict.startswith("SGLANG_FL_STRICT: expected a boolean, found '2'") and vendor.startswith("GEMS_VENDOR: ascend")
+
+
+def test_every_file_that_the_settings_name_is_looked_at(tmp_path: Path) -> None:
+    environ = {
+        "SGLANG_FL_DISPATCH_LOG": str(tmp_path),
+        "SGLANG_FLAGGEMS_LOG_PATH": str(tmp_path / "none" / "a.log"),
+        "FLAGCX_PATH": str(tmp_path / "flagcx"),
+    }
+    with pytest.raises(SettingsError) as caught:
+        startup.check_settings(environ, CPU, OpManager())
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == list(environ)
