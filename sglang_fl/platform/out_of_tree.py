@@ -24,7 +24,7 @@ class OutOfTree(SRTPlatform):
         return known_vendors()[self.device.vendor]
 
     @property
-    def capabilities(self) -> PlatformCapabilities:  # type: ignore[override]
+    def capabilities(self) -> PlatformCapabilities:
         if self.declaration is not None:
             return PlatformCapabilities(**dict.fromkeys(self.declaration.capabilities, True))
         # Triton kernels run wherever FlagGems does. Graph capture needs a graph runner that the vendor
