@@ -23,6 +23,7 @@ from sglang_fl.dispatch import (
     with_preference,
 )
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.layer import LayerSocket
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.registry import OpRegistry
 
@@ -80,7 +81,7 @@ def test_a_models_modules_reach_the_method_of_its_experts() -> None:
     binder = Binder(OpManager())
     report = binder.bind(Model(block), Settings())
     assert report.bound == 2, report.summary()
-    names = {info.name: info.site.num_experts for info in binder._layers.values()}
+    names = {socket.path: socket.context.num_experts for socket in binder._sockets.values() if isinstance(socket, LayerSocket)}
     assert names == {"layers.0.topk": EXPERTS, "layers.0.experts.quant_method": None}
 
 
