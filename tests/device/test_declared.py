@@ -40,8 +40,8 @@ IMPORT = "from sglang_fl.vendor_platform import VendorPlatform\n"
 
 def declare(packages: Packages, name: str = "mychip", more: str = "", head: str = "") -> str:
     """A package that declares a chip which is there, of device type cpu. Its module's name."""
-    told = f"PLATFORM = VendorPlatform(name={name!r}, {more or 'is_present=lambda: True'}, device_type='cpu')\n"
-    return packages.install(f"{IMPORT}{head}\n{told}", GROUP, name=name)
+    line = f"PLATFORM = VendorPlatform(name={name!r}, {more or 'is_present=lambda: True'}, device_type='cpu')\n"
+    return packages.install(f"{IMPORT}{head}\n{line}", GROUP, name=name)
 
 
 def test_the_words_are_sglangs() -> None:
@@ -52,7 +52,7 @@ def test_the_words_are_sglangs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"name": "My-Chip"}, "not 'My-Chip'; did you mean 'my_chip'?"),
         ({"name": ""}, "a vendor's name must be a Python identifier"),
@@ -76,10 +76,10 @@ def test_the_words_are_sglangs() -> None:
         ({"profile": "/no/such.yaml"}, "profile: there is no file '/no/such.yaml'"),
     ],
 )
-def test_what_a_declaration_cannot_say(wrong: dict[str, Any], told: str) -> None:
+def test_what_a_declaration_cannot_say(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         VendorPlatform(**{"name": "mychip", "device_type": "mychip", "commands": ("mychip-smi",), **wrong})
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_chip_is_known_by_file_by_command_or_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +128,8 @@ def problems_of(**environ: str) -> tuple[str, ...]:
 
 def test_of_two_that_are_there_one_must_be_chosen(packages: Packages) -> None:
     declare(packages, "zchip"), declare(packages, "achip")
-    (told,) = problems_of()
-    assert told.startswith("the chips of 2 packages are here: achip (") and told.endswith("set GEMS_VENDOR to the one to use")
+    (message,) = problems_of()
+    assert message.startswith("the chips of 2 packages are here: achip (") and message.endswith("set GEMS_VENDOR to the one to use")
     assert detect(environ={}).vendor == "achip"
     environ = {"GEMS_VENDOR": "zchip"}
     startup.check_settings(environ, detect(environ=environ), OpManager())
@@ -142,7 +142,7 @@ def test_a_vendor_whose_chip_is_not_here_stops_a_server(environ: dict[str, str])
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "message"),
     [
         ("import no_such", "ModuleNotFoundError: No module named 'no_such' ({file}:1)"),
         ("raise SystemExit(3)", "SystemExit: 3 ({file}:1)"),
@@ -154,13 +154,13 @@ def test_a_vendor_whose_chip_is_not_here_stops_a_server(environ: dict[str, str])
         ),
     ],
 )
-def test_a_package_whose_declaration_is_broken(packages: Packages, code: str, told: str) -> None:
+def test_a_package_whose_declaration_is_broken(packages: Packages, code: str, message: str) -> None:
     broken = packages.install(code, GROUP, name="broken")
     sound = declare(packages, "sound")
     assert detect(environ={}).vendor == "sound", "import sglang goes on"
     (problem,) = problems_of()
     assert problem.startswith(f"the platform that {broken} (entry point {broken}) declares cannot be used: ")
-    assert told.format(module=broken, file=packages.directory / f"{broken}.py") in problem
+    assert message.format(module=broken, file=packages.directory / f"{broken}.py") in problem
     assert declared().origins == {"sound": f"{sound} (entry point {sound})"}
 
 
@@ -320,7 +320,7 @@ def test_a_platform_class_that_is_sglangs_platform(packages: Packages) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"platform_class": "'no_such_module:Chip'"}, "platform_class 'no_such_module:Chip' cannot be loaded: ModuleNotFoundError"),
         ({"platform_class": "'M:Chips'"}, "cannot be loaded: AttributeError"),
@@ -341,7 +341,7 @@ def test_a_platform_class_that_is_sglangs_platform(packages: Packages) -> None:
     ],
 )
 def test_what_is_wrong_with_a_declaration_is_raised_where_sglang_lets_it_through(
-    packages: Packages, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], told: str
+    packages: Packages, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], message: str
 ) -> None:
     classes = packages.install(CLASSES, {}, name="classes")
     fields = {"device_type": "'cpu'", "is_present": "lambda: True", **fields}
@@ -351,12 +351,12 @@ def test_what_is_wrong_with_a_declaration_is_raised_where_sglang_lets_it_through
     with pytest.raises(SettingsError) as caught:
         apply(platform, monkeypatch)
     (problem,) = caught.value.problems
-    assert told in problem and "mychip" in problem
+    assert message in problem and "mychip" in problem
     (in_doctor,) = declared_platform(Machine({}, detect(environ={}), OpManager(), deep=True))
     assert in_doctor.what == problem and in_doctor.fatal
 
 
-def test_a_module_that_is_not_installed_is_told_without_importing_anything(packages: Packages) -> None:
+def test_a_module_that_is_not_installed_is_named_without_importing_anything(packages: Packages) -> None:
     declare(packages, more="is_present=lambda: True, graph_runner='no_such_module:Runner'")
     (problem,) = vendor_problems({}, CPU)
     assert "mychip" in problem and "graph_runner: there is no module 'no_such_module'" in problem

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang must know of MyChip. Part of ``import sglang``: import neither PyTorch, SGLang nor your driver's library here.
+"""What SGLang must know of MyChip. It is read during ``import sglang``: do not import PyTorch, SGLang or your driver's library here.
 
-Every line that is a comment is a choice; ``sglang_fl.vendor_platform.VendorPlatform`` says what each means. Classes are
-written "module:Class" and loaded where they are used.
+The commented lines are optional; ``sglang_fl.vendor_platform.VendorPlatform`` documents each. Classes are written
+"module:Class" and loaded when they are needed.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ PLATFORM = VendorPlatform(
     # The torch.device type that MyChip's PyTorch extension registers.
     device_type="mychip",
     #
-    # How it is known that the chip is there: device files, tools of the driver, or a function of your own.
+    # How the chip is detected: its device files, its driver's tools, or a function of your own.
     device_files=("/dev/mychip[0-9]*",),
     # commands=("mychip-smi",),
     # is_present=lambda: Path("/sys/class/mychip").exists(),
@@ -42,12 +42,12 @@ PLATFORM = VendorPlatform(
     # kv_pools={"mha": "sglang_fl_mychip.kv_cache:MyChipMHAPool", "mla": "sglang_fl_mychip.kv_cache:MyChipMLAPool"},
     # paged_allocator="sglang_fl_mychip.kv_cache:MyChipPagedAllocator",
     #
-    # Whether FlagGems serves it: its Triton kernels then take part in operators and in PyTorch's own.
+    # Whether FlagGems supports the chip: its Triton kernels are then used for operators and for PyTorch's own.
     # flaggems=True,
     #
     # Whatever else SGLang asks its platform (memory, compilation, quantisation, speculative decoding, defaults of server
     # arguments): a class with some of the methods of sglang.srt.platforms.interface.SRTPlatform. Its module may not import
-    # sglang.srt.utils or anything heavy: it is part of "import sglang", too.
+    # sglang.srt.utils or anything heavy: it is imported with SGLang, too.
     # platform_class="sglang_fl_mychip.sglang_platform:MyChipPlatform",
     #
     # The settings to use on the chip when the user gives none.
