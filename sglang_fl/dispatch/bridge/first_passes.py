@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which bound layers a model calls at all.
 
-SGLang fuses past some layers on some devices: another kernel does their work, and their forward never
-runs, whatever it is bound to. A model that has run a few times as a whole shows which.
+On some devices SGLang uses a fused kernel in the place of some layers: their forward never runs, whatever it is
+bound to. A model that has run a few times as a whole shows which.
 """
 
 import re
@@ -28,7 +28,7 @@ class FirstPasses:
         self._waiting: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._lead: weakref.ref[nn.Module] | None = None
         self._passes = 0
-        self._told: dict[str, str] = {}
+        self._reported: dict[str, str] = {}
 
     @property
     def over(self) -> bool:
@@ -46,7 +46,7 @@ class FirstPasses:
             shared: one pass may call it several times.
 
         Returns:
-            Whether its next call must be told as well: it is the one that passes are counted by.
+            Whether its next call must be counted, too: passes are counted by this layer.
         """
         self._waiting.pop(layer, None)
         if self.over:
@@ -58,11 +58,11 @@ class FirstPasses:
             return False
         self._passes += 1
         if self.over:
-            self._tell()
+            self._report_uncalled()
         return not self.over
 
-    def _tell(self) -> None:
-        """Say which layers were not called."""
+    def _report_uncalled(self) -> None:
+        """Log which layers were not called."""
         places: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         for layer, name in self._waiting.items():
             places[type(layer).__name__][re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)] += 1
@@ -70,19 +70,18 @@ class FirstPasses:
         for class_name, names in sorted(places.items()):
             where = " ".join(sorted(names))
             count = sum(names.values())
-            self._told[class_name] = where
+            self._reported[class_name] = where
             logger.log(
                 self._log_level,
-                "sglang-fl: SGLang runs the model past %d bound %s %s, so that other kernels do their work (or, as in a vision "
-                "tower, nothing had to be done yet): %s",
+                "sglang-fl: %d bound %s %s never called (SGLang uses fused kernels instead, or that part of the model has not run yet): %s",
                 count,
                 class_name,
-                "layer" if count == 1 else "layers",
+                "layer was" if count == 1 else "layers were",
                 where,
             )
             dispatch_log().record(class_name, f"sglang(not called: {where})")
 
     def _take_back(self, layer: nn.Module) -> None:
-        where = self._told.pop(type(layer).__name__, None)
+        where = self._reported.pop(type(layer).__name__, None)
         if where is not None:
-            logger.log(self._log_level, "sglang-fl: a %s layer is called after all, of those at %s", type(layer).__name__, where)
+            logger.log(self._log_level, "sglang-fl: a bound %s layer is called after all, one of %s", type(layer).__name__, where)
