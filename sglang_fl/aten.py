@@ -50,12 +50,55 @@ class AtenReport:
 
     def left_by_reason(self) -> dict[str, list[str]]:
         """Reason -> the FlagGems functions that were left for it."""
-        reasons: dict[str, list[str]] = {}
+        reasons: dict[str, dict[str, None]] = {}
         for _, function, reason in self.left:
-            names = reasons.setdefault(reason, [])
-            if function not in names:
-                names.append(function)
-        return reasons
+            reasons.setdefault(reason, {})[function] = None
+        return {reason: list(functions) for reason, functions in reasons.items()}
+
+
+_operators: "AtenOperators | None" = None
+
+
+def replace_operators(settings: Settings, device: Device, *, deterministic: bool = False) -> AtenReport:
+    """Switch Layer 1 on in a process that runs a model, if the settings ask for it. With other settings than
+    the last time, what was on before is switched off first.
+
+    Raises:
+        RuntimeError: another :class:`AtenOperators` is on; under ``strict``, FlagGems or an operator cannot be used, or a
+            user asks for FlagGems where it is not installed.
+    """
+    global _operators
+    if settings.flaggems_log_path and not settings.flaggems_record:
+        logger.warning("SGLANG_FLAGGEMS_LOG_PATH is set, and SGLANG_FLAGGEMS_RECORD is not: nothing will be recorded")
+    off = why_off(settings, device, deterministic=deterministic)
+    if off is not None:
+        restore_operators()
+        asked = settings.source("flagos_whitelist").precedence > PROFILE or settings.source("use_flaggems").precedence > PROFILE
+        if settings.strict and off == NOT_INSTALLED and asked:
+            raise RuntimeError(f"sglang-fl: no ATen operator is replaced: {off} (strict is set)")
+        return AtenReport(off=off)
+    if _operators is not None and _operators.settings != settings:
+        restore_operators()
+    if _operators is None:
+        operators = AtenOperators(settings)
+        try:
+            operators.enable()
+        except Exception as error:
+            if settings.strict or AtenOperators._on is not None:
+                raise
+            message = f"FlagGems could not be switched on: {type(error).__name__}: {error}"
+            logger.warning(message, exc_info=True)
+            return AtenReport(off=message)
+        _operators = operators
+    return _operators.report
+
+
+def restore_operators() -> None:
+    """Switch Layer 1 off again in this process."""
+    global _operators
+    if _operators is not None:
+        _operators.disable()
+        _operators = None
 
 
 def why_off(settings: Settings, device: Device, *, deterministic: bool = False) -> str | None:
@@ -231,48 +274,3 @@ class Recorder:
         except OSError as error:
             logger.error("the log of replaced operators %s cannot be written: %s", self._path, error)
             self._path = None
-
-
-_operators: AtenOperators | None = None
-
-
-def replace_operators(settings: Settings, device: Device, *, deterministic: bool = False) -> AtenReport:
-    """Switch Layer 1 on in a process that runs a model, if the settings ask for it. With other settings than
-    the last time, what was on before is switched off first.
-
-    Raises:
-        RuntimeError: another :class:`AtenOperators` is on; under ``strict``, FlagGems or an operator cannot be used, or a
-            user asks for FlagGems where it is not installed.
-    """
-    global _operators
-    if settings.flaggems_log_path and not settings.flaggems_record:
-        logger.warning("SGLANG_FLAGGEMS_LOG_PATH is set, and SGLANG_FLAGGEMS_RECORD is not: nothing will be recorded")
-    off = why_off(settings, device, deterministic=deterministic)
-    if off is not None:
-        restore_operators()
-        asked = settings.source("flagos_whitelist").precedence > PROFILE or settings.source("use_flaggems").precedence > PROFILE
-        if settings.strict and off == NOT_INSTALLED and asked:
-            raise RuntimeError(f"sglang-fl: no ATen operator is replaced: {off} (strict is set)")
-        return AtenReport(off=off)
-    if _operators is not None and _operators.settings != settings:
-        restore_operators()
-    if _operators is None:
-        operators = AtenOperators(settings)
-        try:
-            operators.enable()
-        except Exception as error:
-            if settings.strict or AtenOperators._on is not None:
-                raise
-            message = f"FlagGems could not be switched on: {type(error).__name__}: {error}"
-            logger.warning(message, exc_info=True)
-            return AtenReport(off=message)
-        _operators = operators
-    return _operators.report
-
-
-def restore_operators() -> None:
-    """Switch Layer 1 off again in this process."""
-    global _operators
-    if _operators is not None:
-        _operators.disable()
-        _operators = None
