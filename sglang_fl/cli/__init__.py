@@ -15,12 +15,12 @@ from . import check, config, demo, doctor, new_vendor, ops
 
 VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config, "check": check, "new-vendor": new_vendor}
 
-#: What a write to standard output fails with.
+#: Errors of a write to standard output.
 _CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit codes: 0 well, 1 something is wrong, 2 wrong use or settings that cannot be used."""
+    """Run a command. Exit codes: 0 success, 1 failure, 2 wrong usage or unusable settings."""
     parser = argparse.ArgumentParser(prog="sglang-fl", description="SGLang on any AI chip with FlagOS.")
     parser.add_argument("--version", action="version", version=f"sglang-fl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -29,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_arguments(verbs.add_parser(name, help=help_line, description=help_line))
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal without our characters must not cost a run.
+        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal may not be able to encode our output.
     if not faulthandler.is_enabled():
-        faulthandler.enable()  # A package that crashes while it is imported is named by its file and line.
+        faulthandler.enable()  # A crash while a package is imported is reported with file and line.
     try:
-        code = VERBS[args.verb].run(args)
+        code: int = VERBS[args.verb].run(args)
         sys.stdout.flush()
         return code
     except SettingsError as error:
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _CANNOT_WRITE or error.filename is not None:
             raise
-        # What is left in the buffer must not fail again at exit.
+        # The rest of the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # whose reader is gone, and wants no more
-            print(f"sglang-fl: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):  # the reader closed the pipe
+            print(f"sglang-fl: cannot write the output: {error.strerror or error}", file=sys.stderr)
         return 1
 
 

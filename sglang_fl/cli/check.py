@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Certify implementations: hold what they compute, and how they behave, against float64 and their contract."""
+"""Check implementations: their results against float64, and their behaviour against the contract."""
 
 import argparse
 import json
@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..check.report import Report, as_html, print_report
 from ..check.runner import Job, WorkerFailed, check
 from ..config import SettingsError, suggest
-from ..device import probe
-from ..device.vendors import canonical
+from ..device import canonical, probe
 from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
@@ -30,7 +29,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         found = 0.0
     if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, found {text!r}")
     return found
 
 
@@ -40,7 +39,7 @@ def _seed(text: str) -> int:
     except ValueError:
         found = -1
     if not 0 <= found < 2**62:  # each case adds to it, and PyTorch's generator takes 64 bits
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**62 - 1")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**62 - 1, found {text!r}")
     return found
 
 
@@ -49,19 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--impl", action="append", metavar="ID", help="check this implementation, as vendor.cuda (may be given again)")
     parser.add_argument("--vendor", action="append", metavar="NAME", help="check this vendor's implementations (may be given again)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
-    parser.add_argument(
-        "--timeout", type=_seconds, default=60.0, metavar="S", help="an implementation that takes longer over a case has hung (default: 60)"
-    )
-    parser.add_argument("--seed", type=_seed, metavar="N", help="draw the inputs of an earlier run again")
+    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="time limit for each case (default: 60)")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="seed of the random inputs, to repeat an earlier run")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that can be sent")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page")
 
 
 def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None, vendors: list[str] | None) -> list[tuple[str, str]]:
-    """The (operator, implementation's id) that are asked for; those of ``impls`` and those of ``vendors``, or else all.
+    """The selected (operator, implementation id) pairs: those of ``impls`` and of ``vendors``, or else all.
 
     Raises:
-        SettingsError: a name that nothing has, or names that have nothing in common.
+        SettingsError: an unknown name, or names that select nothing together.
     """
     every = [impl for op in registry.list_operators() for impl in registry.get_implementations(op)]
     wanted_vendors = {canonical(name) for name in vendors or ()}
@@ -78,7 +75,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
         if (not ops or impl.op_name in ops)
         and (not (impls or vendors) or impl.impl_id in (impls or ()) or (impl.vendor and canonical(impl.vendor) in wanted_vendors))
     ]
-    # What was named and has nothing to run would be missing from the report without a word.
+    # A name that selects nothing would be missing from the report without a message.
     names = [*(impls or ()), *(vendors or ())]
     without = [op for op in ops or () if op not in {op for op, _ in found}]
     problems = [f"check: {op} has no implementation {', '.join(names)}" for op in without]
@@ -114,10 +111,10 @@ def run(args: argparse.Namespace) -> int:
         return 1
     unwritten = _write_page(args.html, report) if args.html else None
     if args.json:
-        # Escaped: messages and last words are the implementation's, and may not be text in this terminal's encoding.
+        # Escaped: messages come from implementations, and this terminal may not be able to encode them.
         print(json.dumps(report.as_data(), indent=2))
     else:
-        # A file or a pipe has no width of its own, and the table ten columns.
+        # A file or a pipe has no width, and the table has ten columns.
         width = None if sys.stdout.isatty() else 200
         print_report(report, Console(markup=False, emoji=False, highlight=False, width=width))
     if unwritten:
@@ -129,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_page(file: Path, report: Report) -> OSError | None:
-    """A disk that is full must not cost what was found: it is still printed."""
+    """Write the HTML page; an error is returned, so that the report is still printed."""
     try:
         file.expanduser().write_text(as_html(report), encoding="utf-8", errors="backslashreplace")
     except OSError as error:

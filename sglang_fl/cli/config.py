@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print the settings in force as YAML, each with where it came from."""
+"""Print the settings in force as YAML, each with its source."""
 
 import argparse
 import os
@@ -8,28 +8,35 @@ from typing import Any
 import yaml
 
 from ..config import OPTIONS
+from ..config.options import PLATFORM
 from ..device import probe
 from ..dispatch.manager import get_default_manager
 from ..startup import check_names
 
-#: blacklist -> the whitelist that goes before it.
+#: blacklist -> the whitelist that overrides it.
 _WHITELISTS = {"oot_blacklist": "oot_whitelist", "flagos_blacklist": "flagos_whitelist"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Save the output and name the file in SGLANG_FL_CONFIG to get the same settings; what only variables can set is in comments."
+        "Save the output to a file and set SGLANG_FL_CONFIG to it for the same settings; settings that only variables have are comments."
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = check_names(os.environ, probe(), get_default_manager())
-    print(f"# sglang-fl settings; platform {settings.platform}, profile {settings.profile_file or 'none'}")
-    for name, value, source in settings.items():
+    device = probe()
+    settings = check_names(os.environ, device, get_default_manager())
+    evidence = device.evidence if settings.platform == device.vendor else PLATFORM
+    print(f"# sglang-fl settings; platform {settings.platform} ({evidence}), profile {settings.profile_file or 'none'}")
+    rows = {name: (value, source) for name, value, source in settings.items()}
+    if settings.flagos_key == "flagos_faster":  # which a file's ``prefer`` would override
+        rows["flagos_whitelist"] = settings.flagos_functions, settings.source("flagos_faster")
+    for name, (value, source) in rows.items():
         option = OPTIONS[name]
-        if option.yaml and getattr(settings, _WHITELISTS.get(name, ""), None) is not None:
-            # A file may have one of the two. Left out, a profile's is in force again once the whitelist is taken away.
-            print(f"# {_yaml(option.yaml, value)}  # {source}")
+        is_overridden = name in _WHITELISTS and rows[_WHITELISTS[name]][0] is not None
+        if option.users_key or is_overridden:
+            # A user's file has none of a profile's own keys, and one of a whitelist and a blacklist.
+            print(f"# {_yaml(name, value)}  # {source}")
         elif option.yaml:
             print(f"{_yaml(option.yaml, value)}  # {source}")
         else:
@@ -46,7 +53,7 @@ def _yaml(key: str, value: Any) -> str:
     return f"{key}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
 
 
-def _variable(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return {None: "", True: "1", False: "0"}.get(value, value)
+def _variable(value: bool | str | tuple[str, ...] | None) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join(value) if isinstance(value, tuple) else value or ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a small model through SGLang with the plugin, ask it something, show what ran where."""
+"""Serve a small model through SGLang with the plugin, ask it a question, and show which implementations ran."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, found {text!r}")
     return int(text)
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     environ = {"SGLANG_FL_PREFER": args.prefer} if args.prefer else {}
     if args.port is not None and not port_is_free(args.port):
-        console.print(f"Port {args.port} is in use; choose another, or leave --port out to get any free one.")
+        console.print(f"Port {args.port} is in use; choose another, or omit --port to use any free one.")
         return 2
     settings = check_settings({**os.environ, **environ}, probe(), get_default_manager())
     interrupt_on_termination()
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             model = _model(console)
         except OSError as error:
-            console.print(f"The model's directory cannot be used: {error}. XDG_CACHE_HOME names another place for it.", markup=False)
+            console.print(f"Cannot use the model cache: {error}. Set XDG_CACHE_HOME to another directory.", markup=False)
             return 1
         arguments = ["--tp", str(args.tp)] if args.tp > 1 else []
         server = Server(model, port=args.port or free_port(), log=directory / "server.log", arguments=arguments, environ=environ)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         except ServerFailed as error:
             leftovers.pop_all()
             console.print(f"The SGLang server failed: {error}", markup=False, style="red")
-            console.print(f"All it printed: {server.log}", markup=False)
+            console.print(f"Its log: {server.log}", markup=False)
             return 1
         if args.keep:
             leftovers.pop_all()
@@ -106,7 +106,7 @@ def _wait(console: Console, server: "Server") -> None:
 
 
 def _ask(console: Console, server: "Server") -> bool:
-    """Ask over the OpenAI API, show the answer as it comes; whether it is the text, word for word."""
+    """Ask over the OpenAI API and show the answer as it streams. Returns whether it is exactly the expected text."""
     import httpx
     from openai import OpenAI, OpenAIError
 
@@ -134,16 +134,17 @@ def _ask(console: Console, server: "Server") -> bool:
                     answer += choice.delta.content
                     console.print(choice.delta.content, end="", markup=False, highlight=False, soft_wrap=True)
     except (OpenAIError, httpx.HTTPError) as error:
-        raise ServerFailed(f"while it was asked: {type(error).__name__}: {error}\n{server.last_lines()}") from error
+        raise ServerFailed(f"the request failed: {type(error).__name__}: {error}\n{server.last_lines()}") from error
     right = answer == RECITAL
+    result = "PASSED: exactly the expected text" if right else "FAILED: not the expected text"
     speed = f"{(tokens - 1) / (last - first):.0f} tokens/s after the first" if tokens > 1 and last > first else "no speed measured"
-    console.print(f"\n\n{'Exactly the text' if right else 'NOT the text'} ({tokens} tokens, {speed}).", markup=False)
+    console.print(f"\n\n{result} ({tokens} tokens, {speed}).", markup=False)
     return right
 
 
 def _show_dispatch(console: Console, dispatch_log: Path, start: int) -> None:
-    """Which backend ran each layer class: the lines that the server's processes wrote when it did."""
-    table = Table(title="What ran where", title_justify="left")
+    """Which implementation ran each layer class, from the dispatch log of the server's processes."""
+    table = Table(title="Implementations that ran", title_justify="left")
     table.add_column("SGLang layer")
     table.add_column("ran on")
     for row in read_dispatch_log(dispatch_log.read_bytes()[start:].decode()) if dispatch_log.exists() else []:

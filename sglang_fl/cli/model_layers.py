@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, OVERRIDING, names_in_lists
+from ..dispatch.bridge.catalog import CUSTOM_FORWARD, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, names_in_lists
 
 #: How ``get_rope`` names the class it makes, by the config's rope type.
 _ROPE_CLASSES = {
@@ -46,7 +46,7 @@ _KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers} | {na
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer class of a model; ``op`` is None where no operator of sglang-fl is for it."""
+    """A layer class of a model; ``op`` is None where sglang-fl has no operator for it."""
 
     class_name: str
     op: str | None
@@ -71,7 +71,7 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     if not any(files.values()):
         raise SettingsError(
             f"{directory}: SGLang has no model of its own for the architecture {config.get('architectures')}. "
-            "If it serves it through its Transformers backend, sglang-fl takes none of its layers over"
+            "If SGLang serves it through its Transformers backend, sglang-fl replaces none of its layers"
         )
     for architecture, file in files.items():
         if file is not None:
@@ -84,13 +84,13 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
         if class_name is None:
             continue
         op = _KNOWN.get(class_name)
-        why = settings.why_left(names_in_lists(class_name, op)) if op else None
+        why = settings.exclusion_reason(names_in_lists(class_name, op)) if op else None
         if class_name == _MAKE_EXPERTS[0]:
-            destination = "sglang (its experts are quantised)"
+            destination = "sglang (quantized experts)"
         elif op is None:
-            destination = "sglang (no operator of sglang-fl is for it)"
-        elif class_name in OVERRIDING:
-            destination = "sglang (it has a forward of its own)"
+            destination = "sglang (sglang-fl has no operator for it)"
+        elif class_name in CUSTOM_FORWARD:
+            destination = "sglang (it overrides forward)"
         else:
             destination = f"sglang ({why})" if why else picked[op]
         rows.append(LayerRow(class_name, op, _size(op, text), destination))
@@ -106,7 +106,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model: {str(path)!r} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise SettingsError(f"--model: {str(path)!r} is not a model's configuration")
+        raise SettingsError(f"--model: {str(path)!r} is not a model configuration")
     _check_types(path, config)
     return config
 
@@ -157,7 +157,7 @@ def _size(op: str | None, config: dict[str, Any]) -> str:
     def first(*names: str) -> Any:
         return next((config[name] for name in names if config.get(name) is not None), None)
 
-    def told(**sizes: Any) -> str:
+    def named(**sizes: Any) -> str:
         return ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
 
     def counted(*sizes: tuple[Any, str]) -> str:
@@ -166,12 +166,12 @@ def _size(op: str | None, config: dict[str, Any]) -> str:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
     experts = first(*_NUMBER_OF_EXPERTS)
-    norm = told(hidden_size=hidden, eps=first("rms_norm_eps", "layer_norm_eps", "norm_eps"))
-    activation = told(intermediate_size=config.get("intermediate_size"))
+    norm = named(hidden_size=hidden, eps=first("rms_norm_eps", "layer_norm_eps", "norm_eps"))
+    activation = named(intermediate_size=config.get("intermediate_size"))
     rotary = ", ".join(
-        filter(None, (told(head_dim=head_dim), counted((heads, "heads"), (config.get("num_key_value_heads", heads), "kv heads"))))
+        filter(None, (named(head_dim=head_dim), counted((heads, "heads"), (config.get("num_key_value_heads", heads), "kv heads"))))
     )
-    per_expert = told(hidden_size=hidden, moe_intermediate_size=first("moe_intermediate_size", "intermediate_size"))
+    per_expert = named(hidden_size=hidden, moe_intermediate_size=first("moe_intermediate_size", "intermediate_size"))
     keys, values = config.get("linear_num_key_heads"), config.get("linear_num_value_heads")
     return {
         "fused_moe": ", ".join(filter(None, (counted((experts, "experts")), per_expert))),
@@ -197,7 +197,7 @@ def _file_of(architecture: str) -> Path | None:
     """The file of SGLang that defines a model's class, or that imports it."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
-        raise SettingsError("SGLang is not installed: install sglang-fl again, with what it depends on")
+        raise SettingsError("SGLang is not installed: reinstall sglang-fl with its dependencies")
     models = Path(spec.submodule_search_locations[0]) / "srt" / "models"
     pattern = re.compile(rf"^class {re.escape(architecture)}\b[(:]|^EntryClass\b.*\b{re.escape(architecture)}\b", re.MULTILINE)
     return next((file for file in sorted(models.glob("*.py")) if pattern.search(file.read_text(encoding="utf-8"))), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the package of a new vendor: a backend, its registration, the chip's platform, and tests that call the check."""
+"""Write a package for a new vendor: a backend, its registration, the chip's platform, and tests that run the check."""
 
 import argparse
 import os
@@ -10,14 +10,13 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from ..config import SettingsError
-from ..device.declared import declared, why_no_identifier
-from ..device.vendors import VENDORS, Vendor
+from ..device import VENDORS, Vendor, declared, name_problem
 from ..dispatch.manager import OpManager
 
-#: What stands in the template for the vendor's name, and for the chip's in the names of classes.
+#: Placeholders of the template: the vendor's name, and the chip's in the names of classes.
 _NAME, _CLASS = "mychip", "MyChip"
 _SUFFIXES = (".py", ".toml", ".md", ".yaml")
-#: What a vendor whose chip SGLang has a platform for does not need.
+#: Files that a vendor does not need whose chip SGLang has a platform for.
 _PLATFORM_FILES = frozenset({"platform.py", "profile.yaml", "test_platform.py"})
 
 
@@ -27,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    told = why_no_identifier(args.name) or why_taken(args.name)
-    if told:
-        raise SettingsError(f"new-vendor: {told}")
+    problem = name_problem(args.name) or why_taken(args.name)
+    if problem:
+        raise SettingsError(f"new-vendor: {problem}")
     if args.directory == "":
         raise SettingsError("new-vendor: DIR is empty; name a directory, or leave it out")
     directory = Path(args.directory or f"sglang-fl-{args.name}")
@@ -42,24 +41,24 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {file.relative_to(directory)}")
     row = VENDORS.get(args.name)
     if row is not None and row.in_tree is not None:
-        print(f"No platform.py: SGLang has a platform for {row.chip} of its own ({row.in_tree}), on which these operators run.")
+        print(f"No platform.py: SGLang has its own platform for {row.chip} ({row.in_tree}); these operators run on it.")
     package = shlex.quote(f"{directory}[test]")
     print(f"Next:\n  uv pip install -e {package}\n  sglang-fl check --vendor {args.name} --quick")
     return 0
 
 
 def why_taken(name: str) -> str | None:
-    """Whose name it is already, or None. A chip of our table that no package serves yet is nobody's."""
+    """Why the name is taken, or None. That of a chip in our table which no package serves yet is free."""
     if name == "cpu":
-        return "'cpu' is what the reference is for"
+        return "'cpu' is served by the reference backend; choose another name"
     manager = OpManager()
     discovery = manager.discover(())
     for (op, impl_id), origin in discovery.owners.items():
         impl = manager.registry.get_implementation(op, impl_id)
         if impl is not None and name in (impl.vendor, impl_id.removeprefix("vendor.")):
-            return f"{name!r} has a backend already ({origin}); choose another name"
+            return f"{name!r} already has a backend ({origin}); choose another name"
     if name in declared().origins:
-        return f"{name!r} has a platform already ({declared().origins[name]}); choose another name"
+        return f"{name!r} already has a platform ({declared().origins[name]}); choose another name"
     return None
 
 
@@ -71,7 +70,7 @@ def write(name: str, directory: Path) -> list[Path]:
         OSError: it cannot be written.
     """
     if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
-        raise SettingsError(f"new-vendor: {str(directory)!r} is there already, and not an empty directory; name another")
+        raise SettingsError(f"new-vendor: {str(directory)!r} exists and is not an empty directory; choose another")
     row = VENDORS.get(name)
     written = []
     for parts, source in _template(files("sglang_fl.dispatch.backends.vendor") / "template"):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show every operator's implementations, the order in force, and which one would be picked."""
+"""Show every operator's implementations, the order in force, and which one is selected."""
 
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Settings
-from ..device import probe
+from ..device import detect, probe
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
 from ..startup import check_settings
-from .model_layers import model_layers
+from .model_layers import LayerRow, model_layers
 
-#: Of a column of names: most are shorter, and the longest would take half of a terminal.
-_LEAST_NAME = 24
+#: The least width of a column of names. Most are shorter, and the longest would take half of a terminal.
+_NAME_WIDTH = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class OpRow:
-    """An operator: what there is, in which order, and what comes of it.
+    """An operator: its implementations, their order, and the one that is selected.
 
     Attributes:
         picked: what its layers run on, before their trial.
-        left: layer class -> why it stays with SGLang all the same.
-        cannot_run: the order in force names nothing that can run here, ``sglang`` neither.
+        left: layer class -> why it stays with SGLang nevertheless.
+        cannot_run: no implementation in the order in force is available here, and ``sglang`` is not in it.
     """
 
     op: str
@@ -47,8 +48,8 @@ class OpRow:
     implementations: list[dict[str, Any]]
     cannot_run: bool
 
-    def told(self) -> str:
-        """``picked``, and the classes that are left where others are not."""
+    def summary(self) -> str:
+        """``picked``, and the classes that stay with SGLang where others do not."""
         if len(self.left) == len(classes_of(self.op)):
             return self.picked
         by_reason: dict[str, list[str]] = {}
@@ -74,7 +75,7 @@ def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: st
         why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
         row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
         implementations.append(row)
-    stays = {name: settings.why_left(names_in_lists(name, op)) for name in classes_of(op)}
+    stays = {name: settings.exclusion_reason(names_in_lists(name, op)) for name in classes_of(op)}
     left = {name: reason for name, reason in stays.items() if reason is not None}
     cannot_run = not plan.candidates and not plan.to_sglang and len(left) < len(classes_of(op))
     return OpRow(op, " | ".join(plan.order), str(settings.source_of_order(op)), _picked(plan, left), left, implementations, cannot_run)
@@ -82,59 +83,66 @@ def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: st
 
 def _picked(plan: Plan, left: dict[str, str]) -> str:
     if not classes_of(plan.op):
-        return "nothing: this version binds no layer of SGLang to it"
+        return "none: this version of sglang-fl binds no SGLang layer to it"
     if len(left) == len(classes_of(plan.op)):
         return f"sglang ({', '.join(dict.fromkeys(left.values()))})"
     if plan.candidates:
         return str(plan.candidates[0])
-    return "sglang" if plan.to_sglang else f"sglang (no implementation can run: {plan.describe()})"
-
-
-def _told(impl: dict[str, Any]) -> str:
-    if impl["available"]:
-        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "")
-    return f"{impl['impl']}: not available: {impl['why']}"
+    return "sglang" if plan.to_sglang else f"sglang (no implementation is available: {plan.describe()})"
 
 
 def run(args: argparse.Namespace) -> int:
-    device = probe()
-    if args.deep:
-        from ..device import detect
-
-        device = detect()
+    device = detect() if args.deep else probe()
     manager = get_default_manager()
     settings = check_settings(os.environ, device, manager)
     rows = operator_rows(manager, settings)
     layers = model_layers(args.model, {row.op: row.picked for row in rows}, settings) if args.model else None
     if args.json:
-        data: dict[str, Any] = {"device": device.vendor, "operators": [asdict(row) for row in rows]}
+        data: dict[str, Any] = {"device": device.vendor, "evidence": device.evidence, "operators": [asdict(row) for row in rows]}
         if layers is not None:
             data["layers"] = [asdict(layer) for layer in layers]
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return 0
     console = Console(markup=False, emoji=False)
-    table = Table(title=f"Operators on {device.vendor} ({device.evidence})", title_justify="left")
-    table.add_column("operator", min_width=_LEAST_NAME, overflow="fold")
-    table.add_column("implementations", overflow="fold")
-    table.add_column("order in force, and from where", overflow="fold")
-    table.add_column("picked", overflow="fold")
-    for row in rows:
-        table.add_row(row.op, "\n".join(map(_told, row.implementations)), f"{row.order}\n({row.order_from})", row.told())
-        table.add_section()
-    console.print(table)
-    if layers is not None:
-        shown = Table(title=f"Layers of {args.model}", title_justify="left")
-        for column in ("layer class", "operator", "size", "runs on"):
-            shown.add_column(column, overflow="fold", min_width=_LEAST_NAME if column == "layer class" else None)
-        for layer in layers:
-            shown.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
-        console.print(shown if layers else f"The model in {args.model} has no layer that an operator of sglang-fl is for.")
-        console.print(
-            "Read from config.json and SGLang's source. A layer's own attributes decide when it is loaded; the server's log then says."
-        )
-    else:
-        console.print(
-            "Layer classes: " + "; ".join(f"{op}: {', '.join(name for _, name in found)}" for op, found in LAYERS.items()), style="dim"
-        )
+    console.print(_operator_table(rows, f"Operators on {device.vendor} ({device.evidence})"))
+    if not args.deep:
+        console.print("Read from driver files and commands; --deep asks PyTorch, as a server does.", style="dim")
+    if layers is None:
+        classes = "; ".join(f"{op}: {', '.join(name for _, name in found)}" for op, found in LAYERS.items())
+        console.print(f"Layer classes: {classes}", style="dim")
         console.print("Functions: " + ", ".join(name for _, name in FUNCTIONS.values()), style="dim")
+        return 0
+    no_layers = f"No layer of the model in {args.model} has an operator in sglang-fl."
+    console.print(_layer_table(layers, f"Layers of {args.model}") if layers else no_layers)
+    console.print(
+        "Read from config.json and SGLang's source. Whether a layer is bound is decided when the model is loaded; see the server's log."
+    )
     return 0
+
+
+def _operator_table(rows: Sequence[OpRow], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("operator", min_width=_NAME_WIDTH, overflow="fold")
+    for column in ("implementations", "order in force (source)", "selected"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        implementations = "\n".join(map(_availability, row.implementations))
+        table.add_row(row.op, implementations, f"{row.order}\n({row.order_from})", row.summary())
+        table.add_section()
+    return table
+
+
+def _availability(impl: dict[str, Any]) -> str:
+    if impl["available"]:
+        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "")
+    return f"{impl['impl']}: not available: {impl['why']}"
+
+
+def _layer_table(layers: Sequence[LayerRow], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer class", min_width=_NAME_WIDTH, overflow="fold")
+    for column in ("operator", "size", "runs on"):
+        table.add_column(column, overflow="fold")
+    for layer in layers:
+        table.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
+    return table

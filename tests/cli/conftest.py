@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sglang_fl.device import Device
-from sglang_fl.device.vendors import VENDORS
+from sglang_fl.cli import main
+from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch.manager import reset_default_manager
+
+Ops = Callable[..., dict[str, Any]]
 
 _BACKEND = """
 from sglang_fl.dispatch import BackendImplKind, OpImpl
@@ -41,7 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def make(name: str) -> None:
         vendor = VENDORS[name]
         device = Device(name, vendor.device_type, vendor.in_tree, "a test")
-        for module in ("config", "doctor", "ops"):
+        for module in ("config", "doctor.diagnosis", "ops"):
             monkeypatch.setattr(f"sglang_fl.cli.{module}.probe", lambda environ=None: device)
 
     return make
@@ -66,3 +70,35 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         return name
 
     return make
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ops:
+    """Runs ``sglang-fl ops --json`` with further arguments and variables; returns the operators by name, and the layers."""
+
+    def run(*arguments: str, **environ: str) -> dict[str, Any]:
+        for variable, value in environ.items():
+            monkeypatch.setenv(variable, value)
+        assert main(["ops", "--json", *arguments]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        data = json.loads(captured.out)
+        return {
+            **{row["op"]: row for row in data["operators"]},
+            "layers": data.get("layers"),
+            "device": data["device"],
+            "evidence": data["evidence"],
+        }
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[[Any], str]:
+    """Writes a config.json; returns its directory."""
+
+    def write(config: Any) -> str:
+        (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        return str(tmp_path)
+
+    return write

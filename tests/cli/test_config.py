@@ -10,9 +10,9 @@ import yaml
 import sglang_fl.config
 from sglang_fl.cli import main
 from sglang_fl.config import OPTIONS, Settings, load_settings
-from sglang_fl.device import Device
-from sglang_fl.device.vendors import VENDORS
+from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch.manager import reset_default_manager
+from sglang_fl.startup.words import flaggems_functions
 
 Run = Callable[..., str]
 IN_FILES = [name for name, option in OPTIONS.items() if option.yaml]
@@ -38,6 +38,13 @@ def config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 def values(settings: Settings, names: list[str]) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
+
+
+def in_force(settings: Settings) -> dict[str, Any]:
+    """What the settings that a file may have come to. Those about FlagGems may say the same by other lists."""
+    excluded = {name for name in flaggems_functions() or () if settings.flagos_exclusion_reason(name)}
+    names = [name for name in IN_FILES if name not in ("flagos_whitelist", "flagos_blacklist")]
+    return {**values(settings, names), "flagos_functions": settings.flagos_functions, "excluded": excluded}
 
 
 def settings_on(vendor: str, environ: dict[str, str]) -> Settings:
@@ -75,29 +82,30 @@ def test_saved_output_gives_the_same_settings(
     if text:
         (tmp_path / "first.yaml").write_text(text)
         environ = {**environ, "SGLANG_FL_CONFIG": str(tmp_path / "first.yaml")}
-    wanted = values(settings_on(vendor, environ), IN_FILES)
+    wanted = in_force(settings_on(vendor, environ))
     saved = tmp_path / "saved.yaml"
     saved.write_text(config(**environ))
 
     alone = {"SGLANG_FL_CONFIG": str(saved)}
-    assert values(settings_on(vendor, alone), IN_FILES) == wanted
-    assert values(settings_on(vendor, {**environ, **alone}), IN_FILES) == wanted
+    assert in_force(settings_on(vendor, alone)) == wanted
+    assert in_force(settings_on(vendor, {**environ, **alone})) == wanted
     assert yaml.safe_load(config(**alone)) == yaml.safe_load(saved.read_text())
 
 
-def test_a_blacklist_that_a_whitelist_sets_aside_is_told_and_comes_back(
-    config: Run, machine: Callable[[str], None], tmp_path: Path
-) -> None:
-    """A saved file whose whitelist is taken away must not give FlagGems what the profile says is broken."""
+def test_what_a_profile_knows_as_broken_is_a_comment_and_stays_so(config: Run, machine: Callable[[str], None], tmp_path: Path) -> None:
+    """A saved file must not give FlagGems what the profile says is broken."""
     machine("nvidia")
-    broken = settings_on("nvidia", {"SGLANG_FL_PREFER": "flagos"}).flagos_blacklist
+    broken = settings_on("nvidia", {}).flagos_broken
     assert broken, "the profile knows of something broken"
-    printed = config(SGLANG_FL_FLAGOS_BLACKLIST="mm")
-    assert "flagos_whitelist: []" in printed
-    assert re.search(rf"^# flagos_blacklist: null  # \[mm, {broken[0]}\] of .* set aside by flagos_whitelist$", printed, re.MULTILINE)
+    printed = config(SGLANG_FL_PREFER="flagos", SGLANG_FL_FLAGOS_BLACKLIST="mm")
+    assert "flagos_blacklist: [mm]  # SGLANG_FL_FLAGOS_BLACKLIST" in printed
+    assert re.search(rf"^# flagos_broken: \[{', '.join(broken)}\]  # profile nvidia:\d+$", printed, re.MULTILINE)
+    assert re.search(r"^# flagos_faster: \[.*\]  # profile nvidia:\d+$", printed, re.MULTILINE)
     saved = tmp_path / "saved.yaml"
-    saved.write_text(config().replace("flagos_whitelist: []", "flagos_whitelist: null"))
-    assert settings_on("nvidia", {"SGLANG_FL_CONFIG": str(saved)}).flagos_blacklist == broken
+    saved.write_text(printed)
+    settings = settings_on("nvidia", {"SGLANG_FL_CONFIG": str(saved)})
+    assert settings.flagos_functions is None
+    assert all(settings.flagos_exclusion_reason(function) for function in ("mm", *broken))
 
 
 def test_settings_that_only_variables_have_are_given_as_comments(config: Run, backend: Callable[..., str], tmp_path: Path) -> None:
@@ -129,7 +137,7 @@ def test_every_setting_says_where_it_comes_from(config: Run, machine: Callable[[
     file = tmp_path / "mine.yaml"
     file.write_text("\nstrict: true\n")
     lines = config(SGLANG_FL_CONFIG=str(file), SGLANG_FL_DENY_VENDORS="metax", SGLANG_FL_LOG_LEVEL="ERROR").splitlines()
-    assert lines[0].startswith("# sglang-fl settings; platform nvidia, profile ") and lines[0].endswith("nvidia.yaml")
+    assert lines[0].startswith("# sglang-fl settings; platform nvidia (a test), profile ") and lines[0].endswith("nvidia.yaml")
     assert len(lines) == 1 + len(OPTIONS)
     assert f"strict: true  # {file}:2" in lines
     assert "deny_vendors: [metax]  # SGLANG_FL_DENY_VENDORS" in lines
@@ -140,7 +148,12 @@ def test_every_setting_says_where_it_comes_from(config: Run, machine: Callable[[
 
 def test_platform_without_a_profile(config: Run, machine: Callable[[str], None]) -> None:
     machine("metax")
-    assert config().splitlines()[0] == "# sglang-fl settings; platform metax, profile none"
+    assert config().splitlines()[0] == "# sglang-fl settings; platform metax (a test), profile none"
+
+
+def test_a_platform_that_was_chosen_is_not_said_to_be_detected(config: Run) -> None:
+    first = config(SGLANG_FL_PLATFORM="ascend").splitlines()[0]
+    assert first.startswith("# sglang-fl settings; platform ascend (SGLANG_FL_PLATFORM), profile ")
 
 
 def test_orders_may_name_what_plugin_modules_bring(config: Run, backend: Callable[..., str]) -> None:

@@ -63,10 +63,10 @@ def test_the_table_above_has_every_verb() -> None:
         (["demo", "--tp", "0"], "invalid choice: 0"),
         (["demo", "--tp", "two"], "two"),
         (["demo", "--port", "-1"], "-1"),
-        (["demo", "--port", "70000"], "'70000' is no port: a number from 1 to 65535"),
-        (["demo", "--port", "abc"], "'abc' is no port"),
-        (["check", "--timeout", "0"], "'0' is no number of seconds above 0"),
-        (["check", "--timeout", "soon"], "'soon' is no number of seconds above 0"),
+        (["demo", "--port", "70000"], "expected a port from 1 to 65535, found '70000'"),
+        (["demo", "--port", "abc"], "expected a port from 1 to 65535, found 'abc'"),
+        (["check", "--timeout", "0"], "expected a number of seconds above 0, found '0'"),
+        (["check", "--timeout", "soon"], "expected a number of seconds above 0, found 'soon'"),
         (["check", "--op"], "--op"),
         (["new-vendor"], "NAME"),
     ],
@@ -182,4 +182,4 @@ def test_reader_of_the_output_that_goes_away(argv: list[str]) -> None:
 def test_output_that_cannot_be_written_is_said_in_a_line(argv: list[str]) -> None:
     with open("/dev/full", "w") as full:
         run = subprocess.run([sys.executable, "-m", "sglang_fl", *argv], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (run.returncode, run.stderr) == (1, "sglang-fl: the output cannot be written: No space left on device\n")
+    assert (run.returncode, run.stderr) == (1, "sglang-fl: cannot write the output: No space left on device\n")

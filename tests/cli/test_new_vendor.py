@@ -8,13 +8,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from installed_packages import Packages, pip_install
 
 from sglang_fl.cli import main
-from sglang_fl.device.declared import VendorPlatform
-from sglang_fl.device.vendors import VENDORS
+from sglang_fl.device import VENDORS, VendorPlatform
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -58,18 +58,18 @@ def test_it_writes_a_package_and_says_what_is_next(
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("Fast-Chip", "'Fast-Chip' is none; did you mean 'fast_chip'?"),
-        ("2fast", "a vendor's name is a Python identifier in lower case, and '2fast' is none"),
-        ("class", "'class' is none"),
-        ("chïp", "'chïp' is none; did you mean 'ch_p'?"),
-        ("../up", "'../up' is none; did you mean 'up'?"),
-        ("", "'' is none"),
-        ("reference", "'reference' is a word of the settings"),
-        ("template", "'template' is a word of the settings"),
+        ("Fast-Chip", "not 'Fast-Chip'; did you mean 'fast_chip'?"),
+        ("2fast", "a vendor's name must be a Python identifier in lower case, not '2fast'"),
+        ("class", "not 'class'"),
+        ("chïp", "not 'chïp'; did you mean 'ch_p'?"),
+        ("../up", "not '../up'; did you mean 'up'?"),
+        ("", "not ''"),
+        ("reference", "'reference' means something else in the settings"),
+        ("template", "'template' means something else in the settings"),
         ("npu", "'npu' is another name for 'ascend'"),
-        ("ascend", "'ascend' has a backend already (sglang_fl.dispatch.backends.vendor.ascend); choose another name"),
-        ("nvidia", "'nvidia' has a backend already (sglang_fl.dispatch.backends.vendor.cuda); choose another name"),
-        ("cpu", "'cpu' is what the reference is for"),
+        ("ascend", "'ascend' already has a backend (sglang_fl.dispatch.backends.vendor.ascend); choose another name"),
+        ("nvidia", "'nvidia' already has a backend (sglang_fl.dispatch.backends.vendor.cuda); choose another name"),
+        ("cpu", "'cpu' is served by the reference backend"),
     ],
 )
 def test_names_that_cannot_be(name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,10 +79,10 @@ def test_names_that_cannot_be(name: str, told: str, tmp_path: Path, capsys: pyte
 
 
 def test_the_name_of_an_installed_package(tmp_path: Path, packages: Packages, capsys: pytest.CaptureFixture[str]) -> None:
-    code = "from sglang_fl.device.declared import VendorPlatform as V\nPLATFORM = V(name='mine', device_type='x', commands=('no-tool',))"
+    code = "from sglang_fl.vendor_platform import VendorPlatform as V\nPLATFORM = V(name='mine', device_type='x', commands=('no-tool',))"
     package = packages.install(code, {"sglang_fl.platform": "{module}:PLATFORM"})
     assert main(["new-vendor", "mine", str(tmp_path / "x")]) == 2
-    assert f"'mine' has a platform already ({package} (entry point {package}))" in capsys.readouterr().err
+    assert f"'mine' already has a platform ({package} (entry point {package}))" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,13 +92,13 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     empty.mkdir()
     for taken in (full, file):
         assert main(["new-vendor", "fastchip", str(taken)]) == 2
-        assert f"{str(taken)!r} is there already, and not an empty directory" in capsys.readouterr().err
+        assert f"{str(taken)!r} exists and is not an empty directory" in capsys.readouterr().err
     assert files_in(full) == set() and file.read_text() == "mine"
     assert main(["new-vendor", "fastchip", str(file / "below")]) == 2
     assert "cannot be written: Not a directory" in capsys.readouterr().err
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     assert main(["new-vendor", "fastchip", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere' is there already" in capsys.readouterr().err
+    assert "nowhere' exists" in capsys.readouterr().err
     assert main(["new-vendor", "fastchip", ""]) == 2
     assert "DIR is empty" in capsys.readouterr().err
     assert main(["new-vendor", "fastchip", str(empty)]) == 0
@@ -116,7 +116,7 @@ def test_what_it_writes_is_clean(name: str, tmp_path: Path) -> None:
 
 def test_a_vendor_that_sglang_has_a_platform_for_brings_operators_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["new-vendor", "mthreads", str(tmp_path / "package")])
-    assert "No platform.py: SGLang has a platform for Moore Threads of its own (musa)" in capsys.readouterr().out
+    assert "No platform.py: SGLang has its own platform for Moore Threads (musa)" in capsys.readouterr().out
     found = files_in(tmp_path / "package")
     assert found == {file.replace("fastchip", "mthreads") for file in FILES if "platform" not in file and "profile" not in file}
     for file in found:
@@ -148,11 +148,12 @@ def test_every_choice_in_a_comment_can_be_made(tmp_path: Path) -> None:
     assert {name for name in every if re.search(rf"^    {name}=", chosen, re.MULTILINE)} == every, "every field is shown"
     assert len(platform.classes()) == 8
 
-    for file, pattern in (("register_ops.py", r"^            # (?=[a-z_]+=)"), ("backend.py", r"^    # ?(?=    |def |$)")):
-        text = (tmp_path / "package" / "sglang_fl_fastchip" / file).read_text(encoding="utf-8")
-        chosen = re.sub(pattern, "            " if file == "register_ops.py" else "    ", text, flags=re.MULTILINE)
-        assert chosen != text
-        compile(chosen, file, "exec")
+    text = (tmp_path / "package" / "sglang_fl_fastchip" / "backend.py").read_text(encoding="utf-8")
+    chosen = re.sub(r"^( *)# (?=[a-z_]+=|def |    )", r"\1", text, flags=re.MULTILINE)
+    assert "\ndef why_unavailable(" in chosen and "\n    why_unavailable=" in chosen
+    space: dict[str, Any] = {"__package__": "sglang_fl_fastchip"}
+    exec(chosen, space)
+    assert space["BACKEND"].implementations()[0].supported_dtypes == {"bfloat16", "float16"}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_its_own_test_of_the_check_can_fail(installed: tuple[Path, Path], tmp_pa
 
 def test_the_doctor_knows_the_chip(installed: tuple[Path, Path], tmp_path: Path) -> None:
     done = python("-m", "sglang_fl", "doctor", path=installed[1], cwd=tmp_path)
-    assert "Chips of installed packages: fastchip (sglang-fl-fastchip (entry point fastchip)): not seen here" in done.stdout
+    assert "Platforms of installed packages: fastchip (sglang-fl-fastchip (entry point fastchip)): not seen here" in done.stdout
 
 
 def test_the_template_is_in_the_wheel(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show the platform, versions and the state of each layer, and what is wrong and how to fix it."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .diagnosis import Diagnosis, diagnose
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="import SGLang too: ask PyTorch for the device, check SGLang's interfaces, replace the ATen operators and list them",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = diagnose(os.environ, deep=args.deep)
+    if args.json:
+        print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+    else:
+        _print(found)
+    return 1 if any(problem.fatal for problem in found.problems) else 0
+
+
+def _print(found: Diagnosis) -> None:
+    console = Console(markup=False, emoji=False)
+    facts = {name: value or "not installed" for name, value in {**found.device, **found.versions}.items()}
+    console.print(_two_columns("Platform and versions", facts))
+    if found.layers:
+        layers = Table(title="Layers", title_justify="left")
+        for column in ("layer", "state", "why"):
+            layers.add_column(column, overflow="fold")
+        for row in found.layers:
+            layers.add_row(row["layer"], row["state"], row["why"])
+        console.print(layers)
+    if found.aten is not None:
+        _print_aten(console, found.aten)
+    console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)
+    if found.platforms:
+        console.print(f"Platforms of installed packages: {'; '.join(found.platforms)}", soft_wrap=True)
+    if not found.problems:
+        console.print("No problems found.")
+    for problem in found.problems:
+        console.print(f"{'ERROR' if problem.fatal else 'warning'}: {problem.what}", soft_wrap=True)
+        console.print(f"  → {problem.remedy}", soft_wrap=True)
+
+
+def _print_aten(console: Console, aten: dict[str, Any]) -> None:
+    if aten["off"] is not None:
+        console.print(f"ATen operators: none replaced: {aten['off']}", soft_wrap=True)
+        return
+    rows = {f"replaced by FlagGems ({len(aten['replaced'])})": ", ".join(aten["replaced"])}
+    rows |= {f"left to PyTorch: {why} ({len(names)} functions)": ", ".join(names) for why, names in aten["left_by_reason"].items()}
+    console.print(_two_columns("ATen operators", rows))
+
+
+def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the doctor checks: each check is a function that yields the problems it finds."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+
+from packaging.requirements import Requirement
+
+from ... import __version__
+from ...config import Settings
+from ...device import Device, known_vendors
+from ...dispatch.backends.flaggems.library import TESTED, changed_signatures
+from ...dispatch.bridge.catalog import classes_of
+from ...dispatch.manager import OpManager
+from ...dispatch.ops import OPERATORS
+from ...dispatch.policy import SelectionPolicy
+from ...distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
+from ..ops import OpRow
+
+_PLATFORM_GROUP = "sglang.srt.platforms"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong, and what to do about it. A fatal one stops a server."""
+
+    what: str
+    remedy: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks look at. ``settings`` is None where they cannot be used, for ``settings_errors``."""
+
+    environ: Mapping[str, str]
+    device: Device
+    manager: OpManager
+    deep: bool
+    settings: Settings | None = None
+    settings_errors: tuple[str, ...] = ()
+    operators: Sequence[OpRow] = ()
+
+
+def problems_of(machine: Machine) -> list[Problem]:
+    """The problems that all checks find."""
+    found = [problem for check in _CHECKS for problem in check(machine)]
+    if machine.settings is not None:
+        found += [problem for check in _CHECKS_OF_SETTINGS for problem in check(machine, machine.settings)]
+    if machine.deep:
+        found += [problem for check in _DEEP_CHECKS for problem in check(machine)]
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def sglang_release(machine: Machine) -> Iterator[Problem]:
+    installed = installed_version("sglang")
+    if installed is None:
+        yield Problem("SGLang is not installed", "reinstall sglang-fl with its dependencies (uv pip install .)", fatal=True)
+        return
+    try:
+        tested = [line.specifier for line in map(Requirement, requires("sglang-fl") or ()) if line.name == "sglang"]
+    except PackageNotFoundError:
+        tested = []
+    for specifier in tested:
+        if not specifier.contains(installed, prereleases=True):
+            what = f"SGLang {installed} is installed; sglang-fl {__version__} was tested with {specifier}"
+            yield Problem(what, f"pip install 'sglang{specifier}'")
+
+
+def platform_plugins(machine: Machine) -> Iterator[Problem]:
+    names = {entry.name for entry in entry_points(group=_PLATFORM_GROUP)}
+    others = ", ".join(sorted(names - {"sglang_fl"}))
+    chosen = machine.environ.get("SGLANG_PLATFORM", "")
+    choose_ours = "set SGLANG_PLATFORM=sglang_fl, or unset it"
+    if "sglang_fl" not in names:
+        what = "SGLang cannot find sglang-fl: its entry points are not installed"
+        yield Problem(what, "uv pip install . in sglang-fl's checkout", fatal=True)
+    if chosen and chosen not in names:
+        installed = ", ".join(sorted(names)) or "none"
+        what = f"SGLANG_PLATFORM={chosen}: there is no such platform plugin, so SGLang stops (installed: {installed})"
+        yield Problem(what, choose_ours, fatal=True)
+    elif chosen and chosen != "sglang_fl":
+        yield Problem(f"SGLANG_PLATFORM={chosen}: SGLang will not use sglang-fl", choose_ours)
+    elif others and not chosen:
+        what = f"other platform plugins are installed ({others}); if one of them activates too, SGLang stops"
+        yield Problem(what, "set SGLANG_PLATFORM=sglang_fl")
+    allowed = [name.strip() for name in machine.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if allowed and "sglang_fl" not in allowed and chosen != "sglang_fl":
+        yield Problem(f"SGLANG_PLUGINS={','.join(allowed)}: SGLang will not load sglang-fl", "add sglang_fl to it, or unset it")
+
+
+def unusable_settings(machine: Machine) -> Iterator[Problem]:
+    for message in machine.settings_errors:
+        yield Problem(message, "correct it: a server does not start with it", fatal=True)
+
+
+def broken_backends(machine: Machine) -> Iterator[Problem]:
+    discovery = machine.manager.discovery
+    if discovery is None:
+        return
+    for failure in discovery.failed:
+        if failure.module is None:  # a module of SGLANG_FL_PLUGIN_MODULES is an error of the settings
+            yield Problem(f"backend {failure.origin} is not in use: {failure.reason}", "fix or uninstall that package")
+    for message in discovery.misspelt:
+        yield Problem(message, "fix that package")
+
+
+def orders(machine: Machine, settings: Settings) -> Iterator[Problem]:
+    then = "a server stops if its model has such a layer, as strict is set" if settings.strict else "those layers stay with SGLang"
+    for row in machine.operators:
+        if row.cannot_run:
+            classes = ", ".join(name for name in classes_of(row.op) if name not in row.left)
+            yield Problem(
+                f"{row.op}: no implementation in its order, {row.order} ({row.order_from}), is available here for {classes}; {then}",
+                f"run 'sglang-fl ops' to see which are; end the order with reference, or with sglang to leave {row.op} to SGLang",
+                fatal=settings.strict,
+            )
+
+
+def flaggems(machine: Machine, settings: Settings) -> Iterator[Problem]:
+    policy = SelectionPolicy.from_settings(settings)
+    ordered = [op for op in OPERATORS if "flagos" in policy.order_for(op)]
+    replaces_aten = settings.flagos_functions != ()
+    vendor = machine.device.vendor
+    if not (known_vendors()[vendor].flaggems and settings.use_flaggems and (replaces_aten or ordered)):
+        return
+    if importlib.util.find_spec("flag_gems") is None:
+        use = f"to replace ATen operators on {vendor}" if replaces_aten else f"by the order of {', '.join(ordered)}"
+        install = "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems"
+        yield Problem(f"FlagGems is not installed, but is wanted {use}", install)
+    for message in changed_signatures():
+        yield Problem(message, f"pip install flag_gems=={TESTED}, which sglang-fl was tested with")
+
+
+def flagcx(machine: Machine, settings: Settings) -> Iterator[Problem]:
+    """Where FlagCX is chosen; ``deep`` loads it."""
+    if settings.collective != "flagcx":
+        return
+    library = find_library(settings.flagcx_path, machine.environ)
+    header = header_of(library)
+    message = None
+    if header is not None and header.problems:
+        message = f"{header.path} differs from the FlagCX that sglang-fl supports: {'; '.join(header.problems)}"
+    elif machine.deep:
+        from ...distributed.device_communicators.flagcx import FlagCXLibrary
+
+        try:
+            FlagCXLibrary(library)
+        except FlagCXError as error:
+            message = str(error)
+    if message:
+        remedy = "use FlagCX 0.5 to 0.13, built for this machine, on every node; or unset FLAGCX_PATH and SGLANG_FL_DIST_BACKEND"
+        yield Problem(message, remedy, fatal=settings.strict)
+
+
+def sglang_interfaces(machine: Machine) -> Iterator[Problem]:
+    from ...compat import IncompatibleSGLang, check_groups, check_layers, check_platform
+
+    for check in (check_platform, check_groups, check_layers):
+        try:
+            check()
+        except IncompatibleSGLang as error:
+            yield Problem(str(error), "install a supported SGLang", fatal=True)
+
+
+def declared_platform(machine: Machine) -> Iterator[Problem]:
+    """Problems of the package that brings up this chip."""
+    from ...platform import platform_class
+    from ...platform.declared import DeclaredHooks
+
+    platform = platform_class(machine.device)
+    for message in platform.declaration_problems() if issubclass(platform, DeclaredHooks) else []:
+        yield Problem(message, "fix or uninstall that package", fatal=True)
+
+
+_CHECKS = (sglang_release, platform_plugins, unusable_settings, broken_backends)
+_CHECKS_OF_SETTINGS = (orders, flaggems, flagcx)
+_DEEP_CHECKS = (sglang_interfaces, declared_platform)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the doctor finds on a machine."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from ... import __version__
+from ...config import Settings, SettingsError
+from ...device import Device, describe_platforms, detect, known_vendors, probe
+from ...dispatch.manager import OpManager
+from ...startup import check_settings
+from ..ops import operator_rows
+from .checks import Machine, Problem, installed_version, problems_of
+from .layers import layer_states
+
+_PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor found. ``layers`` is empty where the settings cannot be used, ``aten`` is None unless asked for."""
+
+    device: dict[str, str | None]
+    versions: dict[str, str | None]
+    layers: list[dict[str, str]] = field(default_factory=list)
+    aten: dict[str, Any] | None = None
+    backends: list[str] = field(default_factory=list)
+    platforms: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
+    """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
+    device = detect() if deep else probe(environ)
+    machine = _look_at(environ, device, deep)
+    found = Diagnosis(_device_facts(device, deep), _versions(), platforms=describe_platforms(), problems=problems_of(machine))
+    if machine.settings is not None:
+        found.layers = layer_states(machine.settings, device, environ, machine.operators)
+        if deep:
+            found.aten = _replaced_operators(machine.settings, device, found.problems)
+    if machine.manager.discovery is not None:
+        found.backends = list(machine.manager.discovery.loaded)
+    return found
+
+
+def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
+    manager = OpManager()
+    try:
+        settings = check_settings(environ, device, manager)
+    except SettingsError as error:
+        return Machine(environ, device, manager, deep, settings_errors=tuple(error.problems))
+    return Machine(environ, device, manager, deep, settings, operators=operator_rows(manager, settings))
+
+
+def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:
+    vendor = known_vendors()[device.vendor]
+    return {
+        "vendor": device.vendor,
+        "chip": vendor.chip,
+        "device type": device.device_type,
+        "platform": f"SGLang's own ({device.in_tree})" if device.in_tree else "out of tree",
+        "collectives": vendor.collective,
+        "attention": vendor.attention or "chosen by SGLang",
+        "detected by": device.evidence,
+        "detected from": "PyTorch, as in a server" if deep else "driver files and commands (--deep asks PyTorch, as a server does)",
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    return {"sglang-fl": __version__, **{name: installed_version(name) for name in _PACKAGES}}
+
+
+def _replaced_operators(settings: Settings, device: Device, problems: list[Problem]) -> dict[str, Any]:
+    """Replace the ATen operators as a server does, in this process, and report which."""
+    from ...aten import AtenOperators, AtenReport, why_off
+
+    off = why_off(settings, device)
+    try:
+        with AtenOperators(settings) if off is None else nullcontext(AtenReport(off=off)) as report:
+            pass
+    except Exception as error:
+        message = f"FlagGems cannot be switched on: {type(error).__name__}: {error}"
+        problems.append(Problem(message, "fix its installation, or set USE_FLAGGEMS=0", fatal=settings.strict))
+        report = AtenReport(off=message)
+    return {
+        "off": report.off,
+        "replaced": dict(report.replaced),
+        "left": {key: why for key, _, why in report.left},
+        "left_by_reason": report.left_by_reason(),
+    }

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_fl import __version__
+from sglang_fl.cli import main
+from sglang_fl.cli.doctor.checks import Problem
+from sglang_fl.cli.doctor.diagnosis import diagnose
+from sglang_fl.device import VENDORS
+from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.startup.words import flaggems_functions
+
+
+def test_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert diagnose({}).problems == []
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "No problems found." in told
+    assert all(word in told for word in (__version__, "Platform and versions", "rms_norm", "profile cpu:2", "gloo"))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "facts"),
+    [
+        ("cpu", {"platform": "out of tree", "collectives": "gloo", "attention": "torch_native"}),
+        ("nvidia", {"platform": "SGLang's own (cuda)", "collectives": "nccl", "attention": "chosen by SGLang"}),
+        ("ascend", {"platform": "SGLang's own (npu)", "collectives": "hccl", "attention": "ascend"}),
+        ("cambricon", {"platform": "out of tree", "device type": "mlu", "collectives": "cncl"}),
+    ],
+)
+def test_device_and_layers(machine: Callable[[str], None], vendor: str, facts: dict[str, str]) -> None:
+    machine(vendor)
+    found = diagnose({"SGLANG_FL_PER_OP": "rms_norm=sglang;silu_and_mul=reference"})
+    assert found.device["vendor"] == vendor and found.device["detected by"] == "a test"
+    assert facts.items() <= found.device.items()
+    states = {row["layer"]: row["state"] for row in found.layers}
+    assert list(states) == ["1 ATen operators", *(f"2 {op}" for op in sorted(OPERATORS)), "3 collectives"]
+    assert states["2 rms_norm"] == "sglang"
+    assert states["2 silu_and_mul"] == "reference(reference.torch)"
+    assert states["3 collectives"].startswith(f"{facts['collectives']}, ")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "environ", "state", "why"),
+    [
+        ("cpu", {}, "off", "FlagGems has nothing for cpu"),
+        ("thead", {}, "off", "FlagGems has nothing for thead"),
+        ("metax", {}, "all of N functions", "prefer (default)"),
+        ("metax", {"USE_FLAGGEMS": "0"}, "off", "USE_FLAGGEMS"),
+        ("metax", {"SGLANG_FL_FLAGOS_WHITELIST": "mul,mm"}, "2 of N functions", "flagos_whitelist (SGLANG_FL_FLAGOS_WHITELIST)"),
+        ("metax", {"SGLANG_FL_FLAGOS_BLACKLIST": "mul"}, "N-1 of N functions", "flagos_blacklist (SGLANG_FL_FLAGOS_BLACKLIST)"),
+    ],
+)
+def test_the_state_of_layer_1(machine: Callable[[str], None], vendor: str, environ: dict[str, str], state: str, why: str) -> None:
+    machine(vendor)
+    known = len(flaggems_functions() or ())
+    row = diagnose(environ).layers[0]
+    assert row["state"] == state.replace("N-1", str(known - 1)).replace("N", str(known))
+    assert row["why"] == why
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_every_platform_runs_something_by_default(machine: Callable[[str], None], vendor: str) -> None:
+    machine(vendor)
+    assert [problem.what for problem in diagnose({}).problems if "can run here" in problem.what] == []
+
+
+def test_the_lists_of_classes_are_in_the_state() -> None:
+    states = {row["layer"]: row["state"] for row in diagnose({"SGLANG_FL_OOT_BLACKLIST": "SiluAndMul,RMSNorm,TopK"}).layers}
+    assert states["2 silu_and_mul"] == states["2 topk"] == "sglang (oot_blacklist)"
+    assert states["2 rms_norm"] == "reference(reference.torch); RMSNorm: sglang (oot_blacklist)"
+    states = {row["layer"]: row["state"] for row in diagnose({"SGLANG_FL_OOT_WHITELIST": "Gemma3RMSNorm"}).layers}
+    assert states["2 gemma_rms_norm"] == "reference(reference.torch); GemmaRMSNorm: sglang (not in oot_whitelist)"
+    assert states["2 rms_norm"] == "sglang (not in oot_whitelist)"
+
+
+def test_layer_2_off() -> None:
+    states = [row["state"] for row in diagnose({"SGLANG_FL_OOT_ENABLED": "0"}).layers if row["layer"].startswith("2 ")]
+    assert states == ["sglang (Layer 2 is off)"] * len(OPERATORS)
+
+
+def test_collective_library_that_was_asked_for() -> None:
+    row = diagnose({"SGLANG_FL_DIST_BACKEND": "nccl"}).layers[-1]
+    assert row == {"layer": "3 collectives", "state": "nccl, through SGLang", "why": "SGLANG_FL_DIST_BACKEND"}
+
+
+def test_flagcx(flagcx: Path) -> None:
+    found = diagnose({"FLAGCX_PATH": str(flagcx)})
+    state = f"flagcx 0.13.0 ({flagcx}/build/lib/libflagcx.so); if the ranks do not agree, all use gloo"
+    assert found.layers[-1] == {"layer": "3 collectives", "state": state, "why": "FLAGCX_PATH"}
+    assert found.problems == []
+    by_name = diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"}).layers[-1]
+    assert by_name["state"].endswith("the server stops") and by_name["why"] == "SGLANG_FL_DIST_BACKEND"
+    other = diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_DIST_BACKEND": "nccl"}).layers[-1]
+    assert other["state"] == "nccl, through SGLang"
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    data = json.loads(captured.out)
+    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "platforms", "problems"}
+    assert data["versions"]["sglang-fl"] == __version__
+    assert "sglang_fl.dispatch.backends.reference" in data["backends"]
+    assert data["problems"] == []
+
+
+@pytest.mark.parametrize("argv", [["doctor"], ["doctor", "--json"]])
+def test_settings_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("strict: 1\nprefr: vendor\n")
+    monkeypatch.setenv("SGLANG_FL_CONFIG", str(file))
+    monkeypatch.setenv("SGLANG_FL_DIST_BACKEND", "ncl")
+    assert main(argv) == 1
+    told = capsys.readouterr().out
+    wanted = [
+        f"{file}:2: unknown key 'prefr'; did you mean 'prefer'?",
+        "SGLANG_FL_DIST_BACKEND: unknown value 'ncl'; did you mean 'nccl'?",
+    ]
+    if "--json" in argv:
+        data = json.loads(told)
+        assert [problem["what"] for problem in data["problems"] if problem["fatal"]] == wanted
+        assert data["layers"] == []
+    else:
+        assert [line.removeprefix("ERROR: ") for line in told.splitlines() if line.startswith("ERROR: ")] == wanted
+
+
+def test_several_problems_at_once(platforms: Callable[..., None], flaggems: Callable[[bool], None], machine: Callable[[str], None]) -> None:
+    machine("nvidia")
+    platforms("other_chip", "sglang_fl")
+    flaggems(False)
+    problems = diagnose({"SGLANG_PLUGINS": "other", "SGLANG_FL_PREFER": "vendr", "SGLANG_FL_STRICT": "2"}).problems
+    assert len(problems) == 4
+    assert [problem.fatal for problem in problems] == [False, False, True, True]
+
+
+def test_file_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Square brackets are markup to Rich."""
+    directory = tmp_path / "a[b]c[red]"
+    directory.mkdir()
+    (directory / "mine.yaml").write_text("dist_backend: gloo\n")
+    monkeypatch.setenv("SGLANG_FL_CONFIG", str(directory / "mine.yaml"))
+    assert main(["doctor"]) == 0
+    assert "a[b]c[red]/mine.yaml:1" in capsys.readouterr().out
+
+
+def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_fl import compat
+    from sglang_fl.device import Device
+
+    def broken() -> None:
+        raise compat.IncompatibleSGLang("SGLang lacks something")
+
+    asked: list[Any] = []
+    monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.detect", lambda: asked.append(1) or Device("metax", "cuda", None, "PyTorch"))
+    monkeypatch.setattr(compat, "check_platform", lambda: None)
+    monkeypatch.setattr(compat, "check_groups", lambda: None)
+    monkeypatch.setattr(compat, "check_layers", broken)
+    found = diagnose({"USE_FLAGGEMS": "0"}, deep=True)
+    assert asked and found.device["vendor"] == "metax"
+    assert found.aten is not None and found.aten["off"] == "USE_FLAGGEMS=0 (USE_FLAGGEMS)"
+    assert found.problems == [Problem("SGLang lacks something", "install a supported SGLang", fatal=True)]
