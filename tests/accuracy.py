@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from backend_functions import reference
 
 from sglang_fl.check import exact
 from sglang_fl.check.cases import cases_of
+from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import OK
 from sglang_fl.check.exact import DTYPES, U32, Exact
-from sglang_fl.check.measure import Subject
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+from sglang_fl.check.implementation import Implementation
 
 __all__ = [
     "DTYPES",
@@ -77,11 +78,11 @@ def check_cases(
         dtypes: what the implementation is given; None: every dtype.
     """
     seed = secrets.randbits(31)
-    subject = Subject(op, fn, getattr(ReferenceBackend(), op), torch.device(device), writes_inputs=True)
+    impl = Implementation(op, fn, getattr(reference, op), torch.device(device), writes_inputs=True)
     count = 0
     for case in cases_of(op, dtypes, torch.device(device), quick=True):
         if case.check in checks:
-            outcome = subject.check(case, seed)
+            outcome = check_case(impl, case, seed)
             assert outcome.status in allowed, f"{op}, {case.check}, {case.name}, {case.dtype}, seed {seed}: {outcome.message}"
             count += outcome.status == OK
     assert count, f"none of {op}'s cases ran"

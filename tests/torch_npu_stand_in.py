@@ -10,9 +10,8 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import reference_on_tensors as reference
 import torch
-
-from sglang_fl.dispatch.backends.reference import impl as reference
 
 _DECLARED = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 _NAMES = (

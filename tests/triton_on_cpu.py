@@ -102,7 +102,7 @@ def _under_any_name(own: Any, name: str) -> Any:
 
 def cuda() -> ModuleType:
     """``vendor/cuda/impl/gated_delta_rule.py``, on SGLang's own kernels."""
-    return _alone("vendor.cuda")
+    return importlib.import_module("sglang_fl.dispatch.backends.vendor.cuda.impl.gated_delta_rule")
 
 
 def flaggems() -> ModuleType:
@@ -128,17 +128,7 @@ def flaggems() -> ModuleType:
     from sglang_fl.dispatch.backends.flaggems import library
 
     library.load = lambda: sys.modules["flag_gems"]  # type: ignore[assignment]
-    return _alone("flaggems")
-
-
-def _alone(backend: str) -> ModuleType:
-    """A backend's file of the gated delta rule without the files beside it, which want a device."""
-    name = f"sglang_fl.dispatch.backends.{backend}"
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.submodule_search_locations is not None
-    package = sys.modules[f"{name}.impl"] = ModuleType(f"{name}.impl")
-    package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "impl")]
-    return importlib.import_module(f"{name}.impl.gated_delta_rule")
+    return importlib.import_module("sglang_fl.dispatch.backends.flaggems.impl.gated_delta_rule")
 
 
 def main(name: str, everything: bool) -> None:
@@ -146,16 +136,17 @@ def main(name: str, everything: bool) -> None:
     import torch
 
     from sglang_fl.check.cases import cases_of
+    from sglang_fl.check.check_case import check_case
     from sglang_fl.check.constants import INPUTS, SERVING, SPECIAL, UNUSUAL
-    from sglang_fl.check.measure import Subject
+    from sglang_fl.check.implementation import Implementation
 
     implementation = {"cuda": cuda, "flaggems": flaggems}[name]()
     cpu, found = torch.device("cpu"), []
     for op in OPERATORS:
-        subject = Subject(op, getattr(implementation, op), None, cpu)
+        impl = Implementation(op, getattr(implementation, op), None, cpu)
         for case in cases_of(op, frozenset({torch.float16}), cpu, quick=True):
             if case.name in CASES or (everything and case.check in (SERVING, UNUSUAL, SPECIAL, INPUTS)):
-                outcome = subject.check(case, 11)
+                outcome = check_case(impl, case, 11)
                 used = outcome.error_ulp / outcome.bound_ulp if outcome.error_ulp is not None and outcome.bound_ulp else None
                 found.append([op, case.check, case.name, outcome.status, outcome.message, used])
     print(json.dumps(found))

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..config import Words
+from ..device import ALIASES, known_vendors
 from ..utils.packages import entries, importing, last_line, origin_of
 from ..utils.suggest import near
 from .logger_manager import get_logger
@@ -55,14 +57,17 @@ class Discovery:
 
 
 def discover(registry: OpRegistry, plugin_modules: Sequence[str] = ()) -> Discovery:
-    """Register every backend there is."""
-    found = Discovery()
+    """Register every backend there is, all of them at once when all have been asked."""
+    there = registry.snapshot().impls_by_op
+    found = Discovery(owners={(op, impl.impl_id): "this program" for op, impls in there.items() for impl in impls})
+    asked = OpRegistry()
     for module in [*_folders(_BACKENDS), *_folders(f"{_BACKENDS}.vendor")]:
-        _register(found, registry, module.removesuffix(".register_ops"), partial(importlib.import_module, module))
+        _register(found, asked, module.removesuffix(".register_ops"), partial(importlib.import_module, module))
     for entry in entries(ENTRY_POINT_GROUP):
-        _register(found, registry, origin_of(entry), entry.load)
+        _register(found, asked, origin_of(entry), entry.load)
     for name in plugin_modules:
-        _register(found, registry, f"{name} (SGLANG_FL_PLUGIN_MODULES)", partial(importlib.import_module, name), module=name)
+        _register(found, asked, f"{name} (SGLANG_FL_PLUGIN_MODULES)", partial(importlib.import_module, name), module=name)
+    registry.register_many(asked.implementations())
     return found
 
 
@@ -75,6 +80,16 @@ def register_builtins(registry: OpRegistry) -> None:
     found = discover(registry)
     if found.conflicts:
         raise RuntimeError("; ".join(found.conflicts))
+
+
+def known_words(registry: OpRegistry | None = None) -> Words:
+    """The names of operators, vendors and implementations: this package's, and those that are registered."""
+    impls = registry.implementations() if registry is not None else []
+    return Words(
+        operators=frozenset(OPERATORS).union(impl.op_name for impl in impls),
+        vendors=frozenset(known_vendors().keys() | ALIASES.keys()).union(impl.vendor for impl in impls if impl.vendor),
+        impls=frozenset(impl.impl_id for impl in impls),
+    )
 
 
 def _folders(package: str) -> Iterator[str]:
@@ -116,7 +131,7 @@ def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callabl
         logger.warning("backend %s could not be registered: %s", origin, reason)
         logger.debug("backend %s", origin, exc_info=True)
         return
-    impls = [impl for group in attempt.snapshot().impls_by_op.values() for impl in group]
+    impls = attempt.implementations()
     claimed = [impl for impl in impls if (impl.op_name, impl.impl_id) in found.owners]
     for impl in claimed:
         first = found.owners[impl.op_name, impl.impl_id]
@@ -136,6 +151,6 @@ def _misspelt(origin: str, ops: set[str]) -> Iterator[str]:
     for op in sorted(ops - set(OPERATORS)):
         meant = near(op, OPERATORS)
         if meant is not None:
-            told = f"{origin} registers an operator {op!r}, which no layer of SGLang runs on; did you mean {meant!r}?"
-            logger.warning("%s", told)
-            yield told
+            message = f"{origin} registers an operator {op!r}, which no layer of SGLang runs on; did you mean {meant!r}?"
+            logger.warning("%s", message)
+            yield message

@@ -3,19 +3,18 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ..config import Vocabulary, settings_in_force, suggest
-from ..device.declared import known_vendors
-from ..device.vendors import ALIASES
-from .builtin_ops import Discovery, discover
+from ..config import Settings, Words, settings_in_force
+from ..device import Device
+from ..utils.suggest import suggest
+from .builtin_ops import Discovery, discover, known_words
 from .locks import ForkSafeLock
 from .logger_manager import get_logger
-from .ops import OPERATORS
 from .policy import PolicyManager, SelectionPolicy, get_policy
 from .registry import OpRegistry
-from .types import SGLANG, OpImpl, Refusal, match_token
+from .types import SGLANG, OpImpl, Refusal, device_here, match_token
 
 logger = get_logger()
 
@@ -27,7 +26,7 @@ class Plan:
     Attributes:
         candidates: the implementations that can run, in the order to try them.
         to_sglang: the order comes to ``sglang`` after them; what stands behind it is never tried.
-        passed_over: (implementation id or word of the order, why) of what the order names in vain.
+        passed_over: (implementation id or word of the order, reason) of what the order names in vain.
     """
 
     op: str
@@ -38,7 +37,7 @@ class Plan:
 
     def describe(self) -> str:
         """Why there is no candidate, in one line."""
-        reasons = "; ".join(f"{what}: {why}" for what, why in self.passed_over) or "nothing is registered for it"
+        reasons = "; ".join(f"{what}: {reason}" for what, reason in self.passed_over) or "nothing is registered for it"
         return f"order {'|'.join(self.order)}: {reasons}"
 
 
@@ -65,7 +64,19 @@ class OpManager:
         self._plans_version = -1
         self._lock = ForkSafeLock()
         self._is_discovering = False
+        self._given: tuple[Settings, Device] | None = None
+        self._in_use: tuple[Settings, Device] | None = None
+        self._unavailable: dict[OpImpl, str | None] = {}
         self._reported: set[tuple[str, str, str]] = set()
+        self._checked: set[SelectionPolicy] = set()
+
+    def use(self, settings: Settings, device: Device) -> None:
+        """Ask implementations whether they are available under these settings and on this device.
+
+        A manager that is used alone takes the settings in force in the process and the device that it finds.
+        """
+        self._given = settings, device
+        self.bump_policy_epoch()
 
     def ensure_initialized(self, plugin_modules: Sequence[str] | None = None) -> None:
         """Register every backend there is, once.
@@ -96,23 +107,17 @@ class OpManager:
                         self._is_discovering = False
         return self.discovery
 
-    def vocabulary(self, plugin_modules: Sequence[str] | None = None) -> Vocabulary:
-        """The names of operators, vendors and implementations; packages are looked for once one is not among our own.
+    def words(self, plugin_modules: Sequence[str] | None = None, *, with_packages: bool = True) -> Words:
+        """The names of operators, vendors and implementations.
 
         Args:
             plugin_modules: as for :meth:`ensure_initialized`.
+            with_packages: those of installed packages too, which are imported for it; without them no implementation is known.
         """
-        own = Vocabulary(frozenset(OPERATORS), vendors=frozenset(known_vendors().keys() | ALIASES.keys()), impls=frozenset())
-        return replace(own, with_packages=lambda: self._names_of_packages(plugin_modules))
-
-    def _names_of_packages(self, plugin_modules: Sequence[str] | None) -> Vocabulary:
+        if not with_packages:
+            return known_words()
         self.discover(plugin_modules)
-        impls = [impl for group in self.registry.snapshot().impls_by_op.values() for impl in group]
-        return Vocabulary(
-            frozenset(impl.op_name for impl in impls),
-            vendors=frozenset(impl.vendor for impl in impls if impl.vendor),
-            impls=frozenset(impl.impl_id for impl in impls),
-        )
+        return known_words(self.registry)
 
     def plan(self, op_name: str, policy: SelectionPolicy | None = None) -> Plan:
         """What the policy (the one in force here if None) means for an operator."""
@@ -122,9 +127,25 @@ class OpManager:
             self.bump_policy_epoch()
         found = self._plans.get((op_name, policy))
         if found is None:
+            self._warn_of_names(policy)
             with self._lock:
                 found = self._plans[op_name, policy] = self._make_plan(op_name, policy)
         return found
+
+    def _warn_of_names(self, policy: SelectionPolicy) -> None:
+        """Warn, once, of operators and vendors that nobody has: a ban of "nvdia" bans nobody."""
+        if policy in self._checked:
+            return
+        self._checked.add(policy)
+        words = self.words()
+        vendors = (*policy.deny_vendors, *(policy.allow_vendors or ()))
+        problems = [
+            *(words.problem_with("operators", op) for op, _ in policy.per_op_order),
+            *(words.problem_with_token(token) for _, order in policy.per_op_order for token in order),
+            *(words.problem_with("vendors", vendor) for vendor in sorted(vendors)),
+        ]
+        for problem in filter(None, problems):
+            logger.warning("a policy of this process: %s", problem)
 
     def _make_plan(self, op_name: str, policy: SelectionPolicy) -> Plan:
         order = policy.order_for(op_name)
@@ -142,12 +163,21 @@ class OpManager:
             for impl in matching:
                 if impl in candidates:
                     continue
-                why = f"vendor {impl.vendor} is not allowed" if not policy.is_vendor_allowed(impl.vendor) else impl.why_unavailable()
-                if why is None:
+                allowed = policy.is_vendor_allowed(impl.vendor)
+                reason = self._why_unavailable(impl) if allowed else f"vendor {impl.vendor} is not allowed"
+                if reason is None:
                     candidates.append(impl)
                 else:
-                    passed_over[impl.impl_id] = why
+                    passed_over[impl.impl_id] = reason
         return Plan(op_name, order, tuple(candidates), to_sglang, tuple(passed_over.items()))
+
+    def _why_unavailable(self, impl: OpImpl) -> str | None:
+        """As :meth:`OpImpl.why_unavailable`, asked once."""
+        if impl not in self._unavailable:
+            if self._in_use is None:
+                self._in_use = self._given or (settings_in_force(), device_here())
+            self._unavailable[impl] = impl.why_unavailable(*self._in_use)
+        return self._unavailable[impl]
 
     def resolve_candidates(self, op_name: str) -> list[OpImpl]:
         """The implementations that can run, in the order to try them.
@@ -227,8 +257,8 @@ class OpManager:
                 return call_sglang()
         if len(failures) == 1:
             raise error
-        told = "; ".join(f"{impl.impl_id}: {type(e).__name__}: {e}" for impl, e in failures)
-        raise RuntimeError(f"All implementations failed for op={plan.op!r}: {told}") from failures[-1][1]
+        reasons = "; ".join(f"{impl.impl_id}: {type(e).__name__}: {e}" for impl, e in failures)
+        raise RuntimeError(f"All implementations failed for op={plan.op!r}: {reasons}") from failures[-1][1]
 
     def _may_retry(self, failed: OpImpl, error: Exception, policy: SelectionPolicy) -> bool:
         if policy.strict or isinstance(error, Refusal):
@@ -245,7 +275,7 @@ class OpManager:
     def bump_policy_epoch(self) -> None:
         """Forget what was resolved, so that it is worked out anew, for bound layers too."""
         with self._lock:
-            self._plans = {}
+            self._plans, self._unavailable, self._in_use = {}, {}, None
             changed = self._plans_version != -1
             self._plans_version = self.registry.version
         if changed:

@@ -6,24 +6,22 @@ its own thread or task only.
 """
 
 import hashlib
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings, SettingsError, load_settings, settings_in_force, suggest
-from ..config.options import CONFIG_FILE
-from ..device.vendors import canonical
+from ..config import CONFIG_FILE, Settings, SettingsError, load_settings, plugin_modules, settings_in_force
+from ..device import canonical
+from ..utils.suggest import suggest
+from .builtin_ops import discover, known_words
 from .locks import ForkSafeLock
-from .types import SGLANG
-
-logger = logging.getLogger("sglang_fl.dispatch")
+from .registry import OpRegistry
+from .types import SGLANG, device_here
 
 PREFER_DEFAULT = "flagos"
 PREFER_VENDOR = "vendor"
@@ -37,10 +35,21 @@ _DEFAULT_ORDERS = {
 _WORDS = frozenset({"flagos", "vendor", "reference", SGLANG})
 
 
-def _check_token(token: str) -> None:
-    head, colon, tail = token.partition(":")
-    if not (token in _WORDS or (colon and head in ("vendor", "impl") and tail)):
-        raise ValueError(f"unknown backend {token!r}{suggest(token, _WORDS)}")
+#: Variables that decide which platform's profile is read.
+_PLATFORM_VARIABLES = ("SGLANG_FL_PLATFORM", "GEMS_VENDOR", "SGLANG_USE_CPU_ENGINE")
+
+
+def _check_order(op: str, order: tuple[str, ...]) -> None:
+    if not order:
+        raise ValueError(f"the order for {op!r} is empty")
+    for token in order:
+        head, colon, tail = token.partition(":")
+        if not (token in _WORDS or (colon and head in ("vendor", "impl") and tail)):
+            raise ValueError(f"unknown backend {token!r}{suggest(token, _WORDS)}")
+        if order.count(token) > 1:
+            raise ValueError(f"the order for {op!r} names {token!r} twice")
+    if SGLANG in order[:-1]:
+        raise ValueError(f"the order for {op!r} is {'|'.join(order)}, and what stands behind {SGLANG!r} is never tried: put it last")
 
 
 def _names(given: Any) -> frozenset[str]:
@@ -60,8 +69,9 @@ class SelectionPolicy:
         allow_vendors: if given, the only vendors whose implementations may be used; likewise.
 
     Raises:
-        ValueError: an unknown preference or backend. Operators and vendors that nobody has are warned of where the policy
-            is put in force, since a manager of your own may know others.
+        ValueError: an unknown preference or backend, an order that is empty, names one twice or goes on behind ``sglang``, or
+            no vendor that is allowed and not denied. Operators and vendors that nobody has are warned of by the manager that
+            follows the policy, since it may know others.
         TypeError: ``strict`` is no bool.
     """
 
@@ -79,18 +89,24 @@ class SelectionPolicy:
         given = self.per_op_order.items() if isinstance(self.per_op_order, Mapping) else self.per_op_order
         pairs = tuple(sorted((op, tuple(order.split("|") if isinstance(order, str) else order)) for op, order in given))
         for op, order in pairs:
-            if not order:
-                raise ValueError(f"the order for {op!r} is empty")
-            for token in order:
-                _check_token(token)
+            _check_order(op, order)
         object.__setattr__(self, "per_op_order", pairs)
         object.__setattr__(self, "deny_vendors", _names(self.deny_vendors))
         if self.allow_vendors is not None:
             object.__setattr__(self, "allow_vendors", _names(self.allow_vendors))
+            if self.allow_vendors and not any(map(self.is_vendor_allowed, self.allow_vendors)):
+                raise ValueError(
+                    f"no vendor is left: allow_vendors is {', '.join(sorted(self.allow_vendors))}, "
+                    f"and deny_vendors is {', '.join(sorted(self.deny_vendors))}"
+                )
         object.__setattr__(self, "_hash", hash((self.prefer, self.strict, self.per_op_order, self.deny_vendors, self.allow_vendors)))
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Strings hash differently in every process: a copy works out its own.
+        return type(self), (self.prefer, self.strict, self.per_op_order, self.deny_vendors, self.allow_vendors)
 
     @classmethod
     def from_dict(
@@ -214,10 +230,12 @@ class PolicyManager:
         return policy
 
     def use_settings(self, settings: Settings) -> None:
-        """Take the policy that these settings describe as the one that holds when none is set."""
-        with self._settings_lock:
-            self._from_settings = SelectionPolicy.from_settings(settings)
-        self.notify()
+        """Take the policy that these settings describe as the one that holds when none is set.
+
+        Refused as in :meth:`set_global_policy`.
+        """
+        with self._lock:
+            self._change(self._global, SelectionPolicy.from_settings(settings))
 
     def set_global_policy(self, policy: SelectionPolicy | None) -> None:
         """Put a policy in force for the whole process; None: what the settings say.
@@ -231,13 +249,17 @@ class PolicyManager:
         if policy is not None:
             _check_policy(policy)
         with self._lock:
-            before, self._global = self._global, policy
-            try:
-                self.notify()
-            except Exception:
-                self._global = before
-                self.notify()
-                raise
+            self._change(policy, self._from_settings)
+
+    def _change(self, policy: SelectionPolicy | None, from_settings: SelectionPolicy | None) -> None:
+        before = self._global, self._from_settings
+        self._global, self._from_settings = policy, from_settings
+        try:
+            self.notify()
+        except BaseException:
+            self._global, self._from_settings = before
+            self.notify()
+            raise
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call a method whenever the global policy, or whether any context is open, changes.
@@ -249,11 +271,24 @@ class PolicyManager:
             self._listeners.append(weakref.WeakMethod(listener))
 
     def notify(self) -> None:
-        """Tell the listeners to look again."""
+        """Have the listeners look again.
+
+        Raises:
+            Exception: what the first of those raised that refuse what they see; the others have looked all the same.
+        """
+        refusals = []
         for known in tuple(self._listeners):
             listener = known()
-            if listener is not None:
-                listener()
+            try:
+                if listener is not None:
+                    listener()
+            except Exception as error:
+                refusals.append(error)
+        try:
+            if refusals:
+                raise refusals[0]
+        finally:
+            del refusals  # it would keep the listeners alive, in the error's traceback
 
     def count_override(self, step: int) -> None:
         with self._lock:
@@ -263,28 +298,8 @@ class PolicyManager:
 
 
 def _check_policy(policy: SelectionPolicy) -> None:
-    """Raises TypeError if it is none; and names that nobody has are warned of."""
     if not isinstance(policy, SelectionPolicy):
         raise TypeError(f"expected a SelectionPolicy, such as SelectionPolicy(prefer='vendor'), and got {policy!r}")
-    _warn_of_names(policy)
-
-
-@lru_cache(maxsize=256)
-def _warn_of_names(policy: SelectionPolicy) -> None:
-    """Warn, once, of operators and vendors that nobody has: a ban of "nvdia" bans nobody."""
-    if not (policy.per_op_order or policy.deny_vendors or policy.allow_vendors):
-        return
-    from .manager import get_default_manager  # which needs this module
-
-    vocabulary = get_default_manager().vocabulary()
-    vendors = (*policy.deny_vendors, *(policy.allow_vendors or ()))
-    told = [
-        *(vocabulary.problem_with("operators", op) for op, _ in policy.per_op_order),
-        *(vocabulary.problem_with_token(token) for _, order in policy.per_op_order for token in order),
-        *(vocabulary.problem_with("vendors", vendor) for vendor in sorted(vendors)),
-    ]
-    for problem in filter(None, told):
-        logger.warning("a policy of this process: %s", problem)
 
 
 def _push(policy: SelectionPolicy) -> Token[SelectionPolicy | None]:
@@ -335,13 +350,20 @@ def policy_context(policy: SelectionPolicy) -> Iterator[SelectionPolicy]:
 def policy_from_config(path: str | Path) -> SelectionPolicy:
     """The policy that a YAML file describes; also usable as ``with policy_from_config(path):``.
 
+    What the file leaves open is as in the profile of the platform that a server here would run on.
+
     Raises:
         SettingsError: the file is missing or broken, or says something unknown.
     """
-    from .manager import get_default_manager  # which needs this module
-
+    environ = {name: os.environ[name] for name in _PLATFORM_VARIABLES if name in os.environ} | {CONFIG_FILE: str(path)}
+    device = device_here()
     try:
-        settings = load_settings({CONFIG_FILE: str(path)}, vocabulary=get_default_manager().vocabulary())
+        try:
+            settings = load_settings(environ, device=device, words=known_words())
+        except SettingsError:  # perhaps of a name that an installed package has
+            registry = OpRegistry()
+            discover(registry, plugin_modules(os.environ))
+            settings = load_settings(environ, device=device, words=known_words(registry))
     except SettingsError as error:
         raise SettingsError([problem.removeprefix(f"{CONFIG_FILE}: ") for problem in error.problems]) from None
     return SelectionPolicy.from_settings(settings)

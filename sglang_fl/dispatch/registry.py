@@ -25,30 +25,30 @@ class OpRegistry:
 
     def register_impl(self, impl: OpImpl) -> None:
         """Raises ValueError if the operator has an implementation of that id already, TypeError if it is no OpImpl."""
-        if not isinstance(impl, OpImpl):
-            raise TypeError(f"expected an OpImpl, found {impl!r}")
-        with self._lock:
-            by_id = self._impls.setdefault(impl.op_name, {})
-            if impl.impl_id in by_id:
-                raise ValueError(f"Duplicate impl_id {impl.impl_id!r} for op={impl.op_name!r}")
-            by_id[impl.impl_id] = impl
-            self.version += 1
+        self.register_many((impl,))
 
     def register_many(self, impls: Iterable[OpImpl]) -> None:
-        """All of them, or none if one cannot be registered."""
+        """All of them, or none if one cannot be registered; raises as :meth:`register_impl`."""
         impls = list(impls)
         with self._lock:
-            before = {op: dict(by_id) for op, by_id in self._impls.items()}
-            try:
-                for impl in impls:
-                    self.register_impl(impl)
-            except ValueError:
-                self._impls = before
-                raise
+            registered = {op: dict(by_id) for op, by_id in self._impls.items()}
+            for impl in impls:
+                if not isinstance(impl, OpImpl):
+                    raise TypeError(f"expected an OpImpl, found {impl!r}")
+                by_id = registered.setdefault(impl.op_name, {})
+                if impl.impl_id in by_id:
+                    raise ValueError(f"Duplicate impl_id {impl.impl_id!r} for op={impl.op_name!r}")
+                by_id[impl.impl_id] = impl
+            self._impls = registered
+            self.version += 1
 
     def snapshot(self) -> OpRegistrySnapshot:
         with self._lock:
             return OpRegistrySnapshot({op: tuple(by_id.values()) for op, by_id in self._impls.items()})
+
+    def implementations(self) -> list[OpImpl]:
+        """Those of all operators."""
+        return [impl for impls in self.snapshot().impls_by_op.values() for impl in impls]
 
     def get_implementations(self, op_name: str) -> list[OpImpl]:
         with self._lock:

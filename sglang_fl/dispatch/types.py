@@ -3,11 +3,15 @@
 
 import enum
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ..device.vendors import canonical
+from ..config import Settings, settings_in_force
+from ..device import Device, canonical, detect, probe
+from ..utils.suggest import suggest
 from .ops import FLBackendBase
 
 #: The word of an order that leaves an operator to SGLang itself. No OpImpl answers to it.
@@ -38,6 +42,36 @@ class BackendPriority(enum.IntEnum):
     REFERENCE = 50
 
 
+_DTYPES = (
+    "bfloat16 float16 half float32 float float64 double float4_e2m1fn_x2 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
+    "float8_e8m0fnu bool uint8 uint16 uint32 uint64 int8 int16 short int32 int int64 long"
+)
+#: PyTorch's names for dtypes, so that it need not be imported to check one.
+DTYPE_NAMES = frozenset(_DTYPES.split())
+
+
+@dataclass(frozen=True)
+class LazyFunction:
+    """A function that is imported at its first use, so that a backend can be listed without its kernels.
+
+    Attributes:
+        module: its module's full name.
+        name: its name there.
+        why_unavailable: tells, for settings and a device, why it cannot run there, or None; without one it runs everywhere.
+    """
+
+    module: str
+    name: str
+    why_unavailable: Callable[[Settings, Device], str | None] | None = None
+
+    def load(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(import_module(self.module), self.name)
+        return function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.load()(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class OpImpl:
     """An implementation of an operator.
@@ -47,11 +81,12 @@ class OpImpl:
         impl_id: unique for the operator: ``default.flagos``, ``reference.torch``, ``vendor.<name>``.
         kind: where it comes from.
         fn: called as the operator's signature says. A function ``fn._is_available`` tells whether
-            it can run on this machine; without one, the backend whose method ``fn`` is tells it.
+            it can run on this machine; without one, the backend whose method ``fn`` is tells it. A :class:`LazyFunction`
+            is imported when ``fn`` is first read, and ``fn`` is the function itself from then on.
         vendor: whose chip it is for; required for VENDOR.
         priority: the higher goes first among those that a word of an order matches.
         supported_dtypes: the activation dtypes it takes, or their names (``"bfloat16"``), so that PyTorch
-            need not be imported to say it; None: all.
+            need not be imported to say it; a single one stands for itself. None: all.
         min_arch: the least device capability, as ``(9, 0)``, ``"9.0"``, ``"sm90"`` or ``90``.
         writes_inputs: whether a call may have written its inputs when it raises. While serving, a call of one that
             may have is given to another implementation after a :class:`Refusal` only.
@@ -59,63 +94,70 @@ class OpImpl:
             batch. Only such run under ``--enable-deterministic-inference``.
 
     Raises:
-        ValueError: a VENDOR implementation without a vendor, or a min_arch that cannot be read.
+        ValueError: a VENDOR implementation without a vendor, a dtype that PyTorch does not have, or a min_arch that cannot be read.
     """
 
     op_name: str
     impl_id: str
     kind: BackendImplKind
-    fn: Callable[..., Any]
+    fn: Callable[..., Any] = field(compare=False, repr=False)
     vendor: str | None = None
     priority: int = 0
     supported_dtypes: frozenset[Any] | None = None
     min_arch: Any = None
     writes_inputs: bool = True
     batch_invariant: bool = False
+    #: ``fn`` as it was given.
+    _given: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.kind is BackendImplKind.VENDOR and not self.vendor:
             raise ValueError(f"{self.op_name}: the VENDOR implementation {self.impl_id!r} names no vendor")
         if self.supported_dtypes is not None:
-            object.__setattr__(self, "supported_dtypes", frozenset(self.supported_dtypes))
+            dtypes = _checked_dtypes(f"{self.op_name}: {self.impl_id}", self.supported_dtypes)
+            object.__setattr__(self, "supported_dtypes", dtypes)
         parse_arch(self.min_arch)
+        object.__setattr__(self, "_given", self.fn)
+        if isinstance(self.fn, LazyFunction):
+            del self.__dict__["fn"]
+
+    if not TYPE_CHECKING:  # for mypy it would be every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """``fn``, once, where it is not loaded; from then on it is an attribute like the others."""
+            given = self.__dict__.get("_given")
+            if name != "fn" or not isinstance(given, LazyFunction):
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            self.__dict__["fn"] = given.load()
+            return self.__dict__["fn"]
 
     def dtypes(self) -> frozenset[Any] | None:
-        """``supported_dtypes`` as PyTorch's own; None: all.
-
-        Raises:
-            ValueError: PyTorch has no such dtype.
-        """
+        """``supported_dtypes`` as PyTorch's own; None: all."""
         if self.supported_dtypes is None:
             return None
         import torch
 
-        found = {name: getattr(torch, name, None) if isinstance(name, str) else name for name in self.supported_dtypes}
-        for name, dtype in found.items():
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{self.op_name}: {self.impl_id} names the dtype {name!r}, which PyTorch does not have")
-        return frozenset(found.values())
+        return frozenset(getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in self.supported_dtypes)
 
-    def is_available(self) -> bool:
+    def is_available(self, settings: Settings | None = None, device: Device | None = None) -> bool:
         """Whether it can run on this machine; see :meth:`why_unavailable` for why not."""
-        return self.why_unavailable() is None
+        return self.why_unavailable(settings, device) is None
 
-    def why_unavailable(self) -> str | None:
+    def why_unavailable(self, settings: Settings | None = None, device: Device | None = None) -> str | None:
         """None if it can run on this machine, else the reason in words.
 
         An exception in the check means that it cannot, and is the reason.
+
+        Args:
+            settings: None: those in force in this process.
+            device: None: the one that is detected.
         """
-        check = getattr(self.fn, "_is_available", None)
-        backend = getattr(self.fn, "__self__", None)
         try:
-            if check is not None:
-                why = None if check() else getattr(self.fn, "_why_unavailable", None) or "its availability check says no"
-            else:
-                why = backend.why_unavailable() if isinstance(backend, FLBackendBase) else None
+            reason = self._why_function_unavailable(settings, device)
         except Exception as error:
             return f"its availability check raised {type(error).__name__}: {error}"
-        if why is not None:
-            return why
+        if reason is not None:
+            return reason
         wanted = parse_arch(self.min_arch)
         if wanted is not None:
             found = device_capability()
@@ -125,8 +167,36 @@ class OpImpl:
                 return f"it needs a device of capability {wanted[0]}.{wanted[1]}; this one has {found[0]}.{found[1]}"
         return None
 
+    def _why_function_unavailable(self, settings: Settings | None, device: Device | None) -> str | None:
+        fn = self._given
+        if isinstance(fn, LazyFunction):
+            if fn.why_unavailable is None:
+                return None
+            return fn.why_unavailable(settings or settings_in_force(), device or device_here())
+        check = getattr(fn, "_is_available", None)
+        if check is not None:
+            return None if check() else getattr(fn, "_why_unavailable", None) or "its availability check says no"
+        backend = getattr(fn, "__self__", None)
+        return backend.why_unavailable() if isinstance(backend, FLBackendBase) else None
+
     def __str__(self) -> str:
         return f"{self.kind.value}({self.impl_id})"
+
+
+def _checked_dtypes(implementation: str, given: Any) -> frozenset[Any]:
+    """Raises ValueError for what is no dtype and no name of one."""
+    torch = sys.modules.get("torch")  # whoever has a dtype has imported it
+    dtypes = frozenset(given if isinstance(given, Iterable) and not isinstance(given, str) else (given,))
+    for dtype in dtypes:
+        if not (dtype in DTYPE_NAMES if isinstance(dtype, str) else torch is not None and isinstance(dtype, torch.dtype)):
+            hint = suggest(str(dtype), DTYPE_NAMES)
+            raise ValueError(f"{implementation} names the dtype {dtype!r}, which PyTorch does not have{hint}")
+    return dtypes
+
+
+def device_here() -> Device:
+    """The device of this process: PyTorch is asked if it is loaded, the driver's files if not."""
+    return detect() if "torch" in sys.modules else probe()
 
 
 def parse_arch(arch: Any) -> tuple[int, int] | None:

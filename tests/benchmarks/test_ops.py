@@ -16,10 +16,10 @@ import ops
 import pytest
 import result_file
 import torch
+from backend_functions import reference
 from timing import Candidate, compare, copy_bandwidth, first_error, paired_ratio
 
 from sglang_fl.dispatch import SelectionPolicy, get_default_manager, reset_global_policy, set_global_policy
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
 
@@ -119,7 +119,7 @@ def test_rare_forms_of_rotary_embeddings(hidden: int) -> None:
 
 
 def _wrong(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(ReferenceBackend().silu_and_mul(obj, x))
+    return torch.zeros_like(reference.silu_and_mul(obj, x))
 
 
 def _failing(obj: Any, x: torch.Tensor) -> torch.Tensor:

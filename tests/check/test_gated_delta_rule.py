@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from backend_functions import reference
 
 from sglang_fl.check.cases import cases_of
+from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import FAILED, SERVING, SPECIAL, UNUSUAL
-from sglang_fl.check.measure import Subject
+from sglang_fl.check.implementation import Implementation
 from sglang_fl.dispatch.backends.reference.impl import gated_delta_rule as arithmetic
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
-reference = ReferenceBackend()
 CHUNK, RECURRENT, PACKED = (
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
@@ -132,11 +132,11 @@ MISTAKES: list[tuple[str, Callable[..., Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("op", "mistake", "check", "told"), MISTAKES)
-def test_a_mistake_is_caught(op: str, mistake: Callable[..., Any], check: str, told: str) -> None:
+@pytest.mark.parametrize(("op", "mistake", "check", "expected"), MISTAKES)
+def test_a_mistake_is_caught(op: str, mistake: Callable[..., Any], check: str, expected: str) -> None:
     seed = secrets.randbits(31)
     print(f"seed {seed}")
-    subject = Subject(op, mistake, None, CPU)
+    impl = Implementation(op, mistake, None, CPU)
     cases = [case for case in cases_of(op, None, CPU, quick=True) if case.check == check and not case.name.startswith("1 tokens")]
-    failures = [outcome.message for outcome in (subject.check(case, seed) for case in cases) if outcome.status == FAILED]
-    assert any(told in message for message in failures), failures
+    failures = [outcome.message for outcome in (check_case(impl, case, seed) for case in cases) if outcome.status == FAILED]
+    assert any(expected in message for message in failures), failures

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from backend_functions import reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_fl.check import measure
+from sglang_fl.check import graphs
 from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
+from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import (
     BATCH,
     COMPILE,
@@ -29,14 +31,12 @@ from sglang_fl.check.constants import (
     THREADS,
     UNUSUAL,
 )
-from sglang_fl.check.measure import Outcome, Subject
+from sglang_fl.check.implementation import Implementation, Outcome
 from sglang_fl.dispatch import Refusal
 from sglang_fl.dispatch.backends.reference.impl import moe as reference_moe
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.ops import OPERATORS
 
 CPU = torch.device("cpu")
-reference = ReferenceBackend()
 Found = dict[str, list[Outcome]]
 
 
@@ -77,19 +77,19 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def graphs_and_a_quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "graphs_of", lambda device: (Graph, capture))
-    monkeypatch.setattr(measure, "compiler_of", lambda device: "eager")
+    monkeypatch.setattr(graphs, "graphs_of", lambda device: (Graph, capture))
+    monkeypatch.setattr(graphs, "compiler_of", lambda device: "eager")
 
 
 def found(op: str, fn: Callable[..., Any], *checks: str, writes_inputs: bool = True) -> Found:
     """What comes of an implementation's cases, by kind of check."""
     seed = secrets.randbits(31)
     print(f"seed {seed}")
-    subject = Subject(op, fn, getattr(reference, op), CPU, writes_inputs=writes_inputs)
+    impl = Implementation(op, fn, getattr(reference, op), CPU, writes_inputs=writes_inputs)
     outcomes: Found = {}
     for case in cases_of(op, None, CPU, quick=True):
         if not checks or case.check in checks:
-            outcomes.setdefault(case.check, []).append(subject.check(case, seed))
+            outcomes.setdefault(case.check, []).append(check_case(impl, case, seed))
     return outcomes
 
 
@@ -389,7 +389,7 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
 
 
 @pytest.mark.parametrize(
-    ("op", "mistake", "check", "told"),
+    ("op", "mistake", "check", "message"),
     [
         ("rms_norm", wrong_eps, UNUSUAL, "out of bounds"),
         ("rms_norm", accumulated_in_its_dtype, SERVING, "out of bounds"),
@@ -437,16 +437,16 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("mrotary_embedding", sections_never_interleaved, SERVING, "out of bounds"),
     ],
 )
-def test_a_mistake_is_caught(op: str, mistake: Callable[..., Any], check: str, told: str) -> None:
+def test_a_mistake_is_caught(op: str, mistake: Callable[..., Any], check: str, message: str) -> None:
     failures = [outcome for outcome in found(op, mistake, check)[check] if outcome.status == FAILED]
     assert failures, f"{check} found nothing"
-    assert any(told in outcome.message for outcome in failures), failures
+    assert any(message in outcome.message for outcome in failures), failures
 
 
 def batch_invariance(op: str, fn: Callable[..., Any]) -> list[Outcome]:
-    subject = Subject(op, fn, getattr(reference, op), CPU)
+    impl = Implementation(op, fn, getattr(reference, op), CPU)
     cases = cases_of(op, None, CPU, quick=True, batch_invariant=True)
-    return [subject.check(case, secrets.randbits(31)) for case in cases if case.check == BATCH]
+    return [check_case(impl, case, secrets.randbits(31)) for case in cases if case.check == BATCH]
 
 
 @pytest.mark.parametrize("op", [op for op in OPERATORS if op != "fused_moe"])  # PyTorch's matrix product is not
@@ -458,8 +458,8 @@ def test_what_is_batch_invariant_passes(op: str) -> None:
 
 def test_a_result_that_depends_on_the_batch() -> None:
     outcomes = batch_invariance("rms_norm", another_way_for_large_batches)
-    told = {outcome.message for outcome in outcomes if outcome.status == FAILED}
-    assert told == {"declared batch-invariant: token 0 has another result alone than among 64"}
+    messages = {outcome.message for outcome in outcomes if outcome.status == FAILED}
+    assert messages == {"declared batch-invariant: token 0 has another result alone than among 64"}
 
 
 def sets_the_default_dtype(layer: Any, x: Any) -> Any:
@@ -473,15 +473,15 @@ def stops_recording_gradients(layer: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "told"),
+    ("mistake", "change"),
     [
         (sets_the_default_dtype, "default dtype: from torch.float32 to torch.bfloat16"),
         (stops_recording_gradients, "gradients: from True to False"),
     ],
 )
-def test_what_the_process_shares_is_set_back(mistake: Callable[..., Any], told: str) -> None:
+def test_what_the_process_shares_is_set_back(mistake: Callable[..., Any], change: str) -> None:
     outcomes = found("silu_and_mul", mistake, SERVING)[SERVING]
-    assert {(outcome.status, outcome.message) for outcome in outcomes} == {(FAILED, f"it changed what all of the process shares, {told}")}
+    assert {(outcome.status, outcome.message) for outcome in outcomes} == {(FAILED, f"it changed what all of the process shares, {change}")}
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 
@@ -545,7 +545,7 @@ def test_refusing_what_has_no_tokens_is_one() -> None:
 
     for case in cases_of("silu_and_mul", None, CPU, quick=True):
         if case.check == UNUSUAL:
-            outcome = Subject("silu_and_mul", refuses, reference.silu_and_mul, CPU).check(case, 7)
+            outcome = check_case(Implementation("silu_and_mul", refuses, reference.silu_and_mul, CPU), case, 7)
             assert outcome.status == (OK if case.draw(7, CPU).inputs["x"].numel() else FAILED), case.name
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from backend_functions import reference
 from torch.nn import functional
 
 from sglang_fl.check.cases import cases_of
+from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import FAILED, INPUTS, OK, SERVING, SPECIAL, UNUSUAL
-from sglang_fl.check.measure import Subject
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
+from sglang_fl.check.implementation import Implementation
 
-reference = ReferenceBackend()
-Implementation = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,13 +28,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def failures(op: str, fn: Implementation, *checks: str) -> list[str]:
+def failures(op: str, fn: Function, *checks: str) -> list[str]:
     """``name: message`` of the cases in bf16 that an implementation fails."""
     seed = secrets.randbits(31)
     print(f"seed {seed}")
-    subject = Subject(op, fn, None, torch.device("cpu"))
+    impl = Implementation(op, fn, None, torch.device("cpu"))
     outcomes = {
-        case.name: subject.check(case, seed)
+        case.name: check_case(impl, case, seed)
         for case in cases_of(op, frozenset({torch.bfloat16}), torch.device("cpu"), quick=True)
         if case.check in checks
     }
@@ -42,7 +42,7 @@ def failures(op: str, fn: Implementation, *checks: str) -> list[str]:
     return [f"{name}: {outcome.message}" for name, outcome in outcomes.items() if outcome.status == FAILED]
 
 
-def with_config(**changes: Any) -> Implementation:
+def with_config(**changes: Any) -> Function:
     """The reference, reading another configuration than the layer's."""
 
     def topk(obj: Any, *args: Any, **named: Any) -> Any:
@@ -51,7 +51,7 @@ def with_config(**changes: Any) -> Implementation:
     return topk
 
 
-def after(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Implementation:
+def after(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Function:
     return lambda *args, **named: change(*reference.topk(*args, **named))
 
 
@@ -67,7 +67,7 @@ def padding_forgotten(*args: Any, num_token_non_padded: Any = None, **named: Any
     return reference.topk(*args, **named)
 
 
-def sum_plus(epsilon: float) -> Implementation:
+def sum_plus(epsilon: float) -> Function:
     """The reference, adding another number to what sigmoids' weights are divided by."""
 
     def topk(obj: Any, hidden_states: Any, router_logits: Any, **named: Any) -> Any:
@@ -102,7 +102,7 @@ def shared_expert_of_padding(obj: Any, hidden_states: Any, router_logits: Any, *
 
 
 @pytest.mark.parametrize(
-    ("fn", "checks", "told"),
+    ("fn", "checks", "expected"),
     [
         (with_config(renormalize=False), (SERVING,), "topk_weights (torch.float32)"),
         (with_config(correction_bias=None), (SERVING,), "others are better"),
@@ -128,9 +128,9 @@ def shared_expert_of_padding(obj: Any, hidden_states: Any, router_logits: Any, *
         (after(lambda weights, ids: (weights, ids.flip(-1))), (UNUSUAL,), "the last of topk_ids is not the shared expert"),
     ],
 )
-def test_a_mistake_in_routing_is_found(fn: Implementation, checks: tuple[str, ...], told: str) -> None:
+def test_a_mistake_in_routing_is_found(fn: Function, checks: tuple[str, ...], expected: str) -> None:
     found = failures("topk", fn, *checks)
-    assert any(told in line for line in found), found
+    assert any(expected in line for line in found), found
 
 
 def test_columns_may_stand_in_any_order() -> None:
@@ -143,7 +143,7 @@ def test_columns_may_stand_in_any_order() -> None:
     assert failures("topk", turned, SERVING, UNUSUAL, SPECIAL, INPUTS) == []
 
 
-def experts_with(change: Callable[[Any, Any], tuple[Any, Any]]) -> Implementation:
+def experts_with(change: Callable[[Any, Any], tuple[Any, Any]]) -> Function:
     """The reference, on a layer and a dispatch output that ``change`` has made of those given."""
 
     def fused_moe(obj: Any, layer: Any, dispatch_output: Any) -> Any:
@@ -200,7 +200,7 @@ def config_with(**changes: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("change", "checks", "told"),
+    ("change", "checks", "expected"),
     [
         (halves_swapped, (SERVING,), "result (torch.bfloat16)"),
         (weights_dropped, (SERVING,), "result (torch.bfloat16)"),
@@ -212,9 +212,9 @@ def config_with(**changes: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
         (config_with(apply_router_weight_on_input=False), (UNUSUAL,), "weights on the input"),
     ],
 )
-def test_a_mistake_in_experts_is_found(change: Callable[[Any, Any], tuple[Any, Any]], checks: tuple[str, ...], told: str) -> None:
+def test_a_mistake_in_experts_is_found(change: Callable[[Any, Any], tuple[Any, Any]], checks: tuple[str, ...], expected: str) -> None:
     found = failures("fused_moe", experts_with(change), *checks)
-    assert any(told in line for line in found), found
+    assert any(expected in line for line in found), found
 
 
 def test_sums_in_bf16_are_found() -> None:
@@ -247,7 +247,7 @@ def test_roundings_of_a_tensor_cores_inputs_are_allowed() -> None:
             out.index_add_(0, rows, y.to(x.dtype).float())
         return out.to(x.dtype)
 
-    subject = Subject("fused_moe", fused_moe, None, torch.device("cpu"))
+    impl = Implementation("fused_moe", fused_moe, None, torch.device("cpu"))
     for case in cases_of("fused_moe", None, torch.device("cpu"), quick=True):
         if case.check == INPUTS:
-            assert subject.check(case, secrets.randbits(31)).status == OK
+            assert check_case(impl, case, secrets.randbits(31)).status == OK

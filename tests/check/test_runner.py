@@ -12,22 +12,21 @@ from typing import Any, cast
 
 import pytest
 import torch
+from backend_functions import reference
 
 from sglang_fl import __version__
 from sglang_fl.check import runner
 from sglang_fl.check.cases import cases_of
+from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import COMPILE, CRASHED, FAILED, GRAPH, HUNG, IN_FLOAT64, NOT_RUN, OK, SERVING, SKIPPED, THREADS
-from sglang_fl.check.measure import Subject
+from sglang_fl.check.implementation import Implementation
 from sglang_fl.check.report import CaseResult, Report
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
 TIMEOUT = 5.0
 _BACKEND = """
     import os, sys, time
     from sglang_fl.dispatch import BackendImplKind, OpImpl
-    from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
-
-    right = ReferenceBackend().silu_and_mul
+    from sglang_fl.dispatch.backends.reference.impl.activation import silu_and_mul as right
 
     def one_case(x, cols):
         import torch
@@ -152,17 +151,17 @@ def test_what_cannot_run_is_named_with_the_reason(report: Report) -> None:
 
 
 def test_the_verdict(report: Report) -> None:
-    told = "\n".join(report.problems())
+    problems = "\n".join(report.problems())
     for name in ("aborts_once", "hangs_once", "always_exits", "wrong"):
-        assert f"silu_and_mul vendor.{name}: " in told
-    assert "reference.torch" not in told
+        assert f"silu_and_mul vendor.{name}: " in problems
+    assert "reference.torch" not in problems
     assert "silu_and_mul vendor.aborts_once: serving shapes in bfloat16: crashed: 1 of 2" in report.problems()
 
 
-def test_a_worker_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('no PyTorch today')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    with pytest.raises(runner.WorkerFailed, match=r"(?s)does not come up: crashed: exit code 1\n.*no PyTorch today"):
+    with pytest.raises(runner.WorkerFailed, match=r"(?s)did not start: crashed: exit code 1\n.*no PyTorch today"):
         runner.check(runner.Job([("rms_norm", "reference.torch")], quick=True, seed=0, timeout=TIMEOUT))
 
 
@@ -170,18 +169,18 @@ def test_float64_is_not_the_implementations_time(monkeypatch: pytest.MonkeyPatch
     """While the worker computes what is exact another limit holds, and the implementation's begins anew after that."""
     worker = object.__new__(runner._Worker)
     worker._process = cast(Any, SimpleNamespace(stdin=io.StringIO()))
-    told: list[dict[str, Any]] = []
-    Subject(
-        "relu2", ReferenceBackend().relu2, None, torch.device("cpu"), in_float64=lambda begins: told.append({IN_FLOAT64: begins})
-    ).check(next(cases_of("relu2", None, torch.device("cpu"), quick=True)), 3)
-    assert told == [{IN_FLOAT64: True}, {IN_FLOAT64: False}]
-    answers, limits = [*told, {"status": OK}], []
+    sent: list[dict[str, Any]] = []
+    cpu = torch.device("cpu")
+    impl = Implementation("relu2", reference.relu2, None, cpu, in_float64=lambda begins: sent.append({IN_FLOAT64: begins}))
+    check_case(impl, next(cases_of("relu2", None, cpu, quick=True)), 3)
+    assert sent == [{IN_FLOAT64: True}, {IN_FLOAT64: False}]
+    answers, limits = [*sent, {"status": OK}], []
     monkeypatch.setattr(worker, "read", lambda limit: (limits.append(limit), answers.pop(0))[1])
     assert worker.ask(0, 5.0) == {"status": OK}
     assert limits == [5.0, runner._FLOAT64_LIMIT, 5.0]
 
 
-def test_a_worker_that_does_not_come_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel may take the device with it: what was found until then, that case included, is not lost."""
     cases = [{"target": 0, "check": SERVING, "name": str(number), "dtype": "bfloat16"} for number in range(3)]
     started: list[runner.Job] = []
@@ -198,13 +197,13 @@ def test_a_worker_that_does_not_come_up_again(monkeypatch: pytest.MonkeyPatch) -
     def start(job: runner.Job) -> tuple[Any, dict[str, Any]]:
         started.append(job)
         if len(started) > 1:
-            raise runner.WorkerFailed("the process that checks does not come up: no device")
+            raise runner.WorkerFailed("the checking process did not start: no device")
         return Worker(), {"cases": cases, "why_not": [None], "machine": {}, "versions": {}}
 
     monkeypatch.setattr(runner, "_start", start)
     report = runner.check(runner.Job([("relu2", "vendor.x")], quick=True, seed=0, timeout=TIMEOUT))
     assert [case.status for case in report.cases] == [OK, CRASHED, NOT_RUN]
-    assert report.cases[-1].message == "not run: the process that checks does not come up: no device"
+    assert report.cases[-1].message == "not run: the checking process did not start: no device"
 
 
 def test_a_folder_with_the_name_of_a_module_of_pythons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

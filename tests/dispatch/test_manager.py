@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib
 import logging
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -9,8 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from installed_packages import Packages
 
+from sglang_fl.config import Settings
+from sglang_fl.device import Device
 from sglang_fl.dispatch import (
+    OPERATORS,
     BackendImplKind,
     OpImpl,
     OpManager,
@@ -26,6 +32,8 @@ from sglang_fl.dispatch import (
     set_global_policy,
     with_strict_mode,
 )
+from sglang_fl.dispatch.backends.reference.reference import BACKEND
+from sglang_fl.dispatch.builtin_ops import ENTRY_POINT_GROUP
 from sglang_fl.dispatch.policy import PolicyManager
 
 D, R, V = BackendImplKind.DEFAULT, BackendImplKind.REFERENCE, BackendImplKind.VENDOR
@@ -76,7 +84,7 @@ def order(*tokens: str, **more: Any) -> SelectionPolicy:
         (order("vendor:a", "flagos"), ["vendor.a", "default.flagos"]),
         (order("impl:reference.torch"), ["reference.torch"]),
         (order("vendor:a", "vendor"), ["vendor.a", "vendor.b"]),
-        (order("vendor", "sglang", "reference"), ["vendor.b", "vendor.a"]),
+        (order("vendor", "sglang"), ["vendor.b", "vendor.a"]),
         (SelectionPolicy("vendor", deny_vendors=frozenset("b")), ["vendor.a", "default.flagos", "reference.torch"]),
         (SelectionPolicy("vendor", allow_vendors=frozenset("b")), ["vendor.b", "default.flagos", "reference.torch"]),
     ],
@@ -98,7 +106,7 @@ def test_what_cannot_run_is_passed_over_with_its_reason() -> None:
     assert dict(manager.plan("op").passed_over)["default.flagos"] == "its availability check raised ZeroDivisionError: division by zero"
 
 
-def test_availability_is_asked_once() -> None:
+def test_availability_is_asked_once_whatever_the_policy() -> None:
     asked = []
 
     def fn() -> str:
@@ -108,7 +116,76 @@ def test_availability_is_asked_once() -> None:
     manager = manager_of(OpImpl("op", "default.flagos", D, fn))
     for _ in range(10):
         manager.call("op")
+    with policy_context(SelectionPolicy("vendor")):
+        manager.call("op")
     assert len(asked) == 1
+
+
+def test_availability_follows_the_settings_and_the_device_that_were_handed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the environment, which may say otherwise by then."""
+    monkeypatch.setattr("sglang_fl.dispatch.backends.flaggems.library.importlib.util.find_spec", lambda name: object())
+    manager, nvidia = OpManager(), Device("nvidia", "cuda", "cuda", "a test")
+    manager.ensure_initialized(())
+
+    def flagos() -> str | None:
+        return dict(manager.plan("rms_norm").passed_over).get("default.flagos")
+
+    manager.use(Settings(use_flaggems=False), nvidia)
+    assert flagos() == "USE_FLAGGEMS=0"
+    monkeypatch.setenv("USE_FLAGGEMS", "0")
+    manager.use(Settings(), nvidia)
+    assert flagos() is None
+    manager.use(Settings(), Device("thead", "cuda", "sail", "a test"))
+    assert flagos() == "FlagGems has nothing for thead"
+
+
+def test_a_manager_used_alone_reads_the_settings_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    for name, answer in (("settings_in_force", Settings()), ("device_here", Device("cpu", "cpu", None, "a test"))):
+        monkeypatch.setattr(f"sglang_fl.dispatch.manager.{name}", lambda name=name, answer=answer: read.append(name) or answer)
+    manager = OpManager()
+    manager.ensure_initialized(())
+    for op in OPERATORS:
+        manager.plan(op)
+    assert read == ["settings_in_force", "device_here"]
+
+
+def test_a_lazy_function_is_loaded_once_and_then_an_attribute_like_others() -> None:
+    (impl,) = (one for one in BACKEND.implementations() if one.op_name == "silu_and_mul")
+    assert "fn" not in vars(impl) and impl.is_available() and "reference.torch" in repr(impl) and "fn" not in vars(impl)
+    before = hash(impl)
+    from sglang_fl.dispatch.backends.reference.impl.activation import silu_and_mul
+
+    assert impl.fn is silu_and_mul and vars(impl)["fn"] is silu_and_mul
+    assert hash(impl) == before and impl == BACKEND.implementations()[0]
+    assert pickle.loads(pickle.dumps(impl)) == impl
+    with pytest.raises(AttributeError, match="no attribute 'function'"):
+        impl.function  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_an_interrupted_discovery_registers_nothing(packages: Packages) -> None:
+    module = packages.install("raise KeyboardInterrupt", {ENTRY_POINT_GROUP: "{module}:register"})
+    manager = OpManager()
+    with pytest.raises(KeyboardInterrupt):
+        manager.ensure_initialized(())
+    assert manager.registry.list_operators() == []
+    (packages.directory / f"{module}.py").write_text("def register(registry): pass")
+    importlib.invalidate_caches()
+    manager.ensure_initialized(())
+    assert manager.registry.get_implementation("rms_norm", "reference.torch") is not None
+
+
+def test_names_that_nobody_has_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A ban of "nvdia" bans nobody."""
+    manager = OpManager()
+    policy = SelectionPolicy(deny_vendors=frozenset({"nvdia"}), per_op_order=(("rms_nrom", ("vendor:metaxx",)),))
+    for op in ("rms_norm", "topk"):
+        manager.plan(op, policy)
+    for word, meant in (("nvdia", "nvidia"), ("rms_nrom", "rms_norm"), ("metaxx", "metax")):
+        assert len([r for r in caplog.records if f"{word!r}; did you mean {meant!r}" in r.message]) == 1
+    caplog.clear()
+    manager.plan("topk", SelectionPolicy(deny_vendors=frozenset({"cuda", "metax"}), per_op_order=(("topk", ("impl:default.flagos",)),)))
+    assert not caplog.records
 
 
 def test_unknown_operator_names_the_nearest() -> None:
@@ -125,7 +202,7 @@ def test_nothing_available_says_why() -> None:
 
 
 def test_a_call_that_comes_to_sglang_raises() -> None:
-    with policy_context(order("sglang", "reference")), pytest.raises(RuntimeError, match="leaves it to SGLang"):
+    with policy_context(order("sglang")), pytest.raises(RuntimeError, match="leaves it to SGLang"):
         standard().call("op")
 
 

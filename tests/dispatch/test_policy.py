@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import asyncio
 import contextvars
+import copy
 import os
+import pickle
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_fl.config import SettingsError
+from sglang_fl.config import Settings, SettingsError, load_settings
 from sglang_fl.dispatch import (
     PREFER_DEFAULT,
     PREFER_REFERENCE,
@@ -68,14 +73,18 @@ def test_from_dict_and_back() -> None:
     assert policy.is_vendor_allowed(None)
 
 
-orders = st.lists(st.sampled_from(["flagos", "vendor", "reference", "sglang", "vendor:x", "impl:a.b"]), min_size=1, unique=True)
+orders = st.builds(
+    lambda ours, last: [*ours, *last] or ["sglang"],
+    st.lists(st.sampled_from(["flagos", "vendor", "reference", "vendor:x", "impl:a.b"]), unique=True),
+    st.sampled_from([[], ["sglang"]]),
+)
 policies = st.builds(
     SelectionPolicy.from_dict,
     prefer=st.sampled_from(["flagos", "vendor", "reference"]),
     strict=st.booleans(),
     per_op_order=st.dictionaries(st.sampled_from(["rms_norm", "silu_and_mul", "rotary_embedding"]), orders),
     deny_vendors=st.sets(st.sampled_from("abc")),
-    allow_vendors=st.none() | st.sets(st.sampled_from("abc")),
+    allow_vendors=st.none() | st.sets(st.sampled_from("abc")).map(lambda allowed: allowed | {"d"}),
 )
 
 
@@ -265,18 +274,80 @@ def test_what_is_no_policy_is_refused_at_once(given: Any) -> None:
     assert get_policy() == before and overrides.active == 0
 
 
-def test_names_that_nobody_has_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A ban of "nvdia" bans nobody."""
-    policy = SelectionPolicy(deny_vendors=frozenset({"nvdia"}), per_op_order=(("rms_nrom", ("vendor:metaxx",)),))
-    for _ in range(2):
-        with policy_context(policy):
-            pass
-        set_global_policy(policy)
-    for word, meant in (("nvdia", "nvidia"), ("rms_nrom", "rms_norm"), ("metaxx", "metax")):
-        assert len([r for r in caplog.records if f"{word!r}; did you mean {meant!r}" in r.message]) == 1
-    caplog.clear()
-    set_global_policy(SelectionPolicy(deny_vendors=frozenset({"cuda", "metax"}), per_op_order=(("topk", ("impl:default.flagos",)),)))
-    assert not caplog.records
+@pytest.mark.parametrize(
+    ("allow", "deny"), [({"nvidia"}, {"nvidia"}), ({"nvidia"}, {"cuda"}), ({"nvidia", "npu"}, {"cuda", "ascend", "metax"})]
+)
+def test_a_policy_that_leaves_no_vendor(allow: set[str], deny: set[str]) -> None:
+    with pytest.raises(ValueError, match="no vendor is left: allow_vendors is"):
+        SelectionPolicy.from_dict(allow_vendors=allow, deny_vendors=deny)
+    assert SelectionPolicy.from_dict(allow_vendors={*allow, "mthreads"}, deny_vendors=deny).is_vendor_allowed("musa")
+
+
+@pytest.mark.parametrize(
+    ("order", "error"),
+    [
+        ("sglang|vendor", "the order for 'rms_norm' is sglang|vendor, and what stands behind 'sglang' is never tried"),
+        ("vendor|sglang|reference", "behind 'sglang' is never tried: put it last"),
+        ("vendor|flagos|vendor", "the order for 'rms_norm' names 'vendor' twice"),
+        ("sglang|sglang", "names 'sglang' twice"),
+    ],
+)
+def test_an_order_with_a_part_that_is_never_reached(order: str, error: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(error)):
+        SelectionPolicy.from_dict(per_op_order={"rms_norm": order.split("|")})
+
+
+def test_the_hash_of_a_policy_from_another_process_is_this_ones() -> None:
+    """Its words hash differently there."""
+    code = (
+        "import pickle, sys; from sglang_fl.dispatch import SelectionPolicy as P;"
+        "p = P('vendor', per_op_order={'rms_norm': 'vendor|sglang'}, deny_vendors='metax'); sys.stdout.buffer.write(pickle.dumps(p))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "12345"}, capture_output=True, check=True)
+    theirs, ours = pickle.loads(ran.stdout), SelectionPolicy("vendor", False, {"rms_norm": "vendor|sglang"}, "metax")  # type: ignore[arg-type]
+    assert theirs == ours and hash(theirs) == hash(ours) and {ours: 1}[theirs] == 1
+    assert copy.deepcopy(ours) == ours
+
+
+def test_an_interrupt_of_a_listener_keeps_the_old_policy_everywhere() -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def look(self) -> None:
+            self.seen.append(get_policy().prefer)
+            if self.seen[-1] == "vendor":
+                raise KeyboardInterrupt
+
+    first, second = Listener(), Listener()
+    for listener in (first, second):
+        PolicyManager.get_instance().subscribe(listener.look)
+    with pytest.raises(KeyboardInterrupt):
+        set_global_policy(SelectionPolicy("vendor"))
+    assert get_policy().prefer == "flagos" and first.seen[-1] == "flagos"
+
+
+def test_settings_that_a_listener_refuses_are_not_in_force() -> None:
+    class Listener:
+        def look(self) -> None:
+            if get_policy().strict:
+                raise RuntimeError("not strict")
+
+    class Other:
+        seen = ""
+
+        def look(self) -> None:
+            self.seen = get_policy().prefer
+
+    listener, other = Listener(), Other()
+    manager = PolicyManager.get_instance()
+    reset_global_policy()
+    manager.use_settings(Settings())
+    manager.subscribe(listener.look)
+    manager.subscribe(other.look)
+    with pytest.raises(RuntimeError, match="not strict"):
+        manager.use_settings(Settings(strict=True, prefer="vendor"))
+    assert get_policy() == SelectionPolicy() and other.seen == "flagos"
 
 
 def test_policy_from_config(tmp_path: Path) -> None:
@@ -288,6 +359,31 @@ def test_policy_from_config(tmp_path: Path) -> None:
         assert get_policy() == policy
     with pytest.raises(SettingsError, match=r"^sglang-fl: there is no file"):
         policy_from_config(tmp_path / "nope.yaml")
+
+
+def test_policy_from_config_merges_with_the_profile_of_the_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server would that reads the same file."""
+    path = tmp_path / "policy.yaml"
+    path.write_text("strict: true\n")
+    for variables in ({"SGLANG_FL_PLATFORM": "ascend"}, {"SGLANG_FL_PLATFORM": "nvidia"}):
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        server = load_settings({**variables, "SGLANG_FL_CONFIG": str(path)})
+        assert server.op_backends, "the profile has orders"
+        assert policy_from_config(path) == SelectionPolicy.from_settings(server)
+    monkeypatch.setenv("SGLANG_FL_STRICT", "0")
+    assert policy_from_config(path).strict, "the file says what is wanted, not the environment"
+
+
+def test_policy_from_config_hears_gems_vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("prefer: reference\n")
+    handed: list[dict[str, str]] = []
+    real = load_settings
+    monkeypatch.setattr("sglang_fl.dispatch.policy.load_settings", lambda environ, **more: handed.append(environ) or real(environ, **more))
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    policy_from_config(path)
+    assert handed[0] == {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_FL_CONFIG": str(path)}
 
 
 def test_policy_of_the_settings_when_none_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

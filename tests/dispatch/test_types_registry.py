@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from sglang_fl.dispatch import BackendImplKind, BackendPriority, OpImpl, OpRegistry, match_token
-from sglang_fl.dispatch.types import parse_arch
+from sglang_fl.dispatch.types import DTYPE_NAMES, parse_arch
 
 
 def impl(impl_id: str = "default.flagos", kind: BackendImplKind = BackendImplKind.DEFAULT, **more: object) -> OpImpl:
@@ -14,8 +14,8 @@ def impl(impl_id: str = "default.flagos", kind: BackendImplKind = BackendImplKin
 def test_names_and_values_that_vendors_rely_on() -> None:
     assert [kind.value for kind in BackendImplKind] == ["flagos", "reference", "vendor"]
     assert (BackendPriority.DEFAULT, BackendPriority.VENDOR, BackendPriority.REFERENCE) == (150, 100, 50)
-    positional = OpImpl("op", "vendor.x", BackendImplKind.VENDOR, print, "x", 3, frozenset({"bf16"}), "9.0")
-    assert (positional.vendor, positional.priority, positional.supported_dtypes, positional.min_arch) == ("x", 3, {"bf16"}, "9.0")
+    positional = OpImpl("op", "vendor.x", BackendImplKind.VENDOR, print, "x", 3, frozenset({"bfloat16"}), "9.0")
+    assert (positional.vendor, positional.priority, positional.supported_dtypes, positional.min_arch) == ("x", 3, {"bfloat16"}, "9.0")
 
 
 def test_vendor_implementation_needs_a_vendor() -> None:
@@ -119,6 +119,12 @@ def test_register_many_is_all_or_nothing() -> None:
     with pytest.raises(ValueError, match="Duplicate"):
         registry.register_many([impl("reference.torch", BackendImplKind.REFERENCE), impl()])
     assert [i.impl_id for i in registry.get_implementations("rms_norm")] == ["default.flagos"]
+    version = registry.version
+    with pytest.raises(TypeError, match="expected an OpImpl, found 'no impl'"):
+        registry.register_many([impl("reference.torch", BackendImplKind.REFERENCE), "no impl"])  # type: ignore[list-item]
+    assert [i.impl_id for i in registry.get_implementations("rms_norm")] == ["default.flagos"] and registry.version == version
+    with pytest.raises(TypeError):
+        OpRegistry().register_impl("no impl")  # type: ignore[arg-type]
 
 
 def test_registry_queries() -> None:
@@ -160,5 +166,20 @@ def test_dtypes_may_be_named() -> None:
     named = OpImpl("rms_norm", "a", BackendImplKind.REFERENCE, print, supported_dtypes=frozenset({"bfloat16", torch.float16}))
     assert named.dtypes() == {torch.bfloat16, torch.float16}
     assert OpImpl("rms_norm", "a", BackendImplKind.REFERENCE, print).dtypes() is None
-    with pytest.raises(ValueError, match="'bfloat61', which PyTorch does not have"):
-        OpImpl("rms_norm", "a", BackendImplKind.REFERENCE, print, supported_dtypes=frozenset({"bfloat61"})).dtypes()
+    assert impl(supported_dtypes="bfloat16").dtypes() == {torch.bfloat16}, "a string is no set of letters"
+    assert impl(supported_dtypes=torch.float16).dtypes() == {torch.float16}
+
+
+@pytest.mark.parametrize(("given", "meant"), [({"bf16"}, "bfloat16"), ("bfloat61", "bfloat16"), (["fp32"], ""), ({"float16", 16}, "")])
+def test_a_dtype_that_there_is_not_is_refused_at_once(given: object, meant: str) -> None:
+    """Not when a layer is bound, after the weights were loaded."""
+    with pytest.raises(ValueError, match=rf"rms_norm: default.flagos names the dtype .*, which PyTorch does not have.*{meant}"):
+        impl(supported_dtypes=given)
+
+
+def test_the_names_of_dtypes_are_pytorchs() -> None:
+    import torch
+
+    assert [name for name in DTYPE_NAMES if not isinstance(getattr(torch, name, None), torch.dtype)] == []
+    floating = {name for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype) and dtype.is_floating_point}
+    assert floating <= DTYPE_NAMES

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpRegistry
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
-
-reference = ReferenceBackend()
+from sglang_fl.dispatch.backends.reference.impl import activation, normalization, rotary
 
 
 def mistake() -> str:
@@ -29,24 +27,24 @@ class WithEps:
 def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
     kind = mistake()
     if kind == "eps":
-        return reference.rms_norm(WithEps(obj, 1e-3), x, residual)
+        return normalization.rms_norm(WithEps(obj, 1e-3), x, residual)
     if kind == "residual dropped" and residual is not None:
-        return reference.rms_norm(obj, x), residual
+        return normalization.rms_norm(obj, x), residual
     if kind == "bf16 accumulation":
         hidden = x if residual is None else x + residual
         mean = hidden.bfloat16().square().mean(-1, keepdim=True).float()
         normed = hidden * torch.rsqrt(mean + obj.variance_epsilon) * obj.weight
         return normed if residual is None else (normed, hidden)
-    return reference.rms_norm(obj, x, residual)
+    return normalization.rms_norm(obj, x, residual)
 
 
 def rotary_embedding(obj: Any, q: Any, k: Any, cos: Any, sin: Any, positions: Any, interleaved: bool = False, inplace: bool = True) -> Any:
     layout = not interleaved if mistake() == "rotary layout" else interleaved
-    return reference.rotary_embedding(obj, q, k, cos, sin, positions, layout, inplace)
+    return rotary.rotary_embedding(obj, q, k, cos, sin, positions, layout, inplace)
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    return reference.silu_and_mul(obj, torch.cat(x.chunk(2, -1)[::-1], -1) if mistake() == "halves swapped" else x)
+    return activation.silu_and_mul(obj, torch.cat(x.chunk(2, -1)[::-1], -1) if mistake() == "halves swapped" else x)
 
 
 MISTAKES = ("eps", "residual dropped", "bf16 accumulation", "rotary layout", "halves swapped")

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from sglang_fl.dispatch import OpRegistry
-from sglang_fl.dispatch.backends.reference import impl
+from sglang_fl.dispatch.backends.moe import fused_moe_by, topk_by
+from sglang_fl.dispatch.backends.reference.impl import moe
 
-topk, fused_moe = impl.topk, impl.fused_moe
+topk, fused_moe = moe.route, moe.compute
 
 
 def mistake() -> str:
@@ -58,4 +59,4 @@ MISTAKES = (
 
 
 def register_builtins(registry: OpRegistry) -> None:
-    impl.topk, impl.fused_moe = wrong_topk, wrong_fused_moe
+    moe.topk, moe.fused_moe = topk_by(wrong_topk), fused_moe_by(wrong_fused_moe)

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from backend_functions import reference
 
 from sglang_fl.cli.demo_model import RECITAL
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
 
 from .conftest import Prompt, Running, off_by, serving
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.e2e
 
 CHUNK, RECURRENT, PACKED = FUNCTIONS
 TESTS = Path(__file__).parents[1]
-reference = ReferenceBackend()
 
 
 @pytest.fixture(scope="module")

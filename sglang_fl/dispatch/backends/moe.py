@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang's configurations say of routing and of experts, as the operators' texts read them."""
+"""What SGLang's configurations say of routing and of experts, as the operators' texts read them, and the operators made of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -122,3 +123,41 @@ class Experts(NamedTuple):
             )
         if self.weight_on_input and w13_bias is not None:
             raise ValueError("fused_moe: experts with a bias do not take their weight on the input")
+
+
+def topk_by(route: Callable[[torch.Tensor, torch.Tensor | None, Routing, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """The operator ``topk`` by a function ``route(router_logits, correction_bias, routing, num_token_non_padded)``."""
+
+    def topk(
+        obj: Any,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        *,
+        num_token_non_padded: torch.Tensor | None = None,
+        expert_location_dispatch_info: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if expert_location_dispatch_info is not None:
+            raise NotImplementedError("topk: experts that have several places are SGLang's to choose from")
+        config = obj.topk_config
+        return route(router_logits, config.correction_bias, Routing.of(config), num_token_non_padded)
+
+    return topk
+
+
+def fused_moe_by(compute: Callable[..., torch.Tensor]) -> Any:
+    """The operator ``fused_moe`` by a function ``compute(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, experts)``."""
+
+    def fused_moe(obj: Any, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        routed = dispatch_output.topk_output
+        return compute(
+            dispatch_output.hidden_states,
+            layer.w13_weight,
+            layer.w2_weight,
+            routed.topk_weights,
+            routed.topk_ids,
+            getattr(layer, "w13_weight_bias", None),
+            getattr(layer, "w2_weight_bias", None),
+            Experts.of(layer.moe_runner_config),
+        )
+
+    return fused_moe

@@ -20,13 +20,14 @@ from accuracy import (
     check_rotary_embedding,
     check_silu_and_mul,
 )
+from backend_functions import Functions
 from torch_npu_stand_in import torch_npu
 
 from sglang_fl.check.constants import INPUTS, SERVING, SPECIAL, UNUSUAL
+from sglang_fl.config import Settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, SelectionPolicy
-from sglang_fl.dispatch.backends.vendor.ascend import ascend
-from sglang_fl.dispatch.backends.vendor.ascend.ascend import AscendBackend
+from sglang_fl.dispatch.backends.vendor.ascend.ascend import BACKEND
 
 PACKAGE = "sglang_fl.dispatch.backends.vendor.ascend.impl"
 #: Where ``make`` unpacks the wheel; not on any path that Python imports from.
@@ -34,7 +35,7 @@ WHEEL = Path(__file__).resolve().parents[3] / ".venv" / "torch_npu"
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[AscendBackend]:
+def backend() -> Iterator[Functions]:
     if not WHEEL.exists():
         pytest.skip("torch_npu's wheel is not there to be read (make .venv/ready-test puts it into .venv/torch_npu)")
     module, library = torch_npu(WHEEL)
@@ -42,7 +43,7 @@ def backend() -> Iterator[AscendBackend]:
         patch.setitem(sys.modules, "torch_npu", module)
         for name in ("", ".activation", ".moe", ".normalization", ".rotary"):
             patch.delitem(sys.modules, PACKAGE + name, raising=False)
-        yield AscendBackend()
+        yield Functions(BACKEND)
         for name in ("", ".activation", ".moe", ".normalization", ".rotary"):
             sys.modules.pop(PACKAGE + name, None)
     library._destroy()
@@ -50,7 +51,7 @@ def backend() -> Iterator[AscendBackend]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 8), (128,)])
-def test_norm_and_activation(backend: AscendBackend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_norm_and_activation(backend: Functions, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     layer = Norm(torch.randn(shape[-1]).to(dtype))
     check_rms_norm(backend.rms_norm, layer, x, None)
@@ -61,7 +62,7 @@ def test_norm_and_activation(backend: AscendBackend, shape: tuple[int, ...], dty
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 8), (128,)])
-def test_gemma_and_layer_norm(backend: AscendBackend, shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_gemma_and_layer_norm(backend: Functions, shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     layer = Norm(torch.randn(shape[-1]).to(weight_dtype), bias=torch.randn(shape[-1]).to(weight_dtype))
     check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, None)
@@ -71,7 +72,7 @@ def test_gemma_and_layer_norm(backend: AscendBackend, shape: tuple[int, ...], dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 8), (128,)])
-def test_activations(backend: AscendBackend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_activations(backend: Functions, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = 4 * torch.randn(shape).to(dtype)
     for approximate in ("none", "tanh"):
         check_activation(backend.gelu_and_mul, "gelu_and_mul", x, approximate)
@@ -80,7 +81,7 @@ def test_activations(backend: AscendBackend, shape: tuple[int, ...], dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_views(backend: AscendBackend, dtype: torch.dtype) -> None:
+def test_views(backend: Functions, dtype: torch.dtype) -> None:
     wide, layer = torch.randn(6, 5, 3 * 64).to(dtype), Norm(torch.randn(64, 2).to(dtype)[:, 0])
     for x in (wide[..., 64:128], wide.transpose(0, 1)[..., :64], wide[..., ::3]):
         check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, None)
@@ -88,7 +89,7 @@ def test_views(backend: AscendBackend, dtype: torch.dtype) -> None:
         check_activation(backend.new_gelu, "new_gelu", x)
 
 
-def test_what_it_refuses(backend: AscendBackend) -> None:
+def test_what_it_refuses(backend: Functions) -> None:
     with pytest.raises(ValueError, match="it cannot be 5"):
         backend.silu_and_mul(None, torch.ones(3, 5))
     with pytest.raises(TypeError, match="float32"):
@@ -109,7 +110,7 @@ def test_what_it_refuses(backend: AscendBackend) -> None:
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (64, 32), (80, 20), (128, 128)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 17])
 def test_rotary(
-    backend: AscendBackend,
+    backend: Functions,
     num_tokens: int,
     head_dim: int,
     rotary_dim: int,
@@ -127,7 +128,7 @@ def test_rotary(
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, positions, interleaved, inplace)
 
 
-def test_rotary_with_sections(backend: AscendBackend) -> None:
+def test_rotary_with_sections(backend: Functions) -> None:
     check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, SPECIAL, INPUTS)
 
 
@@ -140,8 +141,10 @@ def test_rotary_with_sections(backend: AscendBackend) -> None:
     ],
 )
 def test_where_it_is_available(monkeypatch: pytest.MonkeyPatch, vendor: str, installed: bool, why: str | None) -> None:
-    monkeypatch.setattr(ascend, "detect", lambda: Device(vendor, "npu", "npu", "a test"))
-    monkeypatch.setattr(util, "find_spec", lambda _: object() if installed else None)
-    assert AscendBackend().why_unavailable() == why
+    device = Device(vendor, "npu", "npu", "a test")
+    monkeypatch.setattr("sglang_fl.dispatch.types.detect", lambda: device)
+    real = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: (object() if installed else None) if name == "torch_npu" else real(name))
+    assert BACKEND.why_unavailable is not None and BACKEND.why_unavailable(Settings(), device) == why
     plan = OpManager().plan("rms_norm", SelectionPolicy("vendor"))
     assert ("vendor.ascend" in [impl.impl_id for impl in plan.candidates]) is (why is None)

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import reference_on_tensors as reference
 import torch
 from accuracy import (
     DTYPES,
@@ -23,14 +24,14 @@ from accuracy import (
     check_rotary_embedding,
     check_silu_and_mul,
 )
+from backend_functions import Functions
 from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 
 from sglang_fl.check.constants import INPUTS, OK, REFUSED, SERVING, UNUSUAL
+from sglang_fl.config import Settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, OpRegistry, Refusal, SelectionPolicy
-from sglang_fl.dispatch.backends.reference import impl as reference
-from sglang_fl.dispatch.backends.vendor.cuda import cuda
-from sglang_fl.dispatch.backends.vendor.cuda.cuda import CudaBackend
+from sglang_fl.dispatch.backends.vendor.cuda.cuda import BACKEND
 from sglang_fl.dispatch.backends.vendor.cuda.register_ops import register_builtins
 
 PACKAGE = "sglang_fl.dispatch.backends.vendor.cuda.impl"
@@ -147,7 +148,7 @@ def triton_mrope_fused(
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+def backend(monkeypatch: pytest.MonkeyPatch) -> Functions:
     rms, gemma = norm_kernels(reference.rms_norm), norm_kernels(reference.gemma_rms_norm)
     modules: dict[str, dict[str, Any]] = {
         "flashinfer.norm": {"layernorm": layernorm},
@@ -174,13 +175,12 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for name in ("activation", "normalization", "rotary"):
         monkeypatch.delitem(sys.modules, f"{PACKAGE}.{name}", raising=False)
-    monkeypatch.delitem(sys.modules, PACKAGE, raising=False)
-    return CudaBackend()
+    return Functions(BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (2, 3, 4, 16), (128,)])
-def test_norm_and_activation(backend: CudaBackend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_norm_and_activation(backend: Functions, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     layer = Norm(torch.randn(shape[-1]).to(dtype))
     check_rms_norm(backend.rms_norm, layer, x, None)
@@ -194,13 +194,13 @@ def test_norm_and_activation(backend: CudaBackend, shape: tuple[int, ...], dtype
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (0, 64), (33, 80), (4, 7, 512), (128,), (2, 33)])
-def test_layer_norm(backend: CudaBackend, shape: tuple[int, ...]) -> None:
+def test_layer_norm(backend: Functions, shape: tuple[int, ...]) -> None:
     layer = Norm(torch.randn(shape[-1]), bias=torch.randn(shape[-1]))
     check_layer_norm(backend.layer_norm, layer, torch.randn(shape).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_views(backend: CudaBackend, dtype: torch.dtype) -> None:
+def test_views(backend: Functions, dtype: torch.dtype) -> None:
     wide = torch.randn(6, 5, 3 * 64).to(dtype)
     layer = Norm(torch.randn(64).to(dtype))
     for x in (wide[..., 64:128], wide[:, 0, :64], wide.transpose(0, 2)[:64].transpose(0, 2), wide[..., ::3]):
@@ -215,7 +215,7 @@ def test_views(backend: CudaBackend, dtype: torch.dtype) -> None:
         assert torch.allclose(total.double(), exact, rtol=1e-2) and normed.shape == x.shape
 
 
-def test_rows_that_the_kernels_cannot_load_are_refused(backend: CudaBackend) -> None:
+def test_rows_that_the_kernels_cannot_load_are_refused(backend: Functions) -> None:
     """On a GPU they end in a misaligned address, after which the process can do nothing more."""
     with pytest.raises(ValueError, match=r"rows of whole 16 bytes, and 12 torch\.bfloat16 are 24"):
         backend.silu_and_mul(None, torch.randn(3, 2 * 12).bfloat16())
@@ -229,7 +229,7 @@ def test_rows_that_the_kernels_cannot_load_are_refused(backend: CudaBackend) -> 
         backend.gelu_and_mul(Gelu("none"), torch.ones(3, 5))
 
 
-def test_a_row_too_narrow_for_the_wide_kernel(monkeypatch: pytest.MonkeyPatch, backend: CudaBackend) -> None:
+def test_a_row_too_narrow_for_the_wide_kernel(monkeypatch: pytest.MonkeyPatch, backend: Functions) -> None:
     """Blackwell's loads 32 bytes at once."""
     activation = import_module(f"{PACKAGE}.activation")
     monkeypatch.setattr(activation, "_JIT_BYTES", 32)
@@ -238,7 +238,7 @@ def test_a_row_too_narrow_for_the_wide_kernel(monkeypatch: pytest.MonkeyPatch, b
         check_silu_and_mul(backend.silu_and_mul, torch.randn(3, 2 * size).bfloat16())
 
 
-def test_weights_of_another_dtype_are_refused(backend: CudaBackend) -> None:
+def test_weights_of_another_dtype_are_refused(backend: Functions) -> None:
     """The kernel would read them as what they are not."""
     with pytest.raises(Refusal, match="float32"):
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
@@ -257,7 +257,7 @@ def test_weights_of_another_dtype_are_refused(backend: CudaBackend) -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 17])
 @pytest.mark.parametrize("cache", ["halves", "apart"])
 def test_rotary(
-    backend: CudaBackend, num_tokens: int, head_dim: int, rotary_dim: int, dtype: torch.dtype, interleaved: bool, inplace: bool, cache: str
+    backend: Functions, num_tokens: int, head_dim: int, rotary_dim: int, dtype: torch.dtype, interleaved: bool, inplace: bool, cache: str
 ) -> None:
     angles = torch.rand(64, rotary_dim // 2) * 6.3
     cos, sin = torch.cat((angles.cos(), angles.sin()), -1).chunk(2, -1) if cache == "halves" else (angles.cos(), angles.sin())
@@ -268,7 +268,7 @@ def test_rotary(
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_heads_that_lie_askew_are_copied(backend: CudaBackend, interleaved: bool) -> None:
+def test_heads_that_lie_askew_are_copied(backend: Functions, interleaved: bool) -> None:
     """A slice that begins at an odd place would be an illegal access on a GPU, which ends the process."""
     cos, sin = torch.rand(2, 16, 32)
     packed = torch.randn(3, 4 * 64 + 2).bfloat16()
@@ -276,7 +276,7 @@ def test_heads_that_lie_askew_are_copied(backend: CudaBackend, interleaved: bool
     check_rotary_embedding(backend.rotary_embedding, query, key, cos, sin, torch.tensor([5, 0, 9]), interleaved, True)
 
 
-def test_heads_of_a_size_that_lies_askew_are_refused(backend: CudaBackend) -> None:
+def test_heads_of_a_size_that_lies_askew_are_refused(backend: Functions) -> None:
     """The first 8 of 10 numbers: the next head begins 20 bytes on."""
     query, cos = torch.ones(2, 3, 10).bfloat16(), torch.ones(4, 4)
     with pytest.raises(ValueError, match=r"takes 8 bytes at once, and heads of 10 do not begin at multiples"):
@@ -284,7 +284,7 @@ def test_heads_of_a_size_that_lies_askew_are_refused(backend: CudaBackend) -> No
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "gemma_rms_norm", "layer_norm", "rotary_embedding"])
-def test_the_cases_of_a_quick_check(backend: CudaBackend, op: str) -> None:
+def test_the_cases_of_a_quick_check(backend: Functions, op: str) -> None:
     """In the dtypes that are declared; what a kernel does not take is refused, but nothing that serving does."""
     registry = OpRegistry()
     register_builtins(registry)
@@ -293,12 +293,12 @@ def test_the_cases_of_a_quick_check(backend: CudaBackend, op: str) -> None:
     check_cases(op, getattr(backend, op), SERVING, UNUSUAL, INPUTS, allowed=frozenset({OK, REFUSED}), dtypes=impl.dtypes())
 
 
-def test_rotary_with_sections(backend: CudaBackend) -> None:
+def test_rotary_with_sections(backend: Functions) -> None:
     """Half of the cases have a cache in another dtype, or heads that lie apart, which are refused or copied."""
     check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, INPUTS, allowed=frozenset({OK, REFUSED}))
 
 
-def test_halves_of_one_cache_are_joined_without_a_copy(backend: CudaBackend) -> None:
+def test_halves_of_one_cache_are_joined_without_a_copy(backend: Functions) -> None:
     joined = import_module(f"{PACKAGE}.rotary").joined
     cache = torch.randn(16, 8)
     cos, sin = cache.chunk(2, -1)
@@ -308,7 +308,7 @@ def test_halves_of_one_cache_are_joined_without_a_copy(backend: CudaBackend) -> 
         assert torch.equal(joined(other_cos, other_sin), torch.cat((other_cos, other_sin), -1))
 
 
-def test_a_cache_of_another_dtype_is_refused(backend: CudaBackend) -> None:
+def test_a_cache_of_another_dtype_is_refused(backend: Functions) -> None:
     query, cos = torch.ones(2, 1, 8), torch.ones(4, 4, dtype=torch.bfloat16)
     with pytest.raises(Refusal, match="bfloat16"):
         backend.rotary_embedding(None, query, query.clone(), cos, cos, torch.zeros(2, dtype=torch.int64))
@@ -324,9 +324,11 @@ def test_a_cache_of_another_dtype_is_refused(backend: CudaBackend) -> None:
     ],
 )
 def test_where_it_is_available(monkeypatch: pytest.MonkeyPatch, vendor: str, installed: bool, why: str | None) -> None:
-    monkeypatch.setattr(cuda, "detect", lambda: Device(vendor, "cuda", "cuda", "a test"))
-    monkeypatch.setattr(util, "find_spec", lambda _: object() if installed else None)
-    assert CudaBackend().why_unavailable() == why
+    device = Device(vendor, "cuda", "cuda", "a test")
+    monkeypatch.setattr("sglang_fl.dispatch.types.detect", lambda: device)
+    real = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: (object() if installed else None) if name == "sgl_kernel" else real(name))
+    assert BACKEND.why_unavailable is not None and BACKEND.why_unavailable(Settings(), device) == why
     manager = OpManager()
     plan = manager.plan("rms_norm", SelectionPolicy("vendor"))
     assert ("vendor.cuda" in [impl.impl_id for impl in plan.candidates]) is (why is None)

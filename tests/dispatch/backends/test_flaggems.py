@@ -10,17 +10,20 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import reference_on_tensors as reference
 import torch
 from accuracy import DTYPES, Gelu, Norm, check_activation, check_cases, check_gemma_rms_norm, check_rotary_embedding
+from backend_functions import Functions
 from flaggems_here import gems
 
 from sglang_fl.check.constants import INPUTS, SERVING, UNUSUAL
 from sglang_fl.device import Device
 from sglang_fl.dispatch.backends.flaggems import library
-from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend
-from sglang_fl.dispatch.backends.reference import impl as reference
+from sglang_fl.dispatch.backends.flaggems.flaggems import BACKEND
 
 __all__ = ["gems"]
+
+backend = Functions(BACKEND)
 
 
 def test_the_installed_flaggems_is_the_one_we_call() -> None:
@@ -181,10 +184,13 @@ def test_when_it_is_available(
 ) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(library, "detect", lambda: Device(device, "cuda", None, "a test"))
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda _: object() if installed else None)
-    backend = FlagGemsBackend()
-    assert backend.why_unavailable() == why and backend.is_available() is (why is None)
+    monkeypatch.setattr("sglang_fl.dispatch.types.detect", lambda: Device(device, "cuda", None, "a test"))
+    real = find_spec
+    monkeypatch.setattr(
+        library.importlib.util, "find_spec", lambda name: (object() if installed else None) if name == "flag_gems" else real(name)
+    )
+    impl = BACKEND.implementations()[0]
+    assert impl.why_unavailable() == why and impl.is_available() is (why is None)
 
 
 def test_asking_whether_it_is_available_imports_nothing() -> None:
@@ -235,13 +241,13 @@ def test_whole_and_partial_rotary(
     packed = torch.randn(num_tokens, 3, 2 * head_dim).to(dtype)
     query, key = packed[..., :head_dim], torch.randn(num_tokens, 1, head_dim).to(dtype)
     positions = torch.randint(0, 64, (num_tokens,))
-    check_rotary_embedding(FlagGemsBackend().rotary_embedding, query, key, angles.cos(), angles.sin(), positions, interleaved, inplace)
+    check_rotary_embedding(backend.rotary_embedding, query, key, angles.cos(), angles.sin(), positions, interleaved, inplace)
 
 
 def test_rotary_with_sections(monkeypatch: pytest.MonkeyPatch, gems: ModuleType) -> None:
     rotary = import_module("sglang_fl.dispatch.backends.flaggems.impl.rotary")
     monkeypatch.setattr(rotary, "gems_rope_forward", gems_rope_forward)
-    check_cases("mrotary_embedding", FlagGemsBackend().mrotary_embedding, SERVING, UNUSUAL, INPUTS)
+    check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, INPUTS)
 
 
 def gelu_and_mul(x: torch.Tensor, y: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -262,8 +268,8 @@ def test_activations(gems: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: t
     for shape in ((5, 64), (0, 64), (2, 3, 8), (64,)):
         x = torch.randn(shape).to(dtype)
         for approximate in ("none", "tanh"):
-            check_activation(FlagGemsBackend().gelu_and_mul, "gelu_and_mul", x, approximate)
-        check_activation(FlagGemsBackend().new_gelu, "new_gelu", x)
+            check_activation(backend.gelu_and_mul, "gelu_and_mul", x, approximate)
+        check_activation(backend.new_gelu, "new_gelu", x)
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)
@@ -273,21 +279,21 @@ def test_gemma_norm_by_flaggems_norm(
 ) -> None:
     """Its norm takes weights of another dtype than x, so 1 + weight need not be rounded."""
     normalization = import_module("sglang_fl.dispatch.backends.flaggems.impl.normalization")
-    monkeypatch.setattr(normalization, "rms_norm", reference.rms_norm)
+    monkeypatch.setattr(normalization, "gems_rms_forward", reference.rms_norm)
     x, layer = torch.randn(7, 64).to(dtype), Norm(torch.randn(64).to(weight_dtype))
-    check_gemma_rms_norm(FlagGemsBackend().gemma_rms_norm, layer, x, None)
-    check_gemma_rms_norm(FlagGemsBackend().gemma_rms_norm, layer, x, x.clone())
+    check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, None)
+    check_gemma_rms_norm(backend.gemma_rms_norm, layer, x, x.clone())
 
 
 def test_an_odd_width_is_refused(gems: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"gelu_and_mul: .* it cannot be 7"):
-        FlagGemsBackend().gelu_and_mul(Gelu("tanh"), torch.ones(2, 7))
+        backend.gelu_and_mul(Gelu("tanh"), torch.ones(2, 7))
     with pytest.raises(ValueError, match="it cannot be 7"):
-        FlagGemsBackend().silu_and_mul(None, torch.ones(2, 7))
+        backend.silu_and_mul(None, torch.ones(2, 7))
 
 
 def test_the_functions_are_flaggems_own(gems: ModuleType) -> None:
-    impl = reload(import_module("sglang_fl.dispatch.backends.flaggems.impl"))
-    assert impl.rms_norm is gems.modules.normalization.gems_rms_forward
+    normalization = reload(import_module("sglang_fl.dispatch.backends.flaggems.impl.normalization"))
+    assert normalization.gems_rms_forward is gems.modules.normalization.gems_rms_forward
     activation = reload(import_module("sglang_fl.dispatch.backends.flaggems.impl.activation"))
     assert activation.gems_gelu_and_mul is gems.gelu_and_mul and activation.gems_gelu is gems.gelu

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers_own
 
 from sglang_fl.dispatch.backends import state_pool
-from sglang_fl.dispatch.backends.reference.impl import (
+from sglang_fl.dispatch.backends.reference.impl.gated_delta_rule import (
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
     fused_recurrent_gated_delta_rule_packed_decode,

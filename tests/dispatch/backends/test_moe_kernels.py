@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from accuracy import DTYPES
+from backend_functions import Functions
 from flaggems_here import gems
 from moe_accuracy import refused
 from torch.nn import functional
@@ -18,11 +19,11 @@ from torch_npu_stand_in import torch_npu
 
 from sglang_fl.check.cases.call import Draw
 from sglang_fl.check.cases.moe import _Experts
-from sglang_fl.dispatch.backends.flaggems.flaggems import FlagGemsBackend
+from sglang_fl.dispatch.backends.flaggems import flaggems as flaggems_backend
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe as reference
-from sglang_fl.dispatch.backends.vendor.ascend.ascend import AscendBackend
-from sglang_fl.dispatch.backends.vendor.cuda.cuda import CudaBackend
+from sglang_fl.dispatch.backends.vendor.ascend import ascend as ascend_backend
+from sglang_fl.dispatch.backends.vendor.cuda import cuda as cuda_backend
 
 __all__ = ["gems"]
 
@@ -57,30 +58,21 @@ def moe_fused_gate(
     scale = routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0
     shared = (1.0 if apply_routed_scaling_factor_on_output else 1 / routed_scaling_factor) if num_fused_shared_experts else None
     routing = Routing(topk - num_fused_shared_experts, scoring_func, renormalize, num_expert_group, topk_group, scale, shared)
-    weights, ids = reference.topk(scores.nan_to_num(-1e30), bias, routing, num_token_non_padded)
+    weights, ids = reference.route(scores.nan_to_num(-1e30), bias, routing, num_token_non_padded)
     return weights.masked_fill(ids < 0, 0.0), ids
 
 
-class OfNoMatter(ModuleType):
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
-    package = "sglang_fl.dispatch.backends.vendor.cuda.impl"
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Functions:
     kernel = ModuleType("sglang.kernels.ops.moe.moe_fused_gate")
     kernel.moe_fused_gate = moe_fused_gate  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
-    for name in ("activation", "normalization", "rotary"):  # loaded with the rest, and of no matter here
-        monkeypatch.setitem(sys.modules, f"{package}.{name}", OfNoMatter(name))
-    for name in (package, f"{package}.moe"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return CudaBackend()
+    monkeypatch.delitem(sys.modules, "sglang_fl.dispatch.backends.vendor.cuda.impl.moe", raising=False)
+    return Functions(cuda_backend.BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda_topk(cuda: CudaBackend, dtype: torch.dtype) -> None:
+def test_cuda_topk(cuda: Functions, dtype: torch.dtype) -> None:
     assert refused("topk", cuda.topk, dtype).keys() == BY_BEST | WITHOUT_BIAS
 
 
@@ -95,7 +87,7 @@ def test_the_cuda_kernels_signature_is_the_real_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def ascend() -> Iterator[AscendBackend]:
+def ascend() -> Iterator[Functions]:
     if not WHEEL.exists():
         pytest.skip("torch_npu's wheel is not there to be read (make .venv/ready-test puts it into .venv/torch_npu)")
     package = "sglang_fl.dispatch.backends.vendor.ascend.impl"
@@ -105,22 +97,22 @@ def ascend() -> Iterator[AscendBackend]:
         patch.setitem(sys.modules, "torch_npu", module)
         for name in names:
             patch.delitem(sys.modules, name, raising=False)
-        yield AscendBackend()
+        yield Functions(ascend_backend.BACKEND)
         for name in names:
             sys.modules.pop(name, None)
     library._destroy()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ascend_topk(ascend: AscendBackend, dtype: torch.dtype) -> None:
+def test_ascend_topk(ascend: Functions, dtype: torch.dtype) -> None:
     assert refused("topk", ascend.topk, dtype) == {}
 
 
-def test_ascend_takes_no_groups_that_its_operator_has_not(ascend: AscendBackend) -> None:
-    topk = import_module("sglang_fl.dispatch.backends.vendor.ascend.impl.moe").topk
+def test_ascend_takes_no_groups_that_its_operator_has_not(ascend: Functions) -> None:
+    route = import_module("sglang_fl.dispatch.backends.vendor.ascend.impl.moe").route
     for groups, experts in ((8, 16), (100, 400)):
         with pytest.raises(ValueError, match=f"no {groups} groups of {experts // groups} experts"):
-            topk(torch.zeros(2, experts), None, Routing(2, "sigmoid", True, groups, 2, 1.0, None), None)
+            route(torch.zeros(2, experts), None, Routing(2, "sigmoid", True, groups, 2, 1.0, None), None)
 
 
 def topk_softmax(
@@ -157,7 +149,7 @@ def grouped_topk(
     assert tokens and experts % n_group == 0 and n_group <= 32 and topk <= 32 and topk & (topk - 1) == 0
     assert scoring_func == 0 and scores.dtype == bias.dtype == torch.float32 and bias.shape == (experts,)
     routing = Routing(topk, "sigmoid", renormalize, n_group, topk_group, routed_scaling_factor, None)
-    weights, ids = reference.topk(scores.logit(), bias, routing, None)
+    weights, ids = reference.route(scores.logit(), bias, routing, None)
     return weights, ids.masked_fill(scores.isnan().any(-1, keepdim=True), experts + 1)
 
 
@@ -200,15 +192,15 @@ def fused_experts_impl(
 
 
 @pytest.fixture
-def flagos(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FlagGemsBackend:
+def flagos(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Functions:
     impl = import_module("sglang_fl.dispatch.backends.flaggems.impl.moe")
     for function in (topk_softmax, grouped_topk, fused_experts_impl):
         monkeypatch.setattr(impl, function.__name__, function)
-    return FlagGemsBackend()
+    return Functions(flaggems_backend.BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_flagos_topk(flagos: FlagGemsBackend, dtype: torch.dtype) -> None:
+def test_flagos_topk(flagos: Functions, dtype: torch.dtype) -> None:
     assert refused("topk", flagos.topk, dtype).keys() == BY_BEST | WITHOUT_BIAS | NOT_A_POWER_OF_TWO
 
 
@@ -220,35 +212,35 @@ def test_flagos_topk(flagos: FlagGemsBackend, dtype: torch.dtype) -> None:
         (Routing(2, "sigmoid", True, 64, 4, 1.0, None), 256, "up to 32 groups, not 64"),
     ],
 )
-def test_routing_beyond_flaggems_limits(flagos: FlagGemsBackend, routing: Routing, experts: int, told: str) -> None:
-    topk = import_module("sglang_fl.dispatch.backends.flaggems.impl.moe").topk
+def test_routing_beyond_flaggems_limits(flagos: Functions, routing: Routing, experts: int, told: str) -> None:
+    route = import_module("sglang_fl.dispatch.backends.flaggems.impl.moe").route
     bias = torch.zeros(experts) if routing.scoring == "sigmoid" else None
     with pytest.raises(NotImplementedError, match=told):
-        topk(torch.zeros(2, experts), bias, routing, None)
+        route(torch.zeros(2, experts), bias, routing, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flagos_experts(flagos: FlagGemsBackend, dtype: torch.dtype) -> None:
+def test_flagos_experts(flagos: Functions, dtype: torch.dtype) -> None:
     activations = {f"{name}, gated" for name in ("gelu", "gelu_tanh", "relu2")}
     ungated = {f"{name}, not gated" for name in ("silu", "gelu", "gelu_tanh", "relu2")}
     assert refused("fused_moe", flagos.fused_moe, dtype).keys() == activations | ungated
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8])
-def test_batches_of_few_routes_are_not_sorted(flagos: FlagGemsBackend, tokens: int) -> None:
+def test_batches_of_few_routes_are_not_sorted(flagos: Functions, tokens: int) -> None:
     from moe_accuracy import check
 
     check("fused_moe", flagos.fused_moe, _Experts(tokens=tokens, experts=32, elsewhere=0.4), torch.bfloat16)
 
 
-def test_flagos_takes_no_fp32(flagos: FlagGemsBackend) -> None:
+def test_flagos_takes_no_fp32(flagos: Functions) -> None:
     call = _Experts()(Draw(torch.Generator().manual_seed(0), torch.float32, torch.device("cpu")))
     arguments, _ = call.arguments()
     with pytest.raises(TypeError, match="TF32"):
         flagos.fused_moe(*arguments)
 
 
-def test_what_the_sorting_needs_is_made_at_the_first_call(flagos: FlagGemsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_sorting_needs_is_made_at_the_first_call(flagos: Functions, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph may be captured at the next: a tensor that is made then has its numbers only when the graph is replayed."""
     impl = import_module("sglang_fl.dispatch.backends.flaggems.impl.moe")
     impl._expert_map.cache_clear()
@@ -258,7 +250,7 @@ def test_what_the_sorting_needs_is_made_at_the_first_call(flagos: FlagGemsBacken
     experts = Experts("silu", True, False, True)
     for tokens in (1, 100):
         x, ids = torch.zeros(tokens, 16, dtype=torch.bfloat16), torch.zeros(tokens, 2, dtype=torch.int32)
-        impl.fused_moe(x, w13, w2, torch.ones(tokens, 2), ids, None, None, experts)
+        impl.compute(x, w13, w2, torch.ones(tokens, 2), ids, None, None, experts)
         assert impl._expert_map.cache_info().currsize == 1
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_functions import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_accuracy import check
@@ -13,9 +14,7 @@ from moe_accuracy import check
 from sglang_fl.check.cases.moe import _Experts, _Routing
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
 
-reference = ReferenceBackend()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -77,14 +76,14 @@ def test_fused_moe(form: _Experts, dtype: torch.dtype, asked: bool, seed: int) -
 def test_equal_experts() -> None:
     """Which of them win is open; that they are distinct is not."""
     routing = Routing(4, "softmax", True, 1, 1, 1.0, None)
-    weights, ids = moe.topk(torch.zeros(3, 16), None, routing, None)
+    weights, ids = moe.route(torch.zeros(3, 16), None, routing, None)
     assert all(len(set(row)) == 4 for row in ids.tolist())
     assert torch.equal(weights, torch.full((3, 4), 0.25))
 
 
 def test_scores_that_vanish_make_no_nan() -> None:
     routing = Routing(2, "sigmoid", True, 1, 1, 1.0, None)
-    weights, _ = moe.topk(torch.full((1, 4), -200.0), torch.arange(4.0), routing, None)
+    weights, _ = moe.route(torch.full((1, 4), -200.0), torch.arange(4.0), routing, None)
     assert torch.equal(weights, torch.zeros(1, 2))
 
 
@@ -102,7 +101,7 @@ def test_scores_that_vanish_make_no_nan() -> None:
 )
 def test_a_routing_that_there_is_not(routing: Routing, bias: torch.Tensor | None, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        moe.topk(torch.zeros(2, 8), bias, routing, None)
+        moe.route(torch.zeros(2, 8), bias, routing, None)
 
 
 def test_experts_of_several_places_are_not_taken() -> None:
@@ -133,7 +132,7 @@ def test_experts_that_do_not_fit(change: dict[str, Any], told: str) -> None:
         "experts": Experts("silu", True, False, True),
     }
     with pytest.raises(ValueError, match=told):
-        moe.fused_moe(**{**given_to_it, **change})
+        moe.compute(**{**given_to_it, **change})
 
 
 def test_what_sglang_says_of_routing() -> None:

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DTYPES, ELEMENTWISE, Gelu, Norm, check_activation, check_gemma_rms_norm, check_layer_norm
+from backend_functions import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_fl.dispatch.backends.reference.reference import ReferenceBackend
-
-reference = ReferenceBackend()
 SHAPES = [(1, 8), (7, 64), (0, 64), (3, 5, 128), (2, 0, 16), (16, 256), (2, 4096), (33, 40)]
 GELUS = ("none", "tanh")
 INF, NAN = float("inf"), float("nan")

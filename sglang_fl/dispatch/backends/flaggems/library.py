@@ -11,16 +11,13 @@ import importlib.util
 import inspect
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ....config import settings_in_force
-from ....device import Device, detect, probe
-from ....device.declared import known_vendors
+from ....device import Device, known_vendors
 
 logger = logging.getLogger("sglang_fl.flaggems")
 
@@ -125,18 +122,8 @@ TESTED = "5.0.2"
 NOT_INSTALLED = "FlagGems is not installed (uv pip install flag_gems)"
 
 
-def why_unavailable() -> str | None:
-    """Why FlagGems cannot be used on this machine under the settings in force, or None. It is not imported to find out.
-
-    PyTorch is asked for the device if it is loaded, the driver's files if not.
-    """
-    if not settings_in_force().use_flaggems:
-        return "USE_FLAGGEMS=0"
-    return why_not_here(detect() if "torch" in sys.modules else probe())
-
-
 def why_not_here(device: Device) -> str | None:
-    """Why FlagGems cannot be used on a device, whatever the settings say, or None."""
+    """Why FlagGems cannot be used on a device, whatever the settings say, or None. It is not imported to find out."""
     if not known_vendors()[device.vendor].flaggems:
         return f"FlagGems has nothing for {device.vendor}"
     if importlib.util.find_spec("flag_gems") is None:

@@ -1,10 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference backend: every operator in plain PyTorch."""
+"""The reference: every operator in plain PyTorch, fp32 inside, one rounding at the end, inputs never written."""
 
-from .. import KernelBackend
+from ...types import BackendImplKind
+from .. import Kernel, KernelTable
 
+_FUNCTIONS = {
+    "silu_and_mul": "impl.activation:silu_and_mul",
+    "gelu_and_mul": "impl.activation:gelu_and_mul",
+    "new_gelu": "impl.activation:new_gelu",
+    "quick_gelu": "impl.activation:quick_gelu",
+    "relu2": "impl.activation:relu2",
+    "rms_norm": "impl.normalization:rms_norm",
+    "gemma_rms_norm": "impl.normalization:gemma_rms_norm",
+    "layer_norm": "impl.normalization:layer_norm",
+    "rotary_embedding": "impl.rotary:rotary_embedding",
+    "mrotary_embedding": "impl.rotary:mrotary_embedding",
+    "topk": "impl.moe:topk",
+    "fused_moe": "impl.moe:fused_moe",
+    "chunk_gated_delta_rule": "impl.gated_delta_rule:chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule": "impl.gated_delta_rule:fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule_packed_decode": "impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode",
+}
 
-class ReferenceBackend(KernelBackend):
-    """fp32 inside, one rounding at the end, inputs never written."""
-
-    name = "reference"
+BACKEND = KernelTable(
+    __package__,
+    "reference.torch",
+    BackendImplKind.REFERENCE,
+    {op: Kernel(function, writes_inputs=False) for op, function in _FUNCTIONS.items()},
+)

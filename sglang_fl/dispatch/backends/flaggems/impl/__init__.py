@@ -1,23 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of FlagGems, a file a family of operators. Importing it imports FlagGems."""
-
-from .activation import gelu_and_mul, new_gelu, silu_and_mul
-from .gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, fused_recurrent_gated_delta_rule_packed_decode
-from .moe import fused_moe, topk
-from .normalization import gemma_rms_norm, rms_norm
-from .rotary import mrotary_embedding, rotary_embedding
-
-__all__ = [
-    "chunk_gated_delta_rule",
-    "fused_moe",
-    "fused_recurrent_gated_delta_rule",
-    "fused_recurrent_gated_delta_rule_packed_decode",
-    "gelu_and_mul",
-    "gemma_rms_norm",
-    "mrotary_embedding",
-    "new_gelu",
-    "rms_norm",
-    "rotary_embedding",
-    "silu_and_mul",
-    "topk",
-]
+"""Calls of FlagGems, a file a family of operators. Importing one imports FlagGems."""

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import torch
 
 from ..library import load
@@ -13,15 +15,15 @@ def _halves(op: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return x.chunk(2, dim=-1)
 
 
-def gelu_and_mul(x: torch.Tensor, approximate: str) -> torch.Tensor:
+def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up = _halves("gelu_and_mul", x)
-    return gems_gelu_and_mul(gate, up, approximate)
+    return gems_gelu_and_mul(gate, up, obj.approximate)
 
 
-def new_gelu(x: torch.Tensor) -> torch.Tensor:
+def new_gelu(obj: Any, x: torch.Tensor) -> torch.Tensor:
     return gems_gelu(x, approximate="tanh")
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up = _halves("silu_and_mul", x)
     return gems_silu_and_mul(gate, up)

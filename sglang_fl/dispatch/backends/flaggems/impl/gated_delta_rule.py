@@ -49,12 +49,12 @@ def chunk_gated_delta_rule(
     v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    initial_state_indices: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    use_qk_l2norm: bool,
-    inplace_update: bool,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    initial_state_indices: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    inplace_update: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "chunk_gated_delta_rule"
     heads, key_dim, value_heads, value_dim = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
@@ -71,7 +71,7 @@ def chunk_gated_delta_rule(
         raise Refusal(f"{op}: {len(slots)} slots for {count} sequences")
     if not q.numel():
         return v.new_empty(v.shape), q.new_empty((q.shape[0], 0, value_heads, value_dim, key_dim))
-    if use_qk_l2norm:
+    if use_qk_l2norm_in_kernel:
         q, k = _normed(q), _normed(k)
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g.float(), beta))
     # The kernels' states are [K, V].
@@ -117,12 +117,12 @@ def fused_recurrent_gated_delta_rule(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
-    beta: torch.Tensor | None,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: torch.Tensor | None,
-    use_qk_l2norm: bool,
+    beta: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The kernel keeps the state after each token, in the slot that stands for it: each sequence has one for all."""
     op = "fused_recurrent_gated_delta_rule"
@@ -143,7 +143,7 @@ def fused_recurrent_gated_delta_rule(
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     shape = v.shape
     q, k, v, g, beta = (_padded(x.flatten(0, 1)) for x in (q, k, v, g.float(), beta))
-    out = _recurrent(q, k, v, g, beta, scale, states, cu_seqlens, slots, use_qk_l2norm)
+    out = _recurrent(q, k, v, g, beta, scale, states, cu_seqlens, slots, use_qk_l2norm_in_kernel)
     return out[: rows * tokens].view(shape), states if output_final_state else None
 
 
@@ -157,7 +157,7 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     initial_state: torch.Tensor,
     out: torch.Tensor,
     ssm_state_indices: torch.Tensor,
-    use_qk_l2norm: bool,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "fused_recurrent_gated_delta_rule_packed_decode"
     value_heads, value_dim, key_dim = initial_state.shape[1:]
@@ -172,7 +172,8 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     q, k, v = q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
     g = -A_log.float().exp() * functional.softplus(a.float() + dt_bias.float())
     ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    o = _recurrent(q, k, v, _padded(g), _padded(b.float().sigmoid()), scale, initial_state, ends, ssm_state_indices, use_qk_l2norm)
+    gates = _padded(g), _padded(b.float().sigmoid())
+    o = _recurrent(q, k, v, *gates, scale, initial_state, ends, ssm_state_indices, use_qk_l2norm_in_kernel)
     # The kernel writes nothing for padding.
     out.copy_(o[:batch].masked_fill((ssm_state_indices < 0)[:, None, None], 0).unsqueeze(1))
     return out, initial_state

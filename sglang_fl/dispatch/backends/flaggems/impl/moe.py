@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ...moe import Experts, Routing
+from ...moe import Experts, Routing, fused_moe_by, topk_by
 from ..library import load
 
 load()
@@ -42,7 +42,7 @@ class _Once(logging.Filter):
 _experts.logger.addFilter(_Once())
 
 
-def topk(
+def route(
     router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FlagGems has a softmax over all experts, and DeepSeek-V3's groups of biased scores, of which one may be all experts."""
@@ -92,7 +92,7 @@ def _sigmoid(router_logits: torch.Tensor, correction_bias: torch.Tensor | None, 
     return grouped_topk(scores, routing.groups, routing.topk_group, routing.top_k, routing.renormalize, routing.scale, bias)
 
 
-def fused_moe(
+def compute(
     x: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
@@ -147,3 +147,7 @@ def _expert_map(count: int, device: torch.device) -> torch.Tensor:
     """``[places]``, int32: each expert's number, and -1 behind them."""
     places = torch.arange(_places(count), dtype=torch.int32)
     return places.masked_fill(places >= count, -1).to(device)
+
+
+topk = topk_by(route)
+fused_moe = fused_moe_by(compute)

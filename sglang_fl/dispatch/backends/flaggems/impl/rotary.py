@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ...cos_sin import by_axis
+from ...rotary import Rotated, mrotary_by
 from ..library import load
 
 gems_rope_forward = load().modules.rotary_embedding.gems_rope_forward
 
 
 def rotary_embedding(
+    obj: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor,
-    interleaved: bool,
-    inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rotary_interleaved: bool = False,
+    inplace: bool = True,
+) -> Rotated:
     """FlagGems's kernel out of place, also where writing is allowed.
 
     Its in-place kernel reads both numbers of a pair in one thread and writes each in another, with
@@ -25,9 +26,9 @@ def rotary_embedding(
     """
     rotary_dim = 2 * cos.shape[-1]
     if rotary_dim == query.shape[-1]:
-        return gems_rope_forward(query, key, cos, sin, position_ids, interleaved, False)
+        return gems_rope_forward(query, key, cos, sin, position_ids, rotary_interleaved, False)
     # The kernel rotates whole heads; a view of their first part is one.
-    rotated = gems_rope_forward(query[..., :rotary_dim], key[..., :rotary_dim], cos, sin, position_ids, interleaved, False)
+    rotated = gems_rope_forward(query[..., :rotary_dim], key[..., :rotary_dim], cos, sin, position_ids, rotary_interleaved, False)
     if not inplace:
         query, key = query.clone(), key.clone()
     query[..., :rotary_dim] = rotated[0]
@@ -35,16 +36,4 @@ def rotary_embedding(
     return query, key
 
 
-def mrotary_embedding(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    interleaved: bool,
-    axis_map: torch.Tensor,
-    mrope_section: Sequence[int],
-    mrope_interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlagGems has no kernel for sections; its plain one is given rows of cos and sin made for each token."""
-    return rotary_embedding(query, key, *by_axis(cos, sin, positions, axis_map), interleaved, True)
+mrotary_embedding = mrotary_by(rotary_embedding)

@@ -2,6 +2,7 @@
 """Activations in fp32, rounded once, at the end."""
 
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -27,24 +28,24 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 _GELU = {"none": _gelu, "tanh": _gelu_tanh}
 
 
-def gelu_and_mul(x: torch.Tensor, approximate: str) -> torch.Tensor:
+def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up = _halves("gelu_and_mul", x)
-    return (_GELU[approximate](gate) * up).to(x.dtype)
+    return (_GELU[obj.approximate](gate) * up).to(x.dtype)
 
 
-def new_gelu(x: torch.Tensor) -> torch.Tensor:
+def new_gelu(obj: Any, x: torch.Tensor) -> torch.Tensor:
     return _gelu_tanh(x.float()).to(x.dtype)
 
 
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+def quick_gelu(obj: Any, x: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
 
 
-def relu2(x: torch.Tensor) -> torch.Tensor:
+def relu2(obj: Any, x: torch.Tensor) -> torch.Tensor:
     return x.float().relu().square().to(x.dtype)
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up = _halves("silu_and_mul", x)
     return (functional.silu(gate) * up).to(x.dtype)

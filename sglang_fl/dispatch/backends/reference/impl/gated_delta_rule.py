@@ -73,12 +73,12 @@ def chunk_gated_delta_rule(
     v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    initial_state_indices: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    use_qk_l2norm: bool,
-    inplace_update: bool,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    initial_state_indices: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    inplace_update: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The pool is written when all else is done."""
     sequences = _sequences(q, cu_seqlens)
@@ -91,7 +91,7 @@ def chunk_gated_delta_rule(
         states = state_pool.read(initial_state, initial_state_indices, torch.float32)
     chunks: list[torch.Tensor] = []
     out = q.new_zeros(v.shape)
-    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm, sequences, states, out, chunks))
+    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, sequences, states, out, chunks))
     if initial_state is not None and initial_state_indices is not None and inplace_update and last:
         state_pool.write(initial_state, initial_state_indices, torch.stack(last))
     chunk_states = torch.stack(chunks) if chunks else states.new_empty((0, *states.shape[1:]))
@@ -104,12 +104,12 @@ def fused_recurrent_gated_delta_rule(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
-    beta: torch.Tensor | None,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: torch.Tensor | None,
-    use_qk_l2norm: bool,
+    beta: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     sequences = _sequences(q, cu_seqlens)
     shape = (len(sequences), v.shape[2], v.shape[3], k.shape[3])
@@ -119,7 +119,7 @@ def fused_recurrent_gated_delta_rule(
     if beta is None:
         beta = torch.ones_like(g)
     out = q.new_zeros(v.shape)
-    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm, sequences, states, out, []))
+    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, sequences, states, out, []))
     if not output_final_state:
         return out, None
     return out, torch.stack(last) if last else states
@@ -160,7 +160,7 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     initial_state: torch.Tensor,
     out: torch.Tensor,
     ssm_state_indices: torch.Tensor,
-    use_qk_l2norm: bool,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``out`` and the pool are written when all else is done; without a word to the host, so that graphs can hold it."""
     value_heads, value_dim, key_dim = initial_state.shape[1:]
@@ -173,9 +173,8 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     if tuple(out.shape) != (len(mixed_qkv), 1, value_heads, value_dim):
         raise ValueError(f"fused_recurrent_gated_delta_rule_packed_decode: out is {tuple(out.shape)}")
     q, k, v = mixed_qkv.split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
-    q, k, v = _heads(
-        q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim)), scale, use_qk_l2norm
-    )
+    q, k, v = q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
+    q, k, v = _heads(q, k, v, scale, use_qk_l2norm_in_kernel)
     decay = torch.exp(-A_log.float().exp() * functional.softplus(a.float() + dt_bias.float()))
     states = state_pool.read(initial_state, ssm_state_indices, torch.float32)
     states, o = step(states, q, k, v, decay, b.float().sigmoid())

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from ...moe import RENORMALIZE_EPSILON, Experts, Routing
+from ...moe import RENORMALIZE_EPSILON, Experts, Routing, fused_moe_by, topk_by
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -14,7 +14,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def topk(
+def route(
     router_logits: torch.Tensor,
     correction_bias: torch.Tensor | None,
     routing: Routing,
@@ -45,7 +45,7 @@ def topk(
     return weights, ids.to(torch.int32)
 
 
-def fused_moe(
+def compute(
     x: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
@@ -103,3 +103,7 @@ def _expert(
         hidden = activation(hidden)
     out = functional.linear(hidden, w2[expert].float(), None if w2_bias is None else w2_bias[expert].float())
     return out if experts.weight_on_input else out * weight
+
+
+topk = topk_by(route)
+fused_moe = fused_moe_by(compute)

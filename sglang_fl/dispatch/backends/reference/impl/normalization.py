@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Norms in fp32, rounded once, at the end."""
 
+from typing import Any
+
 import torch
+
+Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def _check_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -9,9 +13,7 @@ def _check_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
 
 
-def _normalized(
-    x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _normalized(x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor, eps: float) -> Normed:
     """The sum with the residual is normalised before it is rounded; ``scale`` is fp32."""
     hidden = x.float()
     if residual is not None:
@@ -21,23 +23,19 @@ def _normalized(
     return normed if residual is None else (normed, hidden.to(x.dtype))
 
 
-def gemma_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    _check_size("gemma_rms_norm", x, weight)
-    return _normalized(x, residual, 1 + weight.float(), eps)
+def gemma_rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
+    _check_size("gemma_rms_norm", x, obj.weight)
+    return _normalized(x, residual, 1 + obj.weight.float(), obj.variance_epsilon)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    _check_size("layer_norm", x, weight)
+def layer_norm(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    _check_size("layer_norm", x, obj.weight)
     hidden = x.float()
     centred = hidden - hidden.mean(dim=-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
-    return (centred * rstd * weight.float() + bias.float()).to(x.dtype)
+    rstd = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + obj.variance_epsilon)
+    return (centred * rstd * obj.weight.float() + obj.bias.float()).to(x.dtype)
 
 
-def rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    _check_size("rms_norm", x, weight)
-    return _normalized(x, residual, weight.float(), eps)
+def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
+    _check_size("rms_norm", x, obj.weight)
+    return _normalized(x, residual, obj.weight.float(), obj.variance_epsilon)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ...cos_sin import by_axis
+from ...rotary import Rotated, mrotary_by
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -20,14 +20,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 def rotary_embedding(
+    obj: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor,
-    interleaved: bool,
-    inplace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rotary_interleaved: bool = False,
+    inplace: bool = True,
+) -> Rotated:
     """Never in place, whatever is allowed."""
     rotary_dim = 2 * cos.shape[-1]
     if rotary_dim > query.shape[-1]:
@@ -36,21 +37,10 @@ def rotary_embedding(
     rows_sin = sin.index_select(0, position_ids).unsqueeze(1).float()
 
     def embed(x: torch.Tensor) -> torch.Tensor:
-        rotated = rotate(x[..., :rotary_dim], rows_cos, rows_sin, interleaved).to(x.dtype)
+        rotated = rotate(x[..., :rotary_dim], rows_cos, rows_sin, rotary_interleaved).to(x.dtype)
         return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
     return embed(query), embed(key)
 
 
-def mrotary_embedding(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    interleaved: bool,
-    axis_map: torch.Tensor,
-    mrope_section: Sequence[int],
-    mrope_interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return rotary_embedding(query, key, *by_axis(cos, sin, positions, axis_map), interleaved)
+mrotary_embedding = mrotary_by(rotary_embedding)

@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend: the kernels that SGLang itself serves with, behind the operators' signatures."""
+"""CUDA: the kernels that SGLang itself serves with (sgl_kernel, its own library and FlashInfer's) behind the operators' signatures."""
 
 import importlib.util
-import sys
 
-from .....device import Device, detect, probe
-from ... import KernelBackend
+from .....config import Settings
+from .....device import Device
+from ....types import BackendImplKind
+from ... import Kernel, KernelTable
 
 #: Vendors whose chips run CUDA kernels as NVIDIA's do.
-_VENDORS = ("nvidia", "thead")
+VENDORS = ("nvidia", "thead")
+_16_BITS = ("bfloat16", "float16")
 
 
-class CudaBackend(KernelBackend):
-    """sgl_kernel, SGLang's kernel library and FlashInfer's."""
+def _why_unavailable(settings: Settings, device: Device) -> str | None:
+    if device.vendor not in VENDORS:
+        return f"its kernels are for {' and '.join(VENDORS)}, and this device is {device.vendor}"
+    if importlib.util.find_spec("sgl_kernel") is None:
+        return "sglang-kernel is not installed (uv pip install sglang-kernel)"
+    return None
 
-    name = "cuda"
 
-    @property
-    def vendor(self) -> str:
-        """The device's, where it is one of those that run these kernels, else NVIDIA."""
-        found = self._device().vendor
-        return found if found in _VENDORS else "nvidia"
-
-    def _device(self) -> Device:
-        return detect() if "torch" in sys.modules else probe()
-
-    def why_unavailable(self) -> str | None:
-        device = self._device()
-        if device.vendor not in _VENDORS:
-            return f"its kernels are for {' and '.join(_VENDORS)}, and this device is {device.vendor}"
-        if importlib.util.find_spec("sgl_kernel") is None:
-            return "sglang-kernel is not installed (uv pip install sglang-kernel)"
-        return None
+BACKEND = KernelTable(
+    __package__,
+    "vendor.cuda",
+    BackendImplKind.VENDOR,
+    {
+        "silu_and_mul": Kernel("impl.activation:silu_and_mul", writes_inputs=False),
+        "gelu_and_mul": Kernel("impl.activation:gelu_and_mul", writes_inputs=False),
+        "relu2": Kernel("impl.activation:relu2", writes_inputs=False),
+        "rms_norm": Kernel("impl.normalization:rms_norm", dtypes=_16_BITS),
+        "gemma_rms_norm": Kernel("impl.normalization:gemma_rms_norm", dtypes=_16_BITS),
+        "layer_norm": Kernel("impl.normalization:layer_norm", writes_inputs=False, dtypes="bfloat16"),
+        "rotary_embedding": Kernel("impl.rotary:rotary_embedding"),
+        "mrotary_embedding": Kernel("impl.rotary:mrotary_embedding"),
+        "topk": Kernel("impl.moe:topk", writes_inputs=False),
+        "chunk_gated_delta_rule": Kernel("impl.gated_delta_rule:chunk_gated_delta_rule", dtypes=_16_BITS),
+        "fused_recurrent_gated_delta_rule": Kernel("impl.gated_delta_rule:fused_recurrent_gated_delta_rule", writes_inputs=False),
+        "fused_recurrent_gated_delta_rule_packed_decode": Kernel("impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode"),
+    },
+    vendor="nvidia",
+    why_unavailable=_why_unavailable,
+)

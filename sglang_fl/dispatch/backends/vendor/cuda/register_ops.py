@@ -1,44 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-from ....registry import OpRegistry
-from ....types import BackendImplKind, BackendPriority, OpImpl
-from .cuda import CudaBackend
+from dataclasses import replace
 
-#: operator -> whether a call that raises may have written its inputs.
-_WRITES_INPUTS = {
-    "chunk_gated_delta_rule": True,
-    "fused_recurrent_gated_delta_rule": False,
-    "fused_recurrent_gated_delta_rule_packed_decode": True,
-    "gelu_and_mul": False,
-    "gemma_rms_norm": True,
-    "layer_norm": False,
-    "mrotary_embedding": True,
-    "relu2": False,
-    "rms_norm": True,
-    "rotary_embedding": True,
-    "silu_and_mul": False,
-    "topk": False,
-}
-#: Operators whose kernels do not take every activation dtype.
-_DTYPES = {
-    "chunk_gated_delta_rule": frozenset({"bfloat16", "float16"}),
-    "gemma_rms_norm": frozenset({"bfloat16", "float16"}),
-    "layer_norm": frozenset({"bfloat16"}),
-    "rms_norm": frozenset({"bfloat16", "float16"}),
-}
+from ....registry import OpRegistry
+from ....types import device_here
+from .cuda import BACKEND, VENDORS
 
 
 def register_builtins(registry: OpRegistry) -> None:
-    backend = CudaBackend()
-    registry.register_many(
-        OpImpl(
-            op,
-            "vendor.cuda",
-            BackendImplKind.VENDOR,
-            getattr(backend, op),
-            vendor=backend.vendor,
-            priority=BackendPriority.VENDOR,
-            supported_dtypes=_DTYPES.get(op),
-            writes_inputs=writes_inputs,
-        )
-        for op, writes_inputs in _WRITES_INPUTS.items()
-    )
+    """As the device's own vendor, where it is one of those that run these kernels."""
+    vendor = device_here().vendor
+    backend = replace(BACKEND, vendor=vendor) if vendor in VENDORS else BACKEND
+    registry.register_many(backend.implementations())

@@ -3,7 +3,7 @@ import torch
 import torch_npu
 from torch.nn import functional
 
-from ....moe import RENORMALIZE_EPSILON, Routing
+from ....moe import RENORMALIZE_EPSILON, Routing, topk_by
 
 #: npu_moe_gating_top_k's limits: experts in all, and a group's least number of them.
 _MOST_EXPERTS, _LEAST_IN_A_GROUP = 2048, 3
@@ -13,7 +13,7 @@ _SOFTMAX, _SIGMOID = 0, 1
 _BY_BEST, _BY_TWO_BEST = 0, 1
 
 
-def topk(
+def route(
     router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch_npu's operators choose; what becomes of the weights is computed here, for they do not say it of all cases."""
@@ -56,3 +56,6 @@ def _chosen(logits: torch.Tensor, correction_bias: torch.Tensor | None, routing:
         out_flag=True,
     )
     return scores.gather(1, ids.long()), ids
+
+
+topk = topk_by(route)

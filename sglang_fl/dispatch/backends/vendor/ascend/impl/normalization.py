@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import torch
 import torch_npu
+
+Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def _check_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -8,9 +12,8 @@ def _check_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
 
 
-def gemma_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def gemma_rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
+    weight, eps = obj.weight, obj.variance_epsilon
     _check_size("gemma_rms_norm", x, weight)
     if not x.numel():
         return torch.empty_like(x) if residual is None else (x, residual)
@@ -22,7 +25,8 @@ def gemma_rms_norm(
     return normed if residual is None else (normed, hidden.to(x.dtype))
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def layer_norm(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    weight, bias, eps = obj.weight, obj.bias, obj.variance_epsilon
     _check_size("layer_norm", x, weight)
     if not x.numel():
         return torch.empty_like(x)
@@ -32,9 +36,8 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     return torch_npu.npu_layer_norm_eval(x, [x.shape[-1]], weight, bias, eps)
 
 
-def rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
+    weight, eps = obj.weight, obj.variance_epsilon
     if weight.dtype != x.dtype:
         raise TypeError(f"rms_norm: torch_npu normalises {x.dtype} with weights of the same dtype, and they are {weight.dtype}")
     _check_size("rms_norm", x, weight)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch_npu
 
-from ....cos_sin import by_axis, joined
+from ....rotary import Rotated, by_axis, joined, mrotary_by
 
 #: npu_mrope's widths come in these steps, by the bytes of a number.
 _STEP = {2: 32, 4: 16}
@@ -13,21 +13,22 @@ _NO_SECTIONS = [0, 0, 0]
 
 
 def rotary_embedding(
+    obj: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor,
-    interleaved: bool,
-    inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rotary_interleaved: bool = False,
+    inplace: bool = True,
+) -> Rotated:
     """torch_npu's operators give new tensors, whatever is allowed."""
     if not query.shape[0]:
         return query, key
     if _fits_npu_mrope(query, cos):
-        return _npu_mrope(query, key, cos, sin, position_ids, interleaved, _NO_SECTIONS)
-    mode = _mode(interleaved)
-    rows_cos, rows_sin = (_rows(x, position_ids, interleaved) for x in (cos, sin))
+        return _npu_mrope(query, key, cos, sin, position_ids, rotary_interleaved, _NO_SECTIONS)
+    mode = _mode(rotary_interleaved)
+    rows_cos, rows_sin = (_rows(x, position_ids, rotary_interleaved) for x in (cos, sin))
     return _rotate(query, rows_cos, rows_sin, mode), _rotate(key, rows_cos, rows_sin, mode)
 
 
@@ -47,7 +48,7 @@ def _npu_mrope(
     positions: torch.Tensor,
     interleaved: bool,
     sections: list[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Rotated:
     if not query.shape[0]:
         return query, key
     rotated = torch_npu.npu_mrope(
@@ -76,17 +77,12 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: str) ->
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
 
-def mrotary_embedding(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    interleaved: bool,
-    axis_map: torch.Tensor,
-    mrope_section: Sequence[int],
-    mrope_interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if mrope_interleaved or not _fits_npu_mrope(query, cos):
-        return rotary_embedding(query, key, *by_axis(cos, sin, positions, axis_map), interleaved, False)
-    return _npu_mrope(query, key, cos, sin, positions, interleaved, list(mrope_section))
+def _by_sections(
+    obj: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> Rotated:
+    if obj.mrope_interleaved or not _fits_npu_mrope(query, cos):
+        return rotary_embedding(obj, query, key, *by_axis(cos, sin, positions, obj.axis_map), not obj.is_neox_style)
+    return _npu_mrope(query, key, cos, sin, positions, not obj.is_neox_style, list(obj.mrope_section))
+
+
+mrotary_embedding = mrotary_by(rotary_embedding, _by_sections)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import torch
 from sgl_kernel import silu_and_mul as sgl_silu_and_mul
 from sglang.kernels.ops.activation.activation import activation_module
@@ -36,16 +38,16 @@ def _exact_gelu_and_mul(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
 _run_gelu_and_mul = register_custom_op(_exact_gelu_and_mul, op_name="sglang_fl_gelu_and_mul", mutates_args=["out"])
 
 
-def gelu_and_mul(x: torch.Tensor, approximate: str) -> torch.Tensor:
+def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     size = _half_of("gelu_and_mul", x)
     _check_rows("gelu_and_mul", size, x, _JIT_BYTES)
     out = x.new_empty((*x.shape[:-1], size))
     if out.numel():
-        _run_gelu_and_mul(_GELU[approximate], x.contiguous(), out)
+        _run_gelu_and_mul(_GELU[obj.approximate], x.contiguous(), out)
     return out
 
 
-def relu2(x: torch.Tensor) -> torch.Tensor:
+def relu2(obj: Any, x: torch.Tensor) -> torch.Tensor:
     _check_rows("relu2", x.shape[-1], x, _JIT_BYTES)
     out = x.new_empty(x.shape)
     if out.numel():
@@ -53,7 +55,7 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     size = _half_of("silu_and_mul", x)
     row_bytes = _check_rows("silu_and_mul", size, x, _SGL_BYTES)
     out = x.new_empty((*x.shape[:-1], size))

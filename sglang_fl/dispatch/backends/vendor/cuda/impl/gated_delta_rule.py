@@ -31,12 +31,12 @@ def chunk_gated_delta_rule(
     v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    initial_state_indices: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    use_qk_l2norm: bool,
-    inplace_update: bool,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    initial_state_indices: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    inplace_update: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "chunk_gated_delta_rule"
     _check_heads(op, q.shape[2], v.shape[2])
@@ -57,14 +57,16 @@ def chunk_gated_delta_rule(
         # The kernel's wrapper would update a copy. Its own copy, then: of the slots that are used.
         slots = torch.arange(count, dtype=torch.int32, device=q.device)
         states = read(pool, initial_state_indices, pool.dtype)
-        result = chunk_gated_delta_rule(q, k, v, g, beta, scale, states, slots, cu_seqlens, use_qk_l2norm, update)
+        result = chunk_gated_delta_rule(q, k, v, g, beta, scale, states, slots, cu_seqlens, use_qk_l2norm_in_kernel, update)
         if update:
             write(pool, initial_state_indices, states)
         return result
     if not q.numel():
         return v.new_empty(v.shape), q.new_empty((q.shape[0], 0, *pool.shape[1:]))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    return ChunkGatedDeltaRuleFunction.apply(q, k, v, g, beta, scale, pool, initial_state_indices, cu_seqlens, use_qk_l2norm, update)
+    return ChunkGatedDeltaRuleFunction.apply(
+        q, k, v, g, beta, scale, pool, initial_state_indices, cu_seqlens, use_qk_l2norm_in_kernel, update
+    )
 
 
 def fused_recurrent_gated_delta_rule(
@@ -72,12 +74,12 @@ def fused_recurrent_gated_delta_rule(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
-    beta: torch.Tensor | None,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: torch.Tensor | None,
-    use_qk_l2norm: bool,
+    beta: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     op = "fused_recurrent_gated_delta_rule"
     _check_heads(op, q.shape[2], v.shape[2])
@@ -92,7 +94,7 @@ def fused_recurrent_gated_delta_rule(
         states = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
         last = states if initial_state is None else states.copy_(initial_state)
         return v.new_empty(v.shape), last if output_final_state else None
-    return _recurrent(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm)
+    return _recurrent(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel)
 
 
 def fused_recurrent_gated_delta_rule_packed_decode(
@@ -105,8 +107,8 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     initial_state: torch.Tensor,
     out: torch.Tensor,
     ssm_state_indices: torch.Tensor,
-    use_qk_l2norm: bool,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not mixed_qkv.numel():
         return out, initial_state
-    return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm)
+    return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel)

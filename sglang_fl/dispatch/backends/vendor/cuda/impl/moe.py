@@ -2,10 +2,10 @@
 import torch
 from sglang.kernels.ops.moe.moe_fused_gate import moe_fused_gate
 
-from ....moe import Routing
+from ....moe import Routing, topk_by
 
 
-def topk(
+def route(
     router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One kernel for all of it: scores, groups, choice, weights, the shared column and the padding."""
@@ -38,3 +38,6 @@ def topk(
     if shared is not None and scaled and shared != 1.0:
         weights[:, -1] = shared
     return weights, ids
+
+
+topk = topk_by(route)

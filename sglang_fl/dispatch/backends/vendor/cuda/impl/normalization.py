@@ -8,6 +8,7 @@ from sgl_kernel import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm
 
 from .....types import Refusal
 
+Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 _Kernel = Callable[..., Any]
 
 
@@ -25,9 +26,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _normalized(
-    op: str, plain: _Kernel, added: _Kernel, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _normalized(op: str, plain: _Kernel, added: _Kernel, obj: Any, x: torch.Tensor, residual: torch.Tensor | None) -> Normed:
+    weight, eps = obj.weight, obj.variance_epsilon
     _check(op, x, weight, x.dtype)
     if not x.numel():
         return torch.empty_like(x) if residual is None else (x, residual)
@@ -39,21 +39,18 @@ def _normalized(
     return rows.view(x.shape), sums.view(x.shape)
 
 
-def gemma_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    return _normalized("gemma_rms_norm", gemma_rmsnorm, gemma_fused_add_rmsnorm, x, residual, weight, eps)
+def gemma_rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
+    return _normalized("gemma_rms_norm", gemma_rmsnorm, gemma_fused_add_rmsnorm, obj, x, residual)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    _check("layer_norm", x, weight, torch.float32)
+def layer_norm(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    _check("layer_norm", x, obj.weight, torch.float32)
     if not x.numel():
         return torch.empty_like(x)
     # FlashInfer loads 16 bytes at once, from wherever a row begins.
-    return layernorm(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), bias.contiguous(), eps).view(x.shape)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return layernorm(rows, obj.weight.contiguous(), obj.bias.contiguous(), obj.variance_epsilon).view(x.shape)
 
 
-def rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    return _normalized("rms_norm", rmsnorm, fused_add_rmsnorm, x, residual, weight, eps)
+def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
+    return _normalized("rms_norm", rmsnorm, fused_add_rmsnorm, obj, x, residual)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
-from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from sglang.kernels.ops.attention.rope import apply_rope_inplace
 from sglang.kernels.ops.attention.rotary_triton import triton_mrope_fused
 
 from .....types import Refusal
-from ....cos_sin import joined
+from ....rotary import Rotated, joined, mrotary_by
 
 
 def _refuse_all_but_fp32(cos: torch.Tensor) -> None:
@@ -33,23 +33,24 @@ def _is_at_steps_of(x: torch.Tensor, step: int) -> bool:
 
 
 def rotary_embedding(
+    obj: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor,
-    interleaved: bool,
-    inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rotary_interleaved: bool = False,
+    inplace: bool = True,
+) -> Rotated:
     _refuse_all_but_fp32(cos)
     rotary_dim = 2 * cos.shape[-1]
-    step = _bytes_at_once(rotary_dim, query.itemsize, not interleaved)
+    step = _bytes_at_once(rotary_dim, query.itemsize, not rotary_interleaved)
     as_they_lie = inplace and query.stride(1) == key.stride(1) and _is_at_steps_of(query, step) and _is_at_steps_of(key, step)
     if not as_they_lie:
         query, key = query.clone(memory_format=torch.contiguous_format), key.clone(memory_format=torch.contiguous_format)
     if not query.numel():
         return query, key
-    if not interleaved and rotary_dim % 4:
+    if not rotary_interleaved and rotary_dim % 4:
         raise Refusal(f"rotary_embedding: by halves the kernel rotates multiples of 4 numbers, and these are {rotary_dim}")
     if not as_they_lie and not _is_at_steps_of(query, step):
         raise Refusal(f"rotary_embedding: the kernel takes {step} bytes at once, and heads of {query.shape[-1]} do not begin at multiples")
@@ -59,22 +60,14 @@ def rotary_embedding(
         key if whole else key[..., :rotary_dim],
         joined(cos, sin),
         position_ids.contiguous(),
-        is_neox=not interleaved,
+        is_neox=not rotary_interleaved,
     )
     return query, key
 
 
-def mrotary_embedding(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    interleaved: bool,
-    axis_map: torch.Tensor,
-    mrope_section: Sequence[int],
-    mrope_interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_sections(
+    obj: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> Rotated:
     """In place. SGLang's kernel works in the dtype of cos and sin, and reads a row of positions as it lies."""
     _refuse_all_but_fp32(cos)
     if not query.shape[0]:
@@ -86,12 +79,15 @@ def mrotary_embedding(
         *flat,
         cache,
         positions if positions.stride(1) == 1 else positions.contiguous(),
-        mrope_section,
+        obj.mrope_section,
         head_size,
         cache.shape[1],
-        mrope_interleaved,
+        obj.mrope_interleaved,
         False,
-        not interleaved,
+        obj.is_neox_style,
         None,
     )
     return flat[0].view(query.shape), flat[1].view(key.shape)
+
+
+mrotary_embedding = mrotary_by(rotary_embedding, _by_sections)

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rotary kernels ask of cos, sin and positions, for the backends that need it. Importing it imports PyTorch."""
+"""What rotary kernels ask of cos, sin and positions, and the operator with sections. Importing it imports PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+Rotated = tuple[torch.Tensor, torch.Tensor]
 
 #: Where a cos tensor keeps (its sin tensor, the two as one).
 _JOINED = "_sglang_fl_joined"
@@ -43,3 +48,25 @@ def by_axis(
     """
     rows = positions.index_select(0, axis_map).t().long()
     return cos.gather(0, rows), sin.gather(0, rows), torch.arange(positions.shape[1], device=positions.device)
+
+
+def mrotary_by(rotary: Callable[..., Rotated], sections: Callable[..., Rotated] | None = None) -> Any:
+    """The operator ``mrotary_embedding`` by a backend's ``rotary_embedding``, which serves positions of one row.
+
+    Args:
+        sections: ``sections(obj, query, key, cos, sin, positions)`` for positions of three rows, query and key by heads and
+            possibly written. None: ``rotary`` is given rows of cos and sin made for each token.
+    """
+
+    def mrotary_embedding(obj: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Rotated:
+        cos, sin = obj.cos_sin_cache.chunk(2, -1)
+        by_head = [x.reshape(x.shape[0], x.shape[1:].numel() // obj.head_size, obj.head_size) for x in (query, key)]
+        if positions.dim() == 1:
+            rotated = rotary(obj, *by_head, cos, sin, positions, not obj.is_neox_style)
+        elif sections is None:
+            rotated = rotary(obj, *by_head, *by_axis(cos, sin, positions, obj.axis_map), not obj.is_neox_style)
+        else:
+            rotated = sections(obj, *by_head, cos, sin, positions)
+        return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
+
+    return mrotary_embedding
