@@ -211,26 +211,16 @@ def gated_delta_rule_problems() -> tuple[str, ...]:
     return tuple(_differences(GATED_DELTA_RULE))
 
 
-def check_platform() -> None:
-    _stop_at(platform_problems())
-
-
-def check_layers() -> None:
-    _stop_at(layer_problems())
-
-
-def check_gated_delta_rule() -> None:
-    _stop_at(gated_delta_rule_problems())
-
-
-def _stop_at(problems: tuple[str, ...]) -> None:
-    if problems:
-        raise IncompatibleSGLang(stop_message(problems))
+def group_problems() -> tuple[str, ...]:
+    """What differs in SGLang's groups of ranks from what the hook of FlagCX on them reads."""
+    return tuple(_differences(GROUPS, all_parameters=False))
 
 
 def check_groups() -> None:
     """Raises IncompatibleSGLang unless SGLang's groups of ranks are made as the hook on them expects."""
-    _stop_at(tuple(_differences(GROUPS, all_parameters=False)))
+    problems = group_problems()
+    if problems:
+        raise IncompatibleSGLang(stop_message(problems))
 
 
 def leave_everything_message(problems: Iterable[str]) -> str:

@@ -4,11 +4,9 @@
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from packaging.requirements import Requirement
-
-from ... import __version__
+from ... import compat
 from ...config import Settings
 from ...device import Device, known_vendors
 from ...dispatch.backends.flaggems.library import TESTED, changed_signatures
@@ -19,6 +17,7 @@ from ...dispatch.policy import SelectionPolicy
 from ...distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
 from ..ops import OpRow
 
+INSTALL_TESTED_SGLANG = f"pip install 'sglang{compat.TESTED}'"
 _PLATFORM_GROUP = "sglang.srt.platforms"
 
 
@@ -62,18 +61,10 @@ def installed_version(package: str) -> str | None:
 
 
 def sglang_release(machine: Machine) -> Iterator[Problem]:
-    installed = installed_version("sglang")
-    if installed is None:
-        yield Problem("SGLang is not installed", "reinstall sglang-fl with its dependencies (uv pip install .)", fatal=True)
-        return
-    try:
-        tested = [line.specifier for line in map(Requirement, requires("sglang-fl") or ()) if line.name == "sglang"]
-    except PackageNotFoundError:
-        tested = []
-    for specifier in tested:
-        if not specifier.contains(installed, prereleases=True):
-            what = f"SGLang {installed} is installed; sglang-fl {__version__} was tested with {specifier}"
-            yield Problem(what, f"pip install 'sglang{specifier}'")
+    if installed_version("sglang") is None:
+        yield Problem("SGLang is not installed", INSTALL_TESTED_SGLANG, fatal=True)
+    elif warning := compat.version_warning():
+        yield Problem(warning, INSTALL_TESTED_SGLANG)
 
 
 def platform_plugins(machine: Machine) -> Iterator[Problem]:
@@ -163,13 +154,11 @@ def flagcx(machine: Machine, settings: Settings) -> Iterator[Problem]:
 
 
 def sglang_interfaces(machine: Machine) -> Iterator[Problem]:
-    from ...compat import IncompatibleSGLang, check_groups, check_layers, check_platform
-
-    for check in (check_platform, check_groups, check_layers):
-        try:
-            check()
-        except IncompatibleSGLang as error:
-            yield Problem(str(error), "install a supported SGLang", fatal=True)
+    settings = machine.settings or Settings()
+    if problems := compat.binding_problems():
+        yield Problem(compat.leave_everything_message(problems), INSTALL_TESTED_SGLANG, fatal=settings.strict)
+    if problems := compat.group_problems():
+        yield Problem(f"FlagCX: {compat.stop_message(problems)}", INSTALL_TESTED_SGLANG, fatal=settings.collective == "flagcx")
 
 
 def declared_platform(machine: Machine) -> Iterator[Problem]:

@@ -8,7 +8,6 @@ import pytest
 
 from sglang_fl import __version__
 from sglang_fl.cli import main
-from sglang_fl.cli.doctor.checks import Problem
 from sglang_fl.cli.doctor.diagnosis import diagnose
 from sglang_fl.device import VENDORS
 from sglang_fl.dispatch.ops import OPERATORS
@@ -151,19 +150,18 @@ def test_file_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, cap
     assert "a[b]c[red]/mine.yaml:1" in capsys.readouterr().out
 
 
-def test_deep_asks_pytorch_and_checks_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_deep_asks_pytorch_and_checks_sglang(strict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang_fl import compat
     from sglang_fl.device import Device
 
-    def broken() -> None:
-        raise compat.IncompatibleSGLang("SGLang lacks something")
-
     asked: list[Any] = []
     monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.detect", lambda: asked.append(1) or Device("metax", "cuda", None, "PyTorch"))
-    monkeypatch.setattr(compat, "check_platform", lambda: None)
-    monkeypatch.setattr(compat, "check_groups", lambda: None)
-    monkeypatch.setattr(compat, "check_layers", broken)
-    found = diagnose({"USE_FLAGGEMS": "0"}, deep=True)
+    monkeypatch.setattr(compat, "binding_problems", lambda: ("something is missing",))
+    monkeypatch.setattr(compat, "group_problems", lambda: ())
+    found = diagnose({"USE_FLAGGEMS": "0", "SGLANG_FL_STRICT": strict}, deep=True)
     assert asked and found.device["vendor"] == "metax"
     assert found.aten is not None and found.aten["off"] == "USE_FLAGGEMS=0 (USE_FLAGGEMS)"
-    assert found.problems == [Problem("SGLang lacks something", "install a supported SGLang", fatal=True)]
+    (problem,) = found.problems
+    assert "  - something is missing\n" in problem.what and problem.remedy.startswith("pip install 'sglang>=")
+    assert problem.fatal is (strict == "1"), "otherwise a server starts, and everything is left to SGLang"

@@ -136,7 +136,7 @@ def untouched() -> bool:
 
 
 def test_the_installed_sglang_has_the_functions() -> None:
-    compat.check_gated_delta_rule()
+    assert compat.gated_delta_rule_problems() == ()
 
 
 def test_sglangs_calls_run_on_the_reference(tmp_path: Path) -> None:
