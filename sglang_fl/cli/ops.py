@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Settings
-from ..device import detect, probe
+from ..device import Device, detect, probe
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
@@ -58,20 +58,21 @@ class OpRow:
         return "; ".join([self.picked, *(f"{', '.join(names)}: sglang ({why})" for why, names in by_reason.items())])
 
 
-def operator_rows(manager: OpManager, settings: Settings) -> list[OpRow]:
-    """A row for each operator, under the settings in force."""
+def operator_rows(manager: OpManager, settings: Settings, device: Device) -> list[OpRow]:
+    """A row for each operator, under these settings and on this device."""
+    manager.use(settings, device)
     policy = SelectionPolicy.from_settings(settings)
-    return [_row(manager, settings, policy, op) for op in manager.registry.list_operators()]
+    return [_row(manager, settings, device, policy, op) for op in manager.registry.list_operators()]
 
 
-def _row(manager: OpManager, settings: Settings, policy: SelectionPolicy, op: str) -> OpRow:
+def _row(manager: OpManager, settings: Settings, device: Device, policy: SelectionPolicy, op: str) -> OpRow:
     plan = manager.plan(op, policy)
     ordered = list(plan.candidates)
     rest = sorted((i for i in manager.registry.get_implementations(op) if i not in ordered), key=lambda i: i.impl_id)
     not_used = dict(plan.passed_over)
     implementations = []
     for impl in [*ordered, *rest]:
-        unavailable = impl.why_unavailable()
+        unavailable = impl.why_unavailable(settings, device)
         why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
         row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
         implementations.append(row)
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     device = detect() if args.deep else probe()
     manager = get_default_manager()
     settings = check_settings(os.environ, device, manager)
-    rows = operator_rows(manager, settings)
+    rows = operator_rows(manager, settings, device)
     layers = model_layers(args.model, {row.op: row.picked for row in rows}, settings) if args.model else None
     if args.json:
         data: dict[str, Any] = {"device": device.vendor, "evidence": device.evidence, "operators": [asdict(row) for row in rows]}

@@ -66,6 +66,19 @@ def test_why_an_implementation_is_not_used(
     assert (row["picked"] == TESTCHIP) == (why == "")
 
 
+@pytest.mark.parametrize(
+    ("vendor", "reason"), [("metax", ""), ("cpu", "FlagGems has nothing for cpu"), ("thead", "FlagGems has nothing for thead")]
+)
+def test_availability_is_that_on_the_device_shown(ops: Ops, machine: Callable[[str], None], vendor: str, reason: str) -> None:
+    """And not that on the device that a second look at this process would find."""
+    machine(vendor)
+    found = ops(SGLANG_FL_PREFER="flagos")
+    assert found["device"] == vendor
+    (flaggems,) = [impl for impl in found["rms_norm"]["implementations"] if impl["impl"] == "default.flagos"]
+    assert (flaggems["available"], flaggems["why"]) == (not reason, reason)
+    assert found["rms_norm"]["picked"].startswith("flagos(") == (not reason)
+
+
 def test_no_implementation_can_run(ops: Ops) -> None:
     row = ops(SGLANG_FL_PER_OP="rms_norm=vendor:metax")["rms_norm"]
     assert row["picked"] == "sglang (no implementation is available: order vendor:metax: vendor:metax: no backend implements it)"
@@ -110,6 +123,6 @@ def test_deep_asks_pytorch(monkeypatch: pytest.MonkeyPatch, ops: Ops) -> None:
 def test_an_operator_that_nothing_is_bound_to_is_not_picked() -> None:
     registry = OpRegistry()
     registry.register_impl(OpImpl("tomorrow", "vendor.x", BackendImplKind.VENDOR, print, vendor="x"))
-    assert [row.picked for row in operator_rows(OpManager(registry), Settings())] == [
+    assert [row.picked for row in operator_rows(OpManager(registry), Settings(), Device("cpu", "cpu", None, "a test"))] == [
         "none: this version of sglang-fl binds no SGLang layer to it"
     ]

@@ -51,7 +51,7 @@ def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
         settings = check_settings(environ, device, manager)
     except SettingsError as error:
         return Machine(environ, device, manager, deep, settings_errors=tuple(error.problems))
-    return Machine(environ, device, manager, deep, settings, operators=operator_rows(manager, settings))
+    return Machine(environ, device, manager, deep, settings, operators=operator_rows(manager, settings, device))
 
 
 def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:
