@@ -6,8 +6,6 @@ import logging
 import torch
 
 from .aten import replace_operators
-from .compat import IncompatibleSGLang, layer_problems, leave_everything_message, stop_message
-from .config import Settings
 from .device import Device
 from .dispatch.bridge.binder import Binder
 from .dispatch.bridge.report import BindReport
@@ -24,16 +22,11 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     """Bind a model's layers and functions, give ATen operators to FlagGems, and log what was done.
 
     Raises:
-        IncompatibleSGLang: under ``strict``, SGLang's layers are not the ones the bridges are for. Otherwise they are left to it.
         RuntimeError: under ``strict``, an implementation failed its trial, or FlagGems cannot be used.
     """
-    settings = settings_in_worker(device)
-    level = _log_level()
-    problems = layer_problems()
-    if problems:
-        return _leave_everything(settings, problems, level)
     from sglang.srt.runtime_context import get_exec
 
+    settings, level = settings_in_worker(device), _log_level()
     execution = get_exec()
     deterministic = bool(execution.deterministic.enable_deterministic_inference)
     dispatch_log().begin(type(model).__name__)
@@ -55,13 +48,6 @@ def _process_binder() -> Binder:
     if _binder is None or _binder.manager is not manager:
         _binder = Binder(manager)
     return _binder
-
-
-def _leave_everything(settings: Settings, problems: tuple[str, ...], level: int) -> BindReport:
-    if settings.strict:
-        raise IncompatibleSGLang(stop_message(problems))
-    logger.log(logging.WARNING if level == logging.INFO else level, leave_everything_message(problems))
-    return BindReport()
 
 
 def _log_level() -> int:

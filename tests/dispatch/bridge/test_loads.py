@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sglang_fl import bind, compat, startup
+from sglang_fl import bind, startup
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
@@ -91,17 +91,6 @@ def test_bind_model_takes_the_settings_in_force(monkeypatch: pytest.MonkeyPatch)
     startup.apply(Settings(prefer="reference"))
     mode.deterministic.enable_deterministic_inference = True
     assert "deterministic mode" in bind.bind_model(Model(norm()), CPU).summary()
-
-
-def test_layers_of_another_sglang_stay_with_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(bind, "layer_problems", lambda: ("sglang.srt.layers.layernorm:RMSNorm.forward_native is missing",))
-    startup.apply(Settings(prefer="reference"))
-    layer = norm()
-    assert bind.bind_model(Model(layer), CPU).bound == 0 and layer._forward_method is None
-    assert "leaves everything to SGLang" in caplog.text and "RMSNorm.forward_native is missing" in caplog.text
-    startup.apply(Settings(prefer="reference", strict=True))
-    with pytest.raises(compat.IncompatibleSGLang, match=r"RMSNorm\.forward_native is missing"):
-        bind.bind_model(Model(layer), CPU)
 
 
 def test_a_call_of_another_thread_is_not_taken_for_this_ones() -> None:
