@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came of a check: as data, as tables in a terminal, as a page that can be sent."""
+"""The results of a check: as data, as tables in a terminal, as a page that can be sent."""
 
 import statistics
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from .constants import FAILURES, NOT_RUN, OK, REFUSED, SKIPPED
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case and what came of it; see :class:`sglang_fl.check.measure.Outcome`.
+    """A case and its outcome; see :class:`sglang_fl.check.implementation.Outcome`.
 
     Attributes:
         output: the last that its process wrote before it crashed or hung.
@@ -63,7 +63,7 @@ class Row:
     time_ratio: float | None
 
     @property
-    def told(self) -> str:
+    def result(self) -> str:
         if self.failed:
             others = f" ({self.not_run} not run)" if 0 < self.not_run < self.failed else ""
             return f"{self.status}: {(self.failed - self.not_run) or self.failed} of {self.cases}{others}"
@@ -96,8 +96,8 @@ class Report:
         return [_row(*key, cases) for key, cases in groups.items()]
 
     def problems(self) -> list[str]:
-        """Why this is no certificate, a sentence each; nothing if it is one."""
-        found = [f"{row.op} {row.impl}: {row.check} in {row.dtype}: {row.told}" for row in self.rows() if row.failed]
+        """Why the check did not pass, a sentence each; empty if it passed."""
+        found = [f"{row.op} {row.impl}: {row.check} in {row.dtype}: {row.result}" for row in self.rows() if row.failed]
         ran = {(case.op, case.impl): False for case in self.cases}
         for case in self.cases:
             ran[case.op, case.impl] |= case.status not in (REFUSED, SKIPPED)
@@ -180,7 +180,7 @@ _LEGEND = (
 
 def _cells(row: Row) -> tuple[str, ...]:
     numbers = map(_number, (row.error_ulp, row.bound_ulp, row.reference_ulp, row.time_ratio))
-    return row.op, row.impl, row.check, row.dtype, str(row.cases), *numbers, row.told
+    return row.op, row.impl, row.check, row.dtype, str(row.cases), *numbers, row.result
 
 
 def _note(case: CaseResult, more: int) -> str:
@@ -193,8 +193,8 @@ def _verdict(report: Report) -> str:
     refused = sum(case.status == REFUSED for case in report.cases)
     counted = f"{len(report.cases)} cases in {report.seconds:.0f} s, {f'{refused} refused, ' if refused else ''}seed {report.seed}"
     if not problems:
-        return f"All is well: {counted}."
-    return f"NOT well: {counted}.\n" + "\n".join(f"  - {told}" for told in problems)
+        return f"PASSED: {counted}."
+    return f"FAILED: {counted}.\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has cases run in another process, and survives what they do to it.
+"""Runs cases in another process, and survives what they do to it.
 
 A case that ends its process, or takes longer than its limit, is a result; the next case gets a new process.
 """
@@ -24,12 +24,12 @@ from .report import CaseResult, Report
 
 #: Importing PyTorch and every backend must be done by then, in seconds.
 _START_LIMIT = 300.0
-#: What is exact is computed on the CPU, whose time is not the implementation's.
+#: Computing in float64, on the CPU, is not the implementation's time.
 _FLOAT64_LIMIT = 900.0
-#: How often it is looked whether a process that says nothing is still there, in seconds.
-_LOOK_EVERY = 0.5
+#: How often to check that a silent process is still there, in seconds.
+_POLL_INTERVAL = 0.5
 #: A compilation may take this many times the limit of a case.
-_PATIENCE = {COMPILE: 4}
+_TIMEOUT_FACTOR = {COMPILE: 4}
 #: After so many cases that ended their process an implementation's other cases are left out.
 _GIVE_UP_AFTER = 3
 
@@ -52,7 +52,7 @@ class Job:
 
 
 class WorkerFailed(RuntimeError):
-    """The process that checks did not come up."""
+    """The checking process did not start."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ class _Worker:
             left = start + limit - time.monotonic()
             if left <= 0:  # only then is it looked up
                 left += self._kept_waiting(before, time.monotonic() - start)
-            ready, _, _ = select.select([self._results], [], [], max(0.0, min(left, _LOOK_EVERY)))
+            ready, _, _ = select.select([self._results], [], [], max(0.0, min(left, _POLL_INTERVAL)))
             found = os.read(self._results, 1 << 16) if ready else b""
             self._unread += found
             if found:
@@ -120,10 +120,10 @@ class _Worker:
             # What it forked may hold its results open when it is gone, and it may close them and live on.
             code = self._process.poll()
             if code is not None:
-                raise _Ended(CRASHED, f"crashed: {_told(code)}", self._last_words())
+                raise _Ended(CRASHED, f"crashed: {_exit_reason(code)}", self._last_words())
             if left <= 0:
-                told = f"hung: more than {limit:g} s; what compiles or tunes at its first call may need a longer --timeout"
-                raise _Ended(HUNG, told, self._last_words())
+                message = f"hung: more than {limit:g} s; what compiles or tunes at its first call may need a longer --timeout"
+                raise _Ended(HUNG, message, self._last_words())
             if ready:
                 time.sleep(0.05)
         line, _, self._unread = self._unread.partition(b"\n")
@@ -165,7 +165,7 @@ class _Worker:
         self._output.close()
 
 
-def _told(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -181,50 +181,24 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
         progress: called before each case with the number of cases done, of all, and the next one's name.
 
     Raises:
-        WorkerFailed: the process that checks does not come up.
+        WorkerFailed: the checking process does not start.
         KeyboardInterrupt: before the first case was done.
     """
     start = time.monotonic()
-    worker: _Worker | None = None
-    ended: Counter[int] = Counter()
+    worker, hello = _start(job)
+    session, cases = _Session(job, worker), hello["cases"]
     results: list[CaseResult] = []
-    cases: list[dict[str, Any]] = []
-    lost = ""
     try:
-        worker, hello = _start(job)
-        cases = hello["cases"]
         for number, case in enumerate(cases):
             op, impl = job.targets[case["target"]]
-            facts = {"op": op, "impl": impl, "check": case["check"], "name": case["name"], "dtype": case["dtype"]}
             progress(number, len(cases), f"{op} {impl}: {case['check']}")
-            why = lost
-            if not why and ended[case["target"]] >= _GIVE_UP_AFTER:
-                why = f"not run: {_GIVE_UP_AFTER} cases of this implementation have ended their process"
-            if not why and worker is None:
-                try:
-                    worker, _ = _start(job)
-                except WorkerFailed as error:  # The device may have gone with the last case; what was found has not.
-                    why = lost = f"not run: {error}"
-            if why:
-                results.append(CaseResult(**facts, status=NOT_RUN, message=why))
-                continue
-            assert worker is not None
-            try:
-                answer = worker.ask(number, job.timeout * _PATIENCE.get(case["check"], 1))
-            except _Ended as end:
-                ended[case["target"]] += 1
-                answer = {"status": end.status, "message": end.message, "output": end.output, "broken": True}
-            if answer.pop("broken"):
-                worker.end()
-                worker = None
-            results.append(CaseResult(**facts, **answer))
+            results.append(session.run(number, case))
         progress(len(cases), len(cases), "")
     except KeyboardInterrupt:
         if not results:
             raise
     finally:
-        if worker is not None:
-            worker.end()
+        session.end()
     why_not = zip(job.targets, hello["why_not"], strict=True)
     return Report(
         machine=hello["machine"],
@@ -238,13 +212,56 @@ def check(job: Job, progress: Progress = lambda done, total, what: None) -> Repo
     )
 
 
+class _Session:
+    """Runs a job's cases, in a new worker after one that was lost."""
+
+    def __init__(self, job: Job, worker: _Worker):
+        self._job = job
+        self._worker: _Worker | None = worker
+        self._losses: Counter[int] = Counter()
+        self._no_worker = ""
+
+    def run(self, number: int, case: dict[str, Any]) -> CaseResult:
+        target = case["target"]
+        op, impl = self._job.targets[target]
+        facts = {"op": op, "impl": impl, "check": case["check"], "name": case["name"], "dtype": case["dtype"]}
+        reason = self._reason_not_to_run(target)
+        if reason:
+            return CaseResult(**facts, status=NOT_RUN, message=f"not run: {reason}")
+        assert self._worker is not None
+        try:
+            answer = self._worker.ask(number, self._job.timeout * _TIMEOUT_FACTOR.get(case["check"], 1))
+        except _Ended as end:
+            self._losses[target] += 1
+            answer = {"status": end.status, "message": end.message, "output": end.output, "broken": True}
+        if answer.pop("broken"):
+            self.end()
+        return CaseResult(**facts, **answer)
+
+    def _reason_not_to_run(self, target: int) -> str:
+        """Starts a worker if there is none; empty if it can run a case of this implementation."""
+        if not self._no_worker and self._losses[target] >= _GIVE_UP_AFTER:
+            return f"{_GIVE_UP_AFTER} cases of this implementation have ended their process"
+        if not self._no_worker and self._worker is None:
+            try:
+                self._worker, _ = _start(self._job)
+            except WorkerFailed as error:  # the device may have gone with the last case; what was found has not
+                self._no_worker = str(error)
+        return self._no_worker
+
+    def end(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
+
+
 def _start(job: Job) -> tuple[_Worker, dict[str, Any]]:
     worker = _Worker(job)
     try:
         return worker, worker.read(_START_LIMIT)
     except _Ended as end:
         worker.end()
-        raise WorkerFailed(f"the process that checks does not come up: {end.message}\n{end.output}") from None
+        raise WorkerFailed(f"the checking process did not start: {end.message}\n{end.output}") from None
     except BaseException:
         worker.end()
         raise

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that implementations run in: ``python -m sglang_fl.check.worker FD JOB``, started by ``runner``.
 
-It says what it found (a JSON line to the file descriptor FD), then reads the numbers of cases from its standard
-input and answers each with a JSON line. Before that come lines that say when it begins and ends to compute what is exact.
-It ends when its input does.
+It writes the machine, the versions and the cases as a JSON line to the file descriptor FD, then reads the numbers of cases
+from its standard input and answers each with a JSON line. Before an answer come lines that say when it begins and ends to
+compute in float64. It ends when its input does.
 """
 
 import faulthandler
@@ -28,9 +28,10 @@ from ..device import Device, detect, why_unusable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
 from .cases import OPERATORS_CHECKED, Case, cases_of
+from .check_case import check_case
 from .constants import IN_FLOAT64
 from .exact import DTYPES
-from .measure import Outcome, Subject
+from .implementation import Implementation, Outcome
 
 _PACKAGES = ("torch", "triton", "sglang", "flag_gems", "torch_npu")
 _REFERENCE = "reference.torch"
@@ -41,10 +42,10 @@ class Worker:
 
     Args:
         job: ``targets``, pairs of an operator and an implementation's id; ``quick``; ``seed``.
-        tell: hands a fact to the process that asks.
+        send: sends a message to the runner.
     """
 
-    def __init__(self, job: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]):
+    def __init__(self, job: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]):
         self.found: Device = detect()
         unusable = why_unusable(torch, self.found.device_type)
         if unusable is not None:
@@ -53,25 +54,25 @@ class Worker:
         self.seed: int = job["seed"]
         self.why_not: list[str | None] = []
         self.cases: list[tuple[int, Case]] = []
-        self._subjects: list[Subject] = []
+        self._implementations: list[Implementation] = []
         registry = get_default_manager().registry
         get_default_manager().ensure_initialized()
         for number, (op, impl_id) in enumerate(job["targets"]):
             impl, reference = (registry.get_implementation(op, name) for name in (impl_id, _REFERENCE))
             if impl is None:
-                raise LookupError(f"{op} has no implementation {impl_id} in the process that checks")
+                raise LookupError(f"{op} has no implementation {impl_id} in the checking process")
             why, cases = self._cases_of(impl, quick=job["quick"])
             self.why_not.append(why)
             self.cases += [(number, case) for case in cases]
             other = None if reference is None or impl_id == _REFERENCE else reference.fn
-            self._subjects.append(
-                Subject(
+            self._implementations.append(
+                Implementation(
                     op,
                     impl.fn,
                     other,
                     self.device,
                     writes_inputs=impl.writes_inputs,
-                    in_float64=lambda begins: tell({IN_FLOAT64: begins}),
+                    in_float64=lambda begins: send({IN_FLOAT64: begins}),
                 )
             )
 
@@ -103,7 +104,7 @@ class Worker:
 
     def run(self, number: int) -> Outcome:
         target, case = self.cases[number]
-        return self._subjects[target].check(case, self.seed + number)
+        return check_case(self._implementations[target], case, self.seed + number)
 
 
 def _processor() -> str:
@@ -149,15 +150,15 @@ def main(results_fd: int, job: Mapping[str, Any]) -> None:
     os.set_inheritable(results_fd, False)
     with os.fdopen(results_fd, "w", encoding="utf-8") as out:
 
-        def tell(facts: Mapping[str, Any]) -> None:
-            print(json.dumps(facts), file=out, flush=True)
+        def send(message: Mapping[str, Any]) -> None:
+            print(json.dumps(message), file=out, flush=True)
 
-        worker = Worker(job, tell)
-        tell(worker.hello())
+        worker = Worker(job, send)
+        send(worker.hello())
         for number in _requests():
             start = time.monotonic()
             outcome = worker.run(number)
-            tell(_answer(outcome, time.monotonic() - start))
+            send(_answer(outcome, time.monotonic() - start))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_nan_and_infinity(exact: float, got: float, right: bool) -> None:
     assert (verdict.problem is None) == right, verdict
 
 
-def test_the_worst_is_told() -> None:
+def test_the_worst_is_named() -> None:
     verdict = of(1.0, 2.0, 3.0).judge(torch.tensor([[1.0, 2.5, 3.1]]), torch.float32)
     assert verdict.problem is not None
     assert verdict.problem.startswith("result (torch.float32): 2 of 3 are out of bounds; at (0, 1): 2.5, exact 2, error 0.5")

@@ -334,8 +334,12 @@ def behind_the_graphs_back(layer: Any, x: Any) -> Any:
     return torch.from_numpy(reference.silu_and_mul(layer, x.float()).numpy().copy()).to(x.dtype)
 
 
+#: Looked up here, not inside the function: torch.compile does not trace the import behind it.
+_silu_and_mul = reference.silu_and_mul
+
+
 def wrong_when_compiled(layer: Any, x: Any) -> Any:
-    got = reference.silu_and_mul(layer, x)
+    got = _silu_and_mul(layer, x)
     return got * 2 if torch.compiler.is_compiling() else got
 
 

@@ -30,11 +30,11 @@ def test_a_row_shows_the_case_nearest_to_its_bound() -> None:
         case(time_ratio=2.0),
     ).rows()
     assert (row.cases, row.error_ulp, row.bound_ulp, row.reference_ulp, row.time_ratio) == (3, 0.4, 0.5, 0.1, 2.0)
-    assert row.told == OK
+    assert row.result == OK
 
 
 @pytest.mark.parametrize(
-    ("statuses", "told", "well"),
+    ("statuses", "result", "passed"),
     [
         ([OK, OK], "ok", True),
         ([OK, REFUSED], "ok, 1 refused", True),
@@ -42,10 +42,10 @@ def test_a_row_shows_the_case_nearest_to_its_bound() -> None:
         ([REFUSED, CRASHED], "crashed: 1 of 2", False),
     ],
 )
-def test_what_a_row_says(statuses: list[str], told: str, well: bool) -> None:
+def test_what_a_row_says(statuses: list[str], result: str, passed: bool) -> None:
     made = report(*(case(status, UNUSUAL) for status in statuses), case())
-    assert made.rows()[0].told == told
-    assert (made.problems() == []) == well == made.as_data()["ok"]
+    assert made.rows()[0].result == result
+    assert (made.problems() == []) == passed == made.as_data()["ok"]
 
 
 def test_nothing_that_was_checked_is_no_certificate() -> None:
@@ -62,13 +62,13 @@ def test_a_dtype_that_is_declared_and_always_refused() -> None:
 def test_what_was_asked_for_by_name_and_cannot_run() -> None:
     missing = {"op": "rms_norm", "impl": "vendor.x", "why": "no such chip"}
     assert report(case(OK), not_available=[missing]).problems() == []
-    (told,) = report(case(OK), not_available=[{**missing, "named": True}]).problems()
-    assert told == "rms_norm vendor.x: it was asked for, and not checked: no such chip"
+    (problem,) = report(case(OK), not_available=[{**missing, "named": True}]).problems()
+    assert problem == "rms_norm vendor.x: it was asked for, and not checked: no such chip"
 
 
 def test_what_is_said_of_cases_that_were_left_out() -> None:
     made = report(case(HUNG), case(NOT_RUN), case(NOT_RUN), case(NOT_RUN, UNUSUAL))
-    assert [row.told for row in made.rows()] == ["hung: 1 of 3 (2 not run)", "not run: 1 of 1"]
+    assert [row.result for row in made.rows()] == ["hung: 1 of 3 (2 not run)", "not run: 1 of 1"]
 
 
 def printed(made: Report) -> str:
@@ -79,13 +79,13 @@ def printed(made: Report) -> str:
 
 def test_printed() -> None:
     missing = [{"op": "rms_norm", "impl": "vendor.far", "why": f"it is elsewhere {EVIL}"}]
-    told = printed(
+    text = printed(
         report(case(FAILED, message=EVIL), case(FAILED, name="second"), case(REFUSED, UNUSUAL, message="no"), not_available=missing)
     )
-    assert f"rms_norm vendor.chip, serving shapes, bfloat16: 1 × 8: {EVIL} (and 1 more)" in told
-    assert "NOT well: 3 cases in 2 s, 1 refused, seed 5." in told
-    assert "vendor.far" in told and "it is elsewhere" in told
-    assert "All is well: 1 cases" in printed(report(case()))
+    assert f"rms_norm vendor.chip, serving shapes, bfloat16: 1 × 8: {EVIL} (and 1 more)" in text
+    assert "FAILED: 3 cases in 2 s, 1 refused, seed 5." in text
+    assert "vendor.far" in text and "it is elsewhere" in text
+    assert "PASSED: 1 cases" in printed(report(case()))
 
 
 def test_page() -> None:

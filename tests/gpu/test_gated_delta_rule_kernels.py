@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
+from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import COMPILE, FAILED, THREADS
-from sglang_fl.check.measure import Subject
+from sglang_fl.check.implementation import Implementation
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 from sglang_fl.dispatch.backends.flaggems import library
 
@@ -63,14 +64,14 @@ def test_against_float64(op: str, kind: str, dtype: torch.dtype) -> None:
     dtypes = impl.dtypes()
     if dtypes is not None and dtype not in dtypes:
         pytest.skip(f"{impl.impl_id} does not take {dtype}, and says so")
-    subject = Subject(op, impl.fn, None, CUDA, writes_inputs=impl.writes_inputs)
+    impl = Implementation(op, impl.fn, None, CUDA, writes_inputs=impl.writes_inputs)
     failures = []
     worst = 0.0
     # What takes time is float64 on the host, token after token: thousands of them take it minutes, and are the check's to hold.
     for number, case in enumerate(cases_of(op, frozenset({dtype}), CUDA, quick=True)):
         if case.check in (THREADS, COMPILE):
             continue
-        outcome = subject.check(case, number)
+        outcome = check_case(impl, case, number)
         if outcome.status == FAILED:
             failures.append((case.check, case.name, outcome.message))
         elif outcome.error_ulp is not None and outcome.bound_ulp:

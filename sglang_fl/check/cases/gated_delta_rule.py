@@ -108,9 +108,9 @@ def _chunk(draw: Draw, of: _Sequences) -> Call:
 def _chunk_forms(tokens: int, hidden: int) -> Iterator[Named]:
     lengths = (tokens - tokens // 3 - tokens // 4, tokens // 3, tokens // 4)
     of = _Sequences(lengths, _sizes(tokens, hidden))
-    told = f"{tokens} tokens, {of.sizes.value_heads} value heads"
-    yield told, partial(_chunk, of=of)
-    yield f"{told}, packed, no update", partial(_chunk, of=replace(of, packed=True, update=False))
+    form = f"{tokens} tokens, {of.sizes.value_heads} value heads"
+    yield form, partial(_chunk, of=of)
+    yield f"{form}, packed, no update", partial(_chunk, of=replace(of, packed=True, update=False))
 
 
 def _common_unusual(of: _Sequences) -> Iterator[tuple[str, _Sequences]]:
@@ -254,9 +254,9 @@ def _decode_forms(tokens: int, hidden: int) -> Iterator[Named]:
     dim = 128 if hidden >= 1024 else 64
     slots = torch.randperm(batch + 3, generator=torch.Generator().manual_seed(batch))[:batch].tolist()
     of = _Decode(tuple(slots), _Sizes(heads, 2 * heads, dim, dim), batch + 3)
-    told = f"{batch} sequences, {2 * heads} value heads"
-    yield told, of
-    yield f"{told}, padded", replace(of, slots=(*slots[: batch - batch // 4], *[-1] * (batch // 4 + 1)), wide=True)
+    form = f"{batch} sequences, {2 * heads} value heads"
+    yield form, of
+    yield f"{form}, padded", replace(of, slots=(*slots[: batch - batch // 4], *[-1] * (batch // 4 + 1)), wide=True)
 
 
 def _decode_unusual() -> Iterator[Named]:

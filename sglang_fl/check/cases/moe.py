@@ -8,22 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...dispatch.backends.moe import Experts, Routing
 from .. import exact
-from ..exact import Exact, Routed
+from ..exact import Exact, Experts, Routed, Routing
 from .call import Call, Draw, Layer, Named, Operator
 
 #: Two experts' choices differ by more than this at the place where one is taken and the other is not.
 _GAP = 1e-4
 
 
+@dataclass
 class RoutingCall(Call):
+    """A call of topk, and what its options mean; not read from its configuration, which is the implementation's to understand."""
+
+    routing: Routing | None = None
+
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_states, router_logits, real = (self.inputs[name] for name in ("hidden_states", "router_logits", "num_token_non_padded"))
         return (self.layer, hidden_states, router_logits), {"num_token_non_padded": real, "expert_location_dispatch_info": None}
 
 
+@dataclass
 class ExpertsCall(Call):
+    """A call of fused_moe, and what its options mean."""
+
+    experts: Experts | None = None
+
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x, weights, ids = self.inputs.values()
         routed = SimpleNamespace(topk_weights=weights, topk_ids=ids, router_logits=None)
@@ -65,7 +74,7 @@ class _Routing:
             logits = wide[:, self.experts : 2 * self.experts]
         real = None if self.real is None else torch.full(self.real_shape, self.real, dtype=torch.int32, device=draw.device)
         inputs = {"hidden_states": draw.normal(self.tokens, 32), "router_logits": logits, "num_token_non_padded": real}
-        return RoutingCall(layer, inputs, guarded=guarded)
+        return RoutingCall(layer, inputs, guarded=guarded, routing=self._meaning())
 
     def _config(self, bias: torch.Tensor | None) -> SimpleNamespace:
         return SimpleNamespace(
@@ -82,12 +91,29 @@ class _Routing:
             fused_shared_experts_scaling_factor=self.shared_factor,
         )
 
+    def _meaning(self) -> Routing:
+        groups, topk_group = self.groups or (1, 1)
+        shared: float | None = None
+        if self.shared:
+            # Where the layer scales its output later, the shared expert's weight makes up for it.
+            shared = 1.0 if self.on_output or not self.factor else 1 / self.factor
+            shared *= 1.0 if self.shared_factor is None else self.shared_factor
+        return Routing(
+            top_k=self.top_k,
+            scoring="sigmoid" if self.groups and self.bias else self.scoring,
+            renormalize=self.renormalize,
+            groups=groups,
+            topk_group=topk_group,
+            scale=self.factor if self.on_output and self.factor is not None else 1.0,
+            shared_weight=shared,
+        )
+
     def _without_ties(self, draw: Draw, bias: torch.Tensor | None) -> torch.Tensor:
         """Logits that every dtype tells apart, and choices among them that rounding cannot change."""
         logits = self._distinct(draw, self.tokens)
         if bias is None and self.groups is None:
             return logits
-        routing = Routing.of(self._config(bias))
+        routing = self._meaning()
         for _ in range(1000):
             near = exact.topk(logits, bias, routing)[0].gap < _GAP
             if not bool(near.any()):
@@ -178,9 +204,9 @@ def _topk_special() -> Iterator[Named]:
 
 
 def _topk_exactly(call: Call) -> tuple[Routed, ...]:
+    assert isinstance(call, RoutingCall) and call.routing is not None
     config: Any = call.layer.topk_config
-    logits, real = call.inputs["router_logits"], call.inputs["num_token_non_padded"]
-    return exact.topk(logits, config.correction_bias, Routing.of(config), real)
+    return exact.topk(call.inputs["router_logits"], config.correction_bias, call.routing, call.inputs["num_token_non_padded"])
 
 
 @dataclass(frozen=True)
@@ -224,7 +250,7 @@ class _Experts:
             "topk_weights": draw.place(weights * (self.total / weights.sum(-1, keepdim=True)), torch.float32),
             "topk_ids": draw.place(ids.masked_fill(away, -1), self.ids_dtype),
         }
-        return ExpertsCall(layer, inputs)
+        return ExpertsCall(layer, inputs, experts=Experts(self.activation, self.is_gated, self.weight_on_input))
 
 
 def _parameter(x: torch.Tensor) -> nn.Parameter:
@@ -291,6 +317,7 @@ def _fused_moe_special() -> Iterator[Named]:
 
 
 def _fused_moe_exactly(call: Call) -> tuple[Exact, ...]:
+    assert isinstance(call, ExpertsCall) and call.experts is not None
     layer: Any = call.layer
     return exact.fused_moe(
         call.inputs["hidden_states"],
@@ -300,7 +327,7 @@ def _fused_moe_exactly(call: Call) -> tuple[Exact, ...]:
         call.inputs["topk_ids"],
         getattr(layer, "w13_weight_bias", None),
         getattr(layer, "w2_weight_bias", None),
-        Experts.of(layer.moe_runner_config),
+        call.experts,
     )
 
 

@@ -66,10 +66,10 @@ def _rotary_embedding_unusual() -> Iterator[Named]:
     for interleaved in (False, True):
         for inplace in (False, True):
             base = _Rotary(interleaved=interleaved, inplace=inplace)
-            told = f"{'interleaved' if interleaved else 'halves'}, {'in place' if inplace else 'not in place'}"
-            yield f"no tokens, {told}", replace(base, tokens=0)
+            layout = f"{'interleaved' if interleaved else 'halves'}, {'in place' if inplace else 'not in place'}"
+            yield f"no tokens, {layout}", replace(base, tokens=0)
             for head_dim, rotary_dim in ((80, 80), (128, 64), (96, 24), (34, 2), (256, 256)):
-                yield f"{rotary_dim} of {head_dim} rotated, {told}", replace(base, head_dim=head_dim, rotary_dim=rotary_dim)
+                yield f"{rotary_dim} of {head_dim} rotated, {layout}", replace(base, head_dim=head_dim, rotary_dim=rotary_dim)
     yield "positions up to 262143", _Rotary(max_position=262144, lowest=262000)
     yield "positions in int32", _Rotary(position_dtype=torch.int32)
     yield "7 heads, one of keys", _Rotary(heads=7, kv_heads=1)
@@ -167,8 +167,8 @@ def _mrotary_embedding_unusual() -> Iterator[Named]:
     for interleaved in (False, True):
         for sections_interleaved in (False, True):
             base = _Rotary(interleaved=interleaved)
-            told = f"{'interleaved' if interleaved else 'halves'}, sections {'interleaved' if sections_interleaved else 'in order'}"
-            yield f"no tokens, {told}", _Sections(replace(base, tokens=0), (12, 10, 10), sections_interleaved)
+            layout = f"{'interleaved' if interleaved else 'halves'}, sections {'interleaved' if sections_interleaved else 'in order'}"
+            yield f"no tokens, {layout}", _Sections(replace(base, tokens=0), (12, 10, 10), sections_interleaved)
             for head_dim, rotary_dim, sections in (
                 (80, 80, (16, 12, 12)),
                 (128, 64, (12, 10, 10)),
@@ -176,7 +176,7 @@ def _mrotary_embedding_unusual() -> Iterator[Named]:
                 (256, 256, (48, 40, 40)),
             ):
                 rotary = replace(base, head_dim=head_dim, rotary_dim=rotary_dim)
-                yield f"{rotary_dim} of {head_dim} rotated, {told}", _Sections(rotary, sections, sections_interleaved, flat=False)
+                yield f"{rotary_dim} of {head_dim} rotated, {layout}", _Sections(rotary, sections, sections_interleaved, flat=False)
     sections = (12, 10, 10)
     yield "sections of nothing but time", _Sections(_Rotary(), (32, 0, 0))
     yield "positions up to 262143", _Sections(_Rotary(max_position=262144, lowest=262000), sections)

@@ -8,7 +8,7 @@ from .gated_delta_rule import (
     fused_recurrent_gated_delta_rule_packed_decode,
 )
 from .judge import DTYPES, TINY, U32, Exact, Verdict, exactly, smallest, u
-from .moe import Routed, fused_moe, topk
+from .moe import Experts, Routed, Routing, fused_moe, topk
 from .normalization import gemma_rms_norm, layer_norm, rms_norm
 from .rotary import mrotary_embedding, rotary_embedding
 
@@ -17,7 +17,9 @@ __all__ = [
     "TINY",
     "U32",
     "Exact",
+    "Experts",
     "Routed",
+    "Routing",
     "Verdict",
     "chunk_gated_delta_rule",
     "exactly",

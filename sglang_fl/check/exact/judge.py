@@ -109,9 +109,9 @@ class Exact:
         compared = float(share.flatten()[where]) >= 0
         error_ulp = float((error / ulp).flatten()[where]) if compared else None
         bound_ulp = float((bound / ulp).flatten()[where]) if compared else None
-        return Verdict(error_ulp, bound_ulp, None if right.all() else self._told(found, right, error, bound, dtype))
+        return Verdict(error_ulp, bound_ulp, None if right.all() else self._problem(found, right, error, bound, dtype))
 
-    def _told(self, found: torch.Tensor, right: torch.Tensor, error: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> str:
+    def _problem(self, found: torch.Tensor, right: torch.Tensor, error: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> str:
         wrong = ~right
         # The one that is most wrong: nan and infinity where a number should be before all others.
         excess = torch.where(wrong, (error / bound).nan_to_num(math.inf, math.inf), -1.0)

@@ -1,15 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...dispatch.backends.moe import Experts, Routing
 from .judge import TINY, U32, Exact, Verdict, exactly, smallest, u
 
 #: What an implementation may add to the sum of a softmax's weights, above which nothing can be said of the quotient.
 _SOFTMAX_EPSILON = 1e-8
+
+
+class Routing(NamedTuple):
+    """How experts are chosen and weighted; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.topk`.
+
+    Attributes:
+        top_k: experts that a token is routed to, without the shared one.
+        scoring: softmax or sigmoid.
+        groups, topk_group: the groups of experts and how many of them are kept; 1 and 1 without groups.
+        scale: what the weights are multiplied by in the end.
+        shared_weight: the weight of the shared expert, which is the last column; None if there is none.
+    """
+
+    top_k: int
+    scoring: str
+    renormalize: bool
+    groups: int
+    topk_group: int
+    scale: float
+    shared_weight: float | None
+
+
+class Experts(NamedTuple):
+    """What a layer's experts compute; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.fused_moe`.
+
+    Attributes:
+        activation: silu, gelu, gelu_tanh or relu2.
+        is_gated: whether w13 holds two matrices.
+        weight_on_input: whether a token's weight multiplies what goes into the activation.
+    """
+
+    activation: str
+    is_gated: bool
+    weight_on_input: bool
 
 
 @dataclass(frozen=True)

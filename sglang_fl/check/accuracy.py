@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the results are accurate, and how long a call takes beside the reference's."""
+
+import statistics
+import time
+from dataclasses import replace
+
+from .cases import Call, Case
+from .constants import OK, SERVING
+from .implementation import Function, Implementation, Outcome, results
+
+#: Rounds of the timing, and how long one of them lasts at least, in seconds.
+_ROUNDS, _LEAST = 5, 2e-3
+
+
+def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
+    call = case.draw(seed, impl.device)
+    expected = impl.exact(call)
+    outcome = impl.compare(impl.run(call), expected, case)
+    if impl.reference is None:
+        return replace(outcome, reference_ulp=outcome.error_ulp)
+    reference = impl.verdict(results(impl.reference, case.draw(seed, impl.device)), expected, case)
+    ratio = _time_ratio(impl, impl.reference, case, seed) if case.check == SERVING and outcome.status == OK else None
+    return replace(outcome, reference_ulp=reference.error_ulp, time_ratio=ratio)
+
+
+def _time_ratio(impl: Implementation, reference: Function, case: Case, seed: int) -> float:
+    """Its time over the reference's: the median of rounds that alternate between the two."""
+    sides = [(fn, case.draw(seed, impl.device)) for fn in (impl.fn, reference)]
+    counts = [max(1, round(_LEAST / _seconds(impl, fn, call, 3))) for fn, call in sides]
+    ratios = []
+    for _ in range(_ROUNDS):
+        mine, other = (_seconds(impl, fn, call, count) for (fn, call), count in zip(sides, counts, strict=True))
+        ratios.append(mine / other)
+    return statistics.median(ratios)
+
+
+def _seconds(impl: Implementation, fn: Function, call: Call, count: int) -> float:
+    """Seconds a call, over ``count`` of them."""
+    arguments, named = call.arguments()
+    fn(*arguments, **named)
+    impl.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        fn(*arguments, **named)
+    impl.synchronize()
+    return max(1e-9, (time.perf_counter() - start) / count)

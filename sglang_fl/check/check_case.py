@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one implementation on one case."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .accuracy import accuracy
+from .cases import Case
+from .constants import BATCH, COMPILE, FAILED, GRAPH, INPUTS, REFUSED, REPEATS, SERVING, THREADS
+from .contract import batch_invariance, inputs_and_results, repeats, threads
+from .graphs import compilation, graph_capture
+from .implementation import Implementation, Outcome, Refused, Violation
+from .shared_state import restore, shared_state
+
+#: Each kind of check; those that are not here are about accuracy.
+_CHECKS: dict[str, Callable[[Implementation, Case, int], Outcome]] = {
+    INPUTS: inputs_and_results,
+    REPEATS: repeats,
+    THREADS: threads,
+    GRAPH: graph_capture,
+    COMPILE: compilation,
+    BATCH: batch_invariance,
+}
+
+
+def check_case(impl: Implementation, case: Case, seed: int) -> Outcome:
+    """Run a case. Nothing that the implementation does, short of ending the process, gets out of here."""
+    before = shared_state()
+    outcome = _outcome(impl, case, seed)
+    changes = restore(before)
+    if not changes:
+        return outcome
+    message = f"it changed what all of the process shares, {', '.join(changes)}"
+    return replace(outcome, status=FAILED, message="; ".join(filter(None, (outcome.message, message))))
+
+
+def _outcome(impl: Implementation, case: Case, seed: int) -> Outcome:
+    try:
+        outcome = _CHECKS.get(case.check, accuracy)(impl, case, seed)
+        impl.synchronize()
+    except Violation as error:
+        return Outcome(FAILED, str(error))
+    except Refused as refused:
+        # What serving needs must work in the dtype of serving, and nothing may raise for want of tokens.
+        must = (case.check == SERVING and case.dtype == "bfloat16") or _has_no_tokens(impl, case, seed)
+        return Outcome(FAILED if must else REFUSED, f"refused: {refused}")
+    except Exception as error:
+        return Outcome(FAILED, f"raised {type(error).__name__}: {error}", broken=impl.is_device_lost())
+    return outcome
+
+
+def _has_no_tokens(impl: Implementation, case: Case, seed: int) -> bool:
+    tensors = (x for x in case.draw(seed, impl.device).inputs.values() if isinstance(x, torch.Tensor))
+    return any(not x.numel() for x in tensors)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that serving records: captured in a graph and replayed, or compiled by torch.compile."""
+
+from collections.abc import Callable, Iterable
+from shutil import which
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .constants import FAILED, SKIPPED
+from .exact import Verdict
+from .implementation import Implementation, Outcome, results
+from .tensors import refill
+
+_REPLAYS, _WARM_UPS = 3, 3
+
+
+def graph_capture(impl: Implementation, case: Case, seed: int) -> Outcome:
+    """Captured once, replayed with new data; a replay must be as near to float64 as a call."""
+    graphs = graphs_of(impl.device)
+    if graphs is None:
+        return Outcome(SKIPPED, f"{impl.device.type} has no graphs")
+    new_graph, capture = graphs
+    call = case.draw(seed, impl.device)
+    _warm_up(impl, case, seed)
+    graph = new_graph()
+    try:
+        with capture(graph):
+            got = results(impl.fn, call)
+    except Exception as error:
+        return Outcome(FAILED, f"cannot be captured: {type(error).__name__}: {error}", broken=impl.is_device_lost())
+
+    def replay(number: int) -> Outcome:
+        fresh = case.draw(seed + number, impl.device)
+        expected = impl.exact(fresh)
+        refill(call, fresh)
+        graph.replay()
+        impl.synchronize()
+        return impl.compare(got, expected, case)
+
+    return _worst((f"replay {number} with new data", replay(number)) for number in range(1, _REPLAYS + 1))
+
+
+def _warm_up(impl: Implementation, case: Case, seed: int) -> None:
+    """Calls on a stream of their own, as PyTorch asks for before a capture."""
+    stream = torch.Stream(impl.device) if impl.device.type != "cpu" else None
+    for number in range(_WARM_UPS):
+        call = case.draw(seed + number, impl.device)
+        if stream is None:
+            impl.run(call)
+        else:
+            stream.wait_stream(torch.accelerator.current_stream())
+            with stream:
+                impl.run(call)
+    impl.synchronize()
+
+
+def compilation(impl: Implementation, case: Case, seed: int) -> Outcome:
+    """Compiled by torch.compile, and called with one or two numbers of tokens."""
+    backend = compiler_of(impl.device)
+    torch.compiler.reset()
+    compiled = torch.compile(impl.fn, backend=backend)
+
+    def run(other: bool) -> Outcome:
+        call = case.draw(seed, impl.device, other=other)
+        expected = impl.exact(call)
+        return impl.compare(impl.run(call, compiled), expected, case)
+
+    return _worst((f"compiled by {backend}", run(other)) for other in ((False, True) if case.other else (False,)))
+
+
+def _worst(outcomes: Iterable[tuple[str, Outcome]]) -> Outcome:
+    """The first (when, outcome) that failed, else the one that comes nearest to its bound."""
+    worst = Outcome()
+    for when, outcome in outcomes:
+        if outcome.status == FAILED:
+            return Outcome(FAILED, f"{when}: {outcome.message}", outcome.error_ulp, outcome.bound_ulp)
+        worst = max(worst, outcome, key=lambda one: Verdict(one.error_ulp, one.bound_ulp).used)
+    return worst
+
+
+def graphs_of(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
+    """What makes a graph on the device and what captures into it: ``torch.cuda.CUDAGraph``, ``torch.npu.NPUGraph``, …"""
+    module = getattr(torch, device.type, None)
+    for name in ("CUDAGraph", f"{device.type.upper()}Graph"):
+        if hasattr(module, name) and hasattr(module, "graph"):
+            return getattr(module, name), module.graph  # type: ignore[union-attr]
+    return None
+
+
+def compiler_of(device: torch.device) -> str:
+    """torch.compile's backend: inductor where it can generate code for the device."""
+    if device.type == "cpu":
+        return "inductor" if which("g++") or which("clang++") else "eager"
+    from torch._dynamo.device_interface import get_registered_device_interfaces
+    from torch.utils._triton import has_triton
+
+    return "inductor" if has_triton() and device.type in dict(get_registered_device_interfaces()) else "eager"

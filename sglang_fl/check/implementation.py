@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Implementation: calls one implementation, and compares its results with float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..dispatch.types import Refusal
+from .cases import OPERATORS_CHECKED, Call, Case
+from .constants import FAILED, OK
+from .exact import Verdict
+from .tensors import changed
+
+#: What an implementation may raise to say that it does not take a call.
+REFUSALS = (ValueError, TypeError, NotImplementedError)
+
+Function = Callable[..., Any]
+Results = tuple[torch.Tensor, ...]
+Expected = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a case.
+
+    Attributes:
+        status: ok, failed, refused or skipped.
+        message: why, if it is not ok.
+        error_ulp, bound_ulp: see :class:`~sglang_fl.check.exact.Verdict`.
+        reference_ulp: the reference's error in the same case.
+        time_ratio: its time over the reference's.
+        broken: the device may not be usable in this process any more.
+    """
+
+    status: str = OK
+    message: str = ""
+    error_ulp: float | None = None
+    bound_ulp: float | None = None
+    reference_ulp: float | None = None
+    time_ratio: float | None = None
+    broken: bool = False
+
+
+class Violation(Exception):
+    """The implementation broke a rule of its operator."""
+
+
+class Refused(Exception):
+    """The implementation does not take the call."""
+
+
+class Implementation:
+    """An implementation that is being checked.
+
+    Args:
+        fn: called as the operator's signature says.
+        reference: the reference's function for the same operator; None: ``fn`` is it.
+        writes_inputs: what the implementation declares of a call that raises.
+        in_float64: called with True before the exact results are computed, which is not the implementation's time, and with
+            False after.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        fn: Function,
+        reference: Function | None,
+        device: torch.device,
+        *,
+        writes_inputs: bool = True,
+        in_float64: Callable[[bool], None] = lambda begins: None,
+    ):
+        self.op, self.fn, self.reference, self.device = op, fn, reference, device
+        self.writes_inputs = writes_inputs
+        self._in_float64 = in_float64
+
+    def exact(self, call: Call) -> Expected:
+        """The call's results in float64; before the call is run, which may write its inputs."""
+        self._in_float64(True)
+        try:
+            return OPERATORS_CHECKED[self.op].exact(call)
+        finally:
+            self._in_float64(False)
+
+    def run(self, call: Call, fn: Function | None = None) -> Results:
+        """Call ``fn`` (default: the implementation), and check that it wrote only what it may.
+
+        Raises:
+            Refused: it does not take the call, and has left the inputs alone.
+            Violation: it wrote what it may not.
+        """
+        kept = {name: x.clone() for name, x in call.tensors().items()}
+        try:
+            got = results(fn or self.fn, call)
+            self.synchronize()
+        except REFUSALS as error:
+            message = f"{type(error).__name__}: {error}"
+            written = changed(call, kept, frozenset())
+            declared = self.writes_inputs and not isinstance(error, Refusal) and set(written) <= call.may_write
+            if written and not declared:
+                raise Violation(f"wrote {', '.join(written)} before it raised {message}") from error
+            raise Refused(message) from error
+        written = changed(call, kept, call.may_write)
+        if written:
+            raise Violation(f"wrote {', '.join(written)}, which it may not")
+        return got
+
+    def verdict(self, got: Results, expected: Expected, case: Case) -> Verdict:
+        """The worst of the results' verdicts."""
+        dtype = getattr(torch, case.dtype)
+        if OPERATORS_CHECKED[self.op].whole:
+            return expected[0].judge(got, dtype, self.device)
+        if len(got) != len(expected):
+            return Verdict(problem=f"gave {len(got)} results, not {len(expected)}: {', '.join(right.name for right in expected)}")
+        found = [right.judge(result, dtype, self.device) for result, right in zip(got, expected, strict=True)]
+        return max(found, key=lambda verdict: (verdict.problem is not None, verdict.used))
+
+    def compare(self, got: Results, expected: Expected, case: Case) -> Outcome:
+        """Whether results are as near to float64 as they must be."""
+        verdict = self.verdict(got, expected, case)
+        return Outcome(FAILED if verdict.problem else OK, verdict.problem or "", verdict.error_ulp, verdict.bound_ulp)
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def is_device_lost(self) -> bool:
+        """After an illegal access, or a capture that was cut off, an accelerator may answer nothing in this process."""
+        try:
+            return float(torch.ones(2, device=self.device).sum()) != 2
+        except Exception:
+            return True
+
+
+def results(fn: Function, call: Call) -> Results:
+    """Call a function; its results, those that it leaves in the inputs last."""
+    arguments, named = call.arguments()
+    got = fn(*arguments, **named)
+    # One result is a tensor, not a list of one: the caller does not unpack it.
+    several = isinstance(got, (tuple, list)) and len(got) > 1
+    returned = [result for result in got if result is not None] if several else [got]
+    return (*returned, *(call.inputs[name] for name in call.updated))
