@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of benchmarks/serving.py that need no engine."""
 
-import gzip
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import serving
 import shapes
-from serving_lib import kernels, python_calls, results, rounds, summary, tokens, variants
+from serving_lib import results, rounds, summary, tokens, variants
 from serving_lib.engine import EngineFailed, Engines
 
 from sglang_fl.dispatch.ops import OPERATORS
@@ -37,53 +35,6 @@ class Answering:
 
     def kill(self) -> None:
         self.ready = False
-
-
-class TestShapes:
-    @pytest.mark.parametrize(
-        ("name", "billions"),
-        [
-            ("qwen3-0.6b", 0.596),
-            ("qwen3-8b", 8.19),
-            ("llama-3-8b", 8.03),
-            ("qwen3-30b-a3b", 30.5),
-            ("qwen3-next-80b-a3b", 79.7),
-            ("gpt2-xl", 1.557),
-        ],
-    )
-    def test_the_weights_add_up_to_the_published_size(self, name: str, billions: float) -> None:
-        assert shapes.load_shape(name).weight_count() / 1e9 == pytest.approx(billions, rel=2e-3)
-
-    def test_a_cut_shape_differs_in_nothing_but_its_layers(self) -> None:
-        whole, cut = shapes.load_shape("llama-3-8b").config, shapes.load_shape("llama-3-8b:4").config
-        assert cut == {**whole, "num_hidden_layers": 4}
-        assert shapes.load_shape("qwen3-8b:2").config["max_window_layers"] == 2
-
-    def test_a_hybrid_has_states(self) -> None:
-        """A state of Qwen3-Next is 32 matrices of 128 × 128 in fp32, and three tokens of 8192 numbers in bf16."""
-        cut = shapes.load_shape("qwen3-next-80b-a3b:4")
-        assert cut.state_bytes() == 3 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
-        assert cut.kv_numbers_per_token() == 2 * 2 * 256
-        assert shapes.load_shape("qwen3-8b").state_bytes() == 0
-        with pytest.raises(shapes.UnknownShape, match="full attention in each 4th layer"):
-            shapes.load_shape("qwen3-next-80b-a3b:3")
-
-    @pytest.mark.parametrize("text", ["qwen3-8b:0", "qwen3-8b:37", "qwen3-8b:x", "qwen3-8b:"])
-    def test_a_shape_has_so_many_layers(self, text: str) -> None:
-        with pytest.raises(shapes.UnknownShape, match="from 1 to 36"):
-            shapes.load_shape(text)
-
-    def test_an_unknown_shape_names_the_nearest(self) -> None:
-        with pytest.raises(shapes.UnknownShape, match="did you mean 'llama-3-8b'"):
-            shapes.load_shape("llama3-8b")
-
-    def test_a_model_is_served_from_its_directory(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text(json.dumps(shapes.SHAPES["tiny"]))
-        assert shapes.load_shape(str(tmp_path)).write(tmp_path / "elsewhere") == tmp_path
-
-    def test_a_shape_is_written(self, tmp_path: Path) -> None:
-        directory = shapes.load_shape("tiny:2").write(tmp_path / "model")
-        assert json.loads((directory / "config.json").read_text())["num_hidden_layers"] == 2
 
 
 SHELL = {"PATH": "/bin", "SGLANG_FL_STRICT": "1", "_SGLANG_FL_X": "1", "USE_FLAGGEMS": "1", "FLAGCX_PATH": "/x", "SGLANG_PLUGINS": "a"}
@@ -216,105 +167,6 @@ class TestTokens:
     def test_a_short_prefix_shows_no_rounding(self) -> None:
         found = tokens.compare(self.greedy([1, 5], 6, 0.0), self.greedy([1, 6], 5, 0.0))
         assert found["verdict"].startswith("differs (1 common") and found["tolerance"] is None
-
-
-class TestKernels:
-    @staticmethod
-    def trace(path: Path, *events: tuple[str, str, float]) -> Path:
-        listed = [{"ph": "X", "cat": cat, "name": name, "dur": dur} for cat, name, dur in events]
-        with gzip.open(path, "wt") as file:
-            json.dump({"traceEvents": [*listed, {"ph": "M", "name": "process_name"}]}, file)
-        return path
-
-    @pytest.mark.parametrize(
-        ("name", "stripped"),
-        [
-            ("fused_0123abcd4567ef89_kernel", "fused_#_kernel"),
-            ("kernel_at_0x7f3a12", "kernel_at_#"),
-            ("void gemm<128, 4096, (bool)1>(float*)", "void gemm<128, 4096, (bool)1>(float*)"),
-            ("triton_poi_fused_add_20251122", "triton_poi_fused_add_20251122"),
-            ("_ZN7deadbeefE_feedbeef", "_ZN7deadbeefE_feedbeef"),
-            ("sm90_f16f16_bf16_2x1x1", "sm90_f16f16_bf16_2x1x1"),
-        ],
-    )
-    def test_only_hashes_and_addresses_are_stripped(self, name: str, stripped: str) -> None:
-        assert kernels.strip(name) == stripped
-
-    def test_a_window_counts_what_ran_on_the_device(self, tmp_path: Path) -> None:
-        events = [
-            ("kernel", "a", 3.0),
-            ("kernel", "a", 5.0),
-            ("kernel", "b", 1.0),
-            ("gpu_memcpy", "c", 1.0),
-            ("cuda_runtime", "launch", 9.0),
-        ]
-        found = kernels.read_window(self.trace(tmp_path / "t.gz", *events, ("cpu_op", "aten::add", 1.0))).per_step(2)
-        assert found["kernels"] == {"a": 1.0, "b": 0.5} and found["copies"] == {"c": 0.5} and found["kind"] == "kernels"
-        assert found["microseconds_per_step"] == 4.5
-        assert found["top"][0] == {"name": "a", "count_per_step": 1.0, "microseconds_per_step": 4.0}
-
-    def test_the_steps_are_what_the_longer_window_has_more(self, tmp_path: Path) -> None:
-        prefill, step = [("kernel", "p", 9.0), ("gpu_memcpy", "c", 1.0)], [("kernel", "s", 2.0), ("kernel", "s", 2.0)]
-        short, long = (kernels.read_window(self.trace(tmp_path / "t.gz", *prefill, *steps)) for steps in (step * 2, step * 6))
-        found = (long - short).per_step(4)
-        assert found["kernels"] == {"s": 2.0} and found["copies"] == {} and found["microseconds_per_step"] == 4.0
-
-    def test_on_a_cpu_operators_count(self, tmp_path: Path) -> None:
-        found = kernels.read_window(self.trace(tmp_path / "t.gz", ("cpu_op", "aten::add", 1.0)))
-        assert found.kernels == {"aten::add": 1} and found.kind == "operators"
-
-    def test_an_empty_window_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="nothing"):
-            kernels.read_window(self.trace(tmp_path / "t.gz"))
-
-    def test_comparison(self) -> None:
-        ours, theirs = {"kernels": {"a": 1.0, "b": 2.0}, "copies": {}}, {"kernels": {"a": 1.0, "b": 3.0, "c": 1.0}, "copies": {"d": 1.0}}
-        assert kernels.compare(ours, ours) == {"identical": True, "differing": {}, "differing_copies": {}}
-        found = kernels.compare(ours, theirs)
-        assert found == {"identical": False, "differing": {"b": [2.0, 3.0], "c": [0.0, 1.0]}, "differing_copies": {"d": [0.0, 1.0]}}
-
-
-class TestPythonCalls:
-    """Traces of a scheduler that calls ``run_batch`` each 100 microseconds, for 60."""
-
-    STEP = "sglang/srt/managers/scheduler.py(4613): run_batch"
-
-    def trace(self, path: Path, steps: list[list[str]], between: str = "poll") -> Path:
-        listed = [{"ph": "X", "cat": "python_function", "name": between, "ts": 1.0, "dur": 1.0}]
-        for number, called in enumerate(steps):
-            begin = 100.0 * (number + 1)
-            calls = [(self.STEP, begin, 60.0), *((name, begin + 1 + i, 1.0) for i, name in enumerate(called)), (between, begin + 80, 1.0)]
-            listed += [{"ph": "X", "cat": "python_function", "name": name, "ts": ts, "dur": dur} for name, ts, dur in calls]
-            listed.append({"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": begin + 2, "dur": 1.0})
-        # Traces are not in order.
-        with gzip.open(path, "wt") as file:
-            json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *reversed(listed)]}, file)
-        return path
-
-    def test_a_decode_step_reaches_to_the_next_and_leaves_out_what_is_rare(self, tmp_path: Path) -> None:
-        first, usual, logging, last = ["prefill"] * 9, ["f", "g", "f"], ["f", "g", "f", "log"], ["f", "end"]
-        steps = [first, *[usual] * 5, logging, *[usual] * 4, last]
-        assert python_calls.decode_step(self.trace(tmp_path / "t.gz", steps)) == {self.STEP: 1, "f": 2, "g": 1, "poll": 1}
-
-    def test_a_prefill_ends_where_the_engine_may_be_idle(self, tmp_path: Path) -> None:
-        assert python_calls.prefill_step(self.trace(tmp_path / "t.gz", [["f"]] * 5)) == {self.STEP: 1, "f": 1}
-
-    def test_addresses_and_the_checkouts_place_are_stripped(self, tmp_path: Path) -> None:
-        called = ["<built-in method cat of type object at 0x7f24add53c60>", "/home/x/sglang_fl/bind.py(3): f", "sglang_fl/bind.py(3): f"]
-        found = python_calls.prefill_step(self.trace(tmp_path / "t.gz", [called] * 5))
-        assert found == {self.STEP: 1, "<built-in method cat of type object at >": 1, "sglang_fl/bind.py(3): f": 2}
-
-    def test_too_few_steps_are_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="4 whole steps of the scheduler, and 5"):
-            python_calls.prefill_step(self.trace(tmp_path / "t.gz", [["f"]] * 4))
-        with pytest.raises(ValueError, match="0 whole steps"):
-            python_calls.decode_step(self.trace(tmp_path / "t.gz", [["f"]] * 3))
-
-    def test_comparison(self) -> None:
-        ours, theirs = {"f": 2, "g": 1}, {"f": 3, "h": 1}
-        assert python_calls.compare(ours, ours) == {"identical": True, "calls_per_step": 3, "differing": {}}
-        found = python_calls.compare(ours, theirs)
-        assert found == {"identical": False, "calls_per_step": 4, "differing": {"f": [2, 3], "g": [1, 0], "h": [0, 1]}}
 
 
 class TestRounds:
