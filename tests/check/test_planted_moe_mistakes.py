@@ -15,6 +15,7 @@ from sglang_fl.check.cases import cases_of
 from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import FAILED, INPUTS, OK, SERVING, SPECIAL, UNUSUAL
 from sglang_fl.check.implementation import Implementation
+from sglang_fl.dispatch.backends import moe as shared_moe
 
 Function = Callable[..., Any]
 
@@ -251,3 +252,20 @@ def test_roundings_of_a_tensor_cores_inputs_are_allowed() -> None:
     for case in cases_of("fused_moe", None, torch.device("cpu"), quick=True):
         if case.check == INPUTS:
             assert check_case(impl, case, secrets.randbits(31)).status == OK
+
+
+@pytest.mark.parametrize(
+    ("shared", "wrong", "op", "fn"),
+    [
+        (shared_moe.Routing, {"scale": 1.0}, "topk", reference.topk),
+        (shared_moe.Routing, {"shared_weight": None}, "topk", reference.topk),
+        (shared_moe.Experts, {"weight_on_input": False}, "fused_moe", reference.fused_moe),
+    ],
+)
+def test_a_mistake_in_what_the_backends_share_is_found(
+    monkeypatch: pytest.MonkeyPatch, shared: Any, wrong: dict[str, Any], op: str, fn: Function
+) -> None:
+    """How a configuration is read is the backends' common code; what is expected of them must not be read with it."""
+    read = shared.of
+    monkeypatch.setattr(shared, "of", lambda config: read(config)._replace(**wrong))
+    assert failures(op, fn, UNUSUAL)

@@ -169,12 +169,7 @@ def _mrotary_embedding_unusual() -> Iterator[Named]:
             base = _Rotary(interleaved=interleaved)
             layout = f"{'interleaved' if interleaved else 'halves'}, sections {'interleaved' if sections_interleaved else 'in order'}"
             yield f"no tokens, {layout}", _Sections(replace(base, tokens=0), (12, 10, 10), sections_interleaved)
-            for head_dim, rotary_dim, sections in (
-                (80, 80, (16, 12, 12)),
-                (128, 64, (12, 10, 10)),
-                (34, 6, (1, 1, 1)),
-                (256, 256, (48, 40, 40)),
-            ):
+            for head_dim, rotary_dim, sections in _RARE_SECTIONS:
                 rotary = replace(base, head_dim=head_dim, rotary_dim=rotary_dim)
                 yield f"{rotary_dim} of {head_dim} rotated, {layout}", _Sections(rotary, sections, sections_interleaved, flat=False)
     sections = (12, 10, 10)
