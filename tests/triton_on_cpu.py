@@ -22,11 +22,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-OPERATORS = (
-    "chunk_gated_delta_rule",
-    "fused_recurrent_gated_delta_rule",
-    "fused_recurrent_gated_delta_rule_packed_decode",
-)
+OPERATORS = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_packed_decode")
 #: Those in which layouts, slots and the borders of chunks show.
 CASES = frozenset(
     {
@@ -43,9 +39,6 @@ CASES = frozenset(
         "slots in order",
         "no pool",
         "slots with gaps between",
-        "a sequence without tokens",
-        "from nothing",
-        "no beta",
         "70 sequences",
         "rows of a wider tensor",
         "no tokens",

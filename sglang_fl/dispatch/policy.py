@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,8 @@ class SelectionPolicy:
         if self.allow_vendors is not None:
             object.__setattr__(self, "allow_vendors", _names(self.allow_vendors))
             if self.allow_vendors and not any(map(self.is_vendor_allowed, self.allow_vendors)):
-                raise ValueError(
-                    f"no vendor is left: allow_vendors is {', '.join(sorted(self.allow_vendors))}, "
-                    f"and deny_vendors is {', '.join(sorted(self.deny_vendors))}"
-                )
+                allowed, denied = (", ".join(sorted(names)) for names in (self.allow_vendors, self.deny_vendors))
+                raise ValueError(f"no vendor is left: allow_vendors is {allowed}, and deny_vendors is {denied}")
         object.__setattr__(self, "_hash", hash((self.prefer, self.strict, self.per_op_order, self.deny_vendors, self.allow_vendors)))
 
     def __hash__(self) -> int:
@@ -158,9 +157,8 @@ class SelectionPolicy:
 
     def fingerprint(self) -> str:
         """Equal for equal policies, in every process."""
-        text = repr(
-            (self.prefer, self.strict, self.per_op_order, sorted(self.deny_vendors), self.allow_vendors and sorted(self.allow_vendors))
-        )
+        allowed = self.allow_vendors and sorted(self.allow_vendors)
+        text = repr((self.prefer, self.strict, self.per_op_order, sorted(self.deny_vendors), allowed))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __enter__(self) -> "SelectionPolicy":
@@ -203,7 +201,7 @@ class PolicyManager:
         self._global: SelectionPolicy | None = None
         self._from_settings: SelectionPolicy | None = None
         self._lock = ForkSafeLock()
-        # Of its own, since listeners read the policy under their locks and are told of changes under ours.
+        # Of its own, since listeners read the policy under their own locks and are called under ours.
         self._settings_lock = ForkSafeLock()
         self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
 
@@ -356,17 +354,16 @@ def policy_from_config(path: str | Path) -> SelectionPolicy:
         SettingsError: the file is missing or broken, or says something unknown.
     """
     environ = {name: os.environ[name] for name in _PLATFORM_VARIABLES if name in os.environ} | {CONFIG_FILE: str(path)}
-    device = device_here()
+    read = partial(load_settings, environ, device=device_here())
     try:
-        try:
-            settings = load_settings(environ, device=device, words=known_words())
-        except SettingsError:  # perhaps of a name that an installed package has
-            registry = OpRegistry()
-            discover(registry, plugin_modules(os.environ))
-            settings = load_settings(environ, device=device, words=known_words(registry))
+        return SelectionPolicy.from_settings(read(words=known_words()))
+    except SettingsError:  # perhaps of a name that an installed package has
+        registry = OpRegistry()
+        discover(registry, plugin_modules(os.environ))
+    try:
+        return SelectionPolicy.from_settings(read(words=known_words(registry)))
     except SettingsError as error:
         raise SettingsError([problem.removeprefix(f"{CONFIG_FILE}: ") for problem in error.problems]) from None
-    return SelectionPolicy.from_settings(settings)
 
 
 def with_preference(prefer: str) -> SelectionPolicy:

@@ -57,7 +57,8 @@ class LazyFunction:
     Attributes:
         module: its module's full name.
         name: its name there.
-        why_unavailable: tells, for settings and a device, why it cannot run there, or None; without one it runs everywhere.
+        why_unavailable: called with settings and a device, gives the reason why it cannot run there, or None. Without it the function
+            runs everywhere.
     """
 
     module: str

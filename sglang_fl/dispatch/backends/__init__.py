@@ -44,8 +44,8 @@ class KernelTable:
         kind: where they come from.
         kernels: the operators that it has.
         vendor: whose chip it is for; None: any.
-        why_unavailable: tells, for settings and a device, why it cannot run there, or None. It imports nothing heavy: the
-            command line asks, too. Without one the backend runs everywhere.
+        why_unavailable: called with settings and a device, gives the reason why it cannot run there, or None. It imports nothing
+            heavy: the command line calls it, too. Without it the backend runs everywhere.
     """
 
     package: str

@@ -153,5 +153,5 @@ def test_the_kernels_compute_the_same_on_a_cpu(interpreted: dict[str, subprocess
     out, errors = interpreted[backend].communicate(timeout=600)
     assert interpreted[backend].returncode == 0, errors[-3000:]
     cases = json.loads(out.splitlines()[-1])
-    assert len(cases) > 25
+    assert len(cases) > 20
     assert [case for case in cases if case[3] != "ok"] == []

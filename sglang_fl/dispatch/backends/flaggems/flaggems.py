@@ -29,7 +29,6 @@ BACKEND = KernelTable(
         "topk": Kernel("impl.moe:topk", writes_inputs=False),
         "fused_moe": Kernel("impl.moe:fused_moe", writes_inputs=False, dtypes=_16_BITS),
         "chunk_gated_delta_rule": Kernel("impl.gated_delta_rule:chunk_gated_delta_rule", dtypes=_16_BITS),
-        "fused_recurrent_gated_delta_rule": Kernel("impl.gated_delta_rule:fused_recurrent_gated_delta_rule", writes_inputs=False),
         "fused_recurrent_gated_delta_rule_packed_decode": Kernel("impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode"),
     },
     why_unavailable=_why_unavailable,

@@ -112,41 +112,6 @@ def _solved(triangle: torch.Tensor, cu_seqlens: torch.Tensor | None, dtype: torc
     return solved
 
 
-def fused_recurrent_gated_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor | None = None,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The kernel keeps the state after each token, in the slot that stands for it: each sequence has one for all."""
-    op = "fused_recurrent_gated_delta_rule"
-    _check_heads(op, q.shape[2], v.shape[2])
-    rows, tokens = q.shape[:2]
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(rows + 1, device=q.device) * tokens
-    elif rows != 1:
-        raise Refusal(f"{op}: with cu_seqlens all sequences are in one row, and q has {rows}")
-    count = len(cu_seqlens) - 1
-    states = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
-    if initial_state is not None:
-        states.copy_(initial_state)
-    if not q.numel():
-        return v.new_empty(v.shape), states if output_final_state else None
-    slots = torch.arange(count, dtype=torch.int32, device=q.device).unsqueeze(1).repeat(1, rows * tokens)
-    beta = torch.ones_like(g) if beta is None else beta
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    shape = v.shape
-    q, k, v, g, beta = (_padded(x.flatten(0, 1)) for x in (q, k, v, g.float(), beta))
-    out = _recurrent(q, k, v, g, beta, scale, states, cu_seqlens, slots, use_qk_l2norm_in_kernel)
-    return out[: rows * tokens].view(shape), states if output_final_state else None
-
-
 def fused_recurrent_gated_delta_rule_packed_decode(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
@@ -172,10 +137,12 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     q, k, v = q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
     g = -A_log.float().exp() * functional.softplus(a.float() + dt_bias.float())
     ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    gates = _padded(g), _padded(b.float().sigmoid())
-    o = _recurrent(q, k, v, *gates, scale, initial_state, ends, ssm_state_indices, use_qk_l2norm_in_kernel)
+    q, k, v, g, beta = (x.contiguous().unsqueeze(0) for x in (q, k, v, _padded(g), _padded(b.float().sigmoid())))
+    o, _ = fused_recurrent_gated_delta_rule_fwd(
+        q, k, v, g, beta, scale, initial_state, True, ends, ssm_state_indices, None, use_qk_l2norm_in_kernel
+    )
     # The kernel writes nothing for padding.
-    out.copy_(o[:batch].masked_fill((ssm_state_indices < 0)[:, None, None], 0).unsqueeze(1))
+    out.copy_(o[0, :batch].masked_fill((ssm_state_indices < 0)[:, None, None], 0).unsqueeze(1))
     return out, initial_state
 
 
@@ -183,21 +150,3 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     """At least as many tokens as the kernel for states [V, K] is run for; those that are added belong to no sequence."""
     missing = _LEAST_TOKENS - len(x)
     return x if missing <= 0 else torch.cat((x, x.new_zeros((missing, *x.shape[1:]))))
-
-
-def _recurrent(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float,
-    states: torch.Tensor,
-    ends: torch.Tensor,
-    slots: torch.Tensor,
-    use_qk_l2norm: bool,
-) -> torch.Tensor:
-    """``o`` ``[tokens, HV, V]``; the states are updated."""
-    q, k, v, g, beta = (x.contiguous().unsqueeze(0) for x in (q, k, v, g, beta))
-    out, _ = fused_recurrent_gated_delta_rule_fwd(q, k, v, g, beta, scale, states, True, ends, slots, None, use_qk_l2norm)
-    return out.squeeze(0)

@@ -32,11 +32,11 @@ class _Once(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._told: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        return not (message in self._told or self._told.add(message))  # type: ignore[func-returns-value]
+        return not (message in self._seen or self._seen.add(message))  # type: ignore[func-returns-value]
 
 
 _experts.logger.addFilter(_Once())

@@ -36,7 +36,6 @@ BACKEND = KernelTable(
         "mrotary_embedding": Kernel("impl.rotary:mrotary_embedding"),
         "topk": Kernel("impl.moe:topk", writes_inputs=False),
         "chunk_gated_delta_rule": Kernel("impl.gated_delta_rule:chunk_gated_delta_rule", dtypes=_16_BITS),
-        "fused_recurrent_gated_delta_rule": Kernel("impl.gated_delta_rule:fused_recurrent_gated_delta_rule", writes_inputs=False),
         "fused_recurrent_gated_delta_rule_packed_decode": Kernel("impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode"),
     },
     vendor="nvidia",

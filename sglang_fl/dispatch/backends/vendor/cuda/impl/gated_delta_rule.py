@@ -11,8 +11,7 @@ from sglang.kernels.ops.attention.fla.chunk import ChunkGatedDeltaRuleFunction
 from .....types import Refusal
 from ....state_pool import read, write
 
-# In partials: a hook is put wherever a module holds the function itself.
-_recurrent = partial(unwrap(fused_recurrent.fused_recurrent_gated_delta_rule))
+# In a partial: a hook is put wherever a module holds the function itself.
 _packed_decode = partial(unwrap(fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode))
 
 _CHUNK_DTYPES = (torch.bfloat16, torch.float16)
@@ -67,34 +66,6 @@ def chunk_gated_delta_rule(
     return ChunkGatedDeltaRuleFunction.apply(
         q, k, v, g, beta, scale, pool, initial_state_indices, cu_seqlens, use_qk_l2norm_in_kernel, update
     )
-
-
-def fused_recurrent_gated_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor | None = None,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    op = "fused_recurrent_gated_delta_rule"
-    _check_heads(op, q.shape[2], v.shape[2])
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise Refusal(f"{op}: with cu_seqlens all sequences are in one row, and q has {q.shape[0]}")
-    if scale is not None and scale <= 0:
-        raise Refusal(f"{op}: the kernel takes a scale above 0, not {scale}")
-    if beta is None:
-        beta = torch.ones_like(g)  # SGLang's own default has a number for each head of q
-    if not q.numel():
-        count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        states = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
-        last = states if initial_state is None else states.copy_(initial_state)
-        return v.new_empty(v.shape), last if output_final_state else None
-    return _recurrent(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel)
 
 
 def fused_recurrent_gated_delta_rule_packed_decode(
