@@ -21,26 +21,11 @@ from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
 from ..startup import check_settings
 from ..utils.signals import interrupt_on_termination
+from .arguments import number
 
-
-def _seconds(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, found {text!r}")
-    return found
-
-
-def _seed(text: str) -> int:
-    try:
-        found = int(text)
-    except ValueError:
-        found = -1
-    if not 0 <= found < 2**62:  # each case adds to it, and PyTorch's generator takes 64 bits
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**62 - 1, found {text!r}")
-    return found
+_SECONDS = number(float, lambda seconds: 0 < seconds < float("inf"), "a number of seconds above 0")
+#: Each case adds to the seed, and PyTorch's generator takes 64 bits.
+_SEED = number(int, lambda seed: 0 <= seed < 2**62, "an integer from 0 to 2**62 - 1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--impl", action="append", metavar="ID", help="check this implementation, as vendor.cuda (may be given again)")
     parser.add_argument("--vendor", action="append", metavar="NAME", help="check this vendor's implementations (may be given again)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
-    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="time limit for each case (default: 60)")
-    parser.add_argument("--seed", type=_seed, metavar="N", help="seed of the random inputs, to repeat an earlier run")
+    parser.add_argument("--timeout", type=_SECONDS, default=60.0, metavar="S", help="time limit for each case (default: 60)")
+    parser.add_argument("--seed", type=_SEED, metavar="N", help="seed of the random inputs, to repeat an earlier run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page")
 

@@ -20,25 +20,21 @@ from ..dispatch.logger_manager import read_dispatch_log
 from ..dispatch.manager import get_default_manager
 from ..startup import check_settings
 from ..utils.signals import interrupt_on_termination
+from .arguments import number
 from .demo_model import QUESTION, RECITAL, cache_directory, demo_model
 
 if TYPE_CHECKING:
     from ..utils.server import Server
 
 _MAX_TOKENS = 400
+_PORT = number(int, lambda port: 0 < port < 65536, "a port from 1 to 65535")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefer", choices=PREFERENCES, help="which implementations to try first")
     parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="tensor parallel ranks; the model has two kv heads")
-    parser.add_argument("--port", type=_port, metavar="PORT", help="the server's port; default: any free one")
+    parser.add_argument("--port", type=_PORT, metavar="PORT", help="the server's port; default: any free one")
     parser.add_argument("--keep", action="store_true", help="leave the server running")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, found {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -107,29 +107,31 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise SettingsError(f"--model: {str(path)!r} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise SettingsError(f"--model: {str(path)!r} is not a model configuration")
-    _check_types(path, config)
+    problems = [f"--model: {str(path)!r}: {problem}" for problem in _wrong_values(config)]
+    if problems:
+        raise SettingsError(problems)
     return config
 
 
 #: What is read of a configuration, with its type; null is as if it were not there.
-_TYPES = {"text_config": dict, "rope_scaling": dict, "rope_parameters": dict, "quantization_config": dict}
-_NUMBERS = ("hidden_size", "num_attention_heads", "head_dim")
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("text_config", "rope_scaling", "rope_parameters", "quantization_config"), dict),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "head_dim"), int),
+    "architectures": list,
+}
 
 
-def _check_types(path: Path, config: dict[str, Any]) -> None:
-    wanted: dict[str, type] = {**_TYPES, **dict.fromkeys(_NUMBERS, int)}
-    for key, kind in wanted.items():
-        if config.get(key) is not None and not isinstance(config[key], kind):
-            raise SettingsError(f"--model: {str(path)!r}: {key} is {config[key]!r}")
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SettingsError(f"--model: {str(path)!r}: architectures is {names!r}, not a list of names")
-    for key in ("rope_scaling", "rope_parameters"):
-        for kind_key in ("rope_type", "type"):
-            if not isinstance((config.get(key) or {}).get(kind_key, ""), str):
-                raise SettingsError(f"--model: {str(path)!r}: {kind_key} of {key} is {config[key][kind_key]!r}")
-    if config.get("text_config"):
-        _check_types(path, config["text_config"])
+def _wrong_values(config: dict[str, Any]) -> Iterator[str]:
+    for key, kind in _TYPES.items():
+        value: Any = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            yield f"{key} is {value!r}"
+        elif key == "architectures" and not all(isinstance(name, str) for name in value or ()):
+            yield f"{key} is {value!r}, not a list of names"
+        elif key.startswith("rope") and value:
+            yield from (f"{name} of {key} is {value[name]!r}" for name in ("rope_type", "type") if not isinstance(value.get(name, ""), str))
+        elif key == "text_config" and value:
+            yield from _wrong_values(value)
 
 
 def _made(name: str, config: dict[str, Any]) -> str | None:
@@ -151,46 +153,38 @@ def _rope_class(config: dict[str, Any]) -> str:
     return _ROPE_CLASSES.get(kind, f"rotary embedding of type {kind}")
 
 
+#: operator -> the sizes that matter to it: how each is shown, and the names that configurations have for it.
+_NORM = (("hidden_size {}", "hidden_size"), ("eps {}", "rms_norm_eps", "layer_norm_eps", "norm_eps"))
+_ACTIVATION = (("intermediate_size {}", "intermediate_size"),)
+_ROTARY = (
+    ("head_dim {}", "head_dim"),
+    ("{} heads", "num_attention_heads"),
+    ("{} kv heads", "num_key_value_heads", "num_attention_heads"),
+)
+_NUMBER_OF_EXPERTS = ("{} experts", "num_experts", "n_routed_experts", "num_local_experts")
+_LINEAR = (
+    ("{} heads", "linear_num_key_heads"),
+    ("head_dim {}", "linear_key_head_dim"),
+    ("{} value heads", "linear_num_value_heads"),
+    ("value head_dim {}", "linear_value_head_dim"),
+)
+_SIZES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "fused_moe": (_NUMBER_OF_EXPERTS, _NORM[0], ("moe_intermediate_size {}", "moe_intermediate_size", "intermediate_size")),
+    "topk": (_NUMBER_OF_EXPERTS, ("{} a token", "num_experts_per_tok")),
+    **dict.fromkeys(("gelu_and_mul", "silu_and_mul"), _ACTIVATION),
+    **dict.fromkeys(("rms_norm", "gemma_rms_norm"), _NORM),
+    **dict.fromkeys(("rotary_embedding", "mrotary_embedding"), _ROTARY),
+    **dict.fromkeys(_GATED_DELTA_RULE, _LINEAR),
+}
+
+
 def _size(op: str | None, config: dict[str, Any]) -> str:
     """The sizes that matter to an operator, those of them that the configuration has."""
-
-    def first(*names: str) -> Any:
-        return next((config[name] for name in names if config.get(name) is not None), None)
-
-    def named(**sizes: Any) -> str:
-        return ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
-
-    def counted(*sizes: tuple[Any, str]) -> str:
-        return ", ".join(f"{size} {name}" for size, name in sizes if size is not None)
-
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
-    experts = first(*_NUMBER_OF_EXPERTS)
-    norm = named(hidden_size=hidden, eps=first("rms_norm_eps", "layer_norm_eps", "norm_eps"))
-    activation = named(intermediate_size=config.get("intermediate_size"))
-    rotary = ", ".join(
-        filter(None, (named(head_dim=head_dim), counted((heads, "heads"), (config.get("num_key_value_heads", heads), "kv heads"))))
-    )
-    per_expert = named(hidden_size=hidden, moe_intermediate_size=first("moe_intermediate_size", "intermediate_size"))
-    keys, values = config.get("linear_num_key_heads"), config.get("linear_num_value_heads")
-    return {
-        "fused_moe": ", ".join(filter(None, (counted((experts, "experts")), per_expert))),
-        "gelu_and_mul": activation,
-        "gemma_rms_norm": norm,
-        "mrotary_embedding": rotary,
-        "rms_norm": norm,
-        "rotary_embedding": rotary,
-        "silu_and_mul": activation,
-        "topk": counted((experts, "experts"), (config.get("num_experts_per_tok"), "a token")),
-        **dict.fromkeys(
-            _GATED_DELTA_RULE,
-            f"{keys} heads of {config.get('linear_key_head_dim')}, {values} value heads of {config.get('linear_value_head_dim')}",
-        ),
-    }.get(op or "", "")
-
-
-#: How configurations call the number of experts.
-_NUMBER_OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+    if not config.get("head_dim"):
+        config = {**config, "head_dim": hidden // heads if hidden and heads else None}
+    found = [(shown, [config[name] for name in names if config.get(name) is not None]) for shown, *names in _SIZES.get(op or "", ())]
+    return ", ".join(shown.format(values[0]) for shown, values in found if values)
 
 
 def _file_of(architecture: str) -> Path | None:
