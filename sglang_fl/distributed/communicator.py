@@ -88,7 +88,8 @@ class CommunicatorFL:
         """
         self._check_contiguous(output_tensor, input_tensor)
         if sizes is not None:
-            self.all_gather_list(self._split("output_tensor", output_tensor, sizes), input_tensor)
+            parts = self._parts("output_tensor", output_tensor, "input_tensor", input_tensor, sizes)
+            self._broadcast_parts(parts, input_tensor)
             return
         self._check_shares("output_tensor", output_tensor, "input_tensor", input_tensor)
         if count := input_tensor.numel():
@@ -107,7 +108,8 @@ class CommunicatorFL:
         """
         self._check_contiguous(output_tensor, input_tensor)
         if sizes is not None:
-            self.reduce_scatter_list(output_tensor, self._split("input_tensor", input_tensor, sizes), op)
+            parts = self._parts("input_tensor", input_tensor, "output_tensor", output_tensor, sizes)
+            self._reduce_parts(parts, output_tensor, op)
             return
         self._check_shares("input_tensor", input_tensor, "output_tensor", output_tensor)
         if count := output_tensor.numel():
@@ -129,7 +131,9 @@ class CommunicatorFL:
         """Copy rank ``src``'s ``tensor`` into everyone's."""
         self._check_dense("tensor", tensor)
         self._check_rank("src", src)
-        self._broadcast(tensor, tensor, src)
+        if count := tensor.numel():
+            data, (code, pieces) = tensor.data_ptr(), PIECES[tensor.dtype]
+            self._call("flagcxBroadcast", data, data, count * pieces, code, src)
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Send ``tensor`` to rank ``dst``, which must call :meth:`recv`."""
@@ -178,19 +182,12 @@ class CommunicatorFL:
     def all_gather_list(self, outputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> None:
         """Put rank i's ``tensor`` into ``outputs[i]``; ranks may differ in size."""
         self._check_list("outputs", outputs, "the tensor to gather", tensor)
-        with self.group():
-            for root, output in enumerate(outputs):
-                self._broadcast(tensor if root == self.rank else output, output, root)
+        self._broadcast_parts([(output.data_ptr(), output.numel()) for output in outputs], tensor)
 
     def reduce_scatter_list(self, output: torch.Tensor, tensors: Sequence[torch.Tensor], op: Any = ReduceOp.SUM) -> None:
         """Reduce everyone's ``tensors[rank]`` into ``output``; ranks may differ in size."""
         self._check_list("tensors", tensors, "output", output)
-        code, reduction = DTYPES[output.dtype], OPS[op]
-        with self.group():
-            for root, tensor in enumerate(tensors):
-                if count := tensor.numel():
-                    target = output if root == self.rank else tensor
-                    self._call("flagcxReduce", tensor.data_ptr(), target.data_ptr(), count, code, reduction, root)
+        self._reduce_parts([(tensor.data_ptr(), tensor.numel()) for tensor in tensors], output, op)
 
     def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Send and receive (tensor, rank) pairs as one; what a rank has for itself is copied."""
@@ -250,16 +247,43 @@ class CommunicatorFL:
             "The ranks are out of step, so this server cannot go on."
         )
 
-    def _broadcast(self, source: torch.Tensor, target: torch.Tensor, root: int) -> None:
-        if count := target.numel():
-            code, pieces = PIECES[target.dtype]
-            self._call("flagcxBroadcast", source.data_ptr(), target.data_ptr(), count * pieces, code, root)
+    def _broadcast_parts(self, parts: Sequence[tuple[int, int]], own: torch.Tensor) -> None:
+        """Fill each rank's (address, elements) with what that rank has; this rank's comes from ``own``."""
+        code, pieces = PIECES[own.dtype]
+        with self.group():
+            for root, (address, count) in enumerate(parts):
+                if count:
+                    source = own.data_ptr() if root == self.rank else address
+                    self._call("flagcxBroadcast", source, address, count * pieces, code, root)
 
-    def _split(self, name: str, tensor: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
-        """Each rank's rows of a tensor."""
-        if len(sizes) != self.world_size or sum(sizes) != len(tensor) or min(sizes) < 0:
-            raise ValueError(f"sizes {list(sizes)} do not divide the {len(tensor)} rows of {name} between {self.world_size} ranks")
-        return torch.split_with_sizes(tensor, list(sizes))
+    def _reduce_parts(self, parts: Sequence[tuple[int, int]], own: torch.Tensor, op: Any) -> None:
+        """Reduce each (address, elements) to its rank; this rank's goes to ``own``."""
+        code, reduction = DTYPES[own.dtype], OPS[op]
+        with self.group():
+            for root, (address, count) in enumerate(parts):
+                if count:
+                    target = own.data_ptr() if root == self.rank else address
+                    self._call("flagcxReduce", address, target, count, code, reduction, root)
+
+    def _parts(self, name: str, whole: torch.Tensor, own_name: str, own: torch.Tensor, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """(address, elements) of each rank's rows of ``whole``, of which this rank's must be as many as ``own`` has.
+
+        Views would be slower: SGLang calls this outside of graphs, too.
+        """
+        _check_dtype(own_name, own, name, whole)
+        rows = len(whole)
+        if len(sizes) != self.world_size or sum(sizes) != rows or min(sizes) < 0:
+            raise ValueError(f"sizes {list(sizes)} do not divide the {rows} rows of {name} between {self.world_size} ranks")
+        per_row = whole.numel() // rows if rows else 0
+        if own.numel() != sizes[self.rank] * per_row:
+            raise ValueError(
+                f"{own_name} has {own.numel()} elements, and sizes[{self.rank}] gives it {sizes[self.rank] * per_row} of {name}"
+            )
+        address, parts = whole.data_ptr(), []
+        for size in sizes:
+            parts.append((address, size * per_row))
+            address += size * per_row * whole.element_size()
+        return parts
 
     # FlagCX is given addresses and counts: all that it would read or write past its end, or take for another dtype, is refused here.
 

@@ -204,12 +204,16 @@ FOUR, SIX, TRANSPOSED = torch.ones(4), torch.ones(6), torch.ones(3, 2).t()
     ("call", "message"),
     [
         # With sizes: this rank's own tensor must be as long as its size says.
-        (lambda c: c.all_gather(SIX, torch.ones(1), sizes=[3, 3]), "the tensor to gather has 1 elements, and outputs[1] has 3"),
+        (lambda c: c.all_gather(SIX, torch.ones(1), sizes=[3, 3]), "input_tensor has 1 elements, and sizes[1] gives it 3 of output_tensor"),
         (
             lambda c: c.all_gather(torch.ones(6, 2), torch.ones(1, 2), sizes=[4, 2]),
-            "the tensor to gather has 2 elements, and outputs[1] has 4",
+            "input_tensor has 2 elements, and sizes[1] gives it 4 of output_tensor",
         ),
-        (lambda c: c.reduce_scatter(torch.ones(1), SIX, sizes=[3, 3]), "output has 1 elements, and tensors[1] has 3"),
+        (
+            lambda c: c.reduce_scatter(torch.ones(1), SIX, sizes=[3, 3]),
+            "output_tensor has 1 elements, and sizes[1] gives it 3 of input_tensor",
+        ),
+        (lambda c: c.all_gather(SIX, SIX.half(), sizes=[0, 6]), "input_tensor is torch.float16, and output_tensor is torch.float32"),
         (lambda c: c.all_gather(SIX, FOUR, sizes=[-4, 10]), "sizes [-4, 10] do not divide the 6 rows of output_tensor between 2 ranks"),
         (lambda c: c.reduce_scatter(FOUR, SIX, sizes=[6]), "sizes [6] do not divide the 6 rows of input_tensor between 2 ranks"),
         (lambda c: c.outplace_all_reduce(FOUR, SIX), "in_tensor has 4 elements, and out_tensor has 6"),
