@@ -123,8 +123,9 @@ _TYPES: dict[str, type] = {
 
 def _wrong_values(config: dict[str, Any]) -> Iterator[str]:
     for key, kind in _TYPES.items():
-        value: Any = config.get(key)
-        if value is not None and not isinstance(value, kind):
+        value = config.get(key)
+        is_right = value is None or isinstance(value, kind)
+        if not is_right:
             yield f"{key} is {value!r}"
         elif key == "architectures" and not all(isinstance(name, str) for name in value or ()):
             yield f"{key} is {value!r}, not a list of names"
