@@ -12,7 +12,8 @@ import argparse
 
 import torch
 
-from sglang_fl.dispatch.backends.flaggems.library import load, why_unavailable
+from sglang_fl.device import detect
+from sglang_fl.dispatch.backends.flaggems.library import load, why_not_here
 
 _POSITIONS = 4096
 #: tokens, query heads, kv heads, head_dim
@@ -23,9 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     args = parser.parse_args()
-    why = why_unavailable()
-    if why is not None:
-        raise SystemExit(why)
+    reason = why_not_here(detect())
+    if reason is not None:
+        raise SystemExit(reason)
     rope = load().modules.rotary_embedding.gems_rope_forward
     torch.manual_seed(0)
     for tokens, heads, kv_heads, head_dim in _SHAPES:

@@ -73,10 +73,16 @@ class OpManager:
     def use(self, settings: Settings, device: Device) -> None:
         """Ask implementations whether they are available under these settings and on this device.
 
-        A manager that is used alone takes the settings in force in the process and the device that it finds.
+        A manager that is used alone takes the settings in force in the process and the device that it finds. Where a bound layer
+        refuses the change, under a strict policy, it is taken back and the layer's error raised.
         """
-        self._given = settings, device
-        self.bump_policy_epoch()
+        before, self._given = self._given, (settings, device)
+        try:
+            self.bump_policy_epoch()
+        except BaseException:
+            self._given = before
+            self.bump_policy_epoch()
+            raise
 
     def ensure_initialized(self, plugin_modules: Sequence[str] | None = None) -> None:
         """Register every backend there is, once.

@@ -71,7 +71,7 @@ def resolve(device: Device) -> Settings:
     """
     settings = check_settings(os.environ, device, get_default_manager())
     hand_down(settings, os.environ)
-    apply(settings)
+    apply(settings, device)
     return settings
 
 
@@ -82,15 +82,16 @@ def settings_in_worker(device: Device) -> Settings:
         if inherited is None:
             return resolve(device)
         get_default_manager().ensure_initialized(inherited.plugin_modules or ())
-        apply(inherited)
+        apply(inherited, device)
         return inherited
     return _current
 
 
-def apply(settings: Settings) -> None:
+def apply(settings: Settings, device: Device) -> None:
     """Put settings in force in this process."""
     global _current
     _current = settings
     logging.getLogger("sglang_fl").setLevel("DEBUG" if settings.dispatch_debug else settings.log_level)
     open_dispatch_log(settings.dispatch_log)
+    get_default_manager().use(settings, device)
     PolicyManager.get_instance().use_settings(settings)

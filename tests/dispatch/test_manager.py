@@ -139,6 +139,24 @@ def test_availability_follows_the_settings_and_the_device_that_were_handed_in(mo
     assert flagos() == "FlagGems has nothing for thead"
 
 
+def test_settings_that_a_listener_refuses_are_not_used() -> None:
+    class Listener:
+        def look(self) -> None:
+            assert manager.plan("rms_norm").candidates, "nothing can run"
+
+    manager, cpu = OpManager(), Device("cpu", "cpu", None, "a test")
+    manager.ensure_initialized(())
+    with policy_context(SelectionPolicy(per_op_order={"rms_norm": "flagos"})), pytest.MonkeyPatch.context() as patch:  # type: ignore[arg-type]
+        patch.setattr("sglang_fl.dispatch.backends.flaggems.flaggems.why_not_here", lambda device: None)
+        manager.use(Settings(), cpu)
+        manager.plan("rms_norm")
+        listener = Listener()
+        PolicyManager.get_instance().subscribe(listener.look)
+        with pytest.raises(AssertionError, match="nothing can run"):
+            manager.use(Settings(use_flaggems=False), cpu)
+        assert manager.plan("rms_norm").candidates
+
+
 def test_a_manager_used_alone_reads_the_settings_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     for name, answer in (("settings_in_force", Settings()), ("device_here", Device("cpu", "cpu", None, "a test"))):

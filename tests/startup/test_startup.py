@@ -8,7 +8,7 @@ import pytest
 from sglang_fl import startup
 from sglang_fl.config import RESOLVED, SettingsError, get_effective_config, settings_of_parent
 from sglang_fl.device import Device
-from sglang_fl.dispatch import OpManager, get_policy, reset_default_manager
+from sglang_fl.dispatch import OpManager, SelectionPolicy, get_default_manager, get_policy, reset_default_manager
 from sglang_fl.dispatch.policy import PolicyManager
 
 CPU = Device("cpu", "cpu", None, "test")
@@ -35,6 +35,17 @@ def test_workers_get_what_the_main_process_resolved(tmp_path: Path, monkeypatch:
     assert startup.settings_in_worker(CPU) == resolved
     assert get_policy().prefer == "vendor"
     assert get_effective_config()["prefer"] == "vendor"
+
+
+def test_implementations_are_asked_by_the_settings_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the environment has changed by then."""
+    monkeypatch.setenv("USE_FLAGGEMS", "0")
+    startup.resolve(Device("nvidia", "cuda", "cuda", "test"))
+    monkeypatch.delenv("USE_FLAGGEMS")
+    policy = SelectionPolicy(per_op_order=(("rms_norm", ("flagos", "vendor")),))
+    passed_over = dict(get_default_manager().plan("rms_norm", policy).passed_over)
+    assert passed_over["default.flagos"] == "USE_FLAGGEMS=0"
+    assert passed_over["vendor.ascend"] == "its operators are for ascend, and this device is nvidia"
 
 
 def test_a_process_with_other_variables_is_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:

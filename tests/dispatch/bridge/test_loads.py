@@ -84,11 +84,11 @@ def test_bind_model_takes_the_settings_in_force(monkeypatch: pytest.MonkeyPatch)
         deterministic=SimpleNamespace(enable_deterministic_inference=False), graph=SimpleNamespace(enable_torch_compile=False)
     )
     monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: mode)
-    startup.apply(Settings(prefer="reference"))
+    startup.apply(Settings(prefer="reference"), CPU)
     assert bind.bind_model(Model(norm()), CPU).bound == 1
-    startup.apply(Settings(prefer="reference", oot_blacklist=("RMSNorm",)))
+    startup.apply(Settings(prefer="reference", oot_blacklist=("RMSNorm",)), CPU)
     assert bind.bind_model(Model(norm()), CPU).bound == 0
-    startup.apply(Settings(prefer="reference"))
+    startup.apply(Settings(prefer="reference"), CPU)
     mode.deterministic.enable_deterministic_inference = True
     assert "deterministic mode" in bind.bind_model(Model(norm()), CPU).summary()
 
