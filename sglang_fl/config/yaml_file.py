@@ -39,7 +39,7 @@ def read_mapping(path: Path, *, what: str, problems: list[str]) -> dict[Any, Ent
     """The entries of a YAML file's top-level mapping; an empty file has none.
 
     Args:
-        problems: takes what is wrong with single keys; the first of a key given twice is returned.
+        problems: takes what is wrong with single keys; of a duplicate key the first is returned.
 
     Raises:
         SettingsError: the file cannot be read, is no YAML, or is no mapping.
