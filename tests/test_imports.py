@@ -213,7 +213,7 @@ def test_backends_know_the_dispatch_types_and_not_each_other() -> None:
 
 
 def test_what_lies_at_the_root() -> None:
-    assert {path.name for path in PACKAGE.glob("*.py")} == ROOT_FILES
+    assert {path.name for path in PACKAGE.glob("*.py")} <= ROOT_FILES, "all else is in a room, and these may become one"
 
 
 @pytest.mark.parametrize("folder", SEED)
