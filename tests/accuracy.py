@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from backend_functions import reference
 
-from sglang_fl.check import exact
 from sglang_fl.check.cases import cases_of
 from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import OK
-from sglang_fl.check.exact import DTYPES, U32, Exact
+from sglang_fl.check.exact import activation, normalization, rotary
+from sglang_fl.check.exact.judge import DTYPES, U32, Exact
 from sglang_fl.check.implementation import Implementation
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 #: The activations of one input, and their results in float64.
-ELEMENTWISE = {"new_gelu": exact.new_gelu, "quick_gelu": exact.quick_gelu, "relu2": exact.relu2}
+ELEMENTWISE = {"new_gelu": activation.new_gelu, "quick_gelu": activation.quick_gelu, "relu2": activation.relu2}
 
 
 class Norm:
@@ -52,7 +52,7 @@ class Gelu:
 
 
 def assert_within(what: str, got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor, roundings: float) -> None:
-    """See :class:`sglang_fl.check.exact.Exact`; the result's dtype may be any."""
+    """See :class:`sglang_fl.check.exact.judge.Exact`; the result's dtype may be any."""
     _assert(what, (got,), (Exact("result", exact, terms, roundings),), got.dtype)
 
 
@@ -90,7 +90,7 @@ def check_cases(
 
 
 def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:
-    kept, wanted = x.clone(), exact.silu_and_mul(x)
+    kept, wanted = x.clone(), activation.silu_and_mul(x)
     got = fn(None, x)
     assert torch.equal(x, kept), "silu_and_mul wrote its input"
     _assert("silu_and_mul", (got,), wanted, x.dtype)
@@ -98,14 +98,14 @@ def check_silu_and_mul(fn: Callable[..., Any], x: torch.Tensor) -> None:
 
 def check_activation(fn: Callable[..., Any], op: str, x: torch.Tensor, approximate: str = "") -> None:
     """Of ``gelu_and_mul``, with its kind, or one of :data:`ELEMENTWISE`."""
-    kept, wanted = x.clone(), exact.gelu_and_mul(x, approximate) if op == "gelu_and_mul" else ELEMENTWISE[op](x)
+    kept, wanted = x.clone(), activation.gelu_and_mul(x, approximate) if op == "gelu_and_mul" else ELEMENTWISE[op](x)
     got = fn(Gelu(approximate), x)
     assert torch.equal(x, kept), f"{op} wrote its input"
     _assert(op, (got,), wanted, x.dtype)
 
 
 def check_rms_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor, residual: torch.Tensor | None, op: str = "rms_norm") -> None:
-    kept, wanted = x.clone(), getattr(exact, op)(x, layer.weight, layer.variance_epsilon, residual)
+    kept, wanted = x.clone(), getattr(normalization, op)(x, layer.weight, layer.variance_epsilon, residual)
     if residual is None:
         got = (fn(layer, x),)
         assert torch.equal(x, kept), f"{op} wrote x without a residual"
@@ -120,7 +120,7 @@ def check_gemma_rms_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor, r
 
 def check_layer_norm(fn: Callable[..., Any], layer: Norm, x: torch.Tensor) -> None:
     assert layer.bias is not None
-    kept, wanted = x.clone(), exact.layer_norm(x, layer.weight, layer.bias, layer.variance_epsilon)
+    kept, wanted = x.clone(), normalization.layer_norm(x, layer.weight, layer.bias, layer.variance_epsilon)
     got = fn(layer, x)
     assert torch.equal(x, kept), "layer_norm wrote its input"
     _assert("layer_norm", (got,), wanted, x.dtype)
@@ -136,7 +136,7 @@ def check_rotary_embedding(
     interleaved: bool,
     inplace: bool = False,
 ) -> None:
-    kept, wanted = (query.clone(), key.clone()), exact.rotary_embedding(query, key, cos, sin, positions, interleaved)
+    kept, wanted = (query.clone(), key.clone()), rotary.rotary_embedding(query, key, cos, sin, positions, interleaved)
     got = fn(None, query, key, cos, sin, positions, interleaved, inplace)
     if not inplace:
         assert torch.equal(query, kept[0]) and torch.equal(key, kept[1]), "rotary_embedding wrote its inputs"

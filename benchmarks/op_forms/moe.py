@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_fl.check import exact
+from sglang_fl.check.exact import moe as exact
 from sglang_fl.dispatch.backends.moe import Routing
 
 from .form import Form, Forms, Tensors, nbytes

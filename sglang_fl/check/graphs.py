@@ -9,7 +9,7 @@ import torch
 
 from .cases import Case
 from .constants import FAILED, SKIPPED
-from .exact import Verdict
+from .exact.judge import Verdict
 from .implementation import Implementation, Outcome, results
 from .tensors import refill
 

@@ -10,7 +10,7 @@ import torch
 from ..dispatch.types import Refusal
 from .cases import OPERATORS_CHECKED, Call, Case
 from .constants import FAILED, OK
-from .exact import Verdict
+from .exact.judge import Verdict
 from .tensors import changed
 
 #: What an implementation may raise to say that it does not take a call.
@@ -28,7 +28,7 @@ class Outcome:
     Attributes:
         status: ok, failed, refused or skipped.
         message: why, if it is not ok.
-        error_ulp, bound_ulp: see :class:`~sglang_fl.check.exact.Verdict`.
+        error_ulp, bound_ulp: see :class:`~sglang_fl.check.exact.judge.Verdict`.
         reference_ulp: the reference's error in the same case.
         time_ratio: its time over the reference's.
         broken: the device may not be usable in this process any more.

@@ -30,7 +30,7 @@ from ..dispatch.types import OpImpl
 from .cases import OPERATORS_CHECKED, Case, cases_of
 from .check_case import check_case
 from .constants import IN_FLOAT64
-from .exact import DTYPES
+from .exact.judge import DTYPES
 from .implementation import Implementation, Outcome
 
 _PACKAGES = ("torch", "triton", "sglang", "flag_gems", "torch_npu")

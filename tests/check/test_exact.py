@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from sglang_fl.check.exact import DTYPES, Exact, silu_and_mul, smallest, u
+from sglang_fl.check.exact.activation import silu_and_mul
+from sglang_fl.check.exact.judge import DTYPES, Exact, smallest, u
 
 INF, NAN = math.inf, math.nan
 

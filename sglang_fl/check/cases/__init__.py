@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from .. import exact
 from ..constants import BATCH, COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SPECIAL, THREADS, UNUSUAL
+from ..exact.judge import DTYPES
 from . import activation, gated_delta_rule, moe, normalization, rotary
 from .call import Call, Case, Operator
 
@@ -35,7 +35,7 @@ def cases_of(
     operator = OPERATORS_CHECKED[op]
     on_cpu = device.type == "cpu"
     sizes = _QUICK if quick else _CPU if on_cpu else _ACCELERATOR
-    names = [str(dtype).removeprefix("torch.") for dtype in exact.DTYPES if dtypes is None or dtype in dtypes]
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtypes is None or dtype in dtypes]
     names.sort(key=lambda name: name != "bfloat16")  # the dtype of serving first
     for dtype in names:
         case = partial(Case, op, dtype=dtype)

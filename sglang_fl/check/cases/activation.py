@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from .. import exact
-from ..exact import Exact
+from ..exact import activation as exact
+from ..exact.judge import Exact
 from .call import Call, Draw, Layer, Named, Operator, scaled_rows
 
 

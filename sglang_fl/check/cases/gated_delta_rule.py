@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from .. import exact
+from ..exact import gated_delta_rule as exact
 from .call import Call, Draw, Layer, Named, Operator
 
 #: Keys of 32 numbers of this size have a squared norm near 1e-6, which is what is added to it.

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import exact
-from ..exact import Exact, Experts, Routed, Routing
+from ..exact import moe as exact
+from ..exact.judge import Exact
+from ..exact.moe import Experts, Routed, Routing
 from .call import Call, Draw, Layer, Named, Operator
 
 #: Two experts' choices differ by more than this at the place where one is taken and the other is not.

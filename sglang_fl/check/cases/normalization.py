@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from .. import exact
-from ..exact import Exact
+from ..exact import normalization as exact
+from ..exact.judge import DTYPES, Exact
 from .call import Call, Draw, Layer, Named, Operator, scaled_rows
 
 _SHAPES = ((0, 128), (2, 0, 64), (3, 1), (5, 33), (33, 80), (3, 5000), (3, 16384), (4, 7, 512), (128,), (2, 3, 4, 32))
@@ -69,7 +69,7 @@ class _Norm:
     def unusual(self) -> Iterator[Named]:
         for shape in _SHAPES:
             yield from self._with_residuals(f"shape {shape}", shape=shape)
-        for dtype in exact.DTYPES:
+        for dtype in DTYPES:
             yield from self._with_residuals(f"weights in {dtype}", shape=(7, 256), weight_dtype=dtype)
         for eps in (1e-5, 1e-2, 0.0):
             yield f"epsilon {eps}", partial(self._drawn, shape=(7, 256), scale=0.1, eps=eps)

@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from .. import exact
-from ..exact import Exact
+from ..exact import rotary as exact
+from ..exact.judge import Exact
 from .call import Call, Draw, Layer, Make, Named, Operator, inputs_of, scaled_rows
 
 

@@ -12,7 +12,7 @@ import torch
 from accuracy import Norm, assert_within
 from torch import nn
 
-from sglang_fl.check import exact
+from sglang_fl.check.exact import normalization as exact
 from sglang_fl.config import Settings
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
