@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ProcessGroupFlagCX: the ``torch.distributed`` backend ``flagcx``."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -109,63 +110,42 @@ class ProcessGroupFlagCX(Backend):
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> Work | None:
         root = opts.rootRank
-        return self._run(_each(tensors, lambda c, t: c.broadcast(t, root)), tensors, tensors, asynchronous=opts.asyncOp)
+        return self._run(_each(lambda c, t: c.broadcast(t, root), tensors), tensors, tensors, asynchronous=opts.asyncOp)
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any) -> Work | None:
         op = opts.reduceOp
-        return self._run(_each(tensors, lambda c, t: c.all_reduce(t, op)), tensors, tensors, asynchronous=opts.asyncOp)
+        return self._run(_each(lambda c, t: c.all_reduce(t, op), tensors), tensors, tensors, asynchronous=opts.asyncOp)
 
     allreduce_coalesced = allreduce
 
     def reduce(self, tensors: list[torch.Tensor], opts: Any) -> Work | None:
         root, op = opts.rootRank, opts.reduceOp
-        return self._run(_each(tensors, lambda c, t: c.reduce(t, root, op)), tensors, tensors, asynchronous=opts.asyncOp)
+        return self._run(_each(lambda c, t: c.reduce(t, root, op), tensors), tensors, tensors, asynchronous=opts.asyncOp)
 
     def allgather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
-        pairs = list(zip(output_tensors, input_tensors, strict=True))
-
-        def gather(communicator: CommunicatorFL) -> None:
-            for outputs, tensor in pairs:
-                communicator.all_gather_list(outputs, tensor)
-
+        gather = _each(CommunicatorFL.all_gather_list, output_tensors, input_tensors)
         tensors = [*input_tensors, *(t for outputs in output_tensors for t in outputs)]
         return self._run(gather, tensors, output_tensors[0], asynchronous=opts.asyncOp)
 
     def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any) -> Work | None:
-        return self._run(lambda c: c.all_gather(output, tensor), (tensor, output), [output], asynchronous=opts.asyncOp)
+        return self.all_gather_single_coalesced([output], [tensor], opts)
 
     def all_gather_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
-        pairs = list(zip(outputs, tensors, strict=True))
-
-        def gather(communicator: CommunicatorFL) -> None:
-            with communicator.group():
-                for output, tensor in pairs:
-                    communicator.all_gather(output, tensor)
-
+        gather = _each(CommunicatorFL.all_gather, outputs, tensors)
         return self._run(gather, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
     def reduce_scatter(self, output_tensors: list[torch.Tensor], input_tensors: list[list[torch.Tensor]], opts: Any) -> Work | None:
-        op, pairs = opts.reduceOp, list(zip(output_tensors, input_tensors, strict=True))
-
-        def scatter(communicator: CommunicatorFL) -> None:
-            for output, tensors in pairs:
-                communicator.reduce_scatter_list(output, tensors, op)
-
+        op = opts.reduceOp
+        scatter = _each(lambda c, output, tensors: c.reduce_scatter_list(output, tensors, op), output_tensors, input_tensors)
         tensors = [*output_tensors, *(t for inputs in input_tensors for t in inputs)]
         return self._run(scatter, tensors, output_tensors, asynchronous=opts.asyncOp)
 
     def reduce_scatter_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any) -> Work | None:
-        op = opts.reduceOp
-        return self._run(lambda c: c.reduce_scatter(output, tensor, op), (tensor, output), [output], asynchronous=opts.asyncOp)
+        return self.reduce_scatter_single_coalesced([output], [tensor], opts)
 
     def reduce_scatter_single_coalesced(self, outputs: list[torch.Tensor], tensors: list[torch.Tensor], opts: Any) -> Work | None:
-        op, pairs = opts.reduceOp, list(zip(outputs, tensors, strict=True))
-
-        def scatter(communicator: CommunicatorFL) -> None:
-            with communicator.group():
-                for output, tensor in pairs:
-                    communicator.reduce_scatter(output, tensor, op)
-
+        op = opts.reduceOp
+        scatter = _each(lambda c, output, tensor: c.reduce_scatter(output, tensor, op), outputs, tensors)
         return self._run(scatter, (*tensors, *outputs), outputs, asynchronous=opts.asyncOp)
 
     def gather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor], opts: Any) -> Work | None:
@@ -214,10 +194,10 @@ class ProcessGroupFlagCX(Backend):
         return [(tensor, rank) for rank, tensor in enumerate(tensors)]
 
     def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Work | None:
-        return self._run(_each(tensors, lambda c, t: c.send(t, dst)), tensors, tensors, asynchronous=True)
+        return self._run(_each(lambda c, t: c.send(t, dst), tensors), tensors, tensors, asynchronous=True)
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Work | None:
-        return self._run(_each(tensors, lambda c, t: c.recv(t, src)), tensors, tensors, asynchronous=True)
+        return self._run(_each(lambda c, t: c.recv(t, src), tensors), tensors, tensors, asynchronous=True)
 
     def barrier(self, opts: Any) -> Work | None:
         """Returns once every rank has come here; it stops the host, as a barrier is meant to."""
@@ -244,10 +224,14 @@ class ProcessGroupFlagCX(Backend):
                 communicator.close(abort=abort)
 
 
-def _each(tensors: Sequence[torch.Tensor], operation: Callable[[CommunicatorFL, torch.Tensor], None]) -> Callable[[CommunicatorFL], None]:
+def _each(operation: Callable[..., None], *lists: Sequence[Any]) -> Callable[[CommunicatorFL], None]:
+    """Calls an operation with the first elements of the lists, with the second ones, …: several as one group."""
+    calls = list(zip(*lists, strict=True))
+
     def run(communicator: CommunicatorFL) -> None:
-        for tensor in tensors:
-            operation(communicator, tensor)
+        with communicator.group() if len(calls) > 1 else contextlib.nullcontext():
+            for arguments in calls:
+                operation(communicator, *arguments)
 
     return run
 
