@@ -2,6 +2,7 @@
 """The one moment of Layers 1 and 2: a model was loaded; its layers and functions are bound, then ATen operators replaced."""
 
 import logging
+from typing import Any
 
 import torch
 
@@ -38,7 +39,9 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
             "sglang-fl: with --enable-torch-compile SGLang compiles its own plain-PyTorch forward of each layer into the graphs of "
             "small batches (--torch-compile-max-bs); bound layers serve elsewhere",
         )
-    logger.log(level, replace_operators(settings, device, deterministic=deterministic).summary())
+    captures_graphs = _captures_graphs(execution)
+    operators = replace_operators(settings, device, deterministic=deterministic, captures_graphs=captures_graphs)
+    logger.log(level, operators.summary())
     return report
 
 
@@ -48,6 +51,12 @@ def _process_binder() -> Binder:
     if _binder is None or _binder.manager is not manager:
         _binder = Binder(manager)
     return _binder
+
+
+def _captures_graphs(execution: Any) -> bool:
+    """Whether SGLang will capture graphs of the model, in decode or in prefill."""
+    config = getattr(execution.graph, "cuda_graph_config", None)
+    return config is not None and any(phase.backend != "disabled" for phase in (config.decode, config.prefill))
 
 
 def _log_level() -> int:

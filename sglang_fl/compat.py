@@ -107,6 +107,18 @@ LAYERS: Shapes = {
 LAYER_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
 #: What the hook on SGLang's groups reads, among other parameters; checked where FlagCX is chosen.
 GROUPS: Shapes = {"sglang.srt.distributed.parallel_state:GroupCoordinator.__init__": ("torch_distributed_backend", "use_pynccl")}
+#: What the hooks around the capture of graphs rely on; checked where ``flagos_scope`` is ``graphs``.
+GRAPHS: Shapes = {
+    "sglang.srt.model_executor.runner_backend.utils:resolve_decode_backend": ("cuda_graph_runner",),
+    "sglang.srt.model_executor.runner_backend.utils:resolve_prefill_backend": ("cuda_graph_runner",),
+    "sglang.srt.model_executor.runner_backend.base_cuda_graph_backend:BaseCudaGraphBackend.capture_one": (
+        "self",
+        "shape_key",
+        "forward_fn",
+        "capture_inputs",
+        "post_warmup_hook",
+    ),
+}
 #: What the bridges of the gated delta rule rely on; checked where a model has such layers.
 GATED_DELTA_RULE: Shapes = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
@@ -209,6 +221,12 @@ def binding_problems() -> tuple[str, ...]:
 def gated_delta_rule_problems() -> tuple[str, ...]:
     """What differs in SGLang from what the bridges of the gated delta rule rely on. Imports its kernels."""
     return tuple(_differences(GATED_DELTA_RULE))
+
+
+@cache
+def graph_problems() -> tuple[str, ...]:
+    """What differs in SGLang from what the hooks around the capture of graphs rely on."""
+    return tuple(_differences(GRAPHS))
 
 
 def group_problems() -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 1: what is registered with PyTorch's dispatcher, with the real FlagGems and no device."""
 
+import inspect
 import logging
 import os
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 import torch
 from flaggems_here import gems
 
-from sglang_fl import aten
-from sglang_fl.aten import AtenOperators, AtenReport, Recorder, replace_operators, restore_operators, why_off
+from sglang_fl import aten, compat
+from sglang_fl.aten import AtenOperators, AtenReport, Recorder, replace_operators, restore_operators, scope, why_off
 from sglang_fl.config import Settings, Source
 from sglang_fl.device import Device
+from sglang_fl.dispatch.backends.flaggems.library import NOT_INSTALLED
 from sglang_fl.startup.words import flaggems_functions
 
 __all__ = ["gems"]
@@ -102,6 +104,110 @@ def test_a_user_who_prefers_flagos_gets_all_that_is_not_broken(gems: ModuleType)
         assert report.left_by_reason()["flagos_broken (the test's flagos_broken)"] == ["mul"]
 
 
+def test_functions_can_be_switched_one_by_one(gems: ModuleType) -> None:
+    operators = AtenOperators(settings(flagos_whitelist=("mul", "mm")))
+    with pytest.raises(RuntimeError, match="is off"):
+        operators.switch("mul", on=False)
+    with operators:
+        operators.switch("mul", on=False)
+        operators.switch("mul", on=False)
+        assert not is_ours("mul.Tensor") and is_ours("mm")
+        operators.switch("mul", on=True)
+        assert is_ours("mul.Tensor")
+        operators.switch("mm", on=False)
+        with pytest.raises(ValueError, match=r"replaces nothing with 'mmm' here; did you mean 'mm'\?"):
+            operators.switch("mmm", on=True)
+    assert not is_ours("mul.Tensor") and not is_ours("mm")
+    with operators:
+        assert is_ours("mul.Tensor") and is_ours("mm"), "enabling switches all of them on"
+
+
+def test_a_thousand_switches_leave_the_dispatcher_as_it_was(gems: ModuleType) -> None:
+    """Also of functions that replace several operators."""
+    operators = AtenOperators(Settings())
+    keys = [key for key, _ in operators.enable().replaced]
+    operators.disable()
+    before = {key: torch._C._dispatch_dump(f"aten::{key}") for key in keys}
+    several = [function for function, rows in operators._functions.items() if len(rows) > 1]
+    assert len(several) > 10
+    with operators:
+        for _ in range(1000 // (2 * len(several)) + 1):
+            for on in (False, True):
+                for function in several:
+                    operators.switch(function, on)
+    assert {key: torch._C._dispatch_dump(f"aten::{key}") for key in keys} == before
+
+
+class Backend:
+    """Stands for one of SGLang's graph backends: what it captures tells whose operator is in force."""
+
+    def capture_one(self, shape_key: int, forward_fn: Any) -> bool:
+        forward_fn()
+        return is_ours("mul.Tensor")
+
+
+@pytest.fixture
+def resolvers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """SGLang's two functions that give a runner its graph backend, which need a GPU here."""
+    from sglang.srt.model_executor.runner_backend import utils
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for target in scope.RESOLVERS:
+        name = target.rpartition(".")[2]
+        assert len(inspect.signature(getattr(utils, name)).parameters) == 1
+        monkeypatch.setattr(utils, name, lambda cuda_graph_runner: Backend())
+    yield utils
+    restore_operators()
+    HookRegistry.reset()
+    scope._hooked.clear()
+
+
+def in_graphs(**values: Any) -> Settings:
+    return settings(flagos_whitelist=("mul",), flagos_scope="graphs", **values)
+
+
+def test_in_graphs_operators_are_in_force_while_a_graph_is_captured(gems: ModuleType, resolvers: ModuleType) -> None:
+    report = replace_operators(in_graphs(), NVIDIA, captures_graphs=True)
+    assert dict(report.replaced)["mul.Tensor"] == "mul" and "with 1 functions in graphs" in report.summary()
+    assert not is_ours("mul.Tensor")
+    for resolve in (resolvers.resolve_decode_backend, resolvers.resolve_prefill_backend):
+        backend = resolve(None)
+        for _ in range(2):
+            assert backend.capture_one(1, forward_fn=lambda: None)
+            assert not is_ours("mul.Tensor")
+        with pytest.raises(ArithmeticError):
+            backend.capture_one(1, forward_fn=lambda: 1 / 0)
+        assert not is_ours("mul.Tensor"), "also after an exception"
+    restore_operators()
+    assert not backend.capture_one(1, forward_fn=lambda: None)
+
+
+def test_a_second_load_with_another_scope_is_followed(gems: ModuleType, resolvers: ModuleType) -> None:
+    replace_operators(in_graphs(), NVIDIA, captures_graphs=True)
+    backend = resolvers.resolve_decode_backend(None)
+    replace_operators(settings(flagos_whitelist=("mul",)), NVIDIA, captures_graphs=True)
+    assert is_ours("mul.Tensor")
+    replace_operators(in_graphs(), NVIDIA, captures_graphs=True)
+    assert not is_ours("mul.Tensor") and backend.capture_one(1, forward_fn=lambda: None)
+
+
+def test_where_no_graph_is_captured_nothing_is_replaced_and_the_log_says_so(gems: ModuleType) -> None:
+    report = replace_operators(in_graphs(), NVIDIA, captures_graphs=False)
+    assert report.off == "flagos_scope is graphs (the test's flagos_scope), and this server captures none; everywhere is slower"
+    assert not is_ours("mul.Tensor")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_hook_that_sglang_does_not_take(gems: ModuleType, monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    monkeypatch.setattr(scope, "hook", lambda target, function: False)
+    if strict:
+        with pytest.raises(RuntimeError, match=r"did not take the hook on .*resolve_decode_backend"):
+            replace_operators(in_graphs(strict=True), NVIDIA, captures_graphs=True)
+    else:
+        assert "did not take the hook" in str(replace_operators(in_graphs(), NVIDIA, captures_graphs=True).off)
+    assert not is_ours("mul.Tensor") and scope._in_graphs is None
+
+
 def test_one_set_at_a_time(gems: ModuleType) -> None:
     with AtenOperators(settings(flagos_whitelist=("mul",))):
         other = AtenOperators(settings(flagos_whitelist=("add",)))
@@ -180,7 +286,7 @@ def test_a_flaggems_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, cap
     def fails() -> ModuleType:
         raise RuntimeError("No device were detected")
 
-    monkeypatch.setattr(aten, "load", fails)
+    monkeypatch.setattr(aten.operators, "load", fails)
     if strict:
         with pytest.raises(RuntimeError, match="No device"):
             replace_operators(settings(strict=True), NVIDIA)
@@ -247,7 +353,7 @@ def test_recorded_operators_are_replaced_all_the_same(gems: ModuleType, tmp_path
 def test_nothing_stays_replaced_where_the_report_fails(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A FlagGems that lacks what the report asks: what the log then says must be true."""
     monkeypatch.delattr(gems, "vendor_name")
-    monkeypatch.setattr(aten, "_exclusion_reason", lambda gems, *_: gems.vendor_name)
+    monkeypatch.setattr(aten.operators, "_exclusion_reason", lambda gems, *_: gems.vendor_name)
     report = replace_operators(settings(flagos_blacklist=("mul",)), NVIDIA)
     assert report.off is not None and "vendor_name" in report.off
     assert not is_ours("add.Tensor")
@@ -311,25 +417,32 @@ def test_another_set_that_is_on_is_not_reported_as_off(gems: ModuleType) -> None
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_flaggems_that_is_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
-    monkeypatch.setattr(aten, "why_not_here", lambda _: aten.NOT_INSTALLED)
+    monkeypatch.setattr(aten.layer, "why_not_here", lambda _: NOT_INSTALLED)
     wanted = settings(flagos_whitelist=("mul",), strict=strict)
     if strict:
         with pytest.raises(RuntimeError, match="FlagGems is not installed"):
             replace_operators(wanted, NVIDIA)
     else:
-        assert replace_operators(wanted, NVIDIA).off == aten.NOT_INSTALLED
-    assert replace_operators(Settings(strict=strict), NVIDIA).off == aten.NOT_INSTALLED, "nobody asked for it"
+        assert replace_operators(wanted, NVIDIA).off == NOT_INSTALLED
+    assert replace_operators(Settings(strict=strict), NVIDIA).off == NOT_INSTALLED, "nobody asked for it"
 
 
 def test_a_record_is_not_less_than_the_level_of_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(aten.logger, "level", logging.NOTSET)
+    monkeypatch.setattr(aten.recorder.logger, "level", logging.NOTSET)
     monkeypatch.setattr(logging.getLogger("sglang_fl"), "level", logging.ERROR)
-    aten.logger.manager._clear_cache()  # type: ignore[attr-defined]
+    aten.recorder.logger.manager._clear_cache()  # type: ignore[attr-defined]
     Recorder(settings(flaggems_record=True)).recording("mm", mul)(1, 2)
     assert "aten::mm" in caplog.text
-    aten.logger.setLevel(logging.NOTSET)
+    aten.recorder.logger.setLevel(logging.NOTSET)
 
 
 def test_a_path_for_a_record_that_is_off(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     replace_operators(settings(flaggems_log_path=str(tmp_path / "a.log")), CPU)
     assert "SGLANG_FLAGGEMS_RECORD is not" in caplog.text
+
+
+def test_another_way_to_capture_graphs_is_no_scope(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.graph_problems() == ()
+    monkeypatch.setattr(scope, "graph_problems", lambda: ("resolve_decode_backend is missing",))
+    assert "resolve_decode_backend is missing" in str(replace_operators(in_graphs(), NVIDIA, captures_graphs=True).off)
+    assert not is_ours("mul.Tensor")

@@ -155,6 +155,7 @@ _OPTIONS = (
     Option("flagos_blacklist", "SGLANG_FL_FLAGOS_BLACKLIST", True, None, _names, "These FlagGems functions do not replace ATen operators.", "flaggems"),
     Option("flagos_faster", None, False, None, _names, "The FlagGems functions measured as not slower: those in use by default.", "flaggems", "flagos_whitelist"),
     Option("flagos_broken", None, False, None, _names, "The FlagGems functions measured or reported as wrong.", "flaggems", "flagos_blacklist"),
+    Option("flagos_scope", "SGLANG_FL_FLAGOS_SCOPE", True, "everywhere", _choice(("graphs", "everywhere"), str.lower), "Where FlagGems functions replace ATen operators: graphs (only while SGLang captures graphs) or everywhere."),
     Option("flaggems_record", "SGLANG_FLAGGEMS_RECORD", False, False, _boolean, "1 logs the ATen operators that FlagGems replaced, as they run."),
     Option("flaggems_log_path", "SGLANG_FLAGGEMS_LOG_PATH", False, None, _text, "The file for that log."),
     Option("flaggems_log_once", "SGLANG_FLAGGEMS_LOG_ONCE", False, True, _boolean, "1 logs each operator once."),

@@ -46,6 +46,7 @@ class Settings:
     flagos_blacklist: tuple[str, ...] | None = None
     flagos_faster: tuple[str, ...] | None = None
     flagos_broken: tuple[str, ...] | None = None
+    flagos_scope: str = "everywhere"
     flaggems_record: bool = False
     flaggems_log_path: str | None = None
     flaggems_log_once: bool = True

@@ -265,7 +265,7 @@ def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path, monkeypatch: py
     text = profile(ops, aten, runs, "made-up")
     assert text == profile(ops, aten | {"rows": aten["rows"][::-1]}, runs, "made-up")
     found = yaml.safe_load(text)
-    assert set(found) == {"op_backends", "flagos_faster"}
+    assert set(found) == {"op_backends", "flagos_faster", "flagos_scope"}
     assert found["flagos_faster"] == ["abs", "cos"]
     assert found["op_backends"] == {op: ["flagos", "sglang"] if op == "rms_norm" else ["sglang"] for op in OPERATORS}
     assert "# neg: 1.50 times PyTorch's time in a graph (16x1024 bf16)\n" in text

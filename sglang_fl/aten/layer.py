@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 1 of this process: which operators are replaced, and where."""
+
+import logging
+from dataclasses import replace
+
+from ..config import Settings
+from ..config.settings import PROFILE
+from ..device import Device
+from ..dispatch.backends.flaggems.library import NOT_INSTALLED, why_not_here
+from .operators import AtenOperators, AtenReport
+from .scope import use_in_graphs
+
+logger = logging.getLogger("sglang_fl.aten")
+
+_operators: "AtenOperators | None" = None
+
+
+def replace_operators(settings: Settings, device: Device, *, deterministic: bool = False, captures_graphs: bool = False) -> AtenReport:
+    """Switch Layer 1 on in a process that runs a model, if the settings ask for it. With other settings than
+    the last time, what was on before is switched off first.
+
+    Args:
+        deterministic: the server runs with ``--enable-deterministic-inference``.
+        captures_graphs: SGLang will capture graphs of the model; with ``flagos_scope: graphs`` the operators are in force there alone.
+
+    Raises:
+        RuntimeError: another :class:`AtenOperators` is on; under ``strict``, FlagGems or an operator cannot be used, or a
+            user asks for FlagGems where it is not installed.
+    """
+    global _operators
+    if settings.flaggems_log_path and not settings.flaggems_record:
+        logger.warning("SGLANG_FLAGGEMS_LOG_PATH is set, and SGLANG_FLAGGEMS_RECORD is not: nothing will be recorded")
+    off = why_off(settings, device, deterministic=deterministic, captures_graphs=captures_graphs)
+    if off is not None:
+        restore_operators()
+        asked = settings.source("flagos_whitelist").precedence > PROFILE or settings.source("use_flaggems").precedence > PROFILE
+        if settings.strict and off == NOT_INSTALLED and asked:
+            raise RuntimeError(f"sglang-fl: no ATen operator is replaced: {off} (strict is set)")
+        return AtenReport(off=off)
+    if _operators is not None and _operators.settings != settings:
+        restore_operators()
+    if _operators is None:
+        operators = AtenOperators(settings)
+        try:
+            _put_in_force(operators)
+        except Exception as error:
+            if settings.strict or AtenOperators._on is not None:
+                raise
+            message = f"FlagGems could not be switched on: {type(error).__name__}: {error}"
+            logger.warning(message, exc_info=True)
+            return AtenReport(off=message)
+        _operators = operators
+    return _operators.report
+
+
+def restore_operators() -> None:
+    """Switch Layer 1 off again in this process."""
+    global _operators
+    use_in_graphs(None)
+    if _operators is not None:
+        _operators.disable()
+        _operators = None
+
+
+def _put_in_force(operators: AtenOperators) -> None:
+    operators.enable()
+    if operators.settings.flagos_scope == "graphs":
+        operators.disable()
+        operators.report = replace(operators.report, in_graphs=True)
+        use_in_graphs(operators)
+
+
+def why_off(settings: Settings, device: Device, *, deterministic: bool = False, captures_graphs: bool = True) -> str | None:
+    """Why no ATen operator is to be replaced, or None. FlagGems is not imported to find out.
+
+    Args:
+        deterministic: the server runs with ``--enable-deterministic-inference``, and no FlagGems
+            function is declared batch-invariant.
+        captures_graphs: whether SGLang will capture graphs of the model.
+    """
+    if not settings.use_flaggems:
+        return f"USE_FLAGGEMS=0 ({settings.source('use_flaggems')})"
+    if settings.flagos_functions == ():
+        key = settings.flagos_key
+        state = "names only excluded functions" if getattr(settings, key) else "is empty"
+        return f"{key} {state} ({settings.source(key)})"
+    if deterministic:
+        return "deterministic mode"
+    if settings.flagos_scope == "graphs" and not captures_graphs:
+        return f"flagos_scope is graphs ({settings.source('flagos_scope')}), and this server captures none; everywhere is slower"
+    return why_not_here(device)

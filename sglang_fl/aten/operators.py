@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's own operators (ATen), replaced by FlagGems's kernels in this process.
+
+FlagGems registers its functions with PyTorch's dispatcher, for the device's key. What was registered, and
+what was not and why, is in an :class:`AtenReport`. Each function has a ``torch.library.Library`` of its own, so that it can be
+switched alone.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any, ClassVar
+
+import torch
+
+from ..config import Settings
+from ..dispatch.backends.flaggems.library import load
+from ..utils.suggest import suggest
+from .recorder import Recorder
+
+logger = logging.getLogger("sglang_fl.aten")
+
+Function = Callable[..., Any]
+
+_UNKNOWN_OPERATOR = "this PyTorch has no such operator"
+
+
+@dataclass(frozen=True)
+class AtenReport:
+    """What Layer 1 did.
+
+    Attributes:
+        replaced: (ATen operator, FlagGems function), as in ``("mul.Tensor", "mul")``.
+        left: (ATen operator, FlagGems function, reason) of what FlagGems has and PyTorch keeps.
+        off: why the layer is off as a whole, or None.
+        in_graphs: whether FlagGems's functions are in force only where SGLang captures a graph.
+    """
+
+    replaced: tuple[tuple[str, str], ...] = ()
+    left: tuple[tuple[str, str, str], ...] = ()
+    off: str | None = None
+    in_graphs: bool = False
+
+    def summary(self) -> str:
+        """One line for the server's log."""
+        if self.off is not None:
+            return f"sglang-fl: no ATen operator is replaced: {self.off}"
+        functions = {function for _, function in self.replaced}
+        where = " in graphs" if self.in_graphs else ""
+        return (
+            f"sglang-fl: FlagGems replaces {len(self.replaced)} ATen operators with {len(functions)} functions{where}, "
+            f"{len(self.left)} left"
+        )
+
+    def left_by_reason(self) -> dict[str, list[str]]:
+        """Reason -> the FlagGems functions that were left for it."""
+        reasons: dict[str, dict[str, None]] = {}
+        for _, function, reason in self.left:
+            reasons.setdefault(reason, {})[function] = None
+        return {reason: list(functions) for reason, functions in reasons.items()}
+
+
+class AtenOperators:
+    """The ATen operators that the settings give to FlagGems: on and off, as often as needed, together or function by function.
+
+    Usable in a ``with`` statement. One set at a time is on in a process.
+    """
+
+    _on: ClassVar["AtenOperators | None"] = None
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.report = AtenReport()
+        self._registrar: Any = None
+        #: FlagGems function -> the ATen operators that it replaces, each with what is registered for it.
+        self._functions: dict[str, list[tuple[str, Function]]] = {}
+        self._libraries: dict[str, torch.library.Library] = {}
+
+    def enable(self) -> AtenReport:
+        """Register FlagGems's functions with PyTorch, from the next call of an operator on. The first time costs FlagGems's import.
+
+        Raises:
+            RuntimeError: another set of operators is on; FlagGems finds no device; under ``strict``, an
+                operator could not be registered, or one that the settings list is not replaced.
+            ImportError: FlagGems is not installed.
+        """
+        if AtenOperators._on is self:
+            return self.report
+        if AtenOperators._on is not None:
+            raise RuntimeError("another set of ATen operators is replaced already; disable() it first")
+        AtenOperators._on = self
+        try:
+            if self._registrar is None:
+                self._enable_first()
+            else:
+                for function in self._functions:
+                    self._register(function)
+        except BaseException:
+            self.disable()
+            raise
+        return self.report
+
+    def disable(self) -> None:
+        """Give every operator back to PyTorch."""
+        if AtenOperators._on is not self:
+            return
+        for function in list(self._libraries):
+            self._libraries.pop(function)._destroy()
+        AtenOperators._on = None
+
+    def switch(self, function: str, on: bool) -> None:
+        """Switch a single FlagGems function, with all ATen operators that it replaces, while this set is on.
+
+        Raises:
+            RuntimeError: the set is off.
+            ValueError: the set has no such function.
+        """
+        if AtenOperators._on is not self:
+            raise RuntimeError("this set of ATen operators is off; enable() it first")
+        if function not in self._functions:
+            raise ValueError(f"FlagGems replaces nothing with {function!r} here{suggest(function, list(self._functions))}")
+        if on and function not in self._libraries:
+            self._register(function)
+        elif not on and function in self._libraries:
+            self._libraries.pop(function)._destroy()
+
+    def __enter__(self) -> AtenReport:
+        return self.enable()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.disable()
+
+    def _enable_first(self) -> None:
+        """Ask FlagGems what it has here, register it, and report what became of each operator."""
+        gems = load()
+        collected = _collect(gems, self.settings)
+        registrar = gems.current_work_registrar
+        failed: dict[str, str] = {}
+        for key, fn in collected:
+            # PyTorch takes a kernel for an operator that it does not have, and never calls it.
+            if not torch._C._dispatch_has_kernel(f"aten::{key}"):
+                failed[key] = _UNKNOWN_OPERATOR
+            else:
+                self._functions.setdefault(fn.__name__, []).append((key, fn))
+        self._registrar = registrar
+        for function in list(self._functions):
+            failed |= self._register(function)
+        replaced = {key: name for name, rows in self._functions.items() for key, _ in rows}
+        left = [
+            (key, function, failed.get(key) or _exclusion_reason(gems, self.settings, key, function))
+            for function, rows in gems.FULL_CONFIG_BY_FUNC.items()
+            for key, *_ in rows
+            if key not in replaced
+        ]
+        try:
+            self._check_left(left, failed)
+        except BaseException:
+            self._registrar = None  # asked anew the next time
+            raise
+        self.report = AtenReport(tuple(replaced.items()), tuple(left))
+
+    def _register(self, function: str) -> dict[str, str]:
+        """Register a function; its operators that cannot be are dropped, and returned with the reason."""
+        registrar, failed = self._registrar, {}
+        registrar.lib = self._libraries[function] = torch.library.Library("aten", "IMPL")
+        for key, fn in self._functions[function]:
+            try:
+                registrar.register(key, fn)
+            except Exception as error:
+                failed[key] = f"it could not be registered: {error}"
+        if failed:
+            self._functions[function] = [(key, fn) for key, fn in self._functions[function] if key not in failed]
+        return failed
+
+    def _check_left(self, left: list[tuple[str, str, str]], failed: dict[str, str]) -> None:
+        """Warn of operators that the settings list and PyTorch keeps, and of failed registrations; under ``strict``, raise."""
+        settings = self.settings
+        listed = settings.flagos_functions or ()
+        for key, function, reason in left:
+            if function in listed or (key in failed and reason != _UNKNOWN_OPERATOR):
+                by = f" ({settings.source(settings.flagos_key)} names {function})" if function in listed else ""
+                message = f"aten::{key}: {reason}; PyTorch's own kernel is used{by}"
+                if settings.strict:
+                    raise RuntimeError(f"sglang-fl: {message} (strict is set)")
+                logger.warning(message)
+
+
+def _collect(gems: ModuleType, settings: Settings) -> list[tuple[str, Function]]:
+    """What FlagGems would register of what the settings select: (ATen operator, function). Nothing is registered yet."""
+    collected: list[tuple[str, Function]] = []
+    recorder = Recorder(settings) if settings.flaggems_record else None
+
+    class Registrar(gems.registrar):  # type: ignore[name-defined]
+        """FlagGems's own, which is asked later, for each function."""
+
+        def register_impl(self, key: str, fn: Function) -> None:
+            collected.append((key, recorder.recording(key, fn) if recorder else fn))
+
+        def register(self, key: str, fn: Function) -> None:
+            super().register_impl(key, fn)
+
+    selected = settings.flagos_functions
+    if selected is not None:
+        gems.only_enable(lib=None, include=list(selected), registrar=Registrar)
+    else:
+        excluded = [function for function in gems.FULL_CONFIG_BY_FUNC if settings.flagos_exclusion_reason(function)]
+        gems.enable(lib=None, unused=excluded, registrar=Registrar)
+    return collected
+
+
+def _exclusion_reason(gems: ModuleType, settings: Settings, key: str, function: str) -> str:
+    """Why an operator whose registration was not tried stays with PyTorch."""
+    reason = settings.flagos_exclusion_reason(function)
+    if reason is not None:
+        return reason
+    if function in gems.current_work_registrar.get_unused_ops():
+        return f"FlagGems leaves it out on {gems.vendor_name}"
+    if key in gems.current_work_registrar.cpp_patched_ops:
+        return "FlagGems's C++ extension has it"
+    return "FlagGems's condition for it does not hold with this PyTorch"
