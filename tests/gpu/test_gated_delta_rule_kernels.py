@@ -59,6 +59,8 @@ def one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_against_float64(op: str, kind: str, dtype: torch.dtype) -> None:
     plan = OpManager().plan(op, SelectionPolicy(per_op_order=((op, (kind,)),)))
+    if op == "fused_recurrent_gated_delta_rule" and kind != "reference":
+        pytest.skip("nothing in SGLang calls it: only the reference has it")
     assert plan.candidates, plan.describe()
     impl = plan.candidates[0]
     dtypes = impl.dtypes()

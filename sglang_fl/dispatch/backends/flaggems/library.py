@@ -26,85 +26,40 @@ _DETECTORS = ("flag_gems.runtime.backend.device_finder", "flag_gems.runtime.back
 
 #: What we call of FlagGems, by file: function or class.method -> the parameters it must begin with, and behind "*" those that we
 #: hand over by name. Others must have defaults.
-_SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
-    "__init__.py": {
-        "enable": ("lib", "unused", "registrar"),
-        "only_enable": ("lib", "include", "registrar"),
-    },
-    "runtime/register.py": {
-        "Register.register_impl": ("self", "key", "fn"),
-        "Register.get_unused_ops": ("self",),
-    },
-    "fused/gelu_and_mul.py": {"gelu_and_mul": ("x", "y", "approximate")},
-    "ops/gelu.py": {"gelu": ("self", "*", "approximate")},
+_SIGNATURES: dict[str, dict[str, str]] = {
+    "__init__.py": {"enable": "lib unused registrar", "only_enable": "lib include registrar"},
+    "runtime/register.py": {"Register.register_impl": "self key fn", "Register.get_unused_ops": "self"},
+    "fused/gelu_and_mul.py": {"gelu_and_mul": "x y approximate"},
+    "ops/gelu.py": {"gelu": "self * approximate"},
     "fused/FLA/chunk_delta_h.py": {
-        "chunk_gated_delta_rule_fwd_h": (
-            "k",
-            "w",
-            "u",
-            "g",
-            "gk",
-            "initial_state",
-            "output_final_state",
-            "chunk_size",
-            "save_new_value",
-            "cu_seqlens",
-        ),
+        "chunk_gated_delta_rule_fwd_h": "k w u g gk initial_state output_final_state chunk_size save_new_value cu_seqlens"
     },
-    "fused/FLA/chunk_o.py": {"chunk_fwd_o": ("q", "k", "v", "h", "g", "scale", "cu_seqlens", "chunk_size")},
-    "fused/FLA/chunk_scaled_dot_kkt.py": {"chunk_scaled_dot_kkt_fwd": ("k", "g", "beta", "cu_seqlens", "chunk_size", "output_dtype")},
-    "fused/FLA/cumsum.py": {"chunk_local_cumsum": ("g", "chunk_size", "reverse", "cu_seqlens", "head_first", "output_dtype")},
+    "fused/FLA/chunk_o.py": {"chunk_fwd_o": "q k v h g scale cu_seqlens chunk_size"},
+    "fused/FLA/chunk_scaled_dot_kkt.py": {"chunk_scaled_dot_kkt_fwd": "k g beta cu_seqlens chunk_size output_dtype"},
+    "fused/FLA/cumsum.py": {"chunk_local_cumsum": "g chunk_size reverse cu_seqlens head_first output_dtype"},
     "fused/FLA/fused_recurrent.py": {
-        "fused_recurrent_gated_delta_rule_fwd": (
-            "q",
-            "k",
-            "v",
-            "g",
-            "beta",
-            "scale",
-            "initial_state",
-            "inplace_final_state",
-            "cu_seqlens",
-            "ssm_state_indices",
-            "num_accepted_tokens",
-            "use_qk_l2norm_in_kernel",
-        ),
+        "fused_recurrent_gated_delta_rule_fwd": "q k v g beta scale initial_state inplace_final_state cu_seqlens ssm_state_indices "
+        "num_accepted_tokens use_qk_l2norm_in_kernel"
     },
-    "fused/FLA/index.py": {"prepare_chunk_indices": ("cu_seqlens", "chunk_size")},
+    "fused/FLA/index.py": {"prepare_chunk_indices": "cu_seqlens chunk_size"},
     "fused/FLA/solve_tril.py": {
-        "merge_16x16_to_64x64_inverse_kernel": (
-            "A",
-            "Ai",
-            "cu_seqlens",
-            "chunk_indices",
-            "T",
-            "H",
-            "BT",
-            "USE_TMA",
-            "IS_VARLEN",
-            "DOT_PRECISION",
-        ),
+        "merge_16x16_to_64x64_inverse_kernel": "A Ai cu_seqlens chunk_indices T H BT USE_TMA IS_VARLEN DOT_PRECISION"
     },
-    "fused/FLA/wy_fast.py": {"recompute_w_u_fwd": ("k", "v", "beta", "g_cumsum", "A", "cu_seqlens")},
-    "modules/activation.py": {"gems_silu_and_mul": ("x", "y")},
-    "modules/normalization.py": {"gems_rms_forward": ("x", "residual", "weight", "eps")},
-    "utils/libentry.py": {"LibEntry.run": ("self",)},
-    "fused/topk_softmax.py": {"topk_softmax": ("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "renormalize")},
+    "fused/FLA/wy_fast.py": {"recompute_w_u_fwd": "k v beta g_cumsum A cu_seqlens"},
+    "modules/activation.py": {"gems_silu_and_mul": "x y"},
+    "modules/normalization.py": {"gems_rms_forward": "x residual weight eps"},
+    "utils/libentry.py": {"LibEntry.run": "self"},
+    "fused/topk_softmax.py": {"topk_softmax": "topk_weights topk_indices token_expert_indices gating_output renormalize"},
     "fused/grouped_topk.py": {
-        "grouped_topk": ("scores", "n_group", "topk_group", "topk", "renormalize", "routed_scaling_factor", "bias", "scoring_func"),
+        "grouped_topk": "scores n_group topk_group topk renormalize routed_scaling_factor bias scoring_func",
     },
+    # All of them are of use to quantised experts; we hand over by name what stands behind topk_ids.
     "fused/fused_moe.py": {
-        # All of them are of use to quantised experts; we hand over by name what stands behind topk_ids.
-        "fused_experts_impl": (
-            *("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "inplace", "activation", "apply_router_weight_on_input"),
-            *("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "ocp_mx_scheme", "per_channel_quant"),
-            *("global_num_experts", "expert_map", "w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale", "block_shape"),
-            *("w1_bias", "w2_bias"),
-        ),
+        "fused_experts_impl": "hidden_states w1 w2 topk_weights topk_ids inplace activation apply_router_weight_on_input use_fp8_w8a8 "
+        "use_int8_w8a8 use_int8_w8a16 use_int4_w4a16 ocp_mx_scheme per_channel_quant global_num_experts expert_map w1_scale w2_scale "
+        "w1_zp w2_zp a1_scale a2_scale block_shape w1_bias w2_bias"
     },
-    "modules/rotary_embedding.py": {
-        "gems_rope_forward": ("query", "key", "cos", "sin", "position_ids", "rotary_interleaved", "inplace"),
-    },
+    "modules/rotary_embedding.py": {"gems_rope_forward": "query key cos sin position_ids rotary_interleaved inplace"},
 }
 #: And the names that we read: variables, classes, attributes.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -188,16 +143,16 @@ def _changes(root: Path) -> Iterator[str]:
             if found is None:
                 yield f"{where}: there is no {name}"
             elif not _takes(found, expected):
-                yield f"{where}: {name} takes ({', '.join(_parameters(found))}), not ({', '.join(expected)})"
+                yield f"{where}: {name} takes ({', '.join(_parameters(found))}), not ({', '.join(expected.split())})"
         there = set(_defined(body))
         yield from (f"{where}: there is no {name}" for name in names.get(file, ()) if name not in there)
         if file == "utils/libentry.py" and "LibEntry.run" in functions and "minor_version" in there and not _KNOWN_TRITONS.search(text):
             yield f"{where}: LibEntry.run does not say with {_KNOWN_TRITONS.pattern!r} which Tritons it knows"
 
 
-def _takes(function: ast.arguments, expected: tuple[str, ...]) -> bool:
+def _takes(function: ast.arguments, expected: str) -> bool:
     """Whether a function can be called as we do."""
-    front, _, by_name = " ".join(expected).partition("*")
+    front, _, by_name = expected.partition("*")
     begin, named = front.split(), by_name.split()
     positional = [*function.posonlyargs, *function.args]
     optional = {argument.arg for argument in positional[len(positional) - len(function.defaults) :]}
