@@ -147,7 +147,7 @@ def test_the_process_that_checks_does_not_come_up(monkeypatch: pytest.MonkeyPatc
     assert "sglang-fl: the checking process did not start" in capsys.readouterr().err
 
 
-def test_what_is_not_available_cannot_be_certified(
+def test_what_is_not_available_is_not_checked(
     backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a real worker."""
