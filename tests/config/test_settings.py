@@ -47,6 +47,7 @@ TEXTS: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "flagos_blacklist": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
     "flagos_faster": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
     "flagos_broken": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
+    "flagos_scope": (("graphs", "graphs"), ("Everywhere", "everywhere")),
     "flaggems_record": (("1", True), ("0", False)),
     "flaggems_log_path": (("/tmp/a.log", "/tmp/a.log"), ("b.log", "b.log")),
     "flaggems_log_once": (("0", False), ("yes", True)),
@@ -93,6 +94,7 @@ def test_the_interface_of_the_field() -> None:
         ("USE_FLAGGEMS", True, None),
         ("SGLANG_FL_FLAGOS_WHITELIST", None, "flagos_whitelist"),
         ("SGLANG_FL_FLAGOS_BLACKLIST", None, "flagos_blacklist"),
+        ("SGLANG_FL_FLAGOS_SCOPE", "everywhere", "flagos_scope"),
         (None, None, None),  # the keys that only a profile has: flagos_faster, flagos_broken
         ("SGLANG_FLAGGEMS_RECORD", False, None),
         ("SGLANG_FLAGGEMS_LOG_PATH", None, None),
@@ -480,6 +482,7 @@ TEXT = st.none() | st.text()
         flagos_blacklist=NAMES,
         flagos_faster=NAMES,
         flagos_broken=NAMES,
+        flagos_scope=st.text(),
         flaggems_record=st.booleans(),
         flaggems_log_path=TEXT,
         flaggems_log_once=st.booleans(),
