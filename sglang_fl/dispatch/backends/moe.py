@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch.nn import functional
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 #: What is added to a token's weights before they are divided by their sum.
@@ -70,6 +70,18 @@ class Routing(NamedTuple):
                 raise ValueError(f"topk: correction_bias has shape {tuple(correction_bias.shape)}, not ({num_experts},)")
             if self.groups > 1 and num_experts == self.groups:
                 raise ValueError("topk: with a correction bias a group is judged by two experts, and these groups have one")
+
+    def complete(
+        self, weights: torch.Tensor, ids: torch.Tensor, num_experts: int, num_token_non_padded: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights and ids of a token's experts, with the shared column behind them, and -1 for the ids of padding."""
+        if self.shared_weight is not None:
+            weights = functional.pad(weights, (0, 1), value=self.shared_weight)
+            ids = functional.pad(ids, (0, 1), value=num_experts)
+        if num_token_non_padded is not None:
+            padding = torch.arange(len(ids), device=ids.device) >= num_token_non_padded
+            ids = ids.masked_fill(padding.unsqueeze(-1), -1)
+        return weights, ids
 
 
 class Experts(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from ....types import Refusal
+from ...checks import check_chunk_kernel, check_heads, check_slots
 from ...state_pool import read, write
 from ..library import load
 
@@ -29,13 +30,6 @@ prepare_chunk_indices = import_module(f"{_FLA}.index").prepare_chunk_indices
 fused_recurrent_gated_delta_rule_fwd = import_module(f"{_FLA}.fused_recurrent").fused_recurrent_gated_delta_rule_fwd
 
 _CHUNK, _LEAST_TOKENS = 64, 65
-#: What the kernel of chunks holds of a key at most, and the least that a matrix product takes.
-_MAX_KEY_DIM, _MIN_DIM = 256, 16
-
-
-def _check_heads(op: str, heads: int, value_heads: int) -> None:
-    if not heads or value_heads % heads:
-        raise Refusal(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
 
 
 def _normed(x: torch.Tensor) -> torch.Tensor:
@@ -57,18 +51,13 @@ def chunk_gated_delta_rule(
     inplace_update: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "chunk_gated_delta_rule"
-    heads, key_dim, value_heads, value_dim = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
-    _check_heads(op, heads, value_heads)
-    if key_dim > _MAX_KEY_DIM or min(key_dim, value_dim) < _MIN_DIM:
-        raise Refusal(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
-    if q.dtype == torch.float32:
-        raise Refusal(f"{op}: the kernels multiply in bf16 and fp16, and q is {q.dtype}")
+    check_chunk_kernel(op, q, v)
+    key_dim, value_heads, value_dim = q.shape[3], v.shape[2], v.shape[3]
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     slots = initial_state_indices
     if slots is None:
         slots = torch.arange(count, device=q.device)
-    if len(slots) != count:
-        raise Refusal(f"{op}: {len(slots)} slots for {count} sequences")
+    check_slots(op, slots, count)
     if not q.numel():
         return v.new_empty(v.shape), q.new_empty((q.shape[0], 0, value_heads, value_dim, key_dim))
     if use_qk_l2norm_in_kernel:
@@ -129,7 +118,7 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
     if rest:
         raise Refusal(f"{op}: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states {tuple(initial_state.shape[1:])}")
-    _check_heads(op, heads, value_heads)
+    check_heads(op, heads, value_heads)
     batch = len(mixed_qkv)
     if not batch:
         return out, initial_state

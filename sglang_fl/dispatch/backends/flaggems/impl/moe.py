@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ...moe import Experts, Routing, fused_moe_by, topk_by
 from ..library import load
@@ -46,7 +45,7 @@ def route(
     router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FlagGems has a softmax over all experts, and DeepSeek-V3's groups of biased scores, of which one may be all experts."""
-    num_tokens, num_experts = router_logits.shape
+    num_experts = router_logits.shape[1]
     routing.check(num_experts, correction_bias)
     if routing.top_k > _MOST_CHOSEN:
         raise NotImplementedError(f"topk: FlagGems chooses up to {_MOST_CHOSEN} experts, not {routing.top_k}")
@@ -54,13 +53,7 @@ def route(
     weights, ids = way(router_logits, correction_bias, routing)
     # Where logits are nan, what the kernels choose may be no expert at all.
     ids.clamp_(0, num_experts - 1)
-    if routing.shared_weight is not None:
-        weights = functional.pad(weights, (0, 1), value=routing.shared_weight)
-        ids = functional.pad(ids, (0, 1), value=num_experts)
-    if num_token_non_padded is not None:
-        padding = torch.arange(num_tokens, device=ids.device) >= num_token_non_padded
-        ids.masked_fill_(padding.unsqueeze(-1), -1)
-    return weights, ids
+    return routing.complete(weights, ids, num_experts, num_token_non_padded)
 
 
 def _softmax(router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ...checks import half_of
+
 
 def _halves(op: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gate, in fp32, and what it is multiplied with."""
-    if x.shape[-1] % 2:
-        raise ValueError(f"{op}: the last dimension holds two halves; it cannot be {x.shape[-1]}")
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = x.split(half_of(op, x), dim=-1)
     return gate.float(), up
 
 

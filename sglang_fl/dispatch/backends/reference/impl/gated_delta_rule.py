@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from ... import state_pool
+from ...checks import check_heads, check_slots
 
 CHUNK = 64
 
@@ -46,8 +47,7 @@ def _heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in fp32, each with HV heads; q times the scale."""
     heads, value_heads = q.shape[-2], v.shape[-2]
-    if not heads or value_heads % heads:
-        raise ValueError(f"gated delta rule: {value_heads} heads of v are no multiple of {heads} heads of q and k")
+    check_heads("gated delta rule", heads, value_heads)
     q, k = q.float(), k.float()
     if use_qk_l2norm:
         q, k = _normed(q), _normed(k)
@@ -86,8 +86,7 @@ def chunk_gated_delta_rule(
     if initial_state is not None:
         if initial_state_indices is None:
             initial_state_indices = torch.arange(len(sequences), device=q.device)
-        if len(initial_state_indices) != len(sequences):
-            raise ValueError(f"chunk_gated_delta_rule: {len(initial_state_indices)} slots for {len(sequences)} sequences")
+        check_slots("chunk_gated_delta_rule", initial_state_indices, len(sequences))
         states = state_pool.read(initial_state, initial_state_indices, torch.float32)
     chunks: list[torch.Tensor] = []
     out = q.new_zeros(v.shape)

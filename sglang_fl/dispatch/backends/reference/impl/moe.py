@@ -21,7 +21,7 @@ def route(
     num_token_non_padded: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores, choices and weights in fp32."""
-    num_tokens, num_experts = router_logits.shape
+    num_experts = router_logits.shape[1]
     routing.check(num_experts, correction_bias)
     logits = router_logits.float()
     scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
@@ -36,13 +36,7 @@ def route(
     if routing.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
     weights = weights * routing.scale
-    if routing.shared_weight is not None:
-        weights = functional.pad(weights, (0, 1), value=routing.shared_weight)
-        ids = functional.pad(ids, (0, 1), value=num_experts)
-    if num_token_non_padded is not None:
-        padding = torch.arange(num_tokens, device=ids.device) >= num_token_non_padded
-        ids = ids.masked_fill(padding.unsqueeze(-1), -1)
-    return weights, ids.to(torch.int32)
+    return routing.complete(weights, ids.to(torch.int32), num_experts, num_token_non_padded)
 
 
 def compute(

@@ -5,12 +5,9 @@ from typing import Any
 
 import torch
 
+from ...checks import check_hidden_size
+
 Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-
-
-def _check_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
 
 
 def _normalized(x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor, eps: float) -> Normed:
@@ -24,12 +21,12 @@ def _normalized(x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Ten
 
 
 def gemma_rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
-    _check_size("gemma_rms_norm", x, obj.weight)
+    check_hidden_size("gemma_rms_norm", x, obj.weight)
     return _normalized(x, residual, 1 + obj.weight.float(), obj.variance_epsilon)
 
 
 def layer_norm(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    _check_size("layer_norm", x, obj.weight)
+    check_hidden_size("layer_norm", x, obj.weight)
     hidden = x.float()
     centred = hidden - hidden.mean(dim=-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + obj.variance_epsilon)
@@ -37,5 +34,5 @@ def layer_norm(obj: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
-    _check_size("rms_norm", x, obj.weight)
+    check_hidden_size("rms_norm", x, obj.weight)
     return _normalized(x, residual, obj.weight.float(), obj.variance_epsilon)

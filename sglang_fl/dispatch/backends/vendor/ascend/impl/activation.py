@@ -4,16 +4,11 @@ from typing import Any
 import torch
 import torch_npu
 
-
-def _half_of(op: str, x: torch.Tensor) -> int:
-    size = x.shape[-1] // 2
-    if 2 * size != x.shape[-1]:
-        raise ValueError(f"{op}: the last dimension holds two halves; it cannot be {x.shape[-1]}")
-    return size
+from ....checks import half_of
 
 
 def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    size = _half_of("gelu_and_mul", x)
+    size = half_of("gelu_and_mul", x)
     if not x.numel():
         return x.new_empty((*x.shape[:-1], size))
     # Of a gate in the first half, and with the gate's GELU as a second result.
@@ -29,5 +24,5 @@ def quick_gelu(obj: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    size = _half_of("silu_and_mul", x)
+    size = half_of("silu_and_mul", x)
     return torch_npu.npu_swiglu(x) if x.numel() else x.new_empty((*x.shape[:-1], size))

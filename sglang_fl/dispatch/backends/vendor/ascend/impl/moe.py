@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 import torch_npu
-from torch.nn import functional
 
 from ....moe import RENORMALIZE_EPSILON, Routing, topk_by
 
@@ -17,20 +16,14 @@ def route(
     router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch_npu's operators choose; what becomes of the weights is computed here, for they do not say it of all cases."""
-    num_tokens, num_experts = router_logits.shape
+    num_experts = router_logits.shape[1]
     routing.check(num_experts, correction_bias)
     weights, ids = _chosen(router_logits.float(), correction_bias, routing)
     if routing.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
     if routing.scale != 1.0:
         weights = weights * routing.scale
-    if routing.shared_weight is not None:
-        weights = functional.pad(weights, (0, 1), value=routing.shared_weight)
-        ids = functional.pad(ids, (0, 1), value=num_experts)
-    if num_token_non_padded is not None:
-        padding = torch.arange(num_tokens, device=ids.device) >= num_token_non_padded
-        ids = ids.masked_fill(padding.unsqueeze(-1), -1)
-    return weights, ids
+    return routing.complete(weights, ids, num_experts, num_token_non_padded)
 
 
 def _chosen(logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:

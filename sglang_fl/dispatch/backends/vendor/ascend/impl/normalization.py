@@ -4,17 +4,14 @@ from typing import Any
 import torch
 import torch_npu
 
+from ....checks import check_hidden_size
+
 Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-
-
-def _check_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
 
 
 def gemma_rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
     weight, eps = obj.weight, obj.variance_epsilon
-    _check_size("gemma_rms_norm", x, weight)
+    check_hidden_size("gemma_rms_norm", x, weight)
     if not x.numel():
         return torch.empty_like(x) if residual is None else (x, residual)
     if residual is None and weight.dtype == x.dtype:
@@ -27,7 +24,7 @@ def gemma_rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = No
 
 def layer_norm(obj: Any, x: torch.Tensor) -> torch.Tensor:
     weight, bias, eps = obj.weight, obj.bias, obj.variance_epsilon
-    _check_size("layer_norm", x, weight)
+    check_hidden_size("layer_norm", x, weight)
     if not x.numel():
         return torch.empty_like(x)
     if weight.dtype != x.dtype:
@@ -40,7 +37,7 @@ def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) ->
     weight, eps = obj.weight, obj.variance_epsilon
     if weight.dtype != x.dtype:
         raise TypeError(f"rms_norm: torch_npu normalises {x.dtype} with weights of the same dtype, and they are {weight.dtype}")
-    _check_size("rms_norm", x, weight)
+    check_hidden_size("rms_norm", x, weight)
     if not x.numel():
         return torch.empty_like(x) if residual is None else (x, residual)
     if residual is None:

@@ -8,17 +8,12 @@ from sglang.kernels.ops.activation.activation import relu2 as jit_relu2
 from sglang.kernels.ops.activation.activation import silu_and_mul as jit_silu_and_mul
 from sglang.srt.utils.custom_op import register_custom_op
 
+from ....checks import half_of
+
 #: What the kernels load at once: a row of the result must be a multiple of it.
 _JIT_BYTES, _SGL_BYTES = 32 if torch.cuda.get_device_capability() >= (10, 0) else 16, 16
 #: How SGLang's kernel calls the two kinds of GELU.
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-
-
-def _half_of(op: str, x: torch.Tensor) -> int:
-    size = x.shape[-1] // 2
-    if 2 * size != x.shape[-1]:
-        raise ValueError(f"{op}: the last dimension holds two halves; it cannot be {x.shape[-1]}")
-    return size
 
 
 def _check_rows(op: str, size: int, x: torch.Tensor, load_bytes: int) -> int:
@@ -39,7 +34,7 @@ _run_gelu_and_mul = register_custom_op(_exact_gelu_and_mul, op_name="sglang_fl_g
 
 
 def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    size = _half_of("gelu_and_mul", x)
+    size = half_of("gelu_and_mul", x)
     _check_rows("gelu_and_mul", size, x, _JIT_BYTES)
     out = x.new_empty((*x.shape[:-1], size))
     if out.numel():
@@ -56,7 +51,7 @@ def relu2(obj: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    size = _half_of("silu_and_mul", x)
+    size = half_of("silu_and_mul", x)
     row_bytes = _check_rows("silu_and_mul", size, x, _SGL_BYTES)
     out = x.new_empty((*x.shape[:-1], size))
     if out.numel():

@@ -8,20 +8,11 @@ import torch
 from sglang.kernels.ops.attention.fla import fused_recurrent
 from sglang.kernels.ops.attention.fla.chunk import ChunkGatedDeltaRuleFunction
 
-from .....types import Refusal
+from ....checks import check_chunk_kernel, check_slots
 from ....state_pool import read, write
 
 # In a partial: a hook is put wherever a module holds the function itself.
 _packed_decode = partial(unwrap(fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode))
-
-_CHUNK_DTYPES = (torch.bfloat16, torch.float16)
-#: What the kernel of chunks holds of a key at most, and the least that a matrix product takes.
-_MAX_KEY_DIM, _MIN_DIM = 256, 16
-
-
-def _check_heads(op: str, heads: int, value_heads: int) -> None:
-    if not heads or value_heads % heads:
-        raise Refusal(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
 
 
 def chunk_gated_delta_rule(
@@ -38,17 +29,11 @@ def chunk_gated_delta_rule(
     inplace_update: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "chunk_gated_delta_rule"
-    _check_heads(op, q.shape[2], v.shape[2])
-    key_dim, value_dim = q.shape[3], v.shape[3]
-    if key_dim > _MAX_KEY_DIM or min(key_dim, value_dim) < _MIN_DIM:
-        raise Refusal(f"{op}: the kernel takes keys of {_MIN_DIM} to {_MAX_KEY_DIM} numbers, and they are {key_dim}, values {value_dim}")
-    if q.dtype not in _CHUNK_DTYPES:
-        raise Refusal(f"{op}: the kernel takes bf16 and fp16, and q is {q.dtype}")
+    check_chunk_kernel(op, q, v)
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state_indices is None:
         initial_state_indices = torch.arange(count, dtype=torch.int32, device=q.device)
-    if len(initial_state_indices) != count:
-        raise Refusal(f"{op}: {len(initial_state_indices)} slots for {count} sequences")
+    check_slots(op, initial_state_indices, count)
     pool, update = initial_state, inplace_update and initial_state is not None
     if pool is None:
         pool = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)

@@ -7,6 +7,7 @@ from flashinfer.norm import layernorm
 from sgl_kernel import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm
 
 from .....types import Refusal
+from ....checks import check_hidden_size
 
 Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 _Kernel = Callable[..., Any]
@@ -15,8 +16,7 @@ _Kernel = Callable[..., Any]
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor, weight_dtype: torch.dtype) -> None:
     if weight.dtype != weight_dtype:
         raise Refusal(f"{op}: with x in {x.dtype} the kernel reads weights in {weight_dtype}, and they are {weight.dtype}")
-    if x.shape[-1] != weight.shape[-1]:
-        raise Refusal(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
+    check_hidden_size(op, x, weight)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
