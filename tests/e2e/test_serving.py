@@ -60,7 +60,7 @@ def test_no_code_of_the_plugin_runs_in_a_step_that_is_left_to_sglang(native: Nat
     bound = running.python_functions(tmp_path)
     for functions in (native.python_functions, bound):
         assert any("managers/scheduler.py" in name for name in functions) and any("models/qwen3.py" in name for name in functions)
-    assert any("sglang_fl/dispatch/bridge/rms_norm.py" in name for name in bound)
+    assert any("sglang_fl/dispatch/bridge/norm.py" in name for name in bound)
     assert not [name for name in native.python_functions if "sglang_fl" in name]
 
 
