@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sglang-fl relies on in SGLang: signatures, compared with the SGLang that is installed, and its HookRegistry.
 
-A *shape* is a path (``module:name`` or ``module:Class.method``) and the parameters that sglang-fl expects there. Where
+A *shape* is a path (``module:name`` or ``module:Class.method``) and the names of the parameters that sglang-fl expects there. Where
 one is missing or different, everything is left to SGLang, and the names of what differs are logged (see
 ``platform/hooks.py``): a newer SGLang serves without sglang-fl rather than wrongly with it.
 """
@@ -20,154 +20,96 @@ from packaging.version import InvalidVersion
 #: The SGLang releases that sglang-fl was tested with. Others start with a warning.
 TESTED = ">=0.5.23,<0.5.24"
 
-Shapes = Mapping[str, tuple[str, ...]]
+Shapes = Mapping[str, str]
 
 #: What the platform relies on.
 PLATFORM: Shapes = {
-    "sglang.srt.platforms.interface:SRTPlatform.apply_server_args_defaults": ("self", "server_args"),
-    "sglang.srt.platforms.interface:SRTPlatform.post_load_model": ("self", "model"),
-    "sglang.srt.platforms.interface:SRTPlatform.get_default_attention_backend": ("self",),
-    "sglang.srt.platforms.interface:SRTPlatform.get_compile_backend": ("self", "mode"),
-    "sglang.srt.platforms.interface:SRTPlatform.get_group_coordinator_device": ("self", "local_rank"),
-    "sglang.srt.platforms.interface:SRTPlatform.get_dispatch_key_name": ("self",),
-    "sglang.srt.platforms.interface:SRTPlatform.get_graph_runner_cls": ("self",),
-    "sglang.srt.platforms.interface:SRTPlatform.get_full_graph_backend_cls": ("self",),
-    "sglang.srt.platforms.interface:SRTPlatform.get_piecewise_backend_cls": ("self",),
-    "sglang.srt.platforms.interface:SRTPlatform.get_kv_pool_cls": ("self", "kind"),
-    "sglang.srt.platforms.interface:SRTPlatform.get_paged_allocator_cls": ("self",),
-    "sglang.srt.platforms.interface:SRTPlatform.init_backend": ("self",),
-    "sglang.srt.platforms.device_mixin:DeviceMixin.get_torch_distributed_backend_str": ("self",),
-    "sglang.srt.platforms.device_mixin:DeviceMixin.is_out_of_tree": ("self",),
+    "sglang.srt.platforms.interface:SRTPlatform.apply_server_args_defaults": "self server_args",
+    "sglang.srt.platforms.interface:SRTPlatform.post_load_model": "self model",
+    "sglang.srt.platforms.interface:SRTPlatform.get_default_attention_backend": "self",
+    "sglang.srt.platforms.interface:SRTPlatform.get_compile_backend": "self mode",
+    "sglang.srt.platforms.interface:SRTPlatform.get_group_coordinator_device": "self local_rank",
+    "sglang.srt.platforms.interface:SRTPlatform.get_dispatch_key_name": "self",
+    "sglang.srt.platforms.interface:SRTPlatform.get_graph_runner_cls": "self",
+    "sglang.srt.platforms.interface:SRTPlatform.get_full_graph_backend_cls": "self",
+    "sglang.srt.platforms.interface:SRTPlatform.get_piecewise_backend_cls": "self",
+    "sglang.srt.platforms.interface:SRTPlatform.get_kv_pool_cls": "self kind",
+    "sglang.srt.platforms.interface:SRTPlatform.get_paged_allocator_cls": "self",
+    "sglang.srt.platforms.interface:SRTPlatform.init_backend": "self",
+    "sglang.srt.platforms.device_mixin:DeviceMixin.get_torch_distributed_backend_str": "self",
+    "sglang.srt.platforms.device_mixin:DeviceMixin.is_out_of_tree": "self",
 }
 #: What the platform of a plain CPU needs to tell the user's arguments from SGLang's defaults.
 ARGUMENTS: Shapes = {
-    "sglang.srt.arg_groups.overrides:record_of": ("view",),
-    "sglang.srt.arg_groups.overrides:model_config_of": ("server_args",),
+    "sglang.srt.arg_groups.overrides:record_of": "view",
+    "sglang.srt.arg_groups.overrides:model_config_of": "server_args",
 }
 #: What the bridges rely on. To import it takes seconds, in which a server imports nothing that it does not need later.
 LAYERS: Shapes = {
-    "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method": ("self",),
-    "sglang.kernels.fused_op:BaseFusedOp.enter_torch_compile": ("self", "num_tokens"),
-    "sglang.kernels.fused_op:BaseFusedOp.leave_torch_compile": ("self",),
-    "sglang.srt.layers.activation:GeluAndMul.forward_native": ("self", "x"),
-    "sglang.srt.layers.activation:NewGELU.forward_native": ("self", "x"),
-    "sglang.srt.layers.activation:QuickGELU.forward_native": ("self", "x"),
-    "sglang.srt.layers.activation:ReLU2.forward_native": ("self", "x"),
-    "sglang.srt.layers.activation:SiluAndMul.forward_native": ("self", "x"),
-    "sglang.srt.layers.layernorm:Gemma3RMSNorm.forward_native": ("self", "x", "residual"),
-    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_native": ("self", "x"),
-    "sglang.srt.layers.layernorm:GemmaRMSNorm.forward_native": ("self", "x", "residual", "post_residual_addition"),
-    "sglang.srt.layers.layernorm:LayerNorm.forward_native": ("self", "x"),
-    "sglang.srt.layers.layernorm:RMSNormWithoutScale.forward_native": ("self", "x"),
-    "sglang.srt.layers.layernorm:RMSNorm.forward_native": ("self", "x", "residual", "post_residual_addition", "quant_linear"),
-    "sglang.srt.layers.layernorm:_fp8_static_input_scale": ("linear",),
-    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_native": (
-        "self",
-        "positions",
-        "query",
-        "key",
-        "offsets",
-        "fused_set_kv_buffer_arg",
-    ),
-    "sglang.srt.layers.rotary_embedding.mrope:MRotaryEmbedding.forward_native": (
-        "self",
-        "positions",
-        "query",
-        "key",
-        "fused_set_kv_buffer_arg",
-    ),
-    "sglang.srt.runtime_context:get_exec": (),
+    "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method": "self",
+    "sglang.kernels.fused_op:BaseFusedOp.enter_torch_compile": "self num_tokens",
+    "sglang.kernels.fused_op:BaseFusedOp.leave_torch_compile": "self",
+    "sglang.srt.layers.activation:GeluAndMul.forward_native": "self x",
+    "sglang.srt.layers.activation:NewGELU.forward_native": "self x",
+    "sglang.srt.layers.activation:QuickGELU.forward_native": "self x",
+    "sglang.srt.layers.activation:ReLU2.forward_native": "self x",
+    "sglang.srt.layers.activation:SiluAndMul.forward_native": "self x",
+    "sglang.srt.layers.layernorm:Gemma3RMSNorm.forward_native": "self x residual",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_native": "self x",
+    "sglang.srt.layers.layernorm:GemmaRMSNorm.forward_native": "self x residual post_residual_addition",
+    "sglang.srt.layers.layernorm:LayerNorm.forward_native": "self x",
+    "sglang.srt.layers.layernorm:RMSNormWithoutScale.forward_native": "self x",
+    "sglang.srt.layers.layernorm:RMSNorm.forward_native": "self x residual post_residual_addition quant_linear",
+    "sglang.srt.layers.layernorm:_fp8_static_input_scale": "linear",
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_native": "self positions query key offsets fused_set_kv_buffer_arg",
+    "sglang.srt.layers.rotary_embedding.mrope:MRotaryEmbedding.forward_native": "self positions query key fused_set_kv_buffer_arg",
+    "sglang.srt.runtime_context:get_exec": "",
     "sglang.srt.layers.moe.topk:TopK.forward_native": (
-        "self",
-        "hidden_states",
-        "router_logits",
-        "num_token_non_padded",
-        "expert_location_dispatch_info",
-        "dynamic_expert_bias",
-        "router_logits_partials",
+        "self hidden_states router_logits num_token_non_padded expert_location_dispatch_info dynamic_expert_bias router_logits_partials"
     ),
-    "sglang.srt.layers.moe.topk:StandardTopKOutput": ("topk_weights", "topk_ids", "router_logits"),
-    "sglang.srt.layers.moe.topk:StandardTopKOutputPacked": ("topk_weights", "topk_ids", "router_logits", "packed_topk_ids"),
-    "sglang.srt.layers.moe.topk:has_forward_context": (),
-    "sglang.srt.layers.moe.topk:get_forward_context": (),
-    "sglang.srt.layers.moe.topk:routing_simulation_enabled": (),
-    "sglang.srt.layers.moe.topk:_zero_topk_weights_padded_region": ("topk_weights", "num_token_non_padded"),
-    "sglang.srt.layers.moe.utils:has_per_rank_fused_shared_slots": ("num_shared",),
+    "sglang.srt.layers.moe.topk:StandardTopKOutput": "topk_weights topk_ids router_logits",
+    "sglang.srt.layers.moe.topk:StandardTopKOutputPacked": "topk_weights topk_ids router_logits packed_topk_ids",
+    "sglang.srt.layers.moe.topk:has_forward_context": "",
+    "sglang.srt.layers.moe.topk:get_forward_context": "",
+    "sglang.srt.layers.moe.topk:routing_simulation_enabled": "",
+    "sglang.srt.layers.moe.topk:_zero_topk_weights_padded_region": "topk_weights num_token_non_padded",
+    "sglang.srt.layers.moe.utils:has_per_rank_fused_shared_slots": "num_shared",
     "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatchOutput": (
-        "hidden_states",
-        "hidden_states_scale",
-        "topk_output",
-        "hidden_states_pre_quant",
+        "hidden_states hidden_states_scale topk_output hidden_states_pre_quant"
     ),
-    "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput": ("hidden_states",),
-    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_native": ("self", "layer", "dispatch_output"),
-    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply": ("self", "layer", "dispatch_output"),
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput": "hidden_states",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_native": "self layer dispatch_output",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply": "self layer dispatch_output",
 }
 #: Attributes of every layer, once made.
 LAYER_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_compile")
 #: What the hook on SGLang's groups reads, among other parameters; checked where FlagCX is chosen.
-GROUPS: Shapes = {"sglang.srt.distributed.parallel_state:GroupCoordinator.__init__": ("torch_distributed_backend", "use_pynccl")}
+GROUPS: Shapes = {
+    "sglang.srt.distributed.parallel_state:GroupCoordinator.__init__": "torch_distributed_backend use_pynccl",
+}
 #: What the hooks around the capture of graphs rely on; checked where ``flagos_scope`` is ``graphs``.
 GRAPHS: Shapes = {
-    "sglang.srt.model_executor.runner_backend.utils:resolve_decode_backend": ("cuda_graph_runner",),
-    "sglang.srt.model_executor.runner_backend.utils:resolve_prefill_backend": ("cuda_graph_runner",),
+    "sglang.srt.model_executor.runner_backend.utils:resolve_decode_backend": "cuda_graph_runner",
+    "sglang.srt.model_executor.runner_backend.utils:resolve_prefill_backend": "cuda_graph_runner",
     "sglang.srt.model_executor.runner_backend.base_cuda_graph_backend:BaseCudaGraphBackend.capture_one": (
-        "self",
-        "shape_key",
-        "forward_fn",
-        "capture_inputs",
-        "post_warmup_hook",
+        "self shape_key forward_fn capture_inputs post_warmup_hook"
     ),
 }
 #: What the bridges of the gated delta rule rely on; checked where a model has such layers.
 GATED_DELTA_RULE: Shapes = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
-        "q",
-        "k",
-        "v",
-        "g",
-        "beta",
-        "scale",
-        "initial_state",
-        "initial_state_indices",
-        "cu_seqlens",
-        "head_first",
-        "use_qk_l2norm_in_kernel",
-        "inplace_update",
+        "q k v g beta scale initial_state initial_state_indices cu_seqlens head_first use_qk_l2norm_in_kernel inplace_update"
     ),
     "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule": (
-        "q",
-        "k",
-        "v",
-        "g",
-        "beta",
-        "scale",
-        "initial_state",
-        "output_final_state",
-        "cu_seqlens",
-        "use_qk_l2norm_in_kernel",
+        "q k v g beta scale initial_state output_final_state cu_seqlens use_qk_l2norm_in_kernel"
     ),
     "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule_packed_decode": (
-        "mixed_qkv",
-        "a",
-        "b",
-        "A_log",
-        "dt_bias",
-        "scale",
-        "initial_state",
-        "out",
-        "ssm_state_indices",
-        "use_qk_l2norm_in_kernel",
+        "mixed_qkv a b A_log dt_bias scale initial_state out ssm_state_indices use_qk_l2norm_in_kernel"
     ),
-    "sglang.srt.configs.mamba_utils:mamba2_state_dtype": ("config",),
-    "sglang.srt.layers.attention.linear.gdn_backend:GDNKernelDispatcher.__init__": (
-        "self",
-        "decode_backend",
-        "prefill_backend",
-        "verify_backend",
-    ),
-    "sglang.srt.plugins.hook_registry:HookRegistry.register": ("target", "hook", "hook_type", "source"),
-    "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks": (),
+    "sglang.srt.configs.mamba_utils:mamba2_state_dtype": "config",
+    "sglang.srt.layers.attention.linear.gdn_backend:GDNKernelDispatcher.__init__": "self decode_backend prefill_backend verify_backend",
+    "sglang.srt.plugins.hook_registry:HookRegistry.register": "target hook hook_type source",
+    "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks": "",
 }
 
 
@@ -261,7 +203,8 @@ def _message(problems: Iterable[str], consequence: str) -> str:
 
 
 def _differences(shapes: Shapes, *, all_parameters: bool = True) -> Iterator[str]:
-    for path, expected in shapes.items():
+    for path, names in shapes.items():
+        expected = tuple(names.split())
         try:
             found = tuple(inspect.signature(_look_up(path)).parameters)
         except Exception as error:  # whatever the import of another SGLang's module comes to

@@ -81,7 +81,8 @@ def test_the_same_model_bound_again_gives_back_what_is_now_excluded() -> None:
 
 def test_bind_model_takes_the_settings_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
     mode = SimpleNamespace(
-        deterministic=SimpleNamespace(enable_deterministic_inference=False), graph=SimpleNamespace(enable_torch_compile=False, cuda_graph_config=None)
+        deterministic=SimpleNamespace(enable_deterministic_inference=False),
+        graph=SimpleNamespace(enable_torch_compile=False, cuda_graph_config=None),
     )
     monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: mode)
     startup.apply(Settings(prefer="reference"), CPU)
