@@ -84,7 +84,7 @@ def test_every_layer_ran_where_it_should(running: Running, way: str) -> None:
 def test_layer_1_is_on_where_everything_is_flagos(running: Running, way: str) -> None:
     printed = running.server.log.read_text()
     if way in ("flagos", "compiled"):
-        assert "FlagGems replaces 4" in printed
+        assert "FlagGems replaces 4" in printed and "functions in graphs" in printed
         assert (": aten::" in printed) is (way == "flagos"), "the operators that ran are on record"
     elif way == "sglang":
         assert "no ATen operator is replaced: USE_FLAGGEMS=0" in printed
@@ -97,6 +97,13 @@ def test_no_code_of_the_plugin_runs_in_a_step_that_is_left_to_sglang(
     functions = servers[left].result().python_functions(tmp_path)
     assert any("managers/scheduler.py" in name for name in functions)
     assert not [name for name in functions if "sglang_fl" in name]
+
+
+def test_flaggems_runs_in_graphs_alone(servers: dict[str, Future[Running]], tmp_path: Path) -> None:
+    """What Python calls in a step, prefill and sampling included, has nothing of FlagGems: it is in the graphs that replay."""
+    functions = servers["flagos"].result().python_functions(tmp_path)
+    assert any("managers/scheduler.py" in name for name in functions)
+    assert not [name for name in functions if "flag_gems" in name]
 
 
 def test_torch_compile_is_told_of(running: Running, way: str) -> None:
