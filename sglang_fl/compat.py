@@ -185,7 +185,9 @@ def check_groups() -> None:
 
 def leave_everything_message(problems: Iterable[str]) -> str:
     """What to log where everything is left to SGLang."""
-    return _message(problems, "sglang-fl leaves everything to SGLang: no layer is bound, no ATen operator is replaced")
+    return _message(
+        problems, "sglang-fl leaves everything to SGLang: no layer is bound, no ATen operator is replaced, collectives are its own"
+    )
 
 
 def stop_message(problems: Iterable[str]) -> str:

@@ -43,12 +43,12 @@ def _bound(bridge: FunctionBridge, site: GatedDeltaContext, prepare: Prepare, im
     """What SGLang's caller comes to when the function is bound, the registry's hook aside."""
     if impl.kind is BackendImplKind.REFERENCE and bridge.op != "fused_recurrent_gated_delta_rule_packed_decode" and _captures(site):
         raise NotImplementedError("it reads the sequences' lengths on the host, which no graph can hold")
-    bridge.trial(None, site, impl.fn)
+    bridge.trial(None, site, impl.function)
 
     def failed(error: Exception, *_: Any) -> Any:
         raise error
 
-    routes = Routes(impl.fn, impl.dtypes(), failed, NoContexts(), failed, failed)
+    routes = Routes(impl.function, impl.dtypes(), failed, NoContexts(), failed, failed)
     return Called(partial(bridge.forward(routes), None), prepare)
 
 

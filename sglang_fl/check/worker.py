@@ -64,11 +64,11 @@ class Worker:
             why, cases = self._cases_of(impl, quick=job["quick"])
             self.why_not.append(why)
             self.cases += [(number, case) for case in cases]
-            other = None if reference is None or impl_id == _REFERENCE else reference.fn
+            other = None if reference is None or impl_id == _REFERENCE else reference.function
             self._implementations.append(
                 Implementation(
                     op,
-                    impl.fn,
+                    impl.function,
                     other,
                     self.device,
                     writes_inputs=impl.writes_inputs,

@@ -83,6 +83,8 @@ def _includes(earlier: str, token: str) -> bool:
         return True
     if earlier == "vendor":
         return kind == "vendor" or token.startswith("impl:vendor.")
+    if earlier in ("flagos", "reference"):
+        return token.startswith("impl:default." if earlier == "flagos" else "impl:reference.")
     if earlier.startswith("vendor:"):
         vendor = earlier.removeprefix("vendor:")
         return (kind == "vendor" and canonical(name) == canonical(vendor)) or token == f"impl:vendor.{vendor}"

@@ -64,7 +64,7 @@ class OpManager:
         self._plans_version = -1
         self._lock = ForkSafeLock()
         self._is_discovering = False
-        self._given: tuple[Settings, Device] | None = None
+        self.given: tuple[Settings, Device] | None = None
         self._in_use: tuple[Settings, Device] | None = None
         self._unavailable: dict[OpImpl, str | None] = {}
         self._reported: set[tuple[str, str, str]] = set()
@@ -76,11 +76,11 @@ class OpManager:
         A manager that is used alone takes the settings in force in the process and the device that it finds. Where a bound layer
         refuses the change, under a strict policy, it is taken back and the layer's error raised.
         """
-        before, self._given = self._given, (settings, device)
+        before, self.given = self.given, (settings, device)
         try:
             self.bump_policy_epoch()
         except BaseException:
-            self._given = before
+            self.given = before
             self.bump_policy_epoch()
             raise
 
@@ -181,7 +181,7 @@ class OpManager:
         """As :meth:`OpImpl.why_unavailable`, asked once."""
         if impl not in self._unavailable:
             if self._in_use is None:
-                self._in_use = self._given or (settings_in_force(), device_here())
+                self._in_use = self.given or (settings_in_force(), device_here())
             self._unavailable[impl] = impl.why_unavailable(*self._in_use)
         return self._unavailable[impl]
 
@@ -207,7 +207,7 @@ class OpManager:
 
     def resolve(self, op_name: str) -> Callable[..., Any]:
         """The function of the first implementation in order. Raises as :meth:`resolve_candidates`."""
-        return self.resolve_candidates(op_name)[0].fn
+        return self.resolve_candidates(op_name)[0].function
 
     def call(self, op_name: str, *args: Any, **kwargs: Any) -> Any:
         """Run an operator on the first implementation in order.
@@ -228,9 +228,9 @@ class OpManager:
             raise RuntimeError(self._nothing_for(plan))
         impl = plan.candidates[0]
         try:
-            return impl.fn(*args, **kwargs)
+            return impl.function(*args, **kwargs)
         except Exception as error:
-            return self.call_after_failure(plan, policy, impl, error, lambda other: other.fn(*args, **kwargs))
+            return self.call_after_failure(plan, policy, impl, error, lambda other: other.function(*args, **kwargs))
 
     def call_after_failure(
         self,

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_FILE, Settings, SettingsError, load_settings, plugin_modules, settings_in_force
+from ..config import CONFIG_FILE, Settings, SettingsError, load_settings, plugin_modules, settings_in_force, unreachable
 from ..device import canonical
 from ..utils.suggest import suggest
 from .builtin_ops import discover, known_words
@@ -47,10 +47,8 @@ def _check_order(op: str, order: tuple[str, ...]) -> None:
         head, colon, tail = token.partition(":")
         if not (token in _WORDS or (colon and head in ("vendor", "impl") and tail)):
             raise ValueError(f"unknown backend {token!r}{suggest(token, _WORDS)}")
-        if order.count(token) > 1:
-            raise ValueError(f"the order for {op!r} names {token!r} twice")
-    if SGLANG in order[:-1]:
-        raise ValueError(f"the order for {op!r} is {'|'.join(order)}, and what stands behind {SGLANG!r} is never tried: put it last")
+    if message := unreachable(order):
+        raise ValueError(f"the order for {op!r}: {message}")
 
 
 def _names(given: Any) -> frozenset[str]:

@@ -6,8 +6,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import Settings, settings_in_force
 from ..device import Device, canonical, detect, probe
@@ -83,7 +84,7 @@ class OpImpl:
         kind: where it comes from.
         fn: called as the operator's signature says. A function ``fn._is_available`` tells whether
             it can run on this machine; without one, the backend whose method ``fn`` is tells it. A :class:`LazyFunction`
-            is imported when ``fn`` is first read, and ``fn`` is the function itself from then on.
+            is imported when :attr:`function` is first read.
         vendor: whose chip it is for; required for VENDOR.
         priority: the higher goes first among those that a word of an order matches.
         supported_dtypes: the activation dtypes it takes, or their names (``"bfloat16"``), so that PyTorch
@@ -101,15 +102,13 @@ class OpImpl:
     op_name: str
     impl_id: str
     kind: BackendImplKind
-    fn: Callable[..., Any] = field(compare=False, repr=False)
+    fn: Callable[..., Any] = field(hash=False, repr=False)
     vendor: str | None = None
     priority: int = 0
     supported_dtypes: frozenset[Any] | None = None
     min_arch: Any = None
     writes_inputs: bool = True
     batch_invariant: bool = False
-    #: ``fn`` as it was given.
-    _given: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.kind is BackendImplKind.VENDOR and not self.vendor:
@@ -118,19 +117,11 @@ class OpImpl:
             dtypes = _checked_dtypes(f"{self.op_name}: {self.impl_id}", self.supported_dtypes)
             object.__setattr__(self, "supported_dtypes", dtypes)
         parse_arch(self.min_arch)
-        object.__setattr__(self, "_given", self.fn)
-        if isinstance(self.fn, LazyFunction):
-            del self.__dict__["fn"]
 
-    if not TYPE_CHECKING:  # for mypy it would be every attribute
-
-        def __getattr__(self, name: str) -> Any:
-            """``fn``, once, where it is not loaded; from then on it is an attribute like the others."""
-            given = self.__dict__.get("_given")
-            if name != "fn" or not isinstance(given, LazyFunction):
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-            self.__dict__["fn"] = given.load()
-            return self.__dict__["fn"]
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """What to call: ``fn``, imported where it is a :class:`LazyFunction`. An attribute like the others once it was read."""
+        return self.fn.load() if isinstance(self.fn, LazyFunction) else self.fn
 
     def dtypes(self) -> frozenset[Any] | None:
         """``supported_dtypes`` as PyTorch's own; None: all."""
@@ -169,7 +160,7 @@ class OpImpl:
         return None
 
     def _why_function_unavailable(self, settings: Settings | None, device: Device | None) -> str | None:
-        fn = self._given
+        fn = self.fn
         if isinstance(fn, LazyFunction):
             if fn.why_unavailable is None:
                 return None

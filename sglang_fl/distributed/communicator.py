@@ -312,6 +312,8 @@ class CommunicatorFL:
         for rank, tensor in enumerate(tensors):
             self._check_dense(f"{name}[{rank}]", tensor)
             _check_dtype(own_name, own, f"{name}[{rank}]", tensor)
+            if not tensor.is_contiguous():
+                raise _not_contiguous(f"{name}[{rank}]", tensor)
         _check_same_layout(own_name, own, f"{name}[{self.rank}]", tensors[self.rank])
 
     def _check_shares(self, name: str, whole: torch.Tensor, share_name: str, share: torch.Tensor) -> None:

@@ -60,8 +60,10 @@ class PlatformHooks:
 
         settings = settings_in_worker(self.device)
         native = str(super().get_torch_distributed_backend_str())  # type: ignore[misc]
+        if settings.collective is None or compat.binding_problems():
+            return native
         if settings.collective == "flagcx":
             from ..distributed import set_up_flagcx
 
             return set_up_flagcx(settings, self.device.device_type, native)
-        return settings.dist_backend or native
+        return settings.collective

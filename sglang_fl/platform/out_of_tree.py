@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Platforms for devices that SGLang does not know, or knows only by a look-alike's name."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class OutOfTree(SRTPlatform):
     def vendor(self) -> Vendor:
         return known_vendors()[self.device.vendor]
 
-    @property
+    @cached_property  # SGLang reads it in every step
     def capabilities(self) -> PlatformCapabilities:
         if self.declaration is not None:
             return PlatformCapabilities(**dict.fromkeys(self.declaration.capabilities, True))

@@ -70,8 +70,8 @@ def resolve(device: Device) -> Settings:
         SettingsError: with every problem that was found.
     """
     settings = check_settings(os.environ, device, get_default_manager())
-    hand_down(settings, os.environ)
     apply(settings, device)
+    hand_down(settings, os.environ)
     return settings
 
 
@@ -88,10 +88,21 @@ def settings_in_worker(device: Device) -> Settings:
 
 
 def apply(settings: Settings, device: Device) -> None:
-    """Put settings in force in this process."""
+    """Put settings in force in this process, all of them or none.
+
+    Raises:
+        RuntimeError: under ``strict``, a bound layer cannot follow them.
+    """
     global _current
+    manager = get_default_manager()
+    before = manager.given
+    manager.use(settings, device)
+    try:
+        PolicyManager.get_instance().use_settings(settings)
+    except BaseException:
+        manager.given = before
+        manager.bump_policy_epoch()
+        raise
     _current = settings
     logging.getLogger("sglang_fl").setLevel("DEBUG" if settings.dispatch_debug else settings.log_level)
     open_dispatch_log(settings.dispatch_log)
-    get_default_manager().use(settings, device)
-    PolicyManager.get_instance().use_settings(settings)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import threading
+from dataclasses import dataclass, replace
 
 import pytest
 
-from sglang_fl.dispatch import BackendImplKind, BackendPriority, OpImpl, OpRegistry, match_token
-from sglang_fl.dispatch.types import DTYPE_NAMES, parse_arch
+from sglang_fl.config import Settings
+from sglang_fl.device import Device
+from sglang_fl.dispatch import BackendImplKind, BackendPriority, OpImpl, OpManager, OpRegistry, match_token
+from sglang_fl.dispatch.types import DTYPE_NAMES, LazyFunction, parse_arch
 
 
 def impl(impl_id: str = "default.flagos", kind: BackendImplKind = BackendImplKind.DEFAULT, **more: object) -> OpImpl:
@@ -183,3 +186,23 @@ def test_the_names_of_dtypes_are_pytorchs() -> None:
     assert [name for name in DTYPE_NAMES if not isinstance(getattr(torch, name, None), torch.dtype)] == []
     floating = {name for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype) and dtype.is_floating_point}
     assert floating <= DTYPE_NAMES
+
+
+def test_a_copy_of_a_lazy_implementation_is_lazy_too() -> None:
+    """With its availability check, and without its kernels."""
+    lazy = LazyFunction("no_such_package.kernels", "rms_norm", lambda settings, device: "no such chip")
+    impl = replace(OpImpl("rms_norm", "vendor.x", BackendImplKind.VENDOR, lazy, vendor="x"), priority=7)
+    assert impl.priority == 7 and impl.why_unavailable(Settings(), Device("cpu", "cpu", None, "a test")) == "no such chip"
+
+
+def test_an_implementation_may_be_a_callable_without_a_hash() -> None:
+    @dataclass
+    class Kernel:
+        factor: int
+
+        def __call__(self, x: int) -> int:
+            return self.factor * x
+
+    registry = OpRegistry()
+    registry.register_impl(OpImpl("op", "default.flagos", BackendImplKind.DEFAULT, Kernel(3)))
+    assert OpManager(registry).call("op", 2) == 6

@@ -66,7 +66,7 @@ def test_against_float64(op: str, kind: str, dtype: torch.dtype) -> None:
     dtypes = impl.dtypes()
     if dtypes is not None and dtype not in dtypes:
         pytest.skip(f"{impl.impl_id} does not take {dtype}, and says so")
-    impl = Implementation(op, impl.fn, None, CUDA, writes_inputs=impl.writes_inputs)
+    impl = Implementation(op, impl.function, None, CUDA, writes_inputs=impl.writes_inputs)
     failures = []
     worst = 0.0
     # What takes time is float64 on the host, token after token: thousands of them take it minutes, and are the check's to hold.

@@ -27,7 +27,7 @@ def implementation(manager: OpManager, op: str, kind: str) -> Callable[..., Any]
     """The implementation of a kind that this machine would run, and no other."""
     plan = manager.plan(op, SelectionPolicy(per_op_order=((op, (kind,)),)))
     assert plan.candidates, plan.describe()
-    return plan.candidates[0].fn
+    return plan.candidates[0].function
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_the_cases_of_a_quick_check(manager: OpManager, kind: str, op: str) -> N
         pytest.skip(f"there is no {kind} implementation of {op}")
     impl = plan.candidates[0]
     checks = (SERVING, UNUSUAL, SPECIAL, INPUTS, THREADS, GRAPH)
-    check_cases(op, impl.fn, *checks, allowed=frozenset({OK, REFUSED}), device="cuda", dtypes=impl.dtypes())
+    check_cases(op, impl.function, *checks, allowed=frozenset({OK, REFUSED}), device="cuda", dtypes=impl.dtypes())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,7 +58,7 @@ def manager() -> OpManager:
 def implementation(manager: OpManager, op: str, kind: str) -> Callable[..., Any]:
     plan = manager.plan(op, SelectionPolicy(per_op_order=((op, (kind,)),)))
     assert plan.candidates, plan.describe()
-    return plan.candidates[0].fn
+    return plan.candidates[0].function
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -37,7 +37,7 @@ def implementation(manager: OpManager, op: str, kind: str) -> Callable[..., Any]
     """The implementation of a kind that this machine would run, and no other."""
     plan = manager.plan(op, SelectionPolicy(per_op_order=((op, (kind,)),)))
     assert plan.candidates, plan.describe()
-    return plan.candidates[0].fn
+    return plan.candidates[0].function
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

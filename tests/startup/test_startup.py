@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from sglang_fl import startup
-from sglang_fl.config import RESOLVED, SettingsError, get_effective_config, settings_of_parent
+from sglang_fl.config import RESOLVED, Settings, SettingsError, get_effective_config, settings_of_parent
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager, SelectionPolicy, get_default_manager, get_policy, reset_default_manager
+from sglang_fl.dispatch.logger_manager import dispatch_log
 from sglang_fl.dispatch.policy import PolicyManager
 
 CPU = Device("cpu", "cpu", None, "test")
@@ -97,3 +98,19 @@ def test_every_file_that_the_settings_name_is_looked_at(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         startup.check_settings(environ, CPU, OpManager())
     assert [problem.partition(":")[0] for problem in caught.value.problems] == list(environ)
+
+
+def test_settings_that_a_bound_layer_refuses_change_nothing(tmp_path: Path) -> None:
+    class Layer:
+        def refresh(self) -> None:
+            if PolicyManager.get_instance().get_global_policy().strict:
+                raise RuntimeError("cannot follow")
+
+    layer = Layer()
+    before = Settings(prefer="reference")
+    startup.apply(before, CPU)
+    PolicyManager.get_instance().subscribe(layer.refresh)
+    with pytest.raises(RuntimeError, match="cannot follow"):
+        startup.apply(Settings(prefer="vendor", strict=True, use_flaggems=False, dispatch_log=str(tmp_path / "log")), CPU)
+    assert get_policy().prefer == "reference" and startup.settings_in_worker(CPU) is before
+    assert get_default_manager().given == (before, CPU) and dispatch_log().path is None

@@ -117,7 +117,7 @@ class Binder:
         if key not in self._forwards:
             routes = self._routes(socket, impl)
             forward = _named(socket.bridge.forward(routes), impl)
-            function = RecordingFunction(impl.fn)
+            function = RecordingFunction(impl.function)
             recording = socket.bridge.forward(replace(routes, fn=function))
             self._forwards[key] = _named(self._recording(socket, forward, recording, function, str(impl)), impl)
         return self._forwards[key]
@@ -132,7 +132,7 @@ class Binder:
         return self._forwards[key]
 
     def _routes(self, socket: Socket, impl: OpImpl) -> Routes:
-        return Routes(impl.fn, impl.dtypes(), socket.own, overrides, self._divert, self._failed(socket.own, impl))
+        return Routes(impl.function, impl.dtypes(), socket.own, overrides, self._divert, self._failed(socket.own, impl))
 
     def _recording(self, socket: Socket, forward: Forward, recording: Forward, function: RecordingFunction, destination: str) -> Forward:
         """A forward that records where its first calls went, and then gives its place to ``forward``.
@@ -199,7 +199,7 @@ class Binder:
                 policy,
                 impl,
                 error,
-                lambda other: call_and_record(name, str(other), other.fn, *args, **named),
+                lambda other: call_and_record(name, str(other), other.function, *args, **named),
                 lambda: call_and_record(name, f"sglang({impl} failed)", own, subject, *sglang_args, **named),
             )
 

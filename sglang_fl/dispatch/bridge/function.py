@@ -6,6 +6,7 @@ the function. That happens once a model that calls it was loaded, and only if th
 ``load_plugin`` registered would have SGLang import their targets, seconds' worth, in each of its processes.
 """
 
+import copy
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...compat import hook
+from ...compat import hook as place_hook
 from .base import Bridge, Forward
 from .catalog import FUNCTIONS
 from .socket import Load, Socket
@@ -49,18 +50,36 @@ class FunctionBridge(Bridge):
         """The function was taken over, and nothing has run yet: the moment to watch for SGLang going past it."""
 
 
+class FunctionHook:
+    """What stands in a function's place; calls go to ``forward``, or to SGLang's function if it is None."""
+
+    def __init__(self) -> None:
+        self.forward: Forward | None = None
+        self.is_placed = False
+        self.problem: str | None = None
+
+    def around(self, own: Forward, *args: Any, **kwargs: Any) -> Any:
+        forward = self.forward
+        return own(*args, **kwargs) if forward is None else forward(self, *args, **kwargs)
+
+
 class FunctionSocket(Socket):
-    """A function that models call; it is itself the subject of its forwards."""
+    """A function that models call. Its forwards are called with its hook first."""
 
     bridge: FunctionBridge
 
     def __init__(self, bridge: FunctionBridge, contexts: set[Any], load: Load):
         super().__init__(bridge, bridge.name, load)
         self.names = {bridge.name}
-        self.forward: Forward | None = None
+        self.hook = FunctionHook()
         self._contexts = tuple(contexts)
-        self._is_hooked = False
-        self._hook_problem: str | None = None
+
+    def also_for(self, contexts: set[Any], load: Load) -> "FunctionSocket":
+        """The same function, called by one more model."""
+        socket = copy.copy(self)
+        socket._contexts = tuple({*self._contexts, *contexts})
+        socket.load = load
+        return socket
 
     @cached_property
     def function(self) -> Forward:
@@ -68,14 +87,9 @@ class FunctionSocket(Socket):
         found: Forward = getattr(import_module(self.bridge.module), self.bridge.name)
         return found
 
-    def also_for(self, contexts: set[Any], load: Load) -> None:
-        """Another model calls it, too."""
-        self._contexts = tuple({*self._contexts, *contexts})
-        self.load = load
-
     @property
-    def subject(self) -> "FunctionSocket":
-        return self
+    def subject(self) -> FunctionHook:
+        return self.hook
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,14 +109,14 @@ class FunctionSocket(Socket):
     def own(self) -> Forward:
         function = self.function
 
-        def own(subject: "FunctionSocket", /, *args: Any, **kwargs: Any) -> Any:
+        def own(subject: FunctionHook, /, *args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
         return own
 
     def exclusion_reason(self) -> str | None:
         reason = self.bridge.exclusion_reason()
-        if reason is None and not self._is_hooked and not self._is_called():
+        if reason is None and not self.hook.is_placed and not self._is_called():
             return "nothing that SGLang has loaded calls it"
         return reason
 
@@ -113,26 +127,22 @@ class FunctionSocket(Socket):
 
     def trial(self, fn: Forward) -> None:
         for context in self._contexts:
-            self.bridge.trial(self, context, fn)
+            self.bridge.trial(self.hook, context, fn)
 
     def prepare(self) -> str | None:
-        if not self._is_hooked and self._hook_problem is None:
-            if hook(f"{self.bridge.module}.{self.bridge.name}", self._around):
-                self._is_hooked = True
+        if not self.hook.is_placed and self.hook.problem is None:
+            if place_hook(f"{self.bridge.module}.{self.bridge.name}", self.hook.around):
+                self.hook.is_placed = True
                 self.bridge.hooked(self.load.log_level)
             else:
-                self._hook_problem = "another plugin has a hook there, or SGLang's log says why it took none"
-        return self._hook_problem
-
-    def _around(self, own: Forward, *args: Any, **kwargs: Any) -> Any:
-        forward = self.forward
-        return own(*args, **kwargs) if forward is None else forward(self, *args, **kwargs)
+                self.hook.problem = "another plugin has a hook there, or SGLang's log says why it took none"
+        return self.hook.problem
 
     def install(self, forward: Forward | None) -> None:
-        self.forward = forward if self._is_hooked else None
+        self.hook.forward = forward if self.hook.is_placed else None
 
     @staticmethod
-    def replace(subject: "FunctionSocket", installed: Forward, forward: Forward) -> None:
+    def replace(subject: FunctionHook, installed: Forward, forward: Forward) -> None:
         if subject.forward is installed:
             subject.forward = forward
 
@@ -144,7 +154,6 @@ def function_sockets(
     for bridge in bridges:
         contexts = bridge.contexts(model)
         if contexts and bridge.op in known:
-            known[bridge.op].also_for(contexts, load)
-            yield known[bridge.op]
+            yield known[bridge.op].also_for(contexts, load)
         elif contexts:
             yield FunctionSocket(bridge, contexts, load)

@@ -80,7 +80,7 @@ class Selector:
             return None
         try:
             with torch.inference_mode():
-                socket.trial(impl.fn)
+                socket.trial(impl.function)
             torch.get_device_module(socket.device).synchronize()
         except Exception as error:
             logger.debug("trial of %s on %s", impl.impl_id, socket.name, exc_info=True)

@@ -50,7 +50,7 @@ class Socket(ABC):
     @property
     @abstractmethod
     def subject(self) -> Any:
-        """What its forwards are called with first: the layer, or for a function the socket itself."""
+        """What its forwards are called with first: the layer, or the hook of a function."""
 
     @property
     @abstractmethod

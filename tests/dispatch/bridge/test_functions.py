@@ -392,7 +392,7 @@ def test_a_refresh_that_stops_changes_nothing() -> None:
     PolicyManager.get_instance()._global = SelectionPolicy(strict=True)
     with pytest.raises(RuntimeError, match=f"{PACKED} stays with SGLang"):
         binder.refresh()
-    assert isinstance(chunk, FunctionSocket) and chunk.forward is None
+    assert isinstance(chunk, FunctionSocket) and chunk.hook.forward is None
 
 
 def test_a_model_loaded_with_other_settings_decides_anew() -> None:
@@ -415,3 +415,23 @@ def test_functions_of_another_sglang_stay_with_it(monkeypatch: pytest.MonkeyPatc
     report = bind()
     assert set(report.functions.values()) == {"sglang(this SGLang is another one than sglang-fl knows: chunk_gated_delta_rule is missing)"}
     assert untouched()
+
+
+def test_a_model_that_cannot_be_bound_leaves_no_mark() -> None:
+    """Under strict, an implementation fails its trial on the second model's dtype; the first is served as before."""
+
+    def no_bf16(*args: Any) -> Any:
+        if args[0].dtype is torch.bfloat16:
+            raise ArithmeticError("no bf16")
+        return reference.chunk_gated_delta_rule(*args)
+
+    bind(**{CHUNK: no_bf16})
+    binder = _alive[-1]
+    (chunk,) = (socket for socket in binder._sockets.values() if socket.op == CHUNK)
+    set_global_policy(SelectionPolicy(strict=True))
+    with pytest.raises(RuntimeError, match="no bf16"):
+        binder.bind(Hybrid(dtype=torch.bfloat16), Settings())
+    assert next(socket for socket in binder._sockets.values() if socket.op == CHUNK) is chunk and chunk.dtype is torch.float32
+    set_global_policy(SelectionPolicy())
+    set_global_policy(SelectionPolicy(strict=True))
+    assert prefill()[0].isfinite().all()
