@@ -17,6 +17,7 @@ from torch import nn
 from ...compat import gated_delta_rule_problems, hook
 from ..logger_manager import dispatch_log, get_logger
 from .base import ModelContext, activation_dtype, device_of, scratch
+from .catalog import FUNCTIONS
 from .function import FunctionBridge
 
 logger = get_logger()
@@ -61,15 +62,20 @@ class GatedDeltaRuleBridge(FunctionBridge):
         if not layers:
             return set()
         state_dtype = torch.float32
-        if not gated_delta_rule_problems():
+        if not self._problems():
             import_module(_CALLER)  # SGLang does so a moment later, when it makes its attention backend
             state_dtype = import_module("sglang.srt.configs.mamba_utils").mamba2_state_dtype(getattr(model, "config", None)).temporal
         dtype, device = activation_dtype(model), device_of(model)
         return {GatedDeltaContext(x.num_k_heads, x.num_v_heads, x.head_k_dim, x.head_v_dim, dtype, state_dtype, device) for x in layers}
 
     def exclusion_reason(self) -> str | None:
-        problems = gated_delta_rule_problems()
+        problems = self._problems()
         return f"this SGLang is another one than sglang-fl knows: {'; '.join(problems)}" if problems else None
+
+    def _problems(self) -> list[str]:
+        """What differs in SGLang from what this bridge relies on: the other functions are no matter of its."""
+        others = {f"{module}:{name}" for op, (module, name) in FUNCTIONS.items() if op != self.op}
+        return [problem for problem in gated_delta_rule_problems() if problem.split(" ")[0] not in others]
 
     def hooked(self, log_level: int) -> None:
         if self.kernel is not None:

@@ -410,10 +410,18 @@ def test_a_model_loaded_with_other_settings_decides_anew() -> None:
     assert binder.bind(Hybrid(), Settings(), deterministic=True).functions[PACKED, PACKED] == "sglang(deterministic mode)"
 
 
-def test_functions_of_another_sglang_stay_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_delta_rule, "gated_delta_rule_problems", lambda: ("chunk_gated_delta_rule is missing",))
+def test_a_function_of_another_sglang_stays_with_it_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = f"{':'.join(FUNCTIONS[RECURRENT])} is missing"
+    monkeypatch.setattr(gated_delta_rule, "gated_delta_rule_problems", lambda: (problem,))
     report = bind()
-    assert set(report.functions.values()) == {"sglang(this SGLang is another one than sglang-fl knows: chunk_gated_delta_rule is missing)"}
+    assert report.functions[RECURRENT, RECURRENT] == f"sglang(this SGLang is another one than sglang-fl knows: {problem})"
+    assert report.functions[CHUNK, CHUNK] == report.functions[PACKED, PACKED] == "reference(reference.torch)"
+
+
+def test_if_what_they_share_differs_all_functions_stay_with_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta_rule, "gated_delta_rule_problems", lambda: ("sglang.srt.configs.mamba_utils:f is missing",))
+    why = "sglang(this SGLang is another one than sglang-fl knows: sglang.srt.configs.mamba_utils:f is missing)"
+    assert set(bind().functions.values()) == {why}
     assert untouched()
 
 
