@@ -11,7 +11,7 @@ from torch import nn
 
 from ...config import Settings
 from ..locks import ForkSafeLock
-from ..logger_manager import dispatch_log, get_logger
+from ..logger_manager import dispatch_log
 from ..manager import OpManager
 from ..policy import PolicyManager, get_policy, overrides
 from ..types import OpImpl
@@ -24,8 +24,6 @@ from .report import BindReport
 from .selector import Selection, Selector
 from .socket import Load, Socket, mark_as_ours
 
-logger = get_logger()
-
 
 class Binder:
     """One for each process that runs models.
@@ -37,7 +35,7 @@ class Binder:
     def __init__(self, manager: OpManager):
         self.manager = manager
         self._selector = Selector(manager)
-        #: By what their forwards are called with: a layer, or the socket of a function.
+        #: By what their forwards are called with: a layer, or the hook of a function.
         self._sockets: weakref.WeakKeyDictionary[Any, Socket] = weakref.WeakKeyDictionary()
         self._forwards: dict[tuple[Any, ...], Forward] = {}
         self._lock = ForkSafeLock()
@@ -101,7 +99,7 @@ class Binder:
             message = f"{socket.name} stays with SGLang: {problem}"
             if policy.strict:
                 raise RuntimeError(f"sglang-fl: {message}")
-            logger.warning(message)
+            self._selector.warn_once(message)
             selected[socket] = Selection(None, problem)
         return selected
 

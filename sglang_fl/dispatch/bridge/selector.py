@@ -55,7 +55,7 @@ class Selector:
             if policy.strict:
                 raise RuntimeError(f"sglang-fl: {message} (strict is set, so nothing takes its place)") from error
             passed_over[impl.impl_id] = f"failed its trial: {type(error).__name__}: {error}"
-            self._warn_once(f"{message}; {_successor(plan, index)} takes its place")
+            self.warn_once(f"{message}; {_successor(plan, index)} takes its place")
         if plan.to_sglang:
             return Selection(None, "policy")
         if socket.load.deterministic:
@@ -64,7 +64,7 @@ class Selector:
         message = f"no implementation of {socket.op} can run for {socket.name} (order {'|'.join(plan.order)}: {reasons})"
         if policy.strict:
             raise RuntimeError(f"sglang-fl: {message}")
-        self._warn_once(f"{message}; it stays with SGLang")
+        self.warn_once(f"{message}; it stays with SGLang")
         return Selection(None, "no implementation can run")
 
     def fits(self, impl: OpImpl, socket: Socket) -> bool:
@@ -91,7 +91,8 @@ class Selector:
             self._trials[key] = None
         return self._trials[key]
 
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
+        """Log a warning, the first time."""
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
