@@ -404,6 +404,18 @@ def test_a_registration_that_fails(
         assert "aten::mm: it could not be registered: no room for it; PyTorch's own kernel is used" in caplog.text
 
 
+def test_after_a_failure_the_next_enabling_begins_anew(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = AtenOperators(settings(flagos_whitelist=("mul", "mm")))
+    with monkeypatch.context() as patch:
+        patch.setattr(AtenOperators, "_check_left", lambda self, left, failed: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            operators.enable()
+    assert not is_ours("mul.Tensor")
+    with operators as report:
+        assert is_ours("mul.Tensor") and {function for _, function in report.replaced} == {"mul", "mm"}
+        assert all("could not be registered" not in why for _, _, why in report.left)
+
+
 def test_other_settings_take_the_place_of_those_before(gems: ModuleType) -> None:
     for function, other in (("mul", "mm"), ("mm", "mul")):
         report = replace_operators(settings(flagos_whitelist=(function,)), NVIDIA)

@@ -90,14 +90,17 @@ class AtenOperators:
         if AtenOperators._on is not None:
             raise RuntimeError("another set of ATen operators is replaced already; disable() it first")
         AtenOperators._on = self
+        is_first = self._registrar is None
         try:
-            if self._registrar is None:
+            if is_first:
                 self._enable_first()
             else:
                 for function in self._functions:
                     self._register(function)
         except BaseException:
             self.disable()
+            if is_first:
+                self._registrar = None  # FlagGems is asked anew the next time
             raise
         return self.report
 
@@ -135,15 +138,15 @@ class AtenOperators:
         """Ask FlagGems what it has here, register it, and report what became of each operator."""
         gems = load()
         collected = _collect(gems, self.settings)
-        registrar = gems.current_work_registrar
+        self._registrar = gems.current_work_registrar
         failed: dict[str, str] = {}
+        self._functions = {}
         for key, fn in collected:
             # PyTorch takes a kernel for an operator that it does not have, and never calls it.
             if not torch._C._dispatch_has_kernel(f"aten::{key}"):
                 failed[key] = _UNKNOWN_OPERATOR
             else:
                 self._functions.setdefault(fn.__name__, []).append((key, fn))
-        self._registrar = registrar
         for function in list(self._functions):
             failed |= self._register(function)
         replaced = {key: name for name, rows in self._functions.items() for key, _ in rows}
@@ -153,11 +156,7 @@ class AtenOperators:
             for key, *_ in rows
             if key not in replaced
         ]
-        try:
-            self._check_left(left, failed)
-        except BaseException:
-            self._registrar = None  # asked anew the next time
-            raise
+        self._check_left(left, failed)
         self.report = AtenReport(tuple(replaced.items()), tuple(left))
 
     def _register(self, function: str) -> dict[str, str]:

@@ -80,9 +80,13 @@ class OpManager:
         try:
             self.bump_policy_epoch()
         except BaseException:
-            self.given = before
-            self.bump_policy_epoch()
+            self.restore(before)
             raise
+
+    def restore(self, given: tuple[Settings, Device] | None) -> None:
+        """Go back to what ``given`` was before a :meth:`use`."""
+        self.given = given
+        self.bump_policy_epoch()
 
     def ensure_initialized(self, plugin_modules: Sequence[str] | None = None) -> None:
         """Register every backend there is, once.

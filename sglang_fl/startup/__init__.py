@@ -100,8 +100,7 @@ def apply(settings: Settings, device: Device) -> None:
     try:
         PolicyManager.get_instance().use_settings(settings)
     except BaseException:
-        manager.given = before
-        manager.bump_policy_epoch()
+        manager.restore(before)
         raise
     _current = settings
     logging.getLogger("sglang_fl").setLevel("DEBUG" if settings.dispatch_debug else settings.log_level)
