@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of check and the statuses of a case; needs no PyTorch."""
 
-#: The kinds of check.
-SERVING, UNUSUAL, SPECIAL = "serving shapes", "unusual shapes", "nan, inf, denormals"
-INPUTS, REPEATS, THREADS, GRAPH, COMPILE = "inputs and results", "repeats", "threads", "graph capture", "torch.compile"
+#: The kinds of check. About accuracy: what serving calls, timed; models' sizes; what is allowed and rare; nan, inf, denormals.
+SERVING, SIZES, UNUSUAL, SPECIAL = "serving", "sizes", "unusual", "extremes"
+#: About the rest: where results lie and how long they stay, and that they come out alike again, in threads, in a graph, compiled.
+INPUTS, REPEATS, THREADS, GRAPH, COMPILE = "inputs", "repeats", "threads", "graph", "compile"
 #: For implementations that are declared batch-invariant.
-BATCH = "batch invariance"
+BATCH = "batch"
 
 #: A message of the worker's: it computes in float64, or no longer.
 IN_FLOAT64 = "in float64"
@@ -15,3 +16,13 @@ OK, FAILED, REFUSED, SKIPPED = "ok", "failed", "refused", "skipped"
 #: Of a case that ended or hung its process, and of one that was left out after several of those.
 CRASHED, HUNG, NOT_RUN = "crashed", "hung", "not run"
 FAILURES = frozenset({FAILED, CRASHED, HUNG, NOT_RUN})
+
+
+def case_name(op: str, check: str, name: str, dtype: str) -> str:
+    """What a case is found again by: ``rms_norm sizes tokens=65537 hidden=64 dtype=bfloat16``."""
+    return f"{op} {check} {name} dtype={dtype}"
+
+
+def case_matches(full_name: str, asked: str) -> bool:
+    """Whether a case has all the words that were asked for."""
+    return set(asked.split()) <= set(full_name.split())

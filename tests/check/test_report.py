@@ -82,7 +82,7 @@ def test_printed() -> None:
     text = printed(
         report(case(FAILED, message=EVIL), case(FAILED, name="second"), case(REFUSED, UNUSUAL, message="no"), not_available=missing)
     )
-    assert f"rms_norm vendor.chip, serving shapes, bfloat16: 1 × 8: {EVIL} (and 1 more)" in text
+    assert f"rms_norm vendor.chip, serving, bfloat16: 1 × 8: {EVIL} (and 1 more)" in text
     assert "FAILED: 3 cases in 2 s, 1 refused, seed 5." in text
     assert "vendor.far" in text and "it is elsewhere" in text
     assert "PASSED: 1 cases" in printed(report(case()))

@@ -95,7 +95,7 @@ def test_a_failure_is_exit_code_1(
 ) -> None:
     monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
     assert main(["check", "--vendor", "testchip"]) == 1
-    assert "rms_norm vendor.testchip, serving shapes, bfloat16: 1 × 8: a message" in capsys.readouterr().out
+    assert "rms_norm vendor.testchip, serving, bfloat16: 1 × 8: a message" in capsys.readouterr().out
 
 
 def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
