@@ -55,6 +55,8 @@ def why_unusable_by_torch(vendor: Vendor, builds: frozenset[str], environ: Mappi
     """Why PyTorch does not use a vendor's chip although it is here, or None if it may."""
     if vendor.torch_build and vendor.torch_build not in builds:
         return f"PyTorch is not built for {vendor.torch_build}"
+    if vendor.torch_extension and importlib.util.find_spec(vendor.torch_extension) is None:
+        return f"{vendor.torch_extension} is not installed"
     if vendor.device_type == "cuda" and environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']} hides it"
     return None

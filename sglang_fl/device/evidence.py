@@ -13,8 +13,8 @@ through the same list:
 ``GEMS_VENDOR``, FlagGems's own variable, then chooses between vendors of the same device type, whose PyTorch builds look
 alike. Any other vendor in it is an error; see :func:`vendor_problems`.
 
-The two can still differ where only PyTorch knows: a driver that is broken or too old for it, a missing PyTorch extension
-(torch_npu), or a card of another vendor behind NVIDIA's device files. Then :func:`detect` is right.
+The two can still differ where only PyTorch knows: a driver that is broken or too old for it, or a card of another vendor
+behind NVIDIA's device files. Then :func:`detect` is right.
 """
 
 import importlib.util

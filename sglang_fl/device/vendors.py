@@ -26,6 +26,7 @@ class Vendor:
         flaggems: whether FlagGems serves it.
         torch_build: the field of ``torch.version`` (cuda, hip, xpu) that PyTorch must be built with; empty: it is an extension
             of PyTorch, or unknown.
+        torch_extension: the Python module that gives PyTorch the device type; empty: none, or unknown.
         pci_vendor: the PCI vendor id of its display devices, where the driver has no device file of its own.
         machine: the operating system and architecture that the chip is part of.
         in_tree_needs: a Python module without which SGLang's own platform does not take the chip.
@@ -42,6 +43,7 @@ class Vendor:
     card_names: tuple[str, ...] = ()
     flaggems: bool = True
     torch_build: str = ""
+    torch_extension: str = ""
     pci_vendor: str = ""
     machine: tuple[str, str] | None = None
     in_tree_needs: str = ""
@@ -57,16 +59,16 @@ _ROWS = (
     Vendor("iluvatar",   "Iluvatar CoreX",  "cuda", None,    "nccl",     "triton",      ("ixsmi",),           ("/dev/iluvatar*",),     ("iluvatar",),   torch_build="cuda"),
     Vendor("kunlunxin",  "Kunlunxin",       "cuda", None,    "nccl",     "triton",      ("xpu-smi", "xpu_smi"), ("/dev/xpuctrl",),     ("kunlun", "p800"), torch_build="cuda"),
     Vendor("nvidia",     "NVIDIA GPU",      "cuda", "cuda",  "nccl",     None,          ("nvidia-smi",),      ("/dev/nvidia[0-9]*",),  ("nvidia", "tesla", "geforce", "quadro"), torch_build="cuda"),
-    Vendor("ascend",     "Huawei Ascend",   "npu",  "npu",   "hccl",     "ascend",      ("npu-smi",),         ("/dev/davinci[0-9]*",)),
+    Vendor("ascend",     "Huawei Ascend",   "npu",  "npu",   "hccl",     "ascend",      ("npu-smi",),         ("/dev/davinci[0-9]*",), torch_extension="torch_npu"),
     Vendor("hygon",      "Hygon DCU",       "cuda", None,    "nccl",     "triton",      ("hy-smi",),          (),                      ("hygon", "dcu", "k100", "z100", "bw"), torch_build="hip"),
     Vendor("amd",        "AMD GPU",         "cuda", "rocm",  "nccl",     None,          ("rocm-smi",),        ("/dev/kfd",),           ("amd", "instinct", "radeon"), torch_build="hip"),
     Vendor("intel",      "Intel GPU",       "xpu",  "xpu",   "xccl",     None,          pci_vendor="0x8086", torch_build="xpu", flaggems=False),
-    Vendor("mthreads",   "Moore Threads",   "musa", "musa",  "mccl",     None,          ("mthreads-gmi",),    ("/dev/mtgpu*",),        in_tree_needs="torchada"),
+    Vendor("mthreads",   "Moore Threads",   "musa", "musa",  "mccl",     None,          ("mthreads-gmi",),    ("/dev/mtgpu*",),        in_tree_needs="torchada", torch_extension="torch_musa"),
     Vendor("apple",      "Apple silicon",   "mps",  "mps",   "gloo",     "torch_native", machine=("Darwin", "arm64"), flaggems=False),
-    Vendor("cambricon",  "Cambricon MLU",   "mlu",  None,    "cncl",     "triton",      ("cnmon",),           ("/dev/cambricon_dev*",)),
-    Vendor("enflame",    "Enflame GCU",     "gcu",  None,    "eccl",     "triton",      ("efsmi",),           ("/dev/gcu[0-9]*",)),
-    Vendor("tsingmicro", "TsingMicro",      "txda", None,    "tccl",     "torch_native", ("tsm_smi",)),
-    Vendor("sunrise",    "Sunrise",         "ptpu", None,    "tccl",     "torch_native", ("pt_smi",)),
+    Vendor("cambricon",  "Cambricon MLU",   "mlu",  None,    "cncl",     "triton",      ("cnmon",),           ("/dev/cambricon_dev*",), torch_extension="torch_mlu"),
+    Vendor("enflame",    "Enflame GCU",     "gcu",  None,    "eccl",     "triton",      ("efsmi",),           ("/dev/gcu[0-9]*",), torch_extension="torch_gcu"),
+    Vendor("tsingmicro", "TsingMicro",      "txda", None,    "tccl",     "torch_native", ("tsm_smi",), torch_extension="torch_txda"),
+    Vendor("sunrise",    "Sunrise",         "ptpu", None,    "tccl",     "torch_native", ("pt_smi",), torch_extension="torch_ptpu"),
     Vendor("aipu",       "ARM China Zhouyi", "aipu", None,   "gloo",     "torch_native", (),                  ("/dev/aipu",)),
     Vendor("cpu",        "CPU",             "cpu",  None,    "gloo",     "torch_native", flaggems=False),
 )

@@ -52,17 +52,18 @@ def torch_builds(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return builds
 
 
-@pytest.fixture
-def torchada(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Whether torchada is installed: no, until a test says so."""
-    state = SimpleNamespace(installed=False)
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The chips' Python modules that are installed: each one's extension of PyTorch, and no torchada, until a test says otherwise."""
+    modules = {row.torch_extension for row in VENDORS.values() if row.torch_extension}
+    asked_for = modules | {row.in_tree_needs for row in VENDORS.values() if row.in_tree_needs}
     find_spec = importlib.util.find_spec
 
     def find(name: str, package: str | None = None) -> object:
-        return (SimpleNamespace() if state.installed else None) if name == "torchada" else find_spec(name, package)
+        return (SimpleNamespace() if name in modules else None) if name in asked_for else find_spec(name, package)
 
     monkeypatch.setattr("importlib.util.find_spec", find)
-    return state
+    return modules
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def torchada(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         (fake_torch(idle=("mlu", "gcu")), "cpu", "cpu", None),
     ],
 )
-@pytest.mark.usefixtures("on_path", "torchada")
+@pytest.mark.usefixtures("on_path")
 def test_detect(torch: ModuleType, vendor: str, device_type: str, in_tree: str | None) -> None:
     device = detect(torch, {})
     assert (device.vendor, device.device_type, device.in_tree) == (vendor, device_type, in_tree)
@@ -152,16 +153,15 @@ def test_gems_vendor_is_no_device() -> None:
     assert detect(fake_torch(), {"GEMS_VENDOR": "metax"}).vendor == "cpu"
 
 
-def test_musa_is_in_tree_with_torchada_only(torchada: SimpleNamespace) -> None:
+def test_musa_is_in_tree_with_torchada_only(installed: set[str]) -> None:
     torch = fake_torch(musa="4.2", has=("musa",))
     without = detect(torch, {})
     assert (without.vendor, without.device_type, without.in_tree) == ("mthreads", "musa", None)
     assert "torchada" in without.evidence
-    torchada.installed = True
+    installed.add("torchada")
     assert detect(torch, {}).in_tree == "musa"
 
 
-@pytest.mark.usefixtures("torchada")
 def test_musa_build_without_a_device_is_plain_cpu() -> None:
     assert detect(fake_torch(musa="4.2", idle=("musa",)), {}).vendor == "cpu"
 
@@ -197,9 +197,9 @@ def test_cpu_engine_of_sglang_goes_before_everything(device_files: set[str], val
     ],
 )
 @pytest.mark.usefixtures("on_path")
-def test_probe_by_device_files(device_files: set[str], torchada: SimpleNamespace, files: tuple[str, ...], vendor: str) -> None:
+def test_probe_by_device_files(device_files: set[str], installed: set[str], files: tuple[str, ...], vendor: str) -> None:
     device_files.update(files)
-    torchada.installed = True
+    installed.add("torchada")
     row = VENDORS[vendor]
     assert probe({}) == Device(vendor, row.device_type, row.in_tree, probe({}).evidence)
 
@@ -321,12 +321,22 @@ def test_probe_of_hidden_devices(device_files: set[str], value: str, vendor: str
 
 
 @pytest.mark.usefixtures("on_path")
-def test_probe_knows_of_torchada_what_detect_knows(device_files: set[str], torchada: SimpleNamespace) -> None:
+def test_probe_knows_of_torchada_what_detect_knows(device_files: set[str], installed: set[str]) -> None:
     device_files.add("/dev/mtgpu.0")
-    for installed in (False, True):
-        torchada.installed = installed
+    for in_tree in (None, "musa"):
+        installed |= {"torchada"} if in_tree else set()
         with_torch, without = detect(fake_torch(musa="4.2", has=("musa",)), {}), probe({})
-        assert (with_torch.vendor, with_torch.in_tree) == (without.vendor, without.in_tree) == ("mthreads", "musa" if installed else None)
+        assert (with_torch.vendor, with_torch.in_tree) == (without.vendor, without.in_tree) == ("mthreads", in_tree)
+
+
+@pytest.mark.parametrize("vendor", [row for row in VENDORS.values() if row.torch_extension], ids=lambda row: row.name)
+def test_probe_takes_no_chip_whose_extension_of_pytorch_is_missing(on_path: set[str], installed: set[str], vendor: Vendor) -> None:
+    """A container image may hold the driver's tool, and another one's PyTorch."""
+    on_path |= set(vendor.commands)
+    assert probe({}).vendor == vendor.name
+    installed.remove(vendor.torch_extension)
+    device = probe({})
+    assert device.vendor == "cpu" and f"{vendor.torch_extension} is not installed" in device.evidence
 
 
 @pytest.mark.parametrize("forced", VENDORS)
