@@ -13,8 +13,9 @@ INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python
 demo: $(VENV)/ready
 	@$(BIN)/sglang-fl demo $(ARGS)
 
+# Two at a time: the end-to-end tests one after the other, and beside them the rest.
 test: $(VENV)/ready-test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(VENV)/ready-test
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

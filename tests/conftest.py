@@ -2,6 +2,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -29,6 +30,26 @@ def pytest_configure() -> None:
         os.environ[REAL_FLAGCX] = os.environ["FLAGCX_PATH"]
     for variable in _settings_in_environment():
         del os.environ[variable]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What pytest-xdist keeps in one process: all end-to-end tests, and each other file.
+
+    Engines that ran beside each other would take each other's time and memory; a file's tests share what was costly to make.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "e2e" if nodeid.startswith("tests/e2e/") else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest-xdist the end-to-end tests begin at once: they take longest."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/e2e/"))
 
 
 def pytest_unconfigure() -> None:
