@@ -100,9 +100,6 @@ GATED_DELTA_RULE: Shapes = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
         "q k v g beta scale initial_state initial_state_indices cu_seqlens head_first use_qk_l2norm_in_kernel inplace_update"
     ),
-    "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule": (
-        "q k v g beta scale initial_state output_final_state cu_seqlens use_qk_l2norm_in_kernel"
-    ),
     "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule_packed_decode": (
         "mixed_qkv a b A_log dt_bias scale initial_state out ssm_state_indices use_qk_l2norm_in_kernel"
     ),

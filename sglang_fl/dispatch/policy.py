@@ -115,13 +115,7 @@ class SelectionPolicy:
         allow_vendors: Any = None,
     ) -> "SelectionPolicy":
         """The same from a dict of orders and any iterables of vendors."""
-        return cls(
-            prefer=prefer,
-            strict=strict,
-            per_op_order=tuple((per_op_order or {}).items()),  # type: ignore[arg-type]  # __post_init__ makes tuples and sets
-            deny_vendors=deny_vendors or frozenset(),
-            allow_vendors=allow_vendors,
-        )
+        return cls(prefer, strict, per_op_order or (), deny_vendors or frozenset(), allow_vendors)  # type: ignore[arg-type]  # any shape
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "SelectionPolicy":
@@ -131,19 +125,13 @@ class SelectionPolicy:
     def per_op_order_dict(self) -> dict[str, list[str]]:
         return {op: list(order) for op, order in self.per_op_order}
 
-    def get_per_op_order(self, op_name: str) -> list[str] | None:
-        return self.per_op_order_dict.get(op_name)
-
     def get_default_order(self) -> list[str]:
         """The order for operators that have none of their own."""
         return list(_DEFAULT_ORDERS[self.prefer])
 
     def order_for(self, op_name: str) -> tuple[str, ...]:
         """The order for an operator."""
-        for op, order in self.per_op_order:
-            if op == op_name:
-                return order
-        return _DEFAULT_ORDERS[self.prefer]
+        return dict(self.per_op_order).get(op_name, _DEFAULT_ORDERS[self.prefer])
 
     def is_vendor_allowed(self, vendor: str | None) -> bool:
         """Whether a vendor's implementations may be used; those of no vendor always may."""

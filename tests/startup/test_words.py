@@ -108,10 +108,10 @@ def test_names_in_a_policys_file(package: str, tmp_path: Path) -> None:
     file = tmp_path / "policy.yaml"
     reset_default_manager()
     file.write_text("op_backends:\n  rms_norm: [vendor:ascend]\n")
-    assert policy_from_config(file).get_per_op_order("rms_norm") == ["vendor:ascend"]
+    assert policy_from_config(file).order_for("rms_norm") == ("vendor:ascend",)
     assert package not in sys.modules
     file.write_text("op_backends:\n  chip_sort: [vendor:mychip]\n")
-    assert policy_from_config(file).get_per_op_order("chip_sort") == ["vendor:mychip"]
+    assert policy_from_config(file).order_for("chip_sort") == ("vendor:mychip",)
     file.write_text("op_backends:\n  chip_srot: [vendor:mychip]\n")
     with pytest.raises(SettingsError, match=r"policy\.yaml:2: op_backends: unknown operator 'chip_srot'; did you mean 'chip_sort'"):
         policy_from_config(file)

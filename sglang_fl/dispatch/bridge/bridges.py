@@ -4,7 +4,6 @@
 from .chunk_gated_delta_rule import ChunkGatedDeltaRuleBridge
 from .function import FunctionBridge
 from .fused_moe import FusedMoEBridge
-from .fused_recurrent_gated_delta_rule import FusedRecurrentGatedDeltaRuleBridge
 from .fused_recurrent_gated_delta_rule_packed_decode import PackedDecodeBridge
 from .gelu_and_mul import GeluAndMulBridge
 from .gemma_rms_norm import Gemma3RMSNormBridge, GemmaRMSNormBridge
@@ -38,6 +37,5 @@ LAYER_BRIDGES: tuple[LayerBridge, ...] = (
 )
 FUNCTION_BRIDGES: tuple[FunctionBridge, ...] = (
     ChunkGatedDeltaRuleBridge(),
-    FusedRecurrentGatedDeltaRuleBridge(),
     PackedDecodeBridge(),
 )

@@ -7,12 +7,10 @@ the function. That happens once a model that calls it was loaded, and only if th
 """
 
 import copy
-import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,12 +79,6 @@ class FunctionSocket(Socket):
         socket.load = load
         return socket
 
-    @cached_property
-    def function(self) -> Forward:
-        """SGLang's, as it was before any hook of ours."""
-        found: Forward = getattr(import_module(self.bridge.module), self.bridge.name)
-        return found
-
     @property
     def subject(self) -> FunctionHook:
         return self.hook
@@ -107,7 +99,7 @@ class FunctionSocket(Socket):
 
     @cached_property
     def own(self) -> Forward:
-        function = self.function
+        function: Forward = getattr(import_module(self.bridge.module), self.bridge.name)
 
         def own(subject: FunctionHook, /, *args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
@@ -115,15 +107,7 @@ class FunctionSocket(Socket):
         return own
 
     def exclusion_reason(self) -> str | None:
-        reason = self.bridge.exclusion_reason()
-        if reason is None and not self.hook.is_placed and not self._is_called():
-            return "nothing that SGLang has loaded calls it"
-        return reason
-
-    def _is_called(self) -> bool:
-        """Whether a module other than the function's own has imported it."""
-        modules = [module for name, module in list(sys.modules.items()) if name != self.bridge.module and isinstance(module, ModuleType)]
-        return any(value is self.function for module in modules for value in list(vars(module).values()))
+        return self.bridge.exclusion_reason()
 
     def trial(self, fn: Forward) -> None:
         for context in self._contexts:
@@ -131,6 +115,7 @@ class FunctionSocket(Socket):
 
     def prepare(self) -> str | None:
         if not self.hook.is_placed and self.hook.problem is None:
+            _ = self.own  # as it is without a hook of ours
             if place_hook(f"{self.bridge.module}.{self.bridge.name}", self.hook.around):
                 self.hook.is_placed = True
                 self.bridge.hooked(self.load.log_level)

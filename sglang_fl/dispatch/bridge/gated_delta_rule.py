@@ -51,10 +51,10 @@ class GatedDeltaContext:
 
 
 class GatedDeltaRuleBridge(FunctionBridge):
-    """What the three functions have in common."""
+    """What the two functions have in common."""
 
     #: The attribute of SGLang's dispatcher with the kernel class that calls the function.
-    kernel: ClassVar[str | None] = None
+    kernel: ClassVar[str]
 
     def contexts(self, model: nn.Module) -> set[GatedDeltaContext]:
         attention = getattr(sys.modules.get("sglang.srt.layers.radix_linear_attention"), "RadixLinearAttention", None)
@@ -78,8 +78,10 @@ class GatedDeltaRuleBridge(FunctionBridge):
         return [problem for problem in gated_delta_rule_problems() if problem.split(" ")[0] not in others]
 
     def hooked(self, log_level: int) -> None:
-        if self.kernel is not None:
-            _watch_dispatcher(self, log_level)
+        """Say so if SGLang's dispatcher takes a kernel class that does not call the function."""
+        if not _watching:
+            hook(_DISPATCHER, _dispatcher_made, "after")
+        _watching[self] = log_level
 
 
 def _is_gated_delta(layer: Any) -> bool:
@@ -91,16 +93,9 @@ def _is_gated_delta(layer: Any) -> bool:
 _watching: dict[GatedDeltaRuleBridge, int] = {}
 
 
-def _watch_dispatcher(bridge: GatedDeltaRuleBridge, log_level: int) -> None:
-    """Say so if SGLang's dispatcher takes a kernel class that does not call the function."""
-    if not _watching:
-        hook(_DISPATCHER, _dispatcher_made, "after")
-    _watching[bridge] = log_level
-
-
 def _dispatcher_made(result: None, dispatcher: Any, *args: Any, **kwargs: Any) -> None:
     for bridge, log_level in _watching.items():
-        chosen = type(getattr(dispatcher, bridge.kernel or "")).__name__
+        chosen = type(getattr(dispatcher, bridge.kernel)).__name__
         if chosen != _TRITON:
             logger.log(
                 log_level,

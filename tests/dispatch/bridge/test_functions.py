@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,8 +41,7 @@ from sglang_fl.dispatch.logger_manager import open_dispatch_log
 from sglang_fl.dispatch.policy import overrides
 
 H, HV, K, V = 2, 4, 8, 16
-CHUNK, RECURRENT, PACKED = FUNCTIONS
-NOT_CALLED = "sglang(nothing that SGLang has loaded calls it)"
+CHUNK, PACKED = FUNCTIONS
 
 
 class Hybrid(nn.Module):
@@ -144,7 +143,6 @@ def test_sglangs_calls_run_on_the_reference(tmp_path: Path) -> None:
     report = bind()
     assert report.functions == {
         (CHUNK, CHUNK): "reference(reference.torch)",
-        (RECURRENT, RECURRENT): NOT_CALLED,
         (PACKED, PACKED): "reference(reference.torch)",
     }
     out, chunks, pool = prefill()
@@ -157,7 +155,6 @@ def test_sglangs_calls_run_on_the_reference(tmp_path: Path) -> None:
     assert torch.equal(chunks[0, 0], before[2]), "before the first chunk stands the initial state"
     told = {line.removeprefix("[OOT-DISPATCH] ") for line in (tmp_path / "log").read_text().splitlines()}
     assert told == {
-        f"{RECURRENT} → {NOT_CALLED}",
         f"{CHUNK} → reference(reference.torch)",
         f"{PACKED} → reference(reference.torch)",
     }
@@ -198,17 +195,6 @@ def test_one_function_can_stay() -> None:
 def test_a_model_that_does_not_call_them_changes_nothing(model: nn.Module) -> None:
     assert bind(model=model).functions == {}
     assert untouched()
-
-
-def test_a_function_that_a_loaded_module_calls_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ModuleType("a_model_from_elsewhere")
-    monkeypatch.setitem(sys.modules, model.__name__, model)
-    monkeypatch.setattr(model, "recurrent", getattr(sys.modules[FUNCTIONS[RECURRENT][0]], RECURRENT), raising=False)
-    assert bind().functions[RECURRENT, RECURRENT] == "reference(reference.torch)"
-    q, v, g = torch.randn(1, 5, H, K), torch.randn(1, 5, HV, V), -torch.rand(1, 5, HV)
-    out, last = model.recurrent(q, q, v, g, output_final_state=True)
-    wanted = reference.fused_recurrent_gated_delta_rule(q, q, v, g, None, None, None, True)
-    assert torch.equal(out, wanted[0]) and wanted[1] is not None and torch.equal(last, wanted[1])
 
 
 def spoiled(op: str, spoil: Callable[..., None]) -> Callable[..., Any]:
@@ -412,11 +398,11 @@ def test_a_model_loaded_with_other_settings_decides_anew() -> None:
 
 
 def test_a_function_of_another_sglang_stays_with_it_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = f"{':'.join(FUNCTIONS[RECURRENT])} is missing"
+    problem = f"{':'.join(FUNCTIONS[PACKED])} is missing"
     monkeypatch.setattr(gated_delta_rule, "gated_delta_rule_problems", lambda: (problem,))
     report = bind()
-    assert report.functions[RECURRENT, RECURRENT] == f"sglang(this SGLang is another one than sglang-fl knows: {problem})"
-    assert report.functions[CHUNK, CHUNK] == report.functions[PACKED, PACKED] == "reference(reference.torch)"
+    assert report.functions[PACKED, PACKED] == f"sglang(this SGLang is another one than sglang-fl knows: {problem})"
+    assert report.functions[CHUNK, CHUNK] == "reference(reference.torch)"
 
 
 def test_if_what_they_share_differs_all_functions_stay_with_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
