@@ -19,7 +19,7 @@ class OpRegistry:
     """Implementations by operator. Safe from threads and after a fork."""
 
     def __init__(self) -> None:
-        self._impls: dict[str, dict[str, OpImpl]] = {}
+        self._impls: dict[str, dict[str, OpImpl]] = {}  # replaced by a change, never written: readers need no lock
         self._lock = ForkSafeLock()
         self.version = 0
 
@@ -43,24 +43,20 @@ class OpRegistry:
             self.version += 1
 
     def snapshot(self) -> OpRegistrySnapshot:
-        with self._lock:
-            return OpRegistrySnapshot({op: tuple(by_id.values()) for op, by_id in self._impls.items()})
+        return OpRegistrySnapshot({op: tuple(by_id.values()) for op, by_id in self._impls.items()})
 
     def implementations(self) -> list[OpImpl]:
         """Those of all operators."""
         return [impl for impls in self.snapshot().impls_by_op.values() for impl in impls]
 
     def get_implementations(self, op_name: str) -> list[OpImpl]:
-        with self._lock:
-            return list(self._impls.get(op_name, {}).values())
+        return list(self._impls.get(op_name, {}).values())
 
     def get_implementation(self, op_name: str, impl_id: str) -> OpImpl | None:
-        with self._lock:
-            return self._impls.get(op_name, {}).get(impl_id)
+        return self._impls.get(op_name, {}).get(impl_id)
 
     def list_operators(self) -> list[str]:
-        with self._lock:
-            return sorted(op for op, by_id in self._impls.items() if by_id)
+        return sorted(self._impls)
 
     def clear(self) -> None:
         with self._lock:

@@ -26,10 +26,26 @@ def check_heads(op: str, heads: int, value_heads: int) -> None:
         raise Refusal(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
 
 
-def check_slots(op: str, slots: torch.Tensor, count: int) -> None:
-    """Raises Refusal unless each sequence has a slot of the pool of states."""
+def slots_of(op: str, slots: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
+    """Each sequence's slot of the pool of states: those given, or the first ones. Raises Refusal if it is another number of slots."""
+    if slots is None:
+        return torch.arange(count, dtype=torch.int32, device=device)
     if len(slots) != count:
         raise Refusal(f"{op}: {len(slots)} slots for {count} sequences")
+    return slots
+
+
+def split_packed(op: str, mixed_qkv: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k ``[batch, heads, key_dim]`` and v ``[batch, value_heads, value_dim]`` of packed rows, as the states ``[slots, value_heads,
+    value_dim, key_dim]`` say. Raises Refusal if they do not fit.
+    """
+    value_heads, value_dim, key_dim = states.shape[1:]
+    heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
+    if rest or heads <= 0:
+        raise Refusal(f"{op}: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states {tuple(states.shape[1:])}")
+    check_heads(op, heads, value_heads)
+    q, k, v = mixed_qkv.split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
+    return q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
 
 
 def check_chunk_kernel(op: str, q: torch.Tensor, v: torch.Tensor) -> None:

@@ -18,9 +18,6 @@ class ElementwiseBridge(LayerBridge):
     #: Whether x holds two halves, a gate and what it is multiplied with.
     gated: ClassVar[bool] = False
 
-    def attribute_reason(self, layer: Layer) -> str | None:
-        return None
-
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         return context.dtype, context.device, context.intermediate_size
 

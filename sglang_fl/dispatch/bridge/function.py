@@ -13,7 +13,6 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...compat import hook as place_hook
@@ -71,6 +70,7 @@ class FunctionSocket(Socket):
         self.names = {bridge.name}
         self.hook = FunctionHook()
         self._contexts = tuple(contexts)
+        self.dtype, self.device = self._contexts[0].dtype, self._contexts[0].device
 
     def also_for(self, contexts: set[Any], load: Load) -> "FunctionSocket":
         """The same function, called by one more model."""
@@ -82,16 +82,6 @@ class FunctionSocket(Socket):
     @property
     def subject(self) -> FunctionHook:
         return self.hook
-
-    @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = self._contexts[0].dtype
-        return found
-
-    @property
-    def device(self) -> torch.device:
-        found: torch.device = self._contexts[0].device
-        return found
 
     @property
     def trial_key(self) -> tuple[Any, ...]:

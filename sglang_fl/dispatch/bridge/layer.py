@@ -10,7 +10,6 @@ from functools import cached_property
 from types import MethodType
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from .base import Bridge, Forward, ModelContext, activation_dtype, device_of
@@ -56,9 +55,9 @@ class LayerBridge(Bridge):
             return f"{self.npu_switch} is set"
         return self.attribute_reason(layer)
 
-    @abstractmethod
     def attribute_reason(self, layer: Layer) -> str | None:
         """The part of :meth:`exclusion_reason` that lies in the layer's attributes."""
+        return None
 
     @abstractmethod
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
@@ -77,7 +76,7 @@ class LayerSocket(Socket):
         super().__init__(bridge, type(layer).__name__, load)
         self._layer = weakref.ref(layer)
         self.path = path
-        self.context = context
+        self.context, self.dtype, self.device = context, context.dtype, context.device
         self.first_passes = first_passes
         self.names = {cls.__name__ for cls in type(layer).__mro__}
 
@@ -92,14 +91,6 @@ class LayerSocket(Socket):
         layer = self._layer()
         assert layer is not None, "a socket is only asked while its layer lives"
         return layer
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.context.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.context.device
 
     @property
     def trial_key(self) -> tuple[Any, ...]:

@@ -22,9 +22,6 @@ class NormBridge(LayerBridge):
     #: Whether it has ``eps`` instead of ``variance_epsilon``, and perhaps no weights: implementations get an object in its place.
     has_eps: ClassVar[bool] = False
 
-    def attribute_reason(self, layer: Layer) -> str | None:
-        return None
-
     def _obj(self, layer: Layer, context: ModelContext) -> Any:
         """What an implementation reads the weights from."""
         return norm_obj(layer, context.dtype, context.device) if self.has_eps else layer

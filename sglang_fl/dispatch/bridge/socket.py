@@ -33,10 +33,13 @@ class Socket(ABC):
         bridge: leads from SGLang's arguments to the operator's.
         name: SGLang's name for what is called there: a layer's class, or a function.
         names: those by which ``oot_whitelist`` and ``oot_blacklist`` may mean it.
+        dtype, device: of the activations.
         load: the model's, the last one's if several models call it.
     """
 
     names: set[str]
+    dtype: torch.dtype
+    device: torch.device
 
     def __init__(self, bridge: Bridge, name: str, load: Load):
         self.bridge = bridge
@@ -51,16 +54,6 @@ class Socket(ABC):
     @abstractmethod
     def subject(self) -> Any:
         """What its forwards are called with first: the layer, or the hook of a function."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the activations."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the activations lie."""
 
     @property
     @abstractmethod

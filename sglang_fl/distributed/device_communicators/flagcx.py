@@ -78,20 +78,7 @@ class _Pieces(dict[torch.dtype, tuple[int, int]]):
 
 
 #: FlagCX's code of a dtype that can be reduced; TypeError for others.
-DTYPES = _DataTypes(
-    {
-        torch.int8: DATA_TYPES["flagcxInt8"],
-        torch.uint8: DATA_TYPES["flagcxUint8"],
-        torch.int32: DATA_TYPES["flagcxInt32"],
-        torch.uint32: DATA_TYPES["flagcxUint32"],
-        torch.int64: DATA_TYPES["flagcxInt64"],
-        torch.uint64: DATA_TYPES["flagcxUint64"],
-        torch.float16: DATA_TYPES["flagcxFloat16"],
-        torch.float32: DATA_TYPES["flagcxFloat32"],
-        torch.float64: DATA_TYPES["flagcxFloat64"],
-        torch.bfloat16: DATA_TYPES["flagcxBfloat16"],
-    }
-)
+DTYPES = _DataTypes({getattr(torch, name.removeprefix("flagcx").lower()): code for name, code in DATA_TYPES.items()})
 #: How a dtype is moved: its own code or that of bytes, and how many such pieces an element is. FlagCX has no
 #: bool, float8 or complex; what is only copied need not have one.
 PIECES = _Pieces({dtype: (code, 1) for dtype, code in DTYPES.items()})

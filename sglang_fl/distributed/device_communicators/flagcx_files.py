@@ -43,19 +43,10 @@ RESULTS = (
     "flagcxUnhandledCCLError",
     "flagcxNotSupported",
 )
-DATA_TYPES = {
-    "flagcxInt8": 0,
-    "flagcxUint8": 1,
-    "flagcxInt32": 2,
-    "flagcxUint32": 3,
-    "flagcxInt64": 4,
-    "flagcxUint64": 5,
-    "flagcxFloat16": 6,
-    "flagcxFloat32": 7,
-    "flagcxFloat64": 8,
-    "flagcxBfloat16": 9,
-}
-REDUCE_OPS = {"flagcxSum": 0, "flagcxProd": 1, "flagcxMax": 2, "flagcxMin": 3, "flagcxAvg": 4}
+#: FlagCX's names of its codes, which count from 0.
+_TYPES = ("Int8", "Uint8", "Int32", "Uint32", "Int64", "Uint64", "Float16", "Float32", "Float64", "Bfloat16")
+DATA_TYPES = {f"flagcx{name}": code for code, name in enumerate(_TYPES)}
+REDUCE_OPS = {f"flagcx{name}": code for code, name in enumerate(("Sum", "Prod", "Max", "Min", "Avg"))}
 
 
 class FlagCXError(RuntimeError):

@@ -13,8 +13,7 @@ from importlib import import_module
 import torch
 from torch.nn import functional
 
-from ....types import Refusal
-from ...checks import check_chunk_kernel, check_heads, check_slots
+from ...checks import check_chunk_kernel, slots_of, split_packed
 from ...state_pool import read, write
 from ..library import load
 
@@ -54,10 +53,7 @@ def chunk_gated_delta_rule(
     check_chunk_kernel(op, q, v)
     key_dim, value_heads, value_dim = q.shape[3], v.shape[2], v.shape[3]
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    slots = initial_state_indices
-    if slots is None:
-        slots = torch.arange(count, device=q.device)
-    check_slots(op, slots, count)
+    slots = slots_of(op, initial_state_indices, count, q.device)
     if not q.numel():
         return v.new_empty(v.shape), q.new_empty((q.shape[0], 0, value_heads, value_dim, key_dim))
     if use_qk_l2norm_in_kernel:
@@ -113,17 +109,10 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     ssm_state_indices: torch.Tensor,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    op = "fused_recurrent_gated_delta_rule_packed_decode"
-    value_heads, value_dim, key_dim = initial_state.shape[1:]
-    heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
-    if rest:
-        raise Refusal(f"{op}: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states {tuple(initial_state.shape[1:])}")
-    check_heads(op, heads, value_heads)
     batch = len(mixed_qkv)
+    q, k, v = split_packed("fused_recurrent_gated_delta_rule_packed_decode", _padded(mixed_qkv), initial_state)
     if not batch:
         return out, initial_state
-    q, k, v = _padded(mixed_qkv).split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
-    q, k, v = q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
     g = -A_log.float().exp() * functional.softplus(a.float() + dt_bias.float())
     ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     q, k, v, g, beta = (x.contiguous().unsqueeze(0) for x in (q, k, v, _padded(g), _padded(b.float().sigmoid())))

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from ... import state_pool
-from ...checks import check_heads, check_slots
+from ...checks import check_heads, slots_of, split_packed
 
 CHUNK = 64
 
@@ -84,9 +84,7 @@ def chunk_gated_delta_rule(
     sequences = _sequences(q, cu_seqlens)
     states = q.new_zeros((len(sequences), v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
     if initial_state is not None:
-        if initial_state_indices is None:
-            initial_state_indices = torch.arange(len(sequences), device=q.device)
-        check_slots("chunk_gated_delta_rule", initial_state_indices, len(sequences))
+        initial_state_indices = slots_of("chunk_gated_delta_rule", initial_state_indices, len(sequences), q.device)
         states = state_pool.read(initial_state, initial_state_indices, torch.float32)
     chunks: list[torch.Tensor] = []
     out = q.new_zeros(v.shape)
@@ -162,17 +160,9 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``out`` and the pool are written when all else is done; without a word to the host, so that graphs can hold it."""
-    value_heads, value_dim, key_dim = initial_state.shape[1:]
-    heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
-    if rest or heads <= 0:
-        raise ValueError(
-            f"fused_recurrent_gated_delta_rule_packed_decode: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states of "
-            f"{value_heads} heads of {value_dim} × {key_dim}"
-        )
-    if tuple(out.shape) != (len(mixed_qkv), 1, value_heads, value_dim):
+    q, k, v = split_packed("fused_recurrent_gated_delta_rule_packed_decode", mixed_qkv, initial_state)
+    if tuple(out.shape) != (len(mixed_qkv), 1, *v.shape[1:]):
         raise ValueError(f"fused_recurrent_gated_delta_rule_packed_decode: out is {tuple(out.shape)}")
-    q, k, v = mixed_qkv.split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
-    q, k, v = q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
     q, k, v = _heads(q, k, v, scale, use_qk_l2norm_in_kernel)
     decay = torch.exp(-A_log.float().exp() * functional.softplus(a.float() + dt_bias.float()))
     states = state_pool.read(initial_state, ssm_state_indices, torch.float32)

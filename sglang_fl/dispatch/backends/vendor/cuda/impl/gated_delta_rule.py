@@ -8,7 +8,7 @@ import torch
 from sglang.kernels.ops.attention.fla import fused_recurrent
 from sglang.kernels.ops.attention.fla.chunk import ChunkGatedDeltaRuleFunction
 
-from ....checks import check_chunk_kernel, check_slots
+from ....checks import check_chunk_kernel, slots_of
 from ....state_pool import read, write
 
 # In a partial: a hook is put wherever a module holds the function itself.
@@ -31,9 +31,7 @@ def chunk_gated_delta_rule(
     op = "chunk_gated_delta_rule"
     check_chunk_kernel(op, q, v)
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if initial_state_indices is None:
-        initial_state_indices = torch.arange(count, dtype=torch.int32, device=q.device)
-    check_slots(op, initial_state_indices, count)
+    initial_state_indices = slots_of(op, initial_state_indices, count, q.device)
     pool, update = initial_state, inplace_update and initial_state is not None
     if pool is None:
         pool = q.new_zeros((count, v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
