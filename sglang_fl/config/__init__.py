@@ -15,31 +15,6 @@ from .settings import Settings, Source
 from .words import Words, unreachable
 from .yaml_file import read_mapping
 
-__all__ = [
-    "CONFIG_FILE",
-    "OPTIONS",
-    "RESOLVED",
-    "Option",
-    "Settings",
-    "SettingsError",
-    "Source",
-    "Words",
-    "get_config_path",
-    "get_effective_config",
-    "get_flagos_blacklist",
-    "get_oot_blacklist",
-    "get_per_op_order",
-    "get_platform_name",
-    "hand_down",
-    "load_platform_config",
-    "load_settings",
-    "plugin_modules",
-    "settings_in_force",
-    "settings_of_parent",
-    "suggest",
-    "unreachable",
-]
-
 
 def get_platform_name() -> str:
     """The profile's name: what SGLANG_FL_PLATFORM says, or the vendor that was detected."""

@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..device import declared
@@ -138,38 +138,45 @@ class Option:
         return self.name if self.in_file else None
 
 
+def _option(env: str | None, in_file: bool, default: Any, *more: Any) -> Any:
+    """A setting's field; its :class:`Option` is made of the same, in the same order."""
+    return field(default=default, metadata={"option": (env, in_file, default, *more)})
+
+
 # fmt: off
-_LEVEL = _choice(LOG_LEVELS, str.upper)
-_OPTIONS = (
-    Option("oot_enabled", "SGLANG_FL_OOT_ENABLED", False, True, _boolean, "0 switches Layer 2 off: every layer stays with SGLang."),
-    Option("prefer", "SGLANG_FL_PREFER", True, "flagos", _choice(PREFERENCES, str.lower), "The kind of implementation to try first: flagos, vendor or reference."),
-    Option("op_backends", "SGLANG_FL_PER_OP", True, (), _orders, "The order for single operators: rms_norm=vendor|flagos;silu_and_mul=reference."),
-    Option("strict", "SGLANG_FL_STRICT", True, False, _boolean, "1: an implementation that fails stops the server instead of giving way to the next."),
-    Option("oot_whitelist", "SGLANG_FL_OOT_WHITELIST", True, None, _names, "Only these SGLang layer classes are taken over.", "classes"),
-    Option("oot_blacklist", "SGLANG_FL_OOT_BLACKLIST", True, None, _names, "These SGLang layer classes stay with SGLang.", "classes"),
-    Option("allow_vendors", "SGLANG_FL_ALLOW_VENDORS", True, None, _names, "Only these vendors' implementations may be used.", "vendors"),
-    Option("deny_vendors", "SGLANG_FL_DENY_VENDORS", True, None, _names, "These vendors' implementations may not be used.", "vendors"),
-    Option("dispatch_log", "SGLANG_FL_DISPATCH_LOG", False, None, _text, "A file: which operator ran on what."),
-    Option("use_flaggems", "USE_FLAGGEMS", False, True, _boolean, "0 switches Layer 1 off; FlagGems is never imported for it."),
-    Option("flagos_whitelist", "SGLANG_FL_FLAGOS_WHITELIST", True, None, _names, "Only these FlagGems functions replace ATen operators.", "flaggems"),
-    Option("flagos_blacklist", "SGLANG_FL_FLAGOS_BLACKLIST", True, None, _names, "These FlagGems functions do not replace ATen operators.", "flaggems"),
-    Option("flagos_faster", None, False, None, _names, "The FlagGems functions measured as not slower: those in use by default.", "flaggems", "flagos_whitelist"),
-    Option("flagos_broken", None, False, None, _names, "The FlagGems functions measured or reported as wrong.", "flaggems", "flagos_blacklist"),
-    Option("flagos_scope", "SGLANG_FL_FLAGOS_SCOPE", True, "everywhere", _choice(("graphs", "everywhere"), str.lower), "Where FlagGems functions replace ATen operators: graphs (only while SGLang captures graphs) or everywhere."),
-    Option("flaggems_record", "SGLANG_FLAGGEMS_RECORD", False, False, _boolean, "1 logs the ATen operators that FlagGems replaced, as they run."),
-    Option("flaggems_log_path", "SGLANG_FLAGGEMS_LOG_PATH", False, None, _text, "The file for that log."),
-    Option("flaggems_log_once", "SGLANG_FLAGGEMS_LOG_ONCE", False, True, _boolean, "1 logs each operator once."),
-    Option("dist_backend", "SGLANG_FL_DIST_BACKEND", True, None, _collective, "The collective library; unset: the vendor's own."),
-    Option("flagcx_path", "FLAGCX_PATH", False, None, _text, "FlagCX's checkout, or where its libflagcx.so is; set alone, it chooses flagcx."),
-    Option("plugin_modules", "SGLANG_FL_PLUGIN_MODULES", False, None, _names, "More modules with register_builtins(registry)."),
-    Option("log_level", "SGLANG_FL_LOG_LEVEL", False, "INFO", _LEVEL, "How much sglang-fl logs."),
-    Option("dispatch_debug", "SGLANG_FL_DISPATCH_DEBUG", False, False, _boolean, "1 logs every decision of the dispatch."),
-)
+@dataclass(frozen=True)
+class Options:
+    """The table: a line a setting, written as an :class:`Option` without its name."""
+
+    oot_enabled: bool = _option("SGLANG_FL_OOT_ENABLED", False, True, _boolean, "0 switches Layer 2 off: every layer stays with SGLang.")
+    prefer: str = _option("SGLANG_FL_PREFER", True, "flagos", _choice(PREFERENCES, str.lower), "The kind of implementation to try first: flagos, vendor or reference.")
+    op_backends: tuple[tuple[str, tuple[str, ...]], ...] = _option("SGLANG_FL_PER_OP", True, (), _orders, "The order for single operators: rms_norm=vendor|flagos;silu_and_mul=reference.")
+    strict: bool = _option("SGLANG_FL_STRICT", True, False, _boolean, "1: an implementation that fails stops the server instead of giving way to the next.")
+    oot_whitelist: tuple[str, ...] | None = _option("SGLANG_FL_OOT_WHITELIST", True, None, _names, "Only these SGLang layer classes are taken over.", "classes")
+    oot_blacklist: tuple[str, ...] | None = _option("SGLANG_FL_OOT_BLACKLIST", True, None, _names, "These SGLang layer classes stay with SGLang.", "classes")
+    allow_vendors: tuple[str, ...] | None = _option("SGLANG_FL_ALLOW_VENDORS", True, None, _names, "Only these vendors' implementations may be used.", "vendors")
+    deny_vendors: tuple[str, ...] | None = _option("SGLANG_FL_DENY_VENDORS", True, None, _names, "These vendors' implementations may not be used.", "vendors")
+    dispatch_log: str | None = _option("SGLANG_FL_DISPATCH_LOG", False, None, _text, "A file: which operator ran on what.")
+    use_flaggems: bool = _option("USE_FLAGGEMS", False, True, _boolean, "0 switches Layer 1 off; FlagGems is never imported for it.")
+    flagos_whitelist: tuple[str, ...] | None = _option("SGLANG_FL_FLAGOS_WHITELIST", True, None, _names, "Only these FlagGems functions replace ATen operators.", "flaggems")
+    flagos_blacklist: tuple[str, ...] | None = _option("SGLANG_FL_FLAGOS_BLACKLIST", True, None, _names, "These FlagGems functions do not replace ATen operators.", "flaggems")
+    flagos_faster: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions measured as not slower: those in use by default.", "flaggems", "flagos_whitelist")
+    flagos_broken: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions measured or reported as wrong.", "flaggems", "flagos_blacklist")
+    flagos_scope: str = _option("SGLANG_FL_FLAGOS_SCOPE", True, "everywhere", _choice(("graphs", "everywhere"), str.lower), "Where FlagGems functions replace ATen operators: graphs (only while SGLang captures graphs) or everywhere.")
+    flaggems_record: bool = _option("SGLANG_FLAGGEMS_RECORD", False, False, _boolean, "1 logs the ATen operators that FlagGems replaced, as they run.")
+    flaggems_log_path: str | None = _option("SGLANG_FLAGGEMS_LOG_PATH", False, None, _text, "The file for that log.")
+    flaggems_log_once: bool = _option("SGLANG_FLAGGEMS_LOG_ONCE", False, True, _boolean, "1 logs each operator once.")
+    dist_backend: str | None = _option("SGLANG_FL_DIST_BACKEND", True, None, _collective, "The collective library; unset: the vendor's own.")
+    flagcx_path: str | None = _option("FLAGCX_PATH", False, None, _text, "FlagCX's checkout, or where its libflagcx.so is; set alone, it chooses flagcx.")
+    plugin_modules: tuple[str, ...] | None = _option("SGLANG_FL_PLUGIN_MODULES", False, None, _names, "More modules with register_builtins(registry).")
+    log_level: str = _option("SGLANG_FL_LOG_LEVEL", False, "INFO", _choice(LOG_LEVELS, str.upper), "How much sglang-fl logs.")
+    dispatch_debug: bool = _option("SGLANG_FL_DISPATCH_DEBUG", False, False, _boolean, "1 logs every decision of the dispatch.")
 # fmt: on
 
-OPTIONS: dict[str, Option] = {option.name: option for option in _OPTIONS}
+
+OPTIONS: dict[str, Option] = {row.name: Option(row.name, *row.metadata["option"]) for row in fields(Options)}
 
 #: Variables that say where the settings come from.
 CONFIG_FILE, PLATFORM = "SGLANG_FL_CONFIG", "SGLANG_FL_PLATFORM"
 PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_")
-VARIABLES = frozenset(option.env for option in _OPTIONS if option.env) | {CONFIG_FILE, PLATFORM}
+VARIABLES = frozenset(option.env for option in OPTIONS.values() if option.env) | {CONFIG_FILE, PLATFORM}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .options import OPTIONS
+from .options import OPTIONS, Options
 
 #: What a value can come from, lowest precedence first.
 DEFAULT, PROFILE, FILE, ENVIRONMENT = range(4)
@@ -24,37 +24,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Options):
     """The settings in force. Build one with :func:`sglang_fl.config.load_settings`.
 
-    The attributes are the rows of :data:`sglang_fl.config.options.OPTIONS`; ``sources`` has a
+    The attributes are the rows of :class:`sglang_fl.config.options.Options`; ``sources`` has a
     :class:`Source` for each of them, ``order_sources`` one for each operator in ``op_backends``, and ``platform`` is
     the name of the profile in use.
     """
 
-    oot_enabled: bool = True
-    prefer: str = "flagos"
-    op_backends: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    strict: bool = False
-    oot_whitelist: tuple[str, ...] | None = None
-    oot_blacklist: tuple[str, ...] | None = None
-    allow_vendors: tuple[str, ...] | None = None
-    deny_vendors: tuple[str, ...] | None = None
-    dispatch_log: str | None = None
-    use_flaggems: bool = True
-    flagos_whitelist: tuple[str, ...] | None = None
-    flagos_blacklist: tuple[str, ...] | None = None
-    flagos_faster: tuple[str, ...] | None = None
-    flagos_broken: tuple[str, ...] | None = None
-    flagos_scope: str = "everywhere"
-    flaggems_record: bool = False
-    flaggems_log_path: str | None = None
-    flaggems_log_once: bool = True
-    dist_backend: str | None = None
-    flagcx_path: str | None = None
-    plugin_modules: tuple[str, ...] | None = None
-    log_level: str = "INFO"
-    dispatch_debug: bool = False
     platform: str = "cpu"
     profile_file: str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)

@@ -14,24 +14,3 @@ from .declaration import CAPABILITIES, ENTRY_POINT_GROUP, KV_POOL_KINDS, VendorP
 from .evidence import Device, detect, probe, vendor_problems, why_unusable
 from .installed import declared, describe_platforms, known_vendors, platform_here
 from .vendors import ALIASES, VENDORS, Vendor, canonical
-
-__all__ = [
-    "ALIASES",
-    "CAPABILITIES",
-    "ENTRY_POINT_GROUP",
-    "KV_POOL_KINDS",
-    "VENDORS",
-    "Device",
-    "Vendor",
-    "VendorPlatform",
-    "canonical",
-    "declared",
-    "describe_platforms",
-    "detect",
-    "known_vendors",
-    "name_problem",
-    "platform_here",
-    "probe",
-    "vendor_problems",
-    "why_unusable",
-]
