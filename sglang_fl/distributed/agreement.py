@@ -24,8 +24,8 @@ from .device_communicators.flagcx_files import FlagCXError
 
 #: How long the ranks wait for each other, in seconds.
 LIMIT = 30.0
-#: How long the initialization of a communicator may take; the rest of LIMIT is for reporting it.
-_INIT_LIMIT = 25.0
+#: The part of that which the initialization of a communicator may take.
+_INIT_SHARE = 25 / 30
 #: How long the rank that holds the store waits for the others to read that all stop; silent ones never do.
 _ACKNOWLEDGE_LIMIT = 5.0
 _DECISION, _FAILED, _ACKNOWLEDGED = "decision", "failed", "acknowledged"
@@ -117,6 +117,59 @@ class Agreement:
             self._store.wait(keys, timedelta(seconds=max(0.1, self._deadline - time.monotonic())))
         return {rank: Answer(**json.loads(self._store.get(key))) for rank, key in enumerate(keys) if self._store.check([key])}
 
+    def initialize(self, answer: Answer, identity: Callable[[], bytes], join: Callable[[bytes], Any]) -> tuple[Decision, Any]:
+        """Initialize a communicator on all ranks, in a thread: where one rank fails, the others' calls never return.
+
+        The initialization has less than the question's time; the rest is for reporting it.
+
+        Args:
+            answer: this rank's, to which a problem is added if there is one.
+            identity: makes the communicator's id; called on rank 0.
+            join: makes the communicator from the id, and tries it.
+
+        Returns:
+            the decision of all ranks, and what ``join`` returned on this one.
+        """
+        limit = self._limit * _INIT_SHARE
+        outcome: list[Any] = []
+        problems: list[str] = []
+
+        def attempt(step: Callable[[], Any]) -> Any:
+            try:
+                return step()
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                problems.append(str(error) if isinstance(error, FlagCXError) else f"{type(error).__name__}: {error}")
+
+        late = False
+        # The store serves one caller at a time, so the thread below must not be the one that waits for it.
+        shared = attempt(lambda: self._share(identity, limit))
+        if shared:
+            thread = threading.Thread(target=lambda: attempt(lambda: outcome.append(join(shared))), name="flagcx-init", daemon=True)
+            thread.start()
+            deadline = time.monotonic() + limit
+            while thread.is_alive() and time.monotonic() < deadline and not self.failure():
+                thread.join(0.1)
+            # Beside a rank with an error the others wait in vain; where time is up for one it is for all, and who hangs says so.
+            late = thread.is_alive() and self.failure() != _ERROR
+            if late:
+                problems.append(f"its communicator was not initialized within {limit:.0f} s")
+        if problems:
+            answer = Answer(**{**asdict(answer), "problem": problems[0]})
+        return self.decide(answer, late), outcome[0] if outcome else None
+
+    def _share(self, identity: Callable[[], bytes], limit: float) -> bytes:
+        """The id that rank 0 made; empty if it could not."""
+        key = self._key("unique_id")
+        if self._rank == 0:
+            made = b""
+            try:
+                made = identity()
+            finally:
+                self._store.set(key, made.hex())
+            return made
+        self._store.wait([key], timedelta(seconds=limit))
+        return bytes.fromhex(self._store.get(key).decode())
+
 
 def _judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decision:
     """What the answers given within ``limit`` seconds amount to; the reason names each rank that stands in the way."""
@@ -185,60 +238,3 @@ def absent_ranks(store: Store, rank: int, world_size: int, timeout: timedelta) -
         with contextlib.suppress(DistStoreError):  # a second at a time, so that Ctrl-C is heard
             store.wait(keys, timedelta(seconds=1))
     return [other for other, key in enumerate(keys) if not store.check([key])]
-
-
-class CommunicatorInit:
-    """Initializes a communicator on all ranks, in a thread: where one rank fails, the others' calls never return."""
-
-    def __init__(self, store: Store, name: str, rank: int, world_size: int, limit: float):
-        self._agreement = Agreement(store, f"{name}/initialized", rank, world_size, limit)
-        self._store = store
-        self._identity_key = f"sglang_fl/{name}/unique_id"
-        self._rank = rank
-        self._limit = limit * _INIT_LIMIT / LIMIT
-
-    def run(self, answer: Answer, identity: Callable[[], bytes], join: Callable[[bytes], Any]) -> tuple[Decision, Any]:
-        """Returns the decision of all ranks, and what ``join`` returned on this one.
-
-        Args:
-            answer: this rank's, to which a problem is added if there is one.
-            identity: makes the communicator's id; called on rank 0.
-            join: makes the communicator from the id, and tries it.
-        """
-        outcome: list[Any] = []
-        problems: list[str] = []
-
-        def attempt(step: Callable[[], Any]) -> Any:
-            try:
-                return step()
-            except Exception as error:  # whatever it is, the other ranks must hear of it
-                problems.append(str(error) if isinstance(error, FlagCXError) else f"{type(error).__name__}: {error}")
-
-        late = False
-        # The store serves one caller at a time, so the thread below must not be the one that waits for it.
-        shared = attempt(lambda: self._share(identity))
-        if shared:
-            thread = threading.Thread(target=lambda: attempt(lambda: outcome.append(join(shared))), name="flagcx-init", daemon=True)
-            thread.start()
-            deadline = time.monotonic() + self._limit
-            while thread.is_alive() and time.monotonic() < deadline and not self._agreement.failure():
-                thread.join(0.1)
-            # Beside a rank with an error the others wait in vain; where time is up for one it is for all, and who hangs says so.
-            late = thread.is_alive() and self._agreement.failure() != _ERROR
-            if late:
-                problems.append(f"its communicator was not initialized within {self._limit:.0f} s")
-        if problems:
-            answer = Answer(**{**asdict(answer), "problem": problems[0]})
-        return self._agreement.decide(answer, late), outcome[0] if outcome else None
-
-    def _share(self, identity: Callable[[], bytes]) -> bytes:
-        """The id that rank 0 made; empty if it could not."""
-        if self._rank == 0:
-            made = b""
-            try:
-                made = identity()
-            finally:
-                self._store.set(self._identity_key, made.hex())
-            return made
-        self._store.wait([self._identity_key], timedelta(seconds=self._limit))
-        return bytes.fromhex(self._store.get(self._identity_key).decode())

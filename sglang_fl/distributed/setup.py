@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.distributed import Backend
 
 from ..compat import check_groups, hook
 from ..config import Settings
-from .agreement import LIMIT, Agreement, Answer, CommunicatorInit, Decision, absent_ranks, format_ranks, shared_variables
+from .agreement import LIMIT, Agreement, Answer, Decision, absent_ranks, format_ranks, shared_variables
 from .communicator import CommunicatorFL, current_device
 from .device_communicators.flagcx import FlagCXError, FlagCXLibrary, Version
 from .device_communicators.flagcx_files import find_library
@@ -147,7 +148,7 @@ class FlagCXSetup:
             if not hasattr(C10dBackend, "all_gather_single"):
                 raise FlagCXError(f"PyTorch {torch.__version__} cannot take a backend that is written in Python; 2.14 can")
             self._library = FlagCXLibrary(find_library(self._settings.flagcx_path, os.environ))
-            version = self._library.version.to_dict()
+            version = asdict(self._library.version)
         except FlagCXError as error:
             problem = str(error)
         return Answer(socket.gethostname(), self._chosen_by(), self._settings.strict, version, problem, shared_variables(os.environ))
@@ -194,7 +195,8 @@ class FlagCXSetup:
             return communicator
 
         answer = Answer(socket.gethostname(), self._chosen_by(), self._settings.strict)
-        decision, communicator = CommunicatorInit(store, stage, rank, world_size, self._limit).run(answer, library.unique_id, join)
+        question = Agreement(store, f"{stage}/initialized", rank, world_size, self._limit)
+        decision, communicator = question.initialize(answer, library.unique_id, join)
         if communicator is not None and decision.reason is None:
             self._watch.add(communicator)
         return decision, communicator

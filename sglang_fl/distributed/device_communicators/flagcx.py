@@ -8,7 +8,7 @@ missing makes it fail whole, and it converts a dtype by a chain of comparisons a
 
 import ctypes
 from ctypes import CFUNCTYPE, POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_void_p
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,6 @@ class Version:
         """Whether two ranks can talk; a rank without the header takes the other's word for the release."""
         same_release = self.header is None or other.header is None or self.header == other.header
         return same_release and self.library == other.library and self.interface == other.interface
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class _StreamHandles(dict[int, int]):
