@@ -4,9 +4,6 @@
 import argparse
 import os
 import shlex
-from collections.abc import Iterator
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from ..config import SettingsError
@@ -15,6 +12,8 @@ from ..dispatch.manager import OpManager
 
 #: Placeholders of the template: the vendor's name, and the chip's in the names of classes.
 _NAME, _CLASS = "mychip", "MyChip"
+_TEMPLATE = Path(__file__).parents[1] / "dispatch" / "backends" / "vendor" / "template"
+#: Of its files; tools leave others.
 _SUFFIXES = (".py", ".toml", ".md", ".yaml")
 #: Files that a vendor does not need whose chip SGLang has a platform for.
 _PLATFORM_FILES = frozenset({"platform.py", "profile.yaml", "test_platform.py"})
@@ -73,24 +72,15 @@ def write(name: str, directory: Path) -> list[Path]:
         raise SettingsError(f"new-vendor: {str(directory)!r} exists and is not an empty directory; choose another")
     row = VENDORS.get(name)
     written = []
-    for parts, source in _template(files("sglang_fl.dispatch.backends.vendor") / "template"):
-        if row is not None and row.in_tree is not None and parts[-1] in _PLATFORM_FILES:
+    for source in sorted(file for file in _TEMPLATE.rglob("*") if file.suffix in _SUFFIXES):
+        if row is not None and row.in_tree is not None and source.name in _PLATFORM_FILES:
             continue
-        file = directory.joinpath(*(_named(part, name) for part in parts))
+        file = directory / _named(str(source.relative_to(_TEMPLATE)), name)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("x", encoding="utf-8") as out:
             out.write(_filled(source.read_text(encoding="utf-8"), name, row))
         written.append(file)
     return written
-
-
-def _template(directory: Traversable, *above: str) -> Iterator[tuple[tuple[str, ...], Traversable]]:
-    """The template's files, each with the parts of its path."""
-    for entry in sorted(directory.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _template(entry, *above, entry.name)
-        elif entry.name.endswith(_SUFFIXES):  # and no tool's cache
-            yield (*above, entry.name), entry
 
 
 def _named(text: str, name: str) -> str:

@@ -121,11 +121,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _operator_table(rows: Sequence[OpRow], title: str) -> Table:
+def _table(title: str, name: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("operator", min_width=_NAME_WIDTH, overflow="fold")
-    for column in ("implementations", "order in force (source)", "selected"):
+    table.add_column(name, min_width=_NAME_WIDTH, overflow="fold")
+    for column in columns:
         table.add_column(column, overflow="fold")
+    return table
+
+
+def _operator_table(rows: Sequence[OpRow], title: str) -> Table:
+    table = _table(title, "operator", "implementations", "order in force (source)", "selected")
     for row in rows:
         implementations = "\n".join(map(_availability, row.implementations))
         table.add_row(row.op, implementations, f"{row.order}\n({row.order_from})", row.summary())
@@ -140,10 +145,7 @@ def _availability(impl: dict[str, Any]) -> str:
 
 
 def _layer_table(layers: Sequence[LayerRow], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer class", min_width=_NAME_WIDTH, overflow="fold")
-    for column in ("operator", "size", "runs on"):
-        table.add_column(column, overflow="fold")
+    table = _table(title, "layer class", "operator", "size", "runs on")
     for layer in layers:
         table.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
     return table

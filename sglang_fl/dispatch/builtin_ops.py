@@ -11,6 +11,7 @@ implementations is registered, and the rest goes on.
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,6 @@ from typing import Any
 from ..config import Words
 from ..device import ALIASES, known_vendors
 from ..utils.packages import entries, importing, last_line, origin_of
-from ..utils.suggest import near
 from .logger_manager import get_logger
 from .ops import OPERATORS
 from .registry import OpRegistry
@@ -149,8 +149,7 @@ def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callabl
 def _misspelt(origin: str, ops: set[str]) -> Iterator[str]:
     """A package may have operators of its own; one that is nearly ours was probably meant to be ours."""
     for op in sorted(ops - set(OPERATORS)):
-        meant = near(op, OPERATORS)
-        if meant is not None:
+        for meant in get_close_matches(op.lower(), OPERATORS, n=1, cutoff=0.85):
             message = f"{origin} registers an operator {op!r}, which no layer of SGLang runs on; did you mean {meant!r}?"
             logger.warning("%s", message)
             yield message

@@ -5,11 +5,6 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
-def near(word: str, valid: Iterable[str]) -> str | None:
-    """The valid word that ``word`` is probably a misspelling of, or None."""
-    return next(iter(get_close_matches(word.lower(), valid, n=1, cutoff=0.85)), None)
-
-
 def suggest(word: str, valid: Iterable[str] | Mapping[str, str]) -> str:
     """``"; did you mean 'x'?"`` with the nearest valid word, or the valid ones if none is near.
 
