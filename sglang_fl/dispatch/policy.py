@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_FILE, Settings, SettingsError, load_settings, plugin_modules, settings_in_force, unreachable
+from ..config import CONFIG_FILE, Settings, SettingsError, Words, load_settings, plugin_modules, settings_in_force, unreachable
 from ..device import canonical
 from ..utils.suggest import suggest
 from .builtin_ops import discover, known_words
 from .locks import ForkSafeLock
 from .registry import OpRegistry
-from .types import SGLANG, device_here
+from .types import device_here
 
 PREFER_DEFAULT = "flagos"
 PREFER_VENDOR = "vendor"
@@ -33,7 +33,6 @@ _DEFAULT_ORDERS = {
     PREFER_VENDOR: ("vendor", "flagos", "reference"),
     PREFER_REFERENCE: ("reference", "flagos", "vendor"),
 }
-_WORDS = frozenset({"flagos", "vendor", "reference", SGLANG})
 
 
 #: Variables that decide which platform's profile is read.
@@ -41,13 +40,9 @@ _PLATFORM_VARIABLES = ("SGLANG_FL_PLATFORM", "GEMS_VENDOR", "SGLANG_USE_CPU_ENGI
 
 
 def _check_order(op: str, order: tuple[str, ...]) -> None:
-    if not order:
-        raise ValueError(f"the order for {op!r} is empty")
-    for token in order:
-        head, colon, tail = token.partition(":")
-        if not (token in _WORDS or (colon and head in ("vendor", "impl") and tail)):
-            raise ValueError(f"unknown backend {token!r}{suggest(token, _WORDS)}")
-    if message := unreachable(order):
+    """Raises ValueError for what no order can be. Names in it are the manager's to check."""
+    problems = [*filter(None, map(Words().problem_with_token, order)), unreachable(order), None if order else "it is empty"]
+    if message := next(filter(None, problems), None):
         raise ValueError(f"the order for {op!r}: {message}")
 
 

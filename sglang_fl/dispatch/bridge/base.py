@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -38,8 +38,7 @@ class NoContexts:
     active = 0
 
 
-@dataclass(frozen=True)
-class Routes:
+class Routes(NamedTuple):
     """Where a bound forward may send a call. ``subject`` is the layer, or what stands for a function.
 
     Attributes:

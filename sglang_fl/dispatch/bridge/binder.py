@@ -116,7 +116,7 @@ class Binder:
             routes = self._routes(socket, impl)
             forward = _named(socket.bridge.forward(routes), impl)
             function = RecordingFunction(impl.function)
-            recording = socket.bridge.forward(replace(routes, fn=function))
+            recording = socket.bridge.forward(routes._replace(fn=function))
             self._forwards[key] = _named(self._recording(socket, forward, recording, function, str(impl)), impl)
         return self._forwards[key]
 
@@ -126,7 +126,7 @@ class Binder:
             return socket.own
         key = (socket.bridge, socket.own, impl, "direct")
         if key not in self._forwards:
-            self._forwards[key] = _named(socket.bridge.forward(replace(self._routes(socket, impl), contexts=NoContexts())), impl)
+            self._forwards[key] = _named(socket.bridge.forward(self._routes(socket, impl)._replace(contexts=NoContexts())), impl)
         return self._forwards[key]
 
     def _routes(self, socket: Socket, impl: OpImpl) -> Routes:

@@ -19,7 +19,7 @@ class ElementwiseBridge(LayerBridge):
     gated: ClassVar[bool] = False
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
-        return context.dtype, context.device, context.intermediate_size
+        return (context.intermediate_size,)
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         size = context.intermediate_size or _UNKNOWN_SIZE
@@ -27,8 +27,7 @@ class ElementwiseBridge(LayerBridge):
         check_result("its result", fn(layer, x), x, (_TRIAL_TOKENS, size))
 
     def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own, contexts, divert, failed = routes
 
         def forward(self: Layer, x: torch.Tensor) -> torch.Tensor:
             if contexts.active:

@@ -75,8 +75,6 @@ class FusedMoEBridge(LayerBridge):
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         config, owner = layer.moe_runner_config, layer.moe_runner_config.layer
         return (
-            context.dtype,
-            context.device,
             owner.w13_weight.dtype,
             owner.w13_weight.shape,
             config.num_experts,
@@ -100,8 +98,7 @@ class FusedMoEBridge(LayerBridge):
         check_result("its result", fn(layer, owner, given), x)
 
     def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own, contexts, divert, failed = routes
         dispatched, combined = _dispatch_output(), sys.modules[_dispatch_output().__module__].StandardCombineInput
         sglang = sglang_topk()
         routed, packed = sglang.StandardTopKOutput, sglang.StandardTopKOutputPacked

@@ -30,8 +30,7 @@ class PackedDecodeBridge(GatedDeltaRuleBridge):
         check_pool(pool, context.pool(3), written=[0, 2])
 
     def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own, contexts, divert, failed = routes
 
         def forward(
             self: Any,

@@ -61,7 +61,7 @@ class LayerBridge(Bridge):
 
     @abstractmethod
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
-        """Equal for layers that one trial speaks for."""
+        """Equal for layers of one dtype, on one device, that one trial speaks for."""
 
 
 class LayerSocket(Socket):
@@ -94,7 +94,7 @@ class LayerSocket(Socket):
 
     @property
     def trial_key(self) -> tuple[Any, ...]:
-        return self.bridge.trial_key(self.subject, self.context)
+        return self.dtype, self.device, *self.bridge.trial_key(self.subject, self.context)
 
     @cached_property
     def own(self) -> Forward:

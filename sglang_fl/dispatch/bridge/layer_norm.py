@@ -18,8 +18,7 @@ class LayerNormBridge(NormBridge):
         return None
 
     def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own, contexts, divert, failed = routes
 
         def forward(self: Layer, x: torch.Tensor) -> torch.Tensor:
             if contexts.active:

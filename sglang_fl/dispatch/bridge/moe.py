@@ -3,6 +3,7 @@
 
 import sys
 from types import ModuleType
+from typing import Any
 
 TOPK_MODULE = "sglang.srt.layers.moe.topk"
 
@@ -12,16 +13,21 @@ def sglang_topk() -> ModuleType:
     return sys.modules[TOPK_MODULE]
 
 
-def server_reason() -> str | None:
-    """Why this server's arguments or device leave routing and experts with SGLang, or None."""
+def server_arguments() -> Any:
+    """SGLang's execution context, or None outside of a server."""
     from sglang.srt.runtime_context import get_exec
 
+    try:
+        return get_exec()
+    except ValueError:
+        return None
+
+
+def server_reason() -> str | None:
+    """Why this server's arguments or device leave routing and experts with SGLang, or None."""
     if sglang_topk()._is_hip:
         return "SGLang keeps padded tokens and shared experts another way on ROCm"
-    try:
-        execution = get_exec()
-    except ValueError:  # outside a server there are no arguments
-        return None
-    if execution.comm.enable_symm_mem:
+    execution = server_arguments()
+    if execution is not None and execution.comm.enable_symm_mem:
         return "--enable-symm-mem wants results in symmetric memory"
     return None

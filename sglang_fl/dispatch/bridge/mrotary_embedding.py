@@ -27,7 +27,7 @@ class MRotaryEmbeddingBridge(LayerBridge):
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         sections = tuple(layer.mrope_section or ())
         size = layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
-        return context.dtype, context.device, *size, sections, layer.mrope_interleaved
+        return *size, sections, layer.mrope_interleaved
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         positions = torch.arange(TRIAL_TOKENS, device=context.device) % layer.cos_sin_cache.shape[0]
@@ -38,8 +38,7 @@ class MRotaryEmbeddingBridge(LayerBridge):
             check_query_and_key(result, query, key)
 
     def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own, contexts, divert, failed = routes
         # SGLang's kernels for sections write query and key in place.
         in_place = own.__name__ not in OUT_OF_PLACE
 

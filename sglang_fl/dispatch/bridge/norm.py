@@ -28,7 +28,7 @@ class NormBridge(LayerBridge):
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         obj = self._obj(layer, context)
-        return context.dtype, context.device, obj.weight.shape, obj.weight.dtype, obj.variance_epsilon
+        return obj.weight.shape, obj.weight.dtype, obj.variance_epsilon
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         obj = self._obj(layer, context)
@@ -76,8 +76,7 @@ def norm_obj(layer: Layer, dtype: torch.dtype, device: torch.device) -> NormObj:
 
 def _with_residual(routes: Routes) -> Forward:
     """Of RMSNorm and GemmaRMSNorm; the latter has no ``quant_linear``."""
-    fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-    contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+    fn, dtypes, own, contexts, divert, failed = routes
 
     def forward(
         self: Layer,
@@ -104,8 +103,7 @@ def _with_residual(routes: Routes) -> Forward:
 
 def _residual_of_obj(routes: Routes) -> Forward:
     """Of Gemma3RMSNorm."""
-    fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-    contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+    fn, dtypes, own, contexts, divert, failed = routes
 
     def forward(self: Layer, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         if contexts.active:
@@ -123,8 +121,7 @@ def _residual_of_obj(routes: Routes) -> Forward:
 
 def _plain_of_obj(routes: Routes) -> Forward:
     """Of norms that take no residual, and so must not be handed one: Gemma4RMSNorm, RMSNormWithoutScale."""
-    fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-    contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+    fn, dtypes, own, contexts, divert, failed = routes
 
     def forward(self: Layer, x: torch.Tensor) -> Any:
         if contexts.active:

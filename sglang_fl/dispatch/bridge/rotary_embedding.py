@@ -42,7 +42,7 @@ class RotaryEmbeddingBridge(LayerBridge):
         return None
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
-        return context.dtype, context.device, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
+        return layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         query = scratch(context, TRIAL_TOKENS, TRIAL_HEADS, layer.head_size)
@@ -54,8 +54,7 @@ class RotaryEmbeddingBridge(LayerBridge):
         check_query_and_key(result, query, key)
 
     def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own, contexts, divert, failed = routes
         # Where SGLang's own forward writes query and key in place, some of its models rely on that
         # and do not look at the result (models/llama4.py); where it does not, one may give a tensor as both, or keep it.
         in_place = own.__name__ not in OUT_OF_PLACE

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..logger_manager import get_logger
-from ..manager import OpManager, Plan, is_capturing
+from ..manager import OpManager, is_capturing
 from ..policy import SelectionPolicy
 from ..types import OpImpl
 from .socket import Socket
@@ -55,7 +55,8 @@ class Selector:
             if policy.strict:
                 raise RuntimeError(f"sglang-fl: {message} (strict is set, so nothing takes its place)") from error
             passed_over[impl.impl_id] = f"failed its trial: {type(error).__name__}: {error}"
-            self.warn_once(f"{message}; {_successor(plan, index)} takes its place")
+            following = plan.candidates[index + 1 :]
+            self.warn_once(f"{message}; {following[0].impl_id if following else 'SGLang'} takes its place")
         if plan.to_sglang:
             return Selection(None, "policy")
         if socket.load.deterministic:
@@ -106,9 +107,3 @@ def _unfit(impl: OpImpl, socket: Socket) -> str | None:
     if dtypes is not None and socket.dtype not in dtypes:
         return f"it does not take {socket.dtype}"
     return None
-
-
-def _successor(plan: Plan, index: int) -> str:
-    if index + 1 < len(plan.candidates):
-        return plan.candidates[index + 1].impl_id
-    return "SGLang"

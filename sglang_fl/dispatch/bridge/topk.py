@@ -5,7 +5,7 @@ import torch
 
 from .base import Forward, ModelContext, Routes, check_result, scratch
 from .layer import Layer, LayerBridge
-from .moe import server_reason, sglang_topk
+from .moe import server_arguments, server_reason, sglang_topk
 
 _TRIAL_TOKENS = 2
 _UNKNOWN_EXPERTS, _UNKNOWN_SIZE = 64, 128
@@ -36,8 +36,6 @@ class TopKBridge(LayerBridge):
         config = layer.topk_config
         bias = None if config.correction_bias is None else (config.correction_bias.dtype, config.correction_bias.shape)
         return (
-            context.dtype,
-            context.device,
             context.num_experts,
             config.top_k,
             config.scoring_func,
@@ -68,8 +66,7 @@ class TopKBridge(LayerBridge):
             _check_ids(result[1], experts + config.num_shared_topk_slots, padded=num_tokens is not None)
 
     def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own = routes.fn, routes.dtypes, routes.own
-        contexts, divert, failed = routes.contexts, routes.divert, routes.failed
+        fn, dtypes, own, contexts, divert, failed = routes
         sglang = sglang_topk()
         output, has_context, context = sglang.StandardTopKOutput, sglang.has_forward_context, sglang.get_forward_context
         # On NPUs SGLang's dispatchers want a valid expert for padded tokens too, of weight 0.
@@ -139,13 +136,10 @@ def _shared(config: Any) -> str | None:
 
 def _recorded(layer: Layer) -> str | None:
     """What else SGLang's forward does with the ids of its choice, if this server asks for it."""
-    from sglang.srt.runtime_context import get_exec
-
     if sglang_topk().routing_simulation_enabled():
         return "SGLang simulates its routing"
-    try:
-        execution = get_exec()
-    except ValueError:  # outside a server nothing watches
+    execution = server_arguments()
+    if execution is None:
         return None
     if execution.moe.ep_dispatch_algorithm is not None and not layer.is_draft:
         return f"--ep-dispatch-algorithm {execution.moe.ep_dispatch_algorithm} sends experts to several places"
