@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 
 from .cases import Call, Case
-from .constants import OK, SERVING
 from .implementation import Function, Implementation, Outcome, results
 
 #: Rounds of the timing, and how long one of them lasts at least, in seconds.
@@ -20,19 +19,18 @@ def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
     if impl.reference is None:
         return replace(outcome, reference_ulp=outcome.error_ulp)
     reference = impl.verdict(results(impl.reference, case.draw(seed, impl.device)), expected, case)
-    ratio = _time_ratio(impl, impl.reference, case, seed) if case.check == SERVING and outcome.status == OK else None
-    return replace(outcome, reference_ulp=reference.error_ulp, time_ratio=ratio)
+    return replace(outcome, reference_ulp=reference.error_ulp)
 
 
-def _time_ratio(impl: Implementation, reference: Function, case: Case, seed: int) -> float:
-    """Its time over the reference's: the median of rounds that alternate between the two."""
-    sides = [(fn, case.draw(seed, impl.device)) for fn in (impl.fn, reference)]
+def speed(impl: Implementation, case: Case, seed: int) -> Outcome:
+    """The time of a call and of the reference's: medians of rounds that alternate between the two."""
+    impl.run(case.draw(seed, impl.device))  # compiles it
+    functions = [impl.fn] if impl.reference is None else [impl.fn, impl.reference]
+    sides = [(fn, case.draw(seed, impl.device)) for fn in functions]
     counts = [max(1, round(_LEAST / _seconds(impl, fn, call, 3))) for fn, call in sides]
-    ratios = []
-    for _ in range(_ROUNDS):
-        mine, other = (_seconds(impl, fn, call, count) for (fn, call), count in zip(sides, counts, strict=True))
-        ratios.append(mine / other)
-    return statistics.median(ratios)
+    rounds = [[_seconds(impl, fn, call, count) for (fn, call), count in zip(sides, counts, strict=True)] for _ in range(_ROUNDS)]
+    times = [round(statistics.median(taken) * 1e6, 3) for taken in zip(*rounds, strict=True)]
+    return Outcome(time_us=times[0], reference_us=times[-1])
 
 
 def _seconds(impl: Implementation, fn: Function, call: Call, count: int) -> float:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from .accuracy import accuracy
+from .accuracy import accuracy, speed
 from .cases import Case
-from .constants import BATCH, COMPILE, FAILED, GRAPH, INPUTS, REFUSED, REPEATS, SERVING, THREADS
+from .constants import BATCH, COMPILE, FAILED, GRAPH, INPUTS, NO_MEMORY, REFUSED, REPEATS, SERVING, SPEED, THREADS
 from .contract import batch_invariance, inputs_and_results, repeats, threads
 from .graphs import compilation, graph_capture
 from .implementation import Implementation, Outcome, Refused, Violation
@@ -22,6 +22,7 @@ _CHECKS: dict[str, Callable[[Implementation, Case, int], Outcome]] = {
     GRAPH: graph_capture,
     COMPILE: compilation,
     BATCH: batch_invariance,
+    SPEED: speed,
 }
 
 
@@ -46,6 +47,8 @@ def _outcome(impl: Implementation, case: Case, seed: int) -> Outcome:
         # What serving needs must work in the dtype of serving, and nothing may raise for want of tokens.
         must = (case.check == SERVING and case.dtype == "bfloat16") or _has_no_tokens(impl, case, seed)
         return Outcome(FAILED if must else REFUSED, f"refused: {refused}")
+    except torch.OutOfMemoryError as error:
+        return Outcome(NO_MEMORY, str(error))
     except Exception as error:
         return Outcome(FAILED, f"raised {type(error).__name__}: {error}", broken=impl.is_device_lost())
     return outcome

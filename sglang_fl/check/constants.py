@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of check and the statuses of a case; needs no PyTorch."""
 
-#: The kinds of check. About accuracy: what serving calls, timed; models' sizes; what is allowed and rare; nan, inf, denormals.
+#: The kinds of check. About accuracy: what serving calls; models' sizes; what is allowed and rare; nan, inf, denormals.
 SERVING, SIZES, UNUSUAL, SPECIAL = "serving", "sizes", "unusual", "extremes"
 #: About the rest: where results lie and how long they stay, and that they come out alike again, in threads, in a graph, compiled.
 INPUTS, REPEATS, THREADS, GRAPH, COMPILE = "inputs", "repeats", "threads", "graph", "compile"
 #: For implementations that are declared batch-invariant.
 BATCH = "batch"
 
-#: A message of the worker's: it computes in float64, or no longer.
-IN_FLOAT64 = "in float64"
+#: The time of serving's calls, taken alone on the machine.
+SPEED = "speed"
 
-#: What the worker reports of a case.
-OK, FAILED, REFUSED, SKIPPED = "ok", "failed", "refused", "skipped"
-#: Of a case that ended or hung its process, and of one that was left out after several of those.
-CRASHED, HUNG, NOT_RUN = "crashed", "hung", "not run"
-FAILURES = frozenset({FAILED, CRASHED, HUNG, NOT_RUN})
+#: What a worker is at: each has a time limit of its own.
+STARTING, RUNNING, COMPILING, IN_FLOAT64 = "starting", "running", "compiling", "in float64"
+
+#: What the worker reports of a case; of one that found no memory beside others, which is run again alone.
+OK, FAILED, REFUSED, SKIPPED, NO_MEMORY = "ok", "failed", "refused", "skipped", "out of memory"
+#: Of a case that ended or hung its process or was compiled for too long, and of one that was left out after several of those.
+CRASHED, HUNG, TOO_LONG, NOT_RUN = "crashed", "hung", "compiled too long", "not run"
+LOST = frozenset({CRASHED, HUNG, TOO_LONG})
+FAILURES = LOST | {FAILED, NOT_RUN}
 
 
 def case_name(op: str, check: str, name: str, dtype: str) -> str:

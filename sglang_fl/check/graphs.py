@@ -58,9 +58,10 @@ def _warm_up(impl: Implementation, case: Case, seed: int) -> None:
 
 def compilation(impl: Implementation, case: Case, seed: int) -> Outcome:
     """Compiled by torch.compile, and called with one or two numbers of tokens."""
-    backend = compiler_of(impl.device)
-    torch.compiler.reset()
-    compiled = torch.compile(impl.fn, backend=backend)
+    with impl.compiling():  # it is imported
+        backend = compiler_of(impl.device)
+        torch.compiler.reset()
+        compiled = torch.compile(impl.fn, backend=backend)
 
     def run(other: bool) -> Outcome:
         call = case.draw(seed, impl.device, other=other)

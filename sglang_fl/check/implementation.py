@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implementation: calls one implementation, and compares its results with float64."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..dispatch.types import Refusal
 from .cases import OPERATORS_CHECKED, Call, Case
-from .constants import FAILED, OK
+from .constants import COMPILING, FAILED, IN_FLOAT64, OK, RUNNING
 from .exact.judge import Verdict
 from .tensors import changed
 
@@ -26,11 +29,11 @@ class Outcome:
     """The outcome of a case.
 
     Attributes:
-        status: ok, failed, refused or skipped.
+        status: ok, failed, refused, skipped or out of memory.
         message: why, if it is not ok.
         error_ulp, bound_ulp: see :class:`~sglang_fl.check.exact.judge.Verdict`.
         reference_ulp: the reference's error in the same case.
-        time_ratio: its time over the reference's.
+        time_us, reference_us: the time of a call and of the reference's, in microseconds.
         broken: the device may not be usable in this process any more.
     """
 
@@ -39,7 +42,8 @@ class Outcome:
     error_ulp: float | None = None
     bound_ulp: float | None = None
     reference_ulp: float | None = None
-    time_ratio: float | None = None
+    time_us: float | None = None
+    reference_us: float | None = None
     broken: bool = False
 
 
@@ -58,8 +62,10 @@ class Implementation:
         fn: called as the operator's signature says.
         reference: the reference's function for the same operator; None: ``fn`` is it.
         writes_inputs: what the implementation declares of a call that raises.
-        in_float64: called with True before the exact results are computed, which is not the implementation's time, and with
-            False after.
+        enter: called with what begins: a first call, which may compile or tune; the exact results; anything else.
+
+    Attributes:
+        compiling_s: how long its first calls with tensors of new shapes took, in seconds.
     """
 
     def __init__(
@@ -70,19 +76,21 @@ class Implementation:
         device: torch.device,
         *,
         writes_inputs: bool = True,
-        in_float64: Callable[[bool], None] = lambda begins: None,
+        enter: Callable[[str], None] = lambda phase: None,
     ):
         self.op, self.fn, self.reference, self.device = op, fn, reference, device
         self.writes_inputs = writes_inputs
-        self._in_float64 = in_float64
+        self.compiling_s = 0.0
+        self._enter = enter
+        self._called: set[Any] = set()
 
     def exact(self, call: Call) -> Expected:
         """The call's results in float64; before the call is run, which may write its inputs."""
-        self._in_float64(True)
+        self._enter(IN_FLOAT64)
         try:
             return OPERATORS_CHECKED[self.op].exact(call)
         finally:
-            self._in_float64(False)
+            self._enter(RUNNING)
 
     def run(self, call: Call, fn: Function | None = None) -> Results:
         """Call ``fn`` (default: the implementation), and check that it wrote only what it may.
@@ -93,8 +101,7 @@ class Implementation:
         """
         kept = {name: x.clone() for name, x in call.tensors().items()}
         try:
-            got = results(fn or self.fn, call)
-            self.synchronize()
+            got = self._call(fn or self.fn, call)
         except REFUSALS as error:
             message = f"{type(error).__name__}: {error}"
             written = changed(call, kept, frozenset())
@@ -106,6 +113,27 @@ class Implementation:
         if written:
             raise Violation(f"wrote {', '.join(written)}, which it may not")
         return got
+
+    def _call(self, fn: Function, call: Call) -> Results:
+        """Call and wait for the device; a first call may compile or tune."""
+        shapes = _shapes(call)
+        first = fn is not self.fn or shapes not in self._called
+        self._called.add(shapes)
+        with self.compiling() if first else nullcontext():
+            got = results(fn, call)
+            self.synchronize()
+        return got
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around what has the limit of compiling, and not that of a call."""
+        self._enter(COMPILING)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.compiling_s += time.monotonic() - start
+            self._enter(RUNNING)
 
     def verdict(self, got: Results, expected: Expected, case: Case) -> Verdict:
         """The worst of the results' verdicts."""
@@ -132,6 +160,12 @@ class Implementation:
             return float(torch.ones(2, device=self.device).sum()) != 2
         except Exception:
             return True
+
+
+def _shapes(call: Call) -> tuple[Any, ...]:
+    """What kernels are compiled for: shapes, strides and dtypes, and what is no tensor."""
+    leaves = [*tree_leaves(call.arguments()), *call.layer.parameters()]
+    return tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else str(x) for x in leaves)
 
 
 def results(fn: Function, call: Call) -> Results:

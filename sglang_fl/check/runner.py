@@ -1,39 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases in another process, and survives what they do to it.
+"""Runs cases in worker processes side by side, and survives what they do to those.
 
-A case that ends its process, or takes longer than its limit, is a result; the next case gets a new process.
+A case that ends its process, or exceeds a limit, is a result; the next case gets a new process. The cases of an implementation
+stay with one worker while others have no worker yet, as kernels are compiled and tuned once a process.
 """
 
-import contextlib
-import json
 import os
 import select
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .constants import COMPILE, CRASHED, HUNG, IN_FLOAT64, NOT_RUN
-from .report import CaseResult, Report
+import platformdirs
 
-#: Importing PyTorch and every backend must be done by then, in seconds.
-_START_LIMIT = 300.0
-#: Computing in float64, on the CPU, is not the implementation's time.
-_FLOAT64_LIMIT = 900.0
-#: How often to check that a silent process is still there, in seconds.
-_POLL_INTERVAL = 0.5
-#: A compilation may take this many times the limit of a case.
-_TIMEOUT_FACTOR = {COMPILE: 4}
+from ..config import SettingsError
+from .constants import LOST, NO_MEMORY, NOT_RUN, SKIPPED, SPEED, STARTING, case_name
+from .process import Lost, Process
+from .record import Record
+from .results import CaseResult, Target
+
 #: After so many cases that ended their process an implementation's other cases are left out.
 _GIVE_UP_AFTER = 3
-
-Progress = Callable[[int, int, str], None]
+#: More workers than this find no more work, and each takes memory of the device.
+_MOST_WORKERS = 12
+#: How often to check that silent processes are still there, in seconds.
+_POLL_INTERVAL = 0.2
 
 
 @dataclass(frozen=True)
@@ -41,227 +36,263 @@ class Job:
     """What to check: pairs of an operator and an implementation's id, and how.
 
     Attributes:
-        named: each of them was asked for by name, so that one which cannot run here is a failure.
+        only: the words of cases; the others are left out.
+        named: each target was asked for by name, so that one which cannot run here is a failure.
+        workers: how many processes; None: by the number of processors.
+        budget: stop after so many seconds.
+        archives: write the inputs of failing cases to this directory.
     """
 
     targets: Sequence[tuple[str, str]]
     quick: bool
     seed: int
-    timeout: float
+    timeout: float = 60.0
+    compile_timeout: float = 300.0
+    only: Sequence[str] = ()
     named: bool = False
+    workers: int | None = None
+    budget: float = float("inf")
+    archives: Path | None = None
+
+
+@dataclass
+class Progress:
+    """How far a run is: the cases that are done, of all; and what runs now: the case, what it is at, and for how many seconds."""
+
+    done: int
+    total: int
+    running: list[tuple[str, str, float]] = field(default_factory=list)
 
 
 class WorkerFailed(RuntimeError):
-    """The checking process did not start."""
+    """No checking process starts."""
 
 
-@dataclass
-class _Ended(Exception):
-    """The worker gave no answer: crashed or hung, and its last words."""
+def check(job: Job, record: Record, progress: Callable[[Progress], None] = lambda progress: None) -> bool:
+    """Run every case that the record does not hold yet.
 
-    status: str
-    message: str
-    output: str = ""
-
-
-@dataclass
-class _Worker:
-    """One process, in a session of its own."""
-
-    job: Job
-    _process: subprocess.Popen[str] = field(init=False)
-    _unread: bytes = b""
-
-    def __post_init__(self) -> None:
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by end)
-        self._results, theirs = os.pipe()
-        # ``-m`` puts this folder before the library: a vendor's platform.py would be taken for Python's.
-        safely = () if {"", os.getcwd()} & set(sys.path) else ("-P",)
-        job = json.dumps({"targets": self.job.targets, "quick": self.job.quick, "seed": self.job.seed})
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, *safely, "-m", "sglang_fl.check.worker", str(theirs), job],
-                stdin=subprocess.PIPE,
-                stdout=self._output,
-                stderr=self._output,
-                pass_fds=(theirs,),
-                start_new_session=True,
-                text=True,
-                # One process is enough for the few kernels of a case, and pools outlive their parent.
-                env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-            )
-        finally:
-            os.close(theirs)
-
-    def ask(self, number: int, limit: float) -> dict[str, Any]:
-        """Have a case run, for which the implementation has ``limit`` seconds at a time. Raises _Ended."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # It has ended; reading its answer tells how.
-            print(number, file=self._process.stdin, flush=True)
-        allowed = limit
-        while True:
-            answer = self.read(allowed)
-            if IN_FLOAT64 not in answer:
-                return answer
-            allowed = _FLOAT64_LIMIT if answer[IN_FLOAT64] else limit
-
-    def read(self, limit: float) -> dict[str, Any]:
-        """Its next line, for which it has ``limit`` seconds beside those that it waited for a processor. Raises _Ended."""
-        start, before = time.monotonic(), self._on_processors()
-        while b"\n" not in self._unread:
-            left = start + limit - time.monotonic()
-            if left <= 0:  # only then is it looked up
-                left += self._kept_waiting(before, time.monotonic() - start)
-            ready, _, _ = select.select([self._results], [], [], max(0.0, min(left, _POLL_INTERVAL)))
-            found = os.read(self._results, 1 << 16) if ready else b""
-            self._unread += found
-            if found:
-                continue
-            # What it forked may hold its results open when it is gone, and it may close them and live on.
-            code = self._process.poll()
-            if code is not None:
-                raise _Ended(CRASHED, f"crashed: {_exit_reason(code)}", self._last_words())
-            if left <= 0:
-                message = f"hung: more than {limit:g} s; what compiles or tunes at its first call may need a longer --timeout"
-                raise _Ended(HUNG, message, self._last_words())
-            if ready:
-                time.sleep(0.05)
-        line, _, self._unread = self._unread.partition(b"\n")
-        return json.loads(line)
-
-    def _kept_waiting(self, before: dict[str, tuple[float, float]], elapsed: float) -> float:
-        """How many of the seconds since ``before`` were other processes': where it had every processor it waited for itself."""
-        ran, waited = 0.0, 0.0
-        for thread, (ran_now, waited_now) in self._on_processors().items():
-            ran_then, waited_then = before.get(thread, (0.0, 0.0))
-            ran += ran_now - ran_then
-            waited = max(waited, waited_now - waited_then)
-        return max(0.0, min(waited, elapsed - ran / len(os.sched_getaffinity(0)))) if waited else 0.0
-
-    def _on_processors(self) -> dict[str, tuple[float, float]]:
-        """How long each of its threads ran and waited for a processor, in seconds, where the system tells (Linux)."""
-        found = {}
-        for file in Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError, ValueError):  # the thread is gone, or there are no such statistics
-                ran, waited, _ = map(int, file.read_text().split())
-                found[file.parent.name] = ran / 1e9, waited / 1e9
-        return found
-
-    def _last_words(self) -> str:
-        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - 4000))
-        return self._output.read().decode(errors="replace")
-
-    def end(self) -> None:
-        """End it and everything that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        # A kernel that hangs in a driver can keep its process from ending; it is not waited for.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=10)
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        os.close(self._results)
-        self._output.close()
-
-
-def _exit_reason(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"
-
-
-def check(job: Job, progress: Progress = lambda done, total, what: None) -> Report:
-    """Run every case of every implementation, or those before a KeyboardInterrupt.
-
-    Args:
-        progress: called before each case with the number of cases done, of all, and the next one's name.
+    Returns:
+        False if it was interrupted by a KeyboardInterrupt.
 
     Raises:
-        WorkerFailed: the checking process does not start.
-        KeyboardInterrupt: before the first case was done.
+        WorkerFailed: no checking process starts.
+        SettingsError: the record is of another run, or no case has the words of ``job.only``.
     """
-    start = time.monotonic()
-    worker, hello = _start(job)
-    session, cases = _Session(job, worker), hello["cases"]
-    results: list[CaseResult] = []
+    run = _Run(job, record, progress)
     try:
-        for number, case in enumerate(cases):
-            op, impl = job.targets[case["target"]]
-            progress(number, len(cases), f"{op} {impl}: {case['check']}")
-            results.append(session.run(number, case))
-        progress(len(cases), len(cases), "")
+        run.to_its_end()
     except KeyboardInterrupt:
-        if not results:
-            raise
+        return False
     finally:
-        session.end()
-    why_not = zip(job.targets, hello["why_not"], strict=True)
-    return Report(
-        machine=hello["machine"],
-        versions=hello["versions"],
-        seed=job.seed,
-        quick=job.quick,
-        seconds=round(time.monotonic() - start, 1),
-        not_available=[{"op": op, "impl": impl, "why": why, "named": job.named} for (op, impl), why in why_not if why is not None],
-        cases=results,
-        not_reached=len(cases) - len(results),
-    )
+        run.end()
+    return True
 
 
-class _Session:
-    """Runs a job's cases, in a new worker after one that was lost."""
+@dataclass(eq=False)
+class _Worker:
+    """A process, and what it does."""
 
-    def __init__(self, job: Job, worker: _Worker):
-        self._job = job
-        self._worker: _Worker | None = worker
+    process: Process
+    from_dear_end: bool
+    ready: bool = False
+    number: int | None = None
+    target: int | None = None
+    seen: set[int] = field(default_factory=set)
+
+
+class _Run:
+    """The state of a run: the cases that wait, and the workers."""
+
+    def __init__(self, job: Job, record: Record, progress: Callable[[Progress], None]):
+        self._job, self._record, self._progress = job, record, progress
+        self._begun = time.monotonic()
+        self._cases: list[dict[str, Any]] | None = None
+        self._waiting: dict[int, list[int]] = {}
+        #: Cases that need the machine for themselves.
+        self._alone: list[int] = []
         self._losses: Counter[int] = Counter()
-        self._no_worker = ""
+        self._workers: list[_Worker] = []
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        most = job.workers or min(_MOST_WORKERS, processors // 2, 1 if job.only else 4 * len(job.targets))
+        self._count = max(1, most)
+        self._environ = {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, processors // self._count))),
+            # One process is enough for the few kernels of a case, and pools outlive their parent.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            # What is tuned while others use the device is not for servers.
+            "FLAGGEMS_CACHE_DIR": str(Path(platformdirs.user_cache_dir("sglang-fl")) / "check-flaggems"),
+        }
 
-    def run(self, number: int, case: dict[str, Any]) -> CaseResult:
-        target = case["target"]
-        op, impl = self._job.targets[target]
-        facts = {"op": op, "impl": impl, "check": case["check"], "name": case["name"], "dtype": case["dtype"]}
-        reason = self._reason_not_to_run(target)
-        if reason:
-            return CaseResult(**facts, status=NOT_RUN, message=f"not run: {reason}")
-        assert self._worker is not None
-        try:
-            answer = self._worker.ask(number, self._job.timeout * _TIMEOUT_FACTOR.get(case["check"], 1))
-        except _Ended as end:
-            self._losses[target] += 1
-            answer = {"status": end.status, "message": end.message, "output": end.output, "broken": True}
-        if answer.pop("broken"):
-            self.end()
-        return CaseResult(**facts, **answer)
+    def to_its_end(self) -> None:
+        for index in range(self._count):
+            self._start(from_dear_end=bool(index % 2))
+        while not self._is_done() and time.monotonic() - self._begun < self._job.budget:
+            self._hand_out()
+            self._listen()
+            self._progress(self._how_far())
 
-    def _reason_not_to_run(self, target: int) -> str:
-        """Starts a worker if there is none; empty if it can run a case of this implementation."""
-        if not self._no_worker and self._losses[target] >= _GIVE_UP_AFTER:
-            return f"{_GIVE_UP_AFTER} cases of this implementation have ended their process"
-        if not self._no_worker and self._worker is None:
+    def _is_done(self) -> bool:
+        return self._cases is not None and not self._alone and not any(self._waiting.values()) and not any(map(_is_busy, self._workers))
+
+    def _start(self, from_dear_end: bool) -> None:
+        job = {"targets": self._job.targets, "quick": self._job.quick, "seed": self._job.seed, "only": self._job.only}
+        job["archives"] = self._job.archives and str(self._job.archives.absolute())
+        process = Process(job, self._environ, self._job.timeout, self._job.compile_timeout)
+        self._workers.append(_Worker(process, from_dear_end))
+
+    def _listen(self) -> None:
+        """Wait for messages, and take what the workers say."""
+        select.select([worker.process.results for worker in self._workers if worker.process.open], [], [], _POLL_INTERVAL)
+        for worker in list(self._workers):
             try:
-                self._worker, _ = _start(self._job)
-            except WorkerFailed as error:  # the device may have gone with the last case; what was found has not
-                self._no_worker = str(error)
-        return self._no_worker
+                message = worker.process.answer()
+            except Lost as lost:
+                self._lose(worker, lost)
+                continue
+            if message is None:
+                continue
+            if not worker.ready:
+                worker.ready = True
+                if self._cases is None:
+                    self._learn(message)
+            else:
+                self._take(worker, message)
+
+    def _learn(self, hello: Mapping[str, Any]) -> None:
+        """The first greeting says what there is to do."""
+        cases = hello["cases"]
+        if self._job.only and not cases and not any(hello["why_not"]):
+            raise SettingsError([f"--case: no case has all the words of {' or '.join(map(repr, self._job.only))}"])
+        counts = Counter(case["target"] for case in cases)
+        targets = [
+            Target(op, impl, counts[number], why, self._job.named)
+            for number, ((op, impl), why) in enumerate(zip(self._job.targets, hello["why_not"], strict=True))
+            if counts[number] or why is not None
+        ]
+        self._record.begin(
+            {
+                "machine": hello["machine"],
+                "versions": hello["versions"],
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seed": self._job.seed,
+                "quick": self._job.quick,
+                "only": self._job.only,
+                "targets": [target.__dict__ for target in targets],
+            }
+        )
+        self._cases = cases
+        for number, case in enumerate(cases):
+            op, impl = self._job.targets[case["target"]]
+            earlier = self._record.cases.get((case_name(op, case["check"], case["name"], case["dtype"]), impl))
+            if earlier is None or earlier.status == NOT_RUN:
+                (self._alone if case["check"] == SPEED else self._waiting.setdefault(case["target"], [])).append(number)
+            elif earlier.status in LOST:
+                self._losses[case["target"]] += 1
+        for target in list(self._losses):
+            self._leave_out_if_it_kills(target)
+
+    def _hand_out(self) -> None:
+        """Give idle workers cases."""
+        if self._cases is None:
+            return
+        for worker in self._workers:
+            if worker.ready and worker.number is None and (number := self._next(worker)) is not None:
+                worker.number, worker.target = number, self._cases[number]["target"]
+                worker.seen.add(worker.target)
+                worker.process.ask(number)
+
+    def _next(self, worker: _Worker) -> int | None:
+        """A case of the worker's own implementation, else of the one with the fewest workers, the cheap ones first.
+
+        Every second worker begins with the dear ones, which take longest.
+        """
+        with_cases = [target for target, numbers in self._waiting.items() if numbers]
+        if with_cases:
+            busy = Counter(other.target for other in self._workers if other is not worker and _is_busy(other))
+            sign = -1 if worker.from_dear_end else 1
+            place = {target: sign * index for index, target in enumerate(with_cases)}
+            return self._waiting[min(with_cases, key=lambda target: (target != worker.target, busy[target], place[target]))].pop(0)
+        if not self._alone or any(map(_is_busy, self._workers)):
+            return None
+        assert self._cases is not None
+        target = self._cases[self._alone[0]]["target"]
+        has_seen = [other for other in self._workers if other.ready and target in other.seen]
+        return self._alone.pop(0) if not has_seen or worker in has_seen else None
+
+    def _take(self, worker: _Worker, answer: dict[str, Any]) -> None:
+        """An outcome."""
+        assert worker.number is not None
+        number, worker.number = worker.number, None
+        if answer["status"] == NO_MEMORY:
+            if any(map(_is_busy, self._workers)) or any(self._waiting.values()):
+                self._alone.append(number)
+                return
+            answer = {**answer, "status": SKIPPED, "message": f"this device has too little memory for it: {answer['message']}"}
+        broken = answer.pop("broken")
+        self._add(number, **answer)
+        if broken:
+            self._drop(worker)
+            self._start(worker.from_dear_end)
+
+    def _lose(self, worker: _Worker, lost: Lost) -> None:
+        """It crashed or hung, in a case or before one."""
+        self._drop(worker)
+        number, target = worker.number, worker.target
+        if number is not None and target is not None:
+            self._add(number, status=lost.status, message=str(lost), output=lost.output)
+            self._losses[target] += 1
+            self._leave_out_if_it_kills(target)
+        if worker.ready:
+            self._start(worker.from_dear_end)
+        elif not self._workers:  # the device may have gone with the last case; what was found has not
+            message = f"the checking process did not start: {lost}\n{lost.output}"
+            if self._cases is None:
+                raise WorkerFailed(message)
+            for target in {case["target"] for case in self._cases}:
+                self._leave_out(target, message)
+
+    def _leave_out_if_it_kills(self, target: int) -> None:
+        if self._losses[target] >= _GIVE_UP_AFTER:
+            self._leave_out(target, f"{_GIVE_UP_AFTER} cases of this implementation have ended their process")
+
+    def _leave_out(self, target: int, why: str) -> None:
+        assert self._cases is not None
+        speed = [number for number in self._alone if self._cases[number]["target"] == target]
+        self._alone = [number for number in self._alone if number not in speed]
+        for number in self._waiting.pop(target, []) + speed:
+            self._add(number, status=NOT_RUN, message=f"not run: {why}")
+
+    def _add(self, number: int, **outcome: Any) -> None:
+        assert self._cases is not None
+        case = self._cases[number]
+        op, impl = self._job.targets[case["target"]]
+        result = CaseResult(op, impl, case["check"], case["name"], case["dtype"], **outcome)
+        self._record.add(result, time.monotonic() - self._begun)
+
+    def _drop(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.process.kill()
+        worker.process.close()
+
+    def _how_far(self) -> Progress:
+        if self._cases is None:
+            return Progress(0, 0, [("", STARTING, time.monotonic() - self._begun)])
+        running = []
+        for worker in self._workers:
+            if worker.number is not None:
+                case = self._cases[worker.number]
+                op, impl = self._job.targets[case["target"]]
+                label = f"{impl}: {case_name(op, case['check'], case['name'], case['dtype'])}"
+                running.append((label, worker.process.phase, time.monotonic() - worker.process.since))
+        left = len(running) + len(self._alone) + sum(map(len, self._waiting.values()))
+        return Progress(len(self._cases) - left, len(self._cases), running)
 
     def end(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.end()
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.close()
 
 
-def _start(job: Job) -> tuple[_Worker, dict[str, Any]]:
-    worker = _Worker(job)
-    try:
-        return worker, worker.read(_START_LIMIT)
-    except _Ended as end:
-        worker.end()
-        raise WorkerFailed(f"the checking process did not start: {end.message}\n{end.output}") from None
-    except BaseException:
-        worker.end()
-        raise
+def _is_busy(worker: _Worker) -> bool:
+    return worker.number is not None

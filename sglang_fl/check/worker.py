@@ -2,21 +2,22 @@
 """The process that implementations run in: ``python -m sglang_fl.check.worker FD JOB``, started by ``runner``.
 
 It writes the machine, the versions and the cases as a JSON line to the file descriptor FD, then reads the numbers of cases
-from its standard input and answers each with a JSON line. Before an answer come lines that say when it begins and ends to
-compute in float64. It ends when its input does.
+from its standard input and answers each with a JSON line. Before an answer come lines that say what it is at. It ends when its
+input does, or its parent.
 """
 
+import ctypes
 import faulthandler
 import json
 import math
 import os
 import platform
-import queue
+import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,24 @@ from .. import __version__
 from ..device import Device, detect, why_unusable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
+from .archive import write_archive
 from .cases import OPERATORS_CHECKED, Case, cases_of
 from .check_case import check_case
-from .constants import IN_FLOAT64
+from .constants import FAILED, SERVING, SPEED, case_matches, case_name
 from .exact.judge import DTYPES
-from .implementation import Implementation, Outcome
+from .implementation import Implementation
 
 _PACKAGES = ("torch", "triton", "sglang", "flag_gems", "torch_npu")
 _REFERENCE = "reference.torch"
+#: How much of the device's memory a worker keeps for its next case, in bytes.
+_MOST_KEPT = 1 << 30
 
 
 class Worker:
-    """The implementations and their cases.
+    """The implementations and their cases, those of cheap operators first.
 
     Args:
-        job: ``targets``, pairs of an operator and an implementation's id; ``quick``; ``seed``.
+        job: see :class:`sglang_fl.check.runner.Job`.
         send: sends a message to the runner.
     """
 
@@ -51,60 +55,101 @@ class Worker:
         if unusable is not None:
             sys.exit(f"{self.found.vendor} ({self.found.evidence}): {unusable}")
         self.device = torch.device(self.found.device_type)
-        self.seed: int = job["seed"]
+        self._module: Any = getattr(torch, self.device.type, None)
+        self.job = job
         self.why_not: list[str | None] = []
         self.cases: list[tuple[int, Case]] = []
-        self._implementations: list[Implementation] = []
+        self._implementations: dict[int, Implementation] = {}
+        self._archived: set[tuple[int, str, str]] = set()
         registry = get_default_manager().registry
         get_default_manager().ensure_initialized()
         for number, (op, impl_id) in enumerate(job["targets"]):
             impl, reference = (registry.get_implementation(op, name) for name in (impl_id, _REFERENCE))
             if impl is None:
                 raise LookupError(f"{op} has no implementation {impl_id} in the checking process")
-            why, cases = self._cases_of(impl, quick=job["quick"])
+            why, cases = self._cases_of(impl)
             self.why_not.append(why)
             self.cases += [(number, case) for case in cases]
-            other = None if reference is None or impl_id == _REFERENCE else reference.function
-            self._implementations.append(
-                Implementation(
+            if cases:
+                self._implementations[number] = Implementation(
                     op,
                     impl.function,
-                    other,
+                    None if reference is None or impl_id == _REFERENCE else reference.function,
                     self.device,
                     writes_inputs=impl.writes_inputs,
-                    in_float64=lambda begins: send({IN_FLOAT64: begins}),
+                    enter=lambda phase: send({"phase": phase}),
                 )
-            )
+        cheap_first = list(OPERATORS_CHECKED)
+        self.cases.sort(key=lambda pair: cheap_first.index(pair[1].op))
 
-    def _cases_of(self, impl: OpImpl, *, quick: bool) -> tuple[str | None, list[Case]]:
+    def _cases_of(self, impl: OpImpl) -> tuple[str | None, Sequence[Case]]:
         """An implementation's cases; or none, and why."""
         if impl.op_name not in OPERATORS_CHECKED:
             return f"sglang-fl {__version__} has no operator {impl.op_name}, and so no check of it", []
         why = impl.why_unavailable()
         if why is not None:
             return why, []
+        asked = self.job["only"]
+        lists = (True,) if self.job["quick"] else (False, True) if asked else (False,)
         try:
-            cases = list(cases_of(impl.op_name, impl.dtypes(), self.device, quick=quick, batch_invariant=impl.batch_invariant))
+            cases = {_name(case): case for quick in lists for case in self._made(impl, quick)}
         except ValueError as error:
             return str(error), []
-        return (None if cases else f"it takes none of {', '.join(map(str, DTYPES))}"), cases
+        if not cases:
+            return f"it takes none of {', '.join(map(str, DTYPES))}", []
+        return None, [case for name, case in cases.items() if not asked or any(case_matches(name, words) for words in asked)]
+
+    def _made(self, impl: OpImpl, quick: bool) -> Iterator[Case]:
+        cases = list(cases_of(impl.op_name, impl.dtypes(), self.device, quick=quick, batch_invariant=impl.batch_invariant))
+        yield from cases
+        yield from (replace(case, check=SPEED) for case in cases if case.check == SERVING and case.dtype == cases[0].dtype)
 
     def hello(self) -> dict[str, Any]:
         cases = [{"target": number, "check": case.check, "name": case.name, "dtype": case.dtype} for number, case in self.cases]
         return {"machine": self._machine(), "versions": _versions(), "why_not": self.why_not, "cases": cases}
 
     def _machine(self) -> dict[str, str]:
-        module = getattr(torch, self.device.type, None)
-        name = module.get_device_name() if hasattr(module, "get_device_name") else _processor()  # type: ignore[union-attr]
+        module = self._module
+        name = module.get_device_name() if hasattr(module, "get_device_name") else _processor()
         return {
             "device": f"{name} ({self.device.type})",
             "vendor": f"{self.found.vendor} ({self.found.evidence})",
-            "system": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+            "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         }
 
-    def run(self, number: int) -> Outcome:
+    def run(self, number: int) -> dict[str, Any]:
+        """Run a case; its outcome as JSON can hold it, which has no infinity."""
         target, case = self.cases[number]
-        return check_case(self._implementations[target], case, self.seed + number)
+        impl, start = self._implementations[target], time.monotonic()
+        impl.compiling_s = 0.0
+        outcome = check_case(impl, case, _seed(self.job["seed"], case))
+        if not outcome.broken and hasattr(self._module, "memory_reserved") and self._module.memory_reserved() > _MOST_KEPT:
+            self._module.empty_cache()  # other workers need it
+        archive = self._archive(target, case) if outcome.status == FAILED and not outcome.broken else ""
+        found = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(outcome).items()}
+        return {**found, "seconds": round(time.monotonic() - start, 3), "compiling_s": round(impl.compiling_s, 3), "archive": archive}
+
+    def _archive(self, target: int, case: Case) -> str:
+        """Where the inputs of a failing case were written, of the first of its kind; empty if nowhere."""
+        kind = target, case.check, case.dtype
+        if self.job["archives"] is None or kind in self._archived:
+            return ""
+        self._archived.add(kind)
+        implementation = get_default_manager().registry.get_implementation(*self.job["targets"][target])
+        assert implementation is not None
+        try:
+            return write_archive(Path(self.job["archives"]), implementation, case, _seed(self.job["seed"], case), self.device)
+        except OSError as error:
+            return f"not written: {error}"
+
+
+def _name(case: Case) -> str:
+    return case_name(case.op, case.check, case.name, case.dtype)
+
+
+def _seed(seed: int, case: Case) -> int:
+    """A case has the same inputs whatever else is checked, and other ones than the next case."""
+    return (seed + zlib.crc32(_name(case).encode())) % 2**62
 
 
 def _processor() -> str:
@@ -125,27 +170,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _answer(outcome: Outcome, seconds: float) -> dict[str, Any]:
-    """An outcome that JSON can hold: it has no infinity."""
-    numbers = {name: None for name, x in asdict(outcome).items() if isinstance(x, float) and not math.isfinite(x)}
-    return {**asdict(outcome), **numbers, "seconds": round(seconds, 3)}
-
-
-def _requests() -> Iterator[int]:
-    """Numbers of cases, until the input ends; then the process ends, whatever it is doing."""
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            waiting.put(int(line))
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield waiting.get()
+def _end_with_parent() -> None:
+    """Also when a kernel hangs that lets no other Python thread run (Linux; elsewhere the process ends after its case)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def main(results_fd: int, job: Mapping[str, Any]) -> None:
+    _end_with_parent()
     faulthandler.enable()
     os.set_inheritable(results_fd, False)
     with os.fdopen(results_fd, "w", encoding="utf-8") as out:
@@ -155,10 +188,8 @@ def main(results_fd: int, job: Mapping[str, Any]) -> None:
 
         worker = Worker(job, send)
         send(worker.hello())
-        for number in _requests():
-            start = time.monotonic()
-            outcome = worker.run(number)
-            send(_answer(outcome, time.monotonic() - start))
+        for number in sys.stdin:
+            send(worker.run(int(number)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """Types of command line arguments."""
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,3 +22,12 @@ def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], exp
         return found
 
     return parse
+
+
+def duration(text: str) -> float:
+    """A ``type`` for argparse: seconds of ``90``, ``90s``, ``9m`` or ``1.5h``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"expected a time as 90s, 9m or 1.5h, found {text!r}")
+    return seconds

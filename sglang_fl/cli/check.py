@@ -5,14 +5,19 @@ import argparse
 import json
 import os
 import secrets
+import shutil
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..check.report import Report, as_html, print_report
+from ..check.certificates import directory
+from ..check.page import as_html
+from ..check.record import Record
+from ..check.report import print_report
+from ..check.results import PASSED, Report
 from ..check.runner import Job, WorkerFailed, check
 from ..config import SettingsError, suggest
 from ..device import canonical, probe
@@ -21,20 +26,35 @@ from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
 from ..startup import check_settings
 from ..utils.signals import interrupt_on_termination
-from .arguments import number
+from .arguments import duration, number
+from .check_progress import showing
 
-_SECONDS = number(float, lambda seconds: 0 < seconds < float("inf"), "a number of seconds above 0")
 #: Each case adds to the seed, and PyTorch's generator takes 64 bits.
 _SEED = number(int, lambda seed: 0 <= seed < 2**62, "an integer from 0 to 2**62 - 1")
+_WORKERS = number(int, lambda count: 0 < count < 1000, "a number of processes from 1 to 999")
+_EXIT_CODES = """exit codes: 0 PASSED; 1 FAILED, or a result could not be written; 2 wrong usage;
+3 INCOMPLETE: the budget was used up, --resume goes on; 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", action="append", metavar="OP", help="check this operator (may be given again; default: all)")
-    parser.add_argument("--impl", action="append", metavar="ID", help="check this implementation, as vendor.cuda (may be given again)")
-    parser.add_argument("--vendor", action="append", metavar="NAME", help="check this vendor's implementations (may be given again)")
+    parser.epilog = _EXIT_CODES
+    again = "(may be given again)"
+    parser.add_argument("--op", action="append", metavar="OP", help=f"check this operator {again}; default: all")
+    parser.add_argument("--impl", action="append", metavar="ID", help=f"check this implementation, as vendor.cuda {again}")
+    parser.add_argument("--vendor", action="append", metavar="NAME", help=f"check this vendor's implementations {again}")
+    parser.add_argument("--case", action="append", metavar="WORDS", help=f"run the cases whose names have all these words {again}")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
-    parser.add_argument("--timeout", type=_SECONDS, default=60.0, metavar="S", help="time limit for each case (default: 60)")
     parser.add_argument("--seed", type=_SEED, metavar="N", help="seed of the random inputs, to repeat an earlier run")
+    parser.add_argument("--timeout", type=duration, default=60.0, metavar="TIME", help="how long a call may take (default: 60s)")
+    parser.add_argument(
+        "--compile-timeout", type=duration, default=300.0, metavar="TIME", help="how long a first call may compile and tune (default: 5m)"
+    )
+    parser.add_argument("--jobs", type=_WORKERS, metavar="N", help="processes side by side (default: half the processors, 12 at most)")
+    parser.add_argument("--budget", type=duration, default=float("inf"), metavar="TIME", help="stop after this time, as 9m")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="write each result to FILE; if it has some, do only the rest")
+    out = "keep the result in FILE; without FILE, where 'doctor' and 'ops' look"
+    parser.add_argument("--out", type=Path, nargs="?", const=Path(), metavar="FILE", help=out)
+    parser.add_argument("--failures", type=Path, metavar="DIR", help="write failing cases' inputs to DIR, with a script that repeats them")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page")
 
@@ -78,36 +98,98 @@ def run(args: argparse.Namespace) -> int:
     manager = get_default_manager()
     check_settings(os.environ, probe(), manager)
     chosen = targets(manager.registry, args.op, args.impl, args.vendor)
-    unwritable = why_unwritable(args.html and str(args.html))
-    if unwritable:
+    if unwritable := why_unwritable(args.html and str(args.html)):
         raise SettingsError(f"--html: {unwritable}")
-    seed = secrets.randbits(31) if args.seed is None else args.seed
+    if args.failures:
+        _make_directory("--failures", args.failures)
+    out = _out_path(args)
+    path = args.resume.expanduser() if args.resume else out
+    record = Record(path)
     interrupt_on_termination()
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    finished = True
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("starting", total=None)
-            report = check(
-                Job(chosen, args.quick, seed, args.timeout, named=bool(args.impl)),
-                lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
-            )
+        if record.header is None or _selects(args) or record.report().not_reached:
+            job = _job(args, chosen, record)
+            with showing(Console(stderr=True)) as progress:
+                finished = check(job, record, progress)
     except WorkerFailed as error:
         print(f"sglang-fl: {error}", file=sys.stderr)
         return 1
-    unwritten = _write_page(args.html, report) if args.html else None
+    finally:
+        record.close()
+    if record.header is None:
+        raise KeyboardInterrupt
+    if out is not None and path is not None and out != path:
+        shutil.copyfile(path, out)
+    if out is not None:
+        print(f"sglang-fl: the result is in {out}", file=sys.stderr)
+    return _report(args, record, finished)
+
+
+def _out_path(args: argparse.Namespace) -> Path | None:
+    """Where the result is kept at the end."""
+    if args.out is None:
+        return None
+    if args.out == Path():
+        _make_directory("--out", directory())
+        return directory() / time.strftime("%Y-%m-%d-%H%M%S.jsonl")
+    path: Path = args.out.expanduser()
+    if path.exists() and path.stat().st_size:
+        raise SettingsError(f"--out: {path} exists; --resume {path} goes on with it")
+    return path
+
+
+def _make_directory(option: str, path: Path) -> None:
+    try:
+        path.expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{option}: {path} cannot be made: {error.strerror}") from None
+
+
+def _selects(args: argparse.Namespace) -> bool:
+    return any((args.op, args.impl, args.vendor, args.case, args.quick, args.seed is not None))
+
+
+def _job(args: argparse.Namespace, chosen: list[tuple[str, str]], record: Record) -> Job:
+    """What was asked for; where a run goes on, what was not said again is as it was."""
+    then = record.header or {"targets": [], "only": [], "quick": False, "seed": secrets.randbits(31)}
+    if then["targets"] and not (args.op or args.impl or args.vendor):
+        chosen = [(target["op"], target["impl"]) for target in then["targets"]]
+    return Job(
+        chosen,
+        args.quick or then["quick"],
+        then["seed"] if args.seed is None else args.seed,
+        args.timeout,
+        args.compile_timeout,
+        args.case or then["only"],
+        named=bool(args.impl) or any(target["named"] for target in then["targets"]),
+        workers=args.jobs,
+        budget=args.budget,
+        archives=args.failures and args.failures.expanduser(),
+    )
+
+
+def _report(args: argparse.Namespace, record: Record, finished: bool) -> int:
+    """Print it, write what was asked for, and say how it ended."""
+    report = record.report()
+    unwritten = [f"--html: {error}" for error in [_write_page(args.html, report) if args.html else None] if error]
+    if record.problem:
+        unwritten.append(f"the results could not be written: {record.problem}")
     if args.json:
         # Escaped: messages come from implementations, and this terminal may not be able to encode them.
         print(json.dumps(report.as_data(), indent=2))
     else:
-        # A file or a pipe has no width, and the table has ten columns.
+        # A file or a pipe has no width.
         width = None if sys.stdout.isatty() else 200
         print_report(report, Console(markup=False, emoji=False, highlight=False, width=width))
-    if unwritten:
-        print(f"sglang-fl: --html: {unwritten}", file=sys.stderr)
-    if report.not_reached:
+    for message in unwritten:
+        print(f"sglang-fl: {message}", file=sys.stderr)
+    if not finished:
         print("sglang-fl: interrupted", file=sys.stderr)
         return 130
-    return 1 if report.problems() or unwritten else 0
+    if report.not_reached:
+        return 3
+    return 1 if report.verdict != PASSED or unwritten else 0
 
 
 def _write_page(file: Path, report: Report) -> OSError | None:

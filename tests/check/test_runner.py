@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real worker processes, and implementations that end them."""
 
-import io
 import os
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -18,42 +17,75 @@ from sglang_fl import __version__
 from sglang_fl.check import runner
 from sglang_fl.check.cases import cases_of
 from sglang_fl.check.check_case import check_case
-from sglang_fl.check.constants import COMPILE, CRASHED, FAILED, GRAPH, HUNG, IN_FLOAT64, NOT_RUN, OK, SERVING, SKIPPED, THREADS
+from sglang_fl.check.constants import (
+    COMPILING,
+    CRASHED,
+    FAILED,
+    GRAPH,
+    HUNG,
+    IN_FLOAT64,
+    INPUTS,
+    NOT_RUN,
+    OK,
+    RUNNING,
+    SERVING,
+    SKIPPED,
+    SPEED,
+    THREADS,
+    TOO_LONG,
+)
 from sglang_fl.check.implementation import Implementation
-from sglang_fl.check.report import CaseResult, Report
+from sglang_fl.check.process import Lost
+from sglang_fl.check.record import Record
+from sglang_fl.check.results import CaseResult, Report
+from sglang_fl.config import SettingsError
 
-TIMEOUT = 5.0
+TIMEOUT = 8.0
 _BACKEND = """
     import os, sys, time
     from sglang_fl.dispatch import BackendImplKind, OpImpl
     from sglang_fl.dispatch.backends.reference.impl.activation import silu_and_mul as right
 
-    def one_case(x, cols):
+    def once(x, what):
         import torch
-        return x.dtype is torch.bfloat16 and tuple(x.shape) == (1 if cols == 6144 else 64, cols)
+        if x.dtype is not torch.bfloat16 or tuple(x.shape) != (64, 3072):
+            return False
+        try:
+            open(__file__ + what, "x").close()
+        except FileExistsError:
+            return False
+        return True
 
     def aborts_once(obj, x):
-        if one_case(x, 6144):
+        if once(x, "abort"):
             print("last words", file=sys.stderr, flush=True)
             os.abort()
         return right(obj, x)
 
-    def hangs_once(obj, x):
-        if one_case(x, 3072):
+    def compiles_too_long(obj, x):
+        if once(x, "compile"):
             time.sleep(1000)
+        return right(obj, x)
+
+    called = []
+
+    def hangs_once(obj, x):
+        if tuple(x.shape) in called and once(x, "hang"):
+            time.sleep(1000)
+        called.append(tuple(x.shape))
         return right(obj, x)
 
     def always_exits(obj, x):
         os._exit(3)
 
     def closes_its_results(obj, x):
-        if one_case(x, 3072):
+        if once(x, "close"):
             os.closerange(3, 64)
             time.sleep(1000)
         return right(obj, x)
 
     def leaves_a_child(obj, x):
-        if one_case(x, 3072):
+        if once(x, "child"):
             if not os.fork():
                 time.sleep(1000)
             os.abort()
@@ -72,14 +104,19 @@ _BACKEND = """
             kind = BackendImplKind.VENDOR
             registry.register_impl(OpImpl(op, f"vendor.{name}", kind, fn, vendor="planted", supported_dtypes=dtypes))
 
-        for fn in (aborts_once, hangs_once, always_exits, closes_its_results, leaves_a_child, wrong, for_another_chip):
+        for fn in (aborts_once, hangs_once, compiles_too_long, always_exits, closes_its_results, leaves_a_child, wrong, for_another_chip):
             register("silu_and_mul", fn.__name__, fn, {"bfloat16"})
         register("silu_and_mul", "float64", right, {"float64"})
         register("sort", "sort", right, None)
 """
-_IMPLS = ("aborts_once", "hangs_once", "always_exits", "closes_its_results", "leaves_a_child", "wrong", "for_another_chip", "float64")
+_IMPLS = (
+    *("aborts_once", "hangs_once", "compiles_too_long", "always_exits", "closes_its_results", "leaves_a_child", "wrong"),
+    *("for_another_chip", "float64"),
+)
 
-TOO_LONG = "hung: more than 5 s; what compiles or tunes at its first call may need a longer --timeout"
+#: Compiling takes longer than the limit.
+_KINDS = (SERVING, INPUTS, THREADS, GRAPH, SPEED)
+COMPILED_TOO_LONG = "its first call took more than 8 s, to compile or tune; --compile-timeout allows more"
 
 
 @pytest.fixture(scope="module")
@@ -90,36 +127,44 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
         patch.setenv("SGLANG_FL_PLUGIN_MODULES", "backend_that_kills")
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(runner, "_GIVE_UP_AFTER", 2)
         targets = [*(("silu_and_mul", f"vendor.{name}") for name in _IMPLS), ("sort", "vendor.sort"), ("silu_and_mul", "reference.torch")]
-        yield runner.check(runner.Job(targets, quick=True, seed=7, timeout=TIMEOUT))
+        yield checked(runner.Job(targets, quick=True, seed=7, timeout=TIMEOUT, compile_timeout=TIMEOUT, only=_KINDS, workers=2))
+
+
+def checked(job: runner.Job, record: Record | None = None) -> Report:
+    record = record or Record()
+    assert runner.check(job, record)
+    return record.report()
 
 
 def of(report: Report, name: str) -> list[CaseResult]:
     return [case for case in report.cases if case.impl in (name, f"vendor.{name}")]
 
 
-def test_a_crash_is_a_row_and_the_rest_goes_on(report: Report) -> None:
+def test_a_crash_is_a_result_and_the_rest_goes_on(report: Report) -> None:
     cases = of(report, "aborts_once")
     (crashed,) = [case for case in cases if case.status not in (OK, SKIPPED)]
     assert (crashed.status, crashed.message) == (CRASHED, "crashed: signal 6 (SIGABRT)")
-    assert crashed.check == SERVING and crashed.name == "1 × 2·3072"
+    assert crashed.check == SERVING and crashed.name == "64 × 2·1536"
     assert "last words" in crashed.output and "Fatal Python error: Aborted" in crashed.output
-    assert {case.check for case in cases if case.status == OK} >= {SERVING, THREADS, COMPILE}
+    assert {case.check for case in cases if case.status == OK} >= {SERVING, THREADS, SPEED}
+    assert len(cases) == next(row.cases for row in report.rows() if row.impl == "vendor.aborts_once")
 
 
-def test_a_hang_is_a_row_and_the_rest_goes_on(report: Report) -> None:
+def test_a_hang_is_a_result_and_the_rest_goes_on(report: Report) -> None:
     cases = of(report, "hangs_once")
     (hung,) = [case for case in cases if case.status not in (OK, SKIPPED)]
-    assert (hung.status, hung.message, hung.name) == (HUNG, TOO_LONG, "64 × 2·1536")
-    assert cases[-1].check == COMPILE and cases[-1].status == OK
+    assert (hung.status, hung.message) == (HUNG, "hung: no sign of it for 8 s while running")
+    assert {case.check for case in cases if case.status == OK} >= {THREADS, SPEED}
 
 
-def test_one_that_closes_its_results_and_lives_on_has_hung(report: Report) -> None:
-    (hung,) = [case for case in of(report, "closes_its_results") if case.status not in (OK, SKIPPED)]
-    assert (hung.status, hung.message) == (HUNG, TOO_LONG)
+@pytest.mark.parametrize("name", ["compiles_too_long", "closes_its_results"])
+def test_a_first_call_may_take_longer_and_is_said_to_compile(report: Report, name: str) -> None:
+    """Also one that closes its results and lives on."""
+    (late,) = [case for case in of(report, name) if case.status not in (OK, SKIPPED)]
+    assert (late.status, late.message) == (TOO_LONG, COMPILED_TOO_LONG)
 
 
 def test_a_crash_is_one_though_a_child_lives_on(report: Report) -> None:
@@ -138,12 +183,13 @@ def test_wrong_and_right(report: Report) -> None:
     assert {case.status for case in of(report, "wrong")} >= {FAILED}
     assert {case.status for case in of(report, "reference.torch")} == {OK, SKIPPED}
     assert {case.check for case in of(report, "reference.torch") if case.status == SKIPPED} == {GRAPH}
+    assert [case for case in of(report, "wrong") if case.check == SPEED and not (case.time_us and case.reference_us)] == []
     assert {case.dtype for case in of(report, "wrong")} == {"bfloat16"}
     assert {case.dtype for case in of(report, "reference.torch")} == {"bfloat16", "float32", "float16"}
 
 
 def test_what_cannot_run_is_named_with_the_reason(report: Report) -> None:
-    assert {(row["impl"], row["why"]) for row in report.not_available} == {
+    assert {(target.impl, target.why) for target in report.not_available} == {
         ("vendor.for_another_chip", "its availability check says no"),
         ("vendor.float64", "it takes none of torch.float32, torch.bfloat16, torch.float16"),
         ("vendor.sort", f"sglang-fl {__version__} has no operator sort, and so no check of it"),
@@ -162,48 +208,55 @@ def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "torch.py").write_text("raise SystemExit('no PyTorch today')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     with pytest.raises(runner.WorkerFailed, match=r"(?s)did not start: crashed: exit code 1\n.*no PyTorch today"):
-        runner.check(runner.Job([("rms_norm", "reference.torch")], quick=True, seed=0, timeout=TIMEOUT))
+        checked(runner.Job([("rms_norm", "reference.torch")], quick=True, seed=0, workers=2))
 
 
-def test_float64_is_not_the_implementations_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the worker computes what is exact another limit holds, and the implementation's begins anew after that."""
-    worker = object.__new__(runner._Worker)
-    worker._process = cast(Any, SimpleNamespace(stdin=io.StringIO()))
-    sent: list[dict[str, Any]] = []
+def test_what_a_case_is_at_is_told() -> None:
+    """Compiling and computing what is exact have limits of their own; the implementation's begins anew after them."""
+    told: list[str] = []
     cpu = torch.device("cpu")
-    impl = Implementation("relu2", reference.relu2, None, cpu, in_float64=lambda begins: sent.append({IN_FLOAT64: begins}))
-    check_case(impl, next(cases_of("relu2", None, cpu, quick=True)), 3)
-    assert sent == [{IN_FLOAT64: True}, {IN_FLOAT64: False}]
-    answers, limits = [*sent, {"status": OK}], []
-    monkeypatch.setattr(worker, "read", lambda limit: (limits.append(limit), answers.pop(0))[1])
-    assert worker.ask(0, 5.0) == {"status": OK}
-    assert limits == [5.0, runner._FLOAT64_LIMIT, 5.0]
+    impl = Implementation("relu2", reference.relu2, None, cpu, enter=told.append)
+    case = next(cases_of("relu2", None, cpu, quick=True))
+    check_case(impl, case, 3)
+    assert told == [IN_FLOAT64, RUNNING, COMPILING, RUNNING] and impl.compiling_s > 0
+    told.clear()
+    check_case(impl, case, 4)
+    assert told == [IN_FLOAT64, RUNNING]
+
+
+class _Dies:
+    """A process whose first case is well, and which then dies; the next does not start."""
+
+    started = 0
+    phase, since, open = RUNNING, 0.0, True
+
+    def __init__(self, *arguments: object):
+        type(self).started += 1
+        self.results = os.open(os.devnull, os.O_RDONLY)
+        cases = [{"target": 0, "check": SERVING, "name": str(number), "dtype": "bfloat16"} for number in range(3)]
+        self.answers: list[Any] = [{"cases": cases, "why_not": [None], "machine": {}, "versions": {}}, {"status": OK, "broken": False}]
+        if self.started > 1:
+            self.answers = []
+
+    def answer(self) -> Any:
+        if self.answers:
+            return self.answers.pop(0)
+        raise Lost(CRASHED, "crashed: signal 6 (SIGABRT)", "last words")
+
+    def ask(self, number: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None:
+        os.close(self.results)
 
 
 def test_a_worker_that_does_not_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel may take the device with it: what was found until then, that case included, is not lost."""
-    cases = [{"target": 0, "check": SERVING, "name": str(number), "dtype": "bfloat16"} for number in range(3)]
-    started: list[runner.Job] = []
-
-    class Worker:
-        def ask(self, number: int, limit: float) -> dict[str, Any]:
-            if number:
-                raise runner._Ended(CRASHED, "crashed: signal 6 (SIGABRT)", "last words")
-            return {"status": OK, "broken": False}
-
-        def end(self) -> None:
-            pass
-
-    def start(job: runner.Job) -> tuple[Any, dict[str, Any]]:
-        started.append(job)
-        if len(started) > 1:
-            raise runner.WorkerFailed("the checking process did not start: no device")
-        return Worker(), {"cases": cases, "why_not": [None], "machine": {}, "versions": {}}
-
-    monkeypatch.setattr(runner, "_start", start)
-    report = runner.check(runner.Job([("relu2", "vendor.x")], quick=True, seed=0, timeout=TIMEOUT))
+    monkeypatch.setattr(runner, "Process", _Dies)
+    report = checked(runner.Job([("relu2", "vendor.x")], quick=True, seed=0, workers=1))
     assert [case.status for case in report.cases] == [OK, CRASHED, NOT_RUN]
-    assert report.cases[-1].message == "not run: the checking process did not start: no device"
+    assert "the checking process did not start: crashed: signal 6" in report.cases[-1].message
 
 
 def test_a_folder_with_the_name_of_a_module_of_pythons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,24 +264,68 @@ def test_a_folder_with_the_name_of_a_module_of_pythons(monkeypatch: pytest.Monke
     (tmp_path / "platform.py").write_text("raise SystemExit('this is not the platform of Python')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    worker, hello = runner._start(runner.Job([("relu2", "reference.torch")], quick=True, seed=0, timeout=TIMEOUT))
-    worker.end()
-    assert hello["cases"]
+    report = checked(runner.Job([("relu2", "reference.torch")], quick=True, seed=0, only=["relu2 extremes zeros dtype=bfloat16"]))
+    assert report.verdict == "PASSED" and len(report.cases) == 1
 
 
-@pytest.mark.parametrize(
-    ("threads", "waited"),
-    [
-        ([(5.0, 5.0)], 5.0),  # others had half of its processor
-        ([(5.0, 5.0), (5.0, 5.0)], 5.0),  # and of both
-        ([(1.25, 8.75)] * 16, 0.0),  # its own threads wait for each other
-        ([(10.0, 0.0)], 0.0),
-        ([(0.0, 0.0)], 0.0),
-    ],
-)
-def test_only_what_others_take_is_waiting(monkeypatch: pytest.MonkeyPatch, threads: list[tuple[float, float]], waited: float) -> None:
-    worker = object.__new__(runner._Worker)
-    now = {str(number): (100 + ran, 100 + waits) for number, (ran, waits) in enumerate(threads)}
-    monkeypatch.setattr(worker, "_on_processors", lambda: now)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert worker._kept_waiting(dict.fromkeys(now, (100.0, 100.0)), 10.0) == waited
+def test_a_budget_ends_it_and_the_record_goes_on(tmp_path: Path) -> None:
+    """Nothing that was found is run again, and nothing is left out."""
+    file = tmp_path / "run.jsonl"
+    job = runner.Job([("relu2", "reference.torch"), ("new_gelu", "reference.torch")], quick=True, seed=5, only=["extremes", "unusual"])
+    begun = Record(file)
+
+    def stop(progress: runner.Progress) -> None:
+        if progress.done >= 10:
+            raise KeyboardInterrupt
+
+    assert not runner.check(job, begun, stop)
+    begun.close()
+    before = begun.report()
+    assert before.verdict == "INCOMPLETE" and 10 <= len(before.cases) < 20
+    with file.open("a") as half_a_line:
+        half_a_line.write('{"op": "relu2", "im')
+    again = Record(file)
+    assert again.report().cases == before.cases
+    report = checked(job, again)
+    again.close()
+    assert report.verdict == "PASSED" and report.not_reached == 0
+    assert [case for case in report.cases if case in before.cases] == before.cases
+    assert Record(file).report() == report and len(file.read_text().splitlines()) == 1 + len(report.cases)
+
+
+def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
+    first = Record(tmp_path / "run.jsonl")
+    with pytest.raises(SettingsError, match=r"run\.jsonl is in use by another sglang-fl check"):
+        Record(tmp_path / "run.jsonl")
+    first.close()
+    Record(tmp_path / "run.jsonl").close()
+
+
+def test_a_file_that_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"format": 99}\n')
+    with pytest.raises(SettingsError, match="is no result that this sglang-fl check wrote"):
+        Record(tmp_path / "other.jsonl")
+
+
+def test_a_run_goes_on_only_as_it_was_begun(tmp_path: Path) -> None:
+    header = {"machine": {}, "versions": {"torch": "1"}, "date": "", "seed": 1, "quick": True, "only": [], "targets": []}
+    begun = Record(tmp_path / "run.jsonl")
+    begun.begin(header)
+    with pytest.raises(SettingsError, match=r"versions was \{'torch': '1'\} then, and is \{'torch': '2'\} now"):
+        begun.begin({**header, "versions": {"torch": "2"}})
+
+
+def test_a_full_disk_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not take is written with the next result, if it takes that."""
+    record = Record(tmp_path / "run.jsonl")
+    record.begin({"machine": {}, "versions": {}, "date": "", "seed": 1, "quick": True, "only": [], "targets": []})
+    case = CaseResult("relu2", "vendor.x", SERVING, "1", "bfloat16", OK)
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:5], offset))
+    record.add(case, 1.0)
+    assert record.problem == "No space left on device"
+    monkeypatch.setattr(os, "pwrite", write)
+    record.add(replace(case, name="2"), 2.0)
+    record.close()
+    assert record.problem is None
+    assert list(Record(tmp_path / "run.jsonl").cases) == list(record.cases)

@@ -13,12 +13,14 @@ import psutil
 import pytest
 
 from sglang_fl.check.constants import FAILED, OK, SERVING
-from sglang_fl.check.report import CaseResult, Report
-from sglang_fl.check.runner import Job, WorkerFailed
+from sglang_fl.check.record import Record
+from sglang_fl.check.results import CaseResult
+from sglang_fl.check.runner import Job, Progress, WorkerFailed
 from sglang_fl.cli import main
 from sglang_fl.dispatch.ops import OPERATORS
 
 REFERENCE = [(op, "reference.torch") for op in OPERATORS]
+HEADER = {"machine": {"device": "cpu", "vendor": "cpu (a test)"}, "versions": {}, "date": "2026-01-02T03:04:05+00:00"}
 RMS_NORM, SILU_AND_MUL = ("rms_norm", "reference.torch"), ("silu_and_mul", "reference.torch")
 
 
@@ -27,12 +29,15 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """What would be checked; nothing is."""
     asked: list[Job] = []
 
-    def check(job: Job, progress: Callable[[int, int, str], None]) -> Report:
+    def check(job: Job, record: Record, progress: Callable[[Progress], None]) -> bool:
         asked.append(job)
-        progress(0, 1, "[/x]")
-        status = FAILED if any(impl == "vendor.testchip" for _, impl in job.targets) else OK
-        cases = [CaseResult(*target, SERVING, "1 × 8", "bfloat16", status, message="a message") for target in job.targets]
-        return Report({"device": "cpu"}, {}, job.seed, job.quick, 1.0, [], cases)
+        progress(Progress(0, 1, [("[/x]", "running", 0.0)]))
+        targets = [{"op": op, "impl": impl, "cases": 1, "why": None, "named": job.named} for op, impl in job.targets]
+        record.begin({**HEADER, "seed": job.seed, "quick": job.quick, "only": job.only, "targets": targets})
+        for op, impl in job.targets:
+            status = FAILED if impl == "vendor.testchip" else OK
+            record.add(CaseResult(op, impl, SERVING, "1 × 8", "bfloat16", status, message="a message"), 1.0)
+        return True
 
     monkeypatch.setattr("sglang_fl.cli.check.check", check)
     return asked
@@ -100,10 +105,10 @@ def test_a_failure_is_exit_code_1(
 
 def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "report.html"
-    assert main(["check", "--impl", "reference.torch", "--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5"]) == 0
+    assert main(["check", "--impl", "reference.torch", "--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5m"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == len(OPERATORS)
-    assert jobs[0].timeout == 1.5
+    assert jobs[0].timeout == 90.0
     assert "PASSED" in page.read_text(encoding="utf-8")
 
 
@@ -115,12 +120,18 @@ def test_a_page_that_cannot_be_written_costs_nothing_else(jobs: list[Job], capsy
 
 def test_what_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Messages are the implementation's: a file's name in one may be any bytes."""
-    case = CaseResult("rms_norm", "reference.torch", SERVING, "1 × 8", "bfloat16", FAILED, message="no file lib\udcff.so")
-    report = Report({"device": "cpu"}, {}, 0, True, 1.0, [], [case])
-    monkeypatch.setattr("sglang_fl.cli.check.check", lambda job, progress: report)
+    message = "no file lib\udcff.so"
+
+    def check(job: Job, record: Record, progress: object) -> bool:
+        target = {"op": "rms_norm", "impl": "reference.torch", "cases": 1}
+        record.begin({**HEADER, "seed": 0, "quick": True, "only": [], "targets": [target]})
+        record.add(CaseResult("rms_norm", "reference.torch", SERVING, "1 × 8", "bfloat16", FAILED, message=message), 1.0)
+        return True
+
+    monkeypatch.setattr("sglang_fl.cli.check.check", check)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["check", "--json", "--html", "~/report.html"]) == 1
-    assert json.loads(capsys.readouterr().out.encode())["cases"][0]["message"] == case.message
+    assert json.loads(capsys.readouterr().out.encode())["cases"][0]["message"] == message
     assert "no file lib\\udcff.so" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -139,7 +150,7 @@ def test_seeds_that_no_generator_takes(seed: str, jobs: list[Job], capsys: pytes
 
 
 def test_the_process_that_checks_does_not_come_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def check(job: Job, progress: object) -> Report:
+    def check(job: Job, record: Record, progress: object) -> bool:
         raise WorkerFailed("the checking process did not start: crashed: exit code 1")
 
     monkeypatch.setattr("sglang_fl.cli.check.check", check)
@@ -178,7 +189,7 @@ def test_interrupting_it_keeps_what_was_found(backend: Callable[..., str], tmp_p
     assert process.returncode == 130 and "sglang-fl: interrupted" in told and "Traceback" not in told
     report = json.loads(found)
     assert report["cases"] and report["not_reached"] > 10 and not report["ok"]
-    assert report["problems"][-1].startswith("interrupted: ")
+    assert report["verdict"] == "INCOMPLETE"
     assert {case["status"] for case in report["cases"]} == {"ok"}
 
 

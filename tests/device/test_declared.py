@@ -387,7 +387,7 @@ def test_a_class_that_cannot_be_loaded_says_whose_it_is(packages: Packages) -> N
 def test_the_check_says_that_pytorch_lacks_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_fl.check.worker.detect", lambda: Device("mychip", "zchip", None, "a test"))
     with pytest.raises(SystemExit, match=r"mychip \(a test\): PyTorch has no device type 'zchip'"):
-        Worker({"targets": [], "quick": True, "seed": 0}, print)
+        Worker({"targets": [], "quick": True, "seed": 0, "only": []}, print)
 
 
 def test_to_know_who_declares_is_light(packages: Packages) -> None:

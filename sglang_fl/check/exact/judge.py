@@ -11,6 +11,7 @@ devices do.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +77,10 @@ class Exact:
     passed_on: int | None = None
     dtype: torch.dtype | None = None
 
+    def bound(self, dtype: torch.dtype) -> torch.Tensor:
+        """How far off each number may be."""
+        return u(dtype) * self.value.abs() + self.roundings * U32 * self.terms * (1 + u(dtype)) + smallest(dtype) + self.lost
+
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
         """Hold a result against this one; ``dtype`` (unless it has one of its own) and ``device`` are what it must have."""
         dtype = self.dtype or dtype
@@ -89,8 +94,7 @@ class Exact:
             return Verdict(problem=f"{self.name} is on {got.device}, not on {device}")
         if not got.numel():
             return Verdict()
-        exact, info = self.value, torch.finfo(dtype)
-        bound = u(dtype) * exact.abs() + self.roundings * U32 * self.terms * (1 + u(dtype)) + smallest(dtype) + self.lost
+        exact, info, bound = self.value, torch.finfo(dtype), self.bound(dtype)
         found = exactly(got)
         error = (found - exact).abs()
         finite = exact.isfinite()
@@ -115,7 +119,7 @@ class Exact:
         wrong = ~right
         # The one that is most wrong: nan and infinity where a number should be before all others.
         excess = torch.where(wrong, (error / bound).nan_to_num(math.inf, math.inf), -1.0)
-        where = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        where = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))  # torch's imports for seconds
         return (
             f"{self.name} ({dtype}): {int(wrong.sum())} of {wrong.numel()} are out of bounds; at {where}: {found[where].item():.9g}, "
             f"exact {self.value[where].item():.9g}, error {error[where].item():.3g}, bound {bound[where].item():.3g}"

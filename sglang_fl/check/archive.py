@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An archive with the inputs of a case, and a script that repeats it with PyTorch and the kernel's package."""
+
+import io
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dispatch.types import LazyFunction, OpImpl
+from .cases import OPERATORS_CHECKED, Call, Case
+from .exact.judge import Exact
+
+#: Larger inputs are not written, in bytes.
+_LARGEST = 256 << 20
+
+_SCRIPT = '''"""{title}
+
+Unpack the archive, and run ``python repeat.py`` where PyTorch and the package of {module} are installed.
+"""
+
+import importlib
+import pathlib
+import types
+
+import torch
+
+MODULE, FUNCTION, DEVICE = "{module}", "{function}", "{device}"
+
+
+def placed(x):
+    if isinstance(x, dict) and "storage" in x:
+        return x["storage"].to(DEVICE).as_strided(x["size"], x["stride"], x["offset"])
+    return x
+
+
+data = torch.load(pathlib.Path(__file__).with_name("inputs.pt"), weights_only=True)
+layer = [types.SimpleNamespace(**{{name: placed(x) for name, x in data["layer"].items()}})] if data["takes_layer"] else []
+inputs = {{name: placed(x) for name, x in data["inputs"].items()}}
+result = getattr(importlib.import_module(MODULE), FUNCTION)(*layer, *inputs.values())
+results = [x for x in result if x is not None] if isinstance(result, (tuple, list)) else [result]
+results += [inputs[name] for name in data["updated"]]
+for name, exact, bound in data["exact"]:
+    error = (results.pop(0).cpu().double() - exact).abs()
+    wrong = ~(error <= bound) & exact.isfinite()
+    largest = float(error.nan_to_num().max())
+    print(f"{{name}}: {{int(wrong.sum())}} of {{wrong.numel()}} are out of bounds; the largest error is {{largest:.4g}}")
+'''
+
+
+def write_archive(directory: Path, impl: OpImpl, case: Case, seed: int, device: torch.device) -> str:
+    """Write a case's inputs, what is exact, and the script; the file's name, or why there is none."""
+    call = case.draw(seed, device)
+    kept = sum(x.untyped_storage().nbytes() for x in call.tensors().values())
+    if kept > _LARGEST:
+        return f"not written: its inputs are {kept >> 20} MiB"
+    lazy = impl.fn if isinstance(impl.fn, LazyFunction) else None
+    module, function = (lazy.module, lazy.name) if lazy else (impl.function.__module__, impl.function.__qualname__)
+    title = f"{impl.impl_id}: {case.op} {case.check} {case.name} {case.dtype}"
+    data = io.BytesIO()
+    torch.save(_as_data(call, case), data)
+    file = directory / (re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-") + ".zip")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inputs.pt", data.getvalue())
+        archive.writestr("repeat.py", _SCRIPT.format(title=title, module=module, function=function, device=device.type))
+    return str(file)
+
+
+def _as_data(call: Call, case: Case) -> dict[str, Any]:
+    """What ``torch.load`` takes with ``weights_only``; strides are kept."""
+    expected = OPERATORS_CHECKED[case.op].exact(call)
+    layer = {name: value for name, value in vars(call.layer).items() if not name.startswith("_") and name != "training"}
+    layer |= {**dict.fromkeys(("weight", "bias")), **{name: x.data for name, x in call.layer.named_parameters()}}
+    return {
+        "layer": {name: _kept(value) for name, value in layer.items()},
+        "takes_layer": call.takes_layer,
+        "inputs": {name: _kept(value) for name, value in call.inputs.items()},
+        "updated": list(call.updated),
+        "exact": [(one.name, one.value, one.bound(one.dtype or getattr(torch, case.dtype))) for one in expected if isinstance(one, Exact)],
+    }
+
+
+def _kept(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    size = value.untyped_storage().nbytes() // value.element_size()
+    storage = value.as_strided((size,), (1,), 0).cpu()
+    return {"storage": storage, "size": list(value.shape), "stride": list(value.stride()), "offset": value.storage_offset()}

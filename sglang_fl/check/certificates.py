@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an implementation was last held against on this machine: from the results that ``sglang-fl check --out`` keeps."""
+
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import platformdirs
+
+from ..dispatch.types import LazyFunction, OpImpl
+from .record import reports_in
+from .results import Report, Row
+
+#: What is said of an implementation without a result.
+NEVER = "never checked on this machine"
+
+
+def directory() -> Path:
+    """Where ``check --out`` writes, and ``doctor`` and ``ops`` look."""
+    return Path(platformdirs.user_data_dir("sglang-fl")) / "checks"
+
+
+def certificates(vendor: str, implementations: Iterable[OpImpl]) -> Mapping[tuple[str, str], str]:
+    """What the newest result of each implementation says, in words, by operator and implementation; of this vendor's chips."""
+    known = {(impl.op_name, impl.impl_id): impl for impl in implementations}
+    found = {}
+    for _, report in reports_in(directory()) if directory().is_dir() else ():
+        if report.machine["vendor"].split()[0] != vendor or report.only:
+            continue
+        for row in report.rows():
+            if row.done and (impl := known.get((row.op, row.impl))):
+                found[row.op, row.impl] = _in_words(report, row, impl)
+    return found
+
+
+def _in_words(report: Report, row: Row, impl: OpImpl) -> str:
+    scope = " with --quick" if report.quick else ""
+    when = f"on {report.date[:10]}{scope}, on {report.machine['device']}"
+    if row.failed or row.refused == row.done:
+        return f"FAILED {when}: {row.result}"
+    words = f"certified {when}" if row.done == row.cases else f"passed {row.done} of {row.cases} cases {when}, not finished"
+    others = [f"{name} {then}, now {now}" for name, then in report.versions.items() if (now := _version(name)) and now != then]
+    changed = _last_change(impl)
+    if changed > datetime.fromisoformat(report.date).timestamp():
+        others.append(f"older than its kernel's source, of {time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))}")
+    return "; ".join([words, *others])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _last_change(impl: OpImpl) -> float:
+    """When a file of the package that an implementation is from was last written; of sglang-fl's own, in its folder."""
+    module = impl.fn.module if isinstance(impl.fn, LazyFunction) else getattr(impl.fn, "__module__", "")
+    spec = find_spec(module.rpartition(".")[0] if module.startswith("sglang_fl.") else module.partition(".")[0]) if module else None
+    if spec is None or spec.origin is None:
+        return 0.0
+    files = [Path(spec.origin)]
+    for folder in spec.submodule_search_locations or ():
+        files += [file for file in Path(folder).rglob("*") if file.suffix in (".py", ".so")]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report as one HTML page, with nothing outside itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .constants import FAILURES, REFUSED, SKIPPED, SPEED
+from .report import number, verdict
+from .results import CaseResult, Report, grouped
+
+#: A plot reaches this far beyond the bound, as a multiple of it; what is farther stands at its end.
+_PLOT_END = 1.25
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The errors of an implementation in one dtype, as places on a line in percent.
+
+    Attributes:
+        worst: the case that comes nearest to its bound; its error, its bound and the reference's error are shown as numbers.
+        dots: the errors of all cases, each as a share of its own bound.
+        reference: the reference's error in the worst case.
+    """
+
+    impl: str
+    dtype: str
+    worst: CaseResult
+    dots: list[float]
+    reference: float | None
+    bound: float = round(100 / _PLOT_END, 1)
+
+
+def _place(error: float | None, bound: float | None) -> float | None:
+    return None if error is None or not bound else round(min(1.0, error / bound / _PLOT_END) * 98 + 1, 1)
+
+
+def _strips(cases: list[CaseResult]) -> list[Strip]:
+    strips = []
+    for (dtype, impl), group in grouped((case for case in cases if case.used >= 0), lambda case: (case.dtype, case.impl)).items():
+        worst = max(group, key=lambda case: case.used)
+        dots = sorted({place for case in group if (place := _place(case.error_ulp, case.bound_ulp)) is not None})
+        strips.append(Strip(impl, dtype, worst, dots, _place(worst.reference_ulp, worst.bound_ulp)))
+    return strips
+
+
+def _speed(cases: list[CaseResult]) -> Mapping[str, list[CaseResult]]:
+    """The timed cases by shape."""
+    return grouped((case for case in cases if case.check == SPEED and case.time_us is not None), lambda case: case.name)
+
+
+def as_html(report: Report) -> str:
+    environment = Environment(
+        loader=PackageLoader("sglang_fl.check", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    rows = grouped(report.rows(), lambda row: row.op)
+    operators: list[dict[str, Any]] = []
+    for op, cases in grouped(report.cases, lambda case: case.op).items():
+        checks = grouped(cases, lambda case: (case.impl, case.check, case.dtype))
+        operators.append({"name": op, "rows": rows[op], "strips": _strips(cases), "speed": _speed(cases), "checks": checks})
+    return environment.get_template("page.html").render(
+        report=report,
+        headline=verdict(report).partition("\n")[0].removeprefix(f"{report.verdict}: "),
+        failures=list(report.notes(*FAILURES)),
+        others=list(report.notes(REFUSED, SKIPPED)),
+        operators=operators,
+        failing_statuses=FAILURES,
+    )

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record: the results of a run, each written to a file as it comes, so that a run which ends early can go on.
+
+The file has a JSON object a line: first what was checked, where and with which versions, then each case's result.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..config import SettingsError
+from .results import CaseResult, Report, Target
+
+_FORMAT = 1
+
+
+class Record:
+    """The results of a run.
+
+    Args:
+        path: the file that they are in, which is continued. None: they are kept in memory alone.
+
+    Attributes:
+        header: what was checked; None before ``begin``.
+        cases: the results, by the case's full name and the implementation.
+        seconds: how long all runs took together, until the last result.
+        problem: why the file could not be written, last.
+
+    Raises:
+        SettingsError: the file is not one of these, is in use, or cannot be opened.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.header: dict[str, Any] | None = None
+        self.cases: dict[tuple[str, str], CaseResult] = {}
+        self.problem: str | None = None
+        self.seconds = self._earlier = 0.0
+        self._unwritten = b""
+        self._file: int | None = None
+        if path is not None:
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(path, "rb") as file:
+                found = file.read()
+        except BlockingIOError:
+            raise SettingsError([f"{path} is in use by another sglang-fl check"]) from None
+        except OSError as error:
+            raise SettingsError([f"{path} cannot be written: {error.strerror}"]) from None
+        self._size = self._load(path, found)
+
+    def _load(self, path: Path, found: bytes) -> int:
+        """Fill it with what a file holds; how much of the file that is, as the last line may have been cut off."""
+        size = found.rfind(b"\n") + 1
+        try:
+            for line in found[:size].splitlines():
+                data = json.loads(line)
+                if self.header is None:
+                    if data.pop("format") != _FORMAT:
+                        raise ValueError
+                    self.header = data
+                else:
+                    self.seconds = data.pop("total_s")
+                    self._keep(CaseResult(**data))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise SettingsError([f"{path} is no result that this sglang-fl check wrote"]) from None
+        self._earlier = self.seconds
+        return size
+
+    def _keep(self, case: CaseResult) -> None:
+        self.cases[case.full_name, case.impl] = case
+
+    def begin(self, header: dict[str, Any]) -> None:
+        """What is checked, in a new file; in another it must be the same. Raises SettingsError."""
+        header = json.loads(json.dumps(header))
+        if self.header is None:
+            self.header = header
+            self._write({"format": _FORMAT, **header})
+            return
+        for name in ("machine", "versions", "seed", "quick", "only", "targets"):
+            if header[name] != self.header[name]:
+                told = f"{name} was {_brief(self.header[name], header[name])} then, and is {_brief(header[name], self.header[name])} now"
+                raise SettingsError([f"--resume: the run was begun otherwise ({told}); give another file"])
+
+    def add(self, case: CaseResult, elapsed: float) -> None:
+        self._keep(case)
+        self.seconds = round(self._earlier + elapsed, 1)
+        self._write({**asdict(case), "total_s": self.seconds})
+
+    def _write(self, data: dict[str, Any]) -> None:
+        """A line, or none of it; what a full disk did not take is tried again with the next."""
+        if self._file is None:
+            return
+        self._unwritten += json.dumps(data).encode() + b"\n"
+        try:
+            os.ftruncate(self._file, self._size)
+            written = os.pwrite(self._file, self._unwritten, self._size)
+        except OSError as error:
+            self.problem = str(error.strerror)
+            return
+        if written < len(self._unwritten):
+            self.problem = "No space left on device"
+            return
+        self._size += written
+        self._unwritten, self.problem = b"", None
+
+    def report(self) -> Report:
+        assert self.header is not None
+        header = {**self.header, "targets": [Target(**target) for target in self.header["targets"]]}
+        place = {(target.op, target.impl): number for number, target in enumerate(header["targets"])}
+        cases = sorted((case for case in self.cases.values() if (case.op, case.impl) in place), key=lambda case: place[case.op, case.impl])
+        return Report(**header, cases=cases, seconds=self.seconds)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
+def _brief(mine: Any, other: Any) -> Any:
+    """The parts of a value that differ from the other's."""
+    if isinstance(mine, dict):
+        return {name: value for name, value in mine.items() if value != other.get(name)}
+    if isinstance(mine, list):
+        return [value for value in mine if value not in other][:3]
+    return mine
+
+
+def reports_in(directory: Path) -> Iterator[tuple[Path, Report]]:
+    """The finished and unfinished runs in a directory, the oldest first; what is none of them is left out."""
+    for path in sorted(directory.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
+        record = Record()
+        with contextlib.suppress(SettingsError, OSError):
+            record._load(path, path.read_bytes())
+            if record.header is not None:
+                yield path, record.report()
