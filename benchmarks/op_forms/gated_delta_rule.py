@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of the gated delta rule, as SGLang's linear attention calls them: with a pool of fp32 states, in place.
-
-``fused_recurrent_gated_delta_rule``, which nothing in SGLang 0.5.23 calls, is measured as a decode step: a token of each sequence.
-"""
+"""The functions of the gated delta rule, as SGLang's linear attention calls them: with a pool of fp32 states, in place."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -106,31 +103,6 @@ def chunk(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[For
     yield _form("chunk_gated_delta_rule", site, inputs, prepare, moved=moved, compared=lambda result: (result[0],))
 
 
-def recurrent(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
-    if hidden not in _HIDDEN:
-        return
-    site = _site(hidden, dtype, device)
-
-    def inputs(batch: int) -> Tensors:
-        q, k = torch.randn(2, 1, batch, site.heads, _DIM, dtype=dtype, device=device)
-        v = torch.randn(1, batch, site.value_heads, _DIM, dtype=dtype, device=device)
-        g, beta = torch.rand(2, 1, batch, site.value_heads, device=device)
-        states = torch.randn(batch, site.value_heads, _DIM, _DIM, device=device)
-        return q, k, v, -g, beta, states, torch.arange(batch + 1, device=device)
-
-    def prepare(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, states: torch.Tensor, ends: torch.Tensor
-    ) -> dict[str, Any]:
-        sequences = {"initial_state": states, "output_final_state": True, "cu_seqlens": ends}
-        return {"q": q, "k": k, "v": v, "g": g, "beta": beta, **sequences, "use_qk_l2norm_in_kernel": True}
-
-    def moved(tensors: Tensors) -> int:
-        _, _, v, _, _, states, _ = tensors
-        return nbytes(*tensors) + nbytes(v, states)
-
-    yield _form("fused_recurrent_gated_delta_rule", site, inputs, prepare, moved=moved, most_tokens=_BATCH)
-
-
 def packed_decode(hidden: int, dtype: torch.dtype, device: torch.device) -> Iterator[Form]:
     if hidden not in _HIDDEN:
         return
@@ -160,6 +132,5 @@ def packed_decode(hidden: int, dtype: torch.dtype, device: torch.device) -> Iter
 
 FORMS: dict[str, Forms] = {
     "chunk_gated_delta_rule": chunk,
-    "fused_recurrent_gated_delta_rule": recurrent,
     "fused_recurrent_gated_delta_rule_packed_decode": packed_decode,
 }
