@@ -200,7 +200,7 @@ def test_rooms_that_know_no_engine_and_no_chips_package(room: str) -> None:
 def test_backends_know_the_dispatch_types_and_not_each_other() -> None:
     backends = "sglang_fl.dispatch.backends"
     shared = {name for name, path in modules().items() if path.parent == PACKAGE / "dispatch/backends"}
-    homes = [f"{backends}.{folder}" for folder in ("flaggems", "reference")]
+    homes = [f"{backends}.{folder}" for folder in ("flaggems", "reference", "triton")]
     homes += [f"{backends}.vendor.{path.name}" for path in (PACKAGE / "dispatch/backends/vendor").iterdir() if path.is_dir()]
     wrong = []
     for found in imports():

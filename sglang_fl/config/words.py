@@ -8,7 +8,7 @@ from ..device import canonical
 from ..utils.suggest import suggest
 
 #: Tokens of an order that are no names.
-KINDS = ("flagos", "vendor", "reference", "sglang")
+KINDS = ("flagos", "triton", "vendor", "reference", "sglang")
 
 _WHAT = {
     "operators": "operator",
@@ -83,8 +83,8 @@ def _includes(earlier: str, token: str) -> bool:
         return True
     if earlier == "vendor":
         return kind == "vendor" or token.startswith("impl:vendor.")
-    if earlier in ("flagos", "reference"):
-        return token.startswith("impl:default." if earlier == "flagos" else "impl:reference.")
+    if earlier in ("flagos", "triton", "reference"):
+        return token.startswith(f"impl:{'default' if earlier == 'flagos' else earlier}.")
     if earlier.startswith("vendor:"):
         vendor = earlier.removeprefix("vendor:")
         return (kind == "vendor" and canonical(name) == canonical(vendor)) or token == f"impl:vendor.{vendor}"

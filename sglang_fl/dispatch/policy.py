@@ -29,9 +29,9 @@ PREFER_VENDOR = "vendor"
 PREFER_REFERENCE = "reference"
 
 _DEFAULT_ORDERS = {
-    PREFER_DEFAULT: ("flagos", "vendor", "reference"),
-    PREFER_VENDOR: ("vendor", "flagos", "reference"),
-    PREFER_REFERENCE: ("reference", "flagos", "vendor"),
+    PREFER_DEFAULT: ("flagos", "triton", "vendor", "reference"),
+    PREFER_VENDOR: ("vendor", "flagos", "triton", "reference"),
+    PREFER_REFERENCE: ("reference", "flagos", "triton", "vendor"),
 }
 
 

@@ -31,6 +31,7 @@ class BackendImplKind(enum.StrEnum):
     """Where an implementation comes from; its value is the word for it in an order."""
 
     DEFAULT = "flagos"
+    TRITON = "triton"
     REFERENCE = "reference"
     VENDOR = "vendor"
 
@@ -39,6 +40,7 @@ class BackendPriority(enum.IntEnum):
     """The usual ``priority`` of each kind; within one word of an order the higher goes first."""
 
     DEFAULT = 150
+    TRITON = 125
     VENDOR = 100
     REFERENCE = 50
 
@@ -80,7 +82,7 @@ class OpImpl:
 
     Attributes:
         op_name: the operator, a method of :class:`sglang_fl.dispatch.ops.FLBackendBase`.
-        impl_id: unique for the operator: ``default.flagos``, ``reference.torch``, ``vendor.<name>``.
+        impl_id: unique for the operator: ``default.flagos``, ``triton.sglang_fl``, ``reference.torch``, ``vendor.<name>``.
         kind: where it comes from.
         fn: called as the operator's signature says. A function ``fn._is_available`` tells whether
             it can run on this machine; without one, the backend whose method ``fn`` is tells it. A :class:`LazyFunction`
@@ -216,8 +218,8 @@ def device_capability() -> tuple[int, int] | None:
 def match_token(impl: OpImpl, token: str) -> bool:
     """Whether a word of an order means this implementation.
 
-    ``flagos``, ``reference`` and ``vendor`` mean a kind, ``vendor:<name>`` a vendor's (or a vendor backend by the
-    name in its implementation ids), ``impl:<impl_id>`` a single one. ``sglang`` means none of ours.
+    ``flagos`` (FlagGems's kernels), ``triton`` (this package's own), ``reference`` and ``vendor`` mean a kind, ``vendor:<name>`` a
+    vendor's (or a vendor backend by the name in its implementation ids), ``impl:<impl_id>`` a single one. ``sglang`` means none of ours.
     """
     head, colon, tail = token.partition(":")
     if not colon:

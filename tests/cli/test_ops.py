@@ -21,7 +21,7 @@ def test_every_operator_with_its_implementations(ops: Ops) -> None:
     assert set(OPERATORS) <= found.keys()
     assert (found["device"], found["evidence"], found["layers"]) == ("cpu", "a test", None)
     for op in filter(classes_of, OPERATORS):
-        assert found[op]["order"] == "reference | flagos | vendor"
+        assert found[op]["order"] == "reference | flagos | triton | vendor"
         assert found[op]["order_from"] == "profile cpu:2"
         assert found[op]["picked"] == REFERENCE
         reference = {"impl": "reference.torch", "kind": "reference", "vendor": None, "available": True, "why": ""}
@@ -31,12 +31,12 @@ def test_every_operator_with_its_implementations(ops: Ops) -> None:
 @pytest.mark.parametrize(
     ("environ", "order", "order_from", "picked"),
     [
-        ({"SGLANG_FL_PREFER": "vendor"}, "vendor | flagos | reference", "SGLANG_FL_PREFER", TESTCHIP),
+        ({"SGLANG_FL_PREFER": "vendor"}, "vendor | flagos | triton | reference", "SGLANG_FL_PREFER", TESTCHIP),
         ({"SGLANG_FL_PER_OP": "rms_norm=sglang"}, "sglang", "SGLANG_FL_PER_OP", "sglang"),
         ({"SGLANG_FL_PER_OP": "rms_norm=vendor:testchip|sglang"}, "vendor:testchip | sglang", "SGLANG_FL_PER_OP", TESTCHIP),
         ({"SGLANG_FL_PER_OP": "rms_norm=impl:vendor.testchip"}, "impl:vendor.testchip", "SGLANG_FL_PER_OP", TESTCHIP),
         ({"SGLANG_FL_PER_OP": "rms_norm=vendor:metax|sglang"}, "vendor:metax | sglang", "SGLANG_FL_PER_OP", "sglang"),
-        ({"SGLANG_FL_OOT_ENABLED": "0"}, "reference | flagos | vendor", "profile cpu:2", "sglang (Layer 2 is off)"),
+        ({"SGLANG_FL_OOT_ENABLED": "0"}, "reference | flagos | triton | vendor", "profile cpu:2", "sglang (Layer 2 is off)"),
     ],
 )
 def test_order_and_what_comes_of_it(

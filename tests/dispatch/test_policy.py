@@ -47,9 +47,9 @@ def known_policy() -> Iterator[None]:
 def test_default_orders() -> None:
     orders = {prefer: SelectionPolicy(prefer).get_default_order() for prefer in (PREFER_DEFAULT, PREFER_VENDOR, PREFER_REFERENCE)}
     assert orders == {
-        "flagos": ["flagos", "vendor", "reference"],
-        "vendor": ["vendor", "flagos", "reference"],
-        "reference": ["reference", "flagos", "vendor"],
+        "flagos": ["flagos", "triton", "vendor", "reference"],
+        "vendor": ["vendor", "flagos", "triton", "reference"],
+        "reference": ["reference", "flagos", "triton", "vendor"],
     }
 
 
@@ -66,7 +66,7 @@ def test_from_dict_and_back() -> None:
     policy = SelectionPolicy.from_dict("vendor", True, {"b": ["flagos"], "a": ["vendor:x", "sglang"]}, ["m"], {"x", "m"})
     assert policy.per_op_order_dict == {"a": ["vendor:x", "sglang"], "b": ["flagos"]}
     assert policy.order_for("a") == ("vendor:x", "sglang")
-    assert policy.order_for("other") == ("vendor", "flagos", "reference")
+    assert policy.order_for("other") == ("vendor", "flagos", "triton", "reference")
     assert policy.is_vendor_allowed("x")
     assert not policy.is_vendor_allowed("m")
     assert not policy.is_vendor_allowed("y")
@@ -75,7 +75,7 @@ def test_from_dict_and_back() -> None:
 
 orders = st.builds(
     lambda ours, last: [*ours, *last] or ["sglang"],
-    st.lists(st.sampled_from(["flagos", "vendor", "reference", "vendor:x", "impl:a.b"]), unique=True),
+    st.lists(st.sampled_from(["flagos", "triton", "vendor", "reference", "vendor:x", "impl:a.b"]), unique=True),
     st.sampled_from([[], ["sglang"]]),
 ).filter(lambda order: unreachable(order) is None)
 policies = st.builds(
@@ -133,7 +133,7 @@ def test_the_same_policy_can_be_entered_twice_at_once() -> None:
 def test_preference_sets_aside_single_orders() -> None:
     set_global_policy(SelectionPolicy.from_dict(per_op_order={"rms_norm": ["sglang"]}))
     with with_preference("reference"):
-        assert get_policy().order_for("rms_norm") == ("reference", "flagos", "vendor")
+        assert get_policy().order_for("rms_norm") == ("reference", "flagos", "triton", "vendor")
 
 
 def test_another_thread_never_sees_a_context() -> None:

@@ -15,8 +15,8 @@ def impl(impl_id: str = "default.flagos", kind: BackendImplKind = BackendImplKin
 
 
 def test_names_and_values_that_vendors_rely_on() -> None:
-    assert [kind.value for kind in BackendImplKind] == ["flagos", "reference", "vendor"]
-    assert (BackendPriority.DEFAULT, BackendPriority.VENDOR, BackendPriority.REFERENCE) == (150, 100, 50)
+    assert [kind.value for kind in BackendImplKind] == ["flagos", "triton", "reference", "vendor"]
+    assert [priority.value for priority in BackendPriority] == [150, 125, 100, 50]
     positional = OpImpl("op", "vendor.x", BackendImplKind.VENDOR, print, "x", 3, frozenset({"bfloat16"}), "9.0")
     assert (positional.vendor, positional.priority, positional.supported_dtypes, positional.min_arch) == ("x", 3, {"bfloat16"}, "9.0")
 

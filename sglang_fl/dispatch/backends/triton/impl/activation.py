@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+import triton
+
+from ...checks import half_of
+from ..kernels.activation import gated_kernel
+
+#: How many numbers of the result a program computes, at most, and with how many warps.
+_NUMBERS, _WARPS = 1024, 4
+
+
+def tile(size: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program."""
+    block = min(_NUMBERS, triton.next_power_of_2(size))
+    return _NUMBERS // block, block, _WARPS
+
+
+def _gated(op: str, activation: str, x: torch.Tensor) -> torch.Tensor:
+    size = half_of(op, x)
+    out = x.new_empty((*x.shape[:-1], size))
+    if not out.numel():
+        return out
+    by_row = x if x.dim() == 2 else x.reshape(-1, 2 * size)
+    if by_row.stride(1) != 1:
+        by_row = by_row.contiguous()
+    rows = by_row.shape[0]
+    rows_at_once, block, warps = tile(size)
+    gated_kernel[(triton.cdiv(rows, rows_at_once), triton.cdiv(size, block))](
+        by_row, out, by_row.stride(0), rows, activation, size, rows_at_once, block, num_warps=warps
+    )
+    return out
+
+
+def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    return _gated("gelu_and_mul", "gelu_tanh" if obj.approximate == "tanh" else "gelu", x)
+
+
+def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    return _gated("silu_and_mul", "silu", x)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated activations: each number of the input is read once; between, all is in fp32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activation(v, NAME: tl.constexpr):
+    if NAME == "silu":
+        activated = v / (1 + tl.exp(-v))
+    elif NAME == "gelu":
+        activated = 0.5 * v * (1 + tl.erf(v * 0.7071067811865476))
+    else:
+        # (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 * u)), which needs no tanh and cancels nowhere.
+        activated = v / (1 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
+    return activated
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_kernel(
+    x,
+    out,
+    x_stride,
+    rows,
+    NAME: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``, of ROWS rows and BLOCK columns in a program.
+
+    NAME is "silu", "gelu" or "gelu_tanh".
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = column < SIZE
+    if ROWS > 1:
+        inside = inside & (row < rows)
+    at = x + row * x_stride + column
+    gate = tl.load(at, inside).to(tl.float32)
+    up = tl.load(at + SIZE, inside).to(tl.float32)
+    tl.store(out + row * SIZE + column, (_activation(gate, NAME) * up).to(out.dtype.element_ty), inside)
