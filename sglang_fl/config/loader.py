@@ -107,6 +107,9 @@ class _Given:
         return self.item_where.get(item, self.where)
 
 
+#: Where FlagOS is preferred and this package's own kernel is faster than FlagGems's.
+_TRITON_FIRST = ("triton", "flagos", "vendor", "reference")
+
 #: What one source gives, by the setting's name.
 _Layer = dict[str, _Given]
 
@@ -121,6 +124,8 @@ def _merge(layers: Sequence[_Layer]) -> _Layer:
             chosen[black] = replace(chosen[black], value=None, source=chosen[white].source)
     if "op_backends" in chosen:
         chosen["op_backends"] = _merge_orders(layers, chosen["op_backends"].where)
+    if _are_given(chosen, "triton_faster") and ("prefer" not in chosen or chosen["prefer"].value == "flagos"):
+        chosen["op_backends"] = _with_triton_first(chosen["triton_faster"], chosen.get("op_backends"))
     return chosen
 
 
@@ -140,6 +145,14 @@ def _merge_orders(layers: Sequence[_Layer], where: str) -> _Given:
             orders |= dict(table.value)
             sources |= {op: table.source for op, _ in table.value}
     return _Given(tuple(orders.items()), _joined(sources.values()) if sources else source, where, item_sources=sources)
+
+
+def _with_triton_first(faster: _Given, orders: _Given | None) -> _Given:
+    """The orders, and one for each operator without that a profile says this package's own kernels are faster for than FlagGems's."""
+    given = orders or _Given((), faster.source, faster.where)
+    added = {op: _TRITON_FIRST for op in faster.value if op not in dict(given.value)}
+    sources = {**given.item_sources, **dict.fromkeys(added, faster.source)}
+    return replace(given, value=(*given.value, *added.items()), source=_joined([given.source, *sources.values()]), item_sources=sources)
 
 
 def _joined(sources: Iterable[Source]) -> Source:

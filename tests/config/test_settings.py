@@ -37,6 +37,7 @@ TEXTS: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
         ("rotary_embedding = impl:reference.torch | sglang", (("rotary_embedding", ("impl:reference.torch", "sglang")),)),
     ),
     "strict": (("TRUE", True), ("no", False)),
+    "triton_faster": (("rms_norm", ("rms_norm",)), ("rms_norm,silu_and_mul", ("rms_norm", "silu_and_mul"))),
     "oot_whitelist": (("RMSNorm", ("RMSNorm",)), ("SiluAndMul, RotaryEmbedding", ("SiluAndMul", "RotaryEmbedding"))),
     "oot_blacklist": (("RMSNorm", ("RMSNorm",)), ("SiluAndMul RotaryEmbedding", ("SiluAndMul", "RotaryEmbedding"))),
     "allow_vendors": (("ascend", ("ascend",)), ("metax,nvidia", ("metax", "nvidia"))),
@@ -95,7 +96,7 @@ def test_the_interface_of_the_field() -> None:
         ("SGLANG_FL_FLAGOS_WHITELIST", None, "flagos_whitelist"),
         ("SGLANG_FL_FLAGOS_BLACKLIST", None, "flagos_blacklist"),
         ("SGLANG_FL_FLAGOS_SCOPE", "everywhere", "flagos_scope"),
-        (None, None, None),  # the keys that only a profile has: flagos_faster, flagos_broken
+        (None, None, None),  # the keys that only a profile has: flagos_faster, flagos_broken, triton_faster
         ("SGLANG_FLAGGEMS_RECORD", False, None),
         ("SGLANG_FLAGGEMS_LOG_PATH", None, None),
         ("SGLANG_FLAGGEMS_LOG_ONCE", True, None),
@@ -351,6 +352,37 @@ def test_null_drops_a_lower_list(load: Loader, profile: Profile, white: str, bla
 
 
 KNOWN = ("add", "mm", "mul")
+
+
+@pytest.mark.parametrize(
+    ("more", "environ", "orders", "source"),
+    [
+        ("", {"SGLANG_FL_PREFER": "flagos"}, {"rms_norm": "triton|flagos|vendor|reference"}, "profile cpu:2"),
+        ("", {"SGLANG_FL_PREFER": "vendor"}, {}, "SGLANG_FL_PREFER"),
+        (
+            "",
+            {"SGLANG_FL_PREFER": "flagos", "SGLANG_FL_PER_OP": "rms_norm=flagos;topk=sglang"},
+            {"rms_norm": "flagos", "topk": "sglang"},
+            "SGLANG_FL_PER_OP",
+        ),
+        ("op_backends: {rms_norm: [sglang]}", {}, {"rms_norm": "sglang"}, "profile cpu:3"),
+        (
+            "op_backends: {rms_norm: [sglang]}",
+            {"SGLANG_FL_PREFER": "flagos"},
+            {"rms_norm": "triton|flagos|vendor|reference"},
+            "profile cpu:2",
+        ),
+    ],
+)
+def test_a_profile_puts_our_triton_kernels_before_those_of_flaggems(
+    load: Loader, profile: Profile, more: str, environ: dict[str, str], orders: dict[str, str], source: str
+) -> None:
+    profile(f"\ntriton_faster: [rms_norm]\n{more}\n")
+    settings = load(**environ)
+    assert {op: "|".join(order) for op, order in settings.op_backends} == orders
+    assert source in str(settings.source_of_order("rms_norm"))
+
+
 FASTER_AND_BROKEN = "flagos_faster: [add, mul]\nflagos_broken: [mul]"
 
 
@@ -471,6 +503,7 @@ TEXT = st.none() | st.text()
         oot_enabled=st.booleans(),
         prefer=st.text(),
         op_backends=st.lists(st.tuples(st.text(), st.lists(st.text(), max_size=3).map(tuple)), max_size=3).map(tuple),
+        triton_faster=NAMES,
         strict=st.booleans(),
         oot_whitelist=NAMES,
         oot_blacklist=NAMES,

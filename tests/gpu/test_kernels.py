@@ -14,7 +14,7 @@ from sglang_fl.dispatch import OpManager, SelectionPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-KINDS = ("flagos", "vendor", "reference")
+KINDS = ("flagos", "triton", "vendor", "reference")
 SHAPES = [(1, 1024), (0, 64), (33, 80), (4, 7, 512), (3, 5000), (64, 4096), (2048, 8192), (8192, 2048), (7, 16384)]
 
 

@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 #: operator -> the kinds of implementation that a GPU has for it.
 KINDS = {
-    "gelu_and_mul": ("flagos", "vendor", "reference"),
-    "gemma_rms_norm": ("flagos", "vendor", "reference"),
+    "gelu_and_mul": ("flagos", "triton", "vendor", "reference"),
+    "gemma_rms_norm": ("flagos", "triton", "vendor", "reference"),
     "layer_norm": ("vendor", "reference"),
     "new_gelu": ("flagos", "reference"),
     "quick_gelu": ("reference",),

@@ -9,12 +9,16 @@ from ..kernels.activation import gated_kernel
 
 #: How many numbers of the result a program computes, at most, and with how many warps.
 _NUMBERS, _WARPS = 1024, 4
+#: Narrower columns than these are not made to fit the size; of narrower rows a program takes several.
+_LEAST_COLUMNS = 256
 
 
 def tile(size: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program."""
     block = min(_NUMBERS, triton.next_power_of_2(size))
-    return _NUMBERS // block, block, _WARPS
+    while block > _LEAST_COLUMNS and size % block:
+        block //= 2
+    return max(1, _LEAST_COLUMNS // block), block, max(1, _WARPS * block // _NUMBERS)
 
 
 def _gated(op: str, activation: str, x: torch.Tensor) -> torch.Tensor:

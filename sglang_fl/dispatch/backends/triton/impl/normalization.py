@@ -11,8 +11,6 @@ Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 #: How many numbers of a row stay in registers; more are read twice.
 _LONGEST = 16384
-#: How many numbers a thread has, how many threads a warp has here, and how many warps a program has at most.
-_PER_THREAD, _WARP, _MOST_WARPS = 16, 32, 16
 #: Short rows are taken several at once, until a program has as many numbers.
 _NUMBERS = 1024
 
@@ -21,7 +19,8 @@ def tile(size: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program."""
     block = min(_LONGEST, triton.next_power_of_2(size))
     rows = max(1, _NUMBERS // block)
-    return rows, block, max(1, min(_MOST_WARPS, rows * block // (_PER_THREAD * _WARP)))
+    numbers_of_a_warp = 512 if block <= 4096 else 1024
+    return rows, block, max(1, rows * block // numbers_of_a_warp)
 
 
 def _by_row(x: torch.Tensor) -> torch.Tensor:

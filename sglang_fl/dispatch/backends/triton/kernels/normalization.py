@@ -45,10 +45,11 @@ def norm_kernel(
         in_row = column < SIZE
         inside = in_row if ROWS == 1 else in_row & (row < rows)
         hidden = _hidden(x, residual, at + column, residual_at + column, inside)
-        scale = _scale(weight, column, in_row, PLUS_ONE)  # before the sum, which waits for all of the row
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(hidden * hidden, 1, keep_dims=True) / SIZE + eps))
+        # What can be done before the sum, which waits for all of the row, is done before it.
+        scale = _scale(weight, column, in_row, PLUS_ONE)
         if residual is not None:
             tl.store(residual + residual_at + column, hidden.to(residual.dtype.element_ty), inside)
+        rstd = tl.rsqrt(tl.sum(hidden * hidden, 1, keep_dims=True) / SIZE + eps)
         tl.store(out + out_at + column, (hidden * rstd * scale).to(out.dtype.element_ty), inside)
     else:
         squares = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -56,7 +57,7 @@ def norm_kernel(
             here = start + column
             hidden = _hidden(x, residual, at + here, residual_at + here, here < SIZE)
             squares += hidden * hidden
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1, keep_dims=True) / SIZE + eps))
+        rstd = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / SIZE + eps)
         for start in range(0, SIZE, BLOCK):
             here = start + column
             inside = here < SIZE

@@ -16,15 +16,18 @@ def _by_axis(
     table, time_at, height_at, width_at, pair, inside, TIME: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MIXED: tl.constexpr
 ):
     """Each pair's number from the row of its section."""
-    time = tl.load(table + time_at + pair, inside, other=0.0)
-    height = tl.load(table + height_at + pair, inside, other=0.0)
-    width = tl.load(table + width_at + pair, inside, other=0.0)
     if MIXED:
         of_height = (pair % 3 == 1) & (pair < 3 * HEIGHT)
         of_width = (pair % 3 == 2) & (pair < 3 * WIDTH)
+        # Neighbours are of different sections: several numbers at once can be read of all three rows only.
+        in_time, in_height, in_width = inside, inside, inside
     else:
         of_height = (pair >= TIME) & (pair < TIME + HEIGHT)
         of_width = pair >= TIME + HEIGHT
+        in_time, in_height, in_width = inside & (pair < TIME), inside & of_height, inside & of_width
+    time = tl.load(table + time_at + pair, in_time, other=0.0)
+    height = tl.load(table + height_at + pair, in_height, other=0.0)
+    width = tl.load(table + width_at + pair, in_width, other=0.0)
     return tl.where(of_height, height, tl.where(of_width, width, time)).to(tl.float32)
 
 
@@ -73,6 +76,7 @@ def _turn(
         first, second = tl.split(tl.load(x + number, both_inside, other=0.0).reshape(ROWS, BLOCK, 2))
     else:
         first, second = tl.load(x + pair, inside, other=0.0), tl.load(x + (pair + HALF), inside, other=0.0)
+    tl.debug_barrier()
     at = _row_of(positions, 0, token, is_row, table_stride)
     if TIME is None:
         c = tl.load(cos + at + pair, inside, other=0.0).to(tl.float32)

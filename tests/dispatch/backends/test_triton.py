@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This package's Triton kernels in Triton's interpreter, against float64; what they are registered as."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_fl.check.cases import cases_of
+from sglang_fl.check.check_case import check_case
+from sglang_fl.check.constants import SPECIAL, UNUSUAL
+from sglang_fl.check.implementation import Implementation
+from sglang_fl.config import Settings
+from sglang_fl.device import Device
+from sglang_fl.dispatch.backends.triton.triton import BACKEND
+from sglang_fl.dispatch.types import match_token
+
+TESTS = Path(__file__).parents[2]
+OPERATORS = sorted(BACKEND.kernels)
+
+
+@pytest.mark.parametrize(("vendor", "available"), [("nvidia", True), ("ascend", True), ("cpu", False)])
+def test_where_they_are_available(vendor: str, available: bool) -> None:
+    for impl in BACKEND.implementations():
+        why = impl.why_unavailable(Settings(), Device(vendor, "cuda", None, "a test"))
+        assert (why is None) == available, why
+        assert match_token(impl, "triton") and match_token(impl, "impl:triton.sglang_fl") and not match_token(impl, "flagos")
+
+
+def test_they_do_not_need_flaggems() -> None:
+    impl = BACKEND.implementations()[0]
+    assert impl.why_unavailable(Settings(use_flaggems=False), Device("nvidia", "cuda", None, "a test")) is None
+
+
+def test_the_kernels_in_the_interpreter() -> None:
+    """All unusual and special cases of a quick check; rows too long for registers are every row here the second time."""
+    command = [sys.executable, "-W", "ignore", __file__]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    found = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert found.returncode == 0, found.stderr[-3000:]
+    counts, wrong = json.loads(found.stdout.splitlines()[-1])
+    assert wrong == []
+    assert sorted(counts) == OPERATORS and min(counts.values()) > 10
+
+
+def main() -> None:
+    """Prints [operator -> how many cases were run, those that failed]."""
+    from triton_on_cpu import interpret
+
+    interpret()
+    from sglang_fl.dispatch.backends.triton.impl import normalization
+
+    counts: dict[str, int] = {}
+    wrong = []
+
+    def run(op: str) -> None:
+        impl = Implementation(op, BACKEND.function(op).load(), None, torch.device("cpu"))
+        for case in cases_of(op, frozenset({torch.float16}), torch.device("cpu"), quick=True):
+            if case.check in (UNUSUAL, SPECIAL):
+                outcome = check_case(impl, case, 11)
+                counts[op] = counts.get(op, 0) + 1
+                if outcome.status != "ok":
+                    wrong.append([op, case.check, case.name, outcome.status, outcome.message])
+
+    for op in OPERATORS:
+        run(op)
+    normalization._LONGEST, normalization._NUMBERS = 64, 1
+    run("rms_norm")
+    print(json.dumps([counts, wrong]))
+
+
+if __name__ == "__main__":
+    main()
