@@ -59,12 +59,15 @@ def as_html(report: Report) -> str:
     rows = grouped(report.rows(), lambda row: row.op)
     operators: list[dict[str, Any]] = []
     for op, cases in grouped(report.cases, lambda case: case.op).items():
-        checks = grouped(cases, lambda case: (case.impl, case.check, case.dtype))
-        operators.append({"name": op, "rows": rows[op], "strips": _strips(cases), "speed": _speed(cases), "checks": checks})
+        checks = grouped(cases, lambda case: (case.impl, case.check))
+        dtypes = list(grouped(cases, lambda case: case.dtype))
+        operators.append(
+            {"name": op, "rows": rows[op], "strips": _strips(cases), "speed": _speed(cases), "checks": checks, "dtypes": dtypes}
+        )
     return environment.get_template("page.html").render(
         report=report,
         headline=verdict(report).partition("\n")[0].removeprefix(f"{report.verdict}: "),
-        failures=list(report.notes(*FAILURES)),
+        failures=grouped(report.notes(*FAILURES), lambda note: (note[0].op, note[0].impl)),
         others=list(report.notes(REFUSED, SKIPPED)),
         operators=operators,
         failing_statuses=FAILURES,
