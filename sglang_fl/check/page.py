@@ -38,12 +38,13 @@ def _place(error: float | None, bound: float | None) -> float | None:
 
 
 def _strips(cases: list[CaseResult]) -> list[Strip]:
+    """Those of a dtype together."""
     strips = []
-    for (dtype, impl), group in grouped((case for case in cases if case.used >= 0), lambda case: (case.dtype, case.impl)).items():
+    for (impl, dtype), group in grouped((case for case in cases if case.used >= 0), lambda case: (case.impl, case.dtype)).items():
         worst = max(group, key=lambda case: case.used)
         dots = sorted({place for case in group if (place := _place(case.error_ulp, case.bound_ulp)) is not None})
         strips.append(Strip(impl, dtype, worst, dots, _place(worst.reference_ulp, worst.bound_ulp)))
-    return strips
+    return [strip for group in grouped(strips, lambda strip: strip.dtype).values() for strip in group]
 
 
 def _speed(cases: list[CaseResult]) -> Mapping[str, list[CaseResult]]:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..check.certificates import NEVER, Certificates, certificates
 from ..config import Settings
 from ..device import Device, detect, probe
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
@@ -48,6 +49,11 @@ class OpRow:
     implementations: list[dict[str, Any]]
     cannot_run: bool
 
+    @property
+    def certificate(self) -> str:
+        """What the implementation that is selected was last found to be; empty if none is."""
+        return next((impl["certificate"] for impl in self.implementations if self.picked.endswith(f"({impl['impl']})")), "")
+
     def summary(self) -> str:
         """``picked``, and the classes that stay with SGLang where others do not."""
         if len(self.left) == len(classes_of(self.op)):
@@ -62,10 +68,12 @@ def operator_rows(manager: OpManager, settings: Settings, device: Device) -> lis
     """A row for each operator, under these settings and on this device."""
     manager.use(settings, device)
     policy = SelectionPolicy.from_settings(settings)
-    return [_row(manager, settings, device, policy, op) for op in manager.registry.list_operators()]
+    operators = manager.registry.list_operators()
+    checked = certificates(device.vendor, (impl for op in operators for impl in manager.registry.get_implementations(op)))
+    return [_row(manager, settings, device, policy, op, checked) for op in operators]
 
 
-def _row(manager: OpManager, settings: Settings, device: Device, policy: SelectionPolicy, op: str) -> OpRow:
+def _row(manager: OpManager, settings: Settings, device: Device, policy: SelectionPolicy, op: str, checked: Certificates) -> OpRow:
     plan = manager.plan(op, policy)
     ordered = list(plan.candidates)
     rest = sorted((i for i in manager.registry.get_implementations(op) if i not in ordered), key=lambda i: i.impl_id)
@@ -75,7 +83,7 @@ def _row(manager: OpManager, settings: Settings, device: Device, policy: Selecti
         unavailable = impl.why_unavailable(settings, device)
         why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
         row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
-        implementations.append(row)
+        implementations.append({**row, "certificate": checked.get((op, impl.impl_id), NEVER)})
     stays = {name: settings.exclusion_reason(names_in_lists(name, op)) for name in classes_of(op)}
     left = {name: reason for name, reason in stays.items() if reason is not None}
     cannot_run = not plan.candidates and not plan.to_sglang and len(left) < len(classes_of(op))
@@ -140,7 +148,7 @@ def _operator_table(rows: Sequence[OpRow], title: str) -> Table:
 
 def _availability(impl: dict[str, Any]) -> str:
     if impl["available"]:
-        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "")
+        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "") + f"; {impl['certificate']}"
     return f"{impl['impl']}: not available: {impl['why']}"
 
 

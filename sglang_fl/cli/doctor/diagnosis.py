@@ -75,13 +75,13 @@ def _versions() -> dict[str, str | None]:
 
 
 def _layer_states(settings: Settings, device: Device, environ: Mapping[str, str], operators: Sequence[OpRow]) -> list[dict[str, str]]:
-    """A row with ``layer``, ``state`` and ``why`` for Layer 1, each operator of Layer 2, and Layer 3."""
+    """A row with ``layer``, ``state``, ``why`` and ``checked`` for Layer 1, each operator of Layer 2, and Layer 3."""
     rows = [
-        ("1 ATen operators", *_aten(settings, device)),
-        *((f"2 {row.op}", row.summary(), f"{row.order} ({row.order_from})") for row in operators),
-        ("3 collectives", *_collectives(settings, device, environ)),
+        ("1 ATen operators", *_aten(settings, device), ""),
+        *((f"2 {row.op}", row.summary(), f"{row.order} ({row.order_from})", row.certificate) for row in operators),
+        ("3 collectives", *_collectives(settings, device, environ), ""),
     ]
-    return [dict(zip(("layer", "state", "why"), row, strict=True)) for row in rows]
+    return [dict(zip(("layer", "state", "why", "checked"), row, strict=True)) for row in rows]
 
 
 def _aten(settings: Settings, device: Device) -> tuple[str, str]:
