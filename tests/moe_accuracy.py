@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 
-from sglang_fl.check.cases.call import Draw, Make
+from sglang_fl.check.cases.call import Draw, Make, rows_of
 from sglang_fl.check.cases.moe import OPERATORS
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 
 
-def calls(op: str, tokens: int = 33, hidden: int = 1024) -> Iterator[tuple[str, Make]]:
+def calls(op: str) -> Iterator[tuple[str, Make]]:
     operator = OPERATORS[op]
-    yield from operator.forms(tokens, hidden)
-    yield from operator.unusual()
-    yield from operator.special()
+    for words in rows_of(f"{operator.forms} | {operator.unusual} | {operator.special}"):
+        yield words, operator.form.of(words)
 
 
 def check(op: str, fn: Callable[..., Any], make: Make, dtype: torch.dtype, device: str = "cpu", seed: int | None = None) -> None:

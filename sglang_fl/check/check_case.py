@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from .accuracy import accuracy, speed
-from .cases import Case
-from .constants import BATCH, COMPILE, FAILED, GRAPH, INPUTS, NO_MEMORY, REFUSED, REPEATS, SERVING, SPEED, THREADS
+from .cases import Case, NoMemory
+from .constants import BATCH, COMPILE, FAILED, GRAPH, INPUTS, NO_MEMORY, REFUSED, REPEATS, SERVING, SIZES, SKIPPED, SPEED, THREADS
 from .contract import batch_invariance, inputs_and_results, repeats, threads
 from .graphs import compilation, graph_capture
 from .implementation import Implementation, Outcome, Refused, Violation
@@ -41,11 +41,13 @@ def _outcome(impl: Implementation, case: Case, seed: int) -> Outcome:
     try:
         outcome = _CHECKS.get(case.check, accuracy)(impl, case, seed)
         impl.synchronize()
+    except NoMemory as error:
+        return Outcome(SKIPPED, str(error))
     except Violation as error:
         return Outcome(FAILED, str(error))
     except Refused as refused:
         # What serving needs must work in the dtype of serving, and nothing may raise for want of tokens.
-        must = (case.check == SERVING and case.dtype == "bfloat16") or _has_no_tokens(impl, case, seed)
+        must = (case.check in (SERVING, SIZES) and case.dtype == "bfloat16") or _has_no_tokens(impl, case, seed)
         return Outcome(FAILED if must else REFUSED, f"refused: {refused}")
     except torch.OutOfMemoryError as error:
         return Outcome(NO_MEMORY, str(error))

@@ -35,7 +35,8 @@ def inputs_and_results(impl: Implementation, case: Case, seed: int) -> Outcome:
     if outcome.status == OK:
         kept = tuple(result.clone() for result in got)
         for later in range(1, _LATER_CALLS + 1):
-            impl.run(case.draw(seed + later, impl.device))
+            again = case.draw(seed + later, impl.device)
+            _check_accuracy(impl, again, impl.exact(again), case, f"called again, {later} of {_LATER_CALLS} times")
             if not all(map(same_bits, got, kept)):
                 raise Violation("a later call changed the results of this one: they are kept in a buffer of its own")
         _check_updated_weights(impl, call, case, seed + 1)
@@ -87,7 +88,7 @@ def batch_invariance(impl: Implementation, case: Case, seed: int) -> Outcome:
         return Outcome(SKIPPED, "declared; tokens depend on each other here, and nothing checks it")
     together = impl.run(case.draw(seed, impl.device))
     for first, count in _PARTS:
-        alone = impl.run(case.draw(seed, impl.device).of_tokens(first, count, tokens_in))
+        alone = impl.run(case.draw(seed, impl.device).of_tokens(slice(first, first + count), tokens_in))
         for part, whole in zip(alone, together, strict=True):
             if not same_bits(part, whole[first : first + count]):
                 tokens = f"token {first} has" if count == 1 else f"tokens {first} to {first + count - 1} have"

@@ -26,6 +26,7 @@ from sglang_fl.check.constants import (
     REFUSED,
     REPEATS,
     SERVING,
+    SIZES,
     SKIPPED,
     SPECIAL,
     THREADS,
@@ -98,7 +99,7 @@ def test_every_operator_has_cases() -> None:
     for op in OPERATORS:
         cases = list(cases_of(op, None, CPU, quick=False))
         captured = {GRAPH} if OPERATORS_CHECKED[op].captured else set()
-        assert {case.check for case in cases} == {SERVING, UNUSUAL, SPECIAL, INPUTS, REPEATS, THREADS, COMPILE} | captured
+        assert {case.check for case in cases} == {SERVING, SIZES, UNUSUAL, SPECIAL, INPUTS, REPEATS, THREADS, COMPILE} | captured
         assert len({(case.check, case.name, case.dtype) for case in cases}) == len(cases), "a case cannot be told from another"
 
 
@@ -114,7 +115,7 @@ def test_the_reference_is_right(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for check, outcomes in found(op, getattr(reference, op), writes_inputs=False).items():
         assert [outcome for outcome in outcomes if outcome.status != OK] == [], check
         for outcome in outcomes:
-            if check in (SERVING, UNUSUAL, SPECIAL) and outcome.error_ulp is not None:
+            if check in (SERVING, SIZES, UNUSUAL, SPECIAL) and outcome.error_ulp is not None:
                 assert outcome.bound_ulp is not None and outcome.error_ulp <= outcome.bound_ulp
                 assert outcome.reference_ulp == outcome.error_ulp
 

@@ -15,22 +15,22 @@ from moe_accuracy import check, refused
 from served_on_gpu import FLAGOS, Way, check_the_recital, side_by_side
 
 from sglang_fl.check.cases.call import Draw
-from sglang_fl.check.cases.moe import _Experts, _Routing
+from sglang_fl.check.cases.moe import ExpertsForm, RoutingForm
 from sglang_fl.dispatch import OpManager, SelectionPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 KINDS = {"topk": ("flagos", "vendor", "reference"), "fused_moe": ("flagos", "reference")}
 BOTH = [(op, kind) for op, kinds in KINDS.items() for kind in kinds]
-BY_BEST = {"groups by their best, softmax", "groups by their best, sigmoid"}
+BY_BEST = {"experts=160 top_k=6 groups=8 topk_group=3 factor=16 as_they_are", "experts=160 top_k=6 groups=8 topk_group=3 scoring=sigmoid"}
 NOT_GATED_BY_SILU = {
-    *(f"{name}, gated" for name in ("gelu", "gelu_tanh", "relu2")),
-    *(f"{name}, not gated" for name in ("silu", "gelu", "gelu_tanh", "relu2")),
+    *(f"activation={name}" for name in ("gelu", "gelu_tanh", "relu2")),
+    *(f"activation={name} not_gated" for name in ("silu", "gelu", "gelu_tanh", "relu2")),
 }
 #: What an implementation does not take, and says so.
 REFUSED = {
-    ("topk", "flagos"): BY_BEST | {"sigmoid", "sigmoid, 6 of 60 experts"},
-    ("topk", "vendor"): BY_BEST | {"sigmoid"},
+    ("topk", "flagos"): BY_BEST | {"scoring=sigmoid", "scoring=sigmoid bias=float32 experts=60 top_k=6"},
+    ("topk", "vendor"): BY_BEST | {"scoring=sigmoid"},
     ("topk", "reference"): set(),
     ("fused_moe", "flagos"): NOT_GATED_BY_SILU,
     ("fused_moe", "reference"): set(),
@@ -38,14 +38,14 @@ REFUSED = {
 #: Qwen3-30B-A3B's and DeepSeek-V3's routing, and Qwen3-30B-A3B's experts.
 LARGE = {
     "topk": (
-        _Routing(tokens=8192, experts=128),
-        _Routing(tokens=8192, experts=256, scoring="sigmoid", bias=torch.float32, groups=(8, 4), factor=2.5, on_output=True),
-        _Routing(tokens=3, experts=512, top_k=8),
+        RoutingForm(tokens=8192, experts=128),
+        RoutingForm(tokens=8192, experts=256, scoring="sigmoid", bias="float32", groups=8, topk_group=4, factor=2.5, on_output=True),
+        RoutingForm(tokens=3, experts=512, top_k=8),
     ),
     "fused_moe": (
-        _Experts(tokens=2, hidden=2048, size=768, experts=128, top_k=8),
-        _Experts(tokens=64, hidden=2048, size=768, experts=128, top_k=8),
-        _Experts(tokens=512, hidden=2048, size=192, experts=64, top_k=8, elsewhere=0.5),
+        ExpertsForm(tokens=2, hidden=2048, size=768, experts=128, top_k=8),
+        ExpertsForm(tokens=64, hidden=2048, size=768, experts=128, top_k=8),
+        ExpertsForm(tokens=512, hidden=2048, size=192, experts=64, top_k=8, elsewhere=0.5),
     ),
 }
 
@@ -79,7 +79,7 @@ def test_large_models(manager: OpManager, op: str, kind: str) -> None:
 def test_a_graph_replays_with_new_data(manager: OpManager, op: str, kind: str) -> None:
     """As decoding does it: padded, and with experts of another rank."""
     fn = implementation(manager, op, kind)
-    form: Any = _Routing(tokens=16, experts=128, real=11) if op == "topk" else _Experts(tokens=16, experts=16, top_k=4, elsewhere=0.3)
+    form: Any = RoutingForm(tokens=16, experts=128, real=11) if op == "topk" else ExpertsForm(tokens=16, experts=16, top_k=4, elsewhere=0.3)
     device = torch.device("cuda")
 
     def drawn(seed: int) -> Any:
@@ -112,7 +112,9 @@ def test_a_graph_replays_with_new_data(manager: OpManager, op: str, kind: str) -
 @pytest.mark.parametrize(("op", "kind"), BOTH)
 def test_the_same_again_is_the_same(manager: OpManager, op: str, kind: str) -> None:
     fn = implementation(manager, op, kind)
-    form: Any = _Routing(tokens=8192, experts=128) if op == "topk" else _Experts(tokens=4096, hidden=512, size=128, experts=32, top_k=4)
+    form: Any = (
+        RoutingForm(tokens=8192, experts=128) if op == "topk" else ExpertsForm(tokens=4096, hidden=512, size=128, experts=32, top_k=4)
+    )
     arguments, named = form(Draw(torch.Generator().manual_seed(5), torch.bfloat16, torch.device("cuda"))).arguments()
     first = fn(*arguments, **named)
     for _ in range(20):
@@ -124,7 +126,7 @@ def test_the_same_again_is_the_same(manager: OpManager, op: str, kind: str) -> N
 @pytest.mark.parametrize("kind", KINDS["fused_moe"])
 def test_more_tokens_than_flaggems_takes_at_once(manager: OpManager, kind: str) -> None:
     """It cuts them at 16384."""
-    check("fused_moe", implementation(manager, "fused_moe", kind), _Experts(tokens=20000, hidden=64, size=32), torch.bfloat16, "cuda")
+    check("fused_moe", implementation(manager, "fused_moe", kind), ExpertsForm(tokens=20000, hidden=64, size=32), torch.bfloat16, "cuda")
 
 
 WAYS = {
@@ -156,7 +158,7 @@ def test_sglangs_own_router_and_ours_choose_alike(manager: OpManager) -> None:
     """The kernel that SGLang runs on CUDA, called as SGLang calls it, and vendor.cuda."""
     from sglang.kernels.ops.moe.moe_fused_gate import moe_fused_gate
 
-    call = _Routing(tokens=64, experts=128)(Draw(torch.Generator().manual_seed(1), torch.bfloat16, torch.device("cuda")))
+    call = RoutingForm(tokens=64, experts=128)(Draw(torch.Generator().manual_seed(1), torch.bfloat16, torch.device("cuda")))
     arguments, named = call.arguments()
     weights, ids = implementation(manager, "topk", "vendor")(*arguments, **named)
     own = SimpleNamespace(**dict(zip(("weights", "ids"), moe_fused_gate(arguments[2], None, 8, scoring_func="softmax"), strict=True)))

@@ -3,58 +3,69 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 
 import torch
 
-from ..constants import BATCH, COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SPECIAL, THREADS, UNUSUAL
+from ..constants import BATCH, COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SIZES, SPECIAL, THREADS, UNUSUAL
 from ..exact.judge import DTYPES
-from . import activation, gated_delta_rule, moe, normalization, rotary
-from .call import Call, Case, Operator
+from .call import Call, Case, NoMemory, Operator, rows_of
 
-__all__ = ["OPERATORS_CHECKED", "Call", "Case", "Operator", "cases_of"]
+__all__ = ["OPERATORS_CHECKED", "Call", "Case", "NoMemory", "Operator", "cases_of"]
 
-#: operator -> what it is checked with. A new operator needs an entry here and nothing else.
+#: operator -> what it is checked with: the ``OPERATORS`` of the files here.
 OPERATORS_CHECKED: Mapping[str, Operator] = {
-    **activation.OPERATORS,
-    **normalization.OPERATORS,
-    **rotary.OPERATORS,
-    **moe.OPERATORS,
-    **gated_delta_rule.OPERATORS,
+    op: operator
+    for module in iter_modules(__path__)
+    for op, operator in getattr(import_module(f"{__name__}.{module.name}"), "OPERATORS", {}).items()
 }
 
-#: Tokens and hidden sizes: the full range on an accelerator, as much work as a CPU does in a minute, and a few seconds' worth.
-_ACCELERATOR = ((1, 1024), (1, 4096), (16, 4096), (64, 8192), (512, 5120), (2048, 2048), (8192, 1024))
-_CPU = ((1, 1024), (1, 4096), (16, 4096), (64, 2048), (512, 1024), (2048, 512), (8192, 256))
-_QUICK = ((1, 1024), (64, 512))
+#: Numbers of tokens that are timed: the full range on an accelerator, as much work as a CPU does in a minute, a few seconds' worth.
+_ACCELERATOR, _CPU, _QUICK = (1, 16, 64, 512, 2048, 8192), (1, 16, 64, 512, 2048), (1, 64)
+#: A call of more tokens is judged by some of them.
+_JUDGED_WHOLE = 1 << 20
 
 
 def cases_of(
     op: str, dtypes: frozenset[torch.dtype] | None, device: torch.device, *, quick: bool, batch_invariant: bool = False
 ) -> Iterator[Case]:
     """An operator's cases, for what an implementation declares: the activation dtypes that it takes (None: all), batch invariance."""
-    operator = OPERATORS_CHECKED[op]
-    on_cpu = device.type == "cpu"
-    sizes = _QUICK if quick else _CPU if on_cpu else _ACCELERATOR
+    operator, on_cpu = OPERATORS_CHECKED[op], device.type == "cpu"
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtypes is None or dtype in dtypes]
     names.sort(key=lambda name: name != "bfloat16")  # the dtype of serving first
-    for dtype in names:
-        case = partial(Case, op, dtype=dtype)
-        for tokens, hidden in sizes:
-            yield from (case(SERVING, name, make=make) for name, make in operator.forms(tokens, hidden))
-        yield from (case(UNUSUAL, name, make=make) for name, make in operator.unusual())
-        yield from (case(SPECIAL, name, make=make) for name, make in operator.special())
-        yield from (case(INPUTS, name, make=make) for name, make in operator.forms(33, 1024))
-        # In a batch that fills the device a race between a kernel's threads shows.
-        busy = (256, 512) if on_cpu or quick else (8192, 4096)
-        yield from (case(REPEATS, name, make=make) for name, make in operator.forms(*busy))
-        if batch_invariant:
-            # Kernels take other ways for larger batches.
-            yield from (case(BATCH, name, make=make) for name, make in operator.forms(*(64, 512) if quick else (512, 1024)))
+    served = partial(_served, operator)
+    tables = [(SERVING, served(*(_QUICK if quick else _CPU if on_cpu else _ACCELERATOR)))]
+    tables += [(UNUSUAL, operator.unusual), (SPECIAL, operator.special), (INPUTS, served(33))]
+    # In a batch that fills the device a race between a kernel's threads shows.
+    tables.append((REPEATS, served(256 if on_cpu or quick else 2048)))
+    if batch_invariant:
+        # Kernels take other ways for larger batches.
+        tables.append((BATCH, served(64 if quick else 512)))
+    # Kernels are compiled anew for each dtype: what is about numbers of rows and heads stands in the one of serving.
+    once = [(SIZES, operator.sizes), (SIZES, operator.many), *([] if on_cpu else [(SIZES, operator.vast)])]
+    for number, dtype in enumerate(names):
+        for check, table in [*tables, *(once if number == 0 else ())]:
+            yield from (_case(op, check, words, dtype) for words in rows_of(table))
     for dtype in names[:1]:
-        case = partial(Case, op, dtype=dtype)
-        pairs = list(zip(operator.forms(64, 1024), operator.forms(17, 1024), strict=True))
+        pairs = list(zip(rows_of(served(64)), rows_of(served(17)), strict=True))
         for check in (THREADS, GRAPH) if operator.captured else (THREADS,):
-            yield from (case(check, name, make=make, other=other) for (name, make), (_, other) in pairs)
+            yield from (_case(op, check, words, dtype, other) for words, other in pairs)
         # A compilation takes seconds: the plainest call and the one with most to get wrong.
-        for (name, make), (_, other) in pairs[:1] if quick else {id(pair): pair for pair in (pairs[0], pairs[-1])}.values():
-            yield case(COMPILE, name, make=make, other=None if on_cpu else other)
+        for words, other in pairs[:1] if quick else dict.fromkeys((pairs[0], pairs[-1])):
+            yield _case(op, COMPILE, words, dtype, None if on_cpu else other)
+
+
+def _served(operator: Operator, *tokens: int) -> str:
+    """What serving calls an operator with, for these numbers of tokens."""
+    return " | ".join(f"tokens={max(1, count // operator.fewer)} {row}" for count in tokens for row in operator.forms.split("|"))
+
+
+def _case(op: str, check: str, words: str, dtype: str, other: str | None = None) -> Case:
+    form = OPERATORS_CHECKED[op].form.of(words)
+    judged = None
+    if form.tokens > _JUDGED_WHOLE:
+        # Beside the ends those where a count of 16 bits, or of 32 for the numbers, begins again, and a few of the rest.
+        spread = torch.linspace(0, form.tokens - 1, 65).long()
+        judged = torch.cat((spread, spread.clamp(max=form.tokens - 2) + 1, torch.arange(65530, 65540))).unique()
+    return Case(op, check, words, dtype, form, OPERATORS_CHECKED[op].form.of(other) if other else None, judged)

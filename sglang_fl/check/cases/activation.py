@@ -1,102 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from ..exact import activation as exact
 from ..exact.judge import Exact
-from .call import Call, Draw, Layer, Named, Operator, scaled_rows
+from .call import Call, Draw, Form, Layer, Operator, each
+from .models import numbers
 
 
 @dataclass(frozen=True)
-class _Activation:
-    """The calls of one activation.
+class Activation(Form):
+    """A call of an activation.
 
     Attributes:
-        halves: 2 where x holds a gate and what it is multiplied with.
-        nan: whether nan must come out of nan.
-        approximate: its layer's, and a name for it.
+        width: of the result.
+        shape: of x, in the place of tokens and width.
+        gated: x holds a gate and what it is multiplied with.
+        nan: nan must come out of nan.
+        approximate: its layer's.
     """
 
-    halves: int = 2
+    tokens: int = 5
+    width: int = 64
+    shape: tuple[int, ...] = ()
+    gated: bool = True
     nan: bool = True
-    approximate: str = ""
+    approximate: str = "none"
 
-    def _call(self, x: torch.Tensor, **guarded: torch.Tensor) -> Call:
-        return Call(Layer(approximate=self.approximate), {"x": x}, guarded=guarded)
+    def __call__(self, draw: Draw) -> Call:
+        shape = self.shape or (self.tokens, 2 * self.width if self.gated else self.width)
+        guarded: dict[str, torch.Tensor] = {}
+        x = self._extreme(draw, shape) if self.values else draw.normal(*shape, scale=4)
+        return Call(Layer(approximate=self.approximate), {"x": draw.laid_out(x, self.layout, guarded)}, guarded=guarded)
 
-    def _named(self, name: str) -> str:
-        return f"{name}, {self.approximate}" if self.approximate else name
-
-    def _drawn(self, draw: Draw, shape: tuple[int, ...]) -> Call:
-        return self._call(draw.normal(*shape, scale=4))
-
-    def forms(self, tokens: int, hidden: int) -> Iterator[Named]:
-        size = 3 * hidden if tokens <= 512 else hidden
-        width = f"2·{size}" if self.halves == 2 else f"{size}"
-        yield self._named(f"{tokens} × {width}"), partial(self._drawn, shape=(tokens, self.halves * size))
-
-    def unusual(self) -> Iterator[Named]:
-        yield from ((self._named(name), make) for name, make in self._unusual())
-
-    def _unusual(self) -> Iterator[Named]:
-        for shape in ((0, 128), (2, 0, 64), (1, 2), (5, 66), (3, 10000), (4, 7, 512), (256,), (2, 3, 4, 32)):
-            yield f"shape {shape}", partial(self._drawn, shape=shape)
-
-        def every_other_row(draw: Draw) -> Call:
-            x = draw.normal(14, 128)
-            return self._call(x[::2], **{"the rows between": x[1::2]})
-
-        def columns(draw: Draw) -> Call:
-            x = draw.normal(6, 5, 192)
-            return self._call(x[..., 64:128], **{"the columns before": x[..., :64], "the columns behind": x[..., 128:]})
-
-        yield "every other row", every_other_row
-        yield "columns of a wider tensor", columns
-        yield "columns that begin at odd numbers", lambda draw: self._call(draw.normal(6, 67)[:, 3:])
-        yield "transposed", lambda draw: self._call(draw.normal(64, 9).t())
-        yield "one row for all", lambda draw: self._call(draw.normal(1, 64).expand(5, 64))
-
-    def special(self) -> Iterator[Named]:
-        def nan_and_infinity(draw: Draw) -> Call:
-            gate, up = torch.randn(2, 6, 64, generator=draw.rng).abs() + 0.1
-            gate[2, 7] = torch.inf
-            if self.nan:
-                gate[0, 3] = torch.nan
-            up[1, 5], up[3, 0], up[4, 63] = torch.nan, torch.inf, -torch.inf
-            return self._call(draw.place(torch.cat((gate, up), -1) if self.halves == 2 else gate))
-
-        def scaled(draw: Draw, x: torch.Tensor) -> Call:
-            return self._call(draw.place(torch.cat((x, x.flip(-1).sign()), -1) if self.halves == 2 else x))
-
-        yield self._named("nan and infinity" if self.nan else "infinity"), nan_and_infinity
-        yield from ((self._named(name), make) for name, make in scaled_rows(scaled))
+    def _extreme(self, draw: Draw, shape: tuple[int, ...]) -> torch.Tensor:
+        x = draw.extreme(self.values, *shape)
+        if self.values == "nan":
+            x[:, : self.width].abs_()  # what a gate of -inf makes is either of two things
+            x[3:, -1] = -torch.inf if self.gated else torch.inf
+            x[1, -2] = torch.nan if self.gated else 1
+            x = x if self.nan else x.nan_to_num(1, torch.inf)
+        elif self.gated:
+            x[:, self.width :].sign_()
+        return draw.place(x)
 
 
-_GELU_KINDS = tuple(_Activation(approximate=approximate) for approximate in ("tanh", "none"))
+_UNUSUAL = """
+shape=0,128 | shape=2,0,64 | shape=1,2 | shape=5,66 | shape=3,10000 | shape=4,7,512 | shape=256 | shape=2,3,4,32
+| layout={every-other,transposed,odd-view,one-row} | shape=6,5,64 layout=view | width=9 | tokens=64 width=9 layout=transposed
+"""
+_SPECIAL = "tokens=6 values={nan,largest,zeros,denormals}"
+#: Wider than models make their MLPs: as many as the largest vocabulary has.
+_SIZES = f"tokens=3 width={{{numbers('width', 'moe_width')}}} | tokens=2 width=262208 | tokens=3 layout=far"
 
 
-def _of_each_kind(calls: Callable[[_Activation], Iterator[Named]]) -> Iterator[Named]:
-    for kind in _GELU_KINDS:
-        yield from calls(kind)
+def _operator(form: Activation, exactly: Callable[[torch.Tensor], tuple[Exact, ...]]) -> Operator:
+    return Operator(
+        form,
+        "width=3072",
+        lambda call: exactly(call.inputs["x"]),
+        sizes=_SIZES,
+        many="tokens={4097,65537} width=8 | shape=300,257,8",
+        vast="tokens=8192 width=14336 | tokens=1048577 width=1024" if form.gated else "tokens=8192 width=14336 | tokens=1048577 width=2048",
+        unusual=_UNUSUAL,
+        special=_SPECIAL,
+        tokens_in={"x": 0},
+    )
 
 
-def _operator(kind: _Activation, exactly: Callable[[torch.Tensor], tuple[Exact, ...]]) -> Operator:
-    return Operator(kind.forms, kind.unusual, kind.special, lambda call: exactly(call.inputs["x"]), tokens_in={"x": 0})
-
+_GELU = "approximate={tanh,none}"
 
 OPERATORS = {
     "gelu_and_mul": Operator(
-        lambda tokens, hidden: _of_each_kind(lambda kind: kind.forms(tokens, hidden)),
-        lambda: _of_each_kind(_Activation.unusual),
-        lambda: _of_each_kind(_Activation.special),
+        Activation(),
+        f"width=3072 {_GELU}",
         lambda call: exact.gelu_and_mul(call.inputs["x"], call.layer.approximate),
+        sizes=each(_SIZES, _GELU),
+        many=f"tokens={{4097,65537}} width=8 {_GELU}",
+        vast="tokens=8192 width=14336 | tokens=1048577 width=1024",
+        unusual=each(_UNUSUAL, _GELU),
+        special=each(_SPECIAL, _GELU),
         tokens_in={"x": 0},
     ),
-    "new_gelu": _operator(_Activation(halves=1), exact.new_gelu),
-    "quick_gelu": _operator(_Activation(halves=1), exact.quick_gelu),
-    "relu2": _operator(_Activation(halves=1, nan=False), exact.relu2),
-    "silu_and_mul": _operator(_Activation(), exact.silu_and_mul),
+    "new_gelu": _operator(Activation(gated=False), exact.new_gelu),
+    "quick_gelu": _operator(Activation(gated=False), exact.quick_gelu),
+    "relu2": _operator(Activation(gated=False, nan=False), exact.relu2),
+    "silu_and_mul": _operator(Activation(), exact.silu_and_mul),
 }

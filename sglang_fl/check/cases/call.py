@@ -4,12 +4,24 @@
 Inputs are drawn on the CPU, so that a seed means the same numbers on every device.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import product
+from typing import Any, Self
 
 import torch
 from torch import nn
+
+#: More numbers than this are drawn as repetitions of so many, a prime: rows differ.
+_DRAWN = 16777213
+#: Offsets beyond it do not fit into 32 bits.
+INT32 = 2**31
+
+
+class NoMemory(RuntimeError):
+    """The device has not the memory that a case needs."""
 
 
 class Layer(nn.Module):
@@ -47,9 +59,10 @@ class Call:
         """What the operator is called with: (by position, by name)."""
         return (*((self.layer,) if self.takes_layer else ()), *self.inputs.values()), {}
 
-    def of_tokens(self, first: int, count: int, tokens_in: Mapping[str, int]) -> "Call":
+    def of_tokens(self, tokens: slice | torch.Tensor, tokens_in: Mapping[str, int]) -> "Call":
         """The call for some of its tokens."""
-        parts = {name: self.inputs[name].narrow(dim, first, count) for name, dim in tokens_in.items() if name in self.inputs}
+        found = {name: (self.inputs[name], dim) for name, dim in tokens_in.items() if name in self.inputs}
+        parts = {name: x[(..., tokens) if dim == -1 else tokens] for name, (x, dim) in found.items()}
         return replace(self, inputs={**self.inputs, **parts})
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -66,47 +79,146 @@ class Draw:
     dtype: torch.dtype
     device: torch.device
 
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.place(torch.randn(shape, generator=self.rng) * scale, dtype)
+    def normal(self, *shape: int, scale: float = 1.0, offset: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        count = math.prod(shape)
+        x = self.place(torch.randn(min(count, _DRAWN), generator=self.rng).mul_(scale).add_(offset), dtype)
+        return (x if count <= _DRAWN else x.repeat(-(-count // _DRAWN))[:count]).view(shape)
 
     def place(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return x.to(dtype or self.dtype).to(self.device)
 
-    def positions(self, tokens: int, low: int, high: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.randint(low, high, (tokens,), generator=self.rng, dtype=dtype).to(self.device)
+    def index(self, numbers: Any, dtype: str) -> torch.Tensor:
+        return torch.as_tensor(numbers).to(getattr(torch, dtype)).to(self.device)
+
+    def extreme(self, values: str, *shape: int, largest: float = math.inf) -> torch.Tensor:
+        """Numbers in fp32 on the CPU: some that are none (``nan``), the ``largest`` of the dtype, ``zeros``, ``denormals``."""
+        if values == "nan":
+            x = torch.randn(shape, generator=self.rng)
+            x[0, ..., 3], x[1, ..., 5], x[2, ..., 7], x[3, ..., 0] = math.nan, math.inf, -math.inf, math.inf
+            return x
+        info = torch.finfo(self.dtype)
+        scale = {"largest": min(info.max, largest), "zeros": 0.0, "denormals": info.smallest_normal}[values]
+        return (torch.rand(shape, generator=self.rng) * 2 - 1) * scale
+
+    def laid_out(self, x: torch.Tensor, layout: str, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The numbers in another place; what is around them there goes to ``guarded``."""
+        turned = {"transposed": (-1, -2), "turned": (0, 1)}.get(layout)
+        if turned is not None:
+            return x.transpose(*turned).contiguous().transpose(*turned)
+        if layout in ("", "one-row"):
+            return x[:1].expand_as(x) if layout else x
+        if layout == "far":
+            return self._far_apart(x)
+        if layout == "every-other":
+            around = self.normal(2 * len(x), *x.shape[1:], dtype=x.dtype)
+            view, guarded[f"the rows between, {len(guarded)}"] = around[::2], around[1::2]
+        else:  # in the columns of a wider tensor, from one on that is aligned or from one that is not
+            first = {"view": 64, "odd-view": 3}[layout]
+            around = self.normal(*x.shape[:-1], x.shape[-1] + first + 61, dtype=x.dtype)
+            before, view, behind = around.split([first, x.shape[-1], 61], -1)
+            guarded |= {f"the columns before, {len(guarded)}": before, f"the columns behind, {len(guarded)}": behind}
+        return view.copy_(x)
+
+    def _far_apart(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows so far apart that the last one's offset does not fit into 32 bits; memory between them is never touched."""
+        between = INT32 // (len(x) - 1) + 64
+        try:
+            memory = torch.empty((len(x) - 1) * between + x[0].numel(), dtype=x.dtype, device=self.device)
+        except RuntimeError as error:
+            raise NoMemory(f"{INT32 * x.itemsize >> 30} GiB are not to be had on {self.device}") from error
+        return memory.as_strided(x.shape, (between, *x.stride()[1:])).copy_(x)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The sizes and options of calls: an operator's subclass has them as fields, and draws.
+
+    Attributes:
+        layout: how the activations lie in memory, see :meth:`Draw.laid_out`.
+        values: the numbers of the activations, see :meth:`Draw.extreme`; empty: normal ones.
+    """
+
+    tokens: int = 7
+    layout: str = ""
+    values: str = ""
+
+    def __call__(self, draw: Draw) -> Call:
+        raise NotImplementedError
+
+    def of(self, words: str) -> Self:
+        """This form with what words say: ``tokens=65537 heads=7,1 residual``."""
+        pairs = (word.partition("=") for word in words.split())
+        return replace(self, **{name: _read(value, getattr(self, name)) for name, _, value in pairs})
+
+
+def _read(value: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        return True
+    if isinstance(default, tuple):
+        return tuple(int(number) for number in value.split(","))
+    return type(default)(value)
+
+
+def rows_of(table: str) -> list[str]:
+    """A table's rows in words. Rows end at ``|``; ``{a,b}`` and ``{,a}`` stand for one row each, as in a shell."""
+    found: list[str] = []
+    for row in table.split("|") if table else ():
+        parts = [part.split(",") if number % 2 else [part] for number, part in enumerate(re.split(r"{(.*?)}", row))]
+        found += (" ".join("".join(choice).split()) for choice in product(*parts))
+    return list(dict.fromkeys(found))
+
+
+def each(table: str, words: str) -> str:
+    """The table with these words at the end of each row."""
+    return " | ".join(f"{row} {words}" for row in table.split("|"))
 
 
 Make = Callable[[Draw], Call]
-Named = tuple[str, Make]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What an operator is checked with.
+    """What an operator is checked with. Cases are rows of words for its form, as in :func:`rows_of`.
 
     Attributes:
-        forms: the ways serving calls it, for a number of tokens and a hidden size.
+        form: what the rows change.
+        forms: the ways serving calls it, but for the number of tokens.
+        exact: its results in float64, for a call that has not run yet; inputs that are results last.
+        sizes: what models call it with, and where numbers of rows, heads and offsets leave what kernels are first tried with.
+        many: numbers of tokens, or of rows, beyond what 16 bits count and a grid has in its second and third dimension.
+        vast: rows that a CPU takes too long for; of those with a million tokens and more, only some are judged.
         unusual: calls that are allowed, and rare.
         special: calls with nan, infinity, the largest and the smallest numbers.
-        exact: its results in float64, for a call that has not run yet; inputs that are results last.
-        whole: one of them judges all the results.
+        whole: one of the results in float64 judges all of an implementation's.
+        fewer: it is called with so many times fewer tokens than others, which have no states.
         captured: whether serving calls it under graph capture.
-        tokens_in: the inputs that have a part for each token -> the dimension of the tokens; results have them in the
-            first. Empty where tokens depend on each other.
+        tokens_in: the inputs that have a part for each token -> the dimension of the tokens, first or last; results have them
+            in the first. Empty where tokens depend on each other.
     """
 
-    forms: Callable[[int, int], Iterator[Named]]
-    unusual: Callable[[], Iterator[Named]]
-    special: Callable[[], Iterator[Named]]
+    form: Form
+    forms: str
     exact: Callable[[Call], tuple[Any, ...]]
+    sizes: str = ""
+    many: str = ""
+    vast: str = ""
+    unusual: str = ""
+    special: str = ""
     whole: bool = False
+    fewer: int = 1
     captured: bool = True
     tokens_in: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One check of one implementation with one call; ``other`` makes a call of another number of tokens."""
+    """One check of one implementation with one call.
+
+    Attributes:
+        name: the call in words; one of an operator, a kind of check and a dtype has it.
+        other: makes a call of another number of tokens.
+        judged: of so many tokens only some are held against float64.
+    """
 
     op: str
     check: str
@@ -114,25 +226,12 @@ class Case:
     dtype: str
     make: Make
     other: Make | None = None
+    judged: torch.Tensor | None = None
 
     def draw(self, seed: int, device: torch.device, *, other: bool = False) -> Call:
         draw = Draw(torch.Generator().manual_seed(seed), getattr(torch, self.dtype), device)
         return self.other(draw) if other and self.other else self.make(draw)
 
 
-def scaled_rows(call: Callable[[Draw, torch.Tensor], Call], largest: float = torch.inf) -> Iterator[Named]:
-    """Rows of the largest numbers of a dtype, of zeros, and of denormals."""
-
-    def drawn(draw: Draw, scale: float) -> torch.Tensor:
-        return (torch.rand(6, 64, generator=draw.rng) * 2 - 1) * scale
-
-    def at_the_top(draw: Draw) -> Call:
-        return call(draw, drawn(draw, min(torch.finfo(draw.dtype).max, largest)))
-
-    yield "the largest numbers", at_the_top
-    yield "zeros", lambda draw: call(draw, drawn(draw, 0.0))
-    yield "denormals", lambda draw: call(draw, drawn(draw, torch.finfo(draw.dtype).smallest_normal))
-
-
-def inputs_of(call: Call, *names: str) -> tuple[Any, ...]:
+def inputs_of(call: Call, names: Iterable[str]) -> tuple[Any, ...]:
     return tuple(call.inputs.get(name) for name in names)

@@ -1,323 +1,224 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 
 from ..exact import gated_delta_rule as exact
-from .call import Call, Draw, Layer, Named, Operator
+from .call import Call, Draw, Form, Layer, Operator
+from .models import sizes
 
 #: Keys of 32 numbers of this size have a squared norm near 1e-6, which is what is added to it.
 _NEAR_EPSILON = 2.0**-12
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Delta(Form):
+    """What the operators' calls have in common.
+
+    Attributes:
+        layout: ``packed``: q, k and v are parts of a projection.
+        slots: the slot of each sequence, -1: padding; empty: any.
+        pool: ``view``: numbers lie between the slots; ``ordered``: nobody says which slots; ``none``: no pool.
+        padded: every fourth sequence has no slot.
+        no_norm: q and k are not normed.
+        size: of q and k.
+        index, states: dtypes of slots and lengths, and of states.
+    """
+
+    slots: tuple[int, ...] = ()
     heads: int = 2
     value_heads: int = 4
     key_dim: int = 32
     value_dim: int = 32
-
-
-def _sizes(tokens: int, hidden: int) -> _Sizes:
-    """Heads of 128 numbers, as Qwen3-Next has, or of 64; fewer of them for many tokens, whose float64 takes long."""
-    heads = max(2, min(hidden // 1024, 4096 // tokens))
-    dim = 128 if hidden >= 1024 else 64
-    return _Sizes(heads, 2 * heads, dim, dim)
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """A call over whole sequences: sizes, options and where its tensors lie."""
-
-    lengths: tuple[int, ...] = (5, 70, 3)
-    sizes: _Sizes = _Sizes()
-    #: The slot of each sequence; None: no pool.
-    slots: tuple[int, ...] | None = (3, 0, 4)
-    num_slots: int = 6
-    given_slots: bool = True
-    rows: int | None = None
-    l2norm: bool = True
-    #: Of q and k.
+    pool: str = ""
+    padded: bool = False
+    no_norm: bool = False
     size: float = 1.0
-    update: bool = True
-    scale: float | None = None
-    packed: bool = False
-    gaps: bool = False
-    index_dtype: torch.dtype = torch.int32
-    state_dtype: torch.dtype = torch.float32
-    beta_as_q: bool = False
-    decay: float = 1.0
+    index: str = "int32"
+    states: str = "float32"
 
-    def draw(self, draw: Draw) -> tuple[dict[str, torch.Tensor | float | None], dict[str, torch.Tensor]]:
-        """q, k, v, g, beta and the scale; and what lies around them."""
-        s = self.sizes
-        rows, tokens = (1, sum(self.lengths)) if self.rows is None else (self.rows, self.lengths[0])
-        shapes = {"q": (s.heads, s.key_dim), "k": (s.heads, s.key_dim), "v": (s.value_heads, s.value_dim)}
-        guarded: dict[str, torch.Tensor] = {}
-        if self.packed:
-            widths = [heads * dim for heads, dim in shapes.values()]
-            *parts, guarded["what is behind the values"] = draw.normal(rows, tokens, sum(widths) + 24).split([*widths, 24], -1)
-            inputs = {name: part.unflatten(-1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    def _projection(self, draw: Draw, *rows: int, guarded: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """q, k and v, side by side."""
+        widths = [self.heads * self.key_dim, self.heads * self.key_dim, self.value_heads * self.value_dim]
+        if self.layout == "packed":
+            *parts, guarded["what is behind the values"] = draw.normal(*rows, sum(widths) + 24).split([*widths, 24], -1)
         else:
-            inputs = {name: draw.normal(rows, tokens, *shape) for name, shape in shapes.items()}
-        if not self.l2norm:
-            inputs["k"] = inputs["k"] / s.key_dim**0.5
-        if self.size != 1.0:
-            inputs |= {name: inputs[name] * self.size for name in "qk"}
-        g = torch.rand(rows, tokens, s.value_heads, generator=draw.rng)
-        beta = torch.rand(rows, tokens, s.value_heads, generator=draw.rng)
-        return {
-            **inputs,
-            "g": draw.place(-self.decay * g, torch.float32),
-            "beta": draw.place(beta, draw.dtype if self.beta_as_q else torch.float32),
-            "scale": self.scale,
-        }, guarded
+            parts = [draw.normal(*rows, width) for width in widths]
+        for part in parts[:2]:
+            part.mul_(self.size)
+        if self.no_norm:
+            parts[1].mul_(self.key_dim**-0.5)
+        return parts
 
-    def pool(self, draw: Draw, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
-        s = self.sizes
-        shape = (s.value_heads, s.value_dim, s.key_dim)
-        if not self.gaps:
-            return draw.normal(self.num_slots, *shape, dtype=self.state_dtype)
-        wide = draw.normal(self.num_slots, 2, *shape, dtype=self.state_dtype)
-        guarded["the numbers between the slots"] = wide[:, 1]
+    def _pool(self, draw: Draw, slots: int, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
+        shape = (self.value_heads, self.value_dim, self.key_dim)
+        if self.pool == "far":
+            return draw.laid_out(draw.normal(slots, *shape, dtype=getattr(torch, self.states)), "far", guarded)
+        wide = draw.normal(slots, 2 if self.pool == "view" else 1, *shape, dtype=getattr(torch, self.states))
+        if self.pool == "view":
+            guarded["the numbers between the slots"] = wide[:, 1]
         return wide[:, 0]
 
-    def ends(self, draw: Draw) -> torch.Tensor | None:
-        if self.rows is not None:
-            return None
-        return torch.tensor([sum(self.lengths[:n]) for n in range(len(self.lengths) + 1)], dtype=self.index_dtype).to(draw.device)
-
-
-def _chunk(draw: Draw, of: _Sequences) -> Call:
-    inputs, guarded = of.draw(draw)
-    pool = None if of.slots is None else of.pool(draw, guarded)
-    slots = torch.tensor(of.slots, dtype=of.index_dtype).to(draw.device) if of.slots is not None and of.given_slots else None
-    more = {
-        "initial_state": pool,
-        "initial_state_indices": slots,
-        "cu_seqlens": of.ends(draw),
-        "use_qk_l2norm_in_kernel": of.l2norm,
-        "inplace_update": of.update,
-    }
-    updated = ("initial_state",) if of.slots is not None and of.update else ()
-    return Call(Layer(), {**inputs, **more}, frozenset(updated), guarded, updated, takes_layer=False)
-
-
-def _chunk_forms(tokens: int, hidden: int) -> Iterator[Named]:
-    lengths = (tokens - tokens // 3 - tokens // 4, tokens // 3, tokens // 4)
-    of = _Sequences(lengths, _sizes(tokens, hidden))
-    form = f"{tokens} tokens, {of.sizes.value_heads} value heads"
-    yield form, partial(_chunk, of=of)
-    yield f"{form}, packed, no update", partial(_chunk, of=replace(of, packed=True, update=False))
-
-
-def _common_unusual(of: _Sequences) -> Iterator[tuple[str, _Sequences]]:
-    yield "no tokens", replace(of, lengths=(0, 0, 0))
-    yield "exactly a chunk, and one more", replace(of, lengths=(64, 65, 128))
-    yield "one token each", replace(of, lengths=(1, 1, 1))
-    yield "rows instead of sequences", replace(of, lengths=(67,), rows=3)
-    yield "as many heads of q", replace(of, sizes=_Sizes(3, 3))
-    yield "eight heads of v to one of q", replace(of, sizes=_Sizes(1, 8))
-    yield "heads of 64 and 128", replace(of, sizes=_Sizes(2, 4, 64, 128))
-    yield "heads of 48 and 80", replace(of, sizes=_Sizes(2, 4, 48, 80))
-    yield "lengths in int64", replace(of, index_dtype=torch.int64)
-    yield "no norm, a scale", replace(of, l2norm=False, scale=0.3)
-    yield "norms that the epsilon counts in", replace(of, size=_NEAR_EPSILON)
-    yield "beta in q's dtype", replace(of, beta_as_q=True)
-    yield "a packed projection", replace(of, packed=True)
-    yield "nothing is forgotten", replace(of, decay=0.0)
-
-
-def _chunk_unusual() -> Iterator[Named]:
-    of = _Sequences()
-    cases = dict(_common_unusual(of))
-    cases["padding among the sequences"] = replace(of, slots=(-1, 2, -1))
-    cases["padding alone"] = replace(of, slots=(-1, -1, -1))
-    # As SGLang scores several items after one query.
-    cases["one slot for all, only read"] = replace(of, slots=(3, 3, 3), update=False)
-    cases["slots in order"] = replace(of, given_slots=False, slots=(0, 1, 2))
-    cases["no pool"] = replace(of, slots=None)
-    cases["no pool, rows"] = replace(of, slots=None, lengths=(66,), rows=2)
-    cases["slots with gaps between"] = replace(of, gaps=True)
-    cases["states in bf16"] = replace(of, state_dtype=torch.bfloat16)
-    yield from ((name, partial(_chunk, of=case)) for name, case in cases.items())
-
-
-def _recurrent(draw: Draw, of: _Sequences, final: bool = True, state: bool = True, beta: bool = True) -> Call:
-    inputs, guarded = of.draw(draw)
-    if not beta:
-        inputs["beta"] = None
-    count = len(of.lengths) if of.rows is None else of.rows
-    more = {
-        "initial_state": replace(of, num_slots=count).pool(draw, guarded) if state else None,
-        "output_final_state": final,
-        "cu_seqlens": of.ends(draw),
-        "use_qk_l2norm_in_kernel": of.l2norm,
-    }
-    return Call(Layer(), {**inputs, **more}, guarded=guarded, takes_layer=False)
-
-
-def _recurrent_forms(tokens: int, hidden: int) -> Iterator[Named]:
-    of = _Sequences((tokens - tokens // 3, tokens // 3), _sizes(tokens, hidden))
-    yield f"{tokens} tokens, {of.sizes.value_heads} value heads", partial(_recurrent, of=of)
-
-
-def _recurrent_unusual() -> Iterator[Named]:
-    for name, of in _common_unusual(_Sequences()):
-        yield name, partial(_recurrent, of=of)
-    yield "a sequence without tokens", partial(_recurrent, of=_Sequences(lengths=(5, 0, 66)))
-    yield "from nothing", partial(_recurrent, of=_Sequences(), state=False)
-    yield "no last states", partial(_recurrent, of=_Sequences(), final=False)
-    yield "no beta", partial(_recurrent, of=_Sequences(), beta=False)
-
-
-def _special(make: partial[Call]) -> Iterator[Named]:
-    """Of a call over sequences."""
-
-    def nan(draw: Draw) -> Call:
-        call = make(draw, of=_Sequences())
-        # In the first token of the second sequence: a kernel may let it reach the tokens before it in a chunk.
-        call.inputs["v"][0, 5, 1, 3] = torch.nan
-        call.inputs["q"][0, 7, 0, 0] = torch.nan
-        return call
-
-    def zeros(draw: Draw) -> Call:
-        call = make(draw, of=_Sequences())
-        for name in ("q", "k", "v"):
-            call.inputs[name].zero_()
-        return call
-
-    yield "nan", nan
-    yield "zeros", zeros
-    yield "everything is forgotten at once", partial(make, of=replace(_Sequences(), decay=1e4))
-    yield "nothing is ever written", lambda draw: _with(make(draw, of=_Sequences()), "beta", 0.0)
-
-
-def _with(call: Call, name: str, value: float) -> Call:
-    call.inputs[name].fill_(value)
-    return call
-
-
-def _with_gates_up_to(most: float, call: Call) -> Call:
-    a = call.inputs["a"]
-    a.copy_(torch.linspace(0, most, a.numel()).view(a.shape))
-    return call
+    def _slots(self, draw: Draw, count: int) -> torch.Tensor:
+        slots = torch.tensor(self.slots) if self.slots else torch.randperm(count + 3, generator=draw.rng)[:count]
+        if self.padded:
+            slots[3::4] = -1
+        return draw.index(slots, self.index)
 
 
 @dataclass(frozen=True)
-class _Decode:
-    """A decode call: sizes, options and where its tensors lie."""
+class Sequences(Delta):
+    """A call over whole sequences.
 
-    slots: tuple[int, ...] = (4, 0, 7, 2, 5)
-    sizes: _Sizes = _Sizes()
-    num_slots: int = 8
-    l2norm: bool = True
-    wide: bool = False
-    gaps: bool = False
-    index_dtype: torch.dtype = torch.int32
-    state_dtype: torch.dtype = torch.float32
-    constant_dtype: torch.dtype = torch.float32
-    gates: float = 1.0
+    Attributes:
+        lengths: of the sequences; empty: three of what ``tokens`` are.
+        sequences: so many of them, of one to three tokens; 0: as ``lengths`` says.
+        rows: as many sequences of ``tokens`` tokens in rows; 0: one row for all.
+        scale: 0: the operator's own.
+        decay: of the state, at most.
+        beta_as_q: beta has q's dtype.
+        read_only: the pool is not updated.
+        no_last, no_beta: of the recurrent operator.
+        recurrent: it is that.
+    """
+
+    tokens: int = 78
+    lengths: tuple[int, ...] = ()
+    sequences: int = 0
+    rows: int = 0
+    scale: float = 0.0
+    decay: float = 1.0
+    beta_as_q: bool = False
+    read_only: bool = False
+    no_last: bool = False
+    no_beta: bool = False
+    recurrent: bool = False
 
     def __call__(self, draw: Draw) -> Call:
-        s, batch = self.sizes, len(self.slots)
+        third, fourth = self.tokens // 3, self.tokens // 4
+        lengths = self.lengths or tuple(1 + n % 3 for n in range(self.sequences)) or (self.tokens - third - fourth, third, fourth)
+        count, shape = (self.rows, (self.rows, self.tokens)) if self.rows else (len(lengths), (1, sum(lengths)))
         guarded: dict[str, torch.Tensor] = {}
-        width = 2 * s.heads * s.key_dim + s.value_heads * s.value_dim
-        if self.wide:
-            mixed, guarded["what is behind a row"] = draw.normal(batch, width + 24).split([width, 24], -1)
-            b, a = draw.normal(batch, 2 * s.value_heads, scale=self.gates).chunk(2, -1)
-        else:
-            mixed = draw.normal(batch, width)
-            a, b = draw.normal(batch, s.value_heads, scale=self.gates), draw.normal(batch, s.value_heads, scale=self.gates)
+        q, k, v = self._projection(draw, *shape, guarded=guarded)
+        q, k = (x.unflatten(-1, (self.heads, self.key_dim)) for x in (q, k))
+        v = v.unflatten(-1, (self.value_heads, self.value_dim))
+        g, beta = (torch.rand(*shape, self.value_heads, generator=draw.rng) for _ in range(2))
+        if self.values == "nan":
+            # In the first token of the second sequence: a kernel may let it reach the tokens before it in a chunk.
+            v[0, lengths[0], 1, 3] = q[0, lengths[0] + 2, 0, 0] = torch.nan
+        elif self.values == "zeros":
+            q, k, v = (x.zero_() for x in (q, k, v))
+        elif self.values == "unwritten":
+            beta.zero_()
+        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "g": draw.place(-self.decay * g, torch.float32)}
+        inputs["beta"] = None if self.no_beta else draw.place(beta, None if self.beta_as_q else torch.float32)
+        inputs["scale"] = self.scale or None
+        ends = None if self.rows else draw.index([0, *accumulate(lengths)], self.index)
+        if self.recurrent:
+            inputs["initial_state"] = None if self.pool == "none" else self._pool(draw, count, guarded)
+            inputs |= {"output_final_state": not self.no_last, "cu_seqlens": ends, "use_qk_l2norm_in_kernel": not self.no_norm}
+            return Call(Layer(), inputs, guarded=guarded, takes_layer=False)
+        inputs["initial_state"] = None if self.pool == "none" else self._pool(draw, count + 3, guarded)
+        inputs["initial_state_indices"] = None if self.pool in ("none", "ordered") else self._slots(draw, count)
+        inputs |= {"cu_seqlens": ends, "use_qk_l2norm_in_kernel": not self.no_norm, "inplace_update": not self.read_only}
+        updated = () if self.pool == "none" or self.read_only else ("initial_state",)
+        return Call(Layer(), inputs, frozenset(updated), guarded, updated, takes_layer=False)
+
+
+@dataclass(frozen=True)
+class Decode(Delta):
+    """A call for one token each of ``tokens`` sequences.
+
+    Attributes:
+        gates: the size of a and b; with ``rising`` a's go from 0 to it.
+        forgetting: A_log, where it is not drawn.
+        constants: the dtype of dt_bias.
+    """
+
+    tokens: int = 5
+    gates: float = 1.0
+    rising: bool = False
+    forgetting: float = 0.0
+    constants: str = "float32"
+
+    def __call__(self, draw: Draw) -> Call:
+        batch = len(self.slots) or self.tokens
+        guarded: dict[str, torch.Tensor] = {}
+        parts = self._projection(draw, batch, guarded=guarded)
+        mixed = torch.cat(parts, -1)
+        if self.layout == "packed":
+            mixed = draw.laid_out(mixed, "view", guarded)
+        if self.values == "zeros":
+            mixed.zero_()
+        elif self.values == "nan":
+            mixed[1, 0] = mixed[2, -1] = torch.nan
+        # As parts of one tensor, as SGLang's projection makes them.
+        b, a = draw.normal(batch, 2 * self.value_heads, scale=1.0 if self.rising else self.gates).chunk(2, -1)
+        if self.rising:
+            a.copy_(torch.linspace(0, self.gates, a.numel()).view(a.shape))
+        A_log = draw.normal(self.value_heads, dtype=torch.float32)
         inputs = {
             "mixed_qkv": mixed,
-            "a": a,
-            "b": b,
-            "A_log": draw.normal(s.value_heads, dtype=torch.float32),
-            "dt_bias": draw.normal(s.value_heads, dtype=self.constant_dtype),
-            "scale": s.key_dim**-0.5,
-            "initial_state": _Sequences(num_slots=self.num_slots, sizes=s, gaps=self.gaps, state_dtype=self.state_dtype).pool(
-                draw, guarded
-            ),
-            "out": draw.normal(batch, 1, s.value_heads, s.value_dim),
-            "ssm_state_indices": torch.tensor(self.slots, dtype=self.index_dtype).to(draw.device),
-            "use_qk_l2norm_in_kernel": self.l2norm,
+            "a": a if self.layout == "packed" else a.contiguous(),
+            "b": b if self.layout == "packed" else b.contiguous(),
+            "A_log": A_log.fill_(self.forgetting) if self.forgetting else A_log,
+            "dt_bias": draw.normal(self.value_heads, dtype=getattr(torch, self.constants)),
+            "scale": self.key_dim**-0.5,
+            "initial_state": self._pool(draw, batch + 3, guarded),
+            "out": draw.normal(batch, 1, self.value_heads, self.value_dim),
+            "ssm_state_indices": self._slots(draw, batch),
+            "use_qk_l2norm_in_kernel": not self.no_norm,
         }
         return Call(Layer(), inputs, frozenset({"initial_state", "out"}), guarded, takes_layer=False)
 
 
-def _decode_forms(tokens: int, hidden: int) -> Iterator[Named]:
-    batch = round(tokens**0.75)
-    heads = max(2, min(hidden // 1024, 512 // batch))
-    dim = 128 if hidden >= 1024 else 64
-    slots = torch.randperm(batch + 3, generator=torch.Generator().manual_seed(batch))[:batch].tolist()
-    of = _Decode(tuple(slots), _Sizes(heads, 2 * heads, dim, dim), batch + 3)
-    form = f"{batch} sequences, {2 * heads} value heads"
-    yield form, of
-    yield f"{form}, padded", replace(of, slots=(*slots[: batch - batch // 4], *[-1] * (batch // 4 + 1)), wide=True)
-
-
-def _decode_unusual() -> Iterator[Named]:
-    of = _Decode()
-    yield "no sequences", replace(of, slots=())
-    yield "padding among the sequences", replace(of, slots=(-1, 3, -1, 0, -1))
-    yield "padding alone", replace(of, slots=(-1, -1))
-    yield "as many heads of q", replace(of, sizes=_Sizes(3, 3))
-    yield "eight heads of v to one of q", replace(of, sizes=_Sizes(1, 8))
-    yield "heads of 64 and 128", replace(of, sizes=_Sizes(2, 4, 64, 128))
-    yield "heads of 48 and 80", replace(of, sizes=_Sizes(2, 4, 48, 80))
-    yield "slots in int64", replace(of, index_dtype=torch.int64)
-    yield "rows of a wider tensor", replace(of, wide=True)
-    yield "slots with gaps between", replace(of, gaps=True)
-    yield "states in bf16", replace(of, state_dtype=torch.bfloat16)
-    yield "the bias in bf16", replace(of, constant_dtype=torch.bfloat16)
-    yield "no norm", lambda draw: _scaled(replace(of, l2norm=False)(draw), of.sizes.key_dim**-0.5)
-    yield "norms that the epsilon counts in", lambda draw: _scaled(of(draw), _NEAR_EPSILON)
-    yield "70 sequences", replace(of, slots=tuple(range(70)), num_slots=70)
-
-
-def _scaled(call: Call, by: float) -> Call:
-    call.inputs["mixed_qkv"].mul_(by)
-    return call
-
-
-def _decode_special() -> Iterator[Named]:
-    def nan(draw: Draw) -> Call:
-        call = _Decode()(draw)
-        call.inputs["mixed_qkv"][1, 0] = call.inputs["mixed_qkv"][2, -1] = torch.nan
-        return call
-
-    yield "nan", nan
-    yield "zeros", lambda draw: _with(_Decode()(draw), "mixed_qkv", 0.0)
-    # Gates beyond the range of exp.
-    yield "large gates", _Decode(gates=300.0)
-    # From where softplus is nearly its argument to where it is that though exp overflows; little is forgotten.
-    yield "gates up to 20", lambda draw: _with_gates_up_to(20.0, _with(_Decode()(draw), "A_log", -3.0))
-    yield "gates up to 150", lambda draw: _with_gates_up_to(150.0, _with(_Decode()(draw), "A_log", -6.0))
-    yield "everything is forgotten at once", lambda draw: _with(_Decode()(draw), "A_log", 60.0)
-
+_MODELS = f"{{{sizes('key_heads', 'value_heads', 'key_dim', 'value_dim')}}}".replace("key_heads", "heads")
+_HEADS = "heads=3 value_heads=3 | heads=1 value_heads=8 | heads=9 value_heads=9 | heads=17 value_heads=17"
+_DIMS = "key_dim=64 value_dim=128 | key_dim=48 value_dim=80 | key_dim=256 value_dim=64"
+_SERVED = "heads=2 value_heads=4 key_dim=128 value_dim=128"
+_UNUSUAL = f"""
+lengths=0,0,0 | lengths=64,65,128 | lengths=1,1,1 | tokens=67 rows=3 | {_HEADS} | {_DIMS} | index=int64
+| no_norm scale=0.3 | size={_NEAR_EPSILON} | beta_as_q | layout=packed | decay=0 | sequences=70
+"""
+_SPECIAL = "values={nan,zeros,unwritten} | decay=10000"
+_SIZES = f"tokens=5 {_MODELS} | tokens=78 heads=32 value_heads=32 | sequences=300 heads=1 value_heads=2 key_dim=16 value_dim=16"
 
 OPERATORS = {
     "chunk_gated_delta_rule": Operator(
-        _chunk_forms,
-        _chunk_unusual,
-        partial(_special, partial(_chunk)),
+        Sequences(),
+        f"{_SERVED} {{,layout=packed read_only}}",
         lambda call: exact.chunk_gated_delta_rule(*call.inputs.values()),
+        sizes=f"{_SIZES} | lengths=1,1,1 slots=0,1,2 pool=far heads=1 value_heads=1",
+        vast=f"tokens=8192 {_SERVED}",
+        unusual=f"""{_UNUSUAL} | slots=-1,2,-1 | slots=-1,-1,-1 | slots=3,3,3 read_only | pool={{ordered,view}} | pool=none
+        | pool=none tokens=66 rows=2 | states=bfloat16""",
+        special=_SPECIAL,
+        fewer=4,
         captured=False,
     ),
     "fused_recurrent_gated_delta_rule": Operator(
-        _recurrent_forms,
-        _recurrent_unusual,
-        partial(_special, partial(_recurrent)),
+        Sequences(recurrent=True),
+        _SERVED,
         lambda call: exact.fused_recurrent_gated_delta_rule(*call.inputs.values()),
+        sizes=_SIZES,
+        unusual=f"{_UNUSUAL} | lengths=5,0,66 | pool=none | no_last | no_beta",
+        special=_SPECIAL,
+        fewer=4,
         captured=False,
     ),
     "fused_recurrent_gated_delta_rule_packed_decode": Operator(
-        _decode_forms,
-        _decode_unusual,
-        _decode_special,
+        Decode(),
+        f"{_SERVED} {{,layout=packed padded}}",
         lambda call: exact.fused_recurrent_gated_delta_rule_packed_decode(*call.inputs.values()),
+        sizes=f"tokens=5 {_MODELS} | tokens=3 heads=32 value_heads=32 | tokens=3 slots=0,5,2 pool=far heads=1 value_heads=1",
+        # Kernels have a block for each head of each sequence.
+        many="tokens=4097 heads=1 value_heads=1 key_dim=16 value_dim=16 | tokens=2049 heads=8 value_heads=32 key_dim=8 value_dim=8",
+        unusual=f"""slots=-1,3,-1,0,-1 | slots=-1,-1 | {_HEADS} | {_DIMS} | index=int64 | layout=packed | pool=view | states=bfloat16
+        | constants=bfloat16 | no_norm | size={_NEAR_EPSILON} | tokens=70 {{,padded}} | tokens=0""",
+        # Gates beyond the range of exp; from where softplus is nearly its argument to where it is that though exp overflows.
+        special="""values={nan,zeros} | gates=300 | gates=20 rising forgetting=-3 | gates=150 rising forgetting=-6 | forgetting=60""",
+        fewer=16,
     ),
 }

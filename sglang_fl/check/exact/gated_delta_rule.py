@@ -9,8 +9,7 @@ their squares are added, and the sum is within ``CONFIDENCE`` times its root but
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -28,21 +27,23 @@ _CHUNK = 64
 
 @dataclass
 class _Rows:
-    """A sequence's state ``[HV, V, K]``, and for each row the square of its error ``[HV, V]``."""
+    """States ``[N, HV, V, K]`` of sequences, for each row the square of its error, and the sizes of what was summed in its chunk."""
 
     state: torch.Tensor
     squares: torch.Tensor
-    #: The sizes of the terms that were summed since the chunk began.
-    terms: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    terms: torch.Tensor
 
     @property
     def error(self) -> torch.Tensor:
-        return CONFIDENCE * self.squares.sqrt() + TINY
+        return (CONFIDENCE * self.squares.sqrt() + TINY).nan_to_num()
+
+    def at(self, index: slice | torch.Tensor) -> "_Rows":
+        return _Rows(self.state[index], self.squares[index], self.terms[index])
 
 
 @dataclass
-class _Token:
-    """A token's numbers in float64: ``q``, ``k`` ``[HV, K]``, ``v`` ``[HV, V]``, ``g``, ``beta`` ``[HV]``."""
+class _Tokens:
+    """Tokens in float64: ``q``, ``k`` ``[N, HV, K]``, ``v`` ``[N, HV, V]``, ``g``, ``beta`` ``[N, HV]``."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -50,8 +51,11 @@ class _Token:
     g: torch.Tensor
     beta: torch.Tensor
 
-    def step(self, rows: _Rows, unit: float, unit_beta: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the state on by this token; its ``o`` ``[HV, V]``, and how far an implementation's may be from it.
+    def at(self, index: torch.Tensor) -> "_Tokens":
+        return _Tokens(self.q[index], self.k[index], self.v[index], self.g[index], self.beta[index])
+
+    def step(self, rows: _Rows, unit: float, unit_beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take each state on by a token; their ``o`` ``[N, HV, V]``, and how far an implementation's may be from it.
 
         Args:
             unit: what one rounding costs.
@@ -72,50 +76,60 @@ class _Token:
         rows.squares = growth.square() * rows.squares + added.square()
         o = (rows.state * self.q.unsqueeze(-2)).sum(-1)
         size = torch.maximum(rows.state.norm(dim=-1), unit / max(unit, U32) * rows.terms)
-        return o, size_q * (rows.error + (unit + U32 * roundings) * size)
+        return o, size_q * (CONFIDENCE * rows.squares.sqrt() + TINY + (unit + U32 * roundings) * size)
 
 
 def _tokens(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, scale: float, use_qk_l2norm: bool
-) -> _Token:
-    """All tokens, heads repeated, in float64."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, scale: float | None, use_qk_l2norm: bool
+) -> _Tokens:
+    """All tokens, one after the other, heads repeated, in float64."""
     q, k = exactly(q), exactly(k)
     if use_qk_l2norm:
         q, k = (x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    q, k = (x.repeat_interleave(v.shape[-2] // x.shape[-2], -2) for x in (q * scale, k))
-    return _Token(q, k, exactly(v), exactly(g), exactly(beta))
+    q = q * (k.shape[-1] ** -0.5 if scale is None else scale)
+    q, k = (x.repeat_interleave(v.shape[-2] // x.shape[-2], -2) for x in (q, k))
+    q, k, v, g, beta = (x.flatten(0, -3) for x in (q, k, exactly(v), exactly(g).unsqueeze(-1), exactly(beta).unsqueeze(-1)))
+    return _Tokens(q, k, v, g.squeeze(-1), beta.squeeze(-1))
 
 
-def _sequences(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, slice]]:
-    if cu_seqlens is None:
-        return [(row, slice(0, q.shape[1])) for row in range(q.shape[0])]
-    ends = cu_seqlens.tolist()
-    return [(0, slice(start, end)) for start, end in pairwise(ends)]
+def _spans(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """``[N, 2]``: the first token of each sequence and how many it has."""
+    ends = range(0, q.shape[0] * q.shape[1] + 1, max(1, q.shape[1])) if cu_seqlens is None else cu_seqlens.tolist()
+    return torch.tensor([(start, end - start) for start, end in pairwise(ends)], dtype=torch.int64).view(-1, 2)
 
 
 @dataclass
 class _Result:
-    """What a run gives: values and errors of ``o``, of each sequence's last state, and of the states before chunks."""
+    """``o`` of each token and how far one may be from it, each sequence's last state, and the states before chunks."""
 
     out: torch.Tensor
     error: torch.Tensor
-    last: list[_Rows]
-    chunks: list[tuple[torch.Tensor, torch.Tensor]]
+    last: _Rows
+    chunks: _Rows
 
 
-def _run(all_tokens: _Token, sequences: list[tuple[int, slice]], states: Iterable[torch.Tensor], unit: float) -> _Result:
-    found = _Result(torch.zeros_like(all_tokens.v), torch.zeros_like(all_tokens.v), [], [])
-    for state, (row, span) in zip(states, sequences, strict=True):
-        rows = _Rows(state, torch.zeros(state.shape[:-1], dtype=torch.float64))
-        for token in range(span.start, span.stop):
-            if (token - span.start) % _CHUNK == 0:
-                found.chunks.append((rows.state, rows.error))
-                rows.terms = rows.state.norm(dim=-1)
-            at = row, token
-            one = _Token(*(x[at] for x in (all_tokens.q, all_tokens.k, all_tokens.v, all_tokens.g, all_tokens.beta)))
-            found.out[at], found.error[at] = one.step(rows, unit)
-        found.last.append(rows)
-    return found
+def _run(tokens: _Tokens, spans: torch.Tensor, states: torch.Tensor, unit: float, unit_beta: float = 0.0) -> _Result:
+    """All sequences at once, the longest first, so that those that have a token left are always the first."""
+    starts, lengths = spans.unbind(-1)
+    of_chunks = (lengths + _CHUNK - 1) // _CHUNK
+    first_chunk = of_chunks.cumsum(0) - of_chunks
+    order = lengths.argsort(descending=True)
+    state = states[order]
+    rows = _Rows(state, torch.zeros(state.shape[:-1], dtype=torch.float64), state.norm(dim=-1))
+    before = rows.at(torch.zeros(int(of_chunks.sum()), dtype=torch.int64)) if len(state) else rows
+    out, error = torch.zeros_like(tokens.v), torch.zeros_like(tokens.v)
+    for token in range(int(lengths.max()) if len(lengths) else 0):
+        running = order[: int((lengths > token).sum())]
+        now = rows.at(slice(0, len(running)))
+        if token % _CHUNK == 0:
+            now.terms = now.state.norm(dim=-1)
+            chunk = first_chunk[running] + token // _CHUNK
+            before.state[chunk], before.squares[chunk] = now.state, now.squares
+        at = starts[running] + token
+        out[at], error[at] = tokens.at(at).step(now, unit, unit_beta)
+        n = len(running)
+        rows.state[:n], rows.squares[:n], rows.terms[:n] = now.state, now.squares, now.terms
+    return _Result(out, error.nan_to_num(), rows.at(order.argsort()), before)
 
 
 def chunk_gated_delta_rule(
@@ -132,32 +146,37 @@ def chunk_gated_delta_rule(
     inplace_update: bool = True,
 ) -> tuple[Exact, ...]:
     """``o``, the states before chunks, and the pool if it is updated."""
-    sequences = _sequences(q, cu_seqlens)
-    pool = None if initial_state is None else exactly(initial_state)
-    slots = list(range(len(sequences))) if initial_state_indices is None else initial_state_indices.tolist()
-    zero = torch.zeros((v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float64)
-    states = [zero if pool is None or slot < 0 else pool[slot] for slot in slots]
-    tokens = _tokens(q, k, v, g, beta, k.shape[-1] ** -0.5 if scale is None else scale, use_qk_l2norm)
+    spans = _spans(q, cu_seqlens)
+    pool = q.new_zeros((1, v.shape[2], v.shape[3], k.shape[3])) if initial_state is None else initial_state
+    slots = torch.arange(len(spans)) if initial_state_indices is None else initial_state_indices.cpu().long()
+    states = exactly(pool)[slots.clamp(min=0) if initial_state is not None else torch.zeros_like(slots)]
+    states[slots < 0] = 0
     unit = _IN_CHUNK * u(q.dtype) if q.dtype != torch.float32 else 0.0
-    found = _run(tokens, sequences, states, unit)
-    values = torch.stack([value for value, _ in found.chunks]) if found.chunks else zero.new_zeros((0, *zero.shape))
-    errors = torch.stack([error for _, error in found.chunks]) if found.chunks else zero.new_zeros((0, *zero.shape[:-1]))
-    values, errors = values.view(q.shape[0], -1, *zero.shape), errors.view(q.shape[0], -1, *zero.shape[:-1])
+    found = _run(_tokens(q, k, v, g, beta, scale, use_qk_l2norm), spans, states, unit)
     results = [
-        Exact("o", found.out, found.out.abs(), 1, found.error.nan_to_num()),
-        Exact("the states before chunks", values, values.abs(), 1, errors.unsqueeze(-1).nan_to_num().expand_as(values)),
+        _output("o", found, v.shape),
+        _states("the states before chunks", found.chunks.state.unflatten(0, (q.shape[0], -1)), found.chunks.error, roundings=1),
     ]
-    if pool is not None and initial_state is not None and inplace_update:
-        results.append(_pool_after(pool, slots, found.last, initial_state.dtype))
+    if initial_state is not None and inplace_update:
+        results.append(_pool_after(initial_state, slots, found.last))
     return tuple(results)
 
 
-def _pool_after(pool: torch.Tensor, slots: list[int], last: list[_Rows], dtype: torch.dtype) -> Exact:
-    pool, errors = pool.clone(), torch.zeros_like(pool)
-    for slot, rows in zip(slots, last, strict=True):
-        if slot >= 0:
-            pool[slot], errors[slot] = rows.state, rows.error.unsqueeze(-1)
-    return Exact("the pool of states", pool, pool.abs(), 0, errors.nan_to_num(), dtype=dtype)
+def _output(name: str, found: _Result, shape: torch.Size) -> Exact:
+    return Exact(name, found.out.view(shape), found.out.view(shape).abs(), 1, found.error.view(shape))
+
+
+def _states(name: str, value: torch.Tensor, error: torch.Tensor, roundings: float, dtype: torch.dtype | None = None) -> Exact:
+    return Exact(
+        name, value, value.abs(), roundings, error.unsqueeze(-1).expand(-1, -1, -1, value.shape[-1]).reshape(value.shape), dtype=dtype
+    )
+
+
+def _pool_after(pool: torch.Tensor, slots: torch.Tensor, last: _Rows) -> Exact:
+    value = exactly(pool)
+    error = torch.zeros(value.shape[:-1], dtype=torch.float64)
+    value[slots[slots >= 0]], error[slots[slots >= 0]] = last.state[slots >= 0], last.error[slots >= 0]
+    return _states("the pool of states", value, error, roundings=0, dtype=pool.dtype)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -173,19 +192,14 @@ def fused_recurrent_gated_delta_rule(
     use_qk_l2norm: bool = False,
 ) -> tuple[Exact, ...]:
     """``o``, and the last states if they are wanted."""
-    sequences = _sequences(q, cu_seqlens)
-    zero = torch.zeros((len(sequences), v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float64)
-    states = zero if initial_state is None else exactly(initial_state)
-    tokens = _tokens(
-        q, k, v, g, torch.ones_like(g) if beta is None else beta, k.shape[-1] ** -0.5 if scale is None else scale, use_qk_l2norm
-    )
-    found = _run(tokens, sequences, states, 0.0)
-    out = Exact("o", found.out, found.out.abs(), 1, found.error.nan_to_num())
+    spans = _spans(q, cu_seqlens)
+    states = q.new_zeros((len(spans), v.shape[2], v.shape[3], k.shape[3])) if initial_state is None else initial_state
+    tokens = _tokens(q, k, v, g, torch.ones_like(g) if beta is None else beta, scale, use_qk_l2norm)
+    found = _run(tokens, spans, exactly(states), 0.0)
+    out = _output("o", found, v.shape)
     if not output_final_state:
         return (out,)
-    last = torch.stack([rows.state for rows in found.last]) if sequences else zero
-    errors = torch.stack([rows.error for rows in found.last]).unsqueeze(-1) if sequences else zero
-    return out, Exact("the last states", last, last.abs(), 1, errors.nan_to_num().expand_as(last), dtype=torch.float32)
+    return out, _states("the last states", found.last.state, found.last.error, roundings=1, dtype=torch.float32)
 
 
 def fused_recurrent_gated_delta_rule_packed_decode(
@@ -210,19 +224,10 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     x = exactly(a) + exactly(dt_bias)
     g = -exactly(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x))
     tokens = _tokens(q, k, v, g, exactly(b).sigmoid(), scale, use_qk_l2norm)
-    pool, slots = exactly(initial_state), ssm_state_indices.tolist()
     # b in fp32, rounded to its dtype or not; a rounding of b turns into |b| of its sigmoid at most.
     unit_beta = u(b.dtype) + U32 * float(b.abs().max()) if b.numel() else 0.0
-    last = []
-    value, error = torch.zeros(out.shape, dtype=torch.float64), torch.zeros(out.shape, dtype=torch.float64)
-    for row, slot in enumerate(slots):
-        state = pool[slot] if slot >= 0 else torch.zeros_like(pool[0])
-        rows = _Rows(state, torch.zeros(state.shape[:-1], dtype=torch.float64))
-        if slot >= 0:
-            one = _Token(tokens.q[row], tokens.k[row], tokens.v[row], tokens.g[row], tokens.beta[row])
-            value[row, 0], error[row, 0] = one.step(rows, 0.0, unit_beta)
-        last.append(rows)
-    return (
-        Exact("out", value, value.abs(), 1, error.nan_to_num()),
-        _pool_after(pool, slots, last, initial_state.dtype),
-    )
+    slots = ssm_state_indices.cpu().long()
+    real = (slots >= 0).nonzero()
+    spans = torch.cat((real, torch.ones_like(real)), -1)
+    found = _run(tokens, spans, exactly(initial_state)[slots[real[:, 0]]], 0.0, unit_beta)
+    return _output("out", found, out.shape), _pool_after(initial_state, slots[real[:, 0]], found.last)

@@ -31,6 +31,6 @@ def _rotated(name: str, x: torch.Tensor, c: torch.Tensor, s: torch.Tensor, inter
     value, terms = x.clone(), x.abs()
     for place, one, other in ((first, a * c, -b * s), (second, b * c, a * s)):
         value[..., place], terms[..., place] = one + other, one.abs() + other.abs()
-    # Cosines are at most 1: what flushing takes away is no more than the two smallest normal numbers.
-    lost = terms.clamp(max=2 * TINY)
+    # Cosines are at most 1, or 2 where a model scales them: what flushing takes away is no more than four of the smallest normal numbers.
+    lost = terms.clamp(max=4 * TINY)
     return Exact(name, value, terms, 4, lost, passed_on=2 * half)

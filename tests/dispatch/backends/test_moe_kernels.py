@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch_npu_stand_in import torch_npu
 
 from sglang_fl.check.cases.call import Draw
-from sglang_fl.check.cases.moe import _Experts
+from sglang_fl.check.cases.moe import ExpertsForm
 from sglang_fl.dispatch.backends.flaggems import flaggems as flaggems_backend
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe as reference
@@ -29,9 +29,9 @@ __all__ = ["gems"]
 
 WHEEL = Path(__file__).resolve().parents[3] / ".venv" / "torch_npu"
 #: Cases of routing that no kernel here takes, and those that FlagGems does not take beside them.
-BY_BEST = {"groups by their best, softmax", "groups by their best, sigmoid"}
-WITHOUT_BIAS = {"sigmoid"}
-NOT_A_POWER_OF_TWO = {"sigmoid, 6 of 60 experts"}
+BY_BEST = {"experts=160 top_k=6 groups=8 topk_group=3 factor=16 as_they_are", "experts=160 top_k=6 groups=8 topk_group=3 scoring=sigmoid"}
+WITHOUT_BIAS = {"scoring=sigmoid"}
+NOT_A_POWER_OF_TWO = {"scoring=sigmoid bias=float32 experts=60 top_k=6"}
 
 
 def moe_fused_gate(
@@ -221,8 +221,8 @@ def test_routing_beyond_flaggems_limits(flagos: Functions, routing: Routing, exp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flagos_experts(flagos: Functions, dtype: torch.dtype) -> None:
-    activations = {f"{name}, gated" for name in ("gelu", "gelu_tanh", "relu2")}
-    ungated = {f"{name}, not gated" for name in ("silu", "gelu", "gelu_tanh", "relu2")}
+    activations = {f"activation={name}" for name in ("gelu", "gelu_tanh", "relu2")}
+    ungated = {f"activation={name} not_gated" for name in ("silu", "gelu", "gelu_tanh", "relu2")}
     assert refused("fused_moe", flagos.fused_moe, dtype).keys() == activations | ungated
 
 
@@ -230,11 +230,11 @@ def test_flagos_experts(flagos: Functions, dtype: torch.dtype) -> None:
 def test_batches_of_few_routes_are_not_sorted(flagos: Functions, tokens: int) -> None:
     from moe_accuracy import check
 
-    check("fused_moe", flagos.fused_moe, _Experts(tokens=tokens, experts=32, elsewhere=0.4), torch.bfloat16)
+    check("fused_moe", flagos.fused_moe, ExpertsForm(tokens=tokens, experts=32, elsewhere=0.4), torch.bfloat16)
 
 
 def test_flagos_takes_no_fp32(flagos: Functions) -> None:
-    call = _Experts()(Draw(torch.Generator().manual_seed(0), torch.float32, torch.device("cpu")))
+    call = ExpertsForm()(Draw(torch.Generator().manual_seed(0), torch.float32, torch.device("cpu")))
     arguments, _ = call.arguments()
     with pytest.raises(TypeError, match="TF32"):
         flagos.fused_moe(*arguments)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_accuracy import check
 
-from sglang_fl.check.cases.moe import _Experts, _Routing
+from sglang_fl.check.cases.moe import ExpertsForm, RoutingForm
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe
 
@@ -19,54 +19,55 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 @st.composite
-def routings(draw: st.DrawFn) -> _Routing:
+def routings(draw: st.DrawFn) -> RoutingForm:
     groups, per_group = draw(st.sampled_from([(1, 16), (4, 8), (8, 4), (3, 7)]))
     kept = draw(st.integers(1, groups))
     tokens, biased = draw(st.integers(0, 12)), draw(st.booleans())
     grouped = groups > 1 or draw(st.booleans())
     scoring = draw(st.sampled_from(["softmax", "sigmoid"])) if grouped or not biased else "sigmoid"
-    return _Routing(
+    return RoutingForm(
         tokens=tokens,
         experts=groups * per_group,
         top_k=draw(st.integers(1, kept * per_group)),
         scoring=scoring,
-        renormalize=draw(st.booleans()),
-        bias=draw(st.sampled_from([torch.float32, torch.bfloat16])) if biased else None,
-        groups=(groups, kept) if grouped else None,
+        as_they_are=draw(st.booleans()),
+        bias=draw(st.sampled_from(["float32", "bfloat16"])) if biased else "",
+        groups=groups if grouped else 0,
+        topk_group=kept if grouped else 0,
         shared=draw(st.booleans()),
-        factor=draw(st.sampled_from([None, 1.0, 2.5])),
+        factor=draw(st.sampled_from([0.0, 1.0, 2.5])),
         on_output=draw(st.booleans()),
-        shared_factor=draw(st.sampled_from([None, 0.5])),
-        real=draw(st.none() | st.integers(0, tokens)),
+        shared_factor=draw(st.sampled_from([0.0, 0.5])),
+        real=draw(st.integers(-1, tokens)),
     )
 
 
 @settings(max_examples=60)
 @given(routings(), DTYPES, st.integers(0, 2**31))
-def test_topk(form: _Routing, dtype: torch.dtype, seed: int) -> None:
+def test_topk(form: RoutingForm, dtype: torch.dtype, seed: int) -> None:
     check("topk", reference.topk, form, dtype, seed=seed)
 
 
 @settings(max_examples=25)
 @given(
     st.builds(
-        _Experts,
+        ExpertsForm,
         tokens=st.integers(0, 12),
         hidden=st.sampled_from([8, 33, 64]),
         size=st.sampled_from([1, 16, 40]),
         experts=st.integers(4, 9),
         top_k=st.integers(1, 4),
         activation=st.sampled_from(["silu", "gelu", "gelu_tanh", "relu2"]),
-        is_gated=st.booleans(),
+        not_gated=st.booleans(),
         bias=st.booleans(),
         elsewhere=st.sampled_from([0.0, 0.5, 1.0]),
-        ids_dtype=st.sampled_from([torch.int32, torch.int64]),
+        ids=st.sampled_from(["int32", "int64"]),
     ),
     DTYPES,
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_fused_moe(form: _Experts, dtype: torch.dtype, asked: bool, seed: int) -> None:
+def test_fused_moe(form: ExpertsForm, dtype: torch.dtype, asked: bool, seed: int) -> None:
     """By the way of a CPU, and by that of devices which may be capturing a graph."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moe, "can_be_asked", lambda device: asked)
