@@ -24,6 +24,9 @@ that serving also calls outside graphs must keep to 2. on the host as well. What
 to be right, and stays out. And
   5. serving calls it in at least one forward pass of ten (counted by the calls of ``embedding``): FlagGems costs
      its import at start-up, and a kernel its compilation at the first call, which a rare gain does not repay.
+``triton_faster`` lists the operators whose Triton kernel of this package goes before FlagGems's where FlagOS is preferred: it is right
+at every shape, nowhere slower than FlagGems's by more than 2 %, and faster by 2 % in the median, in every sitting that measured both:
+``triton-<gpu>.json`` (of ``ops.py``), on any GPU of the platform.
 An ATen function that was wrong (also: in a graph that serving captured), or ended the process, is in ``flagos_broken``: it
 stays with PyTorch too where a user prefers FlagOS for everything. A name leaves that list only by results that show it right.
 """
@@ -68,7 +71,7 @@ _MORE = frozenset({"SGLANG_FL_PREFER", "SGLANG_FL_FLAGOS_WHITELIST", "SGLANG_FL_
 _ENDED = "it ended its process"
 #: And of one whose graph gave other results than the call.
 _REPLAYED = "replayed with new data"
-_FAMILIES = ("flagos", "vendor")
+_FAMILIES = ("flagos", "triton", "vendor")
 #: The name of a further sitting's file ends so.
 _FURTHER = re.compile(r"\.[0-9]+\.json$")
 _WIDTH = 110
@@ -210,6 +213,33 @@ def order_of(op: str, rows: Sequence[Row], runs: Sequence[Row]) -> tuple[list[st
     return [kind if alone else f"impl:{best}", "sglang"], verdicts
 
 
+def judge_triton(op: str, rows: Sequence[Row]) -> Verdict | None:
+    """This package's Triton kernel of an operator against FlagGems's; None where they were not both measured."""
+    by_kind: dict[str, dict[Any, Row]] = {
+        kind: {(row.get("variant"), row["hidden"], row["tokens"]): row for row in rows if (row["op"], row["kind"]) == (op, kind)}
+        for kind in ("triton", "flagos")
+    }
+    ours, theirs = by_kind["triton"], by_kind["flagos"]
+    if not ours or not theirs:
+        return None
+    failed = next((row for row in ours.values() if not row.get("ratio")), None)
+    if failed is not None:
+        return Verdict(op, False, f"failed at {_shape(failed)}: {failed.get('error')}")
+    if len(ours) < max(len(theirs), LEAST_SHAPES):
+        return Verdict(op, False, f"timed at {len(ours)} of {max(len(theirs), LEAST_SHAPES)} shapes only")
+    ratios = {shape: ours[shape]["ratio"][0] / row["ratio"][0] for shape, row in theirs.items() if shape in ours and row.get("ratio")}
+    if not ratios:
+        return Verdict(op, True, "FlagGems's failed at every shape")
+    worst = max(ratios, key=lambda shape: ratios[shape])
+    if ratios[worst] > MAX_RATIO:
+        return Verdict(op, False, f"{_times(ratios[worst])} times FlagGems's time at {_shape(ours[worst])}")
+    median = statistics.median(ratios.values())
+    figures = f"{median:.3f} times FlagGems's time in the median ({_times(min(ratios.values()))} to {_times(ratios[worst])})"
+    own = [row["ratio"][0] for row in ours.values()]
+    figures += f", {_times(statistics.median(own))} times SGLang's ({_times(min(own))} to {_times(max(own))})"
+    return Verdict(op, median <= MAX_MEDIAN, figures, median)
+
+
 # Layer 1
 
 
@@ -296,8 +326,27 @@ def _paragraph(text: str) -> Iterator[str]:
     yield from textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
-def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row], gpu: str) -> str:
-    """The profile's text, from what :func:`read_ops`, :func:`result_file.read` and :func:`read_served` gave.
+def _triton_faster(sittings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines about this package's Triton kernels; none where none was measured. An operator must be faster in each sitting."""
+    if not sittings:
+        return
+    where = "; ".join(f"{result['machine']['gpu']} on {result['date']}: {name}" for name, result in sorted(sittings.items()))
+    yield ""
+    yield from _paragraph(f"Where FlagOS is preferred, this package's Triton kernels go before FlagGems's for these operators ({where}).")
+    faster = []
+    for op in sorted(OPERATORS):
+        verdicts = [verdict for _, result in sorted(sittings.items()) if (verdict := judge_triton(op, result["rows"])) is not None]
+        for verdict in verdicts:
+            yield from _comment(f"{op}: {verdict.reason}")
+        if verdicts and all(verdict.accepted for verdict in verdicts):
+            faster.append(op)
+    yield from _list("triton_faster", faster)
+
+
+def profile(
+    ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row], gpu: str, triton: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """The profile's text, from what :func:`read_ops`, :func:`read_aten`, :func:`read_served` and :func:`read_triton` gave.
 
     Raises:
         ValueError: the two results are not of the same GPU and versions, or the forward passes were not counted.
@@ -332,6 +381,7 @@ def profile(ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row]
         for verdict in verdicts:
             lines += _comment(f"{verdict.name}: {verdict.reason}", "  ")
         lines.append(f"  {op}: [{', '.join(order)}]")
+    lines += _triton_faster(triton or {})
     verdicts = judge_functions(aten["rows"])
     lines += [
         "",
@@ -420,6 +470,19 @@ def _check_operators(path: Path, rows: Sequence[Row]) -> None:
         seen.add(what)
 
 
+def read_triton(results: Path) -> dict[str, dict[str, Any]]:
+    """The sittings in which this package's Triton kernels were measured beside FlagGems's, by file name.
+
+    Raises:
+        ValueError: a file is not as ops.py writes it.
+    """
+    found = {path.name: result_file.read(path) for path in sorted(results.glob("triton-*.json"))}
+    for name, result in found.items():
+        schemas.check(name, result, schemas.Ops)
+        _check_operators(results / name, result["rows"])
+    return found
+
+
 def read_aten(results: Path, gpu: str) -> dict[str, Any]:
     """The results of ``aten.py measure``. Raises ValueError if they are none."""
     path = results / f"aten-{gpu}.json"
@@ -494,7 +557,7 @@ def main() -> None:
         gpu = find_gpu(args.results, args.gpu)
         ops, aten = read_ops(args.results, gpu), read_aten(args.results, gpu)
         check_broken(args.profile, aten["rows"])
-        text = profile(ops, aten, read_served(args.results, ops, gpu), gpu)
+        text = profile(ops, aten, read_served(args.results, ops, gpu), gpu, read_triton(args.results))
     except (OSError, ValueError) as error:
         sys.exit(f"make_profile: {error}")
     if not args.check:

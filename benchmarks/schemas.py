@@ -19,7 +19,7 @@ class Gpu(msgspec.Struct):
 class OpRow(msgspec.Struct):
     op: str
     impl: str
-    kind: Literal["sglang", "flagos", "vendor", "reference"]
+    kind: Literal["sglang", "flagos", "triton", "vendor", "reference"]
     hidden: int
     tokens: int
     variant: str | None = None

@@ -12,6 +12,7 @@ from .dispatch.bridge.binder import Binder
 from .dispatch.bridge.report import BindReport
 from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
+from .fingerprint.announce import announce
 from .startup import settings_in_worker
 
 logger = logging.getLogger("sglang_fl")
@@ -42,6 +43,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     captures_graphs = _captures_graphs(execution)
     operators = replace_operators(settings, device, deterministic=deterministic, captures_graphs=captures_graphs)
     logger.log(level, operators.summary())
+    announce(type(model).__name__, settings, device, report, operators, level)
     return report
 
 

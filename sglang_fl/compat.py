@@ -95,6 +95,8 @@ GRAPHS: Shapes = {
         "self shape_key forward_fn capture_inputs post_warmup_hook"
     ),
 }
+#: What the server's metric relies on; checked when a model was bound.
+METRICS: Shapes = {"sglang.srt.runtime_context:get_observability": ""}
 #: What the bridges of the gated delta rule rely on; checked where a model has such layers.
 GATED_DELTA_RULE: Shapes = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
@@ -166,6 +168,12 @@ def gated_delta_rule_problems() -> tuple[str, ...]:
 def graph_problems() -> tuple[str, ...]:
     """What differs in SGLang from what the hooks around the capture of graphs rely on."""
     return tuple(_differences(GRAPHS))
+
+
+@cache
+def metrics_problems() -> tuple[str, ...]:
+    """What differs in SGLang from what the server's metric relies on."""
+    return tuple(_differences(METRICS))
 
 
 def group_problems() -> tuple[str, ...]:

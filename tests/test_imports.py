@@ -25,7 +25,7 @@ LAYERS = (
     ("sglang_fl.compat",),
     ("sglang_fl.dispatch.bridge",),
     ("sglang_fl.aten", "sglang_fl.distributed"),
-    ("sglang_fl.startup",),
+    ("sglang_fl.startup", "sglang_fl.fingerprint"),
     ("sglang_fl.bind",),
     ("sglang_fl.platform",),
     ("sglang_fl.check",),

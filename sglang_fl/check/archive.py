@@ -5,9 +5,11 @@ import io
 import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..dispatch.types import LazyFunction, OpImpl
 from .cases import OPERATORS_CHECKED, Call, Case
@@ -33,19 +35,21 @@ MODULE, FUNCTION, DEVICE = "{module}", "{function}", "{device}"
 def placed(x):
     if isinstance(x, dict) and "storage" in x:
         return x["storage"].to(DEVICE).as_strided(x["size"], x["stride"], x["offset"])
+    if isinstance(x, dict) and "attributes" in x:
+        return types.SimpleNamespace(**{{name: placed(value) for name, value in x["attributes"].items()}})
     return x
 
 
 data = torch.load(pathlib.Path(__file__).with_name("inputs.pt"), weights_only=True)
-layer = [types.SimpleNamespace(**{{name: placed(x) for name, x in data["layer"].items()}})] if data["takes_layer"] else []
-inputs = {{name: placed(x) for name, x in data["inputs"].items()}}
-result = getattr(importlib.import_module(MODULE), FUNCTION)(*layer, *inputs.values())
+arguments = [placed(x) for x in data["arguments"]]
+named = {{name: placed(x) for name, x in data["named"].items()}}
+result = getattr(importlib.import_module(MODULE), FUNCTION)(*arguments, **named)
 results = [x for x in result if x is not None] if isinstance(result, (tuple, list)) else [result]
-results += [inputs[name] for name in data["updated"]]
+results += [arguments[place] for place in data["updated"]]
 for name, exact, bound in data["exact"]:
     error = (results.pop(0).cpu().double() - exact).abs()
     wrong = ~(error <= bound) & exact.isfinite()
-    largest = float(error.nan_to_num().max())
+    largest = float(error.nan_to_num().max()) if error.numel() else 0.0
     print(f"{{name}}: {{int(wrong.sum())}} of {{wrong.numel()}} are out of bounds; the largest error is {{largest:.4g}}")
 '''
 
@@ -71,18 +75,19 @@ def write_archive(directory: Path, impl: OpImpl, case: Case, seed: int, device: 
 def _as_data(call: Call, case: Case) -> dict[str, Any]:
     """What ``torch.load`` takes with ``weights_only``; strides are kept."""
     expected = OPERATORS_CHECKED[case.op].exact(call)
-    layer = {name: value for name, value in vars(call.layer).items() if not name.startswith("_") and name != "training"}
-    layer |= {**dict.fromkeys(("weight", "bias")), **{name: x.data for name, x in call.layer.named_parameters()}}
+    arguments, named = call.arguments()
     return {
-        "layer": {name: _kept(value) for name, value in layer.items()},
-        "takes_layer": call.takes_layer,
-        "inputs": {name: _kept(value) for name, value in call.inputs.items()},
-        "updated": list(call.updated),
+        "arguments": [_kept(x) for x in arguments],
+        "named": {name: _kept(x) for name, x in named.items()},
+        "updated": [place for name in call.updated for place, x in enumerate(arguments) if x is call.inputs[name]],
         "exact": [(one.name, one.value, one.bound(one.dtype or getattr(torch, case.dtype))) for one in expected if isinstance(one, Exact)],
     }
 
 
 def _kept(value: Any) -> Any:
+    if isinstance(value, (SimpleNamespace, nn.Module)):
+        held = {**vars(value), **(value._parameters if isinstance(value, nn.Module) else {})}
+        return {"attributes": {name: _kept(one) for name, one in held.items() if not name.startswith("_")}}
     if not isinstance(value, torch.Tensor):
         return value
     size = value.untyped_storage().nbytes() // value.element_size()

@@ -15,7 +15,8 @@ from .record import reports_in
 from .results import Report, Row
 
 #: What is said of an implementation without a result.
-NEVER = "never checked on this machine"
+NEVER = "never checked"
+Certificates = Mapping[tuple[str, str], str]
 
 
 def directory() -> Path:
@@ -23,7 +24,7 @@ def directory() -> Path:
     return Path(platformdirs.user_data_dir("sglang-fl")) / "checks"
 
 
-def certificates(vendor: str, implementations: Iterable[OpImpl]) -> Mapping[tuple[str, str], str]:
+def certificates(vendor: str, implementations: Iterable[OpImpl]) -> Certificates:
     """What the newest result of each implementation says, in words, by operator and implementation; of this vendor's chips."""
     known = {(impl.op_name, impl.impl_id): impl for impl in implementations}
     found = {}

@@ -38,12 +38,13 @@ def _place(error: float | None, bound: float | None) -> float | None:
 
 
 def _strips(cases: list[CaseResult]) -> list[Strip]:
+    """Those of a dtype together."""
     strips = []
-    for (dtype, impl), group in grouped((case for case in cases if case.used >= 0), lambda case: (case.dtype, case.impl)).items():
+    for (impl, dtype), group in grouped((case for case in cases if case.used >= 0), lambda case: (case.impl, case.dtype)).items():
         worst = max(group, key=lambda case: case.used)
         dots = sorted({place for case in group if (place := _place(case.error_ulp, case.bound_ulp)) is not None})
         strips.append(Strip(impl, dtype, worst, dots, _place(worst.reference_ulp, worst.bound_ulp)))
-    return strips
+    return [strip for group in grouped(strips, lambda strip: strip.dtype).values() for strip in group]
 
 
 def _speed(cases: list[CaseResult]) -> Mapping[str, list[CaseResult]]:
@@ -59,12 +60,15 @@ def as_html(report: Report) -> str:
     rows = grouped(report.rows(), lambda row: row.op)
     operators: list[dict[str, Any]] = []
     for op, cases in grouped(report.cases, lambda case: case.op).items():
-        checks = grouped(cases, lambda case: (case.impl, case.check, case.dtype))
-        operators.append({"name": op, "rows": rows[op], "strips": _strips(cases), "speed": _speed(cases), "checks": checks})
+        checks = grouped(cases, lambda case: (case.impl, case.check))
+        dtypes = list(grouped(cases, lambda case: case.dtype))
+        operators.append(
+            {"name": op, "rows": rows[op], "strips": _strips(cases), "speed": _speed(cases), "checks": checks, "dtypes": dtypes}
+        )
     return environment.get_template("page.html").render(
         report=report,
         headline=verdict(report).partition("\n")[0].removeprefix(f"{report.verdict}: "),
-        failures=list(report.notes(*FAILURES)),
+        failures=grouped(report.notes(*FAILURES), lambda note: (note[0].op, note[0].impl)),
         others=list(report.notes(REFUSED, SKIPPED)),
         operators=operators,
         failing_statuses=FAILURES,

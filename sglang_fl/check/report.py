@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .constants import FAILURES, REFUSED
-from .results import FAILED, CaseResult, Report, Row
+from .results import FAILED, CaseResult, Report, Row, grouped
 
 _COLUMNS = ("operator", "implementation", "cases", "error", "bound", "reference", "time", "compiling", "result")
 _LEGEND = (
@@ -58,8 +58,10 @@ def print_report(report: Report, console: Console) -> None:
         console.print(missing)
     for case, more in report.notes(REFUSED):
         console.print(f"refused: {note(case, more)}", style="yellow", soft_wrap=True)
-    for case, more in report.notes(*FAILURES):
-        console.print(f"{FAILED}: {note(case, more)}", style="red", soft_wrap=True)
+    for notes in grouped(report.notes(*FAILURES), lambda note: (note[0].op, note[0].impl)).values():
+        case, more = notes[0]
+        kinds = f"; and other kinds: {', '.join(f'{case.check} {case.dtype}' for case, _ in notes[1:])}" if notes[1:] else ""
+        console.print(f"{FAILED}: {note(case, more)}{kinds}", style="red", soft_wrap=True)
         console.print(f"  again: {report.repeat(case)}", soft_wrap=True)
         if case.archive:
             console.print(f"  inputs: {case.archive}", soft_wrap=True)

@@ -137,19 +137,26 @@ class Report:
         groups = grouped(self.cases, lambda case: (case.op, case.impl))
         return [_row(target, groups.get((target.op, target.impl), [])) for target in self.targets if target.cases]
 
-    def problems(self) -> list[str]:
-        """Why the check did not pass, a sentence each; empty if it passed or may still do so."""
+    def failed_kinds(self) -> list[str]:
+        """A sentence for each kind of check of an implementation in which cases failed."""
         found = []
         for (op, impl, check, dtype), cases in grouped(self.cases, lambda case: (case.op, case.impl, case.check, case.dtype)).items():
             row = _row(Target(op, impl, len(cases)), cases)
             if row.failed:
                 found.append(f"{op} {impl}: {check} in {dtype}: {row.result}")
-        if not self.not_reached:
-            found += self._always_refused()
+        return found
+
+    def other_problems(self) -> list[str]:
+        """What keeps the check from passing beside cases that failed."""
+        found = [] if self.not_reached else list(self._always_refused())
         asked_for = (target for target in self.not_available if target.named)
         found += [f"{target.op} {target.impl}: it was asked for, and not checked: {target.why}" for target in asked_for]
         whys = list(dict.fromkeys(str(target.why) for target in self.not_available)) or ["no implementation is available"]
         return found or ([] if self.rows() else [f"nothing was checked: {why}" for why in whys])
+
+    def problems(self) -> list[str]:
+        """Why the check did not pass, a sentence each; empty if it passed or may still do so."""
+        return self.failed_kinds() + self.other_problems()
 
     def _always_refused(self) -> Iterator[str]:
         """Implementations, and dtypes that one is declared for, which refuse whatever they are called with."""

@@ -12,12 +12,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..check.certificates import NEVER, Certificates, certificates
 from ..config import Settings
 from ..device import Device, detect, probe
+from ..dispatch.backends.flaggems.library import why_not_here
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
+from ..fingerprint import compare, read, setting_facts, versions
+from ..fingerprint.compare import ABSENT
 from ..startup import check_settings
+from ..startup.words import flaggems_functions
 from .model_layers import LayerRow, model_layers
 
 #: The least width of a column of names. Most are shorter, and the longest would take half of a terminal.
@@ -28,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="show the layers of the model whose config.json is in DIR")
     parser.add_argument("--deep", action="store_true", help="import PyTorch and ask it for the device, as a server does")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--diff",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="show what two hosts do differently; each is a file with the output of --json, or a server's log",
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,11 @@ class OpRow:
     implementations: list[dict[str, Any]]
     cannot_run: bool
 
+    @property
+    def certificate(self) -> str:
+        """What the implementation that is selected was last found to be; empty if none is."""
+        return next((impl["certificate"] for impl in self.implementations if self.picked.endswith(f"({impl['impl']})")), "")
+
     def summary(self) -> str:
         """``picked``, and the classes that stay with SGLang where others do not."""
         if len(self.left) == len(classes_of(self.op)):
@@ -62,10 +79,12 @@ def operator_rows(manager: OpManager, settings: Settings, device: Device) -> lis
     """A row for each operator, under these settings and on this device."""
     manager.use(settings, device)
     policy = SelectionPolicy.from_settings(settings)
-    return [_row(manager, settings, device, policy, op) for op in manager.registry.list_operators()]
+    operators = manager.registry.list_operators()
+    checked = certificates(device.vendor, (impl for op in operators for impl in manager.registry.get_implementations(op)))
+    return [_row(manager, settings, device, policy, op, checked) for op in operators]
 
 
-def _row(manager: OpManager, settings: Settings, device: Device, policy: SelectionPolicy, op: str) -> OpRow:
+def _row(manager: OpManager, settings: Settings, device: Device, policy: SelectionPolicy, op: str, checked: Certificates) -> OpRow:
     plan = manager.plan(op, policy)
     ordered = list(plan.candidates)
     rest = sorted((i for i in manager.registry.get_implementations(op) if i not in ordered), key=lambda i: i.impl_id)
@@ -75,7 +94,7 @@ def _row(manager: OpManager, settings: Settings, device: Device, policy: Selecti
         unavailable = impl.why_unavailable(settings, device)
         why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
         row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
-        implementations.append(row)
+        implementations.append({**row, "certificate": checked.get((op, impl.impl_id), NEVER)})
     stays = {name: settings.exclusion_reason(names_in_lists(name, op)) for name in classes_of(op)}
     left = {name: reason for name, reason in stays.items() if reason is not None}
     cannot_run = not plan.candidates and not plan.to_sglang and len(left) < len(classes_of(op))
@@ -93,13 +112,15 @@ def _picked(plan: Plan, left: dict[str, str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.diff:
+        return _diff(*args.diff, as_json=args.json)
     device = detect() if args.deep else probe()
     manager = get_default_manager()
     settings = check_settings(os.environ, device, manager)
     rows = operator_rows(manager, settings, device)
     layers = model_layers(args.model, {row.op: row.picked for row in rows}, settings) if args.model else None
     if args.json:
-        data: dict[str, Any] = {"device": device.vendor, "evidence": device.evidence, "operators": [asdict(row) for row in rows]}
+        data = {**_facts(settings, device), "operators": [asdict(row) for row in rows]}
         if layers is not None:
             data["layers"] = [asdict(layer) for layer in layers]
         print(json.dumps(data, indent=2, ensure_ascii=False))
@@ -121,6 +142,45 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _facts(settings: Settings, device: Device) -> dict[str, Any]:
+    """What is known of this machine without a model, as a server says it of itself."""
+    return {
+        "device": device.vendor,
+        "evidence": device.evidence,
+        "profile": settings.platform,
+        "versions": versions(),
+        "settings": setting_facts(settings),
+        "aten_functions": used_functions(settings, device),
+        "aten_scope": settings.flagos_scope,
+        "left_out": {},
+    }
+
+
+def used_functions(settings: Settings, device: Device) -> list[str]:
+    """The FlagGems functions that replace ATen operators under these settings, where they can."""
+    if not settings.use_flaggems or why_not_here(device) is not None:
+        return []
+    return sorted(function for function in flaggems_functions() or () if settings.flagos_exclusion_reason(function) is None)
+
+
+def _diff(a: Path, b: Path, *, as_json: bool) -> int:
+    """Exit code 1 if the two differ."""
+    differences = compare(read(a), read(b))
+    if as_json:
+        print(json.dumps({"a": str(a), "b": str(b), "differences": [asdict(found) for found in differences]}, indent=2, ensure_ascii=False))
+        return int(bool(differences))
+    console = Console(markup=False, emoji=False)
+    if not differences:
+        console.print(f"{a} and {b} do the same.", soft_wrap=True)
+        return 0
+    table = _table(f"Differences: {len(differences)}", "what", str(a), str(b))
+    for found in differences:
+        absent = ABSENT[found.what]
+        table.add_row(f"{found.what} {found.name}", absent if found.a is None else found.a, absent if found.b is None else found.b)
+    console.print(table)
+    return 1
+
+
 def _table(title: str, name: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(name, min_width=_NAME_WIDTH, overflow="fold")
@@ -140,7 +200,7 @@ def _operator_table(rows: Sequence[OpRow], title: str) -> Table:
 
 def _availability(impl: dict[str, Any]) -> str:
     if impl["available"]:
-        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "")
+        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "") + f"; {impl['certificate']}"
     return f"{impl['impl']}: not available: {impl['why']}"
 
 

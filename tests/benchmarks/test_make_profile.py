@@ -278,6 +278,28 @@ def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path, monkeypatch: py
     assert settings.flagos_functions == ("abs", "cos")
 
 
+@pytest.mark.parametrize(
+    ("flagos", "triton", "faster"),
+    [
+        ([SLOWER, EVEN], [EVEN, EVEN], ["rms_norm"]),
+        ([SLOWER, FASTER], [EVEN, EVEN], []),
+        ([EVEN, EVEN], [EVEN, EVEN], []),
+        ([SLOWER, SLOWER], [EVEN, "RuntimeError: no"], []),
+        ([SLOWER, SLOWER], [EVEN], []),
+        (["RuntimeError: no", SLOWER], [EVEN, EVEN], ["rms_norm"]),
+    ],
+)
+def test_our_triton_kernels_go_before_flaggems_where_they_are_faster(
+    flagos: list[Any], triton: list[Any], faster: list[str], tmp_path: Path
+) -> None:
+    rows = op_rows("rms_norm", {FLAGOS: flagos, ("triton.sglang_fl", "triton"): triton})
+    ops, aten, runs = read(results(tmp_path))
+    result_file.write(tmp_path / "triton-made-up.json", HEAD | {"dtype": "bfloat16"}, rows)
+    text = profile(ops, aten, runs, "made-up", make_profile.read_triton(tmp_path))
+    assert yaml.safe_load(text)["triton_faster"] == faster
+    assert "Made-up GPU on 2026-01-02: triton-made-up.json" in " ".join(text.replace("\n# ", " ").split())
+
+
 def test_no_function_is_an_empty_list(tmp_path: Path) -> None:
     ops, aten, runs = read(results(tmp_path))
     text = profile(ops, aten | {"rows": []}, runs, "made-up")

@@ -193,18 +193,50 @@ def test_interrupting_it_keeps_what_was_found(backend: Callable[..., str], tmp_p
     assert {case["status"] for case in report["cases"]} == {"ok"}
 
 
-def test_interrupting_it_ends_the_worker(backend: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_is_left(sent: signal.Signals, backend: Callable[..., str], tmp_path: Path) -> None:
     called = tmp_path / "called"
     name = backend(f"def rms_norm(obj, x, residual=None):\n    open({str(called)!r}, 'w').close()\n    import time; time.sleep(1000)")
-    process = _checking(name, tmp_path)
+    process = _checking(name, tmp_path, "--jobs", "1")
     _wait_for(called, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, told = process.communicate(timeout=30)
-    assert process.returncode == 130 and "sglang-fl: interrupted" in told and "Traceback" not in told
+    if sent is signal.SIGINT:
+        assert process.returncode == 130 and "sglang-fl: interrupted" in told and "Traceback" not in told
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert alive == []
+
+
+def test_a_run_in_slices(jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The budget ends the first; the second has the options of the first, the third only shows what was found."""
+    file = tmp_path / "run.jsonl"
+    command = ["check", "--resume", str(file), "--budget", "9m", "--json"]
+    add = Record.add
+    monkeypatch.setattr(Record, "add", lambda *arguments: None)
+    assert main([*command, "--op", "rms_norm", "--impl", "reference.torch", "--quick", "--seed", "4"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["ok"], found["not_reached"], found["cases"]) == ("INCOMPLETE", False, 1, [])
+    monkeypatch.setattr(Record, "add", add)
+    assert main(command) == 0
+    assert jobs[0] == jobs[1] and jobs[1].budget == 540.0
+    assert main(command) == 0 and len(jobs) == 2
+    capsys.readouterr()
+    assert main([*command, "--seed", "5"]) == 2
+    assert "--resume: the run was begun otherwise (seed was 4 then, and is 5 now); give another file" in capsys.readouterr().err
+
+
+def test_the_result_is_kept_where_doctor_and_ops_look(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["check", "--op", "rms_norm", "--impl", "reference.torch"]
+    assert main([*command, "--resume", str(tmp_path / "run.jsonl"), "--out"]) == 0
+    (kept,) = (tmp_path / "data/sglang-fl/checks").iterdir()
+    assert kept.read_bytes() == (tmp_path / "run.jsonl").read_bytes()
+    assert f"the result is in {kept}" in capsys.readouterr().err
+    assert main(["ops"]) == 0
+    assert "reference.torch: available; certified on 2026-01-02, on cpu" in capsys.readouterr().out
+    assert main([*command, "--out", str(kept)]) == 2
+    assert f"--out: {kept} exists; --resume {kept} goes on with it" in capsys.readouterr().err
 
 
 def _checking(module: str, directory: Path, *words: str) -> subprocess.Popen[str]:

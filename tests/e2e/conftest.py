@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_fl.cli.demo_model import QUESTION, RECITAL, demo_model
 from sglang_fl.dispatch.logger_manager import read_dispatch_log
@@ -87,6 +88,15 @@ class Running:
         (trace,) = directory.glob("python*.trace.json.gz")
         with gzip.open(trace) as file:
             return {event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "python_function"}
+
+    def info(self) -> list[dict[str, str]]:
+        """The labels of sglang-fl's metric, of each sample in the server's /metrics."""
+        answer = requests.get(f"{self.server.url}/metrics", timeout=60)
+        answer.raise_for_status()
+        samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
+        found = [sample for sample in samples if sample.name == "sglang_fl_info"]
+        assert all(sample.value == 1 for sample in found)
+        return [sample.labels for sample in found]
 
     def recite(self, **more: object) -> requests.Response:
         asked = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 400, **more}

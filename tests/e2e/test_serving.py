@@ -2,13 +2,19 @@
 """The real SGLang server with the plugin's defaults on this machine."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from sglang_fl.cli.demo_model import RECITAL
+from sglang_fl.fingerprint import compare, read
+from sglang_fl.fingerprint.compare import MARK
 
 from .conftest import Native, Prompt, Running, off_by, serving
 
@@ -19,7 +25,7 @@ BOUND = {"RMSNorm → reference(reference.torch)", "SiluAndMul → reference(ref
 
 @pytest.fixture(scope="module")
 def running(model: Path, native_logprobs: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(model, tmp_path_factory.mktemp("serving"), environ={"SGLANG_FL_PREFER": "reference"}) as found:
+    with serving(model, tmp_path_factory.mktemp("serving"), "--enable-metrics", environ={"SGLANG_FL_PREFER": "reference"}) as found:
         yield found
 
 
@@ -53,6 +59,19 @@ def test_the_servers_log_has_one_summary(running: Running) -> None:
     assert printed.count("layers bound") == 1
     assert "sglang-fl: 17 layers bound, 0 left to SGLang" in printed
     assert "rms_norm           RMSNorm                      → reference(reference.torch), 13 layers" in printed
+
+
+def test_the_log_and_the_metrics_say_what_runs(running: Running, tmp_path: Path) -> None:
+    (info,) = running.info()
+    (line,) = [line for line in running.server.log.read_text().splitlines() if MARK in line]
+    assert f"{MARK}{info['fingerprint']} of Qwen3ForCausalLM: " in line
+    assert info["model"] == "Qwen3ForCausalLM" and info["profile"] == "cpu" and info["sglang"] == version("sglang")
+    assert info["bindings"] == ", ".join(f"{op}=reference(reference.torch)" for op in ("rms_norm", "rotary_embedding", "silu_and_mul"))
+    asked = [sys.executable, "-m", "sglang_fl", "ops", "--json"]
+    environ = {**os.environ, "SGLANG_FL_PREFER": "reference", "SGLANG_FL_DISPATCH_LOG": str(running.dispatch_log)}
+    here = tmp_path / "here.json"
+    here.write_text(subprocess.run(asked, env=environ, check=True, capture_output=True, text=True).stdout)
+    assert compare(read(running.server.log), read(here)) == [], "the command line says the same without a server"
 
 
 def test_no_code_of_the_plugin_runs_in_a_step_that_is_left_to_sglang(native: Native, running: Running, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def running(model: Path, native_logprobs: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(model, tmp_path_factory.mktemp("tp2"), "--tp", "2") as found:
+    with serving(model, tmp_path_factory.mktemp("tp2"), "--tp", "2", "--enable-metrics") as found:
         yield found
 
 
@@ -26,6 +26,7 @@ def test_the_recital_is_exact(running: Running) -> None:
     assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
     assert running.dispatched() == BOUND
     assert running.server.log.read_text().count("layers bound") == 1, "one rank speaks for all"
+    assert len(running.info()) == 1, "the ranks run the same, and show as one"
 
 
 def test_logprobs_agree_with_one_rank(running: Running, prompts: list[Prompt], native_logprobs: list[list[float]]) -> None:

@@ -38,10 +38,10 @@ def _print(found: Diagnosis) -> None:
     console.print(_two_columns("Platform and versions", facts))
     if found.layers:
         layers = Table(title="Layers", title_justify="left")
-        for column in ("layer", "state", "why"):
+        for column in ("layer", "state", "why", "checked"):
             layers.add_column(column, overflow="fold")
         for row in found.layers:
-            layers.add_row(row["layer"], row["state"], row["why"])
+            layers.add_row(*row.values())
         console.print(layers)
     if found.aten is not None:
         _print_aten(console, found.aten)

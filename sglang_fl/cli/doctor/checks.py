@@ -4,7 +4,7 @@
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 
 from ... import compat
 from ...config import Settings
@@ -15,6 +15,7 @@ from ...dispatch.manager import OpManager
 from ...dispatch.ops import OPERATORS
 from ...dispatch.policy import SelectionPolicy
 from ...distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
+from ...fingerprint.facts import installed_version
 from ..ops import OpRow
 
 INSTALL_TESTED_SGLANG = f"pip install 'sglang{compat.TESTED}'"
@@ -51,13 +52,6 @@ def problems_of(machine: Machine) -> list[Problem]:
     if machine.deep:
         found += [problem for check in _DEEP_CHECKS for problem in check(machine)]
     return found
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def sglang_release(machine: Machine) -> Iterator[Problem]:

@@ -6,18 +6,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from ... import __version__
 from ...config import Settings, SettingsError
 from ...device import Device, describe_platforms, detect, known_vendors, probe
 from ...dispatch.backends.flaggems.library import why_not_here
 from ...dispatch.manager import OpManager
 from ...distributed.device_communicators.flagcx_files import find_library, header_of
+from ...fingerprint import versions
 from ...startup import check_settings
 from ...startup.words import flaggems_functions
-from ..ops import OpRow, operator_rows
-from .checks import Machine, Problem, installed_version, problems_of
-
-_PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
+from ..ops import OpRow, operator_rows, used_functions
+from .checks import Machine, Problem, problems_of
 
 
 @dataclass
@@ -37,7 +35,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
     device = detect() if deep else probe(environ)
     machine = _look_at(environ, device, deep)
-    found = Diagnosis(_device_facts(device, deep), _versions(), platforms=describe_platforms(), problems=problems_of(machine))
+    found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
     if machine.settings is not None:
         found.layers = _layer_states(machine.settings, device, environ, machine.operators)
         if deep:
@@ -70,18 +68,14 @@ def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    return {"sglang-fl": __version__, **{name: installed_version(name) for name in _PACKAGES}}
-
-
 def _layer_states(settings: Settings, device: Device, environ: Mapping[str, str], operators: Sequence[OpRow]) -> list[dict[str, str]]:
-    """A row with ``layer``, ``state`` and ``why`` for Layer 1, each operator of Layer 2, and Layer 3."""
+    """A row with ``layer``, ``state``, ``why`` and ``checked`` for Layer 1, each operator of Layer 2, and Layer 3."""
     rows = [
-        ("1 ATen operators", *_aten(settings, device)),
-        *((f"2 {row.op}", row.summary(), f"{row.order} ({row.order_from})") for row in operators),
-        ("3 collectives", *_collectives(settings, device, environ)),
+        ("1 ATen operators", *_aten(settings, device), ""),
+        *((f"2 {row.op}", row.summary(), f"{row.order} ({row.order_from})", row.certificate) for row in operators),
+        ("3 collectives", *_collectives(settings, device, environ), ""),
     ]
-    return [dict(zip(("layer", "state", "why"), row, strict=True)) for row in rows]
+    return [dict(zip(("layer", "state", "why", "checked"), row, strict=True)) for row in rows]
 
 
 def _aten(settings: Settings, device: Device) -> tuple[str, str]:
@@ -90,8 +84,7 @@ def _aten(settings: Settings, device: Device) -> tuple[str, str]:
     unavailable = why_not_here(device)
     if unavailable is not None:
         return "off", unavailable
-    known = flaggems_functions() or frozenset()
-    used = sum(settings.flagos_exclusion_reason(function) is None for function in known)
+    known, used = flaggems_functions() or frozenset(), len(used_functions(settings, device))
     state = "off" if not used else f"{used if used < len(known) else 'all'} of {len(known)} functions"
     lists = ("flagos_blacklist", "flagos_broken") if settings.flagos_key == "prefer" else (settings.flagos_key,)
     why = [f"{key} ({settings.source(key)})" for key in lists if getattr(settings, key) is not None]

@@ -41,6 +41,7 @@ def test_device_and_layers(machine: Callable[[str], None], vendor: str, facts: d
     assert list(states) == ["1 ATen operators", *(f"2 {op}" for op in sorted(OPERATORS)), "3 collectives"]
     assert states["2 rms_norm"] == "sglang"
     assert states["2 silu_and_mul"] == "reference(reference.torch)"
+    assert [row["checked"] for row in found.layers if row["layer"] in ("2 rms_norm", "2 silu_and_mul")] == ["", "never checked"]
     assert states["3 collectives"].startswith(f"{facts['collectives']}, ")
 
 
@@ -85,13 +86,13 @@ def test_layer_2_off() -> None:
 
 def test_collective_library_that_was_asked_for() -> None:
     row = diagnose({"SGLANG_FL_DIST_BACKEND": "nccl"}).layers[-1]
-    assert row == {"layer": "3 collectives", "state": "nccl, through SGLang", "why": "SGLANG_FL_DIST_BACKEND"}
+    assert row == {"layer": "3 collectives", "state": "nccl, through SGLang", "why": "SGLANG_FL_DIST_BACKEND", "checked": ""}
 
 
 def test_flagcx(flagcx: Path) -> None:
     found = diagnose({"FLAGCX_PATH": str(flagcx)})
     state = f"flagcx 0.13.0 ({flagcx}/build/lib/libflagcx.so); if the ranks do not agree, all use gloo"
-    assert found.layers[-1] == {"layer": "3 collectives", "state": state, "why": "FLAGCX_PATH"}
+    assert found.layers[-1] == {"layer": "3 collectives", "state": state, "why": "FLAGCX_PATH", "checked": ""}
     assert found.problems == []
     by_name = diagnose({"FLAGCX_PATH": str(flagcx), "SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"}).layers[-1]
     assert by_name["state"].endswith("the server stops") and by_name["why"] == "SGLANG_FL_DIST_BACKEND"

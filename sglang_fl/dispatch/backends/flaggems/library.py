@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ....device import Device, known_vendors
+from . import tuning
 
 logger = logging.getLogger("sglang_fl.flaggems")
 
@@ -48,7 +49,7 @@ _SIGNATURES: dict[str, dict[str, str]] = {
     "fused/FLA/wy_fast.py": {"recompute_w_u_fwd": "k v beta g_cumsum A cu_seqlens"},
     "modules/activation.py": {"gems_silu_and_mul": "x y"},
     "modules/normalization.py": {"gems_rms_forward": "x residual weight eps"},
-    "utils/libentry.py": {"LibEntry.run": "self"},
+    "utils/libentry.py": {"LibEntry.run": "self", "LibTuner.get_key": "self args", "LibTuner.get": "cls name"},
     "fused/topk_softmax.py": {"topk_softmax": "topk_weights topk_indices token_expert_indices gating_output renormalize"},
     "fused/grouped_topk.py": {
         "grouped_topk": "scores n_group topk_group topk renormalize routed_scaling_factor bias scoring_func",
@@ -94,10 +95,13 @@ def load() -> ModuleType:
         ImportError: it is not installed.
         RuntimeError: FlagGems finds no device that it serves.
     """
-    module = importlib.import_module("flag_gems")
+    with tuning.keeping_results():
+        module = importlib.import_module("flag_gems")
+    libentry = importlib.import_module("flag_gems.utils.libentry")
+    tuning.limit(libentry.LibTuner)
     if not block_pointers_are_tensors(importlib.import_module("triton.language")):
         _generate_without_block_pointers()
-    _launch_with_all_arguments(importlib.import_module("flag_gems.utils.libentry"))
+    _launch_with_all_arguments(libentry)
     return module
 
 

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server runs, as plain data with a short hash: in its log, in its metrics, and compared with another's.
+
+``facts.py``     versions, settings and the hash
+``announce.py``  a server's log line and its metric
+``compare.py``   reads what a server or ``sglang-fl ops --json`` wrote, and says what two of them do differently
+"""
+
+from .compare import Difference, compare, read
+from .facts import fingerprint, setting_facts, versions
+
+__all__ = ["Difference", "compare", "fingerprint", "read", "setting_facts", "versions"]

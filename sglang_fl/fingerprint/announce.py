@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server says what it runs: one line in its log, and one metric in SGLang's own Prometheus output."""
+
+import json
+import logging
+from typing import Any
+
+from ..aten import AtenReport
+from ..compat import metrics_problems
+from ..config import Settings
+from ..device import Device
+from ..dispatch.bridge.report import BindReport
+from .compare import MARK
+from .facts import fingerprint, setting_facts, versions
+
+logger = logging.getLogger("sglang_fl")
+
+METRIC = "sglang_fl_info"
+_LABELS = ("fingerprint", "model", "sglang_fl", "sglang", "chip", "profile", "bindings", "aten_functions", "left_out")
+_gauge: Any = None
+
+
+def announce(model: str, settings: Settings, device: Device, bound: BindReport, replaced: AtenReport, log_level: int) -> str:
+    """Log the fingerprint of a model that was just bound, and set the metric if the server runs with ``--enable-metrics``.
+
+    Args:
+        model: its class's name.
+        log_level: of the line. The metric is set in every process that runs the model; those that agree show as one.
+
+    Returns:
+        the fingerprint.
+    """
+    facts = server_facts(model, settings, device, bound, replaced)
+    mark = fingerprint(facts)
+    logger.log(log_level, "%s%s of %s: %s", MARK, mark, model, json.dumps(facts))
+    if _metrics_are_on():
+        _set_metric(mark, facts)
+    return mark
+
+
+def server_facts(model: str, settings: Settings, device: Device, bound: BindReport, replaced: AtenReport) -> dict[str, Any]:
+    """What a server runs, in the shape of ``sglang-fl ops --json``."""
+    destinations: dict[str, set[str]] = {}
+    for op, _, destination in bound.layers:
+        destinations.setdefault(op, set()).add(destination)
+    for (op, _), destination in bound.functions.items():
+        destinations.setdefault(op, set()).add(destination)
+    selected = {function for _, function, _ in replaced.left if settings.flagos_exclusion_reason(function) is None}
+    return {
+        "model": model,
+        "device": device.vendor,
+        "evidence": device.evidence,
+        "profile": settings.platform,
+        "versions": versions(),
+        "settings": setting_facts(settings),
+        "operators": [{"op": op, "picked": "; ".join(sorted(found))} for op, found in sorted(destinations.items())],
+        "aten_functions": sorted({function for _, function in replaced.replaced}),
+        "aten_scope": "graphs" if replaced.in_graphs else "everywhere",
+        # What the settings select, and what is left to PyTorch nevertheless.
+        "left_out": {function: reason for _, function, reason in replaced.left if function in selected},
+    }
+
+
+def _metrics_are_on() -> bool:
+    if problems := metrics_problems():
+        logger.info("sglang-fl sets no metric: %s", "; ".join(problems))
+        return False
+    from sglang.srt.runtime_context import get_observability
+
+    try:
+        return bool(get_observability().enable_metrics)
+    except ValueError:  # outside of a server
+        return False
+
+
+def _set_metric(mark: str, facts: dict[str, Any]) -> None:
+    global _gauge
+    if _gauge is None:
+        from prometheus_client import Gauge  # after SGLang has named the directory that processes share
+
+        _gauge = Gauge(METRIC, "What sglang-fl runs in this server; always 1", _LABELS, multiprocess_mode="mostrecent")
+    _gauge.labels(
+        fingerprint=mark,
+        model=facts["model"],
+        sglang_fl=facts["versions"]["sglang-fl"],
+        sglang=facts["versions"]["sglang"],
+        chip=f"{facts['device']} ({facts['evidence']})",
+        profile=facts["profile"],
+        bindings=", ".join(f"{row['op']}={row['picked']}" for row in facts["operators"]),
+        aten_functions=len(facts["aten_functions"]),
+        left_out=", ".join(sorted(facts["left_out"])),
+    ).set(1)

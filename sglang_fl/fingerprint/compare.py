@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two servers, or two machines, do differently."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import SettingsError
+
+#: What a server's log says before its fingerprint and the facts behind it.
+MARK = "sglang-fl: fingerprint "
+_KEYS = frozenset({"device", "evidence", "profile", "versions", "settings", "operators", "aten_functions", "aten_scope", "left_out"})
+#: What is compared, causes first, and how it is said that one of the two does not have it.
+ABSENT = {
+    "model": "not served",
+    "device": "none",
+    "version": "not installed",
+    "setting": "not set",
+    "operator": "not in its model",
+    "FlagGems function": "PyTorch's own is used",
+    "left out": "not left out",
+}
+_ORDER = list(ABSENT)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one has otherwise than the other; None: it does not have it."""
+
+    what: str
+    name: str
+    a: str | None
+    b: str | None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The facts in a file: what ``sglang-fl ops --json`` printed, or a server's log, which has them for each model that it loaded.
+
+    Raises:
+        SettingsError: the file cannot be read, or has none.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8", errors="replace")
+    except (OSError, RuntimeError) as error:
+        raise SettingsError(f"--diff: {str(path)!r} cannot be read: {error}") from None
+    found: dict[str, dict[str, Any]] = {}
+    for line in [text] if MARK not in text else [line.partition(MARK)[2].partition(": ")[2] for line in text.splitlines() if MARK in line]:
+        try:
+            facts = json.loads(line)
+        except ValueError:
+            continue  # a line that was cut off
+        if isinstance(facts, dict) and facts.keys() >= _KEYS:
+            found[facts.get("model", "")] = facts  # the last start counts
+    if not found:
+        message = f"--diff: {str(path)!r} is neither what 'sglang-fl ops --json' prints nor a server's log with a line {MARK.strip()!r}"
+        raise SettingsError(message)
+    return list(found.values())
+
+
+def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[Difference]:
+    """What differs between what two files hold, see :func:`read`."""
+    rows_a, rows_b = dict(_rows(a)), dict(_rows(b))
+    names = rows_a.keys() | rows_b.keys()
+    if ("model" in a[0]) != ("model" in b[0]):
+        # A server knows its own model's operators, and PyTorch; the command line knows all operators, and no model.
+        one_sided = {name for name in names if name not in rows_a or name not in rows_b}
+        names -= {name for name in one_sided if name[0] in ("model", "operator")} | {("device", "found by")}
+    ordered = sorted(names, key=lambda name: (_ORDER.index(name[0]), name[1]))
+    found = [(name, rows_a.get(name, (None, None)), rows_b.get(name, (None, None))) for name in ordered]
+    return [Difference(*name, text_a, text_b) for name, (value_a, text_a), (value_b, text_b) in found if value_a != value_b]
+
+
+def _rows(models: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, str], tuple[Any, str]]]:
+    """((what, name), (what is compared, what is shown)) of each fact."""
+    facts = models[-1]
+    yield ("device", "vendor"), (facts["device"], facts["device"])
+    yield ("device", "found by"), (facts["evidence"], facts["evidence"])
+    yield ("device", "profile"), (facts["profile"], facts["profile"])
+    for name, version in facts["versions"].items():
+        if version is not None:
+            yield ("version", name), (version, version)
+    for name, row in facts["settings"].items():
+        yield ("setting", name), (row["value"], f"{json.dumps(row['value'])} ({row['source']})")
+    for facts in models:
+        model = facts.get("model")
+        if model is not None:
+            yield ("model", model), (True, "served")
+        for row in facts["operators"]:
+            name = row["op"] if facts is models[0] else f"{row['op']} of {model}"
+            # Why it stays with SGLang is shown, and is no difference in what runs.
+            runs_on = sorted("sglang" if to.startswith("sglang") else to for to in row["picked"].split("; "))
+            yield ("operator", name), (runs_on, row["picked"])
+        where = f"replaces ATen operators ({facts['aten_scope']})"
+        for name in facts["aten_functions"]:
+            yield ("FlagGems function", name), (where, where)
+        for name, reason in facts["left_out"].items():
+            yield ("left out", name), (reason, reason)

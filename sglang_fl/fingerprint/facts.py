@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The facts that a server and the command line both know, and the hash over them."""
+
+import hashlib
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .. import __version__
+from ..config import Settings
+
+_PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
+#: Settings that change what is logged and nothing of what runs.
+_LOGGING = frozenset({"dispatch_log", "flaggems_record", "flaggems_log_path", "flaggems_log_once", "log_level", "dispatch_debug"})
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Of sglang-fl and of all that it runs on; None: not installed."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"sglang-fl": __version__, "python": python, **{name: installed_version(name) for name in _PACKAGES}}
+
+
+def setting_facts(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The value and the source of each setting; orders stand alone, as ``op_backends.rms_norm``."""
+    rows = [(name, value, source) for name, value, source in settings.items() if name != "op_backends"]
+    rows += [(f"op_backends.{op}", list(order), settings.source_of_order(op)) for op, order in sorted(settings.op_backends)]
+    return {name: {"value": list(value) if isinstance(value, tuple) else value, "source": str(source)} for name, value, source in rows}
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """Equal for servers that run the same. Where a setting comes from, and what is logged, is no part of it."""
+    settings = {name: row["value"] for name, row in facts["settings"].items() if name not in _LOGGING}
+    text = json.dumps({**facts, "settings": settings}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
