@@ -44,6 +44,11 @@ ARGUMENTS: Shapes = {
     "sglang.srt.arg_groups.overrides:record_of": "view",
     "sglang.srt.arg_groups.overrides:model_config_of": "server_args",
 }
+#: What it takes to serve hybrid models on a platform that keeps no snapshots of their states.
+HYBRIDS: Shapes = {
+    "sglang.srt.arg_groups.overrides:_mamba_radix_cache_resolution": "view",
+    "sglang.srt.arg_groups.overrides:resolved_view": "server_args",
+}
 #: What the bridges rely on. To import it takes seconds, in which a server imports nothing that it does not need later.
 LAYERS: Shapes = {
     "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method": "self",
@@ -145,6 +150,12 @@ def platform_problems() -> tuple[str, ...]:
 def argument_problems() -> tuple[str, ...]:
     """What differs in how SGLang keeps the user's arguments."""
     return tuple(_differences(ARGUMENTS))
+
+
+@cache
+def hybrid_problems() -> tuple[str, ...]:
+    """What differs in how SGLang chooses the prefix cache of hybrid models."""
+    return (*argument_problems(), *_differences(HYBRIDS))
 
 
 @cache

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .locks import ForkSafeLock
-from .types import OpImpl
+from .types import LazyFunction, OpImpl
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,13 @@ class OpRegistry:
         self.version = 0
 
     def register_impl(self, impl: OpImpl) -> None:
-        """Raises ValueError if the operator has an implementation of that id already, TypeError if it is no OpImpl."""
+        """Register an implementation.
+
+        Raises:
+            ValueError: the operator has an implementation of that id already.
+            TypeError: it is no OpImpl, or its parameters do not fit the operator's. Those of a function that is imported at its
+                first use are looked at then.
+        """
         self.register_many((impl,))
 
     def register_many(self, impls: Iterable[OpImpl]) -> None:
@@ -38,6 +44,8 @@ class OpRegistry:
                 by_id = registered.setdefault(impl.op_name, {})
                 if impl.impl_id in by_id:
                     raise ValueError(f"Duplicate impl_id {impl.impl_id!r} for op={impl.op_name!r}")
+                if not isinstance(impl.fn, LazyFunction):
+                    impl.function  # noqa: B018  # raises if the parameters do not fit
                 by_id[impl.impl_id] = impl
             self._impls = registered
             self.version += 1

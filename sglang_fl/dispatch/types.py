@@ -84,7 +84,8 @@ class OpImpl:
         op_name: the operator, a method of :class:`sglang_fl.dispatch.ops.FLBackendBase`.
         impl_id: unique for the operator: ``default.flagos``, ``triton.sglang_fl``, ``reference.torch``, ``vendor.<name>``.
         kind: where it comes from.
-        fn: called as the operator's signature says. A function ``fn._is_available`` tells whether
+        fn: takes the operator's parameters, by their names and in any order; one whose parameters cannot be read is called by
+            keyword. A function ``fn._is_available`` tells whether
             it can run on this machine; without one, the backend whose method ``fn`` is tells it. A :class:`LazyFunction`
             is imported when :attr:`function` is first read.
         vendor: whose chip it is for; required for VENDOR.
@@ -122,8 +123,23 @@ class OpImpl:
 
     @cached_property
     def function(self) -> Callable[..., Any]:
-        """What to call: ``fn``, imported where it is a :class:`LazyFunction`. An attribute like the others once it was read."""
-        return self.fn.load() if isinstance(self.fn, LazyFunction) else self.fn
+        """What to call, with the operator's parameters: ``fn``, imported where it is a :class:`LazyFunction`, or an adapter to it.
+
+        An attribute like the others once it was read.
+
+        Raises:
+            TypeError: the parameters of ``fn`` do not fit the operator's.
+        """
+        from .signature import fitted
+
+        try:
+            return fitted(self.op_name, self.fn.load() if isinstance(self.fn, LazyFunction) else self.fn)
+        except TypeError as error:
+            raise TypeError(f"{self.op_name}: {self.impl_id}: {error}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each process imports the function, or makes the adapter, itself.
+        return {name: value for name, value in vars(self).items() if name != "function"}
 
     def dtypes(self) -> frozenset[Any] | None:
         """``supported_dtypes`` as PyTorch's own; None: all."""

@@ -11,6 +11,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from ..device import Device, Vendor, VendorPlatform, known_vendors
 from .declared import load_class
+from .hybrids import leave_out_snapshots
 
 
 class OutOfTree(SRTPlatform):
@@ -31,6 +32,11 @@ class OutOfTree(SRTPlatform):
         # Triton kernels run wherever FlagGems does. Graph capture needs a graph runner that the vendor
         # brings; without one SGLang would take CUDA's.
         return PlatformCapabilities(supports_triton=self.device_type != "cpu")
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        super().apply_server_args_defaults(server_args)
+        if not self.support_mamba_cache_extra_buffer():
+            leave_out_snapshots(server_args)
 
     def get_device(self, device_id: int | None = 0) -> str:
         # A string: SGLang splits it at ":". It asks with None as well.

@@ -11,7 +11,7 @@ from sglang_fl.dispatch.types import DTYPE_NAMES, LazyFunction, parse_arch
 
 
 def impl(impl_id: str = "default.flagos", kind: BackendImplKind = BackendImplKind.DEFAULT, **more: object) -> OpImpl:
-    return OpImpl("rms_norm", impl_id, kind, lambda obj, x: x, **more)  # type: ignore[arg-type]
+    return OpImpl("rms_norm", impl_id, kind, lambda obj, x, residual=None: x, **more)  # type: ignore[arg-type]
 
 
 def test_names_and_values_that_vendors_rely_on() -> None:

@@ -4,9 +4,8 @@
 SGLang serves such a model on a plain CPU up to its first forward pass, which ends at
 ``sglang/kernels/ops/attention/triton_gdn_fused_proj.py``, ``fused_qkvzba_split_reshape_cat_contiguous``: "0 active drivers".
 Beside the functions that sglang-fl takes over, the layer runs Triton kernels that have no other form (that one, the causal
-convolution, the gates, the gated norm), so here Triton's interpreter runs them (``tests/triton_on_cpu.py``); and SGLang's cache
-of prefixes keeps no snapshots of states (``--mamba-radix-cache-strategy no_buffer``), which out of tree it may only do
-where a platform says so. Left to SGLang, prefill would refuse fp32, so what it is held against is the model in float64.
+convolution, the gates, the gated norm), so here Triton's interpreter runs them (``tests/triton_on_cpu.py``). The server has no
+flags but those of every test. Left to SGLang, prefill would refuse fp32, so what it is held against is the model in float64.
 """
 
 import os
@@ -49,8 +48,7 @@ def running(hybrid: Path, hybrid_prompts: list[Prompt], tmp_path_factory: pytest
     (folder / "sitecustomize.py").write_text("from triton_on_cpu import interpret\n\ninterpret()\n")
     path = os.pathsep.join([str(folder), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32", "SGLANG_FL_PREFER": "reference"}
-    arguments = ("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule")
-    with serving(hybrid, folder, *arguments, environ=environ) as found:
+    with serving(hybrid, folder, environ=environ) as found:
         yield found
 
 

@@ -21,7 +21,10 @@ class ChunkGatedDeltaRuleBridge(GatedDeltaRuleBridge):
         gate = context.scratch32(1, tokens, value_heads).abs()
         slots, ends = (torch.tensor(x, dtype=torch.int32, device=context.device) for x in ([2, 0, -1], [0, 66, 68, tokens]))
         pool = context.pool(3)
-        result = fn(q, q.flip(1), v, -gate, 1 - gate / 2, None, pool, slots, ends, True, True)
+        scale = context.key_dim**-0.5
+        result = fn(q, q.flip(1), v, -gate, 1 - gate / 2, scale, pool, slots, ends, True, True)
+        if isinstance(result, tuple) and len(result) == 3 and result[1] is None:  # as SGLang's own gives them
+            result = result[0], result[2]
         out, chunks = check_pair(result, "(o, chunk states)")
         check_result("o", out, v)
         check_result("the chunk states", chunks, q, (1, 4, *pool.shape[1:]))
@@ -51,12 +54,14 @@ class ChunkGatedDeltaRuleBridge(GatedDeltaRuleBridge):
                 return divert(self, *sglang_args)
             if head_first or (dtypes is not None and q.dtype not in dtypes):
                 return own(self, *sglang_args)
-            args = (q, k, v, g, beta, scale, *states, use_qk_l2norm_in_kernel, inplace_update)
+            # FlagOS's vendors are always given a number.
+            number = k.shape[-1] ** -0.5 if scale is None else scale
+            args = (q, k, v, g, beta, number, *states, use_qk_l2norm_in_kernel, inplace_update)
             try:
                 result = fn(*args)
             except Exception as error:
                 result = failed(self, error, args, sglang_args)
-            return result[0], None, result[-1]  # SGLang's own, if it took over, has three parts
+            return result[0], None, result[-1]
 
         # As SGLang's own function is, one that torch.compile runs as it is.
         disable: Callable[[Forward], Forward] = torch.compiler.disable

@@ -95,11 +95,12 @@ class FusedMoEBridge(LayerBridge):
         weights = torch.full(ids.shape, 1 / top_k, device=context.device)
         logits = x.new_zeros(_TRIAL_TOKENS, experts)
         given = _dispatch_output()(x.clone(), None, sglang_topk().StandardTopKOutput(weights, ids, logits))
-        check_result("its result", fn(layer, owner, given), x)
+        result = fn(layer, owner, given)
+        check_result("its result", result.hidden_states if isinstance(result, _combine_input()) else result, x)
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own, contexts, divert, failed = routes
-        dispatched, combined = _dispatch_output(), sys.modules[_dispatch_output().__module__].StandardCombineInput
+        dispatched, combined = _dispatch_output(), _combine_input()
         sglang = sglang_topk()
         routed, packed = sglang.StandardTopKOutput, sglang.StandardTopKOutputPacked
         scales = _SCALES[own.__name__]
@@ -123,16 +124,20 @@ class FusedMoEBridge(LayerBridge):
                 scaled = routed(topk_output.topk_weights * factor, topk_output.topk_ids, topk_output.router_logits)
                 given = dispatched(x, None, scaled)
             try:
-                return combined(fn(self, layer, given))
+                found = fn(self, layer, given)
             except Exception as error:
                 found = failed(self, error, (self, layer, given), (layer, dispatch_output))
-                return found if isinstance(found, combined) else combined(found)
+            return found if type(found) is combined else combined(found)
 
         return forward
 
 
 def _dispatch_output() -> Any:
     return sys.modules["sglang.srt.layers.moe.token_dispatcher.standard"].StandardDispatchOutput
+
+
+def _combine_input() -> Any:
+    return sys.modules[_dispatch_output().__module__].StandardCombineInput
 
 
 def _reason_in_weights(config: Any, owner: Any) -> str | None:

@@ -349,8 +349,11 @@ def test_a_bound_layer_can_be_compiled_as_it_is() -> None:
 
 
 def test_a_bound_rotary_embedding_can_be_compiled_as_it_is() -> None:
+    def plus(obj: Any, query: Any, key: Any, cos: Any, sin: Any, position_ids: Any, rotary_interleaved: Any = 0, inplace: Any = 0) -> Any:
+        return query + 1, key + 2
+
     registry = OpRegistry()
-    registry.register_impl(OpImpl("rotary_embedding", "default.flagos", D, lambda obj, q, k, *_: (q + 1, k + 2)))
+    registry.register_impl(OpImpl("rotary_embedding", "default.flagos", D, plus))
     layer: Any = rotary("RotaryEmbedding")
     bind(layer, OpManager(registry))
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
