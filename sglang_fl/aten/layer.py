@@ -83,8 +83,10 @@ def why_off(settings: Settings, device: Device, *, deterministic: bool = False, 
         return f"USE_FLAGGEMS=0 ({settings.source('use_flaggems')})"
     if settings.flagos_functions == ():
         key = settings.flagos_key
-        state = "names only excluded functions" if getattr(settings, key) else "is empty"
-        return f"{key} {state} ({settings.source(key)})"
+        if getattr(settings, key):
+            return f"{key} names only excluded functions ({settings.source(key)})"
+        takes = ", and flagos_blacklist only takes away: prefer: flagos uses all but its functions" if settings.flagos_blacklist else ""
+        return f"{key} is empty ({settings.source(key)}){takes}"
     if deterministic:
         return "deterministic mode"
     if settings.flagos_scope == "graphs" and not captures_graphs:

@@ -8,12 +8,16 @@ from typing import Any
 
 from ..device import probe
 from .errors import SettingsError, suggest
-from .loader import load_settings, platform_name, plugin_modules, profile_path
+from .ignored import ignored_variables
+from .loader import PROFILES, load_settings, platform_name, plugin_modules, profile_path
 from .options import CONFIG_FILE, OPTIONS, PLATFORM, Option
 from .process import RESOLVED, hand_down, settings_in_force, settings_of_parent
 from .settings import Settings, Source
 from .words import Words, unreachable
 from .yaml_file import read_mapping
+
+#: FlagOS's name for the folder of the profiles.
+_CONFIG_DIR = PROFILES
 
 
 def get_platform_name() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..device import ALIASES, Device, canonical, declared, known_vendors, probe
 from .errors import SettingsError, suggest
+from .ignored import IGNORED_VARIABLES
 from .options import CONFIG_FILE, OPTIONS, PLATFORM, PREFIXES, VARIABLES, InvalidValue, Option
 from .settings import DEFAULT, ENVIRONMENT, FILE, PROFILE, Settings, Source
 from .words import Words
@@ -109,7 +110,8 @@ class _Given:
 
 #: Where FlagOS is preferred and this package's own kernel is faster than FlagGems's.
 _TRITON_FIRST = ("triton", "flagos", "vendor", "reference")
-
+#: (operator, order) pairs.
+Orders = tuple[tuple[str, tuple[str, ...]], ...]
 #: What one source gives, by the setting's name.
 _Layer = dict[str, _Given]
 
@@ -181,13 +183,15 @@ def _contradictions(chosen: _Layer) -> Iterator[str]:
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
-    shapes = {option.name: option.env for option in OPTIONS.values() if option.env} | {_stem(name): name for name in VARIABLES}
+    shapes = {option.name: option.env for option in OPTIONS.values() if option.env} | {_stem(name).lower(): name for name in VARIABLES}
     for variable in environ:
-        if variable in VARIABLES:
+        if variable in VARIABLES or variable in IGNORED_VARIABLES:
             continue
         upper = variable.upper()
         if upper.startswith(PREFIXES) or difflib.get_close_matches(upper, _WITHOUT_PREFIX, cutoff=0.9):
-            yield f"{variable}: there is no such setting{suggest(_stem(variable), shapes)}"
+            near = difflib.get_close_matches(_stem(upper).lower(), shapes, n=1, cutoff=0.7)
+            hint = f"did you mean {shapes[near[0]]!r}?" if near else "sglang-fl config lists the settings"
+            yield f"{variable}: there is no such setting; {hint}"
     # FlagGems itself takes a vendor that it does not know for none, without a word.
     forced = environ.get("GEMS_VENDOR", "").strip()
     if forced and canonical(forced) not in known_vendors():
@@ -205,8 +209,10 @@ def _stem(variable: str) -> str:
 
 
 def _read_profile(path: Path, words: Words, problems: list[str]) -> _Layer:
-    name = f"profile {path.stem}" if path.parent == PROFILES else str(path)
-    return _read_file(path, PROFILE, name, words, problems)
+    if path.parent != PROFILES:
+        return _read_file(path, PROFILE, str(path), words, problems)
+    # Ours name functions of several FlagGems releases.
+    return _read_file(path, PROFILE, f"profile {path.stem}", replace(words, flaggems=None), problems)
 
 
 def _read_users_file(environ: Mapping[str, str], words: Words, problems: list[str]) -> _Layer:
@@ -269,15 +275,24 @@ def _parse(option: Option, given: _Given, layer: _Layer, words: Words, problems:
         problems += [f"{given.where_is(item)}: {message}" for item, message in error.problems]
         value = error.usable
     if value is not None:
-        layer[option.name] = replace(given, value=value)
         problems += [f"{given.where_is(item)}: {message}" for item, message in _unknown_names(option, value, words)]
+        layer[option.name] = replace(given, value=_by_operator(value, words) if option.name == "op_backends" else value)
+
+
+def _by_operator(orders: Orders, words: Words) -> Orders:
+    """The orders of operators where some are given under the name of SGLang's class."""
+    return tuple((words.operator_of.get(name, name), order) for name, order in orders)
 
 
 def _unknown_names(option: Option, value: Any, words: Words) -> Iterator[tuple[str, str]]:
     """(item, message) of each name that nobody has."""
     if option.name == "op_backends":
+        given = {op for op, _ in value}
         for op, order in value:
-            if problem := words.problem_with("operators", op):
+            meant = words.operator_of.get(op, op)
+            if meant != op and meant in given:
+                yield op, f"{op!r} and {meant!r} mean the same operator; give one of them"
+            elif problem := words.problem_with("operators", meant):
                 yield op, problem
             yield from ((op, f"{op}: {problem}") for problem in map(words.problem_with_token, order) if problem)
     elif option.names:

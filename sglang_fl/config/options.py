@@ -157,7 +157,7 @@ class Options:
     allow_vendors: tuple[str, ...] | None = _option("SGLANG_FL_ALLOW_VENDORS", True, None, _names, "Only these vendors' implementations may be used.", "vendors")
     deny_vendors: tuple[str, ...] | None = _option("SGLANG_FL_DENY_VENDORS", True, None, _names, "These vendors' implementations may not be used.", "vendors")
     dispatch_log: str | None = _option("SGLANG_FL_DISPATCH_LOG", False, None, _text, "A file: which operator ran on what.")
-    use_flaggems: bool = _option("USE_FLAGGEMS", False, True, _boolean, "0 switches Layer 1 off; FlagGems is never imported for it.")
+    use_flaggems: bool = _option("USE_FLAGGEMS", False, True, _boolean, "0 switches Layer 1 off: FlagGems replaces no ATen operator. Orders keep their flagos implementations.")
     flagos_whitelist: tuple[str, ...] | None = _option("SGLANG_FL_FLAGOS_WHITELIST", True, None, _names, "Only these FlagGems functions replace ATen operators.", "flaggems")
     flagos_blacklist: tuple[str, ...] | None = _option("SGLANG_FL_FLAGOS_BLACKLIST", True, None, _names, "These FlagGems functions do not replace ATen operators.", "flaggems")
     flagos_faster: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions measured as not slower: those in use by default.", "flaggems", "flagos_whitelist")

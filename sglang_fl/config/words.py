@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that settings may use, as a plain value: who knows them hands them in."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..device import canonical
 from ..utils.suggest import suggest
@@ -29,6 +29,7 @@ class Words:
         vendors: vendors and their aliases.
         impls: the ids of implementations.
         flaggems: the FlagGems functions that replace ATen operators.
+        operator_of: SGLang's layer class -> the operator that it runs on; an order may be given under either name.
         not_covered: operators and classes that exist, but that this version leaves to SGLang. They may stand in a blacklist.
     """
 
@@ -38,6 +39,7 @@ class Words:
     impls: frozenset[str] | None = None
     flaggems: frozenset[str] | None = None
     not_covered: frozenset[str] = frozenset()
+    operator_of: Mapping[str, str] = field(default_factory=dict)
 
     def problem_with(self, kind: str, word: str) -> str | None:
         """What is wrong with a name, or None.

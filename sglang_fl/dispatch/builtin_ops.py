@@ -21,7 +21,7 @@ from ..config import Words
 from ..device import ALIASES, known_vendors
 from ..utils.packages import entries, importing, last_line, origin_of
 from .logger_manager import get_logger
-from .ops import OPERATORS
+from .ops import OPERATOR_OF_CLASS, OPERATORS
 from .registry import OpRegistry
 
 ENTRY_POINT_GROUP = "sglang_fl.plugin"
@@ -89,6 +89,7 @@ def known_words(registry: OpRegistry | None = None) -> Words:
         operators=frozenset(OPERATORS).union(impl.op_name for impl in impls),
         vendors=frozenset(known_vendors().keys() | ALIASES.keys()).union(impl.vendor for impl in impls if impl.vendor),
         impls=frozenset(impl.impl_id for impl in impls),
+        operator_of=OPERATOR_OF_CLASS,
     )
 
 

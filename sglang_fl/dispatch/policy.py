@@ -21,6 +21,7 @@ from ..device import canonical
 from ..utils.suggest import suggest
 from .builtin_ops import discover, known_words
 from .locks import ForkSafeLock
+from .ops import OPERATOR_OF_CLASS
 from .registry import OpRegistry
 from .types import device_here
 
@@ -81,7 +82,8 @@ class SelectionPolicy:
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict is {self.strict!r}, and must be True or False")
         given = self.per_op_order.items() if isinstance(self.per_op_order, Mapping) else self.per_op_order
-        pairs = tuple(sorted((op, tuple(order.split("|") if isinstance(order, str) else order)) for op, order in given))
+        named = ((OPERATOR_OF_CLASS.get(name, name), order) for name, order in given)
+        pairs = tuple(sorted((op, tuple(order.split("|") if isinstance(order, str) else order)) for op, order in named))
         for op, order in pairs:
             _check_order(op, order)
         object.__setattr__(self, "per_op_order", pairs)
@@ -185,6 +187,7 @@ class PolicyManager:
         # Of its own, since listeners read the policy under their own locks and are called under ours.
         self._settings_lock = ForkSafeLock()
         self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._epoch = 0
 
     @classmethod
     def get_instance(cls) -> "PolicyManager":
@@ -230,6 +233,14 @@ class PolicyManager:
         with self._lock:
             self._change(policy, self._from_settings)
 
+    def reset_global_policy(self) -> None:
+        """Back to what the settings say."""
+        self.set_global_policy(None)
+
+    def get_policy_epoch(self) -> int:
+        """A number that is another one after each change of the policy."""
+        return self._epoch
+
     def _change(self, policy: SelectionPolicy | None, from_settings: SelectionPolicy | None) -> None:
         before = self._global, self._from_settings
         self._global, self._from_settings = policy, from_settings
@@ -255,6 +266,7 @@ class PolicyManager:
         Raises:
             Exception: what the first of those raised that refuse what they see; the others have looked all the same.
         """
+        self._epoch += 1
         refusals = []
         for known in tuple(self._listeners):
             listener = known()
@@ -313,7 +325,7 @@ def set_global_policy(policy: SelectionPolicy) -> None:
 
 def reset_global_policy() -> None:
     """Back to what the settings say."""
-    PolicyManager.get_instance().set_global_policy(None)
+    PolicyManager.get_instance().reset_global_policy()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..config import Settings, SettingsError, Words, hand_down, load_settings, plugin_modules, settings_of_parent
+from ..config import Settings, SettingsError, Words, hand_down, ignored_variables, load_settings, plugin_modules, settings_of_parent
 from ..device import Device, vendor_problems
 from ..dispatch.logger_manager import open_dispatch_log, why_unwritable
 from ..dispatch.manager import OpManager, get_default_manager
@@ -13,6 +13,7 @@ from ..dispatch.policy import PolicyManager
 from ..distributed.device_communicators.flagcx_files import FlagCXError, find_library
 from .words import settings_words
 
+logger = logging.getLogger("sglang_fl")
 _current: Settings | None = None
 
 
@@ -70,6 +71,8 @@ def resolve(device: Device) -> Settings:
         SettingsError: with every problem that was found.
     """
     settings = check_settings(os.environ, device, get_default_manager())
+    for message in ignored_variables(os.environ):
+        logger.warning("sglang-fl: %s", message)
     apply(settings, device)
     hand_down(settings, os.environ)
     return settings

@@ -91,10 +91,35 @@ def test_profile_is_valid(name: str, words: Words) -> None:
     assert {str(source).split(":")[0] for source in settings.sources.values()} == {f"profile {name}"}
 
 
+@pytest.mark.parametrize("name", IN_TREE_PROFILES)
+def test_profile_of_an_in_tree_platform_names_every_operator(name: str) -> None:
+    assert set(parsed(name)["op_backends"]) == set(OPERATORS)
+
+
+#: FlagGems functions that were reported as wrong, and that the release which we were tested with does not have.
+OF_OTHER_RELEASES = {"index_copy_", "linear", "unique", "unique_dim", "nonzero_numpy"}
+REPORTED = ("ascend", "mthreads", "kunlunxin")
+
+
 @pytest.mark.parametrize("name", PROFILES)
-def test_profile_with_orders_names_every_operator(name: str) -> None:
-    orders = parsed(name).get("op_backends")
-    assert orders is None or set(orders) == set(OPERATORS)
+def test_functions_that_a_profile_calls_broken_exist(name: str) -> None:
+    known = flaggems_functions()
+    if known is None:
+        pytest.skip("FlagGems is not installed")
+    assert set(parsed(name).get("flagos_broken", ())) <= known | OF_OTHER_RELEASES
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_what_was_reported_says_who_did_and_when(name: str) -> None:
+    """And stays out where FlagOS is preferred for everything."""
+    text = (DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8")
+    lines = text.partition("flagos_broken:\n")[2].splitlines()
+    functions = parsed(name)["flagos_broken"]
+    assert len(lines) == len(functions) >= 7
+    assert all("# reported by " in line and line.endswith(", 2026-08-06") for line in lines)
+    settings = load_settings({"SGLANG_FL_PLATFORM": name, "SGLANG_FL_PREFER": "flagos"}, device=CPU)
+    assert settings.flagos_functions is None, "all of them, but for those"
+    assert all("flagos_broken" in (settings.flagos_exclusion_reason(function) or "") for function in functions)
 
 
 @pytest.mark.parametrize("name", IN_TREE_PROFILES)
@@ -107,8 +132,9 @@ def test_profile_of_an_in_tree_platform_never_falls_from_sglang_into_plain_torch
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_profiles_have_keys_of_their_own_for_what_was_measured(name: str) -> None:
-    """The white and blacklists are a user's."""
-    assert not {"flagos_whitelist", "flagos_blacklist", "oot_whitelist", "oot_blacklist"} & set(parsed(name))
+    """The white and blacklists of functions are a user's; that of layers may say what was reported."""
+    assert not {"flagos_whitelist", "flagos_blacklist", "oot_whitelist"} & set(parsed(name))
+    assert ("oot_blacklist" in parsed(name)) == (name == "kunlunxin")
 
 
 @pytest.mark.parametrize("vendor", [vendor for vendor in VENDORS.values() if vendor.in_tree], ids=lambda vendor: vendor.name)

@@ -131,10 +131,7 @@ def test_availability_follows_the_settings_and_the_device_that_were_handed_in(mo
         return dict(manager.plan("rms_norm").passed_over).get("default.flagos")
 
     manager.use(Settings(use_flaggems=False), nvidia)
-    assert flagos() == "USE_FLAGGEMS=0"
-    monkeypatch.setenv("USE_FLAGGEMS", "0")
-    manager.use(Settings(), nvidia)
-    assert flagos() is None
+    assert flagos() is None, "it switches Layer 1 off, and nothing else"
     manager.use(Settings(), Device("thead", "cuda", "sail", "a test"))
     assert flagos() == "FlagGems has nothing for thead"
 
@@ -147,13 +144,13 @@ def test_settings_that_a_listener_refuses_are_not_used() -> None:
     manager, cpu = OpManager(), Device("cpu", "cpu", None, "a test")
     manager.ensure_initialized(())
     with policy_context(SelectionPolicy(per_op_order={"rms_norm": "flagos"})), pytest.MonkeyPatch.context() as patch:  # type: ignore[arg-type]
-        patch.setattr("sglang_fl.dispatch.backends.flaggems.flaggems.why_not_here", lambda device: None)
+        patch.setattr("sglang_fl.dispatch.backends.flaggems.flaggems.why_not_here", lambda device: None if device == cpu else "not there")
         manager.use(Settings(), cpu)
         manager.plan("rms_norm")
         listener = Listener()
         PolicyManager.get_instance().subscribe(listener.look)
         with pytest.raises(AssertionError, match="nothing can run"):
-            manager.use(Settings(use_flaggems=False), cpu)
+            manager.use(Settings(), Device("nvidia", "cuda", "cuda", "a test"))
         assert manager.plan("rms_norm").candidates
 
 

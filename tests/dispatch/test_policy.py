@@ -396,3 +396,14 @@ def test_policy_of_the_settings_when_none_is_set(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SGLANG_FL_DENY_VENDORS", "metax")
     fresh = PolicyManager()
     assert fresh.get_global_policy() == SelectionPolicy.from_dict("vendor", False, {"rms_norm": ["reference"]}, ["metax"])
+
+
+def test_the_manager_has_the_names_that_flagos_backends_use() -> None:
+    manager = PolicyManager.get_instance()
+    manager.reset_global_policy()
+    before, default = manager.get_policy_epoch(), manager.get_policy()
+    manager.set_global_policy(SelectionPolicy("vendor"))
+    after = manager.get_policy_epoch()
+    assert manager.get_policy().prefer == "vendor" and after != before
+    manager.reset_global_policy()
+    assert manager.get_policy() == default and manager.get_policy_epoch() not in (before, after)

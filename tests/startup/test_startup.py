@@ -8,7 +8,7 @@ import pytest
 from sglang_fl import startup
 from sglang_fl.config import RESOLVED, Settings, SettingsError, get_effective_config, settings_of_parent
 from sglang_fl.device import Device
-from sglang_fl.dispatch import OpManager, SelectionPolicy, get_default_manager, get_policy, reset_default_manager
+from sglang_fl.dispatch import OpManager, SelectionPolicy, get_default_manager, get_policy, policy_from_config, reset_default_manager
 from sglang_fl.dispatch.logger_manager import dispatch_log
 from sglang_fl.dispatch.policy import PolicyManager
 
@@ -38,15 +38,33 @@ def test_workers_get_what_the_main_process_resolved(tmp_path: Path, monkeypatch:
     assert get_effective_config()["prefer"] == "vendor"
 
 
-def test_implementations_are_asked_by_the_settings_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the environment has changed by then."""
-    monkeypatch.setenv("USE_FLAGGEMS", "0")
+def test_implementations_are_asked_by_the_device_that_was_handed_in() -> None:
     startup.resolve(Device("nvidia", "cuda", "cuda", "test"))
-    monkeypatch.delenv("USE_FLAGGEMS")
     policy = SelectionPolicy(per_op_order=(("rms_norm", ("flagos", "vendor")),))
     passed_over = dict(get_default_manager().plan("rms_norm", policy).passed_over)
-    assert passed_over["default.flagos"] == "USE_FLAGGEMS=0"
     assert passed_over["vendor.ascend"] == "its operators are for ascend, and this device is nvidia"
+
+
+def test_variables_of_flagos_other_plugins_are_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("SGLANG_FL_LOG_DIR", "/tmp/logs")
+    startup.resolve(CPU)
+    (warning,) = [record.message for record in caplog.records if "SGLANG_FL_LOG_DIR" in record.message]
+    assert warning.startswith("sglang-fl: SGLANG_FL_LOG_DIR has no effect in sglang-fl: SGLANG_FL_DISPATCH_LOG names a file")
+
+
+def test_an_order_under_the_name_of_sglangs_class(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("op_backends:\n  RMSNorm: [vendor, reference]\n  TopK: [sglang]\n")
+    monkeypatch.setenv("SGLANG_FL_CONFIG", str(file))
+    monkeypatch.setenv("SGLANG_FL_PER_OP", "SiluAndMul=reference;topk=vendor")
+    settings = startup.resolve(CPU)
+    assert dict(settings.op_backends) == {"rms_norm": ("vendor", "reference"), "topk": ("vendor",), "silu_and_mul": ("reference",)}
+    assert str(settings.source_of_order("rms_norm")) == f"{file}:1"
+    assert get_policy().order_for("rms_norm") == policy_from_config(file).order_for("rms_norm") == ("vendor", "reference")
+    assert SelectionPolicy(per_op_order={"RMSNorm": "reference"}).order_for("rms_norm") == ("reference",)  # type: ignore[arg-type]
+    monkeypatch.setenv("SGLANG_FL_PER_OP", "RMSNorm=vendor;rms_norm=reference")
+    with pytest.raises(SettingsError, match="'RMSNorm' and 'rms_norm' mean the same operator; give one of them"):
+        startup.resolve(CPU)
 
 
 def test_a_process_with_other_variables_is_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,9 +114,9 @@ def orders(machine: Machine, settings: Settings) -> Iterator[Problem]:
 def flaggems(machine: Machine, settings: Settings) -> Iterator[Problem]:
     policy = SelectionPolicy.from_settings(settings)
     ordered = [op for op in OPERATORS if "flagos" in policy.order_for(op)]
-    replaces_aten = settings.flagos_functions != ()
+    replaces_aten = settings.use_flaggems and settings.flagos_functions != ()
     vendor = machine.device.vendor
-    if not (known_vendors()[vendor].flaggems and settings.use_flaggems and (replaces_aten or ordered)):
+    if not (known_vendors()[vendor].flaggems and (replaces_aten or ordered)):
         return
     if importlib.util.find_spec("flag_gems") is None:
         use = f"to replace ATen operators on {vendor}" if replaces_aten else f"by the order of {', '.join(ordered)}"

@@ -11,7 +11,7 @@ _16_BITS = ("bfloat16", "float16")
 
 
 def _why_unavailable(settings: Settings, device: Device) -> str | None:
-    return why_not_here(device) if settings.use_flaggems else "USE_FLAGGEMS=0"
+    return why_not_here(device)
 
 
 BACKEND = KernelTable(

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The name under which backends of FlagOS reach SGLang's own functions of the gated delta rule."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from ..utils.suggest import suggest
+
+_FLA = "sglang.kernels.ops.attention.fla"
+_MODULES = {
+    "chunk_gated_delta_rule": f"{_FLA}.chunk",
+    "fused_recurrent_gated_delta_rule": f"{_FLA}.fused_recurrent",
+    "fused_recurrent_gated_delta_rule_packed_decode": f"{_FLA}.fused_recurrent",
+}
+
+
+def get_original(name: str) -> Callable[..., Any]:
+    """SGLang's function, as it is without sglang-fl. Imports its module.
+
+    Args:
+        name: as ``"chunk_gated_delta_rule"``.
+
+    Raises:
+        KeyError: it is no function that an operator stands for.
+    """
+    if name not in _MODULES:
+        raise KeyError(f"no operator stands for a function {name!r} of SGLang{suggest(name, list(_MODULES))}")
+    # A hook of SGLang's HookRegistry wraps what it found.
+    original: Callable[..., Any] = inspect.unwrap(getattr(import_module(_MODULES[name]), name))
+    return original
