@@ -172,6 +172,8 @@ def results(fn: Function, call: Call) -> Results:
     """Call a function; its results, those that it leaves in the inputs last."""
     arguments, named = call.arguments()
     got = fn(*arguments, **named)
+    if hasattr(got, "_fields"):  # SGLang's StandardTopKOutput and StandardCombineInput, which FlagOS's vendors return
+        got = got[:2] if len(got) > 1 else got[0]
     # One result is a tensor, not a list of one: the caller does not unpack it.
     several = isinstance(got, (tuple, list)) and len(got) > 1
     returned = [result for result in got if result is not None] if several else [got]

@@ -2,6 +2,7 @@
 """PlainCpu: a CPU with PyTorch and nothing else, and the arguments that SGLang's defaults would get wrong there."""
 
 import os
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 
 from .. import compat
+from . import cpu_limits
 from .out_of_tree import OutOfTree
 
 _USUAL_TOKENS = 32768
@@ -38,17 +40,24 @@ class PlainCpu(OutOfTree, CpuDeviceMixin):
         super().apply_server_args_defaults(server_args)
         if compat.argument_problems():  # what the user gave cannot be told from SGLang's defaults
             return
+        if self.device.vendor == "cpu":
+            _refuse_what_cannot_be_served(server_args)
         # SGLang prefers its AMX backend on every x86 machine; this platform is for those without.
         if _given(server_args, "attention_backend") is None:
-            if _given(server_args, "enable_deterministic_inference"):
-                raise ValueError(
-                    "--enable-deterministic-inference needs an attention backend that SGLang has made deterministic, "
-                    "and there is none for a plain CPU; leave it out"
-                )
             server_args.attention_backend = self.get_default_attention_backend()
         server_args.disable_custom_all_reduce = True  # it is a CUDA kernel; SGLang would try and complain
         _limit_kv_cache(server_args)
         _share_cores(server_args)
+
+
+def _refuse_what_cannot_be_served(server_args: Any) -> None:
+    """Raises ValueError with all that a plain CPU cannot serve."""
+    from sglang.srt.arg_groups.overrides import model_config_of, record_of
+
+    found = list(cpu_limits.problems(partial(_given, server_args), model_config_of(record_of(server_args._cfg))))
+    if found:
+        raise ValueError("\n".join(["a plain CPU cannot serve (docs/support.md has the list):", *(f"  - {problem}" for problem in found)]))
+    cpu_limits.refuse_requests()
 
 
 def _given(server_args: Any, name: str) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from e2e import field_backend
 
 from sglang_fl.dispatch import OPERATORS, BackendImplKind, OpImpl, OpManager, OpRegistry
 from sglang_fl.dispatch.signature import fitted, parameters_of
@@ -99,6 +101,17 @@ def test_a_lazy_function_that_does_not_fit_fails_when_it_is_imported() -> None:
 def test_an_operator_of_a_package_has_the_parameters_that_it_likes() -> None:
     assert parameters_of("chip_op") is None
     assert fitted("chip_op", max) is max
+
+
+def test_every_function_of_a_flagos_backend_fits() -> None:
+    """Served: tests/e2e/test_hybrid.py and test_qwen3_moe.py."""
+    registry = OpRegistry()
+    field_backend.register_builtins(registry)
+    assert len(registry.list_operators()) == 10
+    q, v, g = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 4, 8), -torch.rand(1, 5, 4)
+    call = OpManager(registry).resolve("fused_recurrent_gated_delta_rule")
+    got = call(q, q.flip(1), v, g, torch.rand(1, 5, 4), 0.3, None, True, None, True)
+    assert [x.shape for x in got] == [(1, 5, 4, 8), (1, 4, 8, 8)]
 
 
 def test_an_adapter_stays_in_its_process() -> None:
