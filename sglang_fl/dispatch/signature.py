@@ -48,10 +48,13 @@ def fitted(op: str, function: Function) -> Function:
     if found is None:
         named = [p.name for p in expected if p.name not in OURS.get(op, ())]
         return _adapter(op, function, expected, [f"{name}={name}" for name in named] + _constants(op), set(named))
-    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in found)
+    kinds = {parameter.kind for parameter in found}
+    takes_any = Parameter.VAR_KEYWORD in kinds
     found = tuple(p for p in found if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD))
     found = _with_layer_first(op, expected, found)
     by_name = {parameter.name: parameter for parameter in found}
+    if Parameter.VAR_POSITIONAL in kinds and [*by_name] == [parameter.name for parameter in expected[: len(found)]]:
+        return function  # *args: the rest in the operator's order
     _check(op, expected, by_name, takes_any)
     if _is_direct(op, expected, found):
         return function

@@ -5,6 +5,7 @@ import ast
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ CALLS: list[str] = []
 
 
 def counted(op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         CALLS.append(op)
         return fn(*args, **kwargs)
@@ -214,9 +216,9 @@ def test_callers_that_do_not_look_at_the_result(rng: torch.Generator, form: str,
     """models/llama4.py rotates views of its packed queries and keys, and goes on with the packed tensor."""
     monkeypatch.setattr("sglang_fl.dispatch.bridge.layer.overridden", lambda cls, base: set())
 
-    def writing(obj: Any, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Any:
-        rotated = reference.rotary_embedding(obj, q, k, *rest)
-        return q.copy_(rotated[0]), k.copy_(rotated[1])
+    def writing(obj: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> Any:
+        rotated = reference.rotary_embedding(obj, query, key, *rest)
+        return query.copy_(rotated[0]), key.copy_(rotated[1])
 
     layer = InPlaceRotary(HEAD, HEAD, MAX_POSITION, 10000, True, torch.float32)
     assert bind(layer, rotary_embedding=writing if writes else reference.rotary_embedding).bound == 1
@@ -239,10 +241,10 @@ def test_callers_that_do_not_look_at_the_result(rng: torch.Generator, form: str,
 def test_where_sglang_is_out_of_place_nothing_is_written(rng: torch.Generator) -> None:
     """layers/attention/dsa/dsa_indexer.py gives one tensor as query and key, except on devices where SGLang's own is in place."""
 
-    def one_after_the_other(obj: Any, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Any:
+    def one_after_the_other(obj: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> Any:
         *rest, inplace = rest
         rotated = []
-        for x in (q, k):
+        for x in (query, key):
             rotated.append(reference.rotary_embedding(obj, x, x, *rest, False)[0])
             if inplace:
                 rotated[-1] = x.copy_(rotated[-1])
@@ -283,11 +285,11 @@ def test_the_log_says_where_calls_went_that_the_operator_cannot_express(
 def test_after_a_refusal_the_next_takes_the_call(rng: torch.Generator) -> None:
     """SGLang may round a layer's cos and sin to bf16 while it serves (models/mimo_v2.py), which vendor.cuda's kernel cannot read."""
 
-    def only_fp32(obj: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *rest: Any) -> Any:
+    def only_fp32(obj: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, *rest: Any) -> Any:
         CALLS.append("vendor")
         if cos.dtype != torch.float32:
             raise Refusal(f"cos in {cos.dtype}")
-        return reference.rotary_embedding(obj, q, k, cos, *rest)
+        return reference.rotary_embedding(obj, query, key, cos, *rest)
 
     registry = OpRegistry()
     registry.register_impl(OpImpl("rotary_embedding", "vendor.x", BackendImplKind.VENDOR, only_fp32, vendor="nvidia"))
@@ -371,8 +373,8 @@ def test_nothing_of_the_cache_is_made_anew_per_call() -> None:
 
 
 def test_a_swapped_rotary_layout_does_not_agree(rng: torch.Generator) -> None:
-    def swapped(obj: Any, q: Any, k: Any, c: Any, s: Any, p: Any, interleaved: bool, inplace: bool) -> Any:
-        return reference.rotary_embedding(obj, q, k, c, s, p, not interleaved, inplace)
+    def swapped(obj: Any, query: Any, key: Any, cos: Any, sin: Any, position_ids: Any, rotary_interleaved: bool, inplace: bool) -> Any:
+        return reference.rotary_embedding(obj, query, key, cos, sin, position_ids, not rotary_interleaved, inplace)
 
     layer = rotary("RotaryEmbedding")
     bind(layer, rotary_embedding=swapped)

@@ -487,12 +487,27 @@ def test_without_tokens() -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda obj, x, logits, **_: torch.zeros(2, 2), "its result is Tensor, not (topk_weights, topk_ids)"),
-        (lambda obj, x, logits, **_: (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int32)), "its topk_weights has shape"),
-        (lambda obj, x, logits, **_: (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64)), "its topk_ids is torch.int64"),
-        (lambda obj, x, logits, **_: (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32)), "[0, 0] are not 2 of 8 experts"),
-        (lambda obj, x, logits, **_: (torch.zeros(2, 2), torch.tensor([[0, 9], [1, 2]]).int()), "[0, 9] are not 2 of 8 experts"),
-        (lambda obj, x, logits, **_: (torch.zeros(2, 2), torch.tensor([[0, 1], [1, 2]]).int()), "of a padded token are not -1"),
+        (lambda obj, hidden_states, router_logits, **_: torch.zeros(2, 2), "its result is Tensor, not (topk_weights, topk_ids)"),
+        (
+            lambda obj, hidden_states, router_logits, **_: (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int32)),
+            "its topk_weights has shape",
+        ),
+        (
+            lambda obj, hidden_states, router_logits, **_: (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64)),
+            "its topk_ids is torch.int64",
+        ),
+        (
+            lambda obj, hidden_states, router_logits, **_: (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32)),
+            "[0, 0] are not 2 of 8 experts",
+        ),
+        (
+            lambda obj, hidden_states, router_logits, **_: (torch.zeros(2, 2), torch.tensor([[0, 9], [1, 2]]).int()),
+            "[0, 9] are not 2 of 8 experts",
+        ),
+        (
+            lambda obj, hidden_states, router_logits, **_: (torch.zeros(2, 2), torch.tensor([[0, 1], [1, 2]]).int()),
+            "of a padded token are not -1",
+        ),
     ],
 )
 def test_the_trial_of_routing_sees_what_is_wrong(wrong: Callable[..., Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -514,9 +529,9 @@ def bind_block(block: nn.Module, **wrong: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda obj, layer, given: given, "its result is StandardDispatchOutput, not a tensor"),
-        (lambda obj, layer, given: given.hidden_states[:1], "its result has shape (1, 64), not (2, 64)"),
-        (lambda obj, layer, given: given.hidden_states * torch.nan, "its result holds inf or nan"),
+        (lambda obj, layer, dispatch_output: dispatch_output, "its result is StandardDispatchOutput, not a tensor"),
+        (lambda obj, layer, dispatch_output: dispatch_output.hidden_states[:1], "its result has shape (1, 64), not (2, 64)"),
+        (lambda obj, layer, dispatch_output: dispatch_output.hidden_states * torch.nan, "its result holds inf or nan"),
     ],
 )
 def test_the_trial_of_experts_sees_what_is_wrong(wrong: Callable[..., Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
