@@ -20,6 +20,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "off": {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in OPERATORS)},
     "default": {},
     **{preference: {"SGLANG_FL_PREFER": preference} for preference in PREFERENCES},
+    # FlagOS with FlagGems's kernels alone, and with this package's wherever there are some; "flagos" is as the profile says.
+    **{
+        name: {"SGLANG_FL_PREFER": "flagos", "SGLANG_FL_PER_OP": ";".join(f"{op}={first}flagos|vendor|reference" for op in OPERATORS)}
+        for name, first in (("flaggems", ""), ("triton", "triton|"))
+    },
     # Where FlagCX is, the shell's FLAGCX_PATH says. Strict: a fallback would be measured as FlagCX.
     "flagcx": {"SGLANG_FL_DIST_BACKEND": "flagcx", "SGLANG_FL_STRICT": "1"},
 }

@@ -12,6 +12,7 @@ import shapes
 from serving_lib import results, rounds, summary, tokens, variants
 from serving_lib.engine import EngineFailed, Engines
 
+from sglang_fl.config import load_settings
 from sglang_fl.dispatch.ops import OPERATORS
 
 
@@ -57,6 +58,13 @@ class TestVariants:
         (off,) = variants.choose(["off"], [], plain_cpu=True)
         assert set(off.settings["SGLANG_FL_PER_OP"].split(";")) == {f"{op}=sglang" for op in OPERATORS}
         assert off.settings["USE_FLAGGEMS"] == "0"
+
+    @pytest.mark.parametrize(("name", "order"), [("flaggems", "flagos|vendor|reference"), ("triton", "triton|flagos|vendor|reference")])
+    def test_flagos_without_and_with_our_triton_kernels(self, name: str, order: str) -> None:
+        (variant,) = variants.choose([name], [], plain_cpu=False)
+        settings = load_settings({**variant.settings, "SGLANG_FL_PLATFORM": "nvidia"})
+        assert settings.prefer == "flagos"
+        assert {"|".join(found) for _, found in settings.op_backends} == {order} and len(settings.op_backends) == len(OPERATORS)
 
     @pytest.mark.parametrize("name", ["flagos", "vendor", "reference"])
     def test_a_preference(self, name: str) -> None:

@@ -154,3 +154,21 @@ def test_the_same_again_is_the_same(manager: OpManager, kind: str) -> None:
         if first is None:
             first = [y.clone() for y in got]
         assert all(map(torch.equal, got, first))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "silu_and_mul", "rotary_embedding"])
+def test_more_numbers_than_an_int32_counts(manager: OpManager, op: str) -> None:
+    """The last rows of a tensor that has more than 2 ** 31 are what they are alone."""
+    fn, rows = implementation(manager, op, "triton"), 2**31 // 4096 + 3
+    x = torch.randn(64, 4096, device="cuda").to(torch.bfloat16).repeat(rows // 64 + 1, 1)[:rows]
+    layer, positions = Norm(drawn((4096,), torch.bfloat16)), torch.arange(rows, device="cuda") % 4096
+    cos, sin = torch.rand(4096, 128, device="cuda").chunk(2, -1)
+
+    def call(first: int) -> torch.Tensor:
+        if op == "rotary_embedding":
+            query = x[first:].view(-1, 32, 128)
+            return fn(None, query, query[:, :1].clone(), cos, sin, positions[first:], False, False)[0].view(-1, 4096)
+        return fn(layer, x[first:])
+
+    wanted = call(rows - 3)
+    assert torch.equal(call(0)[-3:], wanted)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,14 +10,16 @@ from ..kernels.activation import gated_kernel
 
 #: How many numbers of the result a program computes, at most, and with how many warps.
 _NUMBERS, _WARPS = 1024, 4
-#: Narrower columns than these are not made to fit the size; of narrower rows a program takes several.
+#: A program takes fewer columns if a row's last one would otherwise have more than an eighth of them all to spare; no fewer than these,
+#: of which a program takes several rows where a row has less.
 _LEAST_COLUMNS = 256
 
 
+@lru_cache
 def tile(size: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program."""
     block = min(_NUMBERS, triton.next_power_of_2(size))
-    while block > _LEAST_COLUMNS and size % block:
+    while block > _LEAST_COLUMNS and -size % block * 8 > size:
         block //= 2
     return max(1, _LEAST_COLUMNS // block), block, max(1, _WARPS * block // _NUMBERS)
 

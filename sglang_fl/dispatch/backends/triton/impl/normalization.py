@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ _LONGEST = 16384
 _NUMBERS = 1024
 
 
+@lru_cache
 def tile(size: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program."""
     block = min(_LONGEST, triton.next_power_of_2(size))

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..kernels.rotary import rotary_kernel
 _PAIRS, _WARPS = 1024, 4
 
 
+@lru_cache
 def tile(half: int) -> tuple[int, int, int]:
     """(rows, pairs, warps) of a program."""
     block = triton.next_power_of_2(half)
