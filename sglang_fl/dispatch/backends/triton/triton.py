@@ -11,7 +11,7 @@ from .. import Kernel, KernelTable
 
 def _why_unavailable(settings: Settings, device: Device) -> str | None:
     if not known_vendors()[device.vendor].flaggems:  # whose kernels are Triton's as well
-        return f"there is no Triton compiler for {device.vendor}"
+        return f"no Triton compiler is known for {device.vendor}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
