@@ -5,6 +5,7 @@
 ``exact``              the results in float64, and how far off one may be
 ``implementation.py``  calls an implementation and compares its results
 ``accuracy.py``, ``contract.py``, ``graphs.py``  the kinds of check; ``check_case.py`` runs one of them
-``worker.py``          the process that runs them, watched by ``runner.py``
-``report.py``          the results as tables, as JSON and as a page
+``worker.py``          the process that runs them: a ``process.py`` for ``runner.py``, which hands out the cases
+``record.py``          the results in a file, of ``results.py``; ``report.py`` and ``page.py`` show them, ``certificates.py`` finds them
+``archive.py``         the inputs of a failing case, with a script that repeats it
 """

@@ -79,8 +79,7 @@ class Worker:
                     writes_inputs=impl.writes_inputs,
                     enter=lambda phase: send({"phase": phase}),
                 )
-        cheap_first = list(OPERATORS_CHECKED)
-        self.cases.sort(key=lambda pair: cheap_first.index(pair[1].op))
+        self.cases.sort(key=lambda pair: (OPERATORS_CHECKED[pair[1].op].fewer, pair[1].op == "fused_moe"))
 
     def _cases_of(self, impl: OpImpl) -> tuple[str | None, Sequence[Case]]:
         """An implementation's cases; or none, and why."""
@@ -122,10 +121,16 @@ class Worker:
         target, case = self.cases[number]
         impl, start = self._implementations[target], time.monotonic()
         impl.compiling_s = 0.0
+        # A case that is repeated may end this process.
+        archive = self._archive(target, case) if self.job["only"] else ""
         outcome = check_case(impl, case, _seed(self.job["seed"], case))
         if not outcome.broken and hasattr(self._module, "memory_reserved") and self._module.memory_reserved() > _MOST_KEPT:
             self._module.empty_cache()  # other workers need it
-        archive = self._archive(target, case) if outcome.status == FAILED and not outcome.broken else ""
+        if outcome.status == FAILED and not outcome.broken:
+            archive = archive or self._archive(target, case)
+        elif outcome.status != FAILED and archive:
+            Path(archive).unlink(missing_ok=True)
+            archive = ""
         found = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(outcome).items()}
         return {**found, "seconds": round(time.monotonic() - start, 3), "compiling_s": round(impl.compiling_s, 3), "archive": archive}
 
@@ -139,8 +144,8 @@ class Worker:
         assert implementation is not None
         try:
             return write_archive(Path(self.job["archives"]), implementation, case, _seed(self.job["seed"], case), self.device)
-        except OSError as error:
-            return f"not written: {error}"
+        except Exception as error:  # what a layer holds may be anything
+            return f"not written: {type(error).__name__}: {error}"
 
 
 def _name(case: Case) -> str:
