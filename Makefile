@@ -8,7 +8,7 @@ SGLANG := sglang>=0.5.23,<0.5.24
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python
 
-.PHONY: demo test test-gpu test-sglang lint dist clean
+.PHONY: demo test test-gpu test-check-grid test-sglang lint dist clean
 
 demo: $(VENV)/ready
 	@$(BIN)/sglang-fl demo $(ARGS)
@@ -16,6 +16,10 @@ demo: $(VENV)/ready
 # Two at a time: the end-to-end tests one after the other, and beside them the rest.
 test: $(VENV)/ready-test
 	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+# Every kind of planted mistake on every operator, and the case of a quick check that catches it, as JSON.
+test-check-grid: $(VENV)/ready-test
+	@PYTHONPATH=tests $(BIN)/python tests/check/mistakes.py
 
 test-gpu: $(VENV)/ready-test
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -30,6 +30,7 @@ def graph_capture(impl: Implementation, case: Case, seed: int) -> Outcome:
             got = results(impl.fn, call)
     except Exception as error:
         return Outcome(FAILED, f"cannot be captured: {type(error).__name__}: {error}", broken=impl.is_device_lost())
+    _call_in_between(impl, case, seed)
 
     def replay(number: int) -> Outcome:
         fresh = case.draw(seed + number, impl.device)
@@ -53,6 +54,15 @@ def _warm_up(impl: Implementation, case: Case, seed: int) -> None:
             stream.wait_stream(torch.accelerator.current_stream())
             with stream:
                 impl.run(call)
+    impl.synchronize()
+
+
+def _call_in_between(impl: Implementation, case: Case, seed: int) -> None:
+    """Another size, and other numbers where memory was freed: a graph must hold nothing that a later call takes back."""
+    other = case.draw(seed, impl.device, other=True)
+    impl.run(other)
+    for x in other.tensors().values():
+        [torch.full_like(x, -1) for _ in range(4)]  # four at once, so that more than one freed block is taken
     impl.synchronize()
 
 

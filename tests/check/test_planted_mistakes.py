@@ -334,6 +334,15 @@ def behind_the_graphs_back(layer: Any, x: Any) -> Any:
     return torch.from_numpy(reference.silu_and_mul(layer, x.float()).numpy().copy()).to(x.dtype)
 
 
+SHARED = torch.zeros(1)
+
+
+def a_table_that_the_next_call_writes(layer: Any, x: Any) -> Any:
+    """The host fills it at each call, and a graph reads it when it is replayed: a stale pointer."""
+    SHARED.numpy()[0] = max(1, len(x))
+    return reference.silu_and_mul(layer, x) * (SHARED / max(1, len(x))).to(x.dtype)
+
+
 #: Looked up here, not inside the function: torch.compile does not trace the import behind it.
 _silu_and_mul = reference.silu_and_mul
 
@@ -429,6 +438,7 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("silu_and_mul", seeds_the_generator, INPUTS, "it changed the state of PyTorch's random number generator"),
         ("gemma_rms_norm", one_and_weight_kept, INPUTS, "after the layer's weights were updated in place: result"),
         ("silu_and_mul", behind_the_graphs_back, GRAPH, "replay 1 with new data: result (torch.bfloat16)"),
+        ("silu_and_mul", a_table_that_the_next_call_writes, GRAPH, "replay 1 with new data: result (torch.bfloat16)"),
         ("silu_and_mul", wrong_when_compiled, COMPILE, "compiled by eager: result (torch.bfloat16)"),
         ("rotary_embedding", layouts_swapped, SERVING, "out of bounds"),
         ("rotary_embedding", always_in_place, SERVING, "wrote query, key, which it may not"),

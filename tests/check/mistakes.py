@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of mistakes that users reported of kernels, planted into the reference of any operator where they can occur.
+
+``make test-check-grid`` holds every kind on every operator against ``sglang-fl check --quick``'s cases, and prints as JSON which case
+caught it.
+"""
+
+import json
+import secrets
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from backend_functions import reference
+
+from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
+from sglang_fl.check.cases.call import INT32
+from sglang_fl.check.check_case import check_case
+from sglang_fl.check.constants import COMPILE, FAILED, REPEATS, case_matches, case_name
+from sglang_fl.check.implementation import Implementation
+
+CPU = torch.device("cpu")
+Function = Callable[..., Any]
+
+DELTA = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+DECODE = "fused_recurrent_gated_delta_rule_packed_decode"
+ROTARY = ("rotary_embedding", "mrotary_embedding")
+
+
+def activations(op: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """The tensors whose numbers an operator computes with; rows, tokens or sequences come first in those of the first."""
+    if op == "fused_moe":
+        return (args[2].hidden_states,)
+    if op == "mrotary_embedding":
+        return args[2], args[3]
+    if op == DECODE:
+        return args[0], args[6]
+    return {"topk": (args[2:3]), **dict.fromkeys(ROTARY, args[1:3]), **dict.fromkeys(DELTA, args[:3])}.get(op, args[1:2])
+
+
+def rows(op: str, args: tuple[Any, ...], got: Any) -> torch.Tensor:
+    """What a call wrote, rows first."""
+    if op == DECODE:
+        return args[7].flatten(0, 2)
+    result = got[0] if isinstance(got, tuple) else got
+    if op in DELTA:
+        return result.flatten(0, 2)
+    return result.view(-1, result.shape[-1]) if op not in ROTARY or result.dim() == 3 else result
+
+
+def heads(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
+    """The heads of the query and of the key; 0 where there are none."""
+    first = activations(op, args)
+    if op == "mrotary_embedding":
+        return tuple(x.flatten(1).shape[1] // args[0].head_size if len(x) else 0 for x in first)  # type: ignore[return-value]
+    if op == DECODE:
+        _, value_heads, value_dim, key_dim = args[6].shape
+        return value_heads, (args[0].shape[1] - value_heads * value_dim) // (2 * key_dim)
+    if op in DELTA:
+        return first[2].shape[2], first[1].shape[2]
+    return (first[0].shape[1], first[-1].shape[1]) if first[0].dim() == 3 else (0, 0)
+
+
+def spoiled(part: torch.Tensor) -> None:
+    part.copy_(part * 1.25 + 1)
+
+
+def where(condition: Callable[[str, tuple[Any, ...]], bool]) -> Callable[[str], Function]:
+    """The last row of a call is wrong where the condition holds."""
+
+    def plant(op: str) -> Function:
+        right = getattr(reference, op)
+
+        def fn(*args: Any, **named: Any) -> Any:
+            holds = condition(op, args)
+            got = right(*args, **named)
+            written = rows(op, args, got)
+            if holds and len(written):
+                spoiled(written[-1:])
+            return got
+
+        return fn
+
+    return plant
+
+
+def from_row(first: int) -> Callable[[str], Function]:
+    def plant(op: str) -> Function:
+        right = getattr(reference, op)
+
+        def fn(*args: Any, **named: Any) -> Any:
+            got = right(*args, **named)
+            spoiled(rows(op, args, got)[first:])
+            return got
+
+        return fn
+
+    return plant
+
+
+def key_heads_beyond(most: int) -> Callable[[str], Function]:
+    """They keep what they had, as with a grid that was made for fewer."""
+
+    def plant(op: str) -> Function:
+        right = getattr(reference, op)
+
+        def fn(*args: Any) -> Any:
+            key = activations(op, args)[1]
+            size = args[0].head_size if op == "mrotary_embedding" else key.shape[-1]
+            kept = key.clone()
+            query, got = right(*args)
+            if len(kept):
+                got.view(len(got), -1)[:, most * size :] = kept.flatten(1)[:, most * size :]
+            return query, got
+
+        return fn
+
+    return plant
+
+
+def at_the_second_call(op: str) -> Function:
+    """With the same shapes."""
+    right, seen = getattr(reference, op), dict[Any, int]()
+
+    def fn(*args: Any, **named: Any) -> Any:
+        key = tuple((x.shape, x.dtype) for x in activations(op, args))
+        seen[key] = seen.get(key, 0) + 1
+        got = right(*args, **named)
+        if seen[key] % 5 == 2 and len(rows(op, args, got)):
+            spoiled(rows(op, args, got)[-1:])
+        return got
+
+    return fn
+
+
+def race(op: str) -> Function:
+    """Two blocks write a row, and which comes last is chance."""
+    right = getattr(reference, op)
+
+    def fn(*args: Any, **named: Any) -> Any:
+        got = right(*args, **named)
+        written = rows(op, args, got)
+        if len(written) > 200 and secrets.randbelow(4) == 0:
+            spoiled(written[128:129])
+        return got
+
+    return fn
+
+
+def top_k_beyond_8(op: str) -> Function:
+    def topk(*args: Any, **named: Any) -> Any:
+        weights, ids = reference.topk(*args, **named)
+        return torch.cat((weights[:, :8], weights[:, 8:] * 0.5), -1), ids
+
+    def fused_moe(obj: Any, layer: Any, given: Any) -> Any:
+        output = given.topk_output
+        first = SimpleNamespace(topk_weights=output.topk_weights[:, :8], topk_ids=output.topk_ids[:, :8])
+        return reference.fused_moe(obj, layer, SimpleNamespace(hidden_states=given.hidden_states, topk_output=first))
+
+    return topk if op == "topk" else fused_moe
+
+
+def experts_behind_one_without_tokens(op: str) -> Function:
+    """They are taken for the one before."""
+
+    def fn(obj: Any, layer: Any, given: Any) -> Any:
+        ids = given.topk_output.topk_ids.long()
+        counts = torch.bincount(ids[ids >= 0], minlength=layer.w13_weight.shape[0])
+        moved = (counts == 0).cumsum(0)
+        wrong = torch.where(ids >= 0, ids - moved[ids.clamp(min=0)].clamp(max=1), ids)
+        output = SimpleNamespace(topk_weights=given.topk_output.topk_weights, topk_ids=wrong.clamp(min=-1))
+        return reference.fused_moe(obj, layer, SimpleNamespace(hidden_states=given.hidden_states, topk_output=output))
+
+    return fn
+
+
+def eps_in_bf16(op: str) -> Function:
+    def fn(layer: Any, *args: Any) -> Any:
+        eps = float(torch.tensor(layer.variance_epsilon).bfloat16())
+        return getattr(reference, op)(SimpleNamespace(weight=layer.weight, bias=layer.bias, variance_epsilon=eps), *args)
+
+    return fn
+
+
+def bias_forgotten(op: str) -> Function:
+    def layer_norm(layer: Any, x: Any) -> Any:
+        bias = torch.zeros_like(layer.bias)
+        return reference.layer_norm(SimpleNamespace(weight=layer.weight, bias=bias, variance_epsilon=layer.variance_epsilon), x)
+
+    def topk(obj: Any, *args: Any, **named: Any) -> Any:
+        config = SimpleNamespace(**{**vars(obj.topk_config), "correction_bias": None})
+        return reference.topk(SimpleNamespace(topk_config=config), *args, **named)
+
+    def fused_moe(obj: Any, layer: Any, given: Any) -> Any:
+        names = ("w13_weight", "w2_weight", "moe_runner_config")
+        return reference.fused_moe(obj, SimpleNamespace(**{name: getattr(layer, name) for name in names}), given)
+
+    def decode(*args: Any) -> Any:
+        return getattr(reference, DECODE)(*args[:4], torch.zeros_like(args[4]), *args[5:])
+
+    return {"layer_norm": layer_norm, "topk": topk, "fused_moe": fused_moe, DECODE: decode}[op]
+
+
+def rotary_scale_forgotten(op: str) -> Function:
+    def rotary(layer: Any, query: Any, key: Any, cos: Any, sin: Any, *more: Any) -> Any:
+        size = (cos.float().square() + sin.float().square()).sqrt()
+        return reference.rotary_embedding(layer, query, key, cos / size, sin / size, *more)
+
+    def mrotary(layer: Any, *args: Any) -> Any:
+        cos, sin = layer.cos_sin_cache.float().chunk(2, -1)
+        size = (cos.square() + sin.square()).sqrt()
+        names = ("head_size", "is_neox_style", "mrope_section", "mrope_interleaved", "axis_map")
+        same = {name: getattr(layer, name) for name in names}
+        return reference.mrotary_embedding(SimpleNamespace(**same, cos_sin_cache=torch.cat((cos / size, sin / size), -1)), *args)
+
+    return rotary if op == "rotary_embedding" else mrotary
+
+
+def _is_far(op: str, args: tuple[Any, ...]) -> bool:
+    return any(len(x) and (len(x) - 1) * x.stride(0) >= INT32 for x in activations(op, args))
+
+
+ALL = tuple(OPERATORS_CHECKED)
+ROWS = tuple(op for op in ALL if op not in DELTA)
+#: kind -> (what plants it, the operators where it can occur, the first being the one of the everyday test)
+KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
+    "key heads beyond 8 left alone": (key_heads_beyond(8), ROTARY),
+    "key heads beyond 16 left alone": (key_heads_beyond(16), ROTARY),
+    "wrong from row 4096 on": (from_row(4096), ("rms_norm", "topk", *ROWS)),
+    "wrong from row 65535 on": (from_row(65535), ("silu_and_mul", "layer_norm", *ROWS)),
+    "wrong from row 65536 on": (from_row(65536), ("topk", "rotary_embedding", *ROWS)),
+    "a grid's second dimension beyond 65535": (from_row(65535), (DECODE, *ROWS)),
+    "an offset beyond 32 bits": (where(_is_far), ("silu_and_mul", *ALL)),
+    "odd numbers of heads": (
+        where(lambda op, args: heads(op, args)[0] % 2 == 1),
+        ("rotary_embedding", "mrotary_embedding", "rms_norm", DECODE),
+    ),
+    "more than 8 tokens": (where(lambda op, args: len(activations(op, args)[0]) > 8), ("gelu_and_mul", *ROWS)),
+    "the second call": (at_the_second_call, ("relu2", *ALL)),
+    "a tensor that is a view": (
+        where(lambda op, args: not all(x.is_contiguous() for x in activations(op, args))),
+        ("gemma_rms_norm", *ALL),
+    ),
+    "top-k of 9 and more": (top_k_beyond_8, ("topk", "fused_moe")),
+    "an expert without tokens": (experts_behind_one_without_tokens, ("fused_moe",)),
+    "epsilon in another dtype": (eps_in_bf16, ("rms_norm", "gemma_rms_norm", "layer_norm")),
+    "bias": (bias_forgotten, ("fused_moe", "layer_norm", "topk", DECODE)),
+    "the rotary embedding's scale": (rotary_scale_forgotten, ROTARY),
+    "a race of two blocks": (race, ("silu_and_mul", *ROWS)),
+}
+
+
+def caught(kind: str, op: str) -> str | None:
+    """The first case of a quick check that a planted mistake fails; None: it passes."""
+    seed = secrets.randbits(31)
+    impl = Implementation(op, KINDS[kind][0](op), None, CPU)
+    cases = [case for case in cases_of(op, None, CPU, quick=True) if case.check != COMPILE]
+    if kind == "a race of two blocks":
+        cases = [case for case in cases if case.check == REPEATS]
+    # Where models' sizes and rare calls are comes first: what is left would find it later.
+    cases.sort(key=lambda case: not case_matches(case_name(op, case.check, case.name, case.dtype), "sizes"))
+    for case in cases:
+        if check_case(impl, case, seed).status == FAILED:
+            return case_name(op, case.check, case.name, case.dtype)
+    return None
+
+
+def grid() -> dict[str, dict[str, str | None]]:
+    torch.set_num_threads(1)
+    return {kind: {op: caught(kind, op) for op in dict.fromkeys(ops)} for kind, (_, ops) in KINDS.items()}
+
+
+if __name__ == "__main__":
+    json.dump(grid(), sys.stdout, indent=1)
+    print()
