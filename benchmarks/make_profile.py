@@ -25,7 +25,8 @@ to be right, and stays out. And
   5. serving calls it in at least one forward pass of ten (counted by the calls of ``embedding``): FlagGems costs
      its import at start-up, and a kernel its compilation at the first call, which a rare gain does not repay.
 ``triton_faster`` lists the operators whose Triton kernel of this package goes before FlagGems's where FlagOS is preferred: it is right
-at every shape, nowhere slower than FlagGems's by more than 2 %, and faster by 2 % in the median, in every sitting that measured both:
+at every shape, at least 2 % faster than FlagGems's in the median, from 64 tokens on nowhere above 1.10 of its time, and with fewer
+nowhere more than 1 µs slower, in every sitting that measured both:
 ``triton-<gpu>.json`` (of ``ops.py``), on any GPU of the platform.
 An ATen function that was wrong (also: in a graph that serving captured), or ended the process, is in ``flagos_broken``: it
 stays with PyTorch too where a user prefers FlagOS for everything. A name leaves that list only by results that show it right.
@@ -58,6 +59,8 @@ MAX_RATIO, MAX_MEDIAN, MAX_WIDTH = 1.02, 0.98, 0.1
 #: A model calls it once in each forward pass.
 _PASS = "embedding"
 LEAST_CALLS_PER_PASS = 0.1
+#: What this package's Triton kernels may take of FlagGems's time from so many tokens on, and how many µs more with fewer.
+MAX_OF_FLAGGEMS, FROM_TOKENS, MAX_MORE_US = 1.1, 64, 1.0
 LEAST_SHAPES = 6
 #: Up to which a run that speaks for an implementation must go.
 LEAST_BATCH = 32
@@ -230,11 +233,12 @@ def judge_triton(op: str, rows: Sequence[Row]) -> Verdict | None:
     ratios = {shape: ours[shape]["ratio"][0] / row["ratio"][0] for shape, row in theirs.items() if shape in ours and row.get("ratio")}
     if not ratios:
         return Verdict(op, True, "FlagGems's failed at every shape")
-    worst = max(ratios, key=lambda shape: ratios[shape])
-    if ratios[worst] > MAX_RATIO:
-        return Verdict(op, False, f"{_times(ratios[worst])} times FlagGems's time at {_shape(ours[worst])}")
+    for shape, ratio in sorted(ratios.items(), key=lambda item: -item[1]):
+        row, more = ours[shape], ours[shape]["us"] - theirs[shape]["us"]
+        if ratio > MAX_OF_FLAGGEMS if row["tokens"] >= FROM_TOKENS else more > MAX_MORE_US:
+            return Verdict(op, False, f"{_times(ratio)} times FlagGems's time at {_shape(row)} ({row['us']:.2f} µs)")
     median = statistics.median(ratios.values())
-    figures = f"{median:.3f} times FlagGems's time in the median ({_times(min(ratios.values()))} to {_times(ratios[worst])})"
+    figures = f"{median:.3f} times FlagGems's time in the median ({_times(min(ratios.values()))} to {_times(max(ratios.values()))})"
     own = [row["ratio"][0] for row in ours.values()]
     figures += f", {_times(statistics.median(own))} times SGLang's ({_times(min(own))} to {_times(max(own))})"
     return Verdict(op, median <= MAX_MEDIAN, figures, median)

@@ -281,11 +281,13 @@ def test_the_profile_is_one_that_sglang_fl_reads(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("flagos", "triton", "faster"),
     [
-        ([SLOWER, EVEN], [EVEN, EVEN], ["rms_norm"]),
-        ([SLOWER, FASTER], [EVEN, EVEN], []),
-        ([EVEN, EVEN], [EVEN, EVEN], []),
-        ([SLOWER, SLOWER], [EVEN, "RuntimeError: no"], []),
-        ([SLOWER, SLOWER], [EVEN], []),
+        ([SLOWER] * 4, [EVEN] * 4, ["rms_norm"]),
+        ([SLOWER] * 3 + [EVEN], [EVEN] * 3 + [[1.09, 1.0, 1.2]], ["rms_norm"]),
+        ([SLOWER] * 3 + [EVEN], [EVEN] * 3 + [[1.11, 1.0, 1.2]], []),  # the fourth shape has 64 tokens
+        ([EVEN] + [SLOWER] * 3, [[1.9, 1.8, 2.0]] + [EVEN] * 3, ["rms_norm"]),  # with one token, where it is not 1 µs
+        ([EVEN] * 4, [EVEN] * 4, []),
+        ([SLOWER] * 2, [EVEN, "RuntimeError: no"], []),
+        ([SLOWER] * 2, [EVEN], []),
         (["RuntimeError: no", SLOWER], [EVEN, EVEN], ["rms_norm"]),
     ],
 )
