@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from backend_functions import reference
+from e2e import field_backend
 from sglang.srt.layers.attention.linear.gdn_backend import GDNKernelDispatcher
 from sglang.srt.layers.attention.linear.kernels import gdn_triton
 from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
@@ -160,6 +161,16 @@ def test_sglangs_calls_run_on_the_reference(tmp_path: Path) -> None:
     }
     assert f"  {CHUNK} → reference(reference.torch)" in report.summary()
     assert after.shape == pool.shape
+
+
+def test_functions_with_flagos_parameters_and_results() -> None:
+    """``(o, None, h)`` and ``head_first`` in prefill; in decode, parameters that cannot be read."""
+    fns = {CHUNK: field_backend.chunk_gated_delta_rule, PACKED: field_backend.fused_recurrent_gated_delta_rule_packed_decode}
+    report = bind(**fns)
+    assert set(report.functions.values()) == {"flagos(default.flagos)"}
+    got = *prefill(), *decode()
+    set_global_policy(SelectionPolicy("reference"))
+    assert all(torch.equal(x, y) for x, y in zip(got, (*prefill(), *decode()), strict=True))
 
 
 def test_without_an_update_the_pool_is_only_read() -> None:

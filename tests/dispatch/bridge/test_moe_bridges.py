@@ -10,6 +10,7 @@ import pytest
 import torch
 from accuracy import assert_within
 from backend_functions import reference
+from e2e import field_backend
 from torch import nn
 
 from sglang_fl.config import Settings
@@ -537,6 +538,17 @@ def bind_block(block: nn.Module, **wrong: Callable[..., Any]) -> Any:
 def test_the_trial_of_experts_sees_what_is_wrong(wrong: Callable[..., Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
     assert bind(experts().quant_method, fused_moe=wrong).bound == 0
     assert told in caplog.text
+
+
+def test_the_results_of_flagos_vendors_are_taken(rng: torch.Generator) -> None:
+    """StandardTopKOutput and StandardCombineInput."""
+    x, logits = tokens(rng)
+    layer, owner = router(), experts()
+    assert bind_block(nn.ModuleDict({"topk": layer, "experts": owner})).bound == 2
+    wanted = owner(x, layer(x, logits))
+    report = bind_block(nn.ModuleDict({"topk": layer, "experts": owner}), topk=field_backend.topk, fused_moe=field_backend.fused_moe)
+    assert report.bound == 2, report.summary()
+    assert torch.equal(owner(x, layer(x, logits)), wanted)
 
 
 @pytest.mark.parametrize("op", ["topk", "fused_moe"])
