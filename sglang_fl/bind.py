@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one moment of Layers 1 and 2: a model was loaded; its layers and functions are bound, then ATen operators replaced."""
+"""The one moment of Layers 1 and 2: a model was loaded; ATen operators are replaced, then its layers and functions bound.
+
+In this order, since an implementation is tried under the conditions that it serves in. What ended an earlier start on any rank is left out.
+"""
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from .aten import replace_operators
+from .aten import in_force, replace_operators, restore_operators
+from .aten.agreement import agree
+from .config import Settings
 from .device import Device
 from .dispatch.bridge.binder import Binder
 from .dispatch.bridge.report import BindReport
+from .dispatch.bridge.socket import TrialConditions
 from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
+from .distributed.ranks import Ranks, tensor_parallel_ranks
 from .fingerprint.announce import announce
 from .startup import settings_in_worker
+from .trial import open_guard
 
 logger = logging.getLogger("sglang_fl")
 
@@ -21,18 +30,36 @@ _binder: Binder | None = None
 
 
 def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
-    """Bind a model's layers and functions, give ATen operators to FlagGems, and log what was done.
+    """Give ATen operators to FlagGems, bind a model's layers and functions, and log what was done.
 
     Raises:
-        RuntimeError: under ``strict``, an implementation failed its trial, or FlagGems cannot be used.
+        RuntimeError: under ``strict``, an implementation or a function failed its trial or ended an earlier start, or FlagGems
+            cannot be used.
     """
     from sglang.srt.runtime_context import get_exec
 
     settings, level = settings_in_worker(device), _log_level()
     execution = get_exec()
     deterministic = bool(execution.deterministic.enable_deterministic_inference)
+    captures_graphs = _captures_graphs(execution)
     dispatch_log().begin(type(model).__name__)
-    report = _process_binder().bind(model, settings, deterministic=deterministic, log_level=level)
+    ranks = tensor_parallel_ranks()
+    excluded = _excluded(settings, device, ranks)
+    replaced = replace_operators(
+        settings, device, deterministic=deterministic, captures_graphs=captures_graphs, ranks=ranks, excluded=excluded
+    )
+    operators = in_force()
+    conditions = TrialConditions(operators, _in_graphs(captures_graphs), excluded)
+    try:
+        report = _process_binder().bind(
+            model, settings, deterministic=deterministic, log_level=level, trials=conditions, exchange=ranks.exchange
+        )
+        if operators is not None:  # functions whose first calls were in these trials
+            agree(operators, ranks)
+            replaced = operators.report
+    except BaseException:
+        restore_operators()
+        raise
     logger.log(level, report.summary())
     if report.bound and execution.graph.enable_torch_compile:
         logger.log(
@@ -40,11 +67,41 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
             "sglang-fl: with --enable-torch-compile SGLang compiles its own plain-PyTorch forward of each layer into the graphs of "
             "small batches (--torch-compile-max-bs); bound layers serve elsewhere",
         )
-    captures_graphs = _captures_graphs(execution)
-    operators = replace_operators(settings, device, deterministic=deterministic, captures_graphs=captures_graphs)
-    logger.log(level, operators.summary())
-    announce(type(model).__name__, settings, device, report, operators, level)
+    logger.log(level, replaced.summary())
+    announce(type(model).__name__, settings, device, report, replaced, level)
     return report
+
+
+def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str]:
+    """What ended an earlier start, on any rank's host: name -> what happened.
+
+    Raises:
+        RuntimeError: there is something, and ``strict`` is set.
+    """
+    guard = open_guard(settings, f"{device.vendor} {_chip(device)}")
+    excluded: dict[str, str] = {}
+    for found in ranks.exchange(dict(guard.excluded)):
+        excluded |= found
+    if not excluded:
+        return excluded
+    listed = "; ".join(f"{name} ({reason})" for name, reason in sorted(excluded.items()))
+    message = f"sglang-fl: an earlier start ended in the first run of what this one leaves out: {listed}"
+    if settings.strict:
+        raise RuntimeError(f"{message}. strict is set, so nothing takes its place. 'sglang-fl doctor --forget' has it tried again")
+    logger.log(ranks.level(logging.WARNING), "%s. 'sglang-fl doctor --forget' has it tried again", message)
+    return excluded
+
+
+def _chip(device: Device) -> str:
+    name = getattr(torch.get_device_module(device.device_type), "get_device_name", None)
+    return str(name(0)) if name is not None else device.device_type
+
+
+def _in_graphs(captures_graphs: bool) -> Any:
+    operators = in_force()
+    if not captures_graphs:
+        return None
+    return nullcontext if operators is None else operators.watched
 
 
 def _process_binder() -> Binder:

@@ -92,12 +92,16 @@ LAYER_ATTRIBUTES = ("_forward_method", "_original_forward_method", "is_torch_com
 GROUPS: Shapes = {
     "sglang.srt.distributed.parallel_state:GroupCoordinator.__init__": "torch_distributed_backend use_pynccl",
 }
-#: What the hooks around the capture of graphs rely on; checked where ``flagos_scope`` is ``graphs``.
+#: What the hooks around the capture of graphs and the model's passes rely on; checked where ATen operators are replaced.
 GRAPHS: Shapes = {
     "sglang.srt.model_executor.runner_backend.utils:resolve_decode_backend": "cuda_graph_runner",
     "sglang.srt.model_executor.runner_backend.utils:resolve_prefill_backend": "cuda_graph_runner",
     "sglang.srt.model_executor.runner_backend.base_cuda_graph_backend:BaseCudaGraphBackend.capture_one": (
         "self shape_key forward_fn capture_inputs post_warmup_hook"
+    ),
+    "sglang.srt.distributed.parallel_state:GroupCoordinator.barrier": "self",
+    "sglang.srt.model_executor.model_runner:ModelRunner.forward": (
+        "self forward_batch skip_attn_backend_init pp_proxy_tensors reinit_attn_backend split_forward_count"
     ),
 }
 #: What the server's metric relies on; checked when a model was bound.

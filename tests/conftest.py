@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ def pytest_configure() -> None:
     for variable in _settings_in_environment():
         del os.environ[variable]
 
+    # And a record of trials of their own.
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sglang-fl-tests-")
+
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What pytest-xdist keeps in one process: all end-to-end tests, and each other file.
@@ -54,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure() -> None:
     remove_leftovers()
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

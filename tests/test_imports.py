@@ -20,6 +20,7 @@ LAYERS = (
     ("sglang_fl.utils",),
     ("sglang_fl.device", "sglang_fl.vendor_platform"),
     ("sglang_fl.config",),
+    ("sglang_fl.trial",),
     ("sglang_fl.dispatch",),
     ("sglang_fl.dispatch.backends",),
     ("sglang_fl.compat",),

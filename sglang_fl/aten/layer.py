@@ -2,27 +2,40 @@
 """Layer 1 of this process: which operators are replaced, and where."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..config import Settings
 from ..config.settings import PROFILE
 from ..device import Device
 from ..dispatch.backends.flaggems.library import NOT_INSTALLED, why_not_here
+from ..distributed.ranks import Ranks
 from .operators import AtenOperators, AtenReport
-from .scope import use_in_graphs
+from .scope import try_in_first_passes, use_in_graphs
+from .trials import Trials
 
 logger = logging.getLogger("sglang_fl.aten")
 
 _operators: "AtenOperators | None" = None
 
 
-def replace_operators(settings: Settings, device: Device, *, deterministic: bool = False, captures_graphs: bool = False) -> AtenReport:
+def replace_operators(
+    settings: Settings,
+    device: Device,
+    *,
+    deterministic: bool = False,
+    captures_graphs: bool = False,
+    ranks: Ranks | None = None,
+    excluded: Mapping[str, str] | None = None,
+) -> AtenReport:
     """Switch Layer 1 on in a process that runs a model, if the settings ask for it. With other settings than
     the last time, what was on before is switched off first.
 
     Args:
         deterministic: the server runs with ``--enable-deterministic-inference``.
         captures_graphs: SGLang will capture graphs of the model; with ``flagos_scope: graphs`` the operators are in force there alone.
+        ranks: that run the model together; None: this process alone.
+        excluded: name -> why it is left out: what ended an earlier start.
 
     Raises:
         RuntimeError: another :class:`AtenOperators` is on; under ``strict``, FlagGems or an operator cannot be used, or a
@@ -41,9 +54,9 @@ def replace_operators(settings: Settings, device: Device, *, deterministic: bool
     if _operators is not None and _operators.settings != settings:
         restore_operators()
     if _operators is None:
-        operators = AtenOperators(settings)
+        operators = AtenOperators(settings, Trials(captures_graphs), excluded)
         try:
-            _put_in_force(operators)
+            _put_in_force(operators, ranks or Ranks(), captures_graphs)
         except Exception as error:
             if settings.strict or AtenOperators._on is not None:
                 raise
@@ -58,17 +71,32 @@ def restore_operators() -> None:
     """Switch Layer 1 off again in this process."""
     global _operators
     use_in_graphs(None)
+    try_in_first_passes(None)
     if _operators is not None:
         _operators.disable()
         _operators = None
 
 
-def _put_in_force(operators: AtenOperators) -> None:
+def in_force() -> AtenOperators | None:
+    """The operators of this process, in force in their scope."""
+    return _operators
+
+
+def _put_in_force(operators: AtenOperators, ranks: Ranks, captures_graphs: bool) -> None:
+    """Registering them comes last but for the hooks, so that an error leaves nothing behind."""
     operators.enable()
-    if operators.settings.flagos_scope == "graphs":
+    try:
+        if captures_graphs:
+            use_in_graphs(operators, ranks)
+        if operators.settings.flagos_scope == "graphs":
+            operators.disable()
+            operators.report = replace(operators.report, in_graphs=True)
+        else:
+            try_in_first_passes(operators, ranks)
+    except BaseException:
+        use_in_graphs(None)
         operators.disable()
-        operators.report = replace(operators.report, in_graphs=True)
-        use_in_graphs(operators)
+        raise
 
 
 def why_off(settings: Settings, device: Device, *, deterministic: bool = False, captures_graphs: bool = True) -> str | None:

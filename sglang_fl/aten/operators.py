@@ -7,8 +7,9 @@ switched alone.
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 from typing import Any, ClassVar
 
@@ -17,7 +18,9 @@ import torch
 from ..config import Settings
 from ..dispatch.backends.flaggems.library import load
 from ..utils.suggest import suggest
+from .native import native_kernel
 from .recorder import Recorder
+from .trials import Trials
 
 logger = logging.getLogger("sglang_fl.aten")
 
@@ -69,12 +72,23 @@ class AtenOperators:
 
     _on: ClassVar["AtenOperators | None"] = None
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, trials: Trials | None = None, excluded: Mapping[str, str] | None = None):
+        """
+        Args:
+            trials: of the functions' first calls; None: they are registered as they are.
+            excluded: FlagGems function -> why it is left out, beside what the settings say.
+        """
         self.settings = settings
         self.report = AtenReport()
+        self.trials = trials
+        self._excluded = dict(excluded or {})
         self._registrar: Any = None
-        #: FlagGems function -> the ATen operators that it replaces, each with what is registered for it.
+        #: FlagGems function -> the ATen operators that it replaces, each with the function itself.
         self._functions: dict[str, list[tuple[str, Function]]] = {}
+        #: ATen operator -> what is registered for it while it is tried.
+        self._tried: dict[str, Function] = {}
+        #: Operators whose function is registered itself.
+        self._as_they_are: frozenset[str] = frozenset()
         self._libraries: dict[str, torch.library.Library] = {}
 
     def enable(self) -> AtenReport:
@@ -128,6 +142,47 @@ class AtenOperators:
         elif not on and function in self._libraries:
             self._libraries.pop(function)._destroy()
 
+    @property
+    def excluded(self) -> Mapping[str, str]:
+        """FlagGems function -> why it is left out, beside what the settings say."""
+        return self._excluded
+
+    def exclude(self, function: str, reason: str) -> None:
+        """Give a function's operators back to PyTorch for good. Not to be called while one of them runs."""
+        if (library := self._libraries.pop(function, None)) is not None:
+            library._destroy()
+        self._excluded[function] = reason
+        rows = [(key, function, reason) for key, _ in self._functions.pop(function, ())]
+        replaced = tuple(row for row in self.report.replaced if row[1] != function)
+        self.report = replace(self.report, replaced=replaced, left=(*self.report.left, *rows))
+
+    def register_passed(self) -> None:
+        """Register FlagGems's functions themselves where their first call went well. Not to be called while one of them runs."""
+        if self.trials is not None:
+            self._register_as_they_are(frozenset(self.trials.passed))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """In force, all of them as while they are tried."""
+        if AtenOperators._on is not self:
+            with self:
+                yield
+            return
+        before = self._as_they_are
+        self._register_as_they_are(frozenset())
+        try:
+            yield
+        finally:
+            self._register_as_they_are(before)
+
+    def _register_as_they_are(self, keys: frozenset[str]) -> None:
+        """Without what stands for them while they are tried, for these operators alone."""
+        changed, self._as_they_are = keys ^ self._as_they_are, keys
+        for function, rows in self._functions.items():
+            if function in self._libraries and any(key in changed for key, _ in rows):
+                self._libraries.pop(function)._destroy()
+                self._register(function)
+
     def __enter__(self) -> AtenReport:
         return self.enable()
 
@@ -145,8 +200,14 @@ class AtenOperators:
             # PyTorch takes a kernel for an operator that it does not have, and never calls it.
             if not torch._C._dispatch_has_kernel(f"aten::{key}"):
                 failed[key] = _UNKNOWN_OPERATOR
+            elif fn.__name__ in self._excluded:
+                failed[key] = self._excluded[fn.__name__]
             else:
                 self._functions.setdefault(fn.__name__, []).append((key, fn))
+        if self.trials is not None:
+            for function, rows in self._functions.items():
+                for key, fn in rows:
+                    self._tried[key] = self.trials.tried(function, key, fn, native_kernel(key, self._registrar.reg_key))
         for function in list(self._functions):
             failed |= self._register(function)
         replaced = {key: name for name, rows in self._functions.items() for key, _ in rows}
@@ -165,7 +226,7 @@ class AtenOperators:
         registrar.lib = self._libraries[function] = torch.library.Library("aten", "IMPL")
         for key, fn in self._functions[function]:
             try:
-                registrar.register(key, fn)
+                registrar.register(key, fn if key in self._as_they_are else self._tried.get(key, fn))
             except Exception as error:
                 failed[key] = f"it could not be registered: {error}"
         if failed:
@@ -177,6 +238,8 @@ class AtenOperators:
         settings = self.settings
         listed = settings.flagos_functions or ()
         for key, function, reason in left:
+            if function in self._excluded:
+                continue  # whoever excluded it has said so
             if function in listed or (key in failed and reason != _UNKNOWN_OPERATOR):
                 by = f" ({settings.source(settings.flagos_key)} names {function})" if function in listed else ""
                 message = f"aten::{key}: {reason}; PyTorch's own kernel is used{by}"

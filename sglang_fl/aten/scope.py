@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where FlagGems's ATen functions are in force: everywhere, or only while SGLang captures graphs.
+"""Where FlagGems's ATen functions are in force: everywhere, or only while SGLang captures graphs. And where they are tried.
 
 A kernel in a graph costs the host nothing at replay. The same kernel called from Python costs 30 to 90 microseconds, and serving waits
 for the host. Every runner of SGLang that captures decode or prefill graphs, drafts' included, gets its graph backend from one of two
 functions; what these return warms up and captures a graph in ``capture_one``.
+
+A function is tried at its first call: in a warm-up before a capture, or, with ``flagos_scope: everywhere``, in one of the model's first
+passes. At the end of a pass the ranks tell each other what failed, and all leave it to PyTorch.
 """
 
 import functools
@@ -12,6 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..compat import graph_problems, hook, stop_message
+from ..distributed.ranks import Ranks
+from .agreement import agree
+from .capture import Capture
 from .operators import AtenOperators
 
 logger = logging.getLogger("sglang_fl.aten")
@@ -21,39 +27,105 @@ RESOLVERS = (
     "sglang.srt.model_executor.runner_backend.utils.resolve_decode_backend",
     "sglang.srt.model_executor.runner_backend.utils.resolve_prefill_backend",
 )
+_BARRIER = "sglang.srt.distributed.parallel_state.GroupCoordinator.barrier"
+_FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+#: After so many passes without a first call a model is taken as tried.
+_QUIET_PASSES = 8
 
-#: What is in force while a graph is captured.
-_in_graphs: AtenOperators | None = None
+#: What is in force, or at least watched, while a graph is captured; and the capture that goes on.
+_in_graphs: "tuple[AtenOperators, Ranks] | None" = None
+_capture: Capture | None = None
+#: What is tried in the model's first passes.
+_first_passes: "FirstPasses | None" = None
 _hooked: list[str] = []
 
 
-def use_in_graphs(operators: AtenOperators | None) -> None:
+def use_in_graphs(operators: AtenOperators | None, ranks: Ranks | None = None) -> None:
     """Have these operators in force while a graph is warmed up and captured; None: no more.
 
     Raises:
-        RuntimeError: SGLang did not take the hook, or captures graphs in another way.
+        RuntimeError: SGLang did not take a hook, or captures graphs in another way.
     """
     global _in_graphs
-    if operators is not None and graph_problems():
-        raise RuntimeError(stop_message(graph_problems()))
-    for target in RESOLVERS if operators is not None else ():
-        if target in _hooked:
-            continue
-        if not hook(target, _resolve):
-            raise RuntimeError(f"SGLang did not take the hook on {target}: another plugin has hooked it already, or SGLang's log says why")
-        _hooked.append(target)
-    _in_graphs = operators
+    ranks = ranks or Ranks()
+    if operators is not None:
+        if graph_problems():
+            raise RuntimeError(stop_message(graph_problems()))
+        for target in RESOLVERS:
+            _hook(target, _resolve)
+        if ranks.group is not None:
+            _hook(_BARRIER, _barrier)
+    _in_graphs = None if operators is None else (operators, ranks)
+
+
+def try_in_first_passes(operators: AtenOperators | None, ranks: Ranks | None = None) -> None:
+    """Have these operators, which are in force, tried until the model's passes bring nothing new; None: no more.
+
+    Raises:
+        RuntimeError: SGLang did not take a hook, or runs models in another way.
+    """
+    global _first_passes
+    if operators is not None:
+        if graph_problems():
+            raise RuntimeError(stop_message(graph_problems()))
+        _hook(_FORWARD, _forward)
+    _first_passes = None if operators is None else FirstPasses(operators, ranks or Ranks())
+
+
+class FirstPasses:
+    """A model's first passes, in which functions are called for the first time. All ranks make the same ones."""
+
+    def __init__(self, operators: AtenOperators, ranks: Ranks):
+        self._operators, self._ranks = operators, ranks
+        self._known, self._quiet = 0, 0
+
+    def passed(self) -> bool:
+        """A pass is over. Returns whether that was the last one that matters."""
+        known = agree(self._operators, self._ranks)
+        self._operators.register_passed()
+        self._quiet = self._quiet + 1 if known == self._known else 0
+        self._known = known
+        return self._quiet >= _QUIET_PASSES
+
+
+def _hook(target: str, function: Callable[..., Any]) -> None:
+    if target in _hooked:
+        return
+    if not hook(target, function):
+        raise RuntimeError(f"SGLang did not take the hook on {target}: another plugin has hooked it already, or SGLang's log says why")
+    _hooked.append(target)
 
 
 def _resolve(own: Callable[[Any], Any], runner: Any) -> Any:
     backend = own(runner)
-    backend.capture_one = functools.partial(_capture, backend.capture_one)
+    backend.capture_one = functools.partial(_capture_one, backend, backend.capture_one)
     return backend
 
 
-def _capture(capture_one: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    operators = _in_graphs
-    if operators is None:
-        return capture_one(*args, **kwargs)
-    with operators:
-        return capture_one(*args, **kwargs)
+def _capture_one(backend: Any, own: Callable[..., Any], shape_key: Any, forward_fn: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+    global _capture
+    if _in_graphs is None:
+        return own(shape_key, forward_fn, *args, **kwargs)
+    operators, ranks = _in_graphs
+    if (group := getattr(backend, "_tp_group", None)) is not None:  # a draft's ranks may be others than the model's
+        ranks = Ranks(group)
+    pool = getattr(backend, "_pool", None)
+    _capture = Capture(operators, ranks, shape_key, forward_fn, lambda forward: own(shape_key, forward, *args, **kwargs), pool)
+    try:
+        return _capture.run()
+    finally:
+        _capture = None
+
+
+def _barrier(own: Callable[..., Any], group: Any, *args: Any, **kwargs: Any) -> Any:
+    if _capture is None or not _capture.at_barrier(group):
+        return own(group, *args, **kwargs)
+    return None
+
+
+def _forward(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    global _first_passes
+    result = own(*args, **kwargs)
+    if _first_passes is not None and _first_passes.passed():
+        _first_passes = None
+    return result

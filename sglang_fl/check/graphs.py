@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls that serving records: captured in a graph and replayed, or compiled by torch.compile."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from shutil import which
-from typing import Any
 
 import torch
 
+from ..utils.graphs import graphs_of
 from .cases import Case
 from .constants import FAILED, SKIPPED
 from .exact.judge import Verdict
@@ -89,15 +89,6 @@ def _worst(outcomes: Iterable[tuple[str, Outcome]]) -> Outcome:
             return Outcome(FAILED, f"{when}: {outcome.message}", outcome.error_ulp, outcome.bound_ulp)
         worst = max(worst, outcome, key=lambda one: Verdict(one.error_ulp, one.bound_ulp).used)
     return worst
-
-
-def graphs_of(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
-    """What makes a graph on the device and what captures into it: ``torch.cuda.CUDAGraph``, ``torch.npu.NPUGraph``, …"""
-    module = getattr(torch, device.type, None)
-    for name in ("CUDAGraph", f"{device.type.upper()}Graph"):
-        if hasattr(module, name) and hasattr(module, "graph"):
-            return getattr(module, name), module.graph  # type: ignore[union-attr]
-    return None
 
 
 def compiler_of(device: torch.device) -> str:

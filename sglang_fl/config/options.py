@@ -60,6 +60,16 @@ def _text(value: Any) -> str:
     return value.strip()
 
 
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if isinstance(value, bool) or not 0 <= seconds < 1e6:
+        raise InvalidValue(f"expected a number of seconds, found {value!r}")
+    return seconds
+
+
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [part for part in re.split(r"[,\s]+", value) if part]
@@ -164,6 +174,8 @@ class Options:
     flagos_broken: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions measured or reported as wrong.", "flaggems", "flagos_blacklist")
     triton_faster: tuple[str, ...] | None = _option(None, False, None, _names, "The operators whose Triton kernel of this package goes before FlagGems's where flagos is preferred.", "operators", "op_backends")
     flagos_scope: str = _option("SGLANG_FL_FLAGOS_SCOPE", True, "everywhere", _choice(("graphs", "everywhere"), str.lower), "Where FlagGems functions replace ATen operators: graphs (only while SGLang captures graphs) or everywhere.")
+    trial_record: str | None = _option("SGLANG_FL_TRIAL_RECORD", True, None, _text, "The file that remembers what ended a start; unset: in the user's state folder.")
+    trial_limit: float = _option("SGLANG_FL_TRIAL_LIMIT", True, 600.0, _seconds, "How long a first run may take, in seconds, before the process is ended; 0: no limit.")
     flaggems_record: bool = _option("SGLANG_FLAGGEMS_RECORD", False, False, _boolean, "1 logs the ATen operators that FlagGems replaced, as they run.")
     flaggems_log_path: str | None = _option("SGLANG_FLAGGEMS_LOG_PATH", False, None, _text, "The file for that log.")
     flaggems_log_once: bool = _option("SGLANG_FLAGGEMS_LOG_ONCE", False, True, _boolean, "1 logs each operator once.")

@@ -72,6 +72,16 @@ class Settings(Options):
             return f"not in {selecting} ({self.source(selecting)})"
         return None
 
+    def exclusion_of(self, name: str) -> str:
+        """The variable that leaves out what a trial's name stands for: a FlagGems function, or ``operator: implementation``."""
+        op, colon, _ = name.partition(": ")
+        if colon:
+            orders = {known: "|".join(order) for known, order in self.op_backends} | {op: "sglang"}
+            return f"SGLANG_FL_PER_OP='{';'.join(f'{known}={order}' for known, order in orders.items())}'"
+        if self.flagos_whitelist is not None:
+            return f"SGLANG_FL_FLAGOS_WHITELIST={','.join(other for other in self.flagos_whitelist if other != name)}"
+        return f"SGLANG_FL_FLAGOS_BLACKLIST={','.join((*(self.flagos_blacklist or ()), name))}"
+
     def exclusion_reason(self, class_names: set[str]) -> str | None:
         """Why a layer stays with SGLang whatever the policy says, or None.
 

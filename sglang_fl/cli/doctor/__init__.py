@@ -11,6 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...device import probe
+from ...dispatch.manager import get_default_manager
+from ...startup import check_names
+from ...trial import forget, record_path
 from .diagnosis import Diagnosis, diagnose
 
 
@@ -20,10 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="import SGLang too: ask PyTorch for the device, check SGLang's interfaces, replace the ATen operators and list them",
     )
+    parser.add_argument(
+        "--forget", action="store_true", help="remove the record of what ended earlier starts, so that the next start tries it again"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.forget:
+        path = record_path(check_names(os.environ, probe(), get_default_manager()))
+        print(f"{path}: removed" if forget(path) else f"{path}: nothing to remove")
+        return 0
     found = diagnose(os.environ, deep=args.deep)
     if args.json:
         print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
@@ -48,6 +59,10 @@ def _print(found: Diagnosis) -> None:
     console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)
     if found.platforms:
         console.print(f"Platforms of installed packages: {'; '.join(found.platforms)}", soft_wrap=True)
+    for bound_to, deaths in found.trials.get("deaths", {}).items():
+        console.print(_two_columns(f"Left out by starts with {bound_to}: an earlier one ended in its first run", deaths))
+    if found.trials.get("deaths"):
+        console.print(f"'sglang-fl doctor --forget' removes that record, {found.trials['record']}", soft_wrap=True)
     if not found.problems:
         console.print("No problems found.")
     for problem in found.problems:

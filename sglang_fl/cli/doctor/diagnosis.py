@@ -14,13 +14,17 @@ from ...distributed.device_communicators.flagcx_files import find_library, heade
 from ...fingerprint import versions
 from ...startup import check_settings
 from ...startup.words import flaggems_functions
+from ...trial import record_path, settled_record
 from ..ops import OpRow, operator_rows, used_functions
 from .checks import Machine, Problem, problems_of
 
 
 @dataclass
 class Diagnosis:
-    """What the doctor found. ``layers`` is empty where the settings cannot be used, ``aten`` is None unless asked for."""
+    """What the doctor found. ``layers`` is empty where the settings cannot be used, ``aten`` is None unless asked for.
+
+    ``trials`` has the ``record`` of what ended earlier starts, a path, and what it holds by environment (versions and chip) and name.
+    """
 
     device: dict[str, str | None]
     versions: dict[str, str | None]
@@ -29,6 +33,7 @@ class Diagnosis:
     backends: list[str] = field(default_factory=list)
     platforms: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    trials: dict[str, Any] = field(default_factory=dict)
 
 
 def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
@@ -38,6 +43,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
     if machine.settings is not None:
         found.layers = _layer_states(machine.settings, device, environ, machine.operators)
+        found.trials = _trials(machine.settings)
         if deep:
             found.aten = _replaced_operators(machine.settings, device, found.problems)
     if machine.manager.discovery is not None:
@@ -101,6 +107,15 @@ def _collectives(settings: Settings, device: Device, environ: Mapping[str, str])
     otherwise = "the server stops" if settings.strict else f"all use {native}"
     chosen_by = "flagcx_path" if settings.dist_backend is None else "dist_backend"
     return f"flagcx {release} ({library}); if the ranks do not agree, {otherwise}", str(settings.source(chosen_by))
+
+
+def _trials(settings: Settings) -> dict[str, Any]:
+    path = record_path(settings)
+    deaths = {
+        bound_to: {name: f"{death}{'' if death.excludes else '; the next time counts'}" for name, death in names.items()}
+        for bound_to, names in settled_record(path).items()
+    }
+    return {"record": str(path), "deaths": deaths}
 
 
 def _replaced_operators(settings: Settings, device: Device, problems: list[Problem]) -> dict[str, Any]:

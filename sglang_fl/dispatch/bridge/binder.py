@@ -3,6 +3,7 @@
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,10 @@ from .layer import LayerSocket, layer_sockets
 from .recording import MAX_RECORDED_FALLBACKS, RecordingFunction, call_and_record
 from .report import BindReport
 from .selector import Selection, Selector
-from .socket import Load, Socket, mark_as_ours
+from .socket import OUTSIDE_OF_GRAPHS, Load, Socket, TrialConditions, mark_as_ours
+
+#: Returns what each rank gave, by rank.
+Exchange = Callable[[Any], list[Any]]
 
 
 class Binder:
@@ -42,19 +46,30 @@ class Binder:
         self._divert = mark_as_ours(self._diverting())
         PolicyManager.get_instance().subscribe(self.refresh)
 
-    def bind(self, model: nn.Module, settings: Settings, *, deterministic: bool = False, log_level: int = logging.INFO) -> BindReport:
+    def bind(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        *,
+        deterministic: bool = False,
+        log_level: int = logging.INFO,
+        trials: TrialConditions = OUTSIDE_OF_GRAPHS,
+        exchange: Exchange = lambda value: [value],
+    ) -> BindReport:
         """Bind the layers of a model, and the functions that it calls, as far as the settings and the policy move them.
 
         Args:
             settings: those of this load; of the policy, the one in force counts.
             deterministic: only implementations declared batch-invariant may be used.
             log_level: of what is logged once the model has run.
+            trials: what implementations are tried under.
+            exchange: what each rank gives, by rank; all of them bind the same model.
 
         Raises:
             RuntimeError: under ``strict``, an implementation failed its trial, there is none, or SGLang did not take a hook.
                 Nothing is bound then that was not bound before.
         """
-        load = Load(settings, deterministic, log_level)
+        load = Load(settings, deterministic, log_level, trials)
         report = BindReport()
         with self._lock:
             known = {socket.op: socket for socket in self._sockets.values() if isinstance(socket, FunctionSocket)}
@@ -63,7 +78,7 @@ class Binder:
                 *function_sockets(model, FUNCTION_BRIDGES, known, load),
             ]
             reasons = {socket: settings.exclusion_reason(socket.names) or socket.exclusion_reason() for socket in sockets}
-            selections = self._select([socket for socket in sockets if reasons[socket] is None])
+            selections = self._select_together([socket for socket in sockets if reasons[socket] is None], exchange)
             for socket in sockets:
                 selection = selections.get(socket)
                 if selection is not None:
@@ -87,6 +102,21 @@ class Binder:
         with self._lock:
             for socket, selection in self._select(list(self._sockets.values())).items():
                 self._install(socket, selection)
+
+    def _select_together(self, sockets: list[Socket], exchange: Exchange) -> dict[Socket, Selection]:
+        """What all ranks select: what failed its trial on one of them is passed over by all. Their sockets are in the same order."""
+        known: dict[tuple[int, str], str] = {}
+        while True:
+            selections = self._select(sockets)
+            given = exchange({(i, impl_id): why for i, socket in enumerate(sockets) for impl_id, why in selections[socket].failed.items()})
+            failed = {key: f"rank {rank}: {reason}" for rank, found in enumerate(given) for key, reason in found.items()}
+            if failed.keys() <= known.keys() or len(given) == 1:
+                return selections
+            known |= failed
+            for (index, impl_id), reason in failed.items():
+                for impl in self.manager.plan(sockets[index].op, PolicyManager.get_instance().get_global_policy()).candidates:
+                    if impl.impl_id == impl_id:
+                        self._selector.failed_elsewhere(impl, sockets[index], reason)
 
     def _select(self, sockets: list[Socket]) -> dict[Socket, Selection]:
         """What the policy selects for each, ready to be installed; nothing has changed yet."""

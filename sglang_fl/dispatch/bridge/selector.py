@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selects an implementation for a call site: the first in the policy's order that passes its trial there."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ...trial import current_guard
+from ...trial.graph import capture_and_discard
 from ..logger_manager import get_logger
 from ..manager import OpManager, is_capturing
 from ..policy import SelectionPolicy
@@ -21,6 +24,8 @@ class Selection:
 
     impl: OpImpl | None
     reason: str = ""
+    #: Implementation -> why its trial failed, of those that come before.
+    failed: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def destination(self) -> str:
@@ -42,7 +47,7 @@ class Selector:
             RuntimeError: under ``strict``, one failed its trial, or there is none.
         """
         plan = self.manager.plan(socket.op, policy)
-        passed_over = dict(plan.passed_over)
+        passed_over, failed = dict(plan.passed_over), dict[str, str]()
         for index, impl in enumerate(plan.candidates):
             reason = _unfit(impl, socket)
             if reason is not None:
@@ -50,39 +55,44 @@ class Selector:
                 continue
             error = self._try(impl, socket)
             if error is None:
-                return Selection(impl)
+                return Selection(impl, failed=failed)
             message = f"{socket.op}: {impl.impl_id} failed its trial on {socket.name}: {type(error).__name__}: {error}"
             if policy.strict:
                 raise RuntimeError(f"sglang-fl: {message} (strict is set, so nothing takes its place)") from error
-            passed_over[impl.impl_id] = f"failed its trial: {type(error).__name__}: {error}"
+            failed[impl.impl_id] = f"{type(error).__name__}: {error}"
+            passed_over[impl.impl_id] = f"failed its trial: {failed[impl.impl_id]}"
             following = plan.candidates[index + 1 :]
             self.warn_once(f"{message}; {following[0].impl_id if following else 'SGLang'} takes its place")
         if plan.to_sglang:
-            return Selection(None, "policy")
+            return Selection(None, "policy", failed)
         if socket.load.deterministic:
-            return Selection(None, "deterministic mode")
+            return Selection(None, "deterministic mode", failed)
         reasons = "; ".join(f"{what}: {why}" for what, why in passed_over.items())
         message = f"no implementation of {socket.op} can run for {socket.name} (order {'|'.join(plan.order)}: {reasons})"
         if policy.strict:
             raise RuntimeError(f"sglang-fl: {message}")
         self.warn_once(f"{message}; it stays with SGLang")
-        return Selection(None, "no implementation can run")
+        return Selection(None, "no implementation can run", failed)
 
     def fits(self, impl: OpImpl, socket: Socket) -> bool:
         """Whether it may run there and has passed, or passes, its trial."""
         return _unfit(impl, socket) is None and self._try(impl, socket) is None
 
+    def failed_elsewhere(self, impl: OpImpl, socket: Socket, reason: str) -> None:
+        """Another rank's trial failed: it counts here, too."""
+        key = _key(impl, socket)
+        self._trials[key] = self._trials.get(key) or RuntimeError(reason)
+
     def _try(self, impl: OpImpl, socket: Socket) -> Exception | None:
         """The trial's error, or None."""
-        key = (impl, socket.op, socket.trial_key)
+        key = _key(impl, socket)
         if key in self._trials:
             return self._trials[key]
         if is_capturing():
             return None
         try:
-            with torch.inference_mode():
-                socket.trial(impl.function)
-            torch.get_device_module(socket.device).synchronize()
+            with torch.inference_mode(), current_guard().running(trial_name(impl)):
+                _run(impl, socket)
         except Exception as error:
             logger.debug("trial of %s on %s", impl.impl_id, socket.name, exc_info=True)
             # Its traceback would keep the layer and the scratch tensors.
@@ -99,8 +109,38 @@ class Selector:
             logger.warning(message)
 
 
+def trial_name(impl: OpImpl) -> str:
+    """Under which the record of trials has an implementation."""
+    return f"{impl.op_name}: {impl.impl_id}"
+
+
+def _key(impl: OpImpl, socket: Socket) -> tuple[Any, ...]:
+    """Equal where one trial speaks for both: the conditions that it serves in count, too."""
+    return impl, socket.op, socket.trial_key, socket.load.trials.operators, socket.load.trials.in_graphs
+
+
+def _run(impl: OpImpl, socket: Socket) -> None:
+    """A trial as it serves: called from Python and, where graphs are captured, with what is in force there, captured as well."""
+    module = torch.get_device_module(socket.device)
+    socket.trial(impl.function)
+    module.synchronize()
+    if socket.load.trials.in_graphs is None:
+        return
+
+    def captured(*args: Any, **kwargs: Any) -> Any:
+        result = impl.function(*args, **kwargs)
+        capture_and_discard(lambda: impl.function(*args, **kwargs), socket.device)
+        return result
+
+    with socket.load.trials.in_graphs():
+        socket.trial(captured)
+        module.synchronize()
+
+
 def _unfit(impl: OpImpl, socket: Socket) -> str | None:
     """Why an implementation may not be tried at a call site, or None."""
+    if trial_name(impl) in socket.load.trials.excluded:
+        return f"it ended an earlier start: {socket.load.trials.excluded[trial_name(impl)]}"
     if socket.load.deterministic and not impl.batch_invariant:
         return "it is not declared batch-invariant"
     dtypes = impl.dtypes()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sglang_fl.device import VENDORS
 from sglang_fl.dispatch.bridge.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.startup.words import flaggems_functions
+from sglang_fl.trial import TrialRecord
 
 
 def test_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +107,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.err == ""
     data = json.loads(captured.out)
-    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "platforms", "problems"}
+    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "platforms", "problems", "trials"}
     assert data["versions"]["sglang-fl"] == __version__
     assert "sglang_fl.dispatch.backends.reference" in data["backends"]
     assert data["problems"] == []
@@ -167,3 +169,20 @@ def test_deep_asks_pytorch_and_checks_sglang(strict: str, monkeypatch: pytest.Mo
     (problem,) = found.problems
     assert "  - something is missing\n" in problem.what and problem.remedy.startswith("pip install 'sglang>=")
     assert problem.fatal is (strict == "1"), "otherwise a server starts, and everything is left to SGLang"
+
+
+def test_what_ended_earlier_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "trials.json"
+    monkeypatch.setenv("SGLANG_FL_TRIAL_RECORD", str(path))
+    assert diagnose(os.environ).trials == {"record": str(path), "deaths": {}}
+    record = TrialRecord(path, "torch 2, a chip")
+    record.exclude("mul", "its process ended with 'Aborted'")
+    record.close()
+    path.with_name("trials.json.9-f").write_text('{"environment": "torch 2, a chip", "start": 1}\nmm\n')  # of a process that was killed
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "Left out by starts with torch 2, a chip" in printed and "its process ended with 'Aborted', last on" in printed
+    assert "its process was killed, last on" in printed and "; the next time counts" in printed
+    assert main(["doctor", "--forget"]) == main(["doctor", "--forget"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{path}: removed", f"{path}: nothing to remove"]
+    assert diagnose(os.environ).trials["deaths"] == {}

@@ -65,7 +65,7 @@ _SIGNATURES: dict[str, dict[str, str]] = {
 #: And the names that we read: variables, classes, attributes.
 _NAMES: dict[str, tuple[str, ...]] = {
     "__init__.py": ("_FULL_CONFIG", "FULL_CONFIG_BY_FUNC", "registrar", "vendor_name", "current_work_registrar"),
-    "runtime/register.py": ("cpp_patched_ops",),
+    "runtime/register.py": ("cpp_patched_ops", "reg_key"),
     "fused/fused_moe.py": ("logger",),
     "utils/codegen_config_utils.py": ("CODEGEN_COFIGS",),
     "utils/libentry.py": ("LibEntry", "major_version", "minor_version"),

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks that run a model's layers together, and what they tell each other on the CPU."""
+
+import logging
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """Those of a tensor-parallel group; None: this process alone.
+
+    Args:
+        group: SGLang's GroupCoordinator.
+    """
+
+    def __init__(self, group: Any = None):
+        self.group = group if group is not None and group.world_size > 1 else None
+
+    @property
+    def rank(self) -> int:
+        return int(self.group.rank_in_group) if self.group is not None else 0
+
+    def level(self, level: int) -> int:
+        """Of a line that all ranks log: DEBUG but on the first."""
+        return level if self.rank == 0 else logging.DEBUG
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What each rank gives here, by rank. All of them must call it, and wait for each other."""
+        if self.group is None:
+            return [value]
+        given: list[Any] = [None] * self.group.world_size
+        torch.distributed.all_gather_object(given, value, group=self.group.cpu_group)
+        return given
+
+
+def tensor_parallel_ranks() -> Ranks:
+    """Of this process, once SGLang has made its groups."""
+    from sglang.srt.runtime_context import get_parallel
+
+    is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return Ranks(get_parallel().tp_group if is_initialized else None)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards the first run of something: its name is written down before, and the process ends where the run does not.
+
+While it runs, faulthandler writes to the record what a fatal signal was, and ends the process at the limit without needing Python's
+lock; a signal from outside is written there by Python's own C handler. A worker that SGLang has killed at its parent's death gets SIGTERM
+then instead of SIGKILL, so that it can be told from a kill.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..config import Settings
+from .record import TrialRecord, default_path, environment
+
+logger = logging.getLogger("sglang_fl.trial")
+
+#: How long after the limit the process is ended from outside of Python, in seconds: the code that hangs may hold Python's lock.
+_GRACE = 5.0
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
+
+
+class Guard:
+    """One for each process that makes trials.
+
+    Args:
+        record: where names are written; None: nowhere.
+        limit: how long a first run may take, in seconds; 0: as long as it likes.
+        remedy: a name -> the setting that leaves it out.
+    """
+
+    def __init__(self, record: TrialRecord | None = None, limit: float = 0, remedy: Callable[[str], str] = str):
+        self._record = record
+        self._limit = limit
+        self._remedy = remedy
+        self._names: list[str] = []
+        #: Name -> why it is left out, by the record of this host.
+        self.excluded: Mapping[str, str] = record.excluded() if record is not None else {}
+
+    @contextlib.contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Around a first run. One may contain another: the innermost is the one that counts."""
+        if (self._record is None and not self._limit) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        with self._watched() if not self._names else contextlib.nullcontext():
+            self._names.append(name)
+            if self._record is None:
+                logger.info("trial of %s; if the process ends here, %s leaves it out", name, self._remedy(name))
+            try:
+                with self._limited(name):
+                    yield
+            finally:
+                self._names.pop()
+                self._note()
+
+    def ends_the_process(self, name: str, reason: str) -> None:
+        """Write down that something leaves the process unusable."""
+        logger.critical("sglang-fl: %s: %s. The next start leaves it out%s", name, reason, self._where(name))
+        self.exclude(name, reason)
+
+    def exclude(self, name: str, reason: str) -> None:
+        """Have the next start leave something out."""
+        if self._record is not None:
+            self._record.exclude(name, reason)
+
+    def _note(self) -> None:
+        try:
+            if self._record is not None:
+                self._record.note(self._names[-1] if self._names else "")
+        except OSError as error:
+            logger.warning("sglang-fl: %s cannot be written any more: %s", self._record and self._record.path, error)
+            self._record = None
+
+    @contextlib.contextmanager
+    def _limited(self, name: str) -> Iterator[None]:
+        self._note()
+        if not self._limit:
+            yield
+            return
+        timer = threading.Timer(self._limit, self._end, [name])
+        timer.daemon = True
+        timer.start()
+        file = self._record.file if self._record is not None else 2
+        faulthandler.dump_traceback_later(self._limit + _GRACE, exit=True, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            timer.cancel()
+
+    def _end(self, name: str) -> None:
+        reason = f"its first run did not end within {self._limit:g} s"
+        if self._record is not None:
+            self._record.say(reason)
+        logger.critical("sglang-fl: %s: %s, so this process ends%s", name, reason, self._where(name))
+        sys.stderr.flush()
+        os._exit(1)
+
+    def _where(self, name: str) -> str:
+        if self._record is None:
+            return f"; {self._remedy(name)} leaves it out"
+        return f". The next start leaves it out ({self._record.path})"
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Have whatever ends the process leave a trace in its file."""
+        if self._record is None:
+            yield
+            return
+        file, was_enabled = self._record.file, faulthandler.is_enabled()
+        before = signal.set_wakeup_fd(file, warn_on_full_buffer=False)
+        replaced = [signum for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) == signal.SIG_DFL]
+        for signum in replaced:
+            signal.signal(signum, _end_by)
+        faulthandler.enable(file=file)
+        try:
+            with _parents_death_as(signal.SIGTERM):
+                yield
+        finally:
+            for signum in replaced:
+                signal.signal(signum, signal.SIG_DFL)
+            signal.set_wakeup_fd(before)
+            if was_enabled:
+                faulthandler.enable(file=2)
+            else:
+                faulthandler.disable()
+
+
+def _end_by(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+
+
+@contextlib.contextmanager
+def _parents_death_as(signum: int) -> Iterator[None]:
+    """Where this process is to be killed at its parent's death, have it get another signal."""
+    asked = ctypes.c_int(0)
+    prctl: Any = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+    if prctl is not None:
+        prctl(_PR_GET_PDEATHSIG, ctypes.byref(asked), 0, 0, 0)
+    if asked.value != signal.SIGKILL:
+        yield
+        return
+    prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_PDEATHSIG, asked.value, 0, 0, 0)
+
+
+_guard = Guard()
+
+
+def current_guard() -> Guard:
+    """The process's guard; until one was opened, it guards nothing."""
+    return _guard
+
+
+def record_path(settings: Settings) -> Path:
+    return Path(settings.trial_record).expanduser() if settings.trial_record else default_path()
+
+
+def open_guard(settings: Settings, chip: str) -> Guard:
+    """The guard of a process that runs a model, by its settings."""
+    global _guard
+    path = record_path(settings)
+    bound_to = environment(chip)
+    record = _guard._record
+    if record is not None and (record.path, record.environment) == (path, bound_to):
+        return _guard
+    if record is not None:
+        record.close()
+    try:
+        record = TrialRecord(path, bound_to)
+        atexit.register(record.close)
+    except OSError as error:
+        record = None
+        logger.warning(
+            "sglang-fl: the record of trials %s cannot be written (%s): what ends this start is not left out by the next one. "
+            "SGLANG_FL_TRIAL_RECORD names another file",
+            path,
+            error.strerror or error,
+        )
+    _guard = Guard(record, settings.trial_limit, settings.exclusion_of)
+    return _guard

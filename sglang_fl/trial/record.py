@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ended earlier starts: a file that all ranks and servers of a host share.
+
+The file itself is JSON: environment (versions and chip) -> name -> :class:`Death`. It is written under a lock and replaced whole.
+Beside it each process that makes trials has a file of its own, ``<file>.<process>``, locked as long as the process lives. It holds the
+name of what runs just now, and behind it whatever tells how the process ended: what faulthandler wrote, the number of a signal as a
+byte, or a line of the guard's. Whoever finds such a file without a lock judges it and removes it.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from .. import __version__
+
+logger = logging.getLogger("sglang_fl.trial")
+
+#: What a function's behaviour depends on, beside the chip.
+_PACKAGES = ("torch", "triton", "flag_gems", "sglang")
+#: A signal of these says nothing about what ran when it came.
+FROM_OUTSIDE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_OUTSIDE_BYTES = re.compile(b"[%s]" % bytes(FROM_OUTSIDE))
+#: What faulthandler writes, and the guard.
+_FATAL, _TIMEOUT, SAID = re.compile(r"Fatal Python error: (.+)"), re.compile(r"Timeout \((.+)\)!"), "ended: "
+#: A process killed with SIGKILL may have been killed by anybody; the second time at the same name is no chance.
+_DEATHS_WITHOUT_REASON = 2
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a process ended in the first run of something.
+
+    Attributes:
+        reason: what is known of it.
+        date: of the last one.
+        count: how many there were.
+        decisive: whether one is enough.
+    """
+
+    reason: str
+    date: str
+    count: int = 1
+    decisive: bool = True
+
+    @property
+    def excludes(self) -> bool:
+        return self.decisive or self.count >= _DEATHS_WITHOUT_REASON
+
+    def __str__(self) -> str:
+        times = "" if self.count == 1 else f" {self.count} times"
+        return f"{self.reason}{times}, last on {self.date}"
+
+
+def environment(chip: str) -> str:
+    """What a record is bound to: versions and chip, in words."""
+    versions = [f"{name} {_version(name)}" for name in _PACKAGES]
+    return ", ".join([f"sglang-fl {__version__}", *versions, chip])
+
+
+def default_path() -> Path:
+    """In the user's folder for what programs remember."""
+    return Path(platformdirs.user_state_path("sglang-fl")) / "trials.json"
+
+
+class TrialRecord:
+    """The record, seen from one environment.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, environment: str):
+        self.path = path
+        self.environment = environment
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._process_path = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+        self._owner = os.getpid()
+        with self._locked():
+            self._judge_ended_processes()
+            self.file = os.open(self._process_path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND, 0o600)
+            fcntl.lockf(self.file, fcntl.LOCK_EX)
+        header = json.dumps({"environment": environment, "start": os.getppid()}) + "\n"
+        self._header = len(header.encode())
+        os.write(self.file, header.encode())
+        os.set_blocking(self.file, False)  # a wakeup descriptor must be
+
+    def excluded(self) -> dict[str, str]:
+        """Name -> why a start in this environment leaves it out."""
+        return {name: str(death) for name, death in read_record(self.path).get(self.environment, {}).items() if death.excludes}
+
+    def note(self, name: str) -> None:
+        """Write down what runs from now on; empty: nothing."""
+        os.ftruncate(self.file, self._header)
+        if name:
+            os.write(self.file, f"{name}\n".encode())
+
+    def say(self, reason: str) -> None:
+        """Write behind the name how the process ends."""
+        os.write(self.file, f"{SAID}{reason}\n".encode())
+
+    def exclude(self, name: str, reason: str) -> None:
+        """Have the next start leave something out, without a death."""
+        with self._locked():
+            self._add([(self.environment, name, reason, True)])
+
+    def close(self) -> None:
+        """The process needs its file no more."""
+        if self._owner == os.getpid():
+            with contextlib.suppress(OSError):
+                self._process_path.unlink()
+                os.close(self.file)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self.path.with_name(f"{self.path.name}.lock").open("ab") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            yield
+
+    def _judge_ended_processes(self) -> None:
+        """Add to the record what the files of ended processes tell, and remove them."""
+        found: list[tuple[Any, str, str, str, bool]] = []
+        for path in sorted(self.path.parent.glob(f"{self.path.name}.*-*")):
+            with contextlib.suppress(OSError), path.open("r+b") as file:  # OSError: its process lives, or another took it away
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                text = file.read()
+                path.unlink()
+                if (death := _judge(text)) is not None:
+                    found.append(death)
+        explained = {start for start, *_, decisive in found if decisive}
+        # SGLang kills the other ranks where one has ended.
+        self._add([death for start, *death in found if death[-1] or start not in explained])  # type: ignore[misc]
+
+    def _add(self, deaths: list[tuple[str, str, str, bool]]) -> None:
+        if not deaths:
+            return
+        record = read_record(self.path)
+        today = datetime.date.today().isoformat()
+        for bound_to, name, reason, decisive in deaths:
+            names = record.setdefault(bound_to, {})
+            before = names.get(name)
+            names[name] = Death(reason, today, before.count + 1 if before else 1, decisive or (before is not None and before.decisive))
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        text = {bound_to: {name: asdict(death) for name, death in names.items()} for bound_to, names in record.items()}
+        fresh.write_text(json.dumps(text, indent=1), encoding="utf-8")
+        os.replace(fresh, self.path)
+
+
+def read_record(path: Path) -> dict[str, dict[str, Death]]:
+    """What a record holds; empty if there is none, or it is damaged."""
+    try:
+        data: Mapping[str, Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return {bound_to: {name: Death(**death) for name, death in names.items()} for bound_to, names in data.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        logger.warning("the record of trials %s is damaged and begins anew: %s", path, error)
+        return {}
+
+
+def settled_record(path: Path) -> dict[str, dict[str, Death]]:
+    """What a record holds, with what the processes that ended meanwhile tell, if it can be written."""
+    if path.parent.is_dir():
+        with contextlib.suppress(OSError):
+            TrialRecord(path, "").close()
+    return read_record(path)
+
+
+def forget(path: Path) -> bool:
+    """Remove a record. Returns whether it held anything. Files of processes that live stay."""
+    held = bool(settled_record(path))
+    path.unlink(missing_ok=True)
+    return held
+
+
+def _judge(text: bytes) -> tuple[Any, str, str, str, bool] | None:
+    """(start, environment, name, reason, decisive) of a process's file; None: its end tells nothing about what ran."""
+    header, _, rest = text.partition(b"\n")
+    name, _, end = rest.partition(b"\n")
+    try:
+        about = json.loads(header)
+        start, bound_to = about["start"], about["environment"]
+    except (ValueError, TypeError, KeyError):  # it ended while it wrote its first line
+        return None
+    if not name or _OUTSIDE_BYTES.search(end):
+        return None
+    said = end.decode("utf-8", "replace")
+    reason, decisive = "its process was killed", False
+    if SAID in said:
+        reason, decisive = said.partition(SAID)[2].splitlines()[0], True
+    elif fatal := _FATAL.search(said):
+        frame = re.search(r"Current thread .+\n\s*(.+)", said)
+        reason, decisive = f"its process ended with {fatal[1]!r}{f' at {frame[1]}' if frame else ''}", True
+    elif timeout := _TIMEOUT.search(said):
+        reason, decisive = f"it did not end within {timeout[1]}", True
+    return start, bound_to, name.decode("utf-8", "replace"), reason, decisive
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

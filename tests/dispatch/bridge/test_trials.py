@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What implementations are tried under, and what ranks tell each other of it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_fl.config import Settings
+from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
+from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.socket import TrialConditions
+from sglang_fl.trial import Guard, TrialRecord
+
+from .sglang_layers import HIDDEN, Model, sglang_class
+
+#: Whether a call of the implementation was made inside of the scope.
+calls: list[bool] = []
+inside = False
+
+
+@contextlib.contextmanager
+def in_graphs() -> Iterator[None]:
+    global inside
+    inside = True
+    yield
+    inside = False
+
+
+def exact(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    calls.append(inside)
+    return x if residual is None else (x, residual)
+
+
+def fails_inside(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    if inside:
+        raise ArithmeticError("ATen operators are others here")
+    return exact(layer, x, residual)
+
+
+@pytest.fixture(autouse=True)
+def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PolicyManager, "_instance", None)
+    calls.clear()
+
+
+def binder(fn: Any = exact) -> Binder:
+    registry = OpRegistry()
+    registry.register_impl(OpImpl("rms_norm", "reference.torch", BackendImplKind.REFERENCE, exact))
+    registry.register_impl(OpImpl("rms_norm", "default.flagos", BackendImplKind.DEFAULT, fn))
+    set_global_policy(SelectionPolicy())
+    return Binder(OpManager(registry))
+
+
+def model() -> Model:
+    return Model(sglang_class("RMSNorm")(HIDDEN))
+
+
+def test_a_trial_is_made_outside_and_inside_of_the_scope() -> None:
+    process = binder()
+    assert "flagos(default.flagos)" in process.bind(model(), Settings()).summary()
+    assert calls and not any(calls)
+    calls.clear()
+    assert "flagos(default.flagos)" in process.bind(model(), Settings(), trials=TrialConditions(in_graphs=in_graphs)).summary()
+    assert calls == sorted(calls) and set(calls) == {False, True}, "a trial made under other conditions does not speak for these"
+
+
+def test_what_fails_inside_of_the_scope_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    assert "flagos(default.flagos)" in binder(fails_inside).bind(model(), Settings()).summary()
+    report = binder(fails_inside).bind(model(), Settings(), trials=TrialConditions(in_graphs=in_graphs))
+    assert "reference(reference.torch)" in report.summary()
+    assert "default.flagos failed its trial on RMSNorm: ArithmeticError: ATen operators are others here" in caplog.text
+
+
+def test_what_failed_on_another_rank_is_passed_over_here(caplog: pytest.LogCaptureFixture) -> None:
+    rounds: list[Any] = []
+
+    def exchange(value: Any) -> list[Any]:
+        rounds.append(value)
+        return [value, {(0, "default.flagos"): "ArithmeticError: on that rank"}]
+
+    assert "reference(reference.torch)" in binder().bind(model(), Settings(), exchange=exchange).summary()
+    assert len(rounds) == 2 and rounds[0] == {} and set(rounds[1]) == {(0, "default.flagos")}
+    assert "default.flagos failed its trial on RMSNorm: RuntimeError: rank 1: ArithmeticError: on that rank" in caplog.text
+
+
+def test_what_ended_an_earlier_start_is_passed_over() -> None:
+    conditions = TrialConditions(excluded={"rms_norm: default.flagos": "its process ended with 'Aborted'"})
+    assert "reference(reference.torch)" in binder().bind(model(), Settings(), trials=conditions).summary()
+    assert not [name for name in calls if name]
+
+
+def test_its_name_is_written_down_before_its_first_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = TrialRecord(tmp_path / "trials.json", "a chip")
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard(record))
+    noted: list[str] = []
+
+    def reads(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        noted.append(os.pread(record.file, 1000, 0).decode().splitlines()[-1])
+        return exact(layer, x, residual)
+
+    binder(reads).bind(model(), Settings())
+    assert set(noted) == {"rms_norm: default.flagos"}
+    assert len(os.pread(record.file, 1000, 0).splitlines()) == 1, "and nothing stays"
+    record.close()

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that makes one trial, of what its arguments say, and may end in it.
+
+python first_run.py RECORD LIMIT NAME WHAT
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+
+from sglang_fl.config import Settings
+from sglang_fl.trial import open_guard
+
+
+def hang_without_python() -> None:
+    """As a kernel's compiler may: Python's lock is held."""
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def main() -> None:
+    record, limit, name, what = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO)
+    guard = open_guard(Settings(trial_record=record, trial_limit=float(limit)), "a chip")
+    with guard.running(name):
+        print("running", flush=True)
+        if what == "hangs":
+            time.sleep(3600)
+        elif what == "hangs without python":
+            hang_without_python()
+        elif what == "parent":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(3600)
+        elif what == "raises":
+            raise ArithmeticError("an error is no death")
+        elif what == "waits":
+            sys.stdin.read()
+        else:
+            os.kill(os.getpid(), getattr(signal, what))
+            time.sleep(3600)
+
+
+main()

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ended a start is left out by the next one: real processes that end in a first run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_fl.config import Settings, Source
+from sglang_fl.trial import Guard, TrialRecord, current_guard, environment, open_guard
+from sglang_fl.trial.record import forget, read_record
+
+FIRST_RUN = Path(__file__).with_name("first_run.py")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "trials.json"
+
+
+def start(path: Path, what: str, name: str = "mul", limit: float = 60) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(FIRST_RUN), str(path), str(limit), name, what]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(path: Path, what: str, limit: float = 60) -> tuple[int, str]:
+    process = start(path, what, limit=limit)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def left_out(path: Path) -> dict[str, str]:
+    """What the next start leaves out."""
+    record = TrialRecord(path, environment("a chip"))
+    try:
+        return record.excluded()
+    finally:
+        record.close()
+
+
+@pytest.mark.parametrize(
+    ("signum", "words"),
+    [("SIGSEGV", "Segmentation fault"), ("SIGABRT", "Aborted"), ("SIGBUS", "Bus error"), ("SIGILL", "Illegal instruction")],
+)
+def test_a_crash_counts_at_once(path: Path, signum: str, words: str) -> None:
+    code, _ = run(path, signum)
+    assert code == -getattr(signal, signum)
+    (reason,) = left_out(path).values()
+    assert reason.startswith(f"its process ended with '{words}' at File") and "first_run.py" in reason
+    assert list(path.parent.glob("*.json.*-*")) == [], "the process's own file was removed"
+
+
+def test_a_kill_counts_the_second_time(path: Path) -> None:
+    run(path, "SIGKILL")
+    assert left_out(path) == {}
+    run(path, "SIGKILL")
+    assert left_out(path)["mul"].startswith("its process was killed 2 times")
+
+
+@pytest.mark.parametrize("what", ["SIGTERM", "SIGINT", "SIGHUP", "raises"])
+def test_what_comes_from_outside_never_counts(path: Path, what: str) -> None:
+    for _ in range(2):
+        code, _ = run(path, what)
+        assert code in (-getattr(signal, what, 0), 1)
+    assert left_out(path) == {} and read_record(path) == {}
+
+
+def test_the_death_of_a_parent_never_counts(path: Path) -> None:
+    """SGLang has its workers killed with SIGKILL then."""
+    worker = f"[sys.executable, {str(FIRST_RUN)!r}, {str(path)!r}, '60', 'mul', 'parent']"
+    ask = "import ctypes; ctypes.CDLL(None).prctl(1, 9)"
+    code = f"import subprocess, sys; subprocess.run({worker}, preexec_fn=lambda: exec({ask!r}))"
+    for _ in range(2):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+            assert parent.stdout is not None
+            parent.stdout.read()  # until the worker has ended, too
+        assert left_out(path) == {} and read_record(path) == {}
+
+
+def test_the_limit_ends_the_process_with_a_line_that_says_so(path: Path) -> None:
+    code, errors = run(path, "hangs", limit=0.3)
+    assert code == 1
+    assert f"sglang-fl: mul: its first run did not end within 0.3 s, so this process ends. The next start leaves it out ({path})" in errors
+    assert left_out(path)["mul"].startswith("its first run did not end within 0.3 s")
+
+
+def test_the_limit_holds_where_python_cannot_run(path: Path) -> None:
+    code, _ = run(path, "hangs without python", limit=0.2)
+    assert code == 1
+    assert left_out(path)["mul"].startswith("it did not end within 0:00:05.2")
+
+
+def test_sglang_kills_the_other_ranks_where_one_has_ended(path: Path) -> None:
+    """The rank that crashed explains why the other was killed."""
+    for _ in range(2):
+        other = start(path, "waits", name="add")
+        assert other.stdout is not None and other.stdout.readline() == "running\n"
+        run(path, "SIGSEGV")
+        other.kill()
+        other.communicate()
+        assert set(left_out(path)) == {"mul"} and "add" not in read_record(path)[environment("a chip")]
+
+
+def test_a_living_process_is_not_judged(path: Path) -> None:
+    process = start(path, "waits")
+    assert process.stdout is not None and process.stdout.readline() == "running\n"
+    assert left_out(path) == {} and len(list(path.parent.glob("*.json.*-*"))) == 1
+    process.communicate("")
+    assert process.returncode == 0 and list(path.parent.glob("*.json.*-*")) == []
+
+
+def test_many_processes_share_the_file(path: Path) -> None:
+    processes = [start(path, "SIGSEGV", name=f"function_{number}") for number in range(6)]
+    for process in processes:
+        process.communicate(timeout=60)
+    assert set(left_out(path)) == {f"function_{number}" for number in range(6)}
+
+
+def test_it_is_bound_to_versions_and_chip(path: Path) -> None:
+    run(path, "SIGSEGV")
+    assert "mul" in left_out(path)
+    other = TrialRecord(path, environment("another chip"))
+    assert other.excluded() == {} and "torch 2" in other.environment and "sglang-fl" in other.environment
+    other.close()
+    assert forget(path) and not forget(path) and left_out(path) == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"mul": {"what": 1}}}'])
+def test_a_damaged_file_begins_anew(path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    path.parent.mkdir()
+    path.write_text(text)
+    assert left_out(path) == {} and "is damaged and begins anew" in caplog.text
+    run(path, "SIGSEGV")
+    assert "mul" in left_out(path)
+    json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("text", [b"", b'{"environ', b"{}\nmul\n", b'{"environment": "x", "start": 1}\n'])
+def test_a_torn_file_of_a_process_tells_nothing(path: Path, text: bytes) -> None:
+    path.parent.mkdir()
+    torn = path.with_name(f"{path.name}.1-0a")
+    torn.write_bytes(text)
+    assert left_out(path) == {} and read_record(path) == {} and not torn.exists()
+
+
+def test_inner_runs_are_the_ones_that_count(path: Path) -> None:
+    record = TrialRecord(path, environment("a chip"))
+    guarded = Guard(record, 60)
+
+    def noted() -> str:
+        return os.pread(record.file, 1000, record._header).decode()
+
+    with guarded.running("outer"):
+        with guarded.running("inner"):
+            assert noted() == "inner\n"
+        assert noted() == "outer\n"
+    assert noted() == "" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
+    record.close()
+
+
+def test_a_read_only_home(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log has the setting that leaves it out. (Root may write anywhere, so a file stands where the folder would be.)"""
+    (tmp_path / "home").write_text("")
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard())
+    caplog.set_level("INFO")
+    at = str(tmp_path / "home" / "trials.json")
+    opened = open_guard(Settings(trial_record=at, flagos_blacklist=("add",), sources={"flagos_blacklist": Source(3, "a test")}), "a chip")
+    assert f"the record of trials {at} cannot be written (File exists)" in caplog.text and current_guard() is opened
+    with opened.running("mul"):
+        assert "trial of mul; if the process ends here, SGLANG_FL_FLAGOS_BLACKLIST=add,mul leaves it out" in caplog.text
+    code, errors = run(Path(at), "hangs", limit=0.3)
+    assert code == 1 and "did not end within 0.3 s, so this process ends; SGLANG_FL_FLAGOS_BLACKLIST=mul leaves it out" in errors
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "line"),
+    [
+        ({}, "mul", "SGLANG_FL_FLAGOS_BLACKLIST=mul"),
+        ({"flagos_whitelist": ("mul", "mm")}, "mul", "SGLANG_FL_FLAGOS_WHITELIST=mm"),
+        (
+            {"op_backends": (("topk", ("vendor", "sglang")),)},
+            "rms_norm: default.flagos",
+            "SGLANG_FL_PER_OP='topk=vendor|sglang;rms_norm=sglang'",
+        ),
+    ],
+)
+def test_the_setting_that_leaves_it_out(values: dict[str, object], name: str, line: str) -> None:
+    assert Settings(**values).exclusion_of(name) == line  # type: ignore[arg-type]
