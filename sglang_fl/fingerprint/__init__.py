@@ -6,7 +6,7 @@
 ``compare.py``   reads what a server or ``sglang-fl ops --json`` wrote, and says what two of them do differently
 """
 
-from .compare import Difference, compare, read
+from .compare import compare, read
 from .facts import fingerprint, setting_facts, versions
 
-__all__ = ["Difference", "compare", "fingerprint", "read", "setting_facts", "versions"]
+__all__ = ["compare", "fingerprint", "read", "setting_facts", "versions"]

@@ -45,7 +45,6 @@ def server_facts(model: str, settings: Settings, device: Device, bound: BindRepo
         destinations.setdefault(op, set()).add(destination)
     for (op, _), destination in bound.functions.items():
         destinations.setdefault(op, set()).add(destination)
-    selected = {function for _, function, _ in replaced.left if settings.flagos_exclusion_reason(function) is None}
     return {
         "model": model,
         "device": device.vendor,
@@ -53,11 +52,11 @@ def server_facts(model: str, settings: Settings, device: Device, bound: BindRepo
         "profile": settings.platform,
         "versions": versions(),
         "settings": setting_facts(settings),
-        "operators": [{"op": op, "picked": "; ".join(sorted(found))} for op, found in sorted(destinations.items())],
+        "operators": [{"op": op, "picked": "; ".join(sorted(to)), "runs_on": sorted(to)} for op, to in sorted(destinations.items())],
         "aten_functions": sorted({function for _, function in replaced.replaced}),
         "aten_scope": "graphs" if replaced.in_graphs else "everywhere",
         # What the settings select, and what is left to PyTorch nevertheless.
-        "left_out": {function: reason for _, function, reason in replaced.left if function in selected},
+        "left_out": {function: reason for _, function, reason in replaced.left if settings.flagos_exclusion_reason(function) is None},
     }
 
 

@@ -90,7 +90,7 @@ def _rows(models: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, str], tuple
         for row in facts["operators"]:
             name = row["op"] if facts is models[0] else f"{row['op']} of {model}"
             # Why it stays with SGLang is shown, and is no difference in what runs.
-            runs_on = sorted("sglang" if to.startswith("sglang") else to for to in row["picked"].split("; "))
+            runs_on = {"sglang" if to.startswith("sglang") else to for to in row.get("runs_on", [row["picked"]])}
             yield ("operator", name), (runs_on, row["picked"])
         where = f"replaces ATen operators ({facts['aten_scope']})"
         for name in facts["aten_functions"]:

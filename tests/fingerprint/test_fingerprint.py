@@ -65,8 +65,8 @@ CHANGES: list[tuple[str, Change, tuple[str, str] | None]] = [
     ("a profile", lambda found: found.update(profile="metax"), ("device", "profile")),
     ("a setting", lambda found: found["settings"]["strict"].update(value=True), ("setting", "strict")),
     ("an order", lambda found: found["settings"].pop("op_backends.rms_norm"), ("setting", "op_backends.rms_norm")),
-    ("a binding", lambda found: found["operators"][2].update(picked=REFERENCE), ("operator", "topk")),
-    ("one binding of two", lambda found: found["operators"][1].update(picked=CUDA), ("operator", "rms_norm")),
+    ("a binding", lambda found: found["operators"][2].update(runs_on=[REFERENCE]), ("operator", "topk")),
+    ("one binding of two", lambda found: found["operators"][1].update(runs_on=[CUDA]), ("operator", "rms_norm")),
     ("a function", lambda found: found["aten_functions"].remove("mm"), ("FlagGems function", "mm")),
     ("something left out", lambda found: found["left_out"].update(mm="it hung"), ("left out", "mm")),
     ("the model", lambda found: found.update(model="LlamaForCausalLM"), ("model", "LlamaForCausalLM")),
@@ -91,7 +91,7 @@ def test_what_is_logged_is_no_part_of_the_fingerprint() -> None:
 
 def test_why_an_operator_stays_with_sglang_is_shown_and_is_no_difference(tmp_path: Path) -> None:
     other = facts()
-    other["operators"][1]["picked"] = f"sglang(another reason); {CUDA}"
+    other["operators"][1]["runs_on"] = ["sglang(another reason; and one more)", CUDA]
     assert compare(read(log_of(tmp_path / "a", facts())), read(log_of(tmp_path / "b", other))) == []
 
 
