@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs tiny models through SGLang's own ModelRunner, each in a process forked from this one, which has SGLang imported.
+"""Runs tiny models through SGLang's own ModelRunner, each in a process of its own that has SGLang imported.
 
-    python -P model_runner.py
+    python -P model_runner.py [--spawn]
+
+Without a GPU it is forked from this one, unless ``--spawn`` is given.
 
 Each line of standard input is a task (:func:`run`) as JSON; the answer is a line on standard output: what a run gave, or its error.
 """
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import traceback
 import zlib
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 VOCABULARY, PROMPTS, DECODED = 512, (7, 23), 8
+SPAWN, SPARE = "--spawn", "--spare"
+#: Processes that import SGLang ahead of their task.
+SPARES = min(4, os.cpu_count() or 1)
 
 
 def weights(model: torch.nn.Module) -> None:
@@ -141,26 +147,66 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     return {"bound": bound}
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # what SGLang prints is no answer
+def answer_to(line: str) -> str:
+    try:
+        answer = run(json.loads(line))
+    except BaseException as error:
+        traceback.print_exc()
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    return json.dumps(answer) + "\n"
+
+
+def ended_with(status: int) -> str:
+    return json.dumps({"error": f"the process ended with status {status}"}) + "\n"
+
+
+def import_sglang() -> None:
     import sglang.benchmark.one_batch
     import sglang.srt.models.registry  # noqa: F401  (which imports every model, once for all)
 
+
+def in_forks(answers: TextIO) -> None:
+    import_sglang()
     for line in sys.stdin:
         pid = os.fork()
-        if pid:
-            _, status = os.waitpid(pid, 0)
-            if status:
-                answers.write(json.dumps({"error": f"the process ended with status {status}"}) + "\n")
-            continue
-        try:
-            answer = run(json.loads(line))
-        except BaseException as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        os._exit(0)
+        if not pid:
+            answers.write(answer_to(line))
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        if status:
+            answers.write(ended_with(status))
+
+
+def in_spares(answers: TextIO) -> None:
+    """A process that has used CUDA cannot be forked: each task has one of its own, which imported SGLang while others ran."""
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-P", __file__, SPARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    spares = deque(start() for _ in range(SPARES))
+    try:
+        for line in sys.stdin:
+            spares.append(start())
+            spare = spares.popleft()
+            answer, _ = spare.communicate(line)
+            answers.write(answer or ended_with(spare.returncode))
+    finally:
+        for spare in spares:
+            spare.kill()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    if sys.argv[1:] != [SPARE] and (torch.cuda.is_available() or sys.argv[1:] == [SPAWN]):
+        in_spares(answers)
+        return
+    os.dup2(2, 1)  # what SGLang prints is no answer
+    if sys.argv[1:] == [SPARE]:
+        import_sglang()
+        if line := sys.stdin.readline():
+            answers.write(answer_to(line))
+    else:
+        in_forks(answers)
 
 
 if __name__ == "__main__":
