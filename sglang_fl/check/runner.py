@@ -26,7 +26,7 @@ from .results import CaseResult, Target
 #: After so many cases that ended their process an implementation's other cases are left out.
 _GIVE_UP_AFTER = 3
 #: More workers than this find no more work, and each takes memory of the device.
-_MOST_WORKERS = 12
+_MOST_WORKERS = 16
 #: How often to check that silent processes are still there, in seconds.
 _POLL_INTERVAL = 0.2
 
@@ -113,7 +113,7 @@ class _Run:
         self._losses: Counter[int] = Counter()
         self._workers: list[_Worker] = []
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        most = job.workers or min(_MOST_WORKERS, processors // 2, 1 if job.only else 4 * len(job.targets))
+        most = job.workers or min(_MOST_WORKERS, processors - 2, 1 if job.only else 4 * len(job.targets))
         self._count = max(1, most)
         self._environ = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, processors // self._count))),

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-timeout", type=duration, default=300.0, metavar="TIME", help="how long a first call may compile and tune (default: 5m)"
     )
-    parser.add_argument("--jobs", type=_WORKERS, metavar="N", help="processes side by side (default: half the processors, 12 at most)")
+    parser.add_argument("--jobs", type=_WORKERS, metavar="N", help="processes side by side (default: all processors but two, 16 at most)")
     parser.add_argument("--budget", type=duration, default=float("inf"), metavar="TIME", help="stop after this time, as 9m")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="write each result to FILE; if it has some, do only the rest")
     out = "keep the result in FILE; without FILE, where 'doctor' and 'ops' look"
@@ -118,12 +118,23 @@ def run(args: argparse.Namespace) -> int:
     finally:
         record.close()
     if record.header is None:
-        raise KeyboardInterrupt
-    if out is not None and path is not None and out != path:
-        shutil.copyfile(path, out)
-    if out is not None:
-        print(f"sglang-fl: the result is in {out}", file=sys.stderr)
-    return _report(args, record, finished)
+        if not finished:
+            raise KeyboardInterrupt
+        print("sglang-fl: the budget was used up before the first case", file=sys.stderr)
+        return 3
+    unwritten = [_kept(out, path)] if out and path else []
+    return _report(args, record, finished, unwritten)
+
+
+def _kept(out: Path, path: Path) -> str:
+    """Keep the result; why that could not be done, or empty."""
+    try:
+        if out != path:
+            shutil.copyfile(path, out)
+    except OSError as error:
+        return f"--out: {error}"
+    print(f"sglang-fl: the result is in {out}", file=sys.stderr)
+    return ""
 
 
 def _out_path(args: argparse.Namespace) -> Path | None:
@@ -169,12 +180,14 @@ def _job(args: argparse.Namespace, chosen: list[tuple[str, str]], record: Record
     )
 
 
-def _report(args: argparse.Namespace, record: Record, finished: bool) -> int:
-    """Print it, write what was asked for, and say how it ended."""
+def _report(args: argparse.Namespace, record: Record, finished: bool, unwritten: list[str]) -> int:
+    """Print it, write the page, and say how it ended; ``unwritten`` says what could not be written so far."""
     report = record.report()
-    unwritten = [f"--html: {error}" for error in [_write_page(args.html, report) if args.html else None] if error]
+    if args.html and (error := _write_page(args.html, report)):
+        unwritten.append(f"--html: {error}")
     if record.problem:
         unwritten.append(f"the results could not be written: {record.problem}")
+    unwritten = list(filter(None, unwritten))
     if args.json:
         # Escaped: messages come from implementations, and this terminal may not be able to encode them.
         print(json.dumps(report.as_data(), indent=2))

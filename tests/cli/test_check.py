@@ -227,6 +227,12 @@ def test_a_run_in_slices(jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "--resume: the run was begun otherwise (seed was 4 then, and is 5 now); give another file" in capsys.readouterr().err
 
 
+def test_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sglang_fl.cli.check.check", lambda job, record, progress: True)
+    assert main(["check", "--budget", "1s"]) == 3
+    assert "the budget was used up before the first case" in capsys.readouterr().err
+
+
 def test_the_result_is_kept_where_doctor_and_ops_look(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["check", "--op", "rms_norm", "--impl", "reference.torch"]
     assert main([*command, "--resume", str(tmp_path / "run.jsonl"), "--out"]) == 0
@@ -235,6 +241,9 @@ def test_the_result_is_kept_where_doctor_and_ops_look(jobs: list[Job], tmp_path:
     assert f"the result is in {kept}" in capsys.readouterr().err
     assert main(["ops"]) == 0
     assert "reference.torch: available; certified on 2026-01-02, on cpu" in capsys.readouterr().out
+    assert main([*command, "--resume", str(tmp_path / "run.jsonl"), "--out", "/dev/full"]) == 1
+    captured = capsys.readouterr()
+    assert "PASSED" in captured.out and "--out: [Errno 28] No space left on device" in captured.err
     assert main([*command, "--out", str(kept)]) == 2
     assert f"--out: {kept} exists; --resume {kept} goes on with it" in capsys.readouterr().err
 
