@@ -22,6 +22,7 @@ class ModelContext:
         device: where the model lies.
         intermediate_size: the width of the activations in this part of the model, if known.
         num_experts: how many experts this part of the model routes between, if known.
+        heads: of the query and of the key in this part of the model, on this rank, if known.
         fuses_activation: whether SGLang computes this part's activation together with what follows, as long as the layer is its own.
     """
 
@@ -30,6 +31,7 @@ class ModelContext:
     intermediate_size: int | None = None
     num_experts: int | None = None
     fuses_activation: bool = False
+    heads: tuple[int, int] | None = None
 
 
 class NoContexts:

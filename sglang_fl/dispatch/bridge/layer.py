@@ -148,7 +148,8 @@ def layer_sockets(model: nn.Module, bridges: Iterable[LayerBridge], load: Load) 
         bridge = next((bridge for base, bridge in loaded if isinstance(layer, base)), None)
         if bridge is not None:
             parent = modules.get(path.rpartition(".")[0], model)
-            context = ModelContext(dtype, device, _intermediate_size(parent), _num_experts(parent), _fuses_activation(parent))
+            sizes = _intermediate_size(parent), _num_experts(parent)
+            context = ModelContext(dtype, device, *sizes, _fuses_activation(parent), _heads(parent))
             yield LayerSocket(layer, path, bridge, context, load, first_passes)
 
 
@@ -190,6 +191,13 @@ def _num_experts(parent: nn.Module) -> int | None:
     """How many experts the router beside a layer of experts chooses from."""
     found = (getattr(child, "num_global_routed_experts", None) for child in parent.children())
     return next((count for count in found if isinstance(count, int)), None)
+
+
+def _heads(parent: nn.Module) -> tuple[int, int] | None:
+    """The heads of the query and of the key that an attention layer has on this rank, as SGLang's models name them."""
+    latent = getattr(parent, "num_local_heads", None)  # of latent attention, whose key has one head
+    query, key = (latent, 1) if latent is not None else (getattr(parent, name, None) for name in ("num_heads", "num_kv_heads"))
+    return (query, key) if isinstance(query, int) and isinstance(key, int) else None
 
 
 def _fuses_activation(parent: nn.Module) -> bool:

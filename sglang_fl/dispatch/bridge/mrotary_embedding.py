@@ -5,7 +5,7 @@ import torch
 
 from .base import Forward, ModelContext, Routes, scratch
 from .layer import Layer, LayerBridge
-from .rotary_embedding import OUT_OF_PLACE, TRIAL_HEADS, TRIAL_KV_HEADS, TRIAL_TOKENS, check_query_and_key, write_back
+from .rotary_embedding import OUT_OF_PLACE, TRIAL_TOKENS, UNKNOWN_HEADS, check_query_and_key, write_back
 
 
 class MRotaryEmbeddingBridge(LayerBridge):
@@ -26,14 +26,13 @@ class MRotaryEmbeddingBridge(LayerBridge):
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         sections = tuple(layer.mrope_section or ())
-        size = layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
+        size = context.heads, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
         return *size, sections, layer.mrope_interleaved
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         positions = torch.arange(TRIAL_TOKENS, device=context.device) % layer.cos_sin_cache.shape[0]
         for given in (positions, positions.expand(3, -1)) if layer.mrope_section else (positions,):
-            query = scratch(context, TRIAL_TOKENS, TRIAL_HEADS * layer.head_size)
-            key = scratch(context, TRIAL_TOKENS, TRIAL_KV_HEADS * layer.head_size)
+            query, key = (scratch(context, TRIAL_TOKENS, heads * layer.head_size) for heads in context.heads or UNKNOWN_HEADS)
             result = fn(layer, given, query.clone(), key.clone())
             check_query_and_key(result, query, key)
 

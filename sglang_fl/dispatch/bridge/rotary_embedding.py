@@ -6,7 +6,7 @@ import torch
 from .base import Forward, ModelContext, Routes, check_pair, check_result, scratch
 from .layer import Layer, LayerBridge
 
-TRIAL_TOKENS, TRIAL_HEADS, TRIAL_KV_HEADS = 2, 4, 2
+TRIAL_TOKENS, UNKNOWN_HEADS = 2, (4, 2)
 #: SGLang's forwards that return new tensors.
 OUT_OF_PLACE = frozenset({"forward_native", "forward_npu"})
 #: Where a layer keeps (its cos_sin_cache, the cos half, the sin half).
@@ -42,11 +42,10 @@ class RotaryEmbeddingBridge(LayerBridge):
         return None
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
-        return layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
+        return context.heads, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
-        query = scratch(context, TRIAL_TOKENS, TRIAL_HEADS, layer.head_size)
-        key = scratch(context, TRIAL_TOKENS, TRIAL_KV_HEADS, layer.head_size)
+        query, key = (scratch(context, TRIAL_TOKENS, heads, layer.head_size) for heads in context.heads or UNKNOWN_HEADS)
         _, cos, sin = cos_sin(layer)
         positions = torch.arange(TRIAL_TOKENS, device=context.device) % cos.shape[0]
         in_place = layer._resolve_forward_method().__name__ not in OUT_OF_PLACE

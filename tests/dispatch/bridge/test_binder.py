@@ -276,6 +276,26 @@ def test_the_trial_has_the_layers_real_size_and_dtype_and_leaves_random_numbers_
     assert seen == [((2, HIDDEN), torch.bfloat16, False), ((2, HIDDEN), torch.bfloat16, True)], "one trial speaks for all"
 
 
+@pytest.mark.parametrize(
+    ("attributes", "heads"),
+    [({"num_heads": 40, "num_kv_heads": 10}, (40, 10)), ({"num_heads": 128, "num_local_heads": 64}, (64, 1)), ({}, (4, 2))],
+)
+def test_the_trial_of_a_rotary_embedding_has_the_attentions_heads(attributes: dict[str, int], heads: tuple[int, int]) -> None:
+    """As each rank has them; those of latent attention share one key. 4 and 2 where nothing tells."""
+    attention = nn.Module()
+    attention.rotary_emb = rotary("RotaryEmbedding", head=64, rotary_dim=64)
+    vars(attention).update(attributes)
+    (socket,) = layer_sockets(Model(attention), LAYER_BRIDGES, Load(Settings()))
+    seen = []
+
+    def fn(layer: Any, query: torch.Tensor, key: torch.Tensor, *more: Any) -> Any:
+        seen.append((query.shape[1], key.shape[1]))
+        return query, key
+
+    socket.trial(fn)
+    assert seen == [heads]
+
+
 def test_the_width_of_a_gated_mlp_comes_from_its_first_matrix() -> None:
     mlp = nn.Module()
     mlp.gate_up_proj = nn.Module()
