@@ -9,7 +9,7 @@ from ...checks import half_of
 from ..kernels.activation import gated_kernel
 
 #: How many numbers of the result a program computes, at most, and with how many warps.
-_NUMBERS, _WARPS = 1024, 4
+_NUMBERS, _WARPS = 512, 4
 #: A program takes fewer columns if a row's last one would otherwise have more than an eighth of them all to spare; no fewer than these,
 #: of which a program takes several rows where a row has less.
 _LEAST_COLUMNS = 256

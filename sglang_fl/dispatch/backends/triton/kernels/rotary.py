@@ -71,7 +71,8 @@ def _turn(
             tl.store(out + number, tl.load(x + number, not_turned), not_turned)
     pair, number = tl.arange(0, BLOCK)[None, :], tl.arange(0, 2 * BLOCK)[None, :]
     inside, both_inside = in_rows & (pair < HALF), in_rows & (number < 2 * HALF)
-    # The numbers are on their way while the position is read.
+    # The numbers are on their way while the position is read: without the barrier behind them the compiler asks for the position first,
+    # and for the numbers when it is there.
     if INTERLEAVED:
         first, second = tl.split(tl.load(x + number, both_inside, other=0.0).reshape(ROWS, BLOCK, 2))
     else:
