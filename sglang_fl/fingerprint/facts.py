@@ -11,8 +11,19 @@ from .. import __version__
 from ..config import Settings
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
-#: Settings that change what is logged and nothing of what runs.
-_LOGGING = frozenset({"dispatch_log", "flaggems_record", "flaggems_log_path", "flaggems_log_once", "log_level", "dispatch_debug"})
+#: Settings that change what is written down, and nothing of what runs.
+_WRITTEN_DOWN = frozenset(
+    (
+        "dispatch_log",
+        "dispatch_debug",
+        "log_level",
+        "flaggems_record",
+        "flaggems_log_path",
+        "flaggems_log_once",
+        "trial_record",
+        "trial_limit",
+    )
+)
 
 
 def installed_version(package: str) -> str | None:
@@ -36,7 +47,7 @@ def setting_facts(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
-    """Equal for servers that run the same. Where a setting comes from, and what is logged, is no part of it."""
-    settings = {name: row["value"] for name, row in facts["settings"].items() if name not in _LOGGING}
+    """Equal for servers that run the same. Where a setting comes from, and what is written down, is no part of it."""
+    settings = {name: row["value"] for name, row in facts["settings"].items() if name not in _WRITTEN_DOWN}
     text = json.dumps({**facts, "settings": settings}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
