@@ -46,8 +46,9 @@ def hybrid_prompts(hybrid: Path) -> list[Prompt]:
 def running(hybrid: Path, hybrid_prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("hybrid")
     (folder / "sitecustomize.py").write_text("from triton_on_cpu import interpret\n\ninterpret()\n")
-    path = os.pathsep.join([str(folder), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32", "SGLANG_FL_PREFER": "reference"}
+    path = os.pathsep.join([str(folder), str(TESTS), str(TESTS / "e2e"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32"}
+    environ |= {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_PLUGIN_MODULES": "field_backend"}
     with serving(hybrid, folder, environ=environ) as found:
         yield found
 
@@ -70,15 +71,15 @@ def test_several_at_once_do_not_see_each_others_states(running: Running) -> None
     assert all(answer.startswith(beginning) and RECITAL.startswith(answer) for answer in answers), answers
 
 
-def test_both_functions_ran_on_the_reference(running: Running) -> None:
+def test_both_functions_ran_on_a_backend_with_flagos_signatures(running: Running) -> None:
     told = {line for line in running.dispatched() if "gated_delta_rule" in line}
     assert told == {
-        f"{CHUNK} → reference(reference.torch)",
-        f"{PACKED} → reference(reference.torch)",
+        f"{CHUNK} → vendor(vendor.field)",
+        f"{PACKED} → vendor(vendor.field)",
         f"{RECURRENT} → sglang(nothing that SGLang has loaded calls it)",
     }
     printed = running.server.log.read_text()
-    assert f"{CHUNK} → reference(reference.torch)" in printed
+    assert f"{CHUNK} → vendor(vendor.field)" in printed
     assert "Applied 1 hook(s) to sglang.kernels.ops.attention.fla.chunk.chunk_gated_delta_rule (from: plugin=sglang_fl" in printed
 
 

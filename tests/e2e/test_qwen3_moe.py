@@ -73,9 +73,9 @@ def running(qwen3_moe: Path, moe_native: list[list[float]], tmp_path_factory: py
     chosen = directory / "mistake"
     chosen.write_text("none")
     environ = {
-        "SGLANG_FL_PREFER": "reference",
+        "SGLANG_FL_PREFER": "vendor",
         "SGLANG_FL_STRICT": "1",
-        "SGLANG_FL_PLUGIN_MODULES": "planted_moe_mistakes",
+        "SGLANG_FL_PLUGIN_MODULES": "planted_moe_mistakes,field_backend",
         "PLANTED_MISTAKE": str(chosen),
         "PYTHONPATH": str(Path(__file__).parent),
     }
@@ -90,11 +90,11 @@ def test_the_recital_is_exact(running: Planted) -> None:
 
 
 def test_every_layer_ran_through_the_dispatch(running: Planted) -> None:
-    assert running.dispatched() == {f"{name} → reference(reference.torch)" for name in CLASSES}
+    assert running.dispatched() == {f"{name} → vendor(vendor.field)" for name in CLASSES}
     printed = running.server.log.read_text()
     assert "sglang-fl: 14 layers bound, 0 left to SGLang" in printed
-    assert "topk               TopK                         → reference(reference.torch), 2 layers" in printed
-    assert "fused_moe          UnquantizedFusedMoEMethod    → reference(reference.torch), 2 layers" in printed
+    assert "topk               TopK                         → vendor(vendor.field), 2 layers" in printed
+    assert "fused_moe          UnquantizedFusedMoEMethod    → vendor(vendor.field), 2 layers" in printed
 
 
 def test_logprobs_agree_with_sglangs_own(running: Planted, moe_prompts: list[Prompt], moe_native: list[list[float]]) -> None:

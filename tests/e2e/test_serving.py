@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import requests
 
 from sglang_fl.cli.demo_model import RECITAL
 from sglang_fl.fingerprint import compare, read
@@ -47,6 +48,26 @@ def test_sixteen_at_once_are_all_exact(running: Running) -> None:
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: running.recite().json()["choices"][0]["message"]["content"], range(16)))
     assert answers == [RECITAL] * 16
+
+
+def test_the_example_of_a_client_gets_all_its_answers(running: Running) -> None:
+    example = Path(__file__).parents[2] / "examples" / "openai_client.py"
+    done = subprocess.run([sys.executable, str(example), running.server.url], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"{RECITAL}\n8 requests at once, 1 different answer(s)\n"
+
+
+def test_requests_that_a_plain_cpu_cannot_answer_do_not_end_the_server(running: Running) -> None:
+    asked = (
+        ("release_memory_occupation", {}, "no memory that could be released"),
+        ("resume_memory_occupation", {}, "no memory that could be released"),
+        ("start_profile", {"activities": ["MEM"]}, ""),
+        ("start_profile", {"activities": ["CUDA_PROFILER"]}, ""),
+    )
+    for path, body, message in asked:
+        answer = requests.post(f"{running.server.url}/{path}", json=body, timeout=60)
+        assert answer.status_code >= 400 and message in answer.text
+    assert running.recite(max_tokens=4).json()["choices"][0]["finish_reason"] == "length"
 
 
 def test_every_layer_ran_through_the_dispatch(running: Running) -> None:
