@@ -20,31 +20,47 @@ def activate_platform() -> str | None:
     SGLang's own platform: this SGLang has another platform interface, and a warning says what differs.
     """
     try:
-        from .platform import PlatformFL  # noqa: F401
+        from .platform import PlatformFL
     except (ImportError, AttributeError) as error:
         _leave_device_to_sglang(error)
         return None
+    if _patches_are_off():
+        from .platform.changes import leave_out_packages
+
+        leave_out_packages()
+    if PlatformFL.device.device_type == "cuda" and not PlatformFL.device.is_in_tree:
+        from .platform.absent_kernels import stand_in_for_absent_kernels
+
+        stand_in_for_absent_kernels()
     return "sglang_fl.platform:PlatformFL"
 
 
 def load_plugin() -> None:
     """Entry point ``sglang.srt.plugins``: sets the level of sglang-fl's loggers, before SGLang reads its arguments.
 
-    The attention backends of a chip that a package brings up become values of ``--attention-backend`` and
-    of ``--speculative-draft-attention-backend``, of which SGLang asks the platform.
+    What a package declares of the chip becomes values of ``--attention-backend``, ``--quantization`` and the like. The changes
+    to SGLang in our folder of the chip's vendor, if there are any, are made.
     """
     level = os.environ.get("SGLANG_FL_LOG_LEVEL", "").strip().upper()
     if level in logging.getLevelNamesMapping():
         logging.getLogger("sglang_fl").setLevel(level)
 
-    from .device import platform_here
+    from sglang.srt.platforms import current_platform
 
-    found = platform_here(os.environ)
-    if found is not None:
-        from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
+    declaration = getattr(current_platform, "declaration", None)
+    if declaration is not None:
+        from .platform.declared import add_choices
 
-        for choices in (ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES):
-            choices.extend(name for name in found[0].attention_backends if name not in choices)
+        add_choices(declaration)
+    device = getattr(current_platform, "device", None)
+    if device is not None and not _patches_are_off():
+        from .platform.changes import load_vendor_folder
+
+        load_vendor_folder(device.vendor)
+
+
+def _patches_are_off() -> bool:
+    return os.environ.get("SGLANG_FL_PATCHES", "").strip().lower() in ("0", "false", "no", "off")
 
 
 def _leave_device_to_sglang(error: Exception) -> None:

@@ -33,14 +33,19 @@ class Packages:
             The module's name; the package has the same, and so have its entry points.
         """
         module = f"{name}_{next(_COUNT)}_of_a_test"
-        (self.directory / f"{module}.py").write_text(code)
-        metadata = self.directory / f"{module}-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-        lines = [f"[{group}]\n{module} = {value.format(module=module)}\n" for group, value in entries.items()]
-        (metadata / "entry_points.txt").write_text("\n".join(lines))
+        write_package(self.directory, module, code, {group: value.format(module=module) for group, value in entries.items()})
         forget_platforms()
         return module
+
+
+def write_package(directory: Path, module: str, code: str, entries: Mapping[str, str]) -> None:
+    """A module, and the metadata of a package of the same name with an entry point of that name in each group."""
+    (directory / f"{module}.py").write_text(code)
+    metadata = directory / f"{module}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    lines = [f"[{group}]\n{module} = {value}\n" for group, value in entries.items()]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
 
 
 def forget_platforms() -> None:

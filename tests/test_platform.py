@@ -106,7 +106,7 @@ def test_chips_that_imitate_cuda_are_out_of_tree(card: str, hip: str | None, ven
     assert platform.is_out_of_tree() and not platform.is_cuda() and not platform.is_cuda_alike()
     assert (platform.device_type, platform.device_name) == ("cuda", vendor)
     assert not isinstance(platform, CudaSRTPlatform)
-    assert not platform.capabilities.graph_capture
+    assert platform.capabilities.graph_capture and not platform.capabilities.supports_pynccl
 
 
 def test_gems_vendor_decides_between_lookalikes() -> None:

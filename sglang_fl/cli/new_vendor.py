@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 from ..config import SettingsError
-from ..device import VENDORS, Vendor, declared, name_problem
+from ..config.loader import PROFILES
+from ..device import OUT_OF_TREE_ONLY, VENDORS, Vendor, declared, name_problem
 from ..dispatch.manager import OpManager
 
 #: Placeholders of the template: the vendor's name, and the chip's in the names of classes.
@@ -15,8 +16,8 @@ _NAME, _CLASS = "mychip", "MyChip"
 _TEMPLATE = Path(__file__).parents[1] / "dispatch" / "backends" / "vendor" / "template"
 #: Of its files; tools leave others.
 _SUFFIXES = (".py", ".toml", ".md", ".yaml")
-#: Files that a vendor does not need whose chip SGLang has a platform for.
-_PLATFORM_FILES = frozenset({"platform.py", "profile.yaml", "test_platform.py"})
+#: Fields that a declaration leaves out where SGLang has a platform of its own for the chip.
+_NOT_IN_TREE = ("device_type", "device_files", *OUT_OF_TREE_ONLY)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {file.relative_to(directory)}")
     row = VENDORS.get(args.name)
     if row is not None and row.in_tree is not None:
-        print(f"No platform.py: SGLang has its own platform for {row.chip} ({row.in_tree}); these operators run on it.")
+        print(f"SGLang has its own platform for {row.chip} ({row.in_tree}); platform.py says what this package adds to it.")
     package = shlex.quote(f"{directory}[test]")
     print(f"Next:\n  uv pip install -e {package}\n  sglang-fl check --vendor {args.name} --quick")
     return 0
@@ -73,37 +74,56 @@ def write(name: str, directory: Path) -> list[Path]:
     row = VENDORS.get(name)
     written = []
     for source in sorted(file for file in _TEMPLATE.rglob("*") if file.suffix in _SUFFIXES):
-        if row is not None and row.in_tree is not None and source.name in _PLATFORM_FILES:
-            continue
         file = directory / _named(str(source.relative_to(_TEMPLATE)), name)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("x", encoding="utf-8") as out:
-            out.write(_filled(source.read_text(encoding="utf-8"), name, row))
+            out.write(_filled(source, name, row))
         written.append(file)
     return written
 
 
 def _named(text: str, name: str) -> str:
-    return text.replace(_NAME, name).replace(_CLASS, "".join(word.capitalize() for word in name.split("_")))
+    return (
+        text.replace(_NAME, name)
+        .replace(_NAME.upper(), name.upper())
+        .replace(_CLASS, "".join(word.capitalize() for word in name.split("_")))
+    )
 
 
-def _filled(text: str, name: str, row: Vendor | None) -> str:
+def _filled(source: Path, name: str, row: Vendor | None) -> str:
     """A file's text for this vendor; what our table knows of the chip is put in."""
+    text = source.read_text(encoding="utf-8")
     if row is not None and row.in_tree is not None:
-        text = "\n\n".join(paragraph for paragraph in text.split("\n\n") if "platform" not in paragraph)
+        text = _in_tree(source.name, text, row)
     elif row is not None:
+        capabilities = ", ".join(f'"{item}"' for item in row.capabilities) + "," * (len(row.capabilities) == 1)
         known = {
             'chip="MyChip",': f'chip="{row.chip}",',
             'device_type="mychip",': f'device_type="{row.device_type}",',
             'device_files=("/dev/mychip[0-9]*",),': _traces(row),
             '# collective="gloo",': f'collective="{row.collective}",',
             '# attention="mychip_attention",': f'attention="{row.attention}",',
-            "# capabilities=": 'capabilities=("supports_triton",),\n    # capabilities=',
+            "# capabilities=": f"capabilities=({capabilities}),\n    # capabilities=",
             "# flaggems=True,": f"flaggems={row.flaggems},",
         }
+        if row.compile_backend != "inductor":
+            known["# compile_backend="] = "compile_backend="
         for line, filled in known.items():
             text = text.replace(line, filled)
     return _named(text, name).rstrip("\n") + "\n"
+
+
+def _in_tree(file: str, text: str, row: Vendor) -> str:
+    """A file for a chip that SGLang has a platform for: what that platform settles is left out, and SGLang's operators stay."""
+    if file == "platform.py":
+        between = "    #\n"
+        choices = text.replace('chip="MyChip"', f'chip="{row.chip}"').split(between)
+        return between.join(choice for choice in choices if not any(f" {field}=" in choice for field in _NOT_IN_TREE))
+    if file == "profile.yaml":
+        orders = (PROFILES / "in_tree.yaml").read_text(encoding="utf-8").partition("op_backends:")[2]
+        head = "# The settings on MyChip when the user gives none: this package's operators, and SGLang's own for all else.\nop_backends:"
+        return head + orders.replace("[sglang]", "[vendor:mychip, sglang]")
+    return text
 
 
 def _traces(row: Vendor) -> str:

@@ -48,6 +48,8 @@ def load_settings(environ: Mapping[str, str] | None = None, *, device: Device | 
         _read_environment(environ, words, problems),
     )
     chosen = _merge(layers)
+    if "flagos_scope" not in chosen and not in_tree and "graph_capture" in known_vendors()[platform].capabilities:
+        chosen["flagos_scope"] = _Given("graphs", Source(DEFAULT, f"default where graphs are captured, as on {platform}"), "flagos_scope")
     problems += _contradictions(chosen)
     if problems:
         raise SettingsError(problems)
@@ -184,10 +186,14 @@ def _contradictions(chosen: _Layer) -> Iterator[str]:
 
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     shapes = {option.name: option.env for option in OPTIONS.values() if option.env} | {_stem(name).lower(): name for name in VARIABLES}
+    packages = sorted({variable for platform in declared().platforms.values() for variable in platform.variables})
     for variable in environ:
-        if variable in VARIABLES or variable in IGNORED_VARIABLES:
+        if variable in VARIABLES or variable in IGNORED_VARIABLES or variable in packages:
             continue
         upper = variable.upper()
+        if near := difflib.get_close_matches(upper, packages, n=1, cutoff=0.9):
+            yield f"{variable}: no package has such a variable; did you mean {near[0]!r}?"
+            continue
         if upper.startswith(PREFIXES) or difflib.get_close_matches(upper, _WITHOUT_PREFIX, cutoff=0.9):
             near = difflib.get_close_matches(_stem(upper).lower(), shapes, n=1, cutoff=0.7)
             hint = f"did you mean {shapes[near[0]]!r}?" if near else "sglang-fl config lists the settings"

@@ -51,7 +51,7 @@ def _collective(value: Any) -> str:
     word = str(value).strip().lower()
     if word in DIST_BACKENDS:
         return word
-    return _choice((*DIST_BACKENDS, *(platform.collective for platform in declared().platforms.values())), str.lower)(word)
+    return _choice((*DIST_BACKENDS, *(platform.row().collective for platform in declared().platforms.values())), str.lower)(word)
 
 
 def _text(value: Any) -> str:
@@ -182,6 +182,7 @@ class Options:
     dist_backend: str | None = _option("SGLANG_FL_DIST_BACKEND", True, None, _collective, "The collective library; unset: the vendor's own.")
     flagcx_path: str | None = _option("FLAGCX_PATH", False, None, _text, "FlagCX's checkout, or where its libflagcx.so is; set alone, it chooses flagcx.")
     plugin_modules: tuple[str, ...] | None = _option("SGLANG_FL_PLUGIN_MODULES", False, None, _names, "More modules with register_builtins(registry).")
+    patches: bool = _option("SGLANG_FL_PATCHES", False, True, _boolean, "0 starts without the changes to SGLang that packages and vendors' folders make.")
     log_level: str = _option("SGLANG_FL_LOG_LEVEL", False, "INFO", _choice(LOG_LEVELS, str.upper), "How much sglang-fl logs.")
     dispatch_debug: bool = _option("SGLANG_FL_DISPATCH_DEBUG", False, False, _boolean, "1 logs every decision of the dispatch.")
 # fmt: on

@@ -10,7 +10,7 @@
 Nothing here imports PyTorch or SGLang when it is imported.
 """
 
-from .declaration import CAPABILITIES, ENTRY_POINT_GROUP, KV_POOL_KINDS, VendorPlatform, name_problem
+from .declaration import CAPABILITIES, ENTRY_POINT_GROUP, KV_POOL_KINDS, OUT_OF_TREE_ONLY, VendorPlatform, name_problem
 from .evidence import Device, detect, probe, vendor_problems, why_unusable
 from .installed import declared, describe_platforms, known_vendors, platform_here
 from .vendors import ALIASES, VENDORS, Vendor, canonical

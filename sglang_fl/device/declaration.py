@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vendor's package writes to bring a chip that SGLang does not know.
+"""What a vendor's package writes to bring a chip that SGLang does not know, or to add to one that it knows.
 
 A package names its declaration in the entry-point group ``sglang_fl.platform``::
 
@@ -12,52 +12,77 @@ neither SGLang nor PyTorch nor a driver's library. Heavy classes are named as ``
 
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..utils.suggest import suggest
 from .drivers import command, device_file
-from .vendors import ALIASES, VENDORS, Vendor, canonical
+from .vendors import ALIASES, CUDA_CAPABILITIES, VENDORS, Vendor, canonical
 
 ENTRY_POINT_GROUP = "sglang_fl.platform"
 #: The fields of SGLang's PlatformCapabilities, and the kinds of its KV pools.
 CAPABILITIES = ("supports_triton", "graph_capture", "piecewise_graph", "hicache_device_kernels", "supports_pynccl")
 KV_POOL_KINDS = ("mha", "mla", "dsa")
+#: The phases of a draft model for which SGLang asks for a graph runner.
+DRAFT_PHASES = ("draft_decode", "draft_extend")
+#: What SGLang asks of out-of-tree platforms only: it would have no effect on a chip that SGLang has a platform for.
+OUT_OF_TREE_ONLY = (
+    "capabilities", "graph_backend", "compile_backend", "group_device", "quantization",
+    "speculative_algorithms", "draft_attention", "draft_graph_runners", "mamba_extra_buffer",
+)  # fmt: skip
+#: Fields that map names to classes.
+_CLASSES_BY_NAME = ("attention_backends", "kv_pools", "draft_graph_runners", "quantization")
 #: Words that mean something else in the settings.
 _RESERVED_NAMES = frozenset({"flagos", "reference", "vendor", "sglang", "template"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class VendorPlatform:
-    """A chip that SGLang does not know, as sglang-fl brings it up.
+    """A chip that SGLang does not know, as sglang-fl brings it up, or what a package adds to one that SGLang has a platform for.
 
     Attributes:
-        name: the vendor's name, as in ``vendor:<name>`` and GEMS_VENDOR: a lower-case Python identifier. That of a chip
-            in sglang-fl's own table (metax, cambricon, …) takes that row's place; that of a chip which SGLang has a
-            platform for itself is refused.
-        device_type: the ``torch.device`` type that the chip's PyTorch build answers to.
+        name: the vendor's name, as in ``vendor:<name>`` and GEMS_VENDOR: a lower-case Python identifier. A chip of sglang-fl's
+            own table (metax, cambricon, …) keeps what the table knows of it where the declaration says nothing. A chip that
+            SGLang has a platform for (ascend, mthreads, thead, amd, intel, …) keeps SGLang's platform and its detection: the
+            declaration adds to them, and the fields of :data:`OUT_OF_TREE_ONLY` are refused.
+        device_type: the ``torch.device`` type that the chip's PyTorch build answers to. Needed unless the table knows it.
         chip: what the chip is called, for people.
         device_files: what its kernel driver puts under ``/dev`` (glob patterns).
         commands: tools of its driver. The chip is taken for present if a device file or a command is found.
         is_present: decides instead, if given: a function of no arguments, called in the middle of ``import sglang``
             and by the command line, at most once in a process.
-        collective: the ``torch.distributed`` backend that its PyTorch build registers.
+        collective: the ``torch.distributed`` backend that its PyTorch build registers; ``gloo`` if nothing is known.
+        group_device: the device type to which SGLang binds its groups of ranks, if it is not the chip's own, as in ``"cpu"``.
         attention: the attention backend to serve with when the user names none. None: the first of
             ``attention_backends``, or else ``torch_native``.
         attention_backends: attention backends that the package brings, name -> ``"module:Class"``. Each is registered
             under SGLang's ``register_attention_backend`` and is made with SGLang's model runner as its only argument;
             ``--attention-backend`` takes the name.
-        graph_runner: SGLang's ``get_graph_runner_cls``: the decode graph runner, needed with ``graph_capture``.
+        graph_runner: SGLang's ``get_graph_runner_cls``: the decode graph runner, needed with ``graph_capture`` unless
+            ``device_type`` is ``cuda``, where SGLang's own captures.
         graph_backend: ``get_full_graph_backend_cls``: what captures and replays a whole graph.
         piecewise_backend: ``get_piecewise_backend_cls``, for ``piecewise_graph``.
         kv_pools: ``get_kv_pool_cls``: ``mha``, ``mla`` or ``dsa`` -> a subclass of SGLang's pool of that kind.
         paged_allocator: ``get_paged_allocator_cls``.
-        capabilities: names of :data:`CAPABILITIES`; see SGLang's ``PlatformCapabilities``.
-        flaggems: whether FlagGems serves the chip.
+        mamba_extra_buffer: ``support_mamba_cache_extra_buffer``: hybrid models may keep snapshots of their state.
+        capabilities: names of :data:`CAPABILITIES`; see SGLang's ``PlatformCapabilities``. ``supports_pynccl`` makes SGLang
+            use PyNccl. None: what the table knows, or for ``device_type`` ``cuda`` Triton and graphs, or else nothing.
+        compile_backend: what ``torch.compile`` uses: ``inductor``, or ``eager`` where Inductor has no driver for the chip.
+        speculative_algorithms: ``supports_speculative_algorithm``: what ``--speculative-algorithm`` may name.
+        draft_attention: ``supports_speculative_draft_attention_backend``: the attention backends of draft models for DFLASH;
+            the first is the default.
+        draft_graph_runners: ``get_speculative_graph_runner_cls``: ``draft_decode`` or ``draft_extend`` -> a graph runner of
+            draft models. A phase that is not here runs without graphs. A chip that imitates CUDA may name SGLang's own.
+        quantization: ``get_quantization_config``: a method of ``--quantization`` -> a subclass of SGLang's
+            ``QuantizationConfig``; a name that SGLang does not have becomes one.
+        server_args: defaults of SGLang's server arguments on the chip, as in ``{"page_size": 128}``; what the user gives goes before.
+        variables: environment variables that the package reads. One that is nearly one of them is told as a slip.
+        flaggems: whether FlagGems serves the chip. None: what the table knows, or else no.
         profile: a YAML file with the settings to use on the chip when the user gives none.
         platform_class: a class whose methods answer whatever else SGLang asks its platform
-            (``sglang.srt.platforms.interface.SRTPlatform``); it has the last word over this declaration. It is
+            (``sglang.srt.platforms.interface.SRTPlatform``); it has the last word over this declaration, and on a chip that SGLang
+            knows stands before SGLang's own class. It is
             imported in the middle of ``import sglang``, so its module may not import ``sglang.srt.utils`` or anything heavy.
 
     Classes are written ``"module:Class"``.
@@ -68,12 +93,13 @@ class VendorPlatform:
     """
 
     name: str
-    device_type: str
+    device_type: str = ""
     chip: str = ""
     device_files: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     is_present: Callable[[], bool] | None = None
-    collective: str = "gloo"
+    collective: str | None = None
+    group_device: str | None = None
     attention: str | None = None
     attention_backends: Mapping[str, str] = field(default_factory=dict)
     graph_runner: str | None = None
@@ -81,8 +107,16 @@ class VendorPlatform:
     piecewise_backend: str | None = None
     kv_pools: Mapping[str, str] = field(default_factory=dict)
     paged_allocator: str | None = None
-    capabilities: tuple[str, ...] = ()
-    flaggems: bool = False
+    mamba_extra_buffer: bool = False
+    capabilities: tuple[str, ...] | None = None
+    compile_backend: str | None = None
+    speculative_algorithms: tuple[str, ...] = ()
+    draft_attention: tuple[str, ...] = ()
+    draft_graph_runners: Mapping[str, str] = field(default_factory=dict)
+    quantization: Mapping[str, str] = field(default_factory=dict)
+    server_args: Mapping[str, Any] = field(default_factory=dict)
+    variables: tuple[str, ...] = ()
+    flaggems: bool | None = None
     profile: Path | str | None = None
     platform_class: str | None = None
 
@@ -98,20 +132,31 @@ class VendorPlatform:
         if problem:
             raise ValueError(problem)
 
+    @property
+    def extends(self) -> str | None:
+        """SGLang's own platform that this declaration adds to, or None: it brings up a chip that SGLang does not know."""
+        known = VENDORS.get(self.name)
+        return known.in_tree if known is not None else None
+
     def _shape_problem(self) -> str | None:
-        for name in ("device_files", "commands", "capabilities"):
+        for name in ("device_files", "commands", "capabilities", "speculative_algorithms", "draft_attention", "variables"):
             value = getattr(self, name)
+            if name == "capabilities" and value is None:
+                continue
             if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
                 return f"{name} must be a tuple of strings, not {value!r}"
-        for name in ("attention_backends", "kv_pools"):
+        for name in (*_CLASSES_BY_NAME, "server_args"):
             if not isinstance(getattr(self, name), Mapping):
-                return f"{name} must map names to 'module:Class', not {getattr(self, name)!r}"
-        for name in ("chip", "collective", "attention"):
+                to = "values" if name == "server_args" else "'module:Class'"
+                return f"{name} must map names to {to}, not {getattr(self, name)!r}"
+        for name in ("device_type", "chip", "collective", "group_device", "attention", "compile_backend"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "attention" and value is None):
+            if not isinstance(value, str) and not (value is None and name not in ("device_type", "chip")):
                 return f"{name} must be a string, not {value!r}"
-        if not isinstance(self.flaggems, bool):
-            return f"flaggems must be True or False, not {self.flaggems!r}"
+        for name in ("flaggems", "mamba_extra_buffer"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "flaggems"):
+                return f"{name} must be True or False, not {value!r}"
         if self.is_present is not None and not callable(self.is_present):
             return f"is_present must be a function without arguments, not {self.is_present!r}"
         for name, path in self.classes().items():
@@ -121,54 +166,89 @@ class VendorPlatform:
         return None
 
     def _value_problem(self) -> str | None:
-        if not isinstance(self.device_type, str) or not self.device_type.isidentifier():
+        row = self.row()
+        if not row.device_type.isidentifier():
             return f"device_type must be the name of a torch.device type, not {self.device_type!r}"
-        if not (self.device_files or self.commands or self.is_present):
+        if self.extends:
+            return self._extension_problem() or self._profile_problem()
+        if not (row.device_files or row.commands or self.is_present):
             return "give device_files, commands or is_present: nothing tells whether the chip is there"
-        for what, words, valid in (("capability", self.capabilities, CAPABILITIES), ("kind of KV pool", self.kv_pools, KV_POOL_KINDS)):
+        for what, words, valid in (
+            ("capability", self.capabilities or (), CAPABILITIES),
+            ("kind of KV pool", self.kv_pools, KV_POOL_KINDS),
+            ("phase of a draft model", self.draft_graph_runners, DRAFT_PHASES),
+        ):
             for word in words:
                 if word not in valid:
                     return f"unknown {what} {word!r}{suggest(word, valid)}"
-        if "graph_capture" in self.capabilities and not (self.graph_runner or self.platform_class):
+        if "graph_capture" in row.capabilities and row.device_type != "cuda" and not (self.graph_runner or self.platform_class):
             return "graph_capture needs a graph_runner: SGLang's own are for its own devices"
+        return self._profile_problem()
+
+    def _profile_problem(self) -> str | None:
         if self.profile is not None and not Path(self.profile).is_file():
             return f"profile: there is no file {str(self.profile)!r}"
+        return None
+
+    def _extension_problem(self) -> str | None:
+        """What cannot be said of a chip that SGLang has a platform for."""
+        for name in OUT_OF_TREE_ONLY:
+            if getattr(self, name):
+                return (
+                    f"{name}: SGLang has a platform of its own for {self.name} ({self.extends}) and does not ask it for this; leave it "
+                    "out, or change SGLang through its hooks (docs/vendors.md)"
+                )
+        for name in ("device_files", "commands", "is_present"):
+            if getattr(self, name):
+                return f"{name}: SGLang detects {self.name} itself; leave it out"
+        if self.device_type not in ("", VENDORS[self.name].device_type):
+            return f"device_type: for SGLang {self.name} is {VENDORS[self.name].device_type!r}, not {self.device_type!r}"
         return None
 
     def classes(self) -> dict[str, str]:
         """The classes that are named as ``"module:Class"``, by field."""
         single = ("graph_runner", "graph_backend", "piecewise_backend", "paged_allocator", "platform_class")
         found = {name: getattr(self, name) for name in single if getattr(self, name) is not None}
-        found |= {f"attention_backends[{name!r}]": path for name, path in self.attention_backends.items()}
-        return found | {f"kv_pools[{kind!r}]": path for kind, path in self.kv_pools.items()}
+        return found | {f"{field}[{name!r}]": path for field in _CLASSES_BY_NAME for name, path in getattr(self, field).items()}
 
     def row(self) -> Vendor:
-        """The declaration as a row of the vendors' table."""
-        return Vendor(
-            name=self.name,
-            chip=self.chip or self.name,
-            device_type=self.device_type,
-            in_tree=None,
-            collective=self.collective,
-            attention=self.attention or next(iter(self.attention_backends), "torch_native"),
-            commands=tuple(self.commands),
-            device_files=tuple(self.device_files),
-            flaggems=self.flaggems,
-        )
+        """The declaration as a row of the vendors' table: what it says, and what the table knows where it says nothing."""
+        row = VENDORS.get(self.name)
+        if row is None or (self.device_type not in ("", row.device_type) and not self.extends):
+            row = Vendor(self.name, self.name, self.device_type, None, "gloo", "torch_native", flaggems=False, capabilities=())
+            if self.device_type == "cuda":
+                row = replace(row, capabilities=CUDA_CAPABILITIES)
+            elif self.device_type == "cpu":
+                row = replace(row, compile_backend=VENDORS["cpu"].compile_backend)
+        given: dict[str, Any] = {
+            "chip": self.chip,
+            "collective": self.collective,
+            "attention": self.attention or next(iter(self.attention_backends), None),
+            "commands": tuple(self.commands),
+            "device_files": tuple(self.device_files),
+            "flaggems": self.flaggems,
+            "compile_backend": self.compile_backend,
+        }
+        row = replace(row, **{name: value for name, value in given.items() if value not in (None, "", ())})
+        return row if self.capabilities is None else replace(row, capabilities=tuple(self.capabilities))
 
     def evidence(self) -> str | None:
         """What shows that the chip is here, or None. May raise what ``is_present`` raises."""
         if self.is_present is not None:
             return "its package says so" if self.is_present() else None
-        return device_file(self.device_files) or command(self.commands)
+        row = self.row()
+        return device_file(row.device_files) or command(row.commands)
 
 
 def name_problem(name: Any) -> str | None:
     """Why no vendor can have this name, or None."""
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or not name.isascii():
+    usable = isinstance(name, str) and name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+    # A distribution's name ends with a letter or a digit.
+    if not usable or name != name.lower() or name != name.strip("_"):
         near = "".join(c if c.isalnum() and c.isascii() else "_" for c in str(name).strip().lower()).strip("_")
         hint = f"; did you mean {near!r}?" if near.isidentifier() and not keyword.iskeyword(near) else ""
-        return f"a vendor's name must be a Python identifier in lower case, not {name!r}{hint}"
+        ends = " that begins and ends with a letter or digit" if usable and name != name.strip("_") else ""
+        return f"a vendor's name must be a Python identifier in lower case{ends}, not {name!r}{hint}"
     if name in _RESERVED_NAMES:
         return f"{name!r} means something else in the settings; choose another name"
     if name in ALIASES:
@@ -178,7 +258,4 @@ def name_problem(name: Any) -> str | None:
 
 def _platform_name_problem(name: Any) -> str | None:
     """Why a package cannot bring up a chip under this name, or None."""
-    problem = name_problem(name)
-    if problem is None and (name == "cpu" or (name in VENDORS and VENDORS[name].in_tree is not None)):
-        return f"there is a platform for {name!r} already, in SGLang or sglang-fl; a package can bring operators for it, but no platform"
-    return problem
+    return name_problem(name) or ("there is a platform for 'cpu' already, in sglang-fl" if name == "cpu" else None)

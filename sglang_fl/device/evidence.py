@@ -6,7 +6,7 @@ and reads how PyTorch was built, without importing it, which would take seconds:
 through the same list:
 
 1. ``SGLANG_USE_CPU_ENGINE=1``: SGLang's own CPU platform.
-2. A chip that an installed package declares, if it is here or GEMS_VENDOR names it (``installed.py``).
+2. A chip that SGLang does not know and an installed package declares, if it is here or GEMS_VENDOR names it (``installed.py``).
 3. The rows of the vendors' table, in its order (``vendors.py``).
 4. A plain CPU.
 
@@ -64,7 +64,7 @@ def probe(environ: Mapping[str, str] | None = None) -> Device:
 
 def vendor_problems(environ: Mapping[str, str], device: Device) -> list[str]:
     """What is wrong with the packages that declare a chip, and with ``GEMS_VENDOR`` on this device. Each must stop a server."""
-    problems = platform_problems(environ)
+    problems = platform_problems(environ, device.vendor)
     forced = _forced_vendor(environ)
     if forced is not None and forced.name != device.vendor:
         problems.append(

@@ -52,7 +52,7 @@ def known_vendors() -> dict[str, Vendor]:
 
 
 def platform_here(environ: Mapping[str, str]) -> tuple[VendorPlatform, str] | None:
-    """The declared platform to use, with the evidence for it, or None.
+    """The declared chip to use of those that SGLang does not know, with the evidence for it, or None.
 
     GEMS_VENDOR decides, whatever was detected. Of two whose chips are both here the first is returned, and
     :func:`platform_problems` says that one must be chosen.
@@ -60,16 +60,17 @@ def platform_here(environ: Mapping[str, str]) -> tuple[VendorPlatform, str] | No
     forced = canonical(environ.get("GEMS_VENDOR", ""))
     platforms, origins, _ = declared()
     if forced:
-        return (platforms[forced], f"GEMS_VENDOR, package {origins[forced]}") if forced in platforms else None
+        asked = platforms.get(forced)
+        return (asked, f"GEMS_VENDOR, package {origins[forced]}") if asked is not None and not asked.extends else None
     return next(((platforms[name], evidence) for name, evidence in sorted(_chips_here()[0].items())), None)
 
 
-def platform_problems(environ: Mapping[str, str]) -> list[str]:
-    """What is wrong with the packages that declare platforms. Each must stop a server: it might run on the wrong one."""
+def platform_problems(environ: Mapping[str, str], vendor: str) -> list[str]:
+    """What is wrong with the packages that declare platforms, on a device of this vendor. Each must stop a server."""
     problems = list(declared().problems)
-    here = platform_here(environ)
+    here = declared().platforms.get(vendor)
     if here is not None:
-        problems += _missing_modules(here[0])
+        problems += _missing_modules(here)
     if not canonical(environ.get("GEMS_VENDOR", "")):
         present, failed = _chips_here()
         problems += failed.values()
@@ -83,6 +84,7 @@ def describe_platforms() -> list[str]:
     """Each declared platform, who declares it, and whether its chip is here, one line each."""
     present, failed = _chips_here()
     state = {name: "found" if name in present else "unknown" if name in failed else "not seen here" for name in declared().origins}
+    state |= {name: f"adds to SGLang's {platform.extends} platform" for name, platform in declared().platforms.items() if platform.extends}
     return [f"{name} ({origin}): {state[name]}" for name, origin in sorted(declared().origins.items())]
 
 
@@ -92,6 +94,8 @@ def _chips_here() -> tuple[dict[str, str], dict[str, str]]:
     present: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name, platform in declared().platforms.items():
+        if platform.extends:
+            continue
         origin = declared().origins[name]
         try:
             evidence = platform.evidence()

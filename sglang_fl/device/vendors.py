@@ -30,6 +30,9 @@ class Vendor:
         pci_vendor: the PCI vendor id of its display devices, where the driver has no device file of its own.
         machine: the operating system and architecture that the chip is part of.
         in_tree_needs: a Python module without which SGLang's own platform does not take the chip.
+        capabilities: what it can do without a platform of SGLang's own, of SGLang's ``PlatformCapabilities``.
+        compile_backend: what ``torch.compile`` uses on it. ``eager`` where Inductor has no driver for it, and on a CPU, where its first
+            compilation takes longer than anything it then saves.
     """
 
     name: str
@@ -47,7 +50,12 @@ class Vendor:
     pci_vendor: str = ""
     machine: tuple[str, str] | None = None
     in_tree_needs: str = ""
+    capabilities: tuple[str, ...] = ("supports_triton",)
+    compile_backend: str = "inductor"
 
+
+#: What SGLang can do where a chip imitates CUDA, without NVIDIA's own kernels: its graphs are captured as on CUDA.
+CUDA_CAPABILITIES = ("supports_triton", "graph_capture", "piecewise_graph")
 
 # The order is SGLang's own (sglang/srt/platforms/__init__.py): SAIL, CUDA, NPU, ROCm, XPU, MUSA, MPS. Chips that imitate CUDA
 # or ROCm come before the chip that they imitate; devices that SGLang does not know come last.
@@ -55,22 +63,22 @@ class Vendor:
 _ROWS = (
     #       name          chip              device  in_tree  collective  attention      driver's commands     device files             names of cards
     Vendor("thead",      "T-Head SAIL",     "cuda", "sail",  "nccl",     None,          ("ppu-smi",),         ("/dev/alixpu*",),       ("zw",),         torch_build="cuda", flaggems=False),
-    Vendor("metax",      "MetaX",           "cuda", None,    "nccl",     "triton",      ("mx-smi",),          ("/dev/mxcd",),          ("metax",),      torch_build="cuda"),
-    Vendor("iluvatar",   "Iluvatar CoreX",  "cuda", None,    "nccl",     "triton",      ("ixsmi",),           ("/dev/iluvatar*",),     ("iluvatar",),   torch_build="cuda"),
-    Vendor("kunlunxin",  "Kunlunxin",       "cuda", None,    "nccl",     "triton",      ("xpu-smi", "xpu_smi"), ("/dev/xpuctrl",),     ("kunlun", "p800"), torch_build="cuda"),
+    Vendor("metax",      "MetaX",           "cuda", None,    "nccl",     "triton",      ("mx-smi",),          ("/dev/mxcd",),          ("metax",),      torch_build="cuda", capabilities=CUDA_CAPABILITIES),
+    Vendor("iluvatar",   "Iluvatar CoreX",  "cuda", None,    "nccl",     "triton",      ("ixsmi",),           ("/dev/iluvatar*",),     ("iluvatar",),   torch_build="cuda", capabilities=CUDA_CAPABILITIES),
+    Vendor("kunlunxin",  "Kunlunxin",       "cuda", None,    "nccl",     "triton",      ("xpu-smi", "xpu_smi"), ("/dev/xpuctrl",),     ("kunlun", "p800"), torch_build="cuda", capabilities=CUDA_CAPABILITIES),
     Vendor("nvidia",     "NVIDIA GPU",      "cuda", "cuda",  "nccl",     None,          ("nvidia-smi",),      ("/dev/nvidia[0-9]*",),  ("nvidia", "tesla", "geforce", "quadro"), torch_build="cuda"),
     Vendor("ascend",     "Huawei Ascend",   "npu",  "npu",   "hccl",     "ascend",      ("npu-smi",),         ("/dev/davinci[0-9]*",), torch_extension="torch_npu"),
-    Vendor("hygon",      "Hygon DCU",       "cuda", None,    "nccl",     "triton",      ("hy-smi",),          (),                      ("hygon", "dcu", "k100", "z100", "bw"), torch_build="hip"),
+    Vendor("hygon",      "Hygon DCU",       "cuda", None,    "nccl",     "triton",      ("hy-smi",),          (),                      ("hygon", "dcu", "k100", "z100", "bw"), torch_build="hip", capabilities=CUDA_CAPABILITIES),
     Vendor("amd",        "AMD GPU",         "cuda", "rocm",  "nccl",     None,          ("rocm-smi",),        ("/dev/kfd",),           ("amd", "instinct", "radeon"), torch_build="hip"),
     Vendor("intel",      "Intel GPU",       "xpu",  "xpu",   "xccl",     None,          pci_vendor="0x8086", torch_build="xpu", flaggems=False),
     Vendor("mthreads",   "Moore Threads",   "musa", "musa",  "mccl",     None,          ("mthreads-gmi",),    ("/dev/mtgpu*",),        in_tree_needs="torchada", torch_extension="torch_musa"),
     Vendor("apple",      "Apple silicon",   "mps",  "mps",   "gloo",     "torch_native", machine=("Darwin", "arm64"), flaggems=False),
     Vendor("cambricon",  "Cambricon MLU",   "mlu",  None,    "cncl",     "triton",      ("cnmon",),           ("/dev/cambricon_dev*",), torch_extension="torch_mlu"),
     Vendor("enflame",    "Enflame GCU",     "gcu",  None,    "eccl",     "triton",      ("efsmi",),           ("/dev/gcu[0-9]*",), torch_extension="torch_gcu"),
-    Vendor("tsingmicro", "TsingMicro",      "txda", None,    "tccl",     "torch_native", ("tsm_smi",), torch_extension="torch_txda"),
+    Vendor("tsingmicro", "TsingMicro",      "txda", None,    "tccl",     "torch_native", ("tsm_smi",), torch_extension="torch_txda", compile_backend="eager"),
     Vendor("sunrise",    "Sunrise",         "ptpu", None,    "tccl",     "torch_native", ("pt_smi",), torch_extension="torch_ptpu"),
     Vendor("aipu",       "ARM China Zhouyi", "aipu", None,   "gloo",     "torch_native", (),                  ("/dev/aipu",)),
-    Vendor("cpu",        "CPU",             "cpu",  None,    "gloo",     "torch_native", flaggems=False),
+    Vendor("cpu",        "CPU",             "cpu",  None,    "gloo",     "torch_native", flaggems=False, capabilities=(), compile_backend="eager"),
 )
 # fmt: on
 

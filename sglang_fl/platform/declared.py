@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chip that an installed package declares: its classes are loaded, checked and made known to SGLang here."""
+"""What an installed package declares of a chip: its classes are loaded, checked and made known to SGLang here."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from sglang.srt.platforms.interface import SRTPlatform
 
+from .. import compat
 from ..config.errors import SettingsError
 from ..device import VendorPlatform, why_unusable
 from ..device import declared as installed
 from ..utils.packages import last_line
 from ..utils.suggest import suggest
 from .hooks import PlatformHooks
+from .out_of_tree import record
 
 #: What SGLang takes a class for, by the choice that names it.
 _BASES = {
@@ -21,7 +24,10 @@ _BASES = {
     "kv_pools['mla']": "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool",
     "kv_pools['dsa']": "sglang.srt.mem_cache.memory_pool:DSATokenToKVPool",
     "paged_allocator": "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
+    "quantization": "sglang.srt.layers.quantization.base_config:QuantizationConfig",
 }
+#: The server arguments that say which attention serves.
+_ATTENTION = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 
 def load_class(declaration: VendorPlatform, field: str) -> Any:
@@ -48,6 +54,105 @@ def describe(declaration: VendorPlatform, what: str) -> str:
     return f"the platform {declaration.name} that {origin} declares cannot be used: {what}"
 
 
+class DeclaredAnswers(SRTPlatform):
+    """What SGLang asks its platform and a declaration answers; what it leaves open is the next class's, which may be SGLang's own."""
+
+    declaration: VendorPlatform
+
+    def get_graph_runner_cls(self) -> type | None:
+        return self._class("graph_runner") or super().get_graph_runner_cls()
+
+    def get_full_graph_backend_cls(self) -> type[Any]:
+        return self._class("graph_backend") or super().get_full_graph_backend_cls()
+
+    def get_piecewise_backend_cls(self) -> type | None:
+        return self._class("piecewise_backend") or super().get_piecewise_backend_cls()
+
+    def get_kv_pool_cls(self, *, kind: Any) -> type | None:
+        return self._class(f"kv_pools[{kind!r}]") or super().get_kv_pool_cls(kind=kind)
+
+    def get_paged_allocator_cls(self) -> type | None:
+        return self._class("paged_allocator") or super().get_paged_allocator_cls()
+
+    def get_quantization_config(self, quantization: str) -> type[Any] | None:
+        return self._class(f"quantization[{quantization!r}]") or super().get_quantization_config(quantization)
+
+    def get_speculative_graph_runner_cls(self, algorithm: str, phase: str) -> type | None:
+        return self._class(f"draft_graph_runners[{phase!r}]") or super().get_speculative_graph_runner_cls(algorithm, phase)
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in self.declaration.speculative_algorithms
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        return backend in self.declaration.draft_attention
+
+    def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
+        return next(iter(self.declaration.draft_attention), None) or super().get_default_speculative_draft_attention_backend(algorithm)
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return self.declaration.mamba_extra_buffer
+
+    def get_group_coordinator_device(self, local_rank: int) -> torch.device:
+        where = self.declaration.group_device
+        if where is None:
+            return super().get_group_coordinator_device(local_rank)
+        return torch.device(where) if where == "cpu" else torch.device(where, local_rank)
+
+    def get_torch_distributed_backend_str(self) -> str:
+        return self.declaration.collective or super().get_torch_distributed_backend_str()
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        super().apply_server_args_defaults(server_args)
+        if compat.argument_problems():  # what the user gave cannot be told from SGLang's defaults
+            return
+        for name, value in self.declaration.server_args.items():
+            if not was_given(server_args, name):
+                setattr(server_args, name, value)
+        attention = self.declaration.attention or next(iter(self.declaration.attention_backends), None)
+        if self.declaration.extends and attention and not any(was_given(server_args, name) for name in _ATTENTION):
+            # SGLang asks its own platforms for no attention backend; for some it has filled in all three by now.
+            for name in _ATTENTION:
+                setattr(server_args, name, attention)
+
+    def _class(self, field: str) -> Any:
+        """The class that the declaration names; None leaves the choice to the next class."""
+        return load_class(self.declaration, field) if field in self.declaration.classes() else None
+
+
+def was_given(server_args: Any, name: str) -> bool:
+    """Whether the user gave an argument a value other than SGLang's default. SGLang has filled some in by now."""
+    given = record(server_args)
+    return bool(given._raw_input.get(name) != getattr(type(given)(model_path=""), name))
+
+
+def add_choices(declaration: VendorPlatform) -> None:
+    """In each process, before arguments are parsed: what the declaration names can be asked for on the command line."""
+    from sglang.srt.arg_groups import choices
+
+    for known, more in (
+        (choices.ATTENTION_BACKEND_CHOICES, declaration.attention_backends),
+        (choices.DRAFT_ATTENTION_BACKEND_CHOICES, declaration.attention_backends),
+        (choices.QUANTIZATION_CHOICES, declaration.quantization),
+    ):
+        known.extend(name for name in more if name not in known)
+    if declaration.quantization:
+        from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+
+        for name in declaration.quantization:
+            QUANTIZATION_METHODS.setdefault(name, load_class(declaration, f"quantization[{name!r}]"))
+    if declaration.extends:
+        register_attention_backends(declaration)
+
+
+def register_attention_backends(declaration: VendorPlatform) -> None:
+    """In each process that runs a model. A name that SGLang has is left to it; the declaration's check says so."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
+
+    for name in declaration.attention_backends:
+        if name not in ATTENTION_BACKENDS or ATTENTION_BACKENDS[name].__module__ == __name__:
+            register_attention_backend(name)(_maker(declaration, name))
+
+
 class DeclaredHooks(PlatformHooks):
     """The hooks, and what must happen whatever the package's own class does."""
 
@@ -68,11 +173,8 @@ class DeclaredHooks(PlatformHooks):
         return [*([cls.load_error] if cls.load_error else []), *_problems(cls.declaration)]
 
     def init_backend(self) -> None:
-        """In each process that runs a model, before its runner is made."""
-        from sglang.srt.layers.attention.attention_registry import register_attention_backend
-
-        for name in self.declaration.attention_backends:
-            register_attention_backend(name)(_maker(self.declaration, name))
+        """In each process that runs a model, before its runner is made, out of tree."""
+        register_attention_backends(self.declaration)
         super().init_backend()  # type: ignore[misc]
 
 
@@ -104,9 +206,29 @@ def _problems(declaration: VendorPlatform) -> list[str]:
         if made is not None and not made.__module__.startswith(__package__):
             problems.append(describe(declaration, f"SGLang has an attention backend {name!r} of its own; give it another name"))
     known = {*ATTENTION_BACKEND_CHOICES, *declaration.attention_backends}
-    if declaration.attention is not None and declaration.attention not in known:
-        problems.append(
-            describe(declaration, f"unknown attention backend {declaration.attention!r}{suggest(declaration.attention, known)}")
-        )
-    unusable = why_unusable(torch, declaration.device_type)
+    named = [*declaration.draft_attention, *([declaration.attention] if declaration.attention is not None else [])]
+    for name in named:
+        if name not in known:
+            problems.append(describe(declaration, f"unknown attention backend {name!r}{suggest(name, known)}"))
+    problems += [describe(declaration, problem) for problem in _word_problems(declaration)]
+    unusable = why_unusable(torch, declaration.row().device_type)
     return problems if unusable is None else [*problems, describe(declaration, unusable)]
+
+
+def _word_problems(declaration: VendorPlatform) -> Iterator[str]:
+    """Names of SGLang's that it does not have, or not here."""
+    from sglang.srt.arg_groups.arg_utils import field_names
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    arguments = field_names(ServerArgs)
+    for name in declaration.server_args:
+        if name not in arguments:
+            yield f"server_args: SGLang has no server argument {name!r}{suggest(name, arguments)}"
+        elif "cuda_graph" in name:
+            yield f"server_args: {name} is settled before SGLang asks a platform; use capabilities"
+    for name in declaration.speculative_algorithms:
+        try:
+            SpeculativeAlgorithm.from_string(name)  # of plugins too
+        except ValueError:
+            yield f"unknown speculative algorithm {name!r}{suggest(name, [algorithm.name for algorithm in SpeculativeAlgorithm])}"

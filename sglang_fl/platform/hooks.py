@@ -8,6 +8,7 @@ import torch
 
 from .. import compat
 from ..device import Device
+from .changes import log_changes
 
 logger = logging.getLogger("sglang_fl")
 
@@ -34,6 +35,7 @@ class PlatformHooks:
         from ..startup import resolve
 
         settings = resolve(self.device)
+        log_changes(settings.patches)
         problems = compat.binding_problems()
         if problems and settings.strict:
             raise compat.IncompatibleSGLang(compat.stop_message(problems))

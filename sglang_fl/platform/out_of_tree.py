@@ -9,17 +9,22 @@ from sglang.srt.platforms.cuda import CudaDeviceMixin
 from sglang.srt.platforms.device_mixin import DeviceCapability, DeviceMixin, PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from ..device import Device, Vendor, VendorPlatform, known_vendors
-from .declared import load_class
+from ..device import Device, Vendor, known_vendors
 from .hybrids import leave_out_snapshots
 
 
+def record(server_args: Any) -> Any:
+    """SGLang's ServerArgs behind what ``apply_server_args_defaults`` gets."""
+    from sglang.srt.arg_groups.overrides import record_of
+
+    return record_of(server_args._cfg)
+
+
 class OutOfTree(SRTPlatform):
-    """What every such device needs from SGLang: answered by the table of vendors, or by a package's declaration."""
+    """What every such device needs from SGLang, answered by the table of vendors, in which a package's declaration is a row."""
 
     _enum = PlatformEnum.OOT
     device: Device
-    declaration: VendorPlatform | None = None
 
     @property
     def vendor(self) -> Vendor:
@@ -27,11 +32,7 @@ class OutOfTree(SRTPlatform):
 
     @cached_property  # SGLang reads it in every step
     def capabilities(self) -> PlatformCapabilities:
-        if self.declaration is not None:
-            return PlatformCapabilities(**dict.fromkeys(self.declaration.capabilities, True))
-        # Triton kernels run wherever FlagGems does. Graph capture needs a graph runner that the vendor
-        # brings; without one SGLang would take CUDA's.
-        return PlatformCapabilities(supports_triton=self.device_type != "cpu")
+        return PlatformCapabilities(**dict.fromkeys(self.vendor.capabilities, True))
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         super().apply_server_args_defaults(server_args)
@@ -49,7 +50,7 @@ class OutOfTree(SRTPlatform):
         return self.vendor.attention or "torch_native"
 
     def get_compile_backend(self, mode: str | None = None) -> str:
-        return "inductor"
+        return self.vendor.compile_backend
 
     def get_torch_distributed_backend_str(self) -> str:
         # What the user asks for goes before this, in PlatformHooks.
@@ -61,27 +62,6 @@ class OutOfTree(SRTPlatform):
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         activity: torch.profiler.ProfilerActivity = getattr(torch.profiler.ProfilerActivity, self.get_torch_profiler_activity_str())
         return activity
-
-    def get_graph_runner_cls(self) -> type | None:
-        return self._declared_class("graph_runner")
-
-    def get_full_graph_backend_cls(self) -> type[Any]:
-        return self._declared_class("graph_backend")
-
-    def get_piecewise_backend_cls(self) -> type | None:
-        return self._declared_class("piecewise_backend")
-
-    def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        return self._declared_class(f"kv_pools[{kind!r}]")
-
-    def get_paged_allocator_cls(self) -> type | None:
-        return self._declared_class("paged_allocator")
-
-    def _declared_class(self, field: str) -> Any:
-        """The class that the declaration names; None leaves the choice to SGLang."""
-        if self.declaration is None or field not in self.declaration.classes():
-            return None
-        return load_class(self.declaration, field)
 
 
 class TorchDeviceMixin(DeviceMixin):
@@ -137,3 +117,19 @@ class OutOfTreeCuda(OutOfTree, CudaDeviceMixin):
     """A chip that answers to ``torch.cuda`` and is not NVIDIA's."""
 
     _enum = PlatformEnum.OOT
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Without ``piecewise_graph`` no prefill graphs, unless the user asks for them: SGLang itself does not look."""
+        from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+        super().apply_server_args_defaults(server_args)
+        if not self.capabilities.piecewise_graph and (Phase.PREFILL, "backend") not in record(server_args)._cuda_graph_config_locked:
+            server_args.cuda_graph_config = with_phase(server_args.cuda_graph_config, Phase.PREFILL, backend=Backend.DISABLED)
+
+    def get_graph_runner_cls(self) -> type | None:
+        """SGLang's runner of decode graphs on CUDA. SGLang captures prefill graphs by itself wherever PyTorch is built for CUDA."""
+        if not self.capabilities.graph_capture:
+            return None
+        from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+        return DecodeCudaGraphRunner

@@ -29,10 +29,6 @@ class PlainCpu(OutOfTree, CpuDeviceMixin):
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
 
-    def get_compile_backend(self, mode: str | None = None) -> str:
-        # Inductor's first compilation on a CPU takes longer than anything it then saves.
-        return "eager"
-
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"
 

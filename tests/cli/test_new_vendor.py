@@ -14,7 +14,8 @@ import pytest
 from installed_packages import Packages, pip_install
 
 from sglang_fl.cli import main
-from sglang_fl.device import VENDORS, VendorPlatform
+from sglang_fl.config import load_settings
+from sglang_fl.device import VENDORS, Device, VendorPlatform
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -22,6 +23,7 @@ FILES = {
     "pyproject.toml",
     "sglang_fl_fastchip/__init__.py",
     "sglang_fl_fastchip/backend.py",
+    "sglang_fl_fastchip/changes.py",
     "sglang_fl_fastchip/impl/__init__.py",
     "sglang_fl_fastchip/impl/normalization.py",
     "sglang_fl_fastchip/platform.py",
@@ -61,6 +63,9 @@ def test_it_writes_a_package_and_says_what_is_next(
         ("Fast-Chip", "not 'Fast-Chip'; did you mean 'fast_chip'?"),
         ("2fast", "a vendor's name must be a Python identifier in lower case, not '2fast'"),
         ("class", "not 'class'"),
+        ("x_", "begins and ends with a letter or digit, not 'x_'; did you mean 'x'?"),
+        ("_x", "begins and ends with a letter or digit, not '_x'; did you mean 'x'?"),
+        ("__", "begins and ends with a letter or digit, not '__'"),
         ("chïp", "not 'chïp'; did you mean 'ch_p'?"),
         ("../up", "not '../up'; did you mean 'up'?"),
         ("", "not ''"),
@@ -114,13 +119,21 @@ def test_what_it_writes_is_clean(name: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-def test_a_vendor_that_sglang_has_a_platform_for_brings_operators_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_vendor_that_sglang_has_a_platform_for_adds_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["new-vendor", "mthreads", str(tmp_path / "package")])
-    assert "No platform.py: SGLang has its own platform for Moore Threads (musa)" in capsys.readouterr().out
-    found = files_in(tmp_path / "package")
-    assert found == {file.replace("fastchip", "mthreads") for file in FILES if "platform" not in file and "profile" not in file}
-    for file in found:
-        assert "platform" not in (tmp_path / "package" / file).read_text(encoding="utf-8"), file
+    assert "SGLang has its own platform for Moore Threads (musa); platform.py says what this package adds" in capsys.readouterr().out
+    assert files_in(tmp_path / "package") == {file.replace("fastchip", "mthreads") for file in FILES}
+    platform = platform_in(tmp_path / "package", "mthreads")
+    assert (platform.extends, platform.row().in_tree, platform.row().device_type) == ("musa", "musa", "musa")
+    text = (tmp_path / "package" / "sglang_fl_mthreads" / "platform.py").read_text(encoding="utf-8")
+    chosen = re.sub(r"^    # (?=[a-z_]+=)", "    ", text, flags=re.MULTILINE)
+    assert set(platform_in(tmp_path / "package", "mthreads", chosen).classes()) == {
+        "graph_runner", "piecewise_backend", "paged_allocator", "platform_class", "attention_backends['mthreads_attention']",
+        "kv_pools['mha']", "kv_pools['mla']",
+    }  # fmt: skip
+    settings = load_settings({}, device=Device("mthreads", "musa", "musa", "a test"))
+    own = (tmp_path / "package" / "sglang_fl_mthreads" / "profile.yaml").read_text(encoding="utf-8")
+    assert own.count("[vendor:mthreads, sglang]") == len(settings.op_backends) and "flagos_faster: []" in own
 
 
 def platform_in(directory: Path, name: str, change: str = "") -> VendorPlatform:
@@ -134,9 +147,7 @@ def platform_in(directory: Path, name: str, change: str = "") -> VendorPlatform:
 def test_what_our_table_knows_of_a_chip_is_in_its_package(name: str, tmp_path: Path) -> None:
     main(["new-vendor", name, str(tmp_path / "package")])
     platform, row = platform_in(tmp_path / "package", name), VENDORS[name]
-    assert platform.capabilities == ("supports_triton",), "as the platform is without the package"
-    for field in ("name", "chip", "device_type", "collective", "attention", "commands", "device_files", "flaggems"):
-        assert getattr(platform.row(), field) == getattr(row, field)
+    assert platform.row() == row, "as the platform is without the package"
 
 
 def test_every_choice_in_a_comment_can_be_made(tmp_path: Path) -> None:
@@ -146,7 +157,7 @@ def test_every_choice_in_a_comment_can_be_made(tmp_path: Path) -> None:
     platform = platform_in(tmp_path / "package", "fastchip", chosen)
     every = set(VendorPlatform.__dataclass_fields__)
     assert {name for name in every if re.search(rf"^    {name}=", chosen, re.MULTILINE)} == every, "every field is shown"
-    assert len(platform.classes()) == 8
+    assert len(platform.classes()) == 10
 
     text = (tmp_path / "package" / "sglang_fl_fastchip" / "backend.py").read_text(encoding="utf-8")
     chosen = re.sub(r"^( *)# (?=[a-z_]+=|def |    )", r"\1", text, flags=re.MULTILINE)

@@ -59,6 +59,7 @@ TEXTS: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "plugin_modules": (("one.module", ("one.module",)), ("two,three", ("two", "three"))),
     "log_level": (("debug", "DEBUG"), ("ERROR", "ERROR")),
     "dispatch_debug": (("1", True), ("false", False)),
+    "patches": (("1", True), ("0", False)),
 }
 IN_FILES = [name for name, option in OPTIONS.items() if option.yaml]
 WITH_VARIABLE = [name for name, option in OPTIONS.items() if option.env]
@@ -107,6 +108,7 @@ def test_the_interface_of_the_field() -> None:
         ("SGLANG_FL_DIST_BACKEND", None, "dist_backend"),
         ("FLAGCX_PATH", None, None),
         ("SGLANG_FL_PLUGIN_MODULES", None, None),
+        ("SGLANG_FL_PATCHES", True, None),
         ("SGLANG_FL_LOG_LEVEL", "INFO", None),
         ("SGLANG_FL_DISPATCH_DEBUG", False, None),
     }
@@ -530,6 +532,7 @@ TEXT = st.none() | st.text()
         plugin_modules=NAMES,
         log_level=st.text(),
         dispatch_debug=st.booleans(),
+        patches=st.booleans(),
         platform=st.text(),
         profile_file=TEXT,
         sources=st.dictionaries(st.sampled_from(list(OPTIONS)), st.builds(Source, st.integers(0, 3), st.text())),

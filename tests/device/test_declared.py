@@ -60,7 +60,8 @@ def test_the_words_are_sglangs() -> None:
         ({"name": 3}, "a vendor's name must be a Python identifier"),
         ({"name": "reference"}, "means something else in the settings"),
         ({"name": "npu"}, "'npu' is another name for 'ascend'"),
-        ({"name": "nvidia"}, "there is a platform for 'nvidia' already"),
+        ({"name": "mychip_"}, "begins and ends with a letter or digit, not 'mychip_'; did you mean 'mychip'?"),
+        ({"name": "mthreads", "device_type": ""}, "commands: SGLang detects mthreads itself; leave it out"),
         ({"name": "cpu"}, "there is a platform for 'cpu' already"),
         ({"device_type": "my chip"}, "device_type must be the name of a torch.device type, not 'my chip'"),
         ({"commands": "mychip-smi"}, "commands must be a tuple of strings, not 'mychip-smi'"),
@@ -70,6 +71,12 @@ def test_the_words_are_sglangs() -> None:
         ({"capabilities": ("graph_capture",)}, "graph_capture needs a graph_runner"),
         ({"kv_pools": {"mla2": "a:B"}}, "unknown kind of KV pool 'mla2'; did you mean 'mla'?"),
         ({"kv_pools": ["a:B"]}, "kv_pools must map names"),
+        ({"draft_graph_runners": {"draft_decod": "a:B"}}, "unknown phase of a draft model 'draft_decod'; did you mean 'draft_decode'?"),
+        ({"quantization": {"fp8": "a"}}, "quantization['fp8'] must be written 'module:Class', not 'a'"),
+        ({"server_args": ("page_size",)}, "server_args must map names to values"),
+        ({"speculative_algorithms": "EAGLE"}, "speculative_algorithms must be a tuple of strings"),
+        ({"variables": "MYCHIP_FUSE"}, "variables must be a tuple of strings"),
+        ({"device_type": ""}, "device_type must be the name of a torch.device type, not ''"),
         ({"graph_runner": "a.b.C"}, "graph_runner must be written 'module:Class', not 'a.b.C'"),
         ({"attention_backends": {"x": 3}}, "attention_backends['x'] must be written 'module:Class', not 3"),
         ({"platform_class": "a b:C"}, "platform_class must be written 'module:Class', not 'a b:C'"),
@@ -272,6 +279,7 @@ def test_attention_backends_are_registered_and_can_be_asked_for(packages: Packag
 
     monkeypatch.setattr(attention_registry, "ATTENTION_BACKENDS", dict(attention_registry.ATTENTION_BACKENDS))
     platform = declared_with(packages, attention_backends="{'chip_attention': 'M:Attention'}", platform_class="'M:Answers'")
+    monkeypatch.setattr("sglang.srt.platforms._current_platform", platform)
     lists = (choices.ATTENTION_BACKEND_CHOICES, choices.DRAFT_ATTENTION_BACKEND_CHOICES)
     before = [list(names) for names in lists]
     try:
@@ -359,7 +367,7 @@ def test_what_is_wrong_with_a_declaration_is_raised_where_sglang_lets_it_through
 
 def test_a_module_that_is_not_installed_is_named_without_importing_anything(packages: Packages) -> None:
     declare(packages, more="is_present=lambda: True, graph_runner='no_such_module:Runner'")
-    (problem,) = vendor_problems({}, CPU)
+    (problem,) = vendor_problems({}, detect(environ={}))
     assert "mychip" in problem and "graph_runner: there is no module 'no_such_module'" in problem
 
 

@@ -63,6 +63,8 @@ def _print(found: Diagnosis) -> None:
         console.print(_two_columns(f"Left out by starts with {bound_to}: an earlier one ended in its first run", deaths))
     if found.trials.get("deaths"):
         console.print(f"'sglang-fl doctor --forget' removes that record, {found.trials['record']}", soft_wrap=True)
+    if found.changes:
+        console.print(f"Changes to SGLang: {'; '.join(found.changes)}", soft_wrap=True)
     if not found.problems:
         console.print("No problems found.")
     for problem in found.problems:

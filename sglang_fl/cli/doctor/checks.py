@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the doctor checks: each check is a function that yields the problems it finds."""
 
+import ast
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from ... import compat
 from ...config import Settings
@@ -59,6 +61,28 @@ def sglang_release(machine: Machine) -> Iterator[Problem]:
         yield Problem("SGLang is not installed", INSTALL_TESTED_SGLANG, fatal=True)
     elif warning := compat.version_warning():
         yield Problem(warning, INSTALL_TESTED_SGLANG)
+
+
+def why_not_importable() -> str | None:
+    """What SGLang imports at its start and that is not installed, with the file and line; None: all is there. Nothing is imported."""
+    spec = importlib.util.find_spec("sglang")
+    places = getattr(spec, "submodule_search_locations", None)
+    file = Path(places[0], "srt", "utils", "common.py") if places else None
+    if file is None or not file.is_file():
+        return None
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+        for name in names:
+            if importlib.util.find_spec(name.partition(".")[0]) is None:
+                return f"SGLang cannot be imported: {file}:{node.lineno} imports {name}, which is not installed"
+    return None
+
+
+def sglang_imports(machine: Machine) -> Iterator[Problem]:
+    if what := why_not_importable():
+        remedy = "install it in the chip vendor's build; where there is none, the vendor's package can ship a module of that name"
+        yield Problem(what, remedy, fatal=True)
 
 
 def platform_plugins(machine: Machine) -> Iterator[Problem]:
@@ -165,6 +189,6 @@ def declared_platform(machine: Machine) -> Iterator[Problem]:
         yield Problem(message, "fix or uninstall that package", fatal=True)
 
 
-_CHECKS = (sglang_release, platform_plugins, unusable_settings, broken_backends)
+_CHECKS = (sglang_release, sglang_imports, platform_plugins, unusable_settings, broken_backends)
 _CHECKS_OF_SETTINGS = (orders, flaggems, flagcx)
 _DEEP_CHECKS = (sglang_interfaces, declared_platform)

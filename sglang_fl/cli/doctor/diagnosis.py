@@ -12,11 +12,12 @@ from ...dispatch.backends.flaggems.library import why_not_here
 from ...dispatch.manager import OpManager
 from ...distributed.device_communicators.flagcx_files import find_library, header_of
 from ...fingerprint import versions
+from ...platform.changes import changes_made, packages_with_changes
 from ...startup import check_settings
 from ...startup.words import flaggems_functions
 from ...trial import record_path, settled_record
 from ..ops import OpRow, operator_rows, used_functions
-from .checks import Machine, Problem, problems_of
+from .checks import Machine, Problem, problems_of, why_not_importable
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Diagnosis:
     aten: dict[str, Any] | None = None
     backends: list[str] = field(default_factory=list)
     platforms: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     trials: dict[str, Any] = field(default_factory=dict)
 
@@ -41,6 +43,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     device = detect() if deep else probe(environ)
     machine = _look_at(environ, device, deep)
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
+    found.changes = _changes_to_sglang(deep)
     if machine.settings is not None:
         found.layers = _layer_states(machine.settings, device, environ, machine.operators)
         found.trials = _trials(machine.settings)
@@ -58,6 +61,16 @@ def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
     except SettingsError as error:
         return Machine(environ, device, manager, deep, settings_errors=tuple(error.problems))
     return Machine(environ, device, manager, deep, settings, operators=operator_rows(manager, settings, device))
+
+
+def _changes_to_sglang(deep: bool) -> list[str]:
+    """Whose changes a server makes to SGLang; ``deep`` has SGLang make them in this process, and says to what."""
+    if not deep or why_not_importable():
+        return packages_with_changes()
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    return changes_made()
 
 
 def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:

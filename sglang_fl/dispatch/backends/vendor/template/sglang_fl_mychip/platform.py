@@ -24,6 +24,9 @@ PLATFORM = VendorPlatform(
     # The torch.distributed backend that its PyTorch extension registers.
     # collective="gloo",
     #
+    # The device type of SGLang's groups of ranks, if it is not the chip's own.
+    # group_device="cpu",
+    #
     # Attention: backends of your own, registered under SGLang's register_attention_backend (each is made with SGLang's model
     # runner), and the one to use when the user names none; without either it is torch_native.
     # attention_backends={"mychip_attention": "sglang_fl_mychip.attention:MyChipAttention"},
@@ -33,21 +36,42 @@ PLATFORM = VendorPlatform(
     # prefill, SGLang's own kernels for the hierarchical cache, a PyNccl communicator.
     # capabilities=("supports_triton", "graph_capture", "piecewise_graph", "hicache_device_kernels", "supports_pynccl"),
     #
-    # Graphs: the runner of decode steps, what captures and replays a whole graph, and the backend of piecewise graphs.
+    # Graphs: the runner of decode steps, and the backend of piecewise graphs.
     # graph_runner="sglang_fl_mychip.graphs:MyChipGraphRunner",
-    # graph_backend="sglang_fl_mychip.graphs:MyChipGraphBackend",
     # piecewise_backend="sglang_fl_mychip.graphs:MyChipPiecewiseBackend",
+    #
+    # What captures and replays a whole graph.
+    # graph_backend="sglang_fl_mychip.graphs:MyChipGraphBackend",
+    #
+    # What torch.compile uses: eager where Inductor has no driver for the chip.
+    # compile_backend="eager",
     #
     # KV cache: subclasses of SGLang's pools (mha, mla, dsa), and of its paged allocator.
     # kv_pools={"mha": "sglang_fl_mychip.kv_cache:MyChipMHAPool", "mla": "sglang_fl_mychip.kv_cache:MyChipMLAPool"},
     # paged_allocator="sglang_fl_mychip.kv_cache:MyChipPagedAllocator",
     #
+    # Hybrid models may keep snapshots of their state.
+    # mamba_extra_buffer=True,
+    #
+    # Speculative decoding: the algorithms, the attention backends of draft models for DFLASH, and their graph runners.
+    # speculative_algorithms=("EAGLE", "EAGLE3"),
+    # draft_attention=("triton",),
+    # draft_graph_runners={"draft_decode": "sglang_fl_mychip.graphs:MyChipDraftRunner"},
+    #
+    # Quantisation methods of your own, or in the place of SGLang's: subclasses of its QuantizationConfig.
+    # quantization={"mychip_int8": "sglang_fl_mychip.quantization:MyChipInt8Config"},
+    #
+    # Defaults of SGLang's server arguments; what the user gives goes before.
+    # server_args={"page_size": 128},
+    #
+    # Environment variables that your code reads: one that is nearly one of them is told as a slip.
+    # variables=("MYCHIP_FUSE_ATTENTION",),
+    #
     # Whether FlagGems supports the chip: its Triton kernels are then used for operators and for PyTorch's own.
     # flaggems=True,
     #
-    # Whatever else SGLang asks its platform (memory, compilation, quantisation, speculative decoding, defaults of server
-    # arguments): a class with some of the methods of sglang.srt.platforms.interface.SRTPlatform. Its module may not import
-    # sglang.srt.utils or anything heavy: it is imported with SGLang, too.
+    # Whatever else SGLang asks its platform: a class with some of the methods of sglang.srt.platforms.interface.SRTPlatform.
+    # Its module may not import sglang.srt.utils or anything heavy: it is imported with SGLang, too.
     # platform_class="sglang_fl_mychip.sglang_platform:MyChipPlatform",
     #
     # The settings to use on the chip when the user gives none.

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A make-believe chip that a package declares on top of ``torch.cuda``: out of tree, as MetaX's and others are, on an NVIDIA GPU.
+
+It gets none of NVIDIA's own paths in SGLang. One server runs where sgl_kernel, flashinfer and deep_gemm are not installed, one
+drafts with an EAGLE model, and native SGLang serves beside them for comparison.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from e2e.conftest import Running
+from e2e.eagle_draft import eagle_draft
+from hide_packages import hide
+from installed_packages import write_package
+from served_on_gpu import FLAGOS, Way, check_the_recital, side_by_side
+
+from sglang_fl.cli.demo_model import QUESTION, demo_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+PLATFORM = """
+from sglang_fl.vendor_platform import VendorPlatform
+
+EAGLE = "sglang.srt.speculative.eagle_draft_cuda_graph_runner:EAGLEDraftCudaGraphRunner"
+EXTEND = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner:EAGLEDraftExtendCudaGraphRunner"
+PLATFORM = VendorPlatform(
+    name="imitator",
+    device_type="cuda",
+    is_present=lambda: True,
+    collective="nccl",
+    attention="triton",
+    flaggems=True,
+    speculative_algorithms=("EAGLE",),
+    draft_graph_runners={"draft_decode": EAGLE, "draft_extend": EXTEND},
+)
+"""
+DRAFTING = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+WAYS = ("native", "imitator", "without kernels", "drafting")
+BOUND = {f"{name} → flagos(default.flagos)" for name in ("RMSNorm", "RotaryEmbedding", "SiluAndMul")}
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
+    directory = tmp_path_factory.mktemp("imitator")
+    site, hidden = directory / "site", directory / "hidden"
+    site.mkdir(), hidden.mkdir()
+    write_package(site, "imitator_of_a_test", PLATFORM, {"sglang_fl.platform": "imitator_of_a_test:PLATFORM"})
+    hide(hidden, ("sgl_kernel", "flashinfer", "deep_gemm"), ("sglang-kernel", "flashinfer-python", "sgl-deep-gemm"))
+    draft = ("--speculative-draft-model-path", str(eagle_draft(directory / "draft")), "--speculative-num-draft-tokens", "4")
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    imitator = {**FLAGOS, "PYTHONPATH": path}
+    ways = {
+        "native": Way("", {"SGLANG_FL_OOT_ENABLED": "0", "USE_FLAGGEMS": "0"}),
+        "imitator": Way("", imitator),
+        "without kernels": Way("", {**imitator, "PYTHONPATH": f"{hidden}{os.pathsep}{path}"}),
+        "drafting": Way("", imitator, (*DRAFTING, *draft)),
+    }
+    assert tuple(ways) == WAYS
+    with side_by_side(demo_model(), ways, "bfloat16", tmp_path_factory) as found:
+        yield found
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_recital_is_exact(servers: dict[str, Future[Running]], way: str) -> None:
+    check_the_recital(servers[way].result())
+
+
+def test_graphs_are_captured_with_default_flags(servers: dict[str, Future[Running]], way: str) -> None:
+    printed = servers[way].result().server.log.read_text()
+    expected = ["target prefill", "target verify" if way == "drafting" else "target decode"]
+    expected += ["draft decode", "draft extend"] if way == "drafting" else []
+    for what in expected:
+        ends = [line for line in printed.splitlines() if f"Capture {what} CUDA graph end" in line]
+        assert ends, f"no graphs of {what} were captured"
+        print(f"{way}: {ends[-1].partition('Capture ')[2]}")
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_it_is_out_of_tree_and_flagos_is_bound(servers: dict[str, Future[Running]], way: str) -> None:
+    running = servers[way].result()
+    assert running.dispatched() >= BOUND
+    assert not [line for line in running.dispatched() if "vendor.cuda" in line]
+    printed = running.server.log.read_text()
+    assert "functions in graphs" in printed, "FlagGems's ATen functions are captured, by default where graphs are"
+    info = requests.get(f"{running.server.url}/get_server_info", timeout=60).json()
+    assert info["attention_backend"] == "triton" and info["device"] == "cuda"
+
+
+def test_the_draft_model_is_bound(servers: dict[str, Future[Running]]) -> None:
+    running = servers["drafting"].result()
+    assert running.server.log.read_text().count(" layers bound, ") >= 2, "once for each of the two models"
+    asked = {"text": QUESTION, "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}}
+    info = requests.post(f"{running.server.url}/generate", json=asked, timeout=120).json()["meta_info"]
+    assert info["spec_verify_ct"] > 0
+    print(f"drafting: {info['completion_tokens']} tokens in {info['spec_verify_ct']} verifications")
+
+
+def test_decode_beside_native(servers: dict[str, Future[Running]]) -> None:
+    """For the record: five rounds in turn, one request and sixteen. Nothing is asserted of the clock."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for _ in range(5):
+        for way in WAYS[:3]:
+            for batch in (1, 16):
+                seconds.setdefault((way, batch), []).append(decode(servers[way].result(), batch))
+    for batch in (1, 16):
+        native = statistics.median(seconds["native", batch])
+        for way in WAYS[:3]:
+            median = statistics.median(seconds[way, batch])
+            print(f"decode, batch {batch}, {way}: {256 * batch / median:.0f} tok/s, {native / median:.3f} of native's speed")
+
+
+def decode(running: Running, batch: int) -> float:
+    """The seconds for 256 tokens of each request."""
+    asked = {"text": QUESTION, "sampling_params": {"temperature": 0, "max_new_tokens": 256, "ignore_eos": True}}
+
+    def one(_: int) -> None:
+        requests.post(f"{running.server.url}/generate", json=asked, timeout=120).raise_for_status()
+
+    with ThreadPoolExecutor(batch) as pool:
+        started = time.perf_counter()
+        list(pool.map(one, range(batch)))
+        return time.perf_counter() - started
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_no_python_of_flagos_runs_in_a_step(servers: dict[str, Future[Running]], way: str, tmp_path: Path) -> None:
+    """Its kernels are in the graphs that replay."""
+    functions = servers[way].result().python_functions(tmp_path)
+    assert any("managers/scheduler.py" in name for name in functions)
+    assert not [name for name in functions if "flag_gems" in name or "sglang_fl" in name]
