@@ -26,6 +26,8 @@ PLATFORM = {
     "# kv_pools={": "kv_pools={",
     ', "mla": "sglang_fl_lookalike.kv_cache:LookalikeMLAPool"': "",
     "# paged_allocator=": "paged_allocator=",
+    '# server_args={"page_size": 128},': 'server_args={"page_size": 16},',
+    '# variables=("LOOKALIKE_FUSE_ATTENTION",),': 'variables=("LOOKALIKE_SEEN",),',
     "# platform_class=": "platform_class=",
 }
 PROFILE = """
@@ -75,16 +77,31 @@ SGLANG_PLATFORM = """
 from .seen import seen
 
 class LookalikePlatform:
-    def apply_server_args_defaults(self, server_args):
-        super().apply_server_args_defaults(server_args)
-        server_args.page_size = 16
-
     def init_backend(self):
         seen("init_backend")
 
     def get_device_name(self, device_id=0):
         return "Lookalike 1"
 """
+CHANGES = """
+import os
+
+from .seen import seen
+
+SEND = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin._pp_send_dict_to_next_stage"
+
+def register():
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if current_platform.device.vendor == "lookalike":
+        HookRegistry.register(SEND, send, HookType.AROUND)
+
+def send(original, *args, **kwargs):
+    seen(f"pipeline send of {os.getpid()}")
+    return original(*args, **kwargs)
+"""
+SEND = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin._pp_send_dict_to_next_stage"
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +118,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = text.replace(template, chosen.format(device=f"{directory}/lookalike[0-9]*") if "device" in template else chosen)
     (package / "platform.py").write_text(text, encoding="utf-8")
     (package / "profile.yaml").write_text(PROFILE)
-    for name, code in {"seen": SEEN, "attention": ATTENTION, "kv_cache": KV_CACHE, "sglang_platform": SGLANG_PLATFORM}.items():
+    modules = {"seen": SEEN, "attention": ATTENTION, "kv_cache": KV_CACHE, "sglang_platform": SGLANG_PLATFORM, "changes": CHANGES}
+    for name, code in modules.items():
         (package / f"{name}.py").write_text(code)
+    project = directory / "package" / "pyproject.toml"
+    entry = '[project.entry-points."sglang.srt.plugins"]\n{}lookalike = "sglang_fl_lookalike.changes:register"\n'
+    commented = "# " + entry.format("# ")
+    text = project.read_text(encoding="utf-8")
+    assert commented in text
+    project.write_text(text.replace(commented, entry.format("")), encoding="utf-8")
     pip_install(directory / "package", directory / "site")
     return directory / "site"
 
@@ -117,19 +141,41 @@ def running(
 ) -> Iterator[tuple[Running, Path]]:
     directory = tmp_path_factory.mktemp("serving")
     seen = directory / "seen"
-    with serving(model, directory, environ={"PYTHONPATH": path_of(site), "LOOKALIKE_SEEN": str(seen)}) as found:
+    with serving(model, directory, "--pp-size", "2", environ={"PYTHONPATH": path_of(site), "LOOKALIKE_SEEN": str(seen)}) as found:
         yield found, seen
 
 
 def test_it_serves_and_everything_of_the_package_ran(running: tuple[Running, Path]) -> None:
     server, log = running
     assert server.recite().json()["choices"][0]["message"]["content"] == RECITAL
-    seen = log.read_text().splitlines()
+    seen = [line for line in log.read_text().splitlines() if "pipeline" not in line]
     assert set(seen) == {"init_backend", "KV pool", "allocator", "attention of a prefill", "attention of a decode step"}
     layers = seen.count("attention of a prefill")
     assert layers > 0 and seen.count("attention of a decode step") > 50 * layers, "every layer's, at every token"
     info = requests.get(f"{server.server.url}/get_server_info", timeout=60).json()
     assert (info["attention_backend"], info["device"], info["page_size"]) == ("lookalike_attention", "cpu", 16)
+
+
+def test_its_change_to_the_pipelines_sends_runs_in_each_process(running: tuple[Running, Path]) -> None:
+    server, log = running
+    server.recite()
+    assert len({line for line in log.read_text().splitlines() if line.startswith("pipeline send of ")}) == 2
+    told = [line for line in server.server.log.read_text().splitlines() if "SGLang is changed: " in line and "lookalike" in line]
+    assert len(told) == 1
+    assert told[0].endswith(f"{SEND}: around, by sglang-fl-lookalike (sglang_fl_lookalike.changes.send)")
+
+
+def test_its_change_can_be_left_out(site: Path, tmp_path: Path) -> None:
+    code = """
+import sglang
+from sglang.srt.plugins import load_plugins
+from sglang_fl.platform.changes import changes_made, packages_with_changes
+load_plugins()
+print([change for change in changes_made() if "lookalike" in change], packages_with_changes())
+"""
+    environ = {**os.environ, "PYTHONPATH": path_of(site), "LOOKALIKE_SEEN": str(tmp_path / "seen"), "SGLANG_FL_PATCHES": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
+    assert done.stdout.splitlines()[-1] == "[] ['sglang-fl-lookalike (entry point lookalike)']"
 
 
 def test_its_profile_is_in_force_and_its_operator_bound(running: tuple[Running, Path]) -> None:
