@@ -14,7 +14,7 @@ from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-CHUNK, RECURRENT, PACKED = FUNCTIONS
+CHUNK, PACKED = FUNCTIONS
 # SGLang keeps the convolution's states in bf16, and fails where it has to write fp16 there.
 _FP16_STATES = {"SGLANG_MAMBA_CONV_DTYPE": "float16"}
 
