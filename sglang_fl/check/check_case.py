@@ -47,7 +47,9 @@ def _outcome(impl: Implementation, case: Case, seed: int) -> Outcome:
         return Outcome(FAILED, str(error))
     except Refused as refused:
         # What serving needs must work in the dtype of serving, and nothing may raise for want of tokens.
-        must = (case.check in (SERVING, SIZES) and case.dtype == "bfloat16") or _has_no_tokens(impl, case, seed)
+        # Rows that far apart are no layout of a model's.
+        served = case.check == SERVING or (case.check == SIZES and "far" not in case.name)
+        must = (served and case.dtype == "bfloat16") or _has_no_tokens(impl, case, seed)
         return Outcome(FAILED if must else REFUSED, f"refused: {refused}")
     except torch.OutOfMemoryError as error:
         return Outcome(NO_MEMORY, str(error))

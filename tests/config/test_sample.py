@@ -88,7 +88,9 @@ def test_profile_is_valid(name: str, words: Words) -> None:
     environ = {} if name == "in_tree" else {"SGLANG_FL_PLATFORM": name}
     settings = load_settings(environ, device=device, words=words)
     assert settings.profile_file == str(DIRECTORY / f"{name}.yaml")
-    assert {str(source).split(":")[0] for source in settings.sources.values()} == {f"profile {name}"}
+    sources = {key: str(source).split(":")[0] for key, source in settings.sources.items()}
+    sources.pop("flagos_scope", None)  # what the profile leaves open goes by whether the chip captures graphs
+    assert set(sources.values()) == {f"profile {name}"}
 
 
 @pytest.mark.parametrize("name", IN_TREE_PROFILES)
