@@ -303,3 +303,32 @@ def test_cores_that_the_user_bound_stay(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "1|0")
     plain_cpu._share_cores(SimpleNamespace(tp_size=2, pp_size=1, dp_size=1, nnodes=1))
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "1|0"
+
+
+def test_custom_operators_of_an_imitating_chip_are_found_by_the_dispatcher() -> None:
+    """In a process of its own: what is registered with PyTorch stays."""
+    code = """
+import torch
+from sglang.srt.utils.common import direct_register_custom_op
+from sglang.srt.platforms import current_platform
+from sglang_fl.platform.custom_operators import register_for
+assert current_platform.is_out_of_tree()
+
+def twice(x: torch.Tensor, out: torch.Tensor, factor: float = 2.0) -> None:
+    out.copy_(x * factor)
+
+direct_register_custom_op("twice_of_a_test", twice, ["out"])
+x, out = torch.arange(3.0), torch.zeros(3)
+try:
+    torch.ops.sglang.twice_of_a_test(x, out)
+    raise SystemExit("SGLang registers it for the CPU itself now")
+except NotImplementedError:
+    pass
+assert "sglang::twice_of_a_test" in register_for("cpu")
+torch.ops.sglang.twice_of_a_test(x, out)
+assert torch.equal(out, 2 * x)
+torch.ops.sglang.twice_of_a_test(x, out=out, factor=3.0)
+assert torch.equal(out, 3 * x)
+assert register_for("cpu") == []
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ from sglang.srt.platforms.device_mixin import DeviceCapability, DeviceMixin, Pla
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from ..device import Device, Vendor, known_vendors
+from . import custom_operators
 from .hybrids import leave_out_snapshots
 
 
@@ -38,6 +39,11 @@ class OutOfTree(SRTPlatform):
         super().apply_server_args_defaults(server_args)
         if not self.support_mamba_cache_extra_buffer():
             leave_out_snapshots(server_args)
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        super().post_load_model(model)
+        if self.device_type == "cuda":
+            custom_operators.register_for(self.device_type)
 
     def get_device(self, device_id: int | None = 0) -> str:
         # A string: SGLang splits it at ":". It asks with None as well.

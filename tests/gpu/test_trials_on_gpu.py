@@ -151,7 +151,8 @@ def test_the_real_offenders_are_tried_and_the_rest_is_captured() -> None:
     assert len(tried) > 5
     for name in OFFENDERS:
         if name not in ("sort", "topk"):  # whose ties may be in another order
-            torch.testing.assert_close(captured[name], expected[name], rtol=5e-2, atol=5e-2)
+            # bf16 has 8 bits: four units in the last place of the largest number, since sums are rounded in another order.
+            torch.testing.assert_close(captured[name], expected[name], rtol=5e-2, atol=4 * 2**-8 * float(expected[name].abs().max()))
 
 
 def test_a_server_with_all_of_flaggems_starts(tmp_path: Path) -> None:
