@@ -38,9 +38,11 @@ def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) ->
     return normalization.rms_norm(obj, x, residual)
 
 
-def rotary_embedding(obj: Any, q: Any, k: Any, cos: Any, sin: Any, positions: Any, interleaved: bool = False, inplace: bool = True) -> Any:
-    layout = not interleaved if mistake() == "rotary layout" else interleaved
-    return rotary.rotary_embedding(obj, q, k, cos, sin, positions, layout, inplace)
+def rotary_embedding(
+    obj: Any, query: Any, key: Any, cos: Any, sin: Any, position_ids: Any, rotary_interleaved: bool = False, inplace: bool = True
+) -> Any:
+    layout = not rotary_interleaved if mistake() == "rotary layout" else rotary_interleaved
+    return rotary.rotary_embedding(obj, query, key, cos, sin, position_ids, layout, inplace)
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
