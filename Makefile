@@ -8,7 +8,7 @@ SGLANG := sglang>=0.5.23,<0.5.24
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python
 
-.PHONY: demo test test-gpu test-check-grid test-sglang lint dist clean
+.PHONY: demo test test-slow test-gpu test-check-grid test-sglang lint dist clean
 
 demo: $(VENV)/ready
 	@$(BIN)/sglang-fl demo $(ARGS)
@@ -20,6 +20,10 @@ test: $(VENV)/ready-test
 # Every kind of planted mistake on every operator, and the case of a quick check that catches it, as JSON.
 test-check-grid: $(VENV)/ready-test
 	@PYTHONPATH=tests $(BIN)/python tests/check/mistakes.py
+
+# The engines that CI has no time for.
+test-slow: $(VENV)/ready-test
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(VENV)/ready-test
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 from flagcx_stand_in import REAL_FLAGCX, remove_leftovers
 from installed_packages import Packages, forget_platforms
 
@@ -68,6 +69,10 @@ def no_settings_of_other_tests() -> Iterator[None]:
     yield
     for variable in _settings_in_environment():
         del os.environ[variable]
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
+        # Beside the engines, which are the first process's: PyTorch's threads, one a core, would wait for each other and for them.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
 
 
 @pytest.fixture

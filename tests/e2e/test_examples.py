@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ENVIRON = {**os.environ, "PYTHON": sys.executable}
 
 
+@pytest.mark.slow
 def test_offline_inference(model: Path) -> None:
     done = subprocess.run([sys.executable, str(EXAMPLES / "offline_inference.py"), str(model)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -33,6 +34,7 @@ def node(rank: int, first_node: str, model: Path, directory: Path) -> Server:
     return server
 
 
+@pytest.mark.slow
 def test_two_nodes_split_each_layer(model: Path, tmp_path: Path) -> None:
     first_node = f"127.0.0.1:{free_port()}"
     with node(0, first_node, model, tmp_path) as first, node(1, first_node, model, tmp_path) as second:
