@@ -165,6 +165,7 @@ def test_its_change_to_the_pipelines_sends_runs_in_each_process(running: tuple[R
     assert told[0].endswith(f"{SEND}: around, by sglang-fl-lookalike (sglang_fl_lookalike.changes.send)")
 
 
+@pytest.mark.slow
 def test_its_change_can_be_left_out(site: Path, tmp_path: Path) -> None:
     code = """
 import sglang

@@ -46,6 +46,7 @@ def test_two_nodes_split_each_layer(model: Path, tmp_path: Path) -> None:
         assert "TP1" in second.log.read_text() and "TP1" not in first.log.read_text(), "a rank on each"
 
 
+@pytest.mark.slow
 def test_speculative_decoding_names_what_a_plain_cpu_lacks(model: Path) -> None:
     command = ["bash", str(EXAMPLES / "speculative_decoding.sh"), str(model), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRON)
