@@ -11,11 +11,12 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
+
+from .utils import packages
 
 #: The SGLang releases that sglang-fl was tested with. Others start with a warning.
 TESTED = ">=0.5.23,<0.5.24"
@@ -127,10 +128,7 @@ class IncompatibleSGLang(RuntimeError):
 
 def installed_version() -> str:
     """SGLang's version, as its metadata states it."""
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return "of unknown version"
+    return packages.installed_version("sglang") or "of unknown version"
 
 
 def version_warning() -> str | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..utils.dispatcher import kernel_of
+
 Function = Callable[..., Any]
 
 _EXACT = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
@@ -19,23 +21,18 @@ def native_kernel(key: str, dispatch_key: str) -> Function | None:
         key: the ATen operator, ``mul.Tensor``.
         dispatch_key: the device's, ``CUDA``.
     """
-    get_kernel = getattr(torch.library, "get_kernel", None)
-    if get_kernel is None:
+    kernel = kernel_of(f"aten::{key}", dispatch_key)
+    if kernel is None:
         return None
-    try:
-        handle = get_kernel(f"aten::{key}", dispatch_key)
-    except RuntimeError:
-        return None
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
     tensors = [index for index, argument in enumerate(schema_of(key).arguments) if str(argument.type) == "Tensor"]
 
     def native(*args: Any, **kwargs: Any) -> Any:
-        # Python gets a number that stands for a tensor as a number, and the handle takes none.
+        # Python gets a number that stands for a tensor as a number, and the kernel takes none.
         numbers = [index for index in tensors if index < len(args) and isinstance(args[index], (int, float, complex))]
         if numbers:
             like = next((args[index] for index in tensors if isinstance(args[index], torch.Tensor)), None)
             args = tuple(_tensor(arg, like) if index in numbers else arg for index, arg in enumerate(args))
-        return handle.call_boxed(keys, *args, **kwargs)
+        return kernel(*args, **kwargs)
 
     return native
 

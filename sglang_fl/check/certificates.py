@@ -4,13 +4,13 @@
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
 
 from ..dispatch.types import LazyFunction, OpImpl
+from ..utils.packages import installed_version
 from .record import reports_in
 from .results import Report, Row
 
@@ -43,18 +43,11 @@ def _in_words(report: Report, row: Row, impl: OpImpl) -> str:
     if row.failed or row.refused == row.done:
         return f"FAILED {when}: {row.result}"
     words = f"certified {when}" if row.done == row.cases else f"passed {row.done} of {row.cases} cases {when}, not finished"
-    others = [f"{name} {then}, now {now}" for name, then in report.versions.items() if (now := _version(name)) and now != then]
+    others = [f"{name} {then}, now {now}" for name, then in report.versions.items() if (now := installed_version(name)) and now != then]
     changed = _last_change(impl)
     if changed > datetime.fromisoformat(report.date).timestamp():
         others.append(f"older than its kernel's source, of {time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))}")
     return "; ".join([words, *others])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _last_change(impl: OpImpl) -> float:

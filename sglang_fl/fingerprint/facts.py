@@ -4,11 +4,11 @@
 import hashlib
 import json
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .. import __version__
 from ..config import Settings
+from ..utils.packages import installed_version
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
 #: Settings that change what is written down, and nothing of what runs.
@@ -24,13 +24,6 @@ _WRITTEN_DOWN = frozenset(
         "trial_limit",
     )
 )
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str | None]:

@@ -13,6 +13,7 @@ import os
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ..utils.packages import origin_of
 
@@ -26,11 +27,11 @@ _MODULES = ("register_platform", "patch")
 def foreign_plugins() -> list[EntryPoint]:
     """The plugins that are neither ours nor of a package that SGLang itself asks for."""
     try:
-        required = {Requirement(line).name.lower().replace("_", "-") for line in requires("sglang") or ()}
+        required = {canonicalize_name(Requirement(line).name) for line in requires("sglang") or ()}
     except PackageNotFoundError:
         required = set()
     entries = (entry for entry in entry_points(group=GROUP) if entry.name != "sglang_fl")
-    return [entry for entry in entries if entry.dist is None or entry.dist.name.lower().replace("_", "-") not in required]
+    return [entry for entry in entries if entry.dist is None or canonicalize_name(entry.dist.name) not in required]
 
 
 def leave_out_packages() -> None:

@@ -6,10 +6,9 @@ has CUDA tensors, for which the dispatcher then finds nothing. SGLang calls the 
 under a dispatch mode, it goes through the dispatcher, and the server would end.
 """
 
-import functools
-from typing import Any
-
 import torch
+
+from ..utils.dispatcher import kernel_of
 
 _PRIVATE = "PrivateUse1"
 _libraries: list[torch.library.Library] = []
@@ -22,17 +21,12 @@ def register_for(device_type: str) -> list[str]:
         The operators, as ``sglang::fused_inplace_qknorm``.
     """
     key = torch._C._dispatch_key_for_device(device_type)
-    get_kernel = getattr(torch.library, "get_kernel", None)
-    if key == _PRIVATE or get_kernel is None:
-        return []
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sglang::")]
-    names = [name for name in names if has(name, _PRIVATE) and not has(name, key)]
-    if names:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sglang::") and not has(name, key)]
+    kernels = {name: kernel for name in names if has(name, _PRIVATE) and (kernel := kernel_of(name, _PRIVATE)) is not None}
+    if kernels:
         library = torch.library.Library("sglang", "IMPL")
         _libraries.append(library)
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _PRIVATE))
-        for name in names:
-            call: Any = functools.partial(get_kernel(name, _PRIVATE).call_boxed, keys)
-            library.impl(name.partition("::")[2], call, key)
-    return names
+        for name, kernel in kernels.items():
+            library.impl(name.partition("::")[2], kernel, key)
+    return list(kernels)

@@ -17,13 +17,13 @@ import re
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from .. import __version__
+from ..utils.packages import installed_version
 
 logger = logging.getLogger("sglang_fl.trial")
 
@@ -65,7 +65,7 @@ class Death:
 
 def environment(chip: str) -> str:
     """What a record is bound to: versions and chip, in words."""
-    versions = [f"{name} {_version(name)}" for name in _PACKAGES]
+    versions = [f"{name} {installed_version(name) or 'none'}" for name in _PACKAGES]
     return ", ".join([f"sglang-fl {__version__}", *versions, chip])
 
 
@@ -205,10 +205,3 @@ def _judge(text: bytes) -> tuple[Any, str, str, str, bool] | None:
     elif timeout := _TIMEOUT.search(said):
         reason, decisive = f"it did not end within {timeout[1]}", True
     return start, bound_to, name.decode("utf-8", "replace"), reason, decisive
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

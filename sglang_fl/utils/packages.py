@@ -7,13 +7,21 @@ import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 _STANDARD_LIBRARY, _OURS = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]
 #: An import that takes longer is named in the log.
 _SLOW_IMPORT_SECONDS = 10.0
 _INSTALLED = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+
+
+def installed_version(package: str) -> str | None:
+    """As its metadata states it; None: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def entries(group: str) -> list[EntryPoint]:

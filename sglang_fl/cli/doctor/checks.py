@@ -17,7 +17,7 @@ from ...dispatch.manager import OpManager
 from ...dispatch.ops import OPERATORS
 from ...dispatch.policy import SelectionPolicy
 from ...distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
-from ...fingerprint.facts import installed_version
+from ...utils.packages import installed_version
 from ..ops import OpRow
 
 INSTALL_TESTED_SGLANG = f"pip install 'sglang{compat.TESTED}'"

@@ -144,7 +144,7 @@ def with_sglang(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
             return found
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr("sglang_fl.fingerprint.facts.version", version)
+    monkeypatch.setattr("sglang_fl.utils.packages.version", version)
     monkeypatch.setattr("sglang_fl.compat.installed_version", lambda: found)
 
 
