@@ -19,6 +19,7 @@ LAYERS = (
     ("sglang_fl",),  # __version__; what it does itself is done on top of all others
     ("sglang_fl.utils",),
     ("sglang_fl.device", "sglang_fl.vendor_platform"),
+    ("sglang_fl.kernels",),
     ("sglang_fl.config",),
     ("sglang_fl.trial",),
     ("sglang_fl.dispatch",),

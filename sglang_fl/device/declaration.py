@@ -18,6 +18,7 @@ from typing import Any
 
 from ..utils.suggest import suggest
 from .drivers import command, device_file
+from .kernels import KernelReplacement, replacement, target_problem
 from .vendors import ALIASES, CUDA_CAPABILITIES, VENDORS, Vendor, canonical
 
 ENTRY_POINT_GROUP = "sglang_fl.platform"
@@ -33,6 +34,8 @@ OUT_OF_TREE_ONLY = (
 )  # fmt: skip
 #: Fields that map names to classes.
 _CLASSES_BY_NAME = ("attention_backends", "kv_pools", "draft_graph_runners", "quantization")
+#: Fields that map names to something else.
+_OTHER_MAPPINGS = {"server_args": "values", "sglang_kernels": "'module:function'"}
 #: Words that mean something else in the settings.
 _RESERVED_NAMES = frozenset({"flagos", "reference", "vendor", "sglang", "template"})
 
@@ -76,6 +79,9 @@ class VendorPlatform:
             draft models. A phase that is not here runs without graphs. A chip that imitates CUDA may name SGLang's own.
         quantization: ``get_quantization_config``: a method of ``--quantization`` -> a subclass of SGLang's
             ``QuantizationConfig``; a name that SGLang does not have becomes one.
+        sglang_kernels: what runs in the place of kernels that SGLang calls outside of its layers, ``"sglang.module:name"`` ->
+            ``"module:function"`` or a :class:`KernelReplacement`. They are implementations ``vendor.<name>`` like those of operators:
+            orders and lists of vendors hold for them.
         server_args: defaults of SGLang's server arguments on the chip, as in ``{"page_size": 128}``; what the user gives goes before.
         variables: environment variables that the package reads. One that is nearly one of them is told as a slip.
         flaggems: whether FlagGems serves the chip. None: what the table knows, or else no.
@@ -114,6 +120,7 @@ class VendorPlatform:
     draft_attention: tuple[str, ...] = ()
     draft_graph_runners: Mapping[str, str] = field(default_factory=dict)
     quantization: Mapping[str, str] = field(default_factory=dict)
+    sglang_kernels: Mapping[str, str | KernelReplacement] = field(default_factory=dict)
     server_args: Mapping[str, Any] = field(default_factory=dict)
     variables: tuple[str, ...] = ()
     flaggems: bool | None = None
@@ -145,9 +152,8 @@ class VendorPlatform:
                 continue
             if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
                 return f"{name} must be a tuple of strings, not {value!r}"
-        for name in (*_CLASSES_BY_NAME, "server_args"):
+        for name, to in dict.fromkeys(_CLASSES_BY_NAME, "'module:Class'").items() | _OTHER_MAPPINGS.items():
             if not isinstance(getattr(self, name), Mapping):
-                to = "values" if name == "server_args" else "'module:Class'"
                 return f"{name} must map names to {to}, not {getattr(self, name)!r}"
         for name in ("device_type", "chip", "collective", "group_device", "attention", "compile_backend"):
             value = getattr(self, name)
@@ -160,10 +166,21 @@ class VendorPlatform:
         if self.is_present is not None and not callable(self.is_present):
             return f"is_present must be a function without arguments, not {self.is_present!r}"
         for name, path in self.classes().items():
-            module, colon, attribute = path.partition(":") if isinstance(path, str) else ("", "", "")
-            if not (colon and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))):
+            if not _is_path(path):
                 return f"{name} must be written 'module:Class', not {path!r}"
+        return self._kernels_problem()
+
+    def _kernels_problem(self) -> str | None:
+        for target, given in self.sglang_kernels.items():
+            if problem := target_problem(target):
+                return f"sglang_kernels: {problem}"
+            if not _is_path(given.function if isinstance(given, KernelReplacement) else given):
+                return f"sglang_kernels[{target!r}] must be 'module:function' or KernelReplacement('module:function', …), not {given!r}"
         return None
+
+    def kernels(self) -> dict[str, KernelReplacement]:
+        """``sglang_kernels``, each as a :class:`KernelReplacement`."""
+        return {target: replacement(given) for target, given in self.sglang_kernels.items()}
 
     def _value_problem(self) -> str | None:
         row = self.row()
@@ -238,6 +255,11 @@ class VendorPlatform:
             return "its package says so" if self.is_present() else None
         row = self.row()
         return device_file(row.device_files) or command(row.commands)
+
+
+def _is_path(path: Any) -> bool:
+    module, colon, attribute = path.partition(":") if isinstance(path, str) else ("", "", "")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
 
 
 def name_problem(name: Any) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 from ..config import Words
 from ..device import ALIASES, known_vendors
 from ..utils.packages import entries, importing, last_line, origin_of
+from .kernel_implementations import register_builtins as register_kernels
 from .logger_manager import get_logger
 from .ops import OPERATOR_OF_CLASS, OPERATORS
 from .registry import OpRegistry
@@ -63,6 +64,7 @@ def discover(registry: OpRegistry, plugin_modules: Sequence[str] = ()) -> Discov
     asked = OpRegistry()
     for module in [*_folders(_BACKENDS), *_folders(f"{_BACKENDS}.vendor")]:
         _register(found, asked, module.removesuffix(".register_ops"), partial(importlib.import_module, module))
+    _register(found, asked, "SGLang's own kernels", lambda: register_kernels)
     for entry in entries(ENTRY_POINT_GROUP):
         _register(found, asked, origin_of(entry), entry.load)
     for name in plugin_modules:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Implementations of SGLang's own kernels: what packages declare for their chips, and the references in plain PyTorch.
+
+The operator's name is the kernel's, ``sglang.module:name``. A function is called with a launch's grid first, None in a plain call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..config import Settings
+from ..device import Device, KernelReplacement, declared, known_vendors, target_problem
+from ..kernels.reference import REFERENCES
+from .registry import OpRegistry
+from .types import BackendImplKind, BackendPriority, LazyFunction, OpImpl
+
+
+@dataclass(frozen=True)
+class KernelFunction(LazyFunction):
+    """A replacement's function, called with the grid first whether it takes it or not."""
+
+    takes_grid: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        function = super().load()
+        if self.takes_grid:
+            return function
+
+        def without_grid(grid: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return without_grid
+
+
+def is_kernel(op: str) -> bool:
+    """Whether an operator's name is that of a kernel of SGLang's."""
+    return target_problem(op) is None
+
+
+def register_builtins(registry: OpRegistry) -> None:
+    """Register the references, and what each installed package declares of its chip."""
+    for target, given in REFERENCES.items():
+        _register(registry, target, given, "reference.torch", None, partial(_why_no_reference, target))
+    for vendor, platform in declared().platforms.items():
+        for target, given in platform.kernels().items():
+            _register(registry, target, given, f"vendor.{vendor}", vendor, partial(_why_not_this_chip, vendor))
+
+
+def _register(
+    registry: OpRegistry,
+    target: str,
+    given: KernelReplacement,
+    impl_id: str,
+    vendor: str | None,
+    why_unavailable: Callable[[Settings, Device], str | None],
+) -> None:
+    module, _, name = given.function.partition(":")
+    kind = BackendImplKind.REFERENCE if vendor is None else BackendImplKind.VENDOR
+    registry.register_impl(
+        OpImpl(
+            target,
+            impl_id,
+            kind,
+            KernelFunction(module, name, why_unavailable, given.takes_grid),
+            vendor=vendor,
+            priority=BackendPriority[kind.name],
+            writes_inputs=given.writes_inputs,
+            batch_invariant=given.batch_invariant,
+        )
+    )
+
+
+def has_triton(device: Device) -> bool:
+    """Whether SGLang's Triton kernels run on a device."""
+    return device.in_tree not in (None, "cpu") or "supports_triton" in known_vendors()[device.vendor].capabilities
+
+
+def _why_no_reference(target: str, settings: Settings, device: Device) -> str | None:
+    if settings.prefer == "reference" or target in dict(settings.op_backends) or not has_triton(device):
+        return None
+    return "SGLang's own kernel runs on this device"
+
+
+def _why_not_this_chip(vendor: str, settings: Settings, device: Device) -> str | None:
+    return None if device.vendor == vendor else f"this device is {device.vendor}"
