@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,17 +20,19 @@ from ..dispatch.backends.flaggems.library import why_not_here
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
+from ..dispatch.types import OpImpl, match_token
 from ..fingerprint import compare, read, setting_facts, versions
 from ..fingerprint.compare import ABSENT
 from ..startup import check_settings
 from ..startup.words import flaggems_functions
 from .model_layers import LayerRow, model_layers
 
-#: The least width of a column of names. Most are shorter, and the longest would take half of a terminal.
-_NAME_WIDTH = 24
+#: What stands at an operator that no layer of SGLang calls.
+_NOT_CALLED = "none (SGLang does not call it)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="show every implementation, available or not, and SGLang's classes")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show the layers of the model whose config.json is in DIR")
     parser.add_argument("--deep", action="store_true", help="import PyTorch and ask it for the device, as a server does")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -49,6 +52,7 @@ class OpRow:
     Attributes:
         picked: what its layers run on, before their trial.
         left: layer class -> why it stays with SGLang nevertheless.
+        missed: implementation, or word of the order that names one -> why it is not used, of those before the one that is picked.
         cannot_run: no implementation in the order in force is available here, and ``sglang`` is not in it.
     """
 
@@ -57,22 +61,25 @@ class OpRow:
     order_from: str
     picked: str
     left: dict[str, str]
+    missed: dict[str, str]
     implementations: list[dict[str, Any]]
     cannot_run: bool
 
     @property
+    def selected(self) -> dict[str, Any]:
+        """Of ``implementations`` the one that is picked; empty if none is."""
+        return next((impl for impl in self.implementations if self.picked == f"{impl['kind']}({impl['impl']})"), {})
+
+    @property
     def certificate(self) -> str:
-        """What the implementation that is selected was last found to be; empty if none is."""
-        return next((impl["certificate"] for impl in self.implementations if self.picked.endswith(f"({impl['impl']})")), "")
+        """The last result of ``sglang-fl check`` for the implementation that is picked; empty if none is."""
+        return str(self.selected.get("certificate", ""))
 
     def summary(self) -> str:
         """``picked``, and the classes that stay with SGLang where others do not."""
         if len(self.left) == len(classes_of(self.op)):
             return self.picked
-        by_reason: dict[str, list[str]] = {}
-        for name, why in self.left.items():
-            by_reason.setdefault(why, []).append(name)
-        return "; ".join([self.picked, *(f"{', '.join(names)}: sglang ({why})" for why, names in by_reason.items())])
+        return "; ".join([self.picked, *(f"{', '.join(names)}: sglang ({why})" for why, names in _by_reason([self.left]).items())])
 
 
 def operator_rows(manager: OpManager, settings: Settings, device: Device) -> list[OpRow]:
@@ -98,12 +105,27 @@ def _row(manager: OpManager, settings: Settings, device: Device, policy: Selecti
     stays = {name: settings.exclusion_reason(names_in_lists(name, op)) for name in classes_of(op)}
     left = {name: reason for name, reason in stays.items() if reason is not None}
     cannot_run = not plan.candidates and not plan.to_sglang and len(left) < len(classes_of(op))
-    return OpRow(op, " | ".join(plan.order), str(settings.source_of_order(op)), _picked(plan, left), left, implementations, cannot_run)
+    picked = _picked(plan, left)
+    missed = {} if not classes_of(op) or len(left) == len(classes_of(op)) else _missed(plan, [*ordered, *rest])
+    return OpRow(op, " | ".join(plan.order), str(settings.source_of_order(op)), picked, left, missed, implementations, cannot_run)
+
+
+def _missed(plan: Plan, impls: Sequence[OpImpl]) -> dict[str, str]:
+    """What stands in the order before the implementation that is picked, and why it is not used."""
+    by_id = {impl.impl_id: impl for impl in impls}
+    found = {}
+    for token in plan.order:
+        if any(match_token(impl, token) for impl in plan.candidates[:1]):
+            break
+        for what, why in plan.passed_over:
+            if match_token(by_id[what], token) if what in by_id else what == token and ":" in token:
+                found[what] = why
+    return found
 
 
 def _picked(plan: Plan, left: dict[str, str]) -> str:
     if not classes_of(plan.op):
-        return "none: this version of sglang-fl binds no SGLang layer to it"
+        return _NOT_CALLED
     if len(left) == len(classes_of(plan.op)):
         return f"sglang ({', '.join(dict.fromkeys(left.values()))})"
     if plan.candidates:
@@ -126,19 +148,16 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return 0
     console = Console(markup=False, emoji=False)
-    console.print(_operator_table(rows, f"Operators on {device.vendor} ({device.evidence})"))
+    console.print(f"Operators on {device.vendor} ({device.evidence})", soft_wrap=True)
+    print_operators(console, rows)
+    if args.all:
+        _print_everything(console, rows)
+    if layers is not None:
+        no_layers = f"No layer of the model in {args.model} has an operator in sglang-fl."
+        console.print(_layer_table(layers, f"Layers of {args.model}") if layers else no_layers)
+        console.print("Read from config.json and SGLang's source. Whether a layer is bound is decided at load time: see the server's log.")
     if not args.deep:
-        console.print("Read from driver files and commands; --deep asks PyTorch, as a server does.", style="dim")
-    if layers is None:
-        classes = "; ".join(f"{op}: {', '.join(name for _, name in found)}" for op, found in LAYERS.items())
-        console.print(f"Layer classes: {classes}", style="dim")
-        console.print("Functions: " + ", ".join(name for _, name in FUNCTIONS.values()), style="dim")
-        return 0
-    no_layers = f"No layer of the model in {args.model} has an operator in sglang-fl."
-    console.print(_layer_table(layers, f"Layers of {args.model}") if layers else no_layers)
-    console.print(
-        "Read from config.json and SGLang's source. Whether a layer is bound is decided when the model is loaded; see the server's log."
-    )
+        console.print("Device: from driver files and commands; --deep asks PyTorch, as a server does.", style="dim")
     return 0
 
 
@@ -181,27 +200,52 @@ def _diff(a: Path, b: Path, *, as_json: bool) -> int:
     return 1
 
 
-def _table(title: str, name: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(name, min_width=_NAME_WIDTH, overflow="fold")
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _operator_table(rows: Sequence[OpRow], title: str) -> Table:
-    table = _table(title, "operator", "implementations", "order in force (source)", "selected")
+def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
+    """One line an operator. Above: the order of most of them. Below: the other orders, and what an order names in vain."""
+    orders: dict[str, list[str]] = {}
     for row in rows:
-        implementations = "\n".join(map(_availability, row.implementations))
-        table.add_row(row.op, implementations, f"{row.order}\n({row.order_from})", row.summary())
-        table.add_section()
-    return table
+        orders.setdefault(f"{row.order} ({row.order_from})", []).append(row.op)
+    by_count = sorted(orders, key=lambda order: -len(orders[order]))
+    for order in by_count:
+        console.print(f"Order{'' if order == by_count[0] else ' of ' + ', '.join(orders[order])}: {order}", soft_wrap=True)
+    table = _table("", "operator", "runs on", "checked")
+    for row in rows:
+        checked = row.certificate.partition(", ")[0].replace(NEVER, "never")
+        table.add_row(row.op, row.selected.get("impl", row.picked), checked)
+    console.print(table)
+    for why, names in _by_reason([row.left for row in rows]).items():
+        console.print(f"Stays with SGLang ({why}): {', '.join(names)}")
+    for why, names in _by_reason([row.missed for row in rows]).items():
+        ops = [row.op for row in rows if not row.missed.keys().isdisjoint(names)]
+        console.print(f"Not available: {', '.join(names)} for {', '.join(ops)}: {why}")
 
 
-def _availability(impl: dict[str, Any]) -> str:
-    if impl["available"]:
-        return f"{impl['impl']}: available" + (f", not used: {impl['why']}" if impl["why"] else "") + f"; {impl['certificate']}"
-    return f"{impl['impl']}: not available: {impl['why']}"
+def _by_reason(reasons: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """The names that have a reason, each once, by reason."""
+    found: dict[str, list[str]] = {}
+    for name, why in {pair: None for some in reasons for pair in some.items()}:
+        found.setdefault(why, []).append(name)
+    return found
+
+
+def _print_everything(console: Console, rows: Sequence[OpRow]) -> None:
+    table = _table("Implementations", "operator", "implementation", "state", "checked")
+    for row in rows:
+        for i, impl in enumerate(row.implementations):
+            state = "available" if impl["available"] else f"not available: {impl['why']}"
+            state += f", not used: {impl['why']}" if impl["available"] and impl["why"] else ""
+            table.add_row("" if i else row.op, impl["impl"], state, impl["certificate"] if impl["available"] else "")
+    console.print(table)
+    for op, found in LAYERS.items():
+        console.print(f"Layer classes of {op}: {', '.join(name for _, name in found)}")
+    console.print("Functions: " + ", ".join(name for _, name in FUNCTIONS.values()))
 
 
 def _layer_table(layers: Sequence[LayerRow], title: str) -> Table:

@@ -63,17 +63,17 @@ SECOND = replace(CASE, name="2")
 def test_it_passed(keep: Callable[..., None]) -> None:
     assert said() is None
     keep(CASE, SECOND)
-    assert said() == "certified on 2026-01-02, on X100 (cuda)"
+    assert said() == "PASSED on 2026-01-02, on X100 (cuda)"
     keep(CASE, SECOND, quick=True)
-    assert said() == "certified on 2026-01-02 with --quick, on X100 (cuda)"
+    assert said() == "PASSED on 2026-01-02 with --quick, on X100 (cuda)"
 
 
 @pytest.mark.parametrize(
     ("cases", "header", "words"),
     [
         ([CASE, replace(SECOND, status=FAILED)], {}, "FAILED on 2026-01-02, on X100 (cuda): failed: 1 of 2"),
-        ([CASE], {}, "passed 1 of 2 cases on 2026-01-02, on X100 (cuda), not finished"),
-        ([CASE, SECOND], {"versions": {"torch": "1.0"}}, f"certified on 2026-01-02, on X100 (cuda); torch 1.0, now {version('torch')}"),
+        ([CASE], {}, "INCOMPLETE on 2026-01-02, on X100 (cuda): 1 of 2 cases"),
+        ([CASE, SECOND], {"versions": {"torch": "1.0"}}, f"PASSED on 2026-01-02, on X100 (cuda); torch 1.0, now {version('torch')}"),
         ([CASE, SECOND], {"only": ["tokens=1"]}, None),
         ([CASE, SECOND], {"machine": {"device": "Y", "vendor": "amd (a test)"}}, None),
     ],
@@ -87,11 +87,11 @@ def test_what_else_there_may_be(keep: Callable[..., None], cases: list[CaseResul
 def test_older_than_its_kernel(keep: Callable[..., None], tmp_path: Path) -> None:
     keep(CASE, SECOND)
     os.utime(tmp_path / "chip_of_a_test/norm.py")
-    assert str(said()).startswith("certified on 2026-01-02, on X100 (cuda); older than its kernel's source, of 20")
+    assert str(said()).startswith("PASSED on 2026-01-02, on X100 (cuda); older than its kernel's source, of 20")
 
 
 def test_a_file_that_is_no_result_costs_nothing(keep: Callable[..., None]) -> None:
     keep(CASE, SECOND)
     (directory() / "other.jsonl").write_text("{}\n")
     (directory() / "cut.jsonl").write_text('{"for')
-    assert said() == "certified on 2026-01-02, on X100 (cuda)"
+    assert said() == "PASSED on 2026-01-02, on X100 (cuda)"

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -92,14 +93,43 @@ def test_no_implementation_can_run(ops: Ops) -> None:
     assert row["picked"] == "sglang (no implementation is available: order vendor:metax: vendor:metax: no backend implements it)"
 
 
-def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str]) -> None:
-    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
+@pytest.mark.parametrize("environ", [{}, {"SGLANG_FL_PER_OP": "rms_norm=vendor:metax|sglang", "SGLANG_FL_PREFER": "flagos"}])
+@pytest.mark.parametrize("verb", ["ops", "doctor"])
+def test_one_line_an_operator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, environ: dict[str, str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    assert main([verb]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    lines = {line.split()[0]: line.split()[1:] for line in printed if line.startswith("  ") and "─" not in line and line.strip()}
+    assert lines.keys() >= set(OPERATORS)
+    assert lines["silu_and_mul"] == ["reference.torch", "never"]
+    if environ:
+        assert lines["rms_norm"] == ["sglang"]
+        assert "Order of rms_norm: vendor:metax | sglang (SGLANG_FL_PER_OP)" in printed
+        assert "Not available: vendor:metax for rms_norm: no backend implements it" in printed
+        assert any(line.startswith("Not available: default.flagos for ") for line in printed), "it stands before what runs"
+    else:
+        assert "Not available" not in "".join(printed), "what would run comes first in the order"
+
+
+def test_a_class_that_stays_with_sglang_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SGLANG_FL_OOT_BLACKLIST", "BeamSiluAndMul")
     assert main(["ops"]) == 0
-    told = capsys.readouterr().out
-    assert "--deep asks PyTorch, as a server does" in told
-    for text in ("Operators on cpu (a test)", *OPERATORS, "reference.torch: available", "vendor.testchip: available", "(profile cpu:2)"):
-        assert text in told
-    assert [name for name in CLASSES if name not in told] == [], "the lists of classes may name these"
+    assert "Stays with SGLang (oot_blacklist): BeamSiluAndMul\n" in capsys.readouterr().out
+
+
+def test_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str]) -> None:
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
+    assert main(["ops", "--all"]) == 0
+    printed = re.sub(" +", " ", capsys.readouterr().out)
+    assert "--deep asks PyTorch, as a server does" in printed
+    assert "default.flagos not available: FlagGems has nothing for cpu" in printed
+    for text in ("Operators on cpu (a test)", *OPERATORS, "vendor.testchip available", "(profile cpu:2)"):
+        assert text in printed
+    assert [name for name in CLASSES if name not in printed] == [], "the lists of classes may name these"
 
 
 @pytest.mark.parametrize("word", ["[red]", "[/dev/chip0]", "[x]", ":warning:"])
@@ -109,7 +139,7 @@ def test_reasons_are_printed_as_they_are(
     """Square brackets are markup to Rich, and a closing tag without an opening one is an error."""
     module = backend(f"def check(): raise OSError('no device {word}')\nrms_norm._is_available = check")
     monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", module)
-    assert main(["ops"]) == 0
+    assert main(["ops", "--all"]) == 0
     assert f"OSError: no device {word}" in capsys.readouterr().out
 
 
@@ -132,5 +162,5 @@ def test_an_operator_that_nothing_is_bound_to_is_not_picked() -> None:
     registry = OpRegistry()
     registry.register_impl(OpImpl("tomorrow", "vendor.x", BackendImplKind.VENDOR, print, vendor="x"))
     assert [row.picked for row in operator_rows(OpManager(registry), Settings(), Device("cpu", "cpu", None, "a test"))] == [
-        "none: this version of sglang-fl binds no SGLang layer to it"
+        "none (SGLang does not call it)"
     ]

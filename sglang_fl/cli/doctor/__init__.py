@@ -15,6 +15,7 @@ from ...device import probe
 from ...dispatch.manager import get_default_manager
 from ...startup import check_names
 from ...trial import forget, record_path
+from ..ops import print_operators
 from .diagnosis import Diagnosis, diagnose
 
 
@@ -48,12 +49,10 @@ def _print(found: Diagnosis) -> None:
     facts = {name: value or "not installed" for name, value in {**found.device, **found.versions}.items()}
     console.print(_two_columns("Platform and versions", facts))
     if found.layers:
-        layers = Table(title="Layers", title_justify="left")
-        for column in ("layer", "state", "why", "checked"):
-            layers.add_column(column, overflow="fold")
-        for row in found.layers:
-            layers.add_row(*row.values())
-        console.print(layers)
+        aten, *_, collectives = found.layers
+        console.print(f"ATen operators: {aten['state']} ({aten['why']})", soft_wrap=True)
+        console.print(f"Collectives: {collectives['state']} ({collectives['why']})", soft_wrap=True)
+        print_operators(console, found.operators)
     if found.aten is not None:
         _print_aten(console, found.aten)
     console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)

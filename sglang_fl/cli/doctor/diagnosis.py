@@ -30,6 +30,7 @@ class Diagnosis:
     device: dict[str, str | None]
     versions: dict[str, str | None]
     layers: list[dict[str, str]] = field(default_factory=list)
+    operators: Sequence[OpRow] = ()
     aten: dict[str, Any] | None = None
     backends: list[str] = field(default_factory=list)
     platforms: list[str] = field(default_factory=list)
@@ -45,6 +46,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
     found.changes = _changes_to_sglang(deep)
     if machine.settings is not None:
+        found.operators = machine.operators
         found.layers = _layer_states(machine.settings, device, environ, machine.operators)
         found.trials = _trials(machine.settings)
         if deep:
@@ -83,7 +85,7 @@ def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:
         "collectives": vendor.collective,
         "attention": vendor.attention or "chosen by SGLang",
         "detected by": device.evidence,
-        "detected from": "PyTorch, as in a server" if deep else "driver files and commands (--deep asks PyTorch, as a server does)",
+        "detected from": "PyTorch, as in a server" if deep else "driver files and commands (--deep asks PyTorch)",
     }
 
 

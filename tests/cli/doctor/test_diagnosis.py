@@ -107,7 +107,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.err == ""
     data = json.loads(captured.out)
-    assert data.keys() == {"device", "versions", "layers", "aten", "backends", "platforms", "changes", "problems", "trials"}
+    assert data.keys() == {"device", "versions", "layers", "operators", "aten", "backends", "platforms", "changes", "problems", "trials"}
     assert data["versions"]["sglang-fl"] == __version__
     assert "sglang_fl.dispatch.backends.reference" in data["backends"]
     assert data["problems"] == []
