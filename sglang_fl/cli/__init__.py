@@ -19,15 +19,20 @@ VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config, "check": 
 _CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit codes: 0 success, 1 failure, 2 wrong usage or unusable settings."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's parser; it puts the verb's name into ``verb``."""
     parser = argparse.ArgumentParser(prog="sglang-fl", description="SGLang on any AI chip with FlagOS.")
     parser.add_argument("--version", action="version", version=f"sglang-fl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         help_line = (verb.__doc__ or "").strip().splitlines()[0]
         verb.add_arguments(verbs.add_parser(name, help=help_line, description=help_line))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 success, 1 failure, 2 wrong usage or unusable settings."""
+    args = make_parser().parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # A terminal may not be able to encode our output.
     if not faulthandler.is_enabled():

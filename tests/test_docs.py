@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README and the pages of docs/: short, true to the code, and each link, command and setting in them exists."""
+
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+
+from sglang_fl.cli import make_parser
+from sglang_fl.config.options import OPTIONS, VARIABLES
+from sglang_fl.device import probe
+
+CHECKOUT = Path(__file__).parents[1]
+READMES = [CHECKOUT / "README.md", CHECKOUT / "README_zh.md"]
+PAGES = [*READMES, *sorted((CHECKOUT / "docs").glob("*.md")), CHECKOUT / "benchmarks/README.md", CHECKOUT / "examples/README.md"]
+ENGLISH = [page for page in PAGES if not page.stem.endswith("_zh") and page.parent.name != "benchmarks"]
+TWINS = [page for page in PAGES if page.with_stem(f"{page.stem}_zh").exists()]
+MAX_README, MAX_WORDS = 8192, 30
+
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+#: A comment that says where the block or table after it comes from.
+_SOURCE = re.compile(r"^<!-- (output|figures) of: (.+) -->\n(.*?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^()\s]+(?:\([^()]*\))?[^()\s]*)\)")
+_VARIABLE = re.compile(r"\b(?:SGLANG_FL|SGLANG_FLAGGEMS)_[A-Z_]+\b")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(CHECKOUT))
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def code_of(page: Path) -> list[str]:
+    return [match[3] for match in _FENCE.finditer(text_of(page))]
+
+
+def prose(page: Path) -> list[str]:
+    """A page's sentences: without code, tables, comments and headings."""
+    text = re.sub(r"<!--.*?-->", "", _FENCE.sub("", text_of(page)), flags=re.DOTALL)
+    blocks: list[str] = [""]
+    for line in text.splitlines():
+        if not line.strip() or line.startswith(("#", "|", "![")):
+            blocks.append("")
+        elif re.match(r" *([-*]|\d+\.) ", line):
+            blocks.append(re.sub(r"^ *([-*]|\d+\.) ", "", line))
+        else:
+            blocks[-1] += " " + line.strip()
+    plain = (re.sub(r"`[^`]*`", "code", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", block)) for block in blocks)
+    return [sentence for block in plain for sentence in re.split(r"(?<=[.?!])[\"')*]*\s+", block) if sentence.strip()]
+
+
+@pytest.mark.parametrize("page", READMES, ids=name_of)
+def test_readmes_are_short(page: Path) -> None:
+    assert len(page.read_bytes()) <= MAX_README
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=name_of)
+def test_sentences_are_short(page: Path) -> None:
+    long = {sentence: words for sentence in prose(page) if (words := len(re.findall(r"[\w'’-]*\w", sentence))) > MAX_WORDS}
+    assert not long, "\n".join(f"{words} words: {sentence}" for sentence, words in long.items())
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", _FENCE.sub("", text_of(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading)).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_resolve(page: Path) -> None:
+    broken = []
+    for link in _LINK.findall(_FENCE.sub("", text_of(page))):
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        file = (page.parent / target).resolve() if target else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(link)
+    assert not broken
+
+
+def command_lines(page: Path) -> list[str]:
+    """Every ``sglang-fl …``, in blocks and inline."""
+    text = text_of(page)
+    inline = re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))
+    lines = [line.strip() for block in code_of(page) for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.removeprefix("again:").strip() for line in lines]
+    return [line for line in (*inline, *lines) if re.match(r"((export )?[A-Z_]+=\S+ )*sglang-fl [a-z]", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_are_understood(page: Path) -> None:
+    wrong = []
+    for line in command_lines(page):
+        words = shlex.split(re.split(r" [>|] ", line)[0], comments=True)
+        arguments = words[words.index("sglang-fl") + 1 :]
+        error = io.StringIO()
+        with redirect_stderr(error):
+            try:
+                make_parser().parse_args(arguments)
+            except SystemExit:
+                wrong.append(f"{line}: {error.getvalue()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_commands_are_found() -> None:
+    found = {line for page in PAGES for line in command_lines(page)}
+    assert {"sglang-fl doctor --deep", "sglang-fl ops --diff A B"} <= found and len(found) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_settings_exist(page: Path) -> None:
+    assert set(_VARIABLE.findall(text_of(page))) <= VARIABLES
+
+
+@pytest.mark.parametrize("page", [CHECKOUT / "docs/settings.md", CHECKOUT / "docs/settings_zh.md"], ids=name_of)
+def test_every_setting_has_a_row(page: Path) -> None:
+    rows = {}
+    for line in text_of(page).splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if cells and re.fullmatch(r"`[A-Za-z_]+`", cells[0]):
+            rows[cells[0].strip("`")] = cells
+    for name, option in OPTIONS.items():
+        row = rows.pop(option.env or name, None)
+        assert row is not None, f"no row for {option.env or name}"
+        if option.users_key:
+            assert row[2] == f"`{option.users_key}`"
+            continue
+        assert row[1] == (f"`{option.yaml}`" if option.yaml else "")
+        if option.default not in (None, ()) and name != "flagos_scope":
+            default = f"{option.default:g}" if isinstance(option.default, float) else option.default
+            assert row[2] == f"`{int(default) if isinstance(default, bool) else default}`", option.env
+    assert rows.keys() <= VARIABLES | {"GEMS_VENDOR", *rows.keys() & {"flagos", "triton", "reference", "sglang"}}
+
+
+def shape(page: Path) -> list[str]:
+    """What is the same in both languages: levels of headings, code without comments, rows of tables, links."""
+    found = []
+    text = text_of(page)
+    for block in code_of(page):
+        found += ["code", *(re.sub(r"(^|\s)#\s.*", "", line).rstrip() for line in block.splitlines())]
+    text = _FENCE.sub("", text)
+    found += ["headings", *(match[1] for match in re.finditer(r"^(#+) ", text, re.MULTILINE))]
+    found += ["first cells", *(" ".join(re.findall("`.*?`", cell)) for cell in re.findall(r"^\|([^|]*)\|", text, re.MULTILINE))]
+    found += ["rows", str(len(re.findall(r"^\|", text, re.MULTILINE)))]
+    found += ["sources", *(f"{kind} {what}" for kind, what, _ in _SOURCE.findall(text_of(page)))]
+    return found
+
+
+@pytest.mark.parametrize("page", TWINS, ids=name_of)
+def test_twins_have_the_same_shape(page: Path) -> None:
+    assert shape(page) == shape(page.with_stem(f"{page.stem}_zh"))
+
+
+def test_there_are_twins() -> None:
+    assert {page.stem for page in TWINS} >= {"README", "settings", "vendors"}
+
+
+def sources(kind: str) -> list[tuple[Path, str, str]]:
+    return [(page, what, block) for page in PAGES for found, what, block in _SOURCE.findall(_filled(text_of(page))) if found == kind]
+
+
+def _filled(text: str) -> str:
+    """Code without empty lines, so that a block ends at the first one."""
+    return _FENCE.sub(lambda match: re.sub(r"\n\s*\n", "\n", match[0]), text)
+
+
+@pytest.mark.parametrize(
+    ("page", "command", "block"), sources("output"), ids=lambda value: name_of(value) if isinstance(value, Path) else ""
+)
+def test_outputs_are_what_the_commands_print(page: Path, command: str, block: str, tmp_path: Path) -> None:
+    """Line by line; … stands for lines that are left out."""
+    if probe().vendor != "cpu":
+        pytest.skip("the outputs are of a plain CPU")
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES | {"GEMS_VENDOR"}}
+    environ = {**clean, "COLUMNS": "100", "XDG_DATA_HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_fl", *shlex.split(command)[1:]], env=environ, capture_output=True, text=True, check=True
+    )
+    printed = [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
+    shown = [line.rstrip() for line in block.splitlines()[1:-1] if line.strip()]
+    at = 0
+    for line in shown:
+        if line != "…":
+            assert line in printed[at:], f"{name_of(page)}: {command} does not print {line!r}"
+            at = printed.index(line, at) + 1
+    assert len(shown) > 3
+
+
+@pytest.mark.parametrize(
+    ("page", "command", "block"), sources("figures"), ids=lambda value: name_of(value) if isinstance(value, Path) else ""
+)
+def test_figures_are_what_the_data_give(page: Path, command: str, block: str) -> None:
+    script, *arguments = shlex.split(command)
+    run = [sys.executable, CHECKOUT / script, *arguments]
+    done = subprocess.run(run, cwd=CHECKOUT, env={**os.environ, "COLUMNS": "250"}, capture_output=True, text=True, check=True)
+    figures = re.findall(r"\d[\d,.]* tok/s|\d[\d.]* ms/step|\d\.\d+ \[[^]]*\]", block)
+    assert len(figures) > 8
+    assert [figure for figure in figures if figure not in done.stdout] == []
