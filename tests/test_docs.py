@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README and the pages of docs/: short, true to the code, and each link, command and setting in them exists."""
 
+import ast
 import io
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 from sglang_fl.cli import make_parser
 from sglang_fl.config.options import OPTIONS, VARIABLES
 from sglang_fl.device import probe
+from sglang_fl.dispatch import reset_global_policy
 
 CHECKOUT = Path(__file__).parents[1]
 READMES = [CHECKOUT / "README.md", CHECKOUT / "README_zh.md"]
@@ -162,6 +164,54 @@ def test_twins_have_the_same_shape(page: Path) -> None:
 
 def test_there_are_twins() -> None:
     assert {page.stem for page in TWINS} >= {"README", "settings", "vendors"}
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=name_of)
+def test_python_runs(page: Path) -> None:
+    """Each block that stands alone."""
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL):
+            if not block.startswith(" "):
+                exec(compile(block, name_of(page), "exec"), {})
+    finally:
+        reset_global_policy()
+
+
+#: Private names that are not SGLang's: Python's, PyTorch's, FlagGems's and our own attributes on others' objects.
+_NOT_SGLANGS = {
+    *("_buffers", "_create_work_from_future", "_cuda_getCurrentRawStream", "_destroy"),
+    *("_dispatch_get_all_op_names", "_dispatch_has_kernel", "_dispatch_has_kernel_for_dispatch_key", "_dispatch_key_for_device"),
+    *("_ensure_backend_registered", "_exit", "_fields", "_get_schema", "_is_owned", "_plugins", "_pytree", "_replace", "_stream"),
+    *("_accuses", "_hash", "_is_available", "_is_sglang_fl", "_sglang_fl_cos_sin", "_sglang_fl_joined", "_sglang_fl_obj", "_weight_bias"),
+}
+
+
+def private_names() -> tuple[set[str], set[str]]:
+    """Names with an underscore that sglang_fl uses, and those of them that it defines."""
+    used: set[str] = set()
+    defined: set[str] = set()
+    for file in (CHECKOUT / "sglang_fl").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                    defined.add(name)
+                case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                    defined.add(name)
+                case ast.Attribute(attr=name):
+                    used.add(name)
+                case ast.ImportFrom(names=aliases, level=0):
+                    used |= {alias.name for alias in aliases}
+                case ast.Constant(value=str(text)) if re.fullmatch(r"[\w.:]+", text):
+                    used |= set(re.split(r"[.:]", text))
+    return {name for name in used if re.fullmatch(r"_[a-z]\w*", name)}, defined
+
+
+def test_private_names_of_sglang_are_listed() -> None:
+    section = text_of(CHECKOUT / "docs/how-it-works.md").partition("## Private names of SGLang")[2].partition("## ")[0]
+    listed = {name for row in re.findall(r"^\|([^|]*)\|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    used, defined = private_names()
+    assert listed <= used, "no longer used"
+    assert used - defined - _NOT_SGLANGS <= listed, "list them, with what would replace them"
 
 
 def sources(kind: str) -> list[tuple[Path, str, str]]:

@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,6 +51,13 @@ def test_the_demo_recites_and_cleans_up(model: Path, tmp_path: Path, monkeypatch
     for name in ("RMSNorm", "SiluAndMul", "RotaryEmbedding"):
         assert any(name in line and "reference(reference.torch)" in line for line in printed.splitlines())
     assert not list(tmp_path.glob("sglang-fl-demo-*")), "its temporary files are gone too"
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- transcript of: sglang-fl demo -->\n```\n")[2].partition("\n```")[0]
+    assert all(without_numbers(part) in without_numbers(printed) for part in shown.split("…")), "the README shows something else"
+
+
+def without_numbers(text: str) -> str:
+    return " ".join(re.sub(r"\d+", "N", text).split())
 
 
 @pytest.mark.parametrize(("signum", "stage"), [(signal.SIGINT, "sglang::scheduler"), (signal.SIGTERM, "sglang.launch_server")])
