@@ -63,16 +63,20 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_beside_the_engines(request: pytest.FixtureRequest) -> None:
+    """PyTorch's threads, one a core, would wait for each other and for the engines. The end-to-end tests of a process come first."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not request.node.nodeid.startswith("tests/e2e/"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def no_settings_of_other_tests() -> Iterator[None]:
     """What a test leaves in the environment, by resolving settings there, ends with it."""
     yield
     for variable in _settings_in_environment():
         del os.environ[variable]
-    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
-        # Beside the engines, which are the first process's: PyTorch's threads, one a core, would wait for each other and for them.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from io import TextIOWrapper
 
 from .. import __version__
 from ..config import SettingsError
+from ..utils.signals import interrupt_on_termination
 from . import check, config, demo, doctor, new_vendor, ops
 
 VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "config": config, "check": check, "new-vendor": new_vendor}
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not faulthandler.is_enabled():
         faulthandler.enable()  # A crash while a package is imported is reported with file and line.
     try:
-        code: int = VERBS[args.verb].run(args)
+        with interrupt_on_termination():
+            code: int = VERBS[args.verb].run(args)
         sys.stdout.flush()
         return code
     except SettingsError as error:

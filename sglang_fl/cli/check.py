@@ -25,7 +25,6 @@ from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
 from ..startup import check_settings
-from ..utils.signals import interrupt_on_termination
 from .arguments import duration, number
 from .check_progress import showing
 
@@ -105,7 +104,6 @@ def run(args: argparse.Namespace) -> int:
     out = _out_path(args)
     path = args.resume.expanduser() if args.resume else out
     record = Record(path)
-    interrupt_on_termination()
     finished = True
     try:
         if record.header is None or _selects(args) or record.report().not_reached:

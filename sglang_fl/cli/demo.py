@@ -19,7 +19,6 @@ from ..device import probe
 from ..dispatch.logger_manager import read_dispatch_log
 from ..dispatch.manager import get_default_manager
 from ..startup import check_settings
-from ..utils.signals import interrupt_on_termination
 from .arguments import number
 from .demo_model import QUESTION, RECITAL, cache_directory, demo_model
 
@@ -46,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"Port {args.port} is in use; choose another, or omit --port to use any free one.")
         return 2
     settings = check_settings({**os.environ, **environ}, probe(), get_default_manager())
-    interrupt_on_termination()
 
     with ExitStack() as leftovers:
         directory = Path(tempfile.mkdtemp(prefix="sglang-fl-demo-"))

@@ -2,13 +2,20 @@
 """Signals that end a process."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-def interrupt_on_termination() -> None:
-    """Make SIGTERM and SIGHUP do what Ctrl-C does, so that ``with`` blocks clean up."""
+@contextmanager
+def interrupt_on_termination() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP do what Ctrl-C does, so that ``with`` blocks clean up. For the main thread."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), interrupt)
+    before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

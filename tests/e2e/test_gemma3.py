@@ -32,14 +32,7 @@ def gemma3_prompts(gemma3: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def gemma3_native(gemma3: Path, gemma3_prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
-    with serving(gemma3, tmp_path_factory.mktemp("native"), environ={"SGLANG_FL_OOT_ENABLED": "0"}) as running:
-        assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
-        return [running.logprobs(prompt) for prompt in gemma3_prompts]
-
-
-@pytest.fixture(scope="module")
-def running(gemma3: Path, gemma3_native: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(gemma3: Path, gemma3_prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with serving(gemma3, tmp_path_factory.mktemp("gemma3"), environ={"SGLANG_FL_PREFER": "reference"}) as found:
         yield found
 
@@ -50,12 +43,9 @@ def test_the_recital_is_exact(running: Running) -> None:
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
-def test_logprobs_agree_with_sglangs_own(running: Running, gemma3_prompts: list[Prompt], gemma3_native: list[list[float]]) -> None:
-    for prompt, native in zip(gemma3_prompts, gemma3_native, strict=True):
-        got = running.logprobs(prompt)
-        assert off_by(got, native, prompt.bounds) <= 1
-        assert off_by(got, prompt.exact, prompt.bounds) <= 0.5
-        assert off_by(native, prompt.exact, prompt.bounds) <= 0.5
+def test_logprobs_are_within_what_rounding_to_fp32_may_cost(running: Running, gemma3_prompts: list[Prompt]) -> None:
+    for prompt in gemma3_prompts:
+        assert off_by(running.logprobs(prompt), prompt.exact, prompt.bounds) <= 0.5
 
 
 def test_every_layer_ran_through_the_dispatch(running: Running) -> None:

@@ -52,14 +52,6 @@ def moe_prompts(qwen3_moe: Path) -> list[Prompt]:
     return prompts
 
 
-@pytest.fixture(scope="module")
-def moe_native(qwen3_moe: Path, moe_prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
-    with serving(qwen3_moe, tmp_path_factory.mktemp("native"), environ={"SGLANG_FL_OOT_ENABLED": "0"}) as running:
-        assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
-        assert running.dispatched() == {f"{name} → sglang(Layer 2 is off)" for name in CLASSES}
-        return [running.logprobs(prompt) for prompt in moe_prompts]
-
-
 @dataclass
 class Planted(Running):
     """A server whose reference makes the mistake that ``chosen`` holds."""
@@ -68,7 +60,7 @@ class Planted(Running):
 
 
 @pytest.fixture(scope="module")
-def running(qwen3_moe: Path, moe_native: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planted]:
+def running(qwen3_moe: Path, moe_prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planted]:
     directory = tmp_path_factory.mktemp("moe")
     chosen = directory / "mistake"
     chosen.write_text("none")
@@ -97,17 +89,14 @@ def test_every_layer_ran_through_the_dispatch(running: Planted) -> None:
     assert "fused_moe          UnquantizedFusedMoEMethod    → vendor(vendor.field), 2 layers" in printed
 
 
-def test_logprobs_agree_with_sglangs_own(running: Planted, moe_prompts: list[Prompt], moe_native: list[list[float]]) -> None:
-    for prompt, native in zip(moe_prompts, moe_native, strict=True):
-        got = running.logprobs(prompt)
-        assert off_by(got, native, prompt.bounds) <= 1
-        assert off_by(got, prompt.exact, prompt.bounds) <= 0.5
-        assert off_by(native, prompt.exact, prompt.bounds) <= 0.5
+def test_logprobs_are_within_what_rounding_to_fp32_may_cost(running: Planted, moe_prompts: list[Prompt]) -> None:
+    for prompt in moe_prompts:
+        assert off_by(running.logprobs(prompt), prompt.exact, prompt.bounds) <= 0.5
 
 
-def test_planted_mistakes_break_the_logprobs(running: Planted, moe_prompts: list[Prompt], moe_native: list[list[float]]) -> None:
+def test_planted_mistakes_break_the_logprobs(running: Planted, moe_prompts: list[Prompt]) -> None:
     def worst() -> float:
-        return max(off_by(running.logprobs(prompt), native, prompt.bounds) for prompt, native in zip(moe_prompts, moe_native, strict=True))
+        return max(off_by(running.logprobs(prompt), prompt.exact, prompt.bounds) for prompt in moe_prompts)
 
     found = {}
     for mistake in MISTAKES:
@@ -115,5 +104,5 @@ def test_planted_mistakes_break_the_logprobs(running: Planted, moe_prompts: list
         found[mistake] = worst()
     running.chosen.write_text("none")
     print({mistake: round(off, 1) for mistake, off in found.items()})
-    assert all(off > 1 for off in found.values()), found
-    assert worst() <= 1
+    assert all(off > 0.5 for off in found.values()), found
+    assert worst() <= 0.5

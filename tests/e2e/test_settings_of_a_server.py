@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from sglang_fl.cli.demo_model import RECITAL
 from sglang_fl.utils.server import Server, ServerFailed, free_port
 
 from .conftest import Prompt, off_by, serving
@@ -16,25 +15,11 @@ from .planted_mistakes import MISTAKES
 pytestmark = pytest.mark.e2e
 
 
-def test_per_operator_sglang_and_a_blacklist(
-    model: Path, prompts: list[Prompt], native_logprobs: list[list[float]], tmp_path: Path
-) -> None:
-    config = tmp_path / "settings.yaml"
-    config.write_text("strict: true\nop_backends:\n  rms_norm: [sglang]\noot_blacklist: [SiluAndMul]\n")
-    with serving(model, tmp_path, environ={"SGLANG_FL_CONFIG": str(config)}) as running:
-        assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
-        for prompt, native in zip(prompts, native_logprobs, strict=True):
-            assert off_by(running.logprobs(prompt), native, prompt.bounds) <= 1
-        assert running.dispatched() == {
-            "RMSNorm → sglang(policy)",
-            "SiluAndMul → sglang(oot_blacklist)",
-            "RotaryEmbedding → reference(reference.torch)",
-        }
-
-
+@pytest.mark.slow
 def test_planted_mistakes_break_the_logprobs(
     model: Path, prompts: list[Prompt], native_logprobs: list[list[float]], tmp_path: Path
 ) -> None:
+    """test_model_classes.py plants the same mistakes in SGLang's model runner."""
     chosen = tmp_path / "mistake"
     chosen.write_text("none")
     environ = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks on a plain CPU, with no more said than ``--tp 2``."""
+"""Two ranks on a plain CPU, with no more said than ``--tp 2``, and a file with settings."""
 
 import time
 from collections.abc import Iterator
@@ -11,20 +11,30 @@ import pytest
 from sglang_fl.cli.demo_model import RECITAL
 
 from .conftest import Prompt, Running, off_by, serving
-from .test_serving import BOUND
 
 pytestmark = pytest.mark.e2e
+
+SETTINGS = """
+strict: true
+op_backends:
+  rms_norm: [sglang]
+oot_blacklist: [SiluAndMul]
+"""
+AS_SET = {"RMSNorm → sglang(policy)", "SiluAndMul → sglang(oot_blacklist)", "RotaryEmbedding → reference(reference.torch)"}
 
 
 @pytest.fixture(scope="module")
 def running(model: Path, native_logprobs: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(model, tmp_path_factory.mktemp("tp2"), "--tp", "2", "--enable-metrics") as found:
+    directory = tmp_path_factory.mktemp("tp2")
+    (directory / "settings.yaml").write_text(SETTINGS)
+    environ = {"SGLANG_FL_CONFIG": str(directory / "settings.yaml")}
+    with serving(model, directory, "--tp", "2", "--enable-metrics", environ=environ) as found:
         yield found
 
 
 def test_the_recital_is_exact(running: Running) -> None:
     assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
-    assert running.dispatched() == BOUND
+    assert running.dispatched() == AS_SET, "per operator, and a blacklist"
     assert running.server.log.read_text().count("layers bound") == 1, "one rank speaks for all"
     assert len(running.info()) == 1, "the ranks run the same, and show as one"
 

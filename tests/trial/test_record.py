@@ -150,6 +150,7 @@ def test_a_torn_file_of_a_process_tells_nothing(path: Path, text: bytes) -> None
 def test_inner_runs_are_the_ones_that_count(path: Path) -> None:
     record = TrialRecord(path, environment("a chip"))
     guarded = Guard(record, 60)
+    before = signal.getsignal(signal.SIGTERM)
 
     def noted() -> str:
         return os.pread(record.file, 1000, record._header).decode()
@@ -158,7 +159,7 @@ def test_inner_runs_are_the_ones_that_count(path: Path) -> None:
         with guarded.running("inner"):
             assert noted() == "inner\n"
         assert noted() == "outer\n"
-    assert noted() == "" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
+    assert noted() == "" and signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
     record.close()
 
 
