@@ -21,6 +21,7 @@ from sglang_fl.aten.trials import Trials
 from sglang_fl.check.graphs import compiler_of
 from sglang_fl.config import Settings
 from sglang_fl.distributed.ranks import Ranks
+from sglang_fl.trial import Guard, TrialRecord
 
 X = torch.linspace(-3, 3, 12).reshape(3, 4)
 EXPECTED = torch.nn.functional.silu(X.double()).flatten().tolist()
@@ -261,9 +262,11 @@ def test_an_error_of_a_warm_up_is_sglangs() -> None:
             Capture(found, Ranks(), 1, lambda: 1 / 0, lambda fn: backend.capture_one(1, fn)).run()
 
 
-def test_a_pytorch_without_get_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switching works; what fails cannot be called in PyTorch's place in the same call, and the error goes up."""
+def test_a_pytorch_without_get_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Switching works; what fails cannot be called in PyTorch's place in the same call: the error goes up, and the next start knows."""
     monkeypatch.delattr(torch.library, "get_kernel")
+    record = TrialRecord(tmp_path / "trials.json", "here")
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard(record))
     found = operators()
     with planted("raises at compile"):
         with found:
@@ -275,6 +278,9 @@ def test_a_pytorch_without_get_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
             agree(found, Ranks())
             silu()
         assert "silu" not in dict(found.report.replaced)
+    why = f"PyTorch {torch.__version__} has no torch.library.get_kernel, so its own kernel cannot take the call"
+    assert why in record.excluded()["silu"] and f"{why}. The next start leaves it out" in caplog.text
+    record.close()
 
 
 def test_first_passes_end_when_nothing_new_comes() -> None:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..dispatch.manager import is_capturing
 from ..trial import current_guard
 from ..trial.graph import capture_and_discard
+from ..utils.dispatcher import has_handles
 from .native import is_written, schema_of
 
 Function = Callable[..., Any]
@@ -85,7 +86,7 @@ class Trials:
             except Exception as error:
                 may_repeat |= key not in self.passed  # its trial failed, on copies
                 if kernel is None or not may_repeat or is_capturing() or _is_lost():
-                    self._fail(function, key, error)
+                    self._fail(function, key, error, takes_its_place=kernel is not None)
                     raise
                 result = native(*args, **kwargs)  # raises where the call itself is wrong
                 self._fail(function, key, error)
@@ -122,8 +123,12 @@ class Trials:
             copied = [copy(value) if name in written else value for name, value in zip(names, args, strict=False)]
             return copied, {name: copy(value) if name in written else value for name, value in kwargs.items()}
 
-    def _fail(self, function: str, key: str, error: Exception) -> None:
-        """Write down a failure; an error that goes up through several functions is the innermost's."""
+    def _fail(self, function: str, key: str, error: Exception, *, takes_its_place: bool = True) -> None:
+        """Write down a failure; an error that goes up through several functions is the innermost's.
+
+        Args:
+            takes_its_place: whether PyTorch's own kernel can be called instead.
+        """
         if function in self.failures or hasattr(error, "_accuses"):
             return
         error._accuses = function  # type: ignore[attr-defined]
@@ -132,6 +137,8 @@ class Trials:
         self.failures[function] = f"{where} on aten::{key}: {type(error).__name__}: {first_line}"
         if _is_lost():
             current_guard().ends_the_process(function, f"{self.failures[function]}, and the device cannot be used after it")
+        elif not takes_its_place and not is_capturing():
+            current_guard().ends_the_process(function, f"{self.failures[function]}, and {_why_no_kernel()}")
 
 
 def _compare(result: Any, expected: Any) -> None:
@@ -144,6 +151,12 @@ def _compare(result: Any, expected: Any) -> None:
             raise TypeError(f"its result is {type(found).__name__}, not a tensor")
         if isinstance(wanted, torch.Tensor) and _about(found) != _about(wanted):
             raise TypeError(f"its result is {_about(found)}, not {_about(wanted)}")
+
+
+def _why_no_kernel() -> str:
+    if has_handles():
+        return "PyTorch has no kernel of its own for it on this device"
+    return f"PyTorch {torch.__version__} has no torch.library.get_kernel, so its own kernel cannot take the call"
 
 
 def _about(tensor: torch.Tensor) -> str:

@@ -25,6 +25,7 @@ from ..fingerprint import compare, read, setting_facts, versions
 from ..fingerprint.compare import ABSENT
 from ..startup import check_settings
 from ..startup.words import flaggems_functions
+from ..trial import environment, record_path, settled_record
 from .model_layers import LayerRow, model_layers
 
 #: What stands at an operator that no layer of SGLang calls.
@@ -171,7 +172,18 @@ def _facts(settings: Settings, device: Device) -> dict[str, Any]:
         "settings": setting_facts(settings),
         "aten_functions": used_functions(settings, device),
         "aten_scope": settings.flagos_scope,
-        "left_out": {},
+        "left_out": _left_out(settings, device),
+    }
+
+
+def _left_out(settings: Settings, device: Device) -> dict[str, str]:
+    """What a start on this chip leaves out, since it ended an earlier one: name -> what happened."""
+    return {
+        name: str(death)
+        for bound_to, names in settled_record(record_path(settings)).items()
+        if bound_to.startswith(f"{environment(device.vendor)} ")
+        for name, death in names.items()
+        if death.excludes
     }
 
 

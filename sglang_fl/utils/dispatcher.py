@@ -8,6 +8,11 @@ from typing import Any
 import torch
 
 
+def has_handles() -> bool:
+    """Whether this PyTorch can keep a kernel callable that is overridden."""
+    return hasattr(torch.library, "get_kernel")
+
+
 def kernel_of(operator: str, dispatch_key: str) -> Callable[..., Any] | None:
     """What is registered for an operator, callable whatever is registered for it later. None: nothing is, or this PyTorch has no handles.
 
@@ -15,11 +20,10 @@ def kernel_of(operator: str, dispatch_key: str) -> Callable[..., Any] | None:
         operator: ``aten::mul.Tensor``.
         dispatch_key: ``CUDA``, ``PrivateUse1``, ….
     """
-    get_kernel = getattr(torch.library, "get_kernel", None)
-    if get_kernel is None:
+    if not has_handles():
         return None
     try:
-        handle = get_kernel(operator, dispatch_key)
+        handle = torch.library.get_kernel(operator, dispatch_key)
     except RuntimeError:
         return None
     return functools.partial(handle.call_boxed, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key)))

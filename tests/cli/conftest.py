@@ -91,8 +91,7 @@ def ops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return {
             **{row["op"]: row for row in data["operators"]},
             "layers": data.get("layers"),
-            "device": data["device"],
-            "evidence": data["evidence"],
+            **{name: data[name] for name in ("device", "evidence", "left_out")},
         }
 
     return run

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sglang_fl.device import Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry
 from sglang_fl.dispatch.bridge.catalog import CLASSES, classes_of
 from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.trial import TrialRecord, environment
 
 Ops = Callable[..., dict[str, Any]]
 REFERENCE, TESTCHIP = "reference(reference.torch)", "vendor(vendor.testchip)"
@@ -164,3 +166,12 @@ def test_an_operator_that_nothing_is_bound_to_is_not_picked() -> None:
     assert [row.picked for row in operator_rows(OpManager(registry), Settings(), Device("cpu", "cpu", None, "a test"))] == [
         "none (SGLang does not call it)"
     ]
+
+
+def test_what_ended_an_earlier_start_here_is_left_out(ops: Ops, tmp_path: Path) -> None:
+    for chip, name in (("cpu cpu", "silu"), ("nvidia NVIDIA H100", "mm")):
+        record = TrialRecord(tmp_path / "trials.json", environment(chip))
+        record.exclude(name, "it hung")
+        record.close()
+    left_out = ops(SGLANG_FL_TRIAL_RECORD=str(tmp_path / "trials.json"))["left_out"]
+    assert list(left_out) == ["silu"] and left_out["silu"].startswith("it hung, last on ")

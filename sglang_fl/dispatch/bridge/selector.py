@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selects an implementation for a call site: the first in the policy's order that passes its trial there."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,9 @@ from ..types import OpImpl
 from .socket import Socket
 
 logger = get_logger()
+
+#: A trial that takes this long, in seconds, is worth a line.
+_LONG = 2.0
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,13 @@ class Selector:
         if is_capturing():
             return None
         try:
+            started = time.monotonic()
             with torch.inference_mode(), current_guard().running(trial_name(impl)):
                 _run(impl, socket)
+            if (took := time.monotonic() - started) >= _LONG:
+                logger.log(
+                    socket.load.log_level, "sglang-fl: %s: trial of %s took %.0f s, compiling included", socket.op, impl.impl_id, took
+                )
         except Exception as error:
             logger.debug("trial of %s on %s", impl.impl_id, socket.name, exc_info=True)
             # Its traceback would keep the layer and the scratch tensors.

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_fl.config import Settings
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
+from sglang_fl.dispatch.bridge.base import Bridge, ModelContext
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.bridges import LAYER_BRIDGES
+from sglang_fl.dispatch.bridge.chunk_gated_delta_rule import ChunkGatedDeltaRuleBridge
+from sglang_fl.dispatch.bridge.gated_delta_rule import GatedDeltaContext
 from sglang_fl.dispatch.bridge.socket import TrialConditions
 from sglang_fl.trial import Guard, TrialRecord
 
-from .sglang_layers import HIDDEN, Model, sglang_class
+from .sglang_layers import HIDDEN, Model, rotary, sglang_class
 
 #: Whether a call of the implementation was made inside of the scope.
 calls: list[bool] = []
@@ -107,3 +113,70 @@ def test_its_name_is_written_down_before_its_first_run(monkeypatch: pytest.Monke
     assert set(noted) == {"rms_norm: default.flagos"}
     assert len(os.pread(record.file, 1000, 0).splitlines()) == 1, "and nothing stays"
     record.close()
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of what is newly made, freed or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self._seen = 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen |= {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self._seen:
+                self.bytes += leaf.untyped_storage().nbytes()
+        return result
+
+
+#: At least as wide as any model of check/cases/models.json.
+WIDEST = ModelContext(torch.bfloat16, torch.device("cpu"), intermediate_size=65536, num_experts=512, heads=(128, 64))
+GATED = GatedDeltaContext(16, 32, 128, 128, torch.bfloat16, torch.float32, torch.device("cpu"))
+
+
+def normed(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    return x if residual is None else (x, residual)
+
+
+def half(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return x[..., : x.shape[-1] // 2].clone()
+
+
+def as_they_are(layer: Any, query: torch.Tensor, key: torch.Tensor, *more: Any) -> Any:
+    return query, key
+
+
+def chunked(q: torch.Tensor, k: Any, v: torch.Tensor, g: Any, beta: Any, scale: Any, pool: torch.Tensor, *more: Any) -> Any:
+    pool[[0, 2]] = 0
+    return v.clone(), q.new_zeros(1, 4, *pool.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("make", "context", "fn"),
+    [
+        (lambda: sglang_class("RMSNorm")(18432), WIDEST, normed),
+        (lambda: sglang_class("SiluAndMul")(), WIDEST, half),
+        (lambda: rotary("RotaryEmbedding", head=256, rotary_dim=256), WIDEST, as_they_are),
+        (lambda: ChunkGatedDeltaRuleBridge(), GATED, chunked),
+    ],
+    ids=["rms_norm", "silu_and_mul", "rotary_embedding", "chunk_gated_delta_rule"],
+)
+def test_a_trial_is_small(make: Any, context: Any, fn: Any) -> None:
+    """At most three calls, and 64 MiB beside what the implementation itself takes."""
+    subject = make()
+    bridge: Any = subject
+    if not isinstance(subject, Bridge):
+        bridge = next(bridge for bridge in LAYER_BRIDGES if bridge.layer_class is type(subject))
+    made = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        return fn(*args)
+
+    with Allocated() as allocated:
+        bridge.trial(subject, context, counted)
+    assert 1 <= made <= 3
+    assert 0 < allocated.bytes <= 64 << 20
