@@ -2,6 +2,7 @@
 """The README and the pages of docs/: short, true to the code, and each link, command and setting in them exists."""
 
 import ast
+import doctest
 import io
 import os
 import re
@@ -16,7 +17,8 @@ import pytest
 from sglang_fl.cli import make_parser
 from sglang_fl.config.options import OPTIONS, VARIABLES
 from sglang_fl.device import probe
-from sglang_fl.dispatch import reset_global_policy
+from sglang_fl.dispatch import OpImpl, Refusal, SelectionPolicy, reset_global_policy
+from sglang_fl.vendor_platform import VendorPlatform
 
 CHECKOUT = Path(__file__).parents[1]
 READMES = [CHECKOUT / "README.md", CHECKOUT / "README_zh.md"]
@@ -175,6 +177,15 @@ def test_python_runs(page: Path) -> None:
                 exec(compile(block, name_of(page), "exec"), {})
     finally:
         reset_global_policy()
+
+
+@pytest.mark.parametrize("public", [OpImpl, Refusal, SelectionPolicy, VendorPlatform], ids=lambda public: public.__name__)
+def test_examples_of_docstrings(public: type) -> None:
+    (test,) = doctest.DocTestFinder(recurse=False).find(public, public.__name__)
+    test.globs = vars(sys.modules[public.__module__]).copy()
+    report = io.StringIO()
+    results = doctest.DocTestRunner().run(test, out=report.write)
+    assert results.attempted and not results.failed, report.getvalue()
 
 
 #: Private names that are not SGLang's: Python's, PyTorch's, FlagGems's and our own attributes on others' objects.

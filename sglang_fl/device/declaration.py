@@ -42,7 +42,13 @@ _RESERVED_NAMES = frozenset({"flagos", "reference", "vendor", "sglang", "templat
 
 @dataclass(frozen=True, kw_only=True)
 class VendorPlatform:
-    """A chip that SGLang does not know, as sglang-fl brings it up, or what a package adds to one that SGLang has a platform for.
+    """A chip that SGLang does not know, or what a package adds to a chip that SGLang has a platform for.
+
+    >>> platform = VendorPlatform(name="fastchip", device_type="fast", device_files=("fastchip*",), capabilities=("supports_triton",))
+    >>> VendorPlatform(name="fastchip", device_typ="fast")
+    Traceback (most recent call last):
+        ...
+    TypeError: VendorPlatform: unknown field 'device_typ'; did you mean 'device_type'?
 
     Attributes:
         name: the vendor's name, as in ``vendor:<name>`` and GEMS_VENDOR: a lower-case Python identifier. A chip of sglang-fl's
@@ -83,7 +89,7 @@ class VendorPlatform:
             ``"module:function"`` or a :class:`KernelReplacement`. They are implementations ``vendor.<name>`` like those of operators:
             orders and lists of vendors hold for them.
         server_args: defaults of SGLang's server arguments on the chip, as in ``{"page_size": 128}``; what the user gives goes before.
-        variables: environment variables that the package reads. One that is nearly one of them is told as a slip.
+        variables: environment variables that the package reads. A name that is nearly one of them is reported as a misspelling.
         flaggems: whether FlagGems serves the chip. None: what the table knows, or else no.
         profile: a YAML file with the settings to use on the chip when the user gives none.
         platform_class: a class whose methods answer whatever else SGLang asks its platform

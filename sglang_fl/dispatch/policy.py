@@ -55,19 +55,21 @@ def _names(given: Any) -> frozenset[str]:
 class SelectionPolicy:
     """An order of preference, as a value: hashable, and usable in a ``with`` statement.
 
+    >>> policy = SelectionPolicy(prefer="vendor", per_op_order={"rms_norm": "flagos|sglang"})
+    >>> policy.order_for("rms_norm"), policy.order_for("silu_and_mul")
+    (('flagos', 'sglang'), ('vendor', 'flagos', 'triton', 'reference'))
+
     Attributes:
         prefer: ``flagos``, ``vendor`` or ``reference``: the kind that goes first.
         strict: an implementation that fails stops the caller; the next in order is not tried.
-        per_op_order: (operator, order) pairs, or a mapping. An order lists all that may be used: what is not in
-            it is not tried. It may be given as in SGLANG_FL_PER_OP, ``"vendor|sglang"``.
-        deny_vendors: vendors whose implementations may not be used; a string is one of them.
-        allow_vendors: if given, the only vendors whose implementations may be used; likewise.
+        per_op_order: (operator, order) pairs, or a mapping. An order, such as ``"vendor|sglang"``, lists all that may be used.
+        deny_vendors: vendors whose implementations may not be used; a string is one vendor.
+        allow_vendors: if given, the only vendors whose implementations may be used.
 
     Raises:
-        ValueError: an unknown preference or backend, an order that is empty, names one twice or goes on behind ``sglang``, or
-            no vendor that is allowed and not denied. Operators and vendors that nobody has are warned of by the manager that
-            follows the policy, since it may know others.
-        TypeError: ``strict`` is no bool.
+        ValueError: an unknown preference or backend; an order that is empty, names a backend twice or continues after ``sglang``;
+            no vendor is both allowed and not denied. (For unknown operators and vendors the manager logs a warning.)
+        TypeError: ``strict`` is not a bool.
     """
 
     prefer: str = PREFER_DEFAULT

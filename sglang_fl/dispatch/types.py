@@ -20,10 +20,20 @@ SGLANG = "sglang"
 
 
 class Refusal(ValueError):
-    """An implementation does not take a call, and has written nothing: the next in the order may take it.
+    """Raised by an implementation that does not take a call, before it writes anything. The next in the order takes the call.
 
-    The others by which the contract lets one refuse (ValueError, TypeError, NotImplementedError) may come from anywhere in it, and
-    an implementation that writes its inputs is not retried after them.
+    An implementation may also refuse with ValueError, TypeError or NotImplementedError. But these can come from anywhere inside
+    it. So if it may have written its inputs, no other implementation is called after them.
+
+    >>> def relu2(obj, x):
+    ...     if x.dim() != 2:
+    ...         raise Refusal(f"expected [tokens, hidden], found {x.dim()} dimensions")
+    ...     return x.relu().square()
+    >>> import torch
+    >>> relu2(None, torch.ones(2, 3, 4))
+    Traceback (most recent call last):
+        ...
+    sglang_fl.dispatch.types.Refusal: expected [tokens, hidden], found 3 dimensions
     """
 
 
@@ -80,21 +90,32 @@ class LazyFunction:
 class OpImpl:
     """An implementation of an operator.
 
+    >>> def relu2(obj, x):
+    ...     return x.relu().square()
+    >>> impl = OpImpl("relu2", "vendor.fastchip", BackendImplKind.VENDOR, relu2, vendor="fastchip", writes_inputs=False)
+    >>> print(impl)
+    vendor(vendor.fastchip)
+    >>> impl.is_available()
+    True
+    >>> OpImpl("relu2", "vendor.fastchip", BackendImplKind.VENDOR, relu2, vendor="fastchip", supported_dtypes={"bf16"})
+    Traceback (most recent call last):
+        ...
+    ValueError: relu2: vendor.fastchip names the dtype 'bf16', which PyTorch does not have; did you mean 'bfloat16'?
+
     Attributes:
         op_name: the operator, a method of :class:`sglang_fl.dispatch.ops.FLBackendBase`.
         impl_id: unique for the operator: ``default.flagos``, ``triton.sglang_fl``, ``reference.torch``, ``vendor.<name>``.
         kind: where it comes from.
-        fn: takes the operator's parameters, by their names and in any order; one whose parameters cannot be read is called by
-            keyword. A function ``fn._is_available`` tells whether
-            it can run on this machine; without one, the backend whose method ``fn`` is tells it. A :class:`LazyFunction`
-            is imported when :attr:`function` is first read.
+        fn: takes the operator's parameters, by their names and in any order. If its parameters cannot be read, it is called by
+            keyword. ``fn._is_available()``, if there is one, says whether it can run on this machine. Otherwise the backend that it is a
+            method of does. A :class:`LazyFunction` is imported when :attr:`function` is first read.
         vendor: whose chip it is for; required for VENDOR.
         priority: the higher goes first among those that a word of an order matches.
-        supported_dtypes: the activation dtypes it takes, or their names (``"bfloat16"``), so that PyTorch
-            need not be imported to say it; a single one stands for itself. None: all.
+        supported_dtypes: the activation dtypes it takes, or their names (``"bfloat16"``), which need no import of PyTorch; a single one
+            or several. None: all.
         min_arch: the least device capability, as ``(9, 0)``, ``"9.0"``, ``"sm90"`` or ``90``.
-        writes_inputs: whether a call may have written its inputs when it raises. While serving, a call of one that
-            may have is given to another implementation after a :class:`Refusal` only.
+        writes_inputs: whether a call may have written its inputs when it raises. If so, while serving, another implementation
+            takes over only after a :class:`Refusal`.
         batch_invariant: whether a row's result is the same, bit for bit, whatever else is in the
             batch. Only such run under ``--enable-deterministic-inference``.
 
