@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bisect: which operator changes what a model answers."""
