@@ -57,6 +57,12 @@ def load_plugin() -> None:
         from .platform.changes import load_vendor_folder
 
         load_vendor_folder(device.vendor)
+    from .config.process import settings_of_parent
+
+    if device is not None and settings_of_parent() is not None:  # a server's process; the main one has no settings yet
+        from .bind import bind_kernels
+
+        bind_kernels(device)
 
 
 def _patches_are_off() -> bool:

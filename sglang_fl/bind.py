@@ -16,7 +16,7 @@ from .config import Settings
 from .device import Device
 from .dispatch.bridge.binder import Binder
 from .dispatch.bridge.report import BindReport
-from .dispatch.bridge.socket import TrialConditions
+from .dispatch.bridge.socket import Load, TrialConditions
 from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
 from .distributed.ranks import Ranks, tensor_parallel_ranks
@@ -49,6 +49,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         settings, device, deterministic=deterministic, captures_graphs=captures_graphs, ranks=ranks, excluded=excluded
     )
     operators = in_force()
+    bind_kernels(device, deterministic=deterministic)
     conditions = TrialConditions(operators, _in_graphs(captures_graphs), excluded)
     try:
         report = _process_binder().bind(
@@ -70,6 +71,15 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     logger.log(level, replaced.summary())
     announce(type(model).__name__, settings, device, report, replaced, level)
     return report
+
+
+def bind_kernels(device: Device, *, deterministic: bool = False) -> None:
+    """Bind the kernels that SGLang calls outside of its layers, before the first of them can run in this process.
+
+    Raises:
+        RuntimeError: under ``strict``, none that the policy wants can run.
+    """
+    _process_binder().bind_kernels(Load(settings_in_worker(device), deterministic), device)
 
 
 def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str]:

@@ -18,6 +18,8 @@ from ..config import Settings
 from ..device import Device, detect, probe
 from ..dispatch.backends.flaggems.library import why_not_here
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
+from ..dispatch.kernel_implementations import exclusion_reason as kernel_exclusion
+from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
 from ..dispatch.types import OpImpl, match_token
@@ -103,7 +105,7 @@ def _row(manager: OpManager, settings: Settings, device: Device, policy: Selecti
         why = unavailable or not_used.get(impl.impl_id) or ("" if impl in ordered else "not in the order")
         row = {"impl": impl.impl_id, "kind": impl.kind.value, "vendor": impl.vendor, "available": unavailable is None, "why": why}
         implementations.append({**row, "certificate": checked.get((op, impl.impl_id), NEVER)})
-    stays = {name: settings.exclusion_reason(names_in_lists(name, op)) for name in classes_of(op)}
+    stays = {name: _exclusion_reason(settings, op, name) for name in classes_of(op)}
     left = {name: reason for name, reason in stays.items() if reason is not None}
     cannot_run = not plan.candidates and not plan.to_sglang and len(left) < len(classes_of(op))
     picked = _picked(plan, left)
@@ -122,6 +124,10 @@ def _missed(plan: Plan, impls: Sequence[OpImpl]) -> dict[str, str]:
             if match_token(by_id[what], token) if what in by_id else what == token and ":" in token:
                 found[what] = why
     return found
+
+
+def _exclusion_reason(settings: Settings, op: str, name: str) -> str | None:
+    return kernel_exclusion(settings, op) if is_kernel(op) else settings.exclusion_reason(names_in_lists(name, op))
 
 
 def _picked(plan: Plan, left: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ The operator's name is the kernel's, ``sglang.module:name``. A function is calle
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,11 @@ def _register(
 def has_triton(device: Device) -> bool:
     """Whether SGLang's Triton kernels run on a device."""
     return device.in_tree not in (None, "cpu") or "supports_triton" in known_vendors()[device.vendor].capabilities
+
+
+def exclusion_reason(settings: Settings, target: str) -> str | None:
+    """Why a kernel stays with SGLang whatever the policy says, or None. A whitelist is of layers: it says nothing of kernels."""
+    return replace(settings, oot_whitelist=None).exclusion_reason({target.partition(":")[2]})
 
 
 def _why_no_reference(target: str, settings: Settings, device: Device) -> str | None:

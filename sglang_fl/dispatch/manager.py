@@ -276,7 +276,8 @@ class OpManager:
         return not failed.writes_inputs and (isinstance(error, _NOT_OF_THE_DEVICE) or not is_capturing())
 
     def report_failure(self, impl: OpImpl, error: BaseException) -> None:
-        """Log that an implementation raised; the same again is not logged again."""
+        """Log that an implementation raised; the same again is not logged again. Its traceback says so, too."""
+        error.add_note(f"sglang-fl: raised by {impl.impl_id} for {impl.op_name}")
         key = (impl.op_name, impl.impl_id, f"{type(error).__name__}: {error}")
         if key not in self._reported:
             self._reported.add(key)

@@ -12,6 +12,7 @@ from .. import compat
 from ..config.errors import SettingsError
 from ..device import VendorPlatform, why_unusable
 from ..device import declared as installed
+from ..kernels.places import problem_with
 from ..utils.packages import last_line
 from ..utils.suggest import suggest
 from .hooks import PlatformHooks
@@ -205,6 +206,10 @@ def _problems(declaration: VendorPlatform) -> list[str]:
         made = ATTENTION_BACKENDS.get(name)
         if made is not None and not made.__module__.startswith(__package__):
             problems.append(describe(declaration, f"SGLang has an attention backend {name!r} of its own; give it another name"))
+    for target, given in declaration.kernels().items():
+        problem = problem_with(target, given.takes_grid) or _function_problem(given.function)
+        if problem is not None:
+            problems.append(describe(declaration, f"sglang_kernels: {problem}"))
     known = {*ATTENTION_BACKEND_CHOICES, *declaration.attention_backends}
     named = [*declaration.draft_attention, *([declaration.attention] if declaration.attention is not None else [])]
     for name in named:
@@ -213,6 +218,16 @@ def _problems(declaration: VendorPlatform) -> list[str]:
     problems += [describe(declaration, problem) for problem in _word_problems(declaration)]
     unusable = why_unusable(torch, declaration.row().device_type)
     return problems if unusable is None else [*problems, describe(declaration, unusable)]
+
+
+def _function_problem(path: str) -> str | None:
+    try:
+        found = pkgutil.resolve_name(path)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return f"{path!r} cannot be loaded: {last_line(error)}"
+    return None if callable(found) else f"{path!r} is {found!r}, and no function"
 
 
 def _word_problems(declaration: VendorPlatform) -> Iterator[str]:

@@ -44,6 +44,9 @@ class PlatformHooks:
         elif warning := compat.version_warning():
             logger.warning("%s; all that sglang-fl relies on is there, and it is in use", warning)
         super().apply_server_args_defaults(server_args)  # type: ignore[misc]
+        from ..bind import bind_kernels
+
+        bind_kernels(self.device)
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         """In every process that runs a model, once its weights are there: bind its layers."""

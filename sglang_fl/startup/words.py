@@ -10,13 +10,15 @@ from pathlib import Path
 
 from ..config import Words
 from ..dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES
+from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.manager import OpManager
 
 
 def settings_words(manager: OpManager, plugin_modules: Sequence[str] = (), *, with_packages: bool = True) -> Words:
     """The names of this package and, unless ``with_packages`` is False, of the backends that are installed."""
     words = manager.words(plugin_modules, with_packages=with_packages)
-    return replace(words, classes=CLASSES, flaggems=flaggems_functions(), not_covered=NOT_COVERED_CLASSES)
+    kernels = {op.partition(":")[2] for op in words.operators or () if is_kernel(op)}
+    return replace(words, classes=CLASSES | kernels, flaggems=flaggems_functions(), not_covered=NOT_COVERED_CLASSES)
 
 
 @lru_cache(maxsize=1)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed_packages import Packages
 
 from sglang_fl.cli import main
 from sglang_fl.cli.ops import operator_rows
 from sglang_fl.config import Settings
-from sglang_fl.device import Device
+from sglang_fl.device import ENTRY_POINT_GROUP, Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry
 from sglang_fl.dispatch.bridge.catalog import CLASSES, classes_of
 from sglang_fl.dispatch.ops import OPERATORS
@@ -175,3 +176,20 @@ def test_what_ended_an_earlier_start_here_is_left_out(ops: Ops, tmp_path: Path) 
         record.close()
     left_out = ops(SGLANG_FL_TRIAL_RECORD=str(tmp_path / "trials.json"))["left_out"]
     assert list(left_out) == ["silu"] and left_out["silu"].startswith("it hung, last on ")
+
+
+def test_a_kernel_of_sglangs_that_a_package_replaces(
+    ops: Ops, packages: Packages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = "sglang.kernels.ops.memory.common:get_last_loc_triton"
+    code = "from sglang_fl.vendor_platform import VendorPlatform\n" + (
+        f"PLATFORM = VendorPlatform(name='fastchip', device_type='cpu', is_present=lambda: True, sglang_kernels={{{kernel!r}: 'm:f'}})"
+    )
+    packages.install(code, {ENTRY_POINT_GROUP: "{module}:PLATFORM"})
+    monkeypatch.setattr("sglang_fl.cli.ops.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
+    assert ops()[kernel]["picked"] == "vendor(vendor.fastchip)"
+    assert ops(SGLANG_FL_PER_OP=f"{kernel}=sglang")[kernel]["picked"] == "sglang"
+    assert ops(SGLANG_FL_OOT_BLACKLIST="get_last_loc_triton")[kernel]["picked"] == "sglang (oot_blacklist)"
+    monkeypatch.setenv("SGLANG_FL_PER_OP", f"{kernel}s=sglang")
+    assert main(["ops"]) == 2
+    assert f"did you mean '{kernel}'?" in capsys.readouterr().err

@@ -185,6 +185,11 @@ def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: p
         ({"server_args": "{'page_sise': 1}"}, "SGLang has no server argument 'page_sise'; did you mean 'page_size'?"),
         ({"server_args": "{'cuda_graph_max_bs': 1}"}, "cuda_graph_max_bs"),
         ({"speculative_algorithms": "('EAGEL',)"}, "unknown speculative algorithm 'EAGEL'; did you mean 'EAGLE'?"),
+        (
+            {"sglang_kernels": "{'sglang.kernels.ops.memory.common:get_last_loc_tritn': 'M:Runner'}"},
+            "has no 'get_last_loc_tritn' in sglang.kernels.ops.memory.common; did you mean 'get_last_loc_triton'?",
+        ),
+        ({"sglang_kernels": "{'sglang.kernels.ops.memory.common:get_last_loc_triton': 'M:Runer'}"}, "has no attribute 'Runer'"),
         ({"draft_attention": "('trition',)"}, "unknown attention backend 'trition'; did you mean 'triton'?"),
         ({"quantization": "{'x': 'M:Runner'}"}, "is no subclass of SGLang's sglang.srt.layers.quantization.base_config:QuantizationConfig"),
     ],

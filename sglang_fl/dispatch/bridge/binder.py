@@ -5,12 +5,14 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...config import Settings
+from ...device import Device
 from ..locks import ForkSafeLock
 from ..logger_manager import dispatch_log
 from ..manager import OpManager
@@ -19,6 +21,7 @@ from ..types import OpImpl
 from .base import Forward, NoContexts, Routes
 from .bridges import FUNCTION_BRIDGES, LAYER_BRIDGES
 from .function import FunctionSocket, function_sockets
+from .kernel import KernelSocket, kernel_sockets
 from .layer import LayerSocket, layer_sockets
 from .recording import MAX_RECORDED_FALLBACKS, RecordingFunction, call_and_record
 from .report import BindReport
@@ -93,6 +96,23 @@ class Binder:
                     dispatch_log().record(socket.name, selection.destination)
         return report
 
+    def bind_kernels(self, load: Load, device: Device) -> None:
+        """Bind the kernels that SGLang calls outside of its layers; again, once it is known how a model is loaded.
+
+        Raises:
+            RuntimeError: under ``strict``, no implementation can run.
+        """
+        with self._lock:
+            known = {socket.op: socket for socket in self._sockets.values() if isinstance(socket, KernelSocket)}
+            sockets: list[Socket] = [*kernel_sockets(self.manager.registry, device, known, load)]
+            selections = self._select([socket for socket in sockets if socket.exclusion_reason() is None])
+            for socket in sockets:
+                if socket in selections:
+                    self._sockets[socket.subject] = socket
+                    self._install(socket, selections[socket])
+                elif self._sockets.pop(socket.subject, None) is not None:
+                    socket.install(None)
+
     def refresh(self) -> None:
         """Follow a change of the global policy, or of whether any policy context is open.
 
@@ -134,7 +154,9 @@ class Binder:
         return selected
 
     def _install(self, socket: Socket, selection: Selection) -> None:
-        if selection.impl is not None:
+        if selection.impl is not None and isinstance(socket, KernelSocket):
+            socket.install_late(partial(self._forward, socket, selection.impl))
+        elif selection.impl is not None:
             socket.install(self._forward(socket, selection.impl))
         else:
             socket.install(self._divert if overrides.active else None)
@@ -214,7 +236,7 @@ class Binder:
     def _failed(self, own: Forward, impl: OpImpl) -> Forward:
         """Takes a call in which the implementation raised; see :class:`Routes`."""
 
-        def failed(subject: Any, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...], **named: Any) -> Any:
+        def failed(subject: Any, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...], /, **named: Any) -> Any:
             policy = get_policy()
             plan = self.manager.plan(impl.op_name, policy)
             socket = self._sockets.get(subject)

@@ -6,6 +6,8 @@ others are its subclasses, or have a bridge of their own (:data:`STANDALONE_CLAS
 bridge's to say; all of them may stand in ``oot_whitelist`` and ``oot_blacklist``. A test holds the lists against the installed SGLang.
 """
 
+from ..kernel_implementations import is_kernel
+
 #: operator -> (module, class), the class described by the operator's signature first.
 LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
     "gelu_and_mul": (("sglang.srt.layers.activation", "GeluAndMul"),),
@@ -94,13 +96,15 @@ CUSTOM_FORWARD = frozenset(
 
 def names_in_lists(class_name: str, op: str) -> set[str]:
     """The names under which the lists of classes may mean one: its own, and those of the catalog that it derives from."""
-    if class_name in STANDALONE_CLASSES or op in FUNCTIONS:
+    if class_name in STANDALONE_CLASSES or op in FUNCTIONS or is_kernel(op):
         return {class_name}
     return {class_name, *(LAYERS[base][0][1] for base in (op, DERIVED.get(op)) if base)}
 
 
 def classes_of(op: str) -> list[str]:
     """The classes, or the function, that a bridge may give to an operator; none if there is no bridge for it."""
+    if is_kernel(op):
+        return [op.partition(":")[2]]
     if op in FUNCTIONS:
         return [FUNCTIONS[op][1]]
     return [name for _, name in LAYERS.get(op, ()) if name not in CUSTOM_FORWARD]

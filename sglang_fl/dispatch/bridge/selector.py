@@ -92,7 +92,7 @@ class Selector:
         key = _key(impl, socket)
         if key in self._trials:
             return self._trials[key]
-        if is_capturing():
+        if not socket.is_tried or is_capturing():
             return None
         try:
             started = time.monotonic()

@@ -58,8 +58,10 @@ class Socket(ABC):
         names: those by which ``oot_whitelist`` and ``oot_blacklist`` may mean it.
         dtype, device: of the activations.
         load: the model's, the last one's if several models call it.
+        is_tried: whether implementations are tried there before one is selected.
     """
 
+    is_tried = True
     names: set[str]
     dtype: torch.dtype
     device: torch.device

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where SGLang has a kernel: a name in a module's source, and what stands there in a process.
+
+SGLang's HookRegistry puts a function in the place of another, in every module that has imported it. It imports the target for
+that, and what it puts there cannot be launched with a grid (``kernel[grid]``). So an object stands here, which both can; it is put
+into modules that are there, and into the others when they are imported.
+"""
+
+import ast
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..utils.suggest import suggest
+
+#: Decorators that make a function a kernel to be launched with a grid end in one of these.
+_LAUNCHED = frozenset({"jit", "autotune", "heuristics"})
+
+
+class KernelHook:
+    """What stands in a kernel's place, launched or called like it.
+
+    Attributes:
+        forward: called with the hook, a launch's grid (None for a call) and the arguments; None: SGLang's own runs.
+        own: SGLang's kernel, once its module was imported; ``kernel.__wrapped__`` for everyone else.
+    """
+
+    def __init__(self) -> None:
+        self.forward: Callable[..., Any] | None = None
+        self.own: Any = None
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        forward = self.forward
+        if forward is None:
+            launch: Callable[..., Any] = self.own[grid]
+            return launch
+        return lambda *args, **kwargs: forward(self, grid, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.forward
+        return self.own(*args, **kwargs) if forward is None else forward(self, None, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "own":  # of a copy that is being made
+            raise AttributeError(name)
+        return self.own if name == "__wrapped__" else getattr(self.own, name)
+
+
+class _Loader(importlib.abc.Loader):
+    """A module's own loader, and hooks once it has executed the module."""
+
+    def __init__(self, own: Any, hooks: Mapping[str, KernelHook]) -> None:
+        self._own = own
+        self._hooks = hooks
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._own.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._own.exec_module(module)
+        _put(module, self._hooks)
+
+    def __getattr__(self, name: str) -> Any:  # get_source and the like
+        return getattr(self._own, name)
+
+
+class _Places(importlib.abc.MetaPathFinder):
+    """Finds the modules that are to get hooks, as the finders behind it do."""
+
+    def __init__(self) -> None:
+        self.hooks: dict[str, dict[str, KernelHook]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.hooks:
+            return None
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in behind)), None)
+        if spec is not None:
+            spec.loader = _Loader(spec.loader, self.hooks[fullname])
+        return spec
+
+
+_places = _Places()
+
+
+def put_in_place(hooks: Mapping[str, KernelHook]) -> None:
+    """Have SGLang find hooks where its kernels are, ``sglang.module:name``, now or when the module is imported.
+
+    Imports nothing. A name that a module does not have here, since it is defined on other devices only, stays without one.
+    What holds a kernel otherwise than as a module's name (a class, a table, a custom operator of PyTorch's) keeps SGLang's.
+    """
+    if _places not in sys.meta_path:
+        sys.meta_path.insert(0, _places)
+    replaced: list[KernelHook] = []
+    for target, hook in hooks.items():
+        module, _, name = target.partition(":")
+        _places.hooks.setdefault(module, {})[name] = hook
+        if module in sys.modules:
+            replaced += _put(sys.modules[module], {name: hook})
+    _rebind({id(hook.own): hook for hook in replaced})
+
+
+def _put(module: ModuleType, hooks: Mapping[str, KernelHook]) -> list[KernelHook]:
+    """Returns those that were put there."""
+    put = []
+    for name, hook in hooks.items():
+        own = vars(module).get(name)
+        if own is not None and own is not hook:
+            hook.own = own
+            setattr(module, name, hook)
+            put.append(hook)
+    return put
+
+
+def _rebind(hooks: Mapping[int, KernelHook]) -> None:
+    """In modules that imported a kernel before its hook was there."""
+    for module in list(sys.modules.values()) if hooks else ():
+        if isinstance(module, ModuleType):
+            for name, value in list(vars(module).items()):
+                if id(value) in hooks:
+                    setattr(module, name, hooks[id(value)])
+
+
+def problem_with(target: str, takes_grid: bool = False) -> str | None:
+    """Why SGLang has no kernel under a name, or it is not launched with a grid as its replacement expects; or None. Imports nothing."""
+    module, _, name = target.partition(":")
+    file = _file(module)
+    if file is None:
+        return f"this SGLang has no module {module}{suggest(module, _modules_near(module))}"
+    names = _names(file)
+    if name not in names:
+        kernels = [other for other, node in names.items() if not isinstance(node, ast.ImportFrom)]
+        return f"this SGLang has no {name!r} in {module}{suggest(name, kernels)}"
+    node = names[name]
+    if isinstance(node, ast.ImportFrom):
+        home = importlib.util.resolve_name("." * node.level + (node.module or ""), _package_of(module, file))
+        return f"{target} is imported from {home}" + ("; name it there" if home.startswith("sglang.") else ", which is not SGLang's")
+    if takes_grid and isinstance(node, ast.FunctionDef) and not any(map(_is_launched, node.decorator_list)):
+        return f"{target} is called, and not launched with a grid: leave out takes_grid"
+    return None
+
+
+def _roots(package: str) -> Iterator[Path]:
+    spec = importlib.util.find_spec(package)
+    yield from map(Path, (spec and spec.submodule_search_locations) or ())
+
+
+def _file(module: str) -> Path | None:
+    """A module's source, without importing the packages above it."""
+    package, *rest = module.split(".")
+    for root in _roots(package):
+        path = root.joinpath(*rest)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _package_of(module: str, file: Path) -> str:
+    return module if file.name == "__init__.py" else module.rpartition(".")[0]
+
+
+def _modules_near(module: str) -> list[str]:
+    """The modules in the last folder of a module's path that there is."""
+    package, *rest = module.split(".")
+    folder = next(_roots(package), None)
+    if folder is None:
+        return []
+    for part in rest:
+        if (folder / part).is_dir():
+            package, folder = f"{package}.{part}", folder / part
+    return [f"{package}.{found.stem}" for found in folder.iterdir() if found.suffix == ".py" or found.is_dir()]
+
+
+@lru_cache(maxsize=8)
+def _names(file: Path) -> Mapping[str, ast.AST]:
+    """What a module's source defines or imports at its top level, in whatever branch, and the last statement that does."""
+    return dict(_defined(ast.parse(file.read_text(encoding="utf-8")).body))
+
+
+def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name, node
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((alias.asname or alias.name, node) for alias in node.names)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from ((target.id, node) for target in targets if isinstance(target, ast.Name))
+        else:
+            for field in ("body", "orelse", "finalbody"):
+                yield from _defined(getattr(node, field, []))
+            for handler in getattr(node, "handlers", []):
+                yield from _defined(handler.body)
+
+
+def _is_launched(decorator: ast.expr) -> bool:
+    made = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(made).rpartition(".")[2] in _LAUNCHED
