@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 VENV := .venv
 SGLANG := sglang>=0.5.23,<0.5.24
 BIN := $(VENV)/bin
+# Python keeps what it compiles, whatever the shell says: otherwise each process compiles SGLang and PyTorch again.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python
 
 .PHONY: demo test test-slow test-gpu test-check-grid test-sglang lint dist clean
