@@ -5,6 +5,7 @@ In this order, since an implementation is tried under the conditions that it ser
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +28,8 @@ from .trial import open_guard
 logger = logging.getLogger("sglang_fl")
 
 _binder: Binder | None = None
+#: A model's class -> what says anew what it runs on.
+_announcements: dict[str, Callable[[], object]] = {}
 
 
 def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
@@ -69,8 +72,17 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
             "small batches (--torch-compile-max-bs); bound layers serve elsewhere",
         )
     logger.log(level, replaced.summary())
-    announce(type(model).__name__, settings, device, report, replaced, level)
+    name = type(model).__name__
+    announce(name, settings, device, report, replaced, level)
+    if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
+        _announcements[name] = lambda: announce(name, settings, device, report, operators.report, level)
+        operators.changed = _announce_again
     return report
+
+
+def _announce_again() -> None:
+    for announcement in _announcements.values():
+        announcement()
 
 
 def bind_kernels(device: Device, *, deterministic: bool = False) -> None:

@@ -217,6 +217,8 @@ def fails_at_other_shapes(self: torch.Tensor) -> torch.Tensor:
 def test_what_fails_in_sglangs_capture_is_left_out_and_the_shape_captured_again(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
     found, group = operators(strict=strict), Group()
     backend = Backend(group)
+    said: list[Any] = []
+    found.changed = lambda: said.append(found.report.left)
     with planted_gems.in_place_of_flaggems(planted_gems.gems(fails_at_other_shapes)):
         found.enable()
         found.disable()
@@ -229,6 +231,7 @@ def test_what_fails_in_sglangs_capture_is_left_out_and_the_shape_captured_again(
     close(backend.graphs[1])
     assert "silu could not be captured on aten::silu" in caplog.text and "; it is captured again" in caplog.text
     assert AtenOperators._on is None and "silu" not in dict(found.report.replaced)
+    assert [[function for _, function, _ in left] for left in said] == [["silu"]], "whoever announced what runs is told, once"
 
 
 def test_a_capture_that_fails_with_no_culprit_is_pytorchs(caplog: pytest.LogCaptureFixture) -> None:

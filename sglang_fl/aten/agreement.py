@@ -34,6 +34,7 @@ def exclude(operators: AtenOperators, ranks: Ranks, failures: Sequence[dict[str,
         RuntimeError: something failed, and ``strict`` is set.
     """
     assert operators.trials is not None
+    before = len(operators.excluded)
     for rank, failed in enumerate(failures):
         for function, what in failed.items():
             if function in operators.excluded:
@@ -44,3 +45,5 @@ def exclude(operators: AtenOperators, ranks: Ranks, failures: Sequence[dict[str,
             operators.exclude(function, reason)
             logger.log(ranks.level(logging.WARNING), "ATen operators: %s %s; PyTorch takes its place", function, reason)
     operators.trials.failures.clear()
+    if len(operators.excluded) > before:
+        operators.changed()

@@ -81,6 +81,8 @@ class AtenOperators:
         self.settings = settings
         self.report = AtenReport()
         self.trials = trials
+        #: Called when functions were given back to PyTorch after they had been in force.
+        self.changed: Callable[[], object] = lambda: None
         self._excluded = dict(excluded or {})
         self._registrar: Any = None
         #: FlagGems function -> the ATen operators that it replaces, each with the function itself.

@@ -18,10 +18,13 @@ logger = logging.getLogger("sglang_fl")
 METRIC = "sglang_fl_info"
 _LABELS = ("fingerprint", "model", "sglang_fl", "sglang", "chip", "profile", "bindings", "aten_functions", "left_out")
 _gauge: Any = None
+#: A model's class -> its sample that is 1.
+_samples: dict[str, Any] = {}
 
 
 def announce(model: str, settings: Settings, device: Device, bound: BindReport, replaced: AtenReport, log_level: int) -> str:
-    """Log the fingerprint of a model that was just bound, and set the metric if the server runs with ``--enable-metrics``.
+    """Log the fingerprint of a model that was just bound, or whose functions changed, and set the metric if the server runs with
+    ``--enable-metrics``.
 
     Args:
         model: its class's name.
@@ -77,10 +80,13 @@ def _set_metric(mark: str, facts: dict[str, Any]) -> None:
     if _gauge is None:
         from prometheus_client import Gauge  # after SGLang has named the directory that processes share
 
-        _gauge = Gauge(METRIC, "What sglang-fl runs in this server; always 1", _LABELS, multiprocess_mode="mostrecent")
-    _gauge.labels(
+        _gauge = Gauge(METRIC, "What sglang-fl runs in this server: 1; what it ran before: 0", _LABELS, multiprocess_mode="mostrecent")
+    model = facts["model"]
+    if model in _samples:
+        _samples[model].set(0)
+    _samples[model] = _gauge.labels(
         fingerprint=mark,
-        model=facts["model"],
+        model=model,
         sglang_fl=facts["versions"]["sglang-fl"],
         sglang=facts["versions"]["sglang"],
         chip=f"{facts['device']} ({facts['evidence']})",
@@ -88,4 +94,5 @@ def _set_metric(mark: str, facts: dict[str, Any]) -> None:
         bindings=", ".join(f"{row['op']}={row['picked']}" for row in facts["operators"]),
         aten_functions=len(facts["aten_functions"]),
         left_out=", ".join(sorted(facts["left_out"])),
-    ).set(1)
+    )
+    _samples[model].set(1)

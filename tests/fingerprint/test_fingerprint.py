@@ -17,7 +17,7 @@ from sglang_fl.config import SettingsError, load_settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch.bridge.report import BindReport
 from sglang_fl.fingerprint import compare, fingerprint, read, versions
-from sglang_fl.fingerprint.announce import announce, server_facts
+from sglang_fl.fingerprint.announce import METRIC, _set_metric, announce, server_facts
 
 NVIDIA = Device("nvidia", "cuda", "cuda", "card 'NVIDIA H100'")
 CUDA, REFERENCE = "vendor(vendor.cuda)", "reference(reference.torch)"
@@ -143,3 +143,13 @@ def test_without_a_server_there_is_a_log_line_and_no_metric(caplog: pytest.LogCa
     assert line.startswith(f"sglang-fl: fingerprint {mark} of Qwen3ForCausalLM: ")
     (tmp_path / "log").write_text(line)
     assert read(tmp_path / "log") == [facts()] and mark == fingerprint(facts())
+
+
+def test_the_metric_shows_what_runs_now() -> None:
+    from prometheus_client import REGISTRY
+
+    earlier, now = facts(), {**facts(), "left_out": {"mm": "it raised in a capture"}}
+    for found in (earlier, now):
+        _set_metric(fingerprint(found), found)
+    samples = [sample for family in REGISTRY.collect() for sample in family.samples if sample.name == METRIC]
+    assert {(sample.labels["left_out"], sample.value) for sample in samples} == {("pad", 0), ("mm", 1)}
