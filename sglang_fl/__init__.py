@@ -17,7 +17,7 @@ def activate_platform() -> str | None:
     """Entry point ``sglang.srt.platforms``: the platform class, as ``module:name``.
 
     SGLang calls it in the middle of its own import and imports the class right afterwards. None leaves the device to
-    SGLang's own platform: this SGLang has another platform interface, and a warning says what differs.
+    SGLang's own platform: this SGLang has another platform interface; a warning says what differs.
     """
     try:
         from .platform import PlatformFL

@@ -69,7 +69,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         logger.log(
             level,
             "sglang-fl: with --enable-torch-compile SGLang compiles its own plain-PyTorch forward of each layer into the graphs of "
-            "small batches (--torch-compile-max-bs); bound layers serve elsewhere",
+            "small batches (--torch-compile-max-bs); bound layers run in all other batches",
         )
     logger.log(level, replaced.summary())
     name = type(model).__name__
@@ -107,10 +107,10 @@ def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str
     if not excluded:
         return excluded
     listed = "; ".join(f"{name} ({reason})" for name, reason in sorted(excluded.items()))
-    message = f"sglang-fl: an earlier start ended in the first run of what this one leaves out: {listed}"
+    message = f"sglang-fl: excluded, since an earlier start crashed or hung in its first run: {listed}"
     if settings.strict:
-        raise RuntimeError(f"{message}. strict is set, so nothing takes its place. 'sglang-fl doctor --forget' has it tried again")
-    logger.log(ranks.level(logging.WARNING), "%s. 'sglang-fl doctor --forget' has it tried again", message)
+        raise RuntimeError(f"{message}. strict is set, so there is no fallback. To try it again, run 'sglang-fl doctor --forget'")
+    logger.log(ranks.level(logging.WARNING), "%s. To try it again, run 'sglang-fl doctor --forget'", message)
     return excluded
 
 

@@ -37,12 +37,12 @@ def resolve(tmp_path: Path) -> Any:
     [
         ({"quantization": "fp8"}, "--quantization fp8: its kernels are Triton's"),
         ({"enable_lora": True, "lora_target_modules": ["q_proj"], "max_lora_rank": 8}, "--enable-lora: "),
-        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: SGLang has no attention of a draft model"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: SGLang has no draft-model attention"),
         ({"enable_dp_attention": True}, "--enable-dp-attention: "),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache: "),
         ({"enable_memory_saver": True}, "--enable-memory-saver: "),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference: it needs an attention backend"),
-        ({"attention_backend": "triton"}, "--attention-backend triton: of SGLang's attention backends torch_native alone"),
+        ({"attention_backend": "triton"}, "--attention-backend triton: of SGLang's attention backends only torch_native"),
         ({"decode_attention_backend": "triton"}, "--decode-attention-backend triton: "),
         ({"config": MLA}, "--model-path: the model has latent attention (MLA)"),
         ({"config": QUANTISED}, "--model-path: the model's weights are quantised (fp8)"),
@@ -70,7 +70,7 @@ def test_what_it_can_serve_is_not_refused(resolve: Any) -> None:
 def test_a_hybrid_model_keeps_no_snapshots(resolve: Any, given: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     resolved = resolve(HYBRID, **given)
     assert (resolved["mamba_radix_cache_strategy"], resolved["disable_overlap_schedule"]) == ("no_buffer", True)
-    assert len([record for record in caplog.records if "keeps no snapshots" in record.message]) == 1
+    assert len([record for record in caplog.records if "keeps no state snapshots" in record.message]) == 1
 
 
 def test_other_models_keep_the_overlap_schedule(resolve: Any) -> None:
@@ -89,7 +89,7 @@ def test_requests_that_would_end_the_scheduler(resolve: Any) -> None:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     for name in ("release_memory_occupation", "resume_memory_occupation"):
-        with pytest.raises(ValueError, match="a plain CPU has no memory that could be released"):
+        with pytest.raises(ValueError, match="a plain CPU cannot release and resume memory"):
             asyncio.run(getattr(TokenizerManager, name)(None, None))
-    with pytest.raises(ValueError, match="profiles the activity CPU, and not MEM"):
+    with pytest.raises(ValueError, match="supports only the activity CPU, not MEM"):
         asyncio.run(TokenizerManager.start_profile(None, ProfileReq(activities=["CPU", "MEM"])))

@@ -41,9 +41,9 @@ def exclude(operators: AtenOperators, ranks: Ranks, failures: Sequence[dict[str,
                 continue
             reason = f"{what} on rank {rank}" if ranks.group is not None else what
             if operators.settings.strict:
-                raise RuntimeError(f"sglang-fl: ATen operators: {function} {reason} (strict is set, so nothing takes its place)")
+                raise RuntimeError(f"sglang-fl: ATen operators: {function} {reason} (strict is set, so there is no fallback)")
             operators.exclude(function, reason)
-            logger.log(ranks.level(logging.WARNING), "ATen operators: %s %s; PyTorch takes its place", function, reason)
+            logger.log(ranks.level(logging.WARNING), "ATen operators: %s %s; using PyTorch's own kernel", function, reason)
     operators.trials.failures.clear()
     if len(operators.excluded) > before:
         operators.changed()

@@ -68,10 +68,12 @@ class Capture:
             message = f"the graph of {self._shape} could not be captured (rank {rank}: {error.strip().splitlines()[0]})"
             if not any(failures):
                 break
-            logger.log(self._ranks.level(logging.WARNING), "%s; it is captured again", message)
+            logger.log(self._ranks.level(logging.WARNING), "%s; capturing it again", message)
         if self._operators.settings.strict:
             raise RuntimeError(f"sglang-fl: {message} (strict is set)")
-        logger.log(self._ranks.level(logging.WARNING), "%s, and no function of FlagGems failed; PyTorch's own are captured", message)
+        logger.log(
+            self._ranks.level(logging.WARNING), "%s, and no FlagGems function failed; capturing with PyTorch's own operators", message
+        )
         with self._operators.watched(), self._trials.native():
             return self._capture_one(self._forward_fn)
 

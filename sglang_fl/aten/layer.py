@@ -43,7 +43,7 @@ def replace_operators(
     """
     global _operators
     if settings.flaggems_log_path and not settings.flaggems_record:
-        logger.warning("SGLANG_FLAGGEMS_LOG_PATH is set, and SGLANG_FLAGGEMS_RECORD is not: nothing will be recorded")
+        logger.warning("SGLANG_FLAGGEMS_LOG_PATH is set but SGLANG_FLAGGEMS_RECORD is not: nothing will be recorded")
     off = why_off(settings, device, deterministic=deterministic, captures_graphs=captures_graphs)
     if off is not None:
         restore_operators()
@@ -113,10 +113,10 @@ def why_off(settings: Settings, device: Device, *, deterministic: bool = False, 
         key = settings.flagos_key
         if getattr(settings, key):
             return f"{key} names only excluded functions ({settings.source(key)})"
-        takes = ", and flagos_blacklist only takes away: prefer: flagos uses all but its functions" if settings.flagos_blacklist else ""
+        takes = ", and flagos_blacklist only removes functions; set prefer: flagos to use all others" if settings.flagos_blacklist else ""
         return f"{key} is empty ({settings.source(key)}){takes}"
     if deterministic:
         return "deterministic mode"
     if settings.flagos_scope == "graphs" and not captures_graphs:
-        return f"flagos_scope is graphs ({settings.source('flagos_scope')}), and this server captures none; everywhere is slower"
+        return f"flagos_scope is graphs ({settings.source('flagos_scope')}), and this server captures none; everywhere works, but slower"
     return why_not_here(device)

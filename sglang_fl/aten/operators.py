@@ -279,7 +279,7 @@ def _exclusion_reason(gems: ModuleType, settings: Settings, key: str, function: 
     if reason is not None:
         return reason
     if function in gems.current_work_registrar.get_unused_ops():
-        return f"FlagGems leaves it out on {gems.vendor_name}"
+        return f"FlagGems disables it on {gems.vendor_name}"
     if key in gems.current_work_registrar.cpp_patched_ops:
-        return "FlagGems's C++ extension has it"
-    return "FlagGems's condition for it does not hold with this PyTorch"
+        return "FlagGems's C++ extension provides it"
+    return "FlagGems does not register it with this PyTorch"

@@ -136,7 +136,7 @@ class Trials:
         first_line = next(iter(str(error).strip().splitlines()), "")
         self.failures[function] = f"{where} on aten::{key}: {type(error).__name__}: {first_line}"
         if _is_lost():
-            current_guard().ends_the_process(function, f"{self.failures[function]}, and the device cannot be used after it")
+            current_guard().ends_the_process(function, f"{self.failures[function]}; the device is unusable after it")
         elif not takes_its_place and not is_capturing():
             current_guard().ends_the_process(function, f"{self.failures[function]}, and {_why_no_kernel()}")
 

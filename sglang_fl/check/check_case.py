@@ -33,7 +33,7 @@ def check_case(impl: Implementation, case: Case, seed: int) -> Outcome:
     changes = restore(before)
     if not changes:
         return outcome
-    message = f"it changed what all of the process shares, {', '.join(changes)}"
+    message = f"it changed process-wide state of PyTorch: {', '.join(changes)}"
     return replace(outcome, status=FAILED, message="; ".join(filter(None, (outcome.message, message))))
 
 

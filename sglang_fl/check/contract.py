@@ -38,11 +38,11 @@ def inputs_and_results(impl: Implementation, case: Case, seed: int) -> Outcome:
             again = case.draw(seed + later, impl.device)
             _check_accuracy(impl, again, impl.exact(again), case, f"called again, {later} of {_LATER_CALLS} times")
             if not all(map(same_bits, got, kept)):
-                raise Violation("a later call changed the results of this one: they are kept in a buffer of its own")
+                raise Violation("a later call changed the results of this one: they live in a reused buffer")
         _check_updated_weights(impl, call, case, seed + 1)
         _check_reused_memory(impl, call, case, seed + 2)
         if not all(map(same_bits, states, random_states(impl.device))):
-            raise Violation("it changed the state of PyTorch's random number generator, from which sampling draws")
+            raise Violation("it changed the state of PyTorch's random number generator, which sampling uses")
     return outcome
 
 
@@ -53,7 +53,7 @@ def _check_memory(call: Call, got: Results) -> None:
     for result in got:
         address = result.untyped_storage().data_ptr() if isinstance(result, torch.Tensor) and result.numel() else None
         if address in owned and address not in allowed:
-            raise Violation(f"a result lies in the memory of {owned[address]}")
+            raise Violation(f"a result shares memory with {owned[address]}")
 
 
 def _check_updated_weights(impl: Implementation, call: Call, case: Case, seed: int) -> None:
@@ -85,14 +85,14 @@ def batch_invariance(impl: Implementation, case: Case, seed: int) -> Outcome:
     """The bits of a token's result do not depend on what else is in the batch."""
     tokens_in = OPERATORS_CHECKED[impl.op].tokens_in
     if not tokens_in:
-        return Outcome(SKIPPED, "declared; tokens depend on each other here, and nothing checks it")
+        return Outcome(SKIPPED, "declared, but not checked: tokens depend on each other here")
     together = impl.run(case.draw(seed, impl.device))
     for first, count in _PARTS:
         alone = impl.run(case.draw(seed, impl.device).of_tokens(slice(first, first + count), tokens_in))
         for part, whole in zip(alone, together, strict=True):
             if not same_bits(part, whole[first : first + count]):
                 tokens = f"token {first} has" if count == 1 else f"tokens {first} to {first + count - 1} have"
-                raise Violation(f"declared batch-invariant: {tokens} another result alone than among {len(whole)}")
+                raise Violation(f"declared batch-invariant: {tokens} other results alone than in a batch of {len(whole)}")
     return Outcome()
 
 
@@ -107,7 +107,7 @@ def repeats(impl: Implementation, case: Case, seed: int) -> Outcome:
             first = tuple(result.clone() for result in got)
         elif not all(map(same_bits, got, first)):
             count = sum(int((bits(a) != bits(b)).sum()) for a, b in zip(got, first, strict=True))
-            raise Violation(f"not the same again: call {repeat + 1} of {_REPEATS} differs from the first in {count} numbers")
+            raise Violation(f"not deterministic: call {repeat + 1} of {_REPEATS} differs from the first in {count} numbers")
         restore()
     return Outcome()
 
@@ -129,7 +129,7 @@ def threads(impl: Implementation, case: Case, seed: int) -> Outcome:
                     got = results(impl.fn, calls[index])
                     impl.synchronize()
                     if not all(map(same_bits, got, alone[index])):
-                        problems.append("another result than alone")
+                        problems.append("another result than in a single thread")
                     if problems or time.monotonic() > until:
                         return
                     restore()

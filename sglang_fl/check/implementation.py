@@ -111,7 +111,7 @@ class Implementation:
             raise Refused(message) from error
         written = changed(call, kept, call.may_write)
         if written:
-            raise Violation(f"wrote {', '.join(written)}, which it may not")
+            raise Violation(f"wrote {', '.join(written)}, which is read-only")
         return got
 
     def _call(self, fn: Function, call: Call) -> Results:

@@ -95,9 +95,9 @@ class Process:
         if time.monotonic() - self.since <= limit:
             return None
         if self.phase == COMPILING:
-            too_long = f"its first call took more than {limit:g} s, to compile or tune; --compile-timeout allows more"
+            too_long = f"its first call compiled or tuned for more than {limit:g} s (--compile-timeout)"
             raise Lost(TOO_LONG, too_long, self._last_words())
-        raise Lost(HUNG, f"hung: no sign of it for {limit:g} s while {self.phase}", self._last_words())
+        raise Lost(HUNG, f"hung: no response for {limit:g} s while {self.phase}", self._last_words())
 
     def _last_words(self) -> str:
         self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - 4000))

@@ -71,7 +71,7 @@ class Record:
                     self.seconds = data.pop("total_s")
                     self._keep(CaseResult(**data))
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise SettingsError([f"{path} is no result that this sglang-fl check wrote"]) from None
+            raise SettingsError([f"{path} is not a result file of this version of sglang-fl check"]) from None
         self._earlier = self.seconds
         return size
 
@@ -88,7 +88,7 @@ class Record:
         for name in ("machine", "versions", "seed", "quick", "only", "targets"):
             if header[name] != self.header[name]:
                 told = f"{name} was {_brief(self.header[name], header[name])} then, and is {_brief(header[name], self.header[name])} now"
-                raise SettingsError([f"--resume: the run was begun otherwise ({told}); give another file"])
+                raise SettingsError([f"--resume: the file is of another run ({told}); name another file"])
 
     def add(self, case: CaseResult, elapsed: float) -> None:
         self._keep(case)

@@ -150,7 +150,7 @@ class Report:
         """What keeps the check from passing beside cases that failed."""
         found = [] if self.not_reached else list(self._always_refused())
         asked_for = (target for target in self.not_available if target.named)
-        found += [f"{target.op} {target.impl}: it was asked for, and not checked: {target.why}" for target in asked_for]
+        found += [f"{target.op} {target.impl}: requested by name, but not checked: {target.why}" for target in asked_for]
         whys = list(dict.fromkeys(str(target.why) for target in self.not_available)) or ["no implementation is available"]
         return found or ([] if self.rows() else [f"nothing was checked: {why}" for why in whys])
 
@@ -163,7 +163,7 @@ class Report:
         none_ran = {REFUSED, SKIPPED}
         for (op, impl), cases in grouped(self.cases, lambda case: (case.op, case.impl)).items():
             if {case.status for case in cases} <= none_ran:
-                yield f"{op} {impl}: it refused every case, so nothing of it was checked"
+                yield f"{op} {impl}: it refused every case, so nothing was checked"
                 continue
             for dtype, some in grouped(cases, lambda case: case.dtype).items():
                 if {case.status for case in some} <= none_ran:

@@ -253,7 +253,7 @@ class _Run:
 
     def _leave_out_if_it_kills(self, target: int) -> None:
         if self._losses[target] >= _GIVE_UP_AFTER:
-            self._leave_out(target, f"{_GIVE_UP_AFTER} cases of this implementation have ended their process")
+            self._leave_out(target, f"{_GIVE_UP_AFTER} cases of this implementation crashed or hung")
 
     def _leave_out(self, target: int, why: str) -> None:
         assert self._cases is not None

@@ -84,7 +84,7 @@ class Worker:
     def _cases_of(self, impl: OpImpl) -> tuple[str | None, Sequence[Case]]:
         """An implementation's cases; or none, and why."""
         if impl.op_name not in OPERATORS_CHECKED:
-            return f"sglang-fl {__version__} has no operator {impl.op_name}, and so no check of it", []
+            return f"sglang-fl {__version__} has no operator {impl.op_name}, so there is no check for it", []
         why = impl.why_unavailable()
         if why is not None:
             return why, []

@@ -29,5 +29,5 @@ def duration(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     if not seconds:
-        raise argparse.ArgumentTypeError(f"expected a time as 90s, 9m or 1.5h, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 9m or 1.5h, found {text!r}")
     return seconds

@@ -32,12 +32,12 @@ from .check_progress import showing
 _SEED = number(int, lambda seed: 0 <= seed < 2**62, "an integer from 0 to 2**62 - 1")
 _WORKERS = number(int, lambda count: 0 < count < 1000, "a number of processes from 1 to 999")
 _EXIT_CODES = """exit codes: 0 PASSED; 1 FAILED, or a result could not be written; 2 wrong usage;
-3 INCOMPLETE: the budget was used up, --resume goes on; 130 interrupted"""
+3 INCOMPLETE: the budget was used up, --resume continues; 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXIT_CODES
-    again = "(may be given again)"
+    again = "(repeatable)"
     parser.add_argument("--op", action="append", metavar="OP", help=f"check this operator {again}; default: all")
     parser.add_argument("--impl", action="append", metavar="ID", help=f"check this implementation, as vendor.cuda {again}")
     parser.add_argument("--vendor", action="append", metavar="NAME", help=f"check this vendor's implementations {again}")
@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-timeout", type=duration, default=300.0, metavar="TIME", help="how long a first call may compile and tune (default: 5m)"
     )
-    parser.add_argument("--jobs", type=_WORKERS, metavar="N", help="processes side by side (default: all processors but two, 16 at most)")
-    parser.add_argument("--budget", type=duration, default=float("inf"), metavar="TIME", help="stop after this time, as 9m")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="write each result to FILE; if it has some, do only the rest")
-    out = "keep the result in FILE; without FILE, where 'doctor' and 'ops' look"
+    parser.add_argument("--jobs", type=_WORKERS, metavar="N", help="processes in parallel (default: all processors but two, 16 at most)")
+    parser.add_argument("--budget", type=duration, default=float("inf"), metavar="TIME", help="stop after this time, such as 9m")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="write each result to FILE; skip the cases that FILE already has")
+    out = "save the result in FILE; without FILE, where 'doctor' and 'ops' find it"
     parser.add_argument("--out", type=Path, nargs="?", const=Path(), metavar="FILE", help=out)
     parser.add_argument("--failures", type=Path, metavar="DIR", help="write failing cases' inputs to DIR, with a script that repeats them")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -131,7 +131,7 @@ def _kept(out: Path, path: Path) -> str:
             shutil.copyfile(path, out)
     except OSError as error:
         return f"--out: {error}"
-    print(f"sglang-fl: the result is in {out}", file=sys.stderr)
+    print(f"sglang-fl: result saved in {out}", file=sys.stderr)
     return ""
 
 
@@ -144,7 +144,7 @@ def _out_path(args: argparse.Namespace) -> Path | None:
         return directory() / time.strftime("%Y-%m-%d-%H%M%S.jsonl")
     path: Path = args.out.expanduser()
     if path.exists() and path.stat().st_size:
-        raise SettingsError(f"--out: {path} exists; --resume {path} goes on with it")
+        raise SettingsError(f"--out: {path} exists; --resume {path} continues it")
     return path
 
 
@@ -152,7 +152,7 @@ def _make_directory(option: str, path: Path) -> None:
     try:
         path.expanduser().mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"{option}: {path} cannot be made: {error.strerror}") from None
+        raise SettingsError(f"{option}: {path} cannot be created: {error.strerror}") from None
 
 
 def _selects(args: argparse.Namespace) -> bool:

@@ -37,14 +37,14 @@ _NOT_CALLED = "none (SGLang does not call it)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="show every implementation, available or not, and SGLang's classes")
     parser.add_argument("--model", type=Path, metavar="DIR", help="show the layers of the model whose config.json is in DIR")
-    parser.add_argument("--deep", action="store_true", help="import PyTorch and ask it for the device, as a server does")
+    parser.add_argument("--deep", action="store_true", help="detect the device with PyTorch, as a server does")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--diff",
         nargs=2,
         type=Path,
         metavar=("A", "B"),
-        help="show what two hosts do differently; each is a file with the output of --json, or a server's log",
+        help="compare two hosts; each of A and B is a file with the output of --json, or a server's log",
     )
 
 
@@ -208,7 +208,7 @@ def _diff(a: Path, b: Path, *, as_json: bool) -> int:
         return int(bool(differences))
     console = Console(markup=False, emoji=False)
     if not differences:
-        console.print(f"{a} and {b} do the same.", soft_wrap=True)
+        console.print(f"No differences between {a} and {b}.", soft_wrap=True)
         return 0
     table = _table(f"Differences: {len(differences)}", "what", str(a), str(b))
     for found in differences:

@@ -195,7 +195,7 @@ class VendorPlatform:
         if self.extends:
             return self._extension_problem() or self._profile_problem()
         if not (row.device_files or row.commands or self.is_present):
-            return "give device_files, commands or is_present: nothing tells whether the chip is there"
+            return "give device_files, commands or is_present: otherwise the chip cannot be detected"
         for what, words, valid in (
             ("capability", self.capabilities or (), CAPABILITIES),
             ("kind of KV pool", self.kv_pools, KV_POOL_KINDS),
@@ -258,7 +258,7 @@ class VendorPlatform:
     def evidence(self) -> str | None:
         """What shows that the chip is here, or None. May raise what ``is_present`` raises."""
         if self.is_present is not None:
-            return "its package says so" if self.is_present() else None
+            return "reported by its package" if self.is_present() else None
         row = self.row()
         return device_file(row.device_files) or command(row.commands)
 

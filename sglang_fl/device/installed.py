@@ -36,7 +36,7 @@ def declared() -> Declared:
             problems.append(f"the platform that {origin} declares cannot be used: {last_line(error)}")
             continue
         if not isinstance(platform, VendorPlatform):
-            problems.append(f"the platform that {origin} declares cannot be used: {entry.value} is {platform!r}, and not a VendorPlatform")
+            problems.append(f"the platform that {origin} declares cannot be used: {entry.value} is {platform!r}, not a VendorPlatform")
         elif platforms.get(platform.name) is platform:
             continue
         elif platform.name in platforms:
@@ -76,14 +76,14 @@ def platform_problems(environ: Mapping[str, str], vendor: str) -> list[str]:
         problems += failed.values()
         if len(present) > 1:
             chips = "; ".join(f"{name} ({evidence})" for name, evidence in sorted(present.items()))
-            problems.append(f"the chips of {len(present)} packages are here: {chips}; set GEMS_VENDOR to the one to use")
+            problems.append(f"{len(present)} packages detect their chips: {chips}; set GEMS_VENDOR to the one to use")
     return problems
 
 
 def describe_platforms() -> list[str]:
     """Each declared platform, who declares it, and whether its chip is here, one line each."""
     present, failed = _chips_here()
-    state = {name: "found" if name in present else "unknown" if name in failed else "not seen here" for name in declared().origins}
+    state = {name: "found" if name in present else "unknown" if name in failed else "not detected" for name in declared().origins}
     state |= {name: f"adds to SGLang's {platform.extends} platform" for name, platform in declared().platforms.items() if platform.extends}
     return [f"{name} ({origin}): {state[name]}" for name, origin in sorted(declared().origins.items())]
 

@@ -107,7 +107,7 @@ class OpManager:
             with self._lock:
                 if self.discovery is None:
                     if self._is_discovering:  # by a package that is being imported: its failure, not ours
-                        raise RuntimeError("operators cannot be asked for while backends are being registered")
+                        raise RuntimeError("operators cannot be resolved while backends are being registered")
                     if plugin_modules is None:
                         plugin_modules = settings_in_force().plugin_modules or ()
                     self._is_discovering = True
@@ -204,7 +204,7 @@ class OpManager:
         if plan.to_sglang:
             return (
                 f"No available implementation for op={plan.op!r}: its order {'|'.join(plan.order)} leaves it to SGLang, "
-                "which is possible for layers of a served model and not for a call by name"
+                "which a call by name cannot do: only layers of a served model can be left to it"
             )
         hint = suggest(plan.op, self.registry.list_operators()) if not self.registry.get_implementations(plan.op) else ""
         return f"No available implementation for op={plan.op!r}: {plan.describe()}{hint}"

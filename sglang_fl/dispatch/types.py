@@ -193,7 +193,7 @@ class OpImpl:
         if wanted is not None:
             found = device_capability()
             if found is None:
-                return f"it needs a device of capability {wanted[0]}.{wanted[1]}, and this device states none"
+                return f"it needs a device of capability {wanted[0]}.{wanted[1]}, and this device reports none"
             if found < wanted:
                 return f"it needs a device of capability {wanted[0]}.{wanted[1]}; this one has {found[0]}.{found[1]}"
         return None
@@ -206,7 +206,7 @@ class OpImpl:
             return fn.why_unavailable(settings or settings_in_force(), device or device_here())
         check = getattr(fn, "_is_available", None)
         if check is not None:
-            return None if check() else getattr(fn, "_why_unavailable", None) or "its availability check says no"
+            return None if check() else getattr(fn, "_why_unavailable", None) or "its availability check returned False"
         backend = getattr(fn, "__self__", None)
         return backend.why_unavailable() if isinstance(backend, FLBackendBase) else None
 

@@ -118,7 +118,7 @@ class FlagCXSetup:
         if coordinator.world_size > 1 and (has_communicator or self._fallback != "nccl"):
             if coordinator.is_symmetric_memory_enabled():
                 raise FlagCXError(
-                    "--enable-symm-mem hands the communicator to NCCL itself, and FlagCX's is none of NCCL's: "
+                    "--enable-symm-mem needs a communicator of NCCL itself, which FlagCX does not provide: "
                     f"start without it, or without FlagCX ({self._chosen_by()})"
                 )
             coordinator.pynccl_comm = self.communicator(coordinator.device_group, coordinator.device)
@@ -146,7 +146,7 @@ class FlagCXSetup:
         version, problem = None, None
         try:
             if not hasattr(C10dBackend, "all_gather_single"):
-                raise FlagCXError(f"PyTorch {torch.__version__} cannot take a backend that is written in Python; 2.14 can")
+                raise FlagCXError(f"PyTorch {torch.__version__} does not support torch.distributed backends written in Python; 2.14 does")
             self._library = FlagCXLibrary(find_library(self._settings.flagcx_path, os.environ))
             version = asdict(self._library.version)
         except FlagCXError as error:

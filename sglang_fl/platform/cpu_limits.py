@@ -8,7 +8,7 @@ from typing import Any
 from .. import compat
 from ..device import declared
 
-_TRITON = "its kernels are Triton's, which have no form for a CPU"
+_TRITON = "its kernels are Triton's, which do not run on a CPU"
 _GPU = "it is made for a GPU's memory"
 
 #: SGLang's argument -> why a plain CPU cannot serve it. docs/support.md has the list.
@@ -16,12 +16,12 @@ LIMITS = {
     "quantization": _TRITON,
     "enable_lora": _TRITON,
     "lora_paths": _TRITON,
-    "speculative_algorithm": "SGLang has no attention of a draft model for torch_native",
-    "enable_dp_attention": "its gathers are kernels of a GPU",
+    "speculative_algorithm": "SGLang has no draft-model attention for torch_native",
+    "enable_dp_attention": "its gathers are GPU kernels",
     "enable_hierarchical_cache": _GPU,
     "enable_memory_saver": _GPU,
     "enable_hisparse": _GPU,
-    "enable_pdmux": "it divides a GPU's multiprocessors",
+    "enable_pdmux": "it partitions a GPU's multiprocessors",
     "enable_deterministic_inference": "it needs an attention backend that SGLang has made deterministic, and a plain CPU has none",
 }
 #: Values of them that change nothing.
@@ -46,7 +46,7 @@ def problems(given: Callable[[str], Any], model_config: Any) -> Iterator[str]:
         if value is not None and value not in _ON_CPU | {
             name for platform in declared().platforms.values() for name in platform.attention_backends
         }:
-            yield f"{_spelled(name, value)}: of SGLang's attention backends torch_native alone runs here"
+            yield f"{_spelled(name, value)}: of SGLang's attention backends only torch_native runs on a plain CPU"
     if model_config.quantization not in (None, "unquant") and not given("quantization"):
         yield f"--model-path: the model's weights are quantised ({model_config.quantization}): {_TRITON}"
     if model_config.attention_arch.name == "MLA":
@@ -67,11 +67,11 @@ def refuse_requests() -> None:
 
 
 async def _no_memory(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    raise ValueError("a plain CPU has no memory that could be released and taken back")
+    raise ValueError("a plain CPU cannot release and resume memory")
 
 
 async def _profile(original: Callable[..., Any], manager: Any, req: Any = None) -> Any:
     unknown = sorted(set(req.activities or ()) - {"CPU", "GPU"}) if req is not None else []
     if unknown:
-        raise ValueError(f"a plain CPU profiles the activity CPU, and not {', '.join(unknown)}")
+        raise ValueError(f"a plain CPU supports only the activity CPU, not {', '.join(unknown)}")
     return await original(manager, req)

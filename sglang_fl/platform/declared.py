@@ -45,7 +45,7 @@ def load_class(declaration: VendorPlatform, field: str) -> Any:
     except BaseException as error:
         raise RuntimeError(describe(declaration, f"{field} {path!r} cannot be loaded: {last_line(error)}")) from error
     if not isinstance(found, type):
-        raise RuntimeError(describe(declaration, f"{field} {path!r} is {found!r}, and no class"))
+        raise RuntimeError(describe(declaration, f"{field} {path!r} is {found!r}, not a class"))
     return found
 
 
@@ -201,7 +201,7 @@ def _problems(declaration: VendorPlatform) -> list[str]:
             continue
         base = _BASES.get(field, _BASES.get(field.partition("[")[0]))
         if base is not None and not issubclass(found, pkgutil.resolve_name(base)):
-            problems.append(describe(declaration, f"{field} {declaration.classes()[field]!r} is no subclass of SGLang's {base}"))
+            problems.append(describe(declaration, f"{field} {declaration.classes()[field]!r} is not a subclass of SGLang's {base}"))
     for name in declaration.attention_backends:
         made = ATTENTION_BACKENDS.get(name)
         if made is not None and not made.__module__.startswith(__package__):
@@ -241,7 +241,7 @@ def _word_problems(declaration: VendorPlatform) -> Iterator[str]:
         if name not in arguments:
             yield f"server_args: SGLang has no server argument {name!r}{suggest(name, arguments)}"
         elif "cuda_graph" in name:
-            yield f"server_args: {name} is settled before SGLang asks a platform; use capabilities"
+            yield f"server_args: {name} is decided before SGLang asks a platform; use capabilities"
     for name in declaration.speculative_algorithms:
         try:
             SpeculativeAlgorithm.from_string(name)  # of plugins too

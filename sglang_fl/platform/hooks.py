@@ -42,7 +42,7 @@ class PlatformHooks:
         if problems:
             logger.warning(compat.leave_everything_message(problems))
         elif warning := compat.version_warning():
-            logger.warning("%s; all that sglang-fl relies on is there, and it is in use", warning)
+            logger.warning("%s; all interfaces that sglang-fl needs are there, so it is active", warning)
         super().apply_server_args_defaults(server_args)  # type: ignore[misc]
         from ..bind import bind_kernels
 
@@ -52,7 +52,7 @@ class PlatformHooks:
         """In every process that runs a model, once its weights are there: bind its layers."""
         super().post_load_model(model)  # type: ignore[misc]
         if compat.binding_problems():
-            logger.info("sglang-fl leaves the model to SGLang: a warning at the start of the server says what differs in it")
+            logger.info("sglang-fl binds nothing: SGLang differs from what it needs (see the warning at the server's start)")
             return
         # The bridges import SGLang's layers, which the check above has seen.
         from ..bind import bind_model

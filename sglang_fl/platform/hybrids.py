@@ -24,6 +24,6 @@ def leave_out_snapshots(server_args: Any) -> None:
     server_args.mamba_radix_cache_strategy = "no_buffer"
     server_args.disable_overlap_schedule = True
     logger.info(
-        "sglang-fl: this platform keeps no snapshots of a hybrid model's states: --mamba-radix-cache-strategy no_buffer, "
-        "and with it --disable-overlap-schedule"
+        "sglang-fl: this platform keeps no state snapshots of hybrid models: using --mamba-radix-cache-strategy no_buffer "
+        "and --disable-overlap-schedule"
     )

@@ -56,7 +56,7 @@ class Guard:
         with self._watched() if not self._names else contextlib.nullcontext():
             self._names.append(name)
             if self._record is None:
-                logger.info("trial of %s; if the process ends here, %s leaves it out", name, self._remedy(name))
+                logger.info("first run of %s; if the process ends here, %s excludes it", name, self._remedy(name))
             try:
                 with self._limited(name):
                     yield
@@ -66,7 +66,7 @@ class Guard:
 
     def ends_the_process(self, name: str, reason: str) -> None:
         """Write down that something leaves the process unusable."""
-        logger.critical("sglang-fl: %s: %s. The next start leaves it out%s", name, reason, self._where(name))
+        logger.critical("sglang-fl: %s: %s. The next start excludes it%s", name, reason, self._where(name))
         self.exclude(name, reason)
 
     def exclude(self, name: str, reason: str) -> None:
@@ -109,8 +109,8 @@ class Guard:
 
     def _where(self, name: str) -> str:
         if self._record is None:
-            return f"; {self._remedy(name)} leaves it out"
-        return f". The next start leaves it out ({self._record.path})"
+            return f"; {self._remedy(name)} excludes it"
+        return f". The next start excludes it ({self._record.path})"
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -187,7 +187,7 @@ def open_guard(settings: Settings, chip: str) -> Guard:
     except OSError as error:
         record = None
         logger.warning(
-            "sglang-fl: the record of trials %s cannot be written (%s): what ends this start is not left out by the next one. "
+            "sglang-fl: the record of trials %s cannot be written (%s): the next start cannot exclude what ends this one. "
             "SGLANG_FL_TRIAL_RECORD names another file",
             path,
             error.strerror or error,

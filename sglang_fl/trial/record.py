@@ -165,7 +165,7 @@ def read_record(path: Path) -> dict[str, dict[str, Death]]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError) as error:
-        logger.warning("the record of trials %s is damaged and begins anew: %s", path, error)
+        logger.warning("the record of trials %s is damaged and was reset: %s", path, error)
         return {}
 
 

@@ -89,4 +89,4 @@ def test_denormals_of_fp16_may_not() -> None:
 def test_nothing_to_compare() -> None:
     verdict = Exact("result", torch.zeros(0, 4).double(), torch.zeros(0, 4).double(), 1).judge(torch.zeros(0, 4), torch.float32)
     assert (verdict.problem, verdict.error_ulp) == (None, None)
-    assert of(1.0).judge(None, torch.float32).problem == "result is no tensor but NoneType"  # type: ignore[arg-type]
+    assert of(1.0).judge(None, torch.float32).problem == "result is NoneType, not a tensor"  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ MISTAKES: list[tuple[str, Callable[..., Any], str, str]] = [
     (CHUNK, with_argument(CHUNK, BETA, lambda beta: beta.half()), SERVING, "out of bounds"),
     (CHUNK, with_argument(CHUNK, NORM, lambda norm: False), SERVING, "out of bounds"),
     (CHUNK, with_argument(CHUNK, SCALE, lambda scale: scale or 1.0), SERVING, "out of bounds"),
-    (CHUNK, with_argument(CHUNK, UPDATE, lambda update: True), SERVING, "wrote initial_state, which it may not"),
+    (CHUNK, with_argument(CHUNK, UPDATE, lambda update: True), SERVING, "wrote initial_state, which is read-only"),
     (CHUNK, with_argument(CHUNK, SLOTS, lambda slots: slots.flip(0)), SERVING, "out of bounds"),
     (CHUNK, states_in_bf16, SERVING, "the pool of states (torch.float32)"),
     (CHUNK, states_transposed, SERVING, "out of bounds"),

@@ -407,9 +407,9 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("rms_norm", wrong_eps, UNUSUAL, "out of bounds"),
         ("rms_norm", accumulated_in_its_dtype, SERVING, "out of bounds"),
         ("rms_norm", sum_rounded_before_norm, SERVING, "out of bounds"),
-        ("rms_norm", writes_x, SERVING, "wrote x, which it may not"),
-        ("rms_norm", writes_the_weights, INPUTS, "wrote the layer's weight, which it may not"),
-        ("rms_norm", order_of_the_sum_by_chance, REPEATS, "not the same again"),
+        ("rms_norm", writes_x, SERVING, "wrote x, which is read-only"),
+        ("rms_norm", writes_the_weights, INPUTS, "wrote the layer's weight, which is read-only"),
+        ("rms_norm", order_of_the_sum_by_chance, REPEATS, "not deterministic"),
         ("rms_norm", one_result_for_two, SERVING, "gave 1 results, not 2: result, residual"),
         ("rms_norm", nothing_without_tokens, UNUSUAL, "raised RuntimeError: invalid configuration argument"),
         ("rms_norm", weights_taken_for_the_dtype_of_x, UNUSUAL, ""),
@@ -417,7 +417,7 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("gelu_and_mul", gelu_rounded_before_the_product, SERVING, "out of bounds"),
         ("gemma_rms_norm", weight_without_one, SERVING, "out of bounds"),
         ("gemma_rms_norm", one_and_weight_rounded, SERVING, "out of bounds"),
-        ("gemma_rms_norm", writes_x, SERVING, "wrote x, which it may not"),
+        ("gemma_rms_norm", writes_x, SERVING, "wrote x, which is read-only"),
         ("layer_norm", bias_forgotten, SERVING, "out of bounds"),
         ("layer_norm", variance_in_one_pass, UNUSUAL, "out of bounds"),
         ("new_gelu", quick_for_new, SERVING, "out of bounds"),
@@ -427,12 +427,12 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("silu_and_mul", wrong_shape, SERVING, "result has shape (3072,), not (1, 3072)"),
         ("silu_and_mul", wrong_dtype, SERVING, "result is torch.float32, not torch.bfloat16"),
         ("silu_and_mul", none_for_a_result, UNUSUAL, ""),
-        ("silu_and_mul", a_list_of_one, SERVING, "result is no tensor but list"),
+        ("silu_and_mul", a_list_of_one, SERVING, "result is list, not a tensor"),
         ("silu_and_mul", exits_from_threads, THREADS, "in 4 threads at once: SystemExit"),
         ("silu_and_mul", nan_swallowed, SPECIAL, "out of bounds"),
         ("silu_and_mul", infinity_clamped, SPECIAL, "e+38, exact"),
         ("silu_and_mul", nan_spreads, SPECIAL, "nan, exact"),
-        ("silu_and_mul", scratch_for_all_threads, THREADS, "in 4 threads at once: another result than alone"),
+        ("silu_and_mul", scratch_for_all_threads, THREADS, "in 4 threads at once: another result than in a single thread"),
         ("silu_and_mul", result_in_a_buffer_of_its_own, INPUTS, "a later call changed the results of this one"),
         ("silu_and_mul", results_in_two_buffers_by_turns, INPUTS, "a later call changed the results of this one"),
         ("silu_and_mul", seeds_the_generator, INPUTS, "it changed the state of PyTorch's random number generator"),
@@ -441,8 +441,8 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("silu_and_mul", a_table_that_the_next_call_writes, GRAPH, "replay 1 with new data: result (torch.bfloat16)"),
         ("silu_and_mul", wrong_when_compiled, COMPILE, "compiled by eager: result (torch.bfloat16)"),
         ("rotary_embedding", layouts_swapped, SERVING, "out of bounds"),
-        ("rotary_embedding", always_in_place, SERVING, "wrote query, key, which it may not"),
-        ("rotary_embedding", writes_beyond_the_keys, SERVING, "wrote the values behind the keys, which it may not"),
+        ("rotary_embedding", always_in_place, SERVING, "wrote query, key, which is read-only"),
+        ("rotary_embedding", writes_beyond_the_keys, SERVING, "wrote the values behind the keys, which is read-only"),
         ("rotary_embedding", rest_dropped, UNUSUAL, "out of bounds"),
         ("rotary_embedding", positions_in_16_bits, UNUSUAL, "out of bounds"),
         ("rotary_embedding", cos_kept_by_address, INPUTS, "with new numbers in the memory of the former inputs: query"),
@@ -473,7 +473,7 @@ def test_what_is_batch_invariant_passes(op: str) -> None:
 def test_a_result_that_depends_on_the_batch() -> None:
     outcomes = batch_invariance("rms_norm", another_way_for_large_batches)
     messages = {outcome.message for outcome in outcomes if outcome.status == FAILED}
-    assert messages == {"declared batch-invariant: token 0 has another result alone than among 64"}
+    assert messages == {"declared batch-invariant: token 0 has other results alone than in a batch of 64"}
 
 
 def sets_the_default_dtype(layer: Any, x: Any) -> Any:
@@ -495,7 +495,7 @@ def stops_recording_gradients(layer: Any, x: Any) -> Any:
 )
 def test_what_the_process_shares_is_set_back(mistake: Callable[..., Any], change: str) -> None:
     outcomes = found("silu_and_mul", mistake, SERVING)[SERVING]
-    assert {(outcome.status, outcome.message) for outcome in outcomes} == {(FAILED, f"it changed what all of the process shares, {change}")}
+    assert {(outcome.status, outcome.message) for outcome in outcomes} == {(FAILED, f"it changed process-wide state of PyTorch: {change}")}
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 

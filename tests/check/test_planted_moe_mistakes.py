@@ -106,8 +106,8 @@ def shared_expert_of_padding(obj: Any, hidden_states: Any, router_logits: Any, *
     ("fn", "checks", "expected"),
     [
         (with_config(renormalize=False), (SERVING,), "topk_weights (torch.float32)"),
-        (with_config(correction_bias=None), (SERVING,), "others are better"),
-        (with_config(num_expert_group=1, topk_group=1), (SERVING,), "others are better"),
+        (with_config(correction_bias=None), (SERVING,), "others score higher"),
+        (with_config(num_expert_group=1, topk_group=1), (SERVING,), "others score higher"),
         (with_config(routed_scaling_factor=None), (SERVING,), "topk_weights (torch.float32)"),
         (with_config(fused_shared_experts_scaling_factor=None), (UNUSUAL,), "shared_factor=0.5"),
         (weighted_by_the_biased_scores, (SERVING,), "topk_weights (torch.float32)"),

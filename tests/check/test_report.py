@@ -58,7 +58,7 @@ def test_what_a_row_says(statuses: list[str], result: str, passed: bool) -> None
 
 def test_nothing_that_was_checked_is_no_certificate() -> None:
     assert report().problems() == ["nothing was checked: no implementation is available"]
-    assert report(case(REFUSED), case(SKIPPED)).problems() == ["rms_norm vendor.chip: it refused every case, so nothing of it was checked"]
+    assert report(case(REFUSED), case(SKIPPED)).problems() == ["rms_norm vendor.chip: it refused every case, so nothing was checked"]
     assert report(case(REFUSED), case(OK, impl="vendor.other")).problems() != []
 
 
@@ -71,7 +71,7 @@ def test_what_was_asked_for_by_name_and_cannot_run() -> None:
     missing = Target("rms_norm", "vendor.x", 0, "no such chip")
     assert report(case(OK), missing=[missing]).problems() == []
     (problem,) = report(case(OK), missing=[replace(missing, named=True)]).problems()
-    assert problem == "rms_norm vendor.x: it was asked for, and not checked: no such chip"
+    assert problem == "rms_norm vendor.x: requested by name, but not checked: no such chip"
 
 
 def test_what_is_said_of_cases_that_were_left_out() -> None:

@@ -167,8 +167,8 @@ def test_what_is_not_available_is_not_checked(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     assert main(["check", "--vendor", "testchip"]) == 1
     told = capsys.readouterr().out
-    assert "its availability check says no" in told
-    assert "nothing was checked: its availability check says no" in told
+    assert "its availability check returned False" in told
+    assert "nothing was checked: its availability check returned False" in told
 
 
 def test_interrupting_it_keeps_what_was_found(backend: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_a_run_in_slices(jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_p
     assert main(command) == 0 and len(jobs) == 2
     capsys.readouterr()
     assert main([*command, "--seed", "5"]) == 2
-    assert "--resume: the run was begun otherwise (seed was 4 then, and is 5 now); give another file" in capsys.readouterr().err
+    assert "--resume: the file is of another run (seed was 4 then, and is 5 now); name another file" in capsys.readouterr().err
 
 
 def test_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,14 +239,14 @@ def test_the_result_is_kept_where_doctor_and_ops_look(jobs: list[Job], tmp_path:
     assert main([*command, "--resume", str(tmp_path / "run.jsonl"), "--out"]) == 0
     (kept,) = (tmp_path / "data/sglang-fl/checks").iterdir()
     assert kept.read_bytes() == (tmp_path / "run.jsonl").read_bytes()
-    assert f"the result is in {kept}" in capsys.readouterr().err
+    assert f"result saved in {kept}" in capsys.readouterr().err
     assert main(["ops"]) == 0
     assert re.search("rms_norm +reference.torch +PASSED on 2026-01-02 +\n", capsys.readouterr().out)
     assert main([*command, "--resume", str(tmp_path / "run.jsonl"), "--out", "/dev/full"]) == 1
     captured = capsys.readouterr()
     assert "PASSED" in captured.out and "--out: [Errno 28] No space left on device" in captured.err
     assert main([*command, "--out", str(kept)]) == 2
-    assert f"--out: {kept} exists; --resume {kept} goes on with it" in capsys.readouterr().err
+    assert f"--out: {kept} exists; --resume {kept} continues it" in capsys.readouterr().err
 
 
 def _checking(module: str, directory: Path, *words: str) -> subprocess.Popen[str]:

@@ -197,7 +197,7 @@ def test_its_own_test_of_the_check_can_fail(installed: tuple[Path, Path], tmp_pa
 
 def test_the_doctor_knows_the_chip(installed: tuple[Path, Path], tmp_path: Path) -> None:
     done = python("-m", "sglang_fl", "doctor", path=installed[1], cwd=tmp_path)
-    assert "Platforms of installed packages: fastchip (sglang-fl-fastchip (entry point fastchip)): not seen here" in done.stdout
+    assert "Platforms of installed packages: fastchip (sglang-fl-fastchip (entry point fastchip)): not detected" in done.stdout
 
 
 def test_the_template_is_in_the_wheel(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_order_and_what_comes_of_it(
         ("", {"SGLANG_FL_PER_OP": "rms_norm=reference"}, True, "not in the order"),
         ("", {"SGLANG_FL_DENY_VENDORS": "testchip"}, True, "vendor testchip is not allowed"),
         ("", {"SGLANG_FL_ALLOW_VENDORS": "metax"}, True, "vendor testchip is not allowed"),
-        ("rms_norm._is_available = lambda: False", {}, False, "its availability check says no"),
+        ("rms_norm._is_available = lambda: False", {}, False, "its availability check returned False"),
         ("rms_norm._is_available = lambda: 1 / 0", {}, False, "its availability check raised ZeroDivisionError: division by zero"),
     ],
 )
@@ -79,7 +79,7 @@ def test_why_an_implementation_is_not_used(
 
 
 @pytest.mark.parametrize(
-    ("vendor", "reason"), [("metax", ""), ("cpu", "FlagGems has nothing for cpu"), ("thead", "FlagGems has nothing for thead")]
+    ("vendor", "reason"), [("metax", ""), ("cpu", "FlagGems does not support cpu"), ("thead", "FlagGems does not support thead")]
 )
 def test_availability_is_that_on_the_device_shown(ops: Ops, machine: Callable[[str], None], vendor: str, reason: str) -> None:
     """And not that on the device that a second look at this process would find."""
@@ -129,7 +129,7 @@ def test_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     assert main(["ops", "--all"]) == 0
     printed = re.sub(" +", " ", capsys.readouterr().out)
     assert "--deep asks PyTorch, as a server does" in printed
-    assert "default.flagos not available: FlagGems has nothing for cpu" in printed
+    assert "default.flagos not available: FlagGems does not support cpu" in printed
     for text in ("Operators on cpu (a test)", *OPERATORS, "vendor.testchip available", "(profile cpu:2)"):
         assert text in printed
     assert [name for name in CLASSES if name not in printed] == [], "the lists of classes may name these"

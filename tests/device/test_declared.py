@@ -101,14 +101,14 @@ def test_a_chip_is_known_by_file_by_command_or_by_its_package(tmp_path: Path, mo
     assert evidence(device_files=(f"{tmp_path}/other*",), commands=("mychip-smi",)) == "mychip-smi on PATH"
     assert evidence(commands=("other-smi",)) is None
     assert evidence(commands=("mychip-smi",), is_present=lambda: False) is None
-    assert evidence(is_present=lambda: True) == "its package says so"
+    assert evidence(is_present=lambda: True) == "reported by its package"
 
 
 def test_a_chip_that_is_there_goes_before_what_pytorch_sees(packages: Packages) -> None:
     module = declare(packages)
     for found in (detect(environ={}), probe({})):
         assert (found.vendor, found.device_type, found.in_tree) == ("mychip", "cpu", None)
-        assert found.evidence == f"its package says so, package {module} (entry point {module})"
+        assert found.evidence == f"reported by its package, package {module} (entry point {module})"
     assert detect(environ={"SGLANG_USE_CPU_ENGINE": "1"}).vendor == "cpu"
     assert detect(environ={"GEMS_VENDOR": "metax"}).vendor == "cpu", "another was asked for"
 
@@ -136,7 +136,7 @@ def problems_of(**environ: str) -> tuple[str, ...]:
 def test_of_two_that_are_there_one_must_be_chosen(packages: Packages) -> None:
     declare(packages, "zchip"), declare(packages, "achip")
     (message,) = problems_of()
-    assert message.startswith("the chips of 2 packages are here: achip (") and message.endswith("set GEMS_VENDOR to the one to use")
+    assert message.startswith("2 packages detect their chips: achip (") and message.endswith("set GEMS_VENDOR to the one to use")
     assert detect(environ={}).vendor == "achip"
     environ = {"GEMS_VENDOR": "zchip"}
     startup.check_settings(environ, detect(environ=environ), OpManager())
@@ -153,8 +153,8 @@ def test_a_vendor_whose_chip_is_not_here_stops_a_server(environ: dict[str, str])
     [
         ("import no_such", "ModuleNotFoundError: No module named 'no_such' ({file}:1)"),
         ("raise SystemExit(3)", "SystemExit: 3 ({file}:1)"),
-        ("PLATFORM = {'name': 'mychip'}", "{module}:PLATFORM is {{'name': 'mychip'}}, and not a VendorPlatform"),
-        (f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', device_type='x')", "nothing tells whether the chip is there ({file}:2)"),
+        ("PLATFORM = {'name': 'mychip'}", "{module}:PLATFORM is {{'name': 'mychip'}}, not a VendorPlatform"),
+        (f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', device_type='x')", "otherwise the chip cannot be detected ({file}:2)"),
         (
             f"{IMPORT}PLATFORM = VendorPlatform(name='mychip', devicetype='x')",
             "VendorPlatform: unknown field 'devicetype'; did you mean 'device_type'?",
@@ -333,12 +333,12 @@ def test_a_platform_class_that_is_sglangs_platform(packages: Packages) -> None:
     [
         ({"platform_class": "'no_such_module:Chip'"}, "platform_class 'no_such_module:Chip' cannot be loaded: ModuleNotFoundError"),
         ({"platform_class": "'M:Chips'"}, "cannot be loaded: AttributeError"),
-        ({"platform_class": "'M:not_a_class'"}, "is 3, and no class"),
+        ({"platform_class": "'M:not_a_class'"}, "is 3, not a class"),
         ({"platform_class": "'builtins:bool'"}, "cannot be combined with SGLang's: TypeError"),
         ({"graph_runner": "'no_such_module:Runner'"}, "graph_runner 'no_such_module:Runner' cannot be loaded: ModuleNotFoundError"),
-        ({"kv_pools": "{'mla': 'M:Pool'}"}, "is no subclass of SGLang's sglang.srt.mem_cache.memory_pool:MLATokenToKVPool"),
-        ({"paged_allocator": "'M:Pool'"}, "is no subclass of SGLang's sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator"),
-        ({"attention_backends": "{'mine': 'M:Runner'}"}, "no subclass of SGLang's sglang.srt.layers.attention.base_attn_backend:"),
+        ({"kv_pools": "{'mla': 'M:Pool'}"}, "is not a subclass of SGLang's sglang.srt.mem_cache.memory_pool:MLATokenToKVPool"),
+        ({"paged_allocator": "'M:Pool'"}, "is not a subclass of SGLang's sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator"),
+        ({"attention_backends": "{'mine': 'M:Runner'}"}, "not a subclass of SGLang's sglang.srt.layers.attention.base_attn_backend:"),
         ({"kv_pools": "{'mha': 'no_such.module:Pool'}"}, "kv_pools['mha'] 'no_such.module:Pool' cannot be loaded: ModuleNotFoundError"),
         ({"attention_backends": "{'mine': 'M:NoSuchClass'}"}, "cannot be loaded: AttributeError"),
         ({"attention": "'torch_natve'"}, "unknown attention backend 'torch_natve'; did you mean 'torch_native'?"),

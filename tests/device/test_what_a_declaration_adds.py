@@ -191,7 +191,10 @@ def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: p
         ),
         ({"sglang_kernels": "{'sglang.kernels.ops.memory.common:get_last_loc_triton': 'M:Runer'}"}, "has no attribute 'Runer'"),
         ({"draft_attention": "('trition',)"}, "unknown attention backend 'trition'; did you mean 'triton'?"),
-        ({"quantization": "{'x': 'M:Runner'}"}, "is no subclass of SGLang's sglang.srt.layers.quantization.base_config:QuantizationConfig"),
+        (
+            {"quantization": "{'x': 'M:Runner'}"},
+            "is not a subclass of SGLang's sglang.srt.layers.quantization.base_config:QuantizationConfig",
+        ),
     ],
 )
 def test_names_of_sglangs_are_checked(packages: Packages, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], message: str) -> None:

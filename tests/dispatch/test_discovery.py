@@ -180,6 +180,6 @@ def test_a_package_that_asks_for_operators_while_it_is_imported(packages: Packag
     manager.ensure_initialized(())
     assert manager.discovery is not None
     (failure,) = manager.discovery.failed
-    assert failure.reason.startswith("RuntimeError: operators cannot be asked for while backends are being registered")
+    assert failure.reason.startswith("RuntimeError: operators cannot be resolved while backends are being registered")
     assert manager.registry.get_implementation("rms_norm", "reference.torch") is not None
     reset_default_manager()

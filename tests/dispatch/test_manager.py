@@ -133,7 +133,7 @@ def test_availability_follows_the_settings_and_the_device_that_were_handed_in(mo
     manager.use(Settings(use_flaggems=False), nvidia)
     assert flagos() is None, "it switches Layer 1 off, and nothing else"
     manager.use(Settings(), Device("thead", "cuda", "sail", "a test"))
-    assert flagos() == "FlagGems has nothing for thead"
+    assert flagos() == "FlagGems does not support thead"
 
 
 def test_settings_that_a_listener_refuses_are_not_used() -> None:

@@ -66,7 +66,7 @@ def test_availability_check_and_its_exception() -> None:
     fn._is_available = lambda: False  # type: ignore[attr-defined]
     one = OpImpl("op", "default.flagos", BackendImplKind.DEFAULT, fn)
     assert not one.is_available()
-    assert one.why_unavailable() == "its availability check says no"
+    assert one.why_unavailable() == "its availability check returned False"
 
     def broken() -> bool:
         raise OSError("libfoo.so: cannot open shared object file")
@@ -102,7 +102,7 @@ def test_min_arch_that_cannot_be_read() -> None:
 
 def test_min_arch_against_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     one = impl(min_arch=(9, 0))
-    for capability, word in (((8, 9), "this one has 8.9"), (None, "states none"), ((9, 0), None), ((10, 0), None)):
+    for capability, word in (((8, 9), "this one has 8.9"), (None, "reports none"), ((9, 0), None), ((10, 0), None)):
         monkeypatch.setattr("sglang_fl.dispatch.types.device_capability", lambda found=capability: found)
         assert (one.why_unavailable() is None) == (word is None)
         assert word is None or word in str(one.why_unavailable())

@@ -51,4 +51,4 @@ def test_speculative_decoding_names_what_a_plain_cpu_lacks(model: Path) -> None:
     command = ["bash", str(EXAMPLES / "speculative_decoding.sh"), str(model), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRON)
     assert done.returncode != 0
-    assert "--speculative-algorithm EAGLE3: SGLang has no attention of a draft model for torch_native" in done.stderr
+    assert "--speculative-algorithm EAGLE3: SGLang has no draft-model attention for torch_native" in done.stderr

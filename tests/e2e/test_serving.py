@@ -59,8 +59,8 @@ def test_the_example_of_a_client_gets_all_its_answers(running: Running) -> None:
 
 def test_requests_that_a_plain_cpu_cannot_answer_do_not_end_the_server(running: Running) -> None:
     asked = (
-        ("release_memory_occupation", {}, "no memory that could be released"),
-        ("resume_memory_occupation", {}, "no memory that could be released"),
+        ("release_memory_occupation", {}, "cannot release and resume memory"),
+        ("resume_memory_occupation", {}, "cannot release and resume memory"),
         ("start_profile", {"activities": ["MEM"]}, ""),
         ("start_profile", {"activities": ["CUDA_PROFILER"]}, ""),
     )

@@ -79,7 +79,7 @@ def test_activations(manager: OpManager, op: str, kind: str, shape: tuple[int, .
     width = shape[-1] // 2 if op == "gelu_and_mul" else shape[-1]
     for approximate in ("none", "tanh") if op == "gelu_and_mul" else ("",):
         if kind == "vendor" and width * dtype.itemsize % step:
-            with pytest.raises(ValueError, match=f"rows of whole {step} bytes"):
+            with pytest.raises(ValueError, match=f"rows of a multiple of {step} bytes"):
                 fn(Gelu(approximate), x)
         else:
             check_activation(fn, op, x, approximate)

@@ -84,7 +84,7 @@ def test_the_death_of_a_parent_never_counts(path: Path) -> None:
 def test_the_limit_ends_the_process_with_a_line_that_says_so(path: Path) -> None:
     code, errors = run(path, "hangs", limit=0.3)
     assert code == 1
-    assert f"sglang-fl: mul: its first run did not end within 0.3 s, so this process ends. The next start leaves it out ({path})" in errors
+    assert f"sglang-fl: mul: its first run did not end within 0.3 s, so this process ends. The next start excludes it ({path})" in errors
     assert left_out(path)["mul"].startswith("its first run did not end within 0.3 s")
 
 
@@ -133,7 +133,7 @@ def test_it_is_bound_to_versions_and_chip(path: Path) -> None:
 def test_a_damaged_file_begins_anew(path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     path.parent.mkdir()
     path.write_text(text)
-    assert left_out(path) == {} and "is damaged and begins anew" in caplog.text
+    assert left_out(path) == {} and "is damaged and was reset" in caplog.text
     run(path, "SIGSEGV")
     assert "mul" in left_out(path)
     json.loads(path.read_text())
@@ -172,9 +172,9 @@ def test_a_read_only_home(tmp_path: Path, caplog: pytest.LogCaptureFixture, monk
     opened = open_guard(Settings(trial_record=at, flagos_blacklist=("add",), sources={"flagos_blacklist": Source(3, "a test")}), "a chip")
     assert f"the record of trials {at} cannot be written (File exists)" in caplog.text and current_guard() is opened
     with opened.running("mul"):
-        assert "trial of mul; if the process ends here, SGLANG_FL_FLAGOS_BLACKLIST=add,mul leaves it out" in caplog.text
+        assert "first run of mul; if the process ends here, SGLANG_FL_FLAGOS_BLACKLIST=add,mul excludes it" in caplog.text
     code, errors = run(Path(at), "hangs", limit=0.3)
-    assert code == 1 and "did not end within 0.3 s, so this process ends; SGLANG_FL_FLAGOS_BLACKLIST=mul leaves it out" in errors
+    assert code == 1 and "did not end within 0.3 s, so this process ends; SGLANG_FL_FLAGOS_BLACKLIST=mul excludes it" in errors
 
 
 @pytest.mark.parametrize(

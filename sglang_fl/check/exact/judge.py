@@ -85,7 +85,7 @@ class Exact:
         """Hold a result against this one; ``dtype`` (unless it has one of its own) and ``device`` are what it must have."""
         dtype = self.dtype or dtype
         if not isinstance(got, torch.Tensor):
-            return Verdict(problem=f"{self.name} is no tensor but {type(got).__name__}")
+            return Verdict(problem=f"{self.name} is {type(got).__name__}, not a tensor")
         if got.shape != self.value.shape:
             return Verdict(problem=f"{self.name} has shape {tuple(got.shape)}, not {tuple(self.value.shape)}")
         if got.dtype != dtype:

@@ -69,7 +69,7 @@ class Routed:
     def judge(self, got: Any, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
         """Hold ``(topk_weights, topk_ids)`` against this routing, whatever ``dtype`` the logits have."""
         if len(got) != 2:
-            return Verdict(problem=f"gave {len(got)} results, not topk_weights and topk_ids")
+            return Verdict(problem=f"gave {len(got)} results, expected topk_weights and topk_ids")
         weights, ids = got
         tokens, experts = self.scores.shape
         shape = tokens, self.routing.top_k + (self.routing.shared_weight is not None)
@@ -105,7 +105,7 @@ class Routed:
         worse = least - choice.gather(1, ids) > allowed
         if bool(worse.any()):
             token, column = (int(i[0]) for i in worse.nonzero(as_tuple=True))
-            return Verdict(problem=f"token {token} got expert {int(ids[token, column])}, and others are better")
+            return Verdict(problem=f"token {token} got expert {int(ids[token, column])}, but others score higher")
         return self._weights(scores.gather(1, ids), sharp).judge(weights, torch.float32)
 
     def _weights(self, scores: torch.Tensor, sharp: torch.Tensor) -> Exact:
@@ -129,7 +129,7 @@ class Routed:
 
 def _wrong_tensor(name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> str | None:
     if not isinstance(x, torch.Tensor):
-        return f"{name} is no tensor but {type(x).__name__}"
+        return f"{name} is {type(x).__name__}, not a tensor"
     if x.shape != shape:
         return f"{name} has shape {tuple(x.shape)}, not {shape}"
     if x.dtype != dtype:

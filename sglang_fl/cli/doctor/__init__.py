@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show the platform, versions and the state of each layer, and what is wrong and how to fix it."""
+"""Show the platform, versions, what each operator runs on, and problems with their remedies."""
 
 import argparse
 import json
@@ -23,10 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep",
         action="store_true",
-        help="import SGLang too: ask PyTorch for the device, check SGLang's interfaces, replace the ATen operators and list them",
+        help="also import SGLang: ask PyTorch for the device, check SGLang's interfaces, replace the ATen operators and list them",
     )
     parser.add_argument(
-        "--forget", action="store_true", help="remove the record of what ended earlier starts, so that the next start tries it again"
+        "--forget",
+        action="store_true",
+        help="delete the record of crashes and hangs in earlier starts, so that the next start tries everything again",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -59,7 +61,7 @@ def _print(found: Diagnosis) -> None:
     if found.platforms:
         console.print(f"Platforms of installed packages: {'; '.join(found.platforms)}", soft_wrap=True)
     for bound_to, deaths in found.trials.get("deaths", {}).items():
-        console.print(_two_columns(f"Left out by starts with {bound_to}: an earlier one ended in its first run", deaths))
+        console.print(_two_columns(f"Excluded from starts with {bound_to}: an earlier start crashed or hung in its first run", deaths))
     if found.trials.get("deaths"):
         console.print(f"'sglang-fl doctor --forget' removes that record, {found.trials['record']}", soft_wrap=True)
     if found.changes:

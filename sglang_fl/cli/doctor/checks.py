@@ -109,7 +109,7 @@ def platform_plugins(machine: Machine) -> Iterator[Problem]:
 
 def unusable_settings(machine: Machine) -> Iterator[Problem]:
     for message in machine.settings_errors:
-        yield Problem(message, "correct it: a server does not start with it", fatal=True)
+        yield Problem(message, "correct it; a server does not start otherwise", fatal=True)
 
 
 def broken_backends(machine: Machine) -> Iterator[Problem]:
@@ -145,7 +145,7 @@ def flaggems(machine: Machine, settings: Settings) -> Iterator[Problem]:
     if importlib.util.find_spec("flag_gems") is None:
         use = f"to replace ATen operators on {vendor}" if replaces_aten else f"by the order of {', '.join(ordered)}"
         install = "uv pip install '.[flaggems]' in sglang-fl's checkout, or uv pip install flag_gems"
-        yield Problem(f"FlagGems is not installed, but is wanted {use}", install)
+        yield Problem(f"FlagGems is not installed, but the settings use it {use}", install)
     for message in changed_signatures():
         yield Problem(message, f"pip install flag_gems=={TESTED}, which sglang-fl was tested with")
 

@@ -127,7 +127,7 @@ def _collectives(settings: Settings, device: Device, environ: Mapping[str, str])
 def _trials(settings: Settings) -> dict[str, Any]:
     path = record_path(settings)
     deaths = {
-        bound_to: {name: f"{death}{'' if death.excludes else '; the next time counts'}" for name, death in names.items()}
+        bound_to: {name: f"{death}{'' if death.excludes else '; excluded after the next time'}" for name, death in names.items()}
         for bound_to, names in settled_record(path).items()
     }
     return {"record": str(path), "deaths": deaths}

@@ -10,20 +10,20 @@ def half_of(op: str, x: torch.Tensor) -> int:
     """Half of the last dimension. Raises ValueError if it is odd."""
     size = x.shape[-1] // 2
     if 2 * size != x.shape[-1]:
-        raise ValueError(f"{op}: the last dimension holds two halves; it cannot be {x.shape[-1]}")
+        raise ValueError(f"{op}: the last dimension must be even, found {x.shape[-1]}")
     return size
 
 
 def check_hidden_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises Refusal if a norm's weight is of another size than what it is for."""
     if x.shape[-1] != weight.shape[-1]:
-        raise Refusal(f"{op}: hidden_size is {weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
+        raise Refusal(f"{op}: hidden_size is {weight.shape[-1]}, but the last dimension of x is {x.shape[-1]}")
 
 
 def check_heads(op: str, heads: int, value_heads: int) -> None:
     """Raises Refusal unless each head of q and k serves as many heads of v."""
     if not heads or value_heads % heads:
-        raise Refusal(f"{op}: {value_heads} heads of v are no multiple of {heads} heads of q and k")
+        raise Refusal(f"{op}: {value_heads} heads of v are not a multiple of {heads} heads of q and k")
 
 
 def slots_of(op: str, slots: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
@@ -42,7 +42,7 @@ def split_packed(op: str, mixed_qkv: torch.Tensor, states: torch.Tensor) -> tupl
     value_heads, value_dim, key_dim = states.shape[1:]
     heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
     if rest or heads <= 0:
-        raise Refusal(f"{op}: a row of {mixed_qkv.shape[1]} numbers is no q, k and v for states {tuple(states.shape[1:])}")
+        raise Refusal(f"{op}: a row of {mixed_qkv.shape[1]} numbers does not hold q, k and v for states {tuple(states.shape[1:])}")
     check_heads(op, heads, value_heads)
     q, k, v = mixed_qkv.split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
     return q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
@@ -56,6 +56,6 @@ def check_chunk_kernel(op: str, q: torch.Tensor, v: torch.Tensor) -> None:
     check_heads(op, q.shape[2], v.shape[2])
     key_dim, value_dim = q.shape[3], v.shape[3]
     if key_dim > 256 or min(key_dim, value_dim) < 16:
-        raise Refusal(f"{op}: the kernel takes keys of 16 to 256 numbers, and they are {key_dim}, values {value_dim}")
+        raise Refusal(f"{op}: the kernel supports keys of 16 to 256 numbers; found keys of {key_dim}, values of {value_dim}")
     if q.dtype not in (torch.bfloat16, torch.float16):
-        raise Refusal(f"{op}: the kernel takes bf16 and fp16, and q is {q.dtype}")
+        raise Refusal(f"{op}: the kernel supports bf16 and fp16; q is {q.dtype}")

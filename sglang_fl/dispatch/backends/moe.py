@@ -59,7 +59,7 @@ class Routing(NamedTuple):
         if self.scoring not in ("softmax", "sigmoid"):
             raise ValueError(f"topk: scoring_func is softmax or sigmoid, not {self.scoring!r}")
         if num_experts % self.groups:
-            raise ValueError(f"topk: {num_experts} experts make no {self.groups} equal groups")
+            raise ValueError(f"topk: {num_experts} experts cannot be divided into {self.groups} equal groups")
         kept = num_experts // self.groups * self.topk_group
         if not (1 <= self.topk_group <= self.groups and 1 <= self.top_k <= kept):
             raise ValueError(
@@ -69,7 +69,7 @@ class Routing(NamedTuple):
             if correction_bias.shape != (num_experts,):
                 raise ValueError(f"topk: correction_bias has shape {tuple(correction_bias.shape)}, not ({num_experts},)")
             if self.groups > 1 and num_experts == self.groups:
-                raise ValueError("topk: with a correction bias a group is judged by two experts, and these groups have one")
+                raise ValueError("topk: a correction bias needs groups of at least two experts, and these have one")
 
     def complete(
         self, weights: torch.Tensor, ids: torch.Tensor, num_experts: int, num_token_non_padded: torch.Tensor | None
@@ -149,7 +149,7 @@ def topk_by(route: Callable[[torch.Tensor, torch.Tensor | None, Routing, torch.T
         expert_location_dispatch_info: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if expert_location_dispatch_info is not None:
-            raise NotImplementedError("topk: experts that have several places are SGLang's to choose from")
+            raise NotImplementedError("topk: replicated experts are not supported")
         config = obj.topk_config
         return route(router_logits, config.correction_bias, Routing.of(config), num_token_non_padded)
 

@@ -119,7 +119,7 @@ def check_result(what: str, result: Any, like: torch.Tensor, shape: tuple[int, .
     if result.dtype != like.dtype or result.device != like.device:
         raise ValueError(f"{what} is {result.dtype} on {result.device}, not {like.dtype} on {like.device}")
     if not result.isfinite().all():
-        raise ValueError(f"{what} holds inf or nan, for inputs between -1 and 1")
+        raise ValueError(f"{what} contains inf or nan, for inputs between -1 and 1")
 
 
 def check_pair(result: Any, expected: str, prefix: str = "") -> tuple[Any, Any]:

@@ -110,7 +110,7 @@ class FunctionSocket(Socket):
                 self.hook.is_placed = True
                 self.bridge.hooked(self.load.log_level)
             else:
-                self.hook.problem = "another plugin has a hook there, or SGLang's log says why it took none"
+                self.hook.problem = "another plugin hooks it already, or the hook failed (see SGLang's log)"
         return self.hook.problem
 
     def install(self, forward: Forward | None) -> None:

@@ -36,7 +36,7 @@ class FusedMoEBridge(LayerBridge):
             return "it has no runner"
         owner = config.layer
         if owner is None or owner.quant_method is not layer:
-            return "another method stands between it and its layer"
+            return "its layer uses another quant_method"
         return self._reason_in_runner(layer, owner) or self._reason_in_config(layer, config, owner) or server_reason()
 
     def _reason_in_runner(self, layer: Layer, owner: Any) -> str | None:
@@ -48,7 +48,7 @@ class FusedMoEBridge(LayerBridge):
         if runner.lora_enabled:
             return "its runner serves LoRA"
         if type(owner.dispatcher).__name__ != "StandardDispatcher":
-            return f"its tokens come from a {type(owner.dispatcher).__name__}"
+            return f"its tokens are dispatched by {type(owner.dispatcher).__name__}"
         return None
 
     def _reason_in_config(self, layer: Layer, config: Any, owner: Any) -> str | None:
@@ -65,11 +65,11 @@ class FusedMoEBridge(LayerBridge):
         if own not in _SCALES:
             return f"SGLang runs it as {own}"
         if config.activation == "gelu" and not _SCALES[own]:
-            return f"SGLang's {own} takes gelu by tanh"
+            return f"SGLang's {own} approximates gelu with tanh"
         if config.apply_router_weight_on_input and config.routed_scaling_factor not in (None, 1.0) and _SCALES[own]:
-            return "its weights go on the input, and routed_scaling_factor on the output"
+            return "router weights are applied to the input, and routed_scaling_factor to the output"
         if config.apply_router_weight_on_input and layer.with_bias:
-            return "its weights go on the input of experts with a bias"
+            return "router weights are applied to the input of experts with a bias"
         return _reason_in_weights(config, owner)
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:

@@ -70,7 +70,7 @@ class GatedDeltaRuleBridge(FunctionBridge):
 
     def exclusion_reason(self) -> str | None:
         problems = self._problems()
-        return f"this SGLang is another one than sglang-fl knows: {'; '.join(problems)}" if problems else None
+        return f"SGLang differs from what sglang-fl needs: {'; '.join(problems)}" if problems else None
 
     def _problems(self) -> list[str]:
         """What differs in SGLang from what this bridge relies on: the other functions are no matter of its."""
@@ -103,13 +103,13 @@ def _dispatcher_made(result: None, dispatcher: Any, *args: Any, **kwargs: Any) -
                 chosen,
                 bridge.name,
             )
-            dispatch_log().record(bridge.name, f"sglang(not called: {chosen} does its work)")
+            dispatch_log().record(bridge.name, f"sglang(not called: {chosen} is used)")
 
 
 def check_pool(pool: torch.Tensor, before: torch.Tensor, written: list[int]) -> None:
     """Raises ValueError unless these slots, and no others, were written, with finite numbers."""
     if not pool.isfinite().all():
-        raise ValueError("a state holds inf or nan, for inputs between -1 and 1")
+        raise ValueError("a state contains inf or nan, for inputs between -1 and 1")
     changed = [slot for slot in range(len(pool)) if not torch.equal(pool[slot], before[slot])]
     if changed != written:
         raise ValueError(f"the slots of the sequences are {written}; it wrote {changed}")

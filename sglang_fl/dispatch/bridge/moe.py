@@ -26,8 +26,8 @@ def server_arguments() -> Any:
 def server_reason() -> str | None:
     """Why this server's arguments or device leave routing and experts with SGLang, or None."""
     if sglang_topk()._is_hip:
-        return "SGLang keeps padded tokens and shared experts another way on ROCm"
+        return "SGLang handles padded tokens and shared experts differently on ROCm"
     execution = server_arguments()
     if execution is not None and execution.comm.enable_symm_mem:
-        return "--enable-symm-mem wants results in symmetric memory"
+        return "--enable-symm-mem needs results in symmetric memory"
     return None

@@ -19,7 +19,7 @@ class MRotaryEmbeddingBridge(LayerBridge):
         if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
             return "its cos_sin_cache is not [max_position, rotary_dim]"
         if layer.mrope_interleaved_glm:
-            return "mrope_interleaved_glm, of which SGLang's own forwards make different things"
+            return "mrope_interleaved_glm, on which SGLang's own forwards disagree"
         if layer.mrope_section and (layer.axis_map is None or layer.axis_map.shape != (layer.rotary_dim // 2,)):
             return "its axis_map does not say which position each pair turns by"
         return None

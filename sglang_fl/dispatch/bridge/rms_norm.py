@@ -40,7 +40,7 @@ class RMSNormBridge(NormBridge):
         if getattr(layer, "x_pad_to_multiple", 0):
             return f"x_pad_to_multiple={layer.x_pad_to_multiple}"
         if _fuses_fp8(layer):
-            return "its output is quantised to FP8 on the way out"
+            return "SGLang quantises its output to FP8"
         return None
 
 

@@ -62,11 +62,11 @@ class Selector:
                 return Selection(impl, failed=failed)
             message = f"{socket.op}: {impl.impl_id} failed its trial on {socket.name}: {type(error).__name__}: {error}"
             if policy.strict:
-                raise RuntimeError(f"sglang-fl: {message} (strict is set, so nothing takes its place)") from error
+                raise RuntimeError(f"sglang-fl: {message} (strict is set, so there is no fallback)") from error
             failed[impl.impl_id] = f"{type(error).__name__}: {error}"
             passed_over[impl.impl_id] = f"failed its trial: {failed[impl.impl_id]}"
             following = plan.candidates[index + 1 :]
-            self.warn_once(f"{message}; {following[0].impl_id if following else 'SGLang'} takes its place")
+            self.warn_once(f"{message}; {following[0].impl_id if following else 'SGLang'} is used instead")
         if plan.to_sglang:
             return Selection(None, "policy", failed)
         if socket.load.deterministic:
@@ -149,7 +149,7 @@ def _run(impl: OpImpl, socket: Socket) -> None:
 def _unfit(impl: OpImpl, socket: Socket) -> str | None:
     """Why an implementation may not be tried at a call site, or None."""
     if trial_name(impl) in socket.load.trials.excluded:
-        return f"it ended an earlier start: {socket.load.trials.excluded[trial_name(impl)]}"
+        return f"it crashed or hung in an earlier start: {socket.load.trials.excluded[trial_name(impl)]}"
     if socket.load.deterministic and not impl.batch_invariant:
         return "it is not declared batch-invariant"
     dtypes = impl.dtypes()

@@ -19,9 +19,9 @@ class TopKBridge(LayerBridge):
     def attribute_reason(self, layer: Layer) -> str | None:
         config = layer.topk_config
         if config.custom_routing_function is not None:
-            return "it has a routing function of its own"
+            return "custom routing function"
         if config.output_format is None or config.output_format.name != "STANDARD":
-            return f"its runner asks for the output format {getattr(config.output_format, 'name', None)}"
+            return f"its runner needs the output format {getattr(config.output_format, 'name', None)}"
         if config.scoring_func not in ("softmax", "sigmoid"):
             return f"scoring_func={config.scoring_func}"
         if config.fused_gate_packed_ids:
@@ -111,7 +111,7 @@ def _biased(config: Any) -> str | None:
     if bias is None:
         return None
     if bias.dim() != 1:
-        return "its correction bias is one a token"
+        return "its correction bias differs by token"
     if config.scoring_func == "softmax" and not config.use_grouped_topk:
         return "SGLang's own forwards disagree on a correction bias of softmax scores"
     return None
@@ -142,7 +142,7 @@ def _recorded(layer: Layer) -> str | None:
     if execution is None:
         return None
     if execution.moe.ep_dispatch_algorithm is not None and not layer.is_draft:
-        return f"--ep-dispatch-algorithm {execution.moe.ep_dispatch_algorithm} sends experts to several places"
+        return f"--ep-dispatch-algorithm {execution.moe.ep_dispatch_algorithm} replicates experts"
     if execution.moe.expert_distribution_recorder_mode is not None:
         return "--expert-distribution-recorder-mode records its choices"
     if execution.features.enable_return_routed_experts and layer.topk_config.allow_routed_experts_capture:

@@ -133,7 +133,7 @@ def test_flaggems_missing(
     problems = diagnose(environ).problems
     assert len(problems) == (use is not None)
     for problem in problems:
-        assert re.match(f"FlagGems is not installed, but is wanted {use}", problem.what)
+        assert re.match(f"FlagGems is not installed, but the settings use it {use}", problem.what)
         assert "flag_gems" in problem.remedy
         assert not problem.fatal
 

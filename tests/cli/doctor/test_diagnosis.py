@@ -50,8 +50,8 @@ def test_device_and_layers(machine: Callable[[str], None], vendor: str, facts: d
 @pytest.mark.parametrize(
     ("vendor", "environ", "state", "why"),
     [
-        ("cpu", {}, "off", "FlagGems has nothing for cpu"),
-        ("thead", {}, "off", "FlagGems has nothing for thead"),
+        ("cpu", {}, "off", "FlagGems does not support cpu"),
+        ("thead", {}, "off", "FlagGems does not support thead"),
         ("metax", {}, "all of N functions", "prefer (default)"),
         ("metax", {"USE_FLAGGEMS": "0"}, "off", "USE_FLAGGEMS"),
         ("metax", {"SGLANG_FL_FLAGOS_WHITELIST": "mul,mm"}, "2 of N functions", "flagos_whitelist (SGLANG_FL_FLAGOS_WHITELIST)"),
@@ -181,8 +181,8 @@ def test_what_ended_earlier_starts(tmp_path: Path, capsys: pytest.CaptureFixture
     path.with_name("trials.json.9-f").write_text('{"environment": "torch 2, a chip", "start": 1}\nmm\n')  # of a process that was killed
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "Left out by starts with torch 2, a chip" in printed and "its process ended with 'Aborted', last on" in printed
-    assert "its process was killed, last on" in printed and "; the next time counts" in printed
+    assert "Excluded from starts with torch 2, a chip" in printed and "its process ended with 'Aborted', last on" in printed
+    assert "its process was killed, last on" in printed and "; excluded after the next time" in printed
     assert main(["doctor", "--forget"]) == main(["doctor", "--forget"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{path}: removed", f"{path}: nothing to remove"]
     assert diagnose(os.environ).trials["deaths"] == {}

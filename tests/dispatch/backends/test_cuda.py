@@ -217,15 +217,15 @@ def test_views(backend: Functions, dtype: torch.dtype) -> None:
 
 def test_rows_that_the_kernels_cannot_load_are_refused(backend: Functions) -> None:
     """On a GPU they end in a misaligned address, after which the process can do nothing more."""
-    with pytest.raises(ValueError, match=r"rows of whole 16 bytes, and 12 torch\.bfloat16 are 24"):
+    with pytest.raises(ValueError, match=r"rows of a multiple of 16 bytes; 12 torch\.bfloat16 are 24"):
         backend.silu_and_mul(None, torch.randn(3, 2 * 12).bfloat16())
-    with pytest.raises(ValueError, match="it cannot be 5"):
+    with pytest.raises(ValueError, match="must be even, found 5"):
         backend.silu_and_mul(None, torch.ones(3, 5))
-    with pytest.raises(ValueError, match=r"gelu_and_mul: the kernel needs rows of whole 16 bytes, and 12 torch\.bfloat16 are 24"):
+    with pytest.raises(ValueError, match=r"gelu_and_mul: the kernel needs rows of a multiple of 16 bytes; 12 torch\.bfloat16 are 24"):
         backend.gelu_and_mul(Gelu("tanh"), torch.randn(3, 2 * 12).bfloat16())
-    with pytest.raises(ValueError, match=r"relu2: the kernel needs rows of whole 16 bytes, and 10 torch\.float32 are 40"):
+    with pytest.raises(ValueError, match=r"relu2: the kernel needs rows of a multiple of 16 bytes; 10 torch\.float32 are 40"):
         backend.relu2(None, torch.randn(2, 10))
-    with pytest.raises(ValueError, match=r"gelu_and_mul: .* it cannot be 5"):
+    with pytest.raises(ValueError, match=r"gelu_and_mul: .* must be even, found 5"):
         backend.gelu_and_mul(Gelu("none"), torch.ones(3, 5))
 
 
@@ -244,9 +244,9 @@ def test_weights_of_another_dtype_are_refused(backend: Functions) -> None:
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="hidden_size is 64"):
         backend.rms_norm(Norm(torch.ones(64)), torch.ones(2, 32))
-    with pytest.raises(Refusal, match=r"gemma_rms_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.bfloat16"):
+    with pytest.raises(Refusal, match=r"gemma_rms_norm: with x in torch\.bfloat16 the kernel needs weights in torch\.bfloat16"):
         backend.gemma_rms_norm(Norm(torch.ones(64)), torch.ones(2, 64, dtype=torch.bfloat16))
-    with pytest.raises(Refusal, match=r"layer_norm: with x in torch\.bfloat16 the kernel reads weights in torch\.float32"):
+    with pytest.raises(Refusal, match=r"layer_norm: with x in torch\.bfloat16 the kernel needs weights in torch\.float32"):
         backend.layer_norm(Norm(torch.ones(64).bfloat16(), bias=torch.ones(64).bfloat16()), torch.ones(2, 64, dtype=torch.bfloat16))
 
 

@@ -173,8 +173,8 @@ def test_the_triton_that_flaggems_takes_it_for(
     ("environ", "device", "installed", "why"),
     [
         ({"USE_FLAGGEMS": "0"}, "nvidia", True, None),  # that is for ATen operators alone
-        ({}, "cpu", True, "FlagGems has nothing for cpu"),
-        ({}, "thead", True, "FlagGems has nothing for thead"),
+        ({}, "cpu", True, "FlagGems does not support cpu"),
+        ({}, "thead", True, "FlagGems does not support thead"),
         ({}, "metax", False, "FlagGems is not installed (uv pip install flag_gems)"),
         ({}, "metax", True, None),
     ],
@@ -286,9 +286,9 @@ def test_gemma_norm_by_flaggems_norm(
 
 
 def test_an_odd_width_is_refused(gems: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"gelu_and_mul: .* it cannot be 7"):
+    with pytest.raises(ValueError, match=r"gelu_and_mul: .* must be even, found 7"):
         backend.gelu_and_mul(Gelu("tanh"), torch.ones(2, 7))
-    with pytest.raises(ValueError, match="it cannot be 7"):
+    with pytest.raises(ValueError, match="must be even, found 7"):
         backend.silu_and_mul(None, torch.ones(2, 7))
 
 

@@ -103,7 +103,7 @@ def test_decoding_goes_on_where_prefill_ended() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     x = drawn(4)
-    with pytest.raises(ValueError, match="4 heads of v are no multiple of 3 heads of q and k"):
+    with pytest.raises(ValueError, match="4 heads of v are not a multiple of 3 heads of q and k"):
         whole({**x, "q": torch.randn(1, 4, 3, 8), "k": torch.randn(1, 4, 3, 8)})
     with pytest.raises(ValueError, match="1 slots for 2 sequences"):
         whole(x, torch.randn(3, 4, 16, 8), torch.tensor([0]), torch.tensor([0, 2, 4]))
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_named() -> None:
         fused_recurrent_gated_delta_rule(*x.values(), None, torch.randn(3, 4, 16, 8), True, None, True)
     pool, gates = torch.randn(3, 4, 16, 8), torch.randn(2, 4)
     for width, out in ((97, torch.empty(2, 1, 4, 16)), (96, torch.empty(2, 4, 16))):
-        with pytest.raises(ValueError, match=r"a row of 97 numbers is no q, k and v|out is \(2, 4, 16\)"):
+        with pytest.raises(ValueError, match=r"a row of 97 numbers does not hold q, k and v|out is \(2, 4, 16\)"):
             fused_recurrent_gated_delta_rule_packed_decode(
                 torch.randn(2, width), gates, gates, gates[0], gates[0], 1.0, pool, out, torch.tensor([0, 1]), True
             )

@@ -50,7 +50,7 @@ def test_silu_and_mul_special_values() -> None:
 
 
 def test_silu_and_mul_odd_width() -> None:
-    with pytest.raises(ValueError, match="two halves; it cannot be 7"):
+    with pytest.raises(ValueError, match="must be even, found 7"):
         reference.silu_and_mul(None, torch.zeros(1, 7))
 
 

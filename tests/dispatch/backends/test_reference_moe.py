@@ -92,12 +92,12 @@ def test_scores_that_vanish_make_no_nan() -> None:
     ("routing", "bias", "told"),
     [
         (Routing(2, "tanh", True, 1, 1, 1.0, None), None, "softmax or sigmoid, not 'tanh'"),
-        (Routing(2, "softmax", True, 3, 1, 1.0, None), None, "8 experts make no 3 equal groups"),
+        (Routing(2, "softmax", True, 3, 1, 1.0, None), None, "8 experts cannot be divided into 3 equal groups"),
         (Routing(9, "softmax", True, 1, 1, 1.0, None), None, "9 experts are wanted from 1 of 1 groups of 8 experts"),
         (Routing(3, "softmax", True, 4, 1, 1.0, None), None, "3 experts are wanted from 1 of 4 groups"),
         (Routing(2, "softmax", True, 4, 5, 1.0, None), None, "from 5 of 4 groups"),
         (Routing(2, "sigmoid", True, 1, 1, 1.0, None), torch.zeros(7), r"correction_bias has shape \(7,\), not \(8,\)"),
-        (Routing(2, "sigmoid", True, 8, 8, 1.0, None), torch.zeros(8), "judged by two experts, and these groups have one"),
+        (Routing(2, "sigmoid", True, 8, 8, 1.0, None), torch.zeros(8), "groups of at least two experts, and these have one"),
     ],
 )
 def test_a_routing_that_there_is_not(routing: Routing, bias: torch.Tensor | None, told: str) -> None:
@@ -106,7 +106,7 @@ def test_a_routing_that_there_is_not(routing: Routing, bias: torch.Tensor | None
 
 
 def test_experts_of_several_places_are_not_taken() -> None:
-    with pytest.raises(NotImplementedError, match="SGLang's to choose from"):
+    with pytest.raises(NotImplementedError, match="replicated experts"):
         reference.topk(None, torch.zeros(1, 4), torch.zeros(1, 4), expert_location_dispatch_info=object())
 
 

@@ -122,7 +122,7 @@ def test_special_values() -> None:
 
 @pytest.mark.parametrize("approximate", GELUS)
 def test_gelu_and_mul_of_an_odd_width(approximate: str) -> None:
-    with pytest.raises(ValueError, match="gelu_and_mul: the last dimension holds two halves; it cannot be 7"):
+    with pytest.raises(ValueError, match="gelu_and_mul: the last dimension must be even, found 7"):
         reference.gelu_and_mul(Gelu(approximate), torch.zeros(1, 7))
 
 

@@ -225,12 +225,12 @@ def raises(*args: Any) -> Any:
 
 SPOILED: list[tuple[str, Callable[..., Any], str]] = [
     (CHUNK, raises, "this kernel is broken"),
-    (CHUNK, spoiled(CHUNK, lambda result, pool: result[0].fill_(torch.nan)), "holds inf or nan"),
+    (CHUNK, spoiled(CHUNK, lambda result, pool: result[0].fill_(torch.nan)), "contains inf or nan"),
     (CHUNK, spoiled(CHUNK, lambda result, pool: pool[1].zero_()), r"the slots of the sequences are \[0, 2\]; it wrote \[0, 1, 2\]"),
     (CHUNK, lambda *args: reference.chunk_gated_delta_rule(*args)[0], "not .o, chunk states."),
     (CHUNK, lambda *args: reference.chunk_gated_delta_rule(*args[:10], False), r"it wrote \[\]"),
     (PACKED, spoiled(PACKED, lambda result, pool: result[0].fill_(1)), "not zero for a sequence that is padding"),
-    (PACKED, spoiled(PACKED, lambda result, pool: pool[2].fill_(torch.inf)), "a state holds inf or nan"),
+    (PACKED, spoiled(PACKED, lambda result, pool: pool[2].fill_(torch.inf)), "a state contains inf or nan"),
     (
         PACKED,
         lambda *args: tuple(x.clone() for x in reference.fused_recurrent_gated_delta_rule_packed_decode(*args)),
@@ -246,7 +246,7 @@ def test_one_that_fails_its_trial_is_passed_over(op: str, fn: Callable[..., Any]
     assert untouched()
     report = bind(**{op: fn})
     assert report.functions[op, op] == "reference(reference.torch)"
-    assert f"{op}: default.flagos failed its trial on {op}" in caplog.text and "reference.torch takes its place" in caplog.text
+    assert f"{op}: default.flagos failed its trial on {op}" in caplog.text and "reference.torch is used instead" in caplog.text
 
 
 def broken_in_serving(op: str) -> tuple[Callable[..., Any], list[int]]:
@@ -354,10 +354,10 @@ def test_a_context_reaches_a_function_that_the_policy_leaves_to_sglang() -> None
 def test_another_plugins_hook_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     HookRegistry.register(".".join(FUNCTIONS[CHUNK]), lambda own, *args, **kwargs: "theirs", HookType.AROUND)
     HookRegistry.apply_hooks()
-    with pytest.raises(RuntimeError, match=f"{CHUNK} stays with SGLang: another plugin has a hook there"):
+    with pytest.raises(RuntimeError, match=f"{CHUNK} stays with SGLang: another plugin hooks it already"):
         bind(SelectionPolicy(strict=True))
     report = bind()
-    assert report.functions[CHUNK, CHUNK].startswith("sglang(another plugin has a hook there")
+    assert report.functions[CHUNK, CHUNK].startswith("sglang(another plugin hooks it already")
     _alive[-1].refresh()
     assert caplog.text.count("stays with SGLang: another plugin") == 1
     assert gdn_triton.chunk_gated_delta_rule() == "theirs"
@@ -376,7 +376,7 @@ def test_a_kernel_class_that_does_not_call_it_is_named(caplog: pytest.LogCapture
 
     gated_delta_rule._dispatcher_made(None, SimpleNamespace(extend_kernel=FlashInferGDNKernel(), decode_kernel=dispatcher.decode_kernel))
     assert "sglang-fl: SGLang runs FlashInferGDNKernel, which does not call chunk_gated_delta_rule" in caplog.text
-    assert f"{CHUNK} → sglang(not called: FlashInferGDNKernel does its work)" in (tmp_path / "log").read_text()
+    assert f"{CHUNK} → sglang(not called: FlashInferGDNKernel is used)" in (tmp_path / "log").read_text()
     assert PACKED not in (tmp_path / "log").read_text()
 
 
@@ -412,13 +412,13 @@ def test_a_function_of_another_sglang_stays_with_it_and_the_others_do_not(monkey
     problem = f"{':'.join(FUNCTIONS[PACKED])} is missing"
     monkeypatch.setattr(gated_delta_rule, "gated_delta_rule_problems", lambda: (problem,))
     report = bind()
-    assert report.functions[PACKED, PACKED] == f"sglang(this SGLang is another one than sglang-fl knows: {problem})"
+    assert report.functions[PACKED, PACKED] == f"sglang(SGLang differs from what sglang-fl needs: {problem})"
     assert report.functions[CHUNK, CHUNK] == "reference(reference.torch)"
 
 
 def test_if_what_they_share_differs_all_functions_stay_with_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_delta_rule, "gated_delta_rule_problems", lambda: ("sglang.srt.configs.mamba_utils:f is missing",))
-    why = "sglang(this SGLang is another one than sglang-fl knows: sglang.srt.configs.mamba_utils:f is missing)"
+    why = "sglang(SGLang differs from what sglang-fl needs: sglang.srt.configs.mamba_utils:f is missing)"
     assert set(bind().functions.values()) == {why}
     assert untouched()
 

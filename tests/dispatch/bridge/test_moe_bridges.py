@@ -184,17 +184,17 @@ def trtllm_routed(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: router(custom_routing_function=routes_somewhere), "it has a routing function of its own"),
-        (lambda: router(bind=False), "its runner asks for the output format None"),
-        (changed(output_format("BYPASSED")), "its runner asks for the output format BYPASSED"),
-        (changed(output_format("TRITON_KERNEL")), "its runner asks for the output format TRITON_KERNEL"),
-        (changed(output_format("PACKED")), "its runner asks for the output format PACKED"),
+        (lambda: router(custom_routing_function=routes_somewhere), "custom routing function"),
+        (lambda: router(bind=False), "its runner needs the output format None"),
+        (changed(output_format("BYPASSED")), "its runner needs the output format BYPASSED"),
+        (changed(output_format("TRITON_KERNEL")), "its runner needs the output format TRITON_KERNEL"),
+        (changed(output_format("PACKED")), "its runner needs the output format PACKED"),
         (changed(trtllm_routed), "its runner takes raw logits"),
         (changed(lambda layer: setattr(layer.topk_config, "fused_gate_packed_ids", True)), "fused_gate_packed_ids=True"),
         (changed(lambda layer: setattr(layer, "waterfill_balancer", object())), "waterfill balances its shared experts"),
         (lambda: router(scoring_func="sqrtsoftplus"), "scoring_func=sqrtsoftplus"),
         (lambda: router(correction_bias=torch.zeros(EXPERTS)), "SGLang's own forwards disagree on a correction bias of softmax scores"),
-        (lambda: router(scoring_func="sigmoid", correction_bias=torch.zeros(3, EXPERTS)), "its correction bias is one a token"),
+        (lambda: router(scoring_func="sigmoid", correction_bias=torch.zeros(3, EXPERTS)), "its correction bias differs by token"),
     ],
 )
 def test_routing_that_the_signature_cannot_say_is_left(make: Callable[[], Any], reason: str) -> None:
@@ -207,10 +207,10 @@ def test_routing_that_the_signature_cannot_say_is_left(make: Callable[[], Any], 
 @pytest.mark.parametrize(
     ("arguments", "reason", "both"),
     [
-        ({"ep_dispatch_algorithm": "static"}, "--ep-dispatch-algorithm static sends experts to several places", False),
+        ({"ep_dispatch_algorithm": "static"}, "--ep-dispatch-algorithm static replicates experts", False),
         ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode records its choices", False),
         ({"enable_return_routed_experts": True}, "--enable-return-routed-experts records its choices", False),
-        ({"enable_symm_mem": True}, "--enable-symm-mem wants results in symmetric memory", True),
+        ({"enable_symm_mem": True}, "--enable-symm-mem needs results in symmetric memory", True),
     ],
 )
 def test_a_servers_arguments_that_want_sglangs_own(arguments: dict[str, Any], reason: str, both: bool) -> None:
@@ -245,8 +245,8 @@ def test_rocm_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.layers.moe import topk
 
     monkeypatch.setattr(topk, "_is_hip", True)
-    assert "another way on ROCm" in bind(router()).summary()
-    assert "another way on ROCm" in bind(experts().quant_method).summary()
+    assert "differently on ROCm" in bind(router()).summary()
+    assert "differently on ROCm" in bind(experts().quant_method).summary()
 
 
 def test_calls_that_the_signature_cannot_say_go_to_sglang(rng: torch.Generator) -> None:
@@ -345,8 +345,8 @@ def test_the_routed_scaling_factor_where_sglangs_own_applies_it(rng: torch.Gener
         ({"swiglu_limit": 10.0}, "swiglu_limit=10.0"),
         ({"no_combine": True, "inplace": False}, "no_combine=True"),
         ({"activation": "situ"}, "activation=situ, is_gated=True"),
-        ({"activation": "gelu"}, "SGLang's forward_cpu takes gelu by tanh"),
-        ({"apply_router_weight_on_input": True, "with_bias": True}, "its weights go on the input of experts with a bias"),
+        ({"activation": "gelu"}, "SGLang's forward_cpu approximates gelu with tanh"),
+        ({"apply_router_weight_on_input": True, "with_bias": True}, "router weights are applied to the input of experts with a bias"),
     ],
 )
 def test_experts_with_an_option_that_the_signature_cannot_say_are_left(options: dict[str, Any], reason: str) -> None:
@@ -376,7 +376,7 @@ def test_experts_that_sglangs_plain_forward_cannot_run_are_taken(rng: torch.Gene
 def test_on_cuda_weights_on_the_input_do_not_go_with_a_factor() -> None:
     method = experts(apply_router_weight_on_input=True, routed_scaling_factor=2.5).quant_method
     method._resolve_forward_method = lambda: method.forward_cuda
-    assert "routed_scaling_factor on the output" in bind(method).summary()
+    assert "routed_scaling_factor to the output" in bind(method).summary()
 
 
 def set_on(place: str, value: Any) -> Callable[[Any], None]:
@@ -405,14 +405,14 @@ class Backend:
         (set_on("runner.runner_backend", Backend()), "its runner is deep_gemm"),
         (set_on("_aiter_runner", object()), "its runner is aiter"),
         (set_on("runner.lora_enabled", True), "its runner serves LoRA"),
-        (set_on(".dispatcher", object()), "its tokens come from a object"),
+        (set_on(".dispatcher", object()), "its tokens are dispatched by object"),
         (set_on("w13_swiglu_interleaved", True), "its weights have another layout"),
         (set_on("use_flashinfer_cutlass", True), "its weights have another layout"),
         (set_on(".use_intel_amx_backend", True), "its weights are packed for AMX"),
         (set_on("_resolve_forward_method", lambda: experts().quant_method.forward_xpu), "SGLang runs it as forward_xpu"),
         (set_on(".w2_weight", nn.Parameter(torch.zeros(EXPERTS, HIDDEN, 31))), "its weights have shapes"),
         (set_on(".w2_weight", nn.Parameter(torch.zeros(EXPERTS, HIDDEN, 4, 8))), "not [experts, rows, columns]"),
-        (set_on(".quant_method", None), "another method stands between it and its layer"),
+        (set_on(".quant_method", None), "its layer uses another quant_method"),
     ],
 )
 def test_experts_that_run_another_way_are_left(change: Callable[[Any], None], reason: str) -> None:
@@ -532,7 +532,7 @@ def bind_block(block: nn.Module, **wrong: Callable[..., Any]) -> Any:
     [
         (lambda obj, layer, dispatch_output: dispatch_output, "its result is StandardDispatchOutput, not a tensor"),
         (lambda obj, layer, dispatch_output: dispatch_output.hidden_states[:1], "its result has shape (1, 64), not (2, 64)"),
-        (lambda obj, layer, dispatch_output: dispatch_output.hidden_states * torch.nan, "its result holds inf or nan"),
+        (lambda obj, layer, dispatch_output: dispatch_output.hidden_states * torch.nan, "its result contains inf or nan"),
     ],
 )
 def test_the_trial_of_experts_sees_what_is_wrong(wrong: Callable[..., Any], told: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -271,7 +271,7 @@ def test_norm_whose_output_sglang_quantises_is_left() -> None:
     linear.input_scale = torch.ones(1)
     layer: Any = NORM_LAYERS["RMSNorm"]()
     layer.fuse_input_quant(linear)
-    assert "quantised to FP8" in bind(layer).summary()
+    assert "quantises its output to FP8" in bind(layer).summary()
 
 
 def test_norm_that_carries_an_unquantised_linear_is_bound() -> None:

@@ -81,7 +81,7 @@ NOT_INSTALLED = "FlagGems is not installed (uv pip install flag_gems)"
 def why_not_here(device: Device) -> str | None:
     """Why FlagGems cannot be used on a device, whatever the settings say, or None. It is not imported to find out."""
     if not known_vendors()[device.vendor].flaggems:
-        return f"FlagGems has nothing for {device.vendor}"
+        return f"FlagGems does not support {device.vendor}"
     if importlib.util.find_spec("flag_gems") is None:
         return NOT_INSTALLED
     return None
@@ -110,7 +110,7 @@ def detector() -> Any:
     for name in _DETECTORS:
         if importlib.util.find_spec(name) is not None:
             return importlib.import_module(name).DeviceDetector()
-    raise ImportError(f"this FlagGems has a DeviceDetector in none of {', '.join(_DETECTORS)}")
+    raise ImportError(f"this FlagGems has no DeviceDetector in any of {', '.join(_DETECTORS)}")
 
 
 def changed_signatures(root: Path | None = None) -> list[str]:

@@ -59,11 +59,11 @@ def _best_in_time(
     global _spent
     if _is_capturing():
         raise RuntimeError(
-            f"FlagGems has not tuned {tuner.__name__} for these sizes, and cannot while a graph is captured: call it with them before"
+            f"FlagGems has not tuned {tuner.__name__} for these sizes, and cannot during a graph capture: call it with them first"
         )
     # What was best for other sizes goes first: when the time is up, it is what there is.
     configs = sorted(configs, key=lambda config: config is not getattr(tuner, "best_config", None))
-    logger.info("FlagGems tunes %s: up to %d configurations; the next start finds the result", tuner.__name__, len(configs))
+    logger.info("FlagGems tunes %s: up to %d configurations; the result is cached for the next start", tuner.__name__, len(configs))
     begin = time.monotonic()
     end = begin + min(OF_A_KERNEL, OF_A_PROCESS - _spent)
     found: dict[Any, list[float]] = {}
@@ -74,7 +74,7 @@ def _best_in_time(
     took = time.monotonic() - begin
     _spent += took
     if len(found) < len(configs):
-        message = "FlagGems tuned %s for %.0f s, the limit, and tried %d of %d configurations; FLAGGEMS_CACHE_DIR keeps the best of them"
+        message = "FlagGems tuned %s for %.0f s (the limit): %d of %d configurations; the best of them is cached in FLAGGEMS_CACHE_DIR"
         logger.warning(message, tuner.__name__, took, len(found), len(configs))
     return min(found, key=lambda config: found[config]), found
 

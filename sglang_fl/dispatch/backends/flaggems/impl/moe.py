@@ -102,11 +102,11 @@ def compute(
     experts.check(x, w13, w2, topk_weights, topk_ids, w13_bias)
     if (experts.activation, experts.is_gated) != ("silu", True):
         gated = "gated" if experts.is_gated else "not gated"
-        raise NotImplementedError(f"fused_moe: FlagGems has experts gated by silu alone, and these are {experts.activation}, {gated}")
+        raise NotImplementedError(f"fused_moe: FlagGems supports only experts gated by silu; these are {experts.activation}, {gated}")
     if x.dtype == torch.float32:
         raise TypeError("fused_moe: FlagGems multiplies fp32 in TF32, which rounds as bf16 does")
     if w13.stride(-1) != 1 or w2.stride(-1) != 1:
-        raise ValueError("fused_moe: FlagGems wants the last dimension of the experts' weights contiguous")
+        raise ValueError("fused_moe: FlagGems needs the last dimension of the experts' weights contiguous")
     if not topk_ids.numel():
         return torch.zeros_like(x)
     count = w13.shape[0]

@@ -20,7 +20,7 @@ def _check_rows(op: str, size: int, x: torch.Tensor, load_bytes: int) -> int:
     """The bytes of a row of the result. A kernel that loads across an alignment takes the process with it."""
     row_bytes = size * x.itemsize
     if row_bytes % load_bytes:
-        raise ValueError(f"{op}: the kernel needs rows of whole {load_bytes} bytes, and {size} {x.dtype} are {row_bytes}")
+        raise ValueError(f"{op}: the kernel needs rows of a multiple of {load_bytes} bytes; {size} {x.dtype} are {row_bytes}")
     return row_bytes
 
 

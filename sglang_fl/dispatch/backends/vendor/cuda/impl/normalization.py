@@ -15,7 +15,7 @@ _Kernel = Callable[..., Any]
 
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor, weight_dtype: torch.dtype) -> None:
     if weight.dtype != weight_dtype:
-        raise Refusal(f"{op}: with x in {x.dtype} the kernel reads weights in {weight_dtype}, and they are {weight.dtype}")
+        raise Refusal(f"{op}: with x in {x.dtype} the kernel needs weights in {weight_dtype}; they are {weight.dtype}")
     check_hidden_size(op, x, weight)
 
 

@@ -13,7 +13,7 @@ from ....rotary import Rotated, joined, mrotary_by
 
 def _refuse_all_but_fp32(cos: torch.Tensor) -> None:
     if cos.dtype != torch.float32:
-        raise Refusal(f"a rotary embedding on CUDA needs cos and sin in fp32, and they are {cos.dtype}")
+        raise Refusal(f"a rotary embedding on CUDA needs cos and sin in fp32; they are {cos.dtype}")
 
 
 @lru_cache
@@ -51,7 +51,7 @@ def rotary_embedding(
     if not query.numel():
         return query, key
     if not rotary_interleaved and rotary_dim % 4:
-        raise Refusal(f"rotary_embedding: by halves the kernel rotates multiples of 4 numbers, and these are {rotary_dim}")
+        raise Refusal(f"rotary_embedding: with neox style the kernel rotates multiples of 4 numbers; rotary_dim is {rotary_dim}")
     if not as_they_lie and not _is_at_steps_of(query, step):
         raise Refusal(f"rotary_embedding: the kernel takes {step} bytes at once, and heads of {query.shape[-1]} do not begin at multiples")
     whole = rotary_dim == query.shape[-1]

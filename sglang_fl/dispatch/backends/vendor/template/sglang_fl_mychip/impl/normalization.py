@@ -19,7 +19,7 @@ def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) ->
     """
     # What a kernel does not take it refuses, before it writes anything: the call then goes to the next in order.
     if x.shape[-1] != obj.weight.shape[-1]:
-        raise ValueError(f"rms_norm: hidden_size is {obj.weight.shape[-1]}, the last dimension of x {x.shape[-1]}")
+        raise ValueError(f"rms_norm: hidden_size is {obj.weight.shape[-1]}, but the last dimension of x is {x.shape[-1]}")
     hidden = x.float() if residual is None else x.float() + residual.float()
     scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + obj.variance_epsilon)
     normed = (hidden * scale * obj.weight.float()).to(x.dtype)
