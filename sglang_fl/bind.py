@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one moment of Layers 1 and 2: a model was loaded; ATen operators are replaced, then its layers and functions bound.
+"""Layers 1 and 2, when a model was loaded: replace ATen operators, then bind the model's layers and functions.
 
 In this order, since an implementation is tried under the conditions that it serves in. What ended an earlier start on any rank is left out.
 """

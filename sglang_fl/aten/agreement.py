@@ -11,7 +11,7 @@ logger = logging.getLogger("sglang_fl.aten")
 
 
 def agree(operators: AtenOperators, ranks: Ranks) -> int:
-    """At the end of a pass that all ranks make: exchange what failed, and exclude it. Returns how many operators all of them have tried.
+    """At the end of a pass: exchange failures between ranks, and exclude what failed on any. Returns how many operators all ranks tried.
 
     Raises:
         RuntimeError: something failed, and ``strict`` is set.

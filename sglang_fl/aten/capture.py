@@ -46,7 +46,7 @@ class Capture:
         assert operators.trials is not None
         self._operators, self._trials, self._ranks = operators, operators.trials, ranks
         self._shape, self._forward_fn, self._capture_one, self._pool = shape, forward_fn, capture_one, pool
-        #: How the ranks left the attempt: (error or None, what failed) of each; None: they have not.
+        #: The attempt's result on each rank, (error or None, what failed); None: not known yet.
         self._outcome: list[tuple[str | None, dict[str, str]]] | None = None
 
     def run(self) -> Any:

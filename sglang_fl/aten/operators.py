@@ -87,7 +87,7 @@ class AtenOperators:
         self._registrar: Any = None
         #: FlagGems function -> the ATen operators that it replaces, each with the function itself.
         self._functions: dict[str, list[tuple[str, Function]]] = {}
-        #: ATen operator -> what is registered for it while it is tried.
+        #: ATen operator -> the wrapper registered for it during trials.
         self._tried: dict[str, Function] = {}
         #: Operators whose function is registered itself.
         self._as_they_are: frozenset[str] = frozenset()
@@ -165,7 +165,7 @@ class AtenOperators:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """In force, all of them as while they are tried."""
+        """Register all of them with the wrapper used during trials."""
         if AtenOperators._on is not self:
             with self:
                 yield
@@ -178,7 +178,7 @@ class AtenOperators:
             self._register_as_they_are(before)
 
     def _register_as_they_are(self, keys: frozenset[str]) -> None:
-        """Without what stands for them while they are tried, for these operators alone."""
+        """Without the wrapper used during trials, for these operators alone."""
         changed, self._as_they_are = keys ^ self._as_they_are, keys
         for function, rows in self._functions.items():
             if function in self._libraries and any(key in changed for key, _ in rows):
@@ -274,7 +274,7 @@ def _collect(gems: ModuleType, settings: Settings) -> list[tuple[str, Function]]
 
 
 def _exclusion_reason(gems: ModuleType, settings: Settings, key: str, function: str) -> str:
-    """Why an operator whose registration was not tried stays with PyTorch."""
+    """Why an operator that was not registered stays with PyTorch."""
     reason = settings.flagos_exclusion_reason(function)
     if reason is not None:
         return reason

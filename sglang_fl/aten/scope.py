@@ -29,10 +29,10 @@ RESOLVERS = (
 )
 _BARRIER = "sglang.srt.distributed.parallel_state.GroupCoordinator.barrier"
 _FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
-#: After so many passes without a first call a model is taken as tried.
+#: After this many passes without a first call, a model counts as tried.
 _QUIET_PASSES = 8
 
-#: What is in force, or at least watched, while a graph is captured; and the capture that goes on.
+#: The operators in force during a capture, and the capture in progress.
 _in_graphs: "tuple[AtenOperators, Ranks] | None" = None
 _capture: Capture | None = None
 #: What is tried in the model's first passes.
@@ -41,7 +41,7 @@ _hooked: list[str] = []
 
 
 def use_in_graphs(operators: AtenOperators | None, ranks: Ranks | None = None) -> None:
-    """Have these operators in force while a graph is warmed up and captured; None: no more.
+    """Put these operators in force during the warm-up and capture of graphs; None: stop doing so.
 
     Raises:
         RuntimeError: SGLang did not take a hook, or captures graphs in another way.
@@ -59,7 +59,7 @@ def use_in_graphs(operators: AtenOperators | None, ranks: Ranks | None = None) -
 
 
 def try_in_first_passes(operators: AtenOperators | None, ranks: Ranks | None = None) -> None:
-    """Have these operators, which are in force, tried until the model's passes bring nothing new; None: no more.
+    """Try these operators, already in force, until the model's passes call no new ones; None: stop.
 
     Raises:
         RuntimeError: SGLang did not take a hook, or runs models in another way.

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first calls of FlagGems's functions, on the arguments that the model gives them.
 
-What is registered with the dispatcher while a model is tried is FlagGems's function inside a thin one, which can also take the call to
-PyTorch's own kernel: where FlagGems's fails, and in the parts between a graph's segments, whose Python runs at every replay. PyTorch's
-kernel is a handle that was taken before anything was replaced. Some of these kernels are made of other operators; while one runs,
-all calls of this thread go to PyTorch.
+During trials a thin wrapper of FlagGems's function is registered with the dispatcher. It calls PyTorch's own kernel instead where
+FlagGems's function fails, and between a graph's segments, whose Python runs at every replay. PyTorch's kernel is a handle that was
+taken before anything was replaced. Some of these kernels call other operators; while one runs, all calls of this thread go to PyTorch.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ class _Thread(threading.local):
 
 
 class Trials:
-    """What came of the first calls of a set's functions in this process.
+    """The results of the first calls of a set's functions in this process.
 
     Args:
         captures_graphs: each function is also captured into a graph that is thrown away.
@@ -44,7 +43,7 @@ class Trials:
         self.failures: dict[str, str] = {}
         #: Whether SGLang captures a graph just now: what runs between its segments is PyTorch's then.
         self.in_capture = False
-        #: Whether the model runs on data that nobody waits for, so that what was half written may be written again.
+        #: Whether the model runs on dummy data, so that a half-finished call may be repeated.
         self.on_scratch_data = False
         self._thread = _Thread()
 
@@ -58,7 +57,7 @@ class Trials:
             self._thread.native -= 1
 
     def tried(self, function: str, key: str, fn: Function, kernel: Function | None) -> Function:
-        """``fn`` inside what stands for it while the model is tried.
+        """The wrapper of ``fn`` during trials.
 
         Args:
             kernel: PyTorch's own; None where this PyTorch cannot keep it callable. Then what fails raises.
@@ -95,7 +94,7 @@ class Trials:
         return call
 
     def _try(self, key: str, fn: Function, kernel: Function | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises what is wrong with a function, on copies of what it writes."""
+        """Try a function on copies of what it writes; raises what is wrong with it."""
         expected: Any = None
         if kernel is not None:
             copied, named = self._copies(key, args, kwargs)
@@ -164,7 +163,7 @@ def _about(tensor: torch.Tensor) -> str:
 
 
 def _is_lost() -> bool:
-    """Whether the device's errors stay: then no call of this process succeeds any more."""
+    """Whether the device is in a sticky error state: no further call of this process succeeds."""
     if not torch.accelerator.is_available() or is_capturing():
         return False
     try:

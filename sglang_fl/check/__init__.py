@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an implementation computes what its operator's text says: ``sglang-fl check``.
+"""``sglang-fl check``: whether an implementation computes what its operator's docstring says.
 
 ``cases``              the inputs of each operator
 ``exact``              the results in float64, and how far off one may be

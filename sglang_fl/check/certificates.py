@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an implementation was last held against on this machine: from the results that ``sglang-fl check --out`` keeps."""
+"""The last check of an implementation on this machine, from the results that ``sglang-fl check --out`` saved."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from ..utils.packages import installed_version
 from .record import reports_in
 from .results import Report, Row
 
-#: What is said of an implementation without a result.
+#: Shown for an implementation without a result.
 NEVER = "never checked"
 Certificates = Mapping[tuple[str, str], str]
 
@@ -25,7 +25,7 @@ def directory() -> Path:
 
 
 def certificates(vendor: str, implementations: Iterable[OpImpl]) -> Certificates:
-    """What the newest result of each implementation says, in words, by operator and implementation; of this vendor's chips."""
+    """The newest result of each implementation on this vendor's chips, as text, by operator and implementation."""
     known = {(impl.op_name, impl.impl_id): impl for impl in implementations}
     found = {}
     for _, report in reports_in(directory()) if directory().is_dir() else ():

@@ -27,7 +27,7 @@ _CHECKS: dict[str, Callable[[Implementation, Case, int], Outcome]] = {
 
 
 def check_case(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Run a case. Nothing that the implementation does, short of ending the process, gets out of here."""
+    """Run a case. Contains every error of the implementation that does not end the process."""
     before = shared_state()
     outcome = _outcome(impl, case, seed)
     changes = restore(before)

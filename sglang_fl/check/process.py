@@ -21,7 +21,7 @@ _FLOAT64_LIMIT = 900.0
 
 
 class Lost(Exception):
-    """The worker gives no answer: how that came, and the last that it wrote."""
+    """The worker did not answer: why, and its last output."""
 
     def __init__(self, status: str, message: str, output: str):
         super().__init__(message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check found, as data. Needs no PyTorch."""
+"""The results of a check, as data. Does not need PyTorch."""
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator

@@ -235,7 +235,7 @@ class _Run:
             self._start(worker.from_dear_end)
 
     def _lose(self, worker: _Worker, lost: Lost) -> None:
-        """It crashed or hung, in a case or before one."""
+        """The worker crashed or hung, in a case or before one."""
         self._drop(worker)
         number, target = worker.number, worker.target
         if number is not None and target is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTorch keeps for all of a process, or of its thread: other layers run with it, and sampling draws from it."""
+"""PyTorch's process-wide and thread-wide state, which other layers and sampling use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ def shared_state() -> list[Any]:
 
 
 def restore(before: list[Any]) -> list[str]:
-    """Set back what is not as it was; in words, what that was."""
+    """Restore what changed; returns the changes as text."""
     changes = []
     for (name, get, put), value in zip(_SHARED, before, strict=True):
         now = get()

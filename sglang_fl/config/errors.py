@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SettingsError, and the sentence that tells a user which word was meant."""
+"""SettingsError, and the hint with the nearest valid word."""
 
 from collections.abc import Iterable
 

@@ -12,7 +12,7 @@ IGNORED_VARIABLES = {
 
 
 def ignored_variables(environ: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each that is set."""
+    """A warning for each that is set."""
     yield from (
         f"{variable} has no effect in sglang-fl: {instead}" for variable, instead in IGNORED_VARIABLES.items() if environ.get(variable)
     )

@@ -98,7 +98,7 @@ def platform_name(environ: Mapping[str, str], device: Device) -> tuple[str, bool
 
 @dataclass(frozen=True)
 class _Given:
-    """A value that one source gives. ``where``, and ``item_where`` for single items, is what a message about it begins with."""
+    """A value of one source. Messages about it begin with ``where``, or ``item_where`` for single items."""
 
     value: Any
     source: Source
@@ -114,7 +114,7 @@ class _Given:
 _TRITON_FIRST = ("triton", "flagos", "vendor", "reference")
 #: (operator, order) pairs.
 Orders = tuple[tuple[str, tuple[str, ...]], ...]
-#: What one source gives, by the setting's name.
+#: The values of one source, by the setting's name.
 _Layer = dict[str, _Given]
 
 
@@ -198,7 +198,7 @@ def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
             near = difflib.get_close_matches(_stem(upper).lower(), shapes, n=1, cutoff=0.7)
             hint = f"did you mean {shapes[near[0]]!r}?" if near else "sglang-fl config lists the settings"
             yield f"{variable}: there is no such setting; {hint}"
-    # FlagGems itself takes a vendor that it does not know for none, without a word.
+    # FlagGems itself ignores an unknown vendor silently.
     forced = environ.get("GEMS_VENDOR", "").strip()
     if forced and canonical(forced) not in known_vendors():
         yield f"GEMS_VENDOR: unknown vendor {forced!r}{suggest(forced, known_vendors().keys())}"
@@ -274,7 +274,7 @@ def _read_environment(environ: Mapping[str, str], words: Words, problems: list[s
 
 
 def _parse(option: Option, given: _Given, layer: _Layer, words: Words, problems: list[str]) -> None:
-    """Put a value, parsed and checked, into the layer. What is wrong with one of its items does not hide the others."""
+    """Parse and check a value, and add it to the layer. A problem with one item does not hide others."""
     try:
         value = option.parse(given.value)
     except InvalidValue as error:
@@ -291,7 +291,7 @@ def _by_operator(orders: Orders, words: Words) -> Orders:
 
 
 def _unknown_names(option: Option, value: Any, words: Words) -> Iterator[tuple[str, str]]:
-    """(item, message) of each name that nobody has."""
+    """(item, message) of each unknown name."""
     if option.name == "op_backends":
         given = {op for op, _ in value}
         for op, order in value:

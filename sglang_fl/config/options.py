@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting there is: its name, variable, YAML key, shape and meaning, in one table."""
+"""All settings in one table: name, variable, YAML key, type and meaning."""
 
 import re
 from collections.abc import Callable
@@ -17,11 +17,11 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 
 
 class InvalidValue(ValueError):
-    """A value cannot be used.
+    """A value is not valid.
 
     Attributes:
         problems: (item, message) pairs; an item is a list's index or a mapping's key, None the value as a whole.
-        usable: the value without those items; None: nothing of it can be used.
+        usable: the value without those items; None: nothing of it is valid.
     """
 
     def __init__(self, *problems: str | tuple[Any, str], usable: Any = None):
@@ -129,8 +129,8 @@ class Option:
     Attributes:
         env: its variable, or None.
         in_file: whether a user's file may have it.
-        names: the field of :class:`Words` that its words come from.
-        users_key: given if only a profile has it: the key that a user has instead.
+        names: the field of :class:`Words` with its valid names.
+        users_key: for a key that only profiles have: the key that users have instead.
     """
 
     name: str
@@ -149,14 +149,14 @@ class Option:
 
 
 def _option(env: str | None, in_file: bool, default: Any, *more: Any) -> Any:
-    """A setting's field; its :class:`Option` is made of the same, in the same order."""
+    """A setting's field; its :class:`Option` takes the same arguments in the same order."""
     return field(default=default, metadata={"option": (env, in_file, default, *more)})
 
 
 # fmt: off
 @dataclass(frozen=True)
 class Options:
-    """The table: a line a setting, written as an :class:`Option` without its name."""
+    """The table: one line per setting, as an :class:`Option` without its name."""
 
     oot_enabled: bool = _option("SGLANG_FL_OOT_ENABLED", False, True, _boolean, "0 switches Layer 2 off: every layer stays with SGLang.")
     prefer: str = _option("SGLANG_FL_PREFER", True, "flagos", _choice(PREFERENCES, str.lower), "The kind of implementation to try first: flagos, vendor or reference.")

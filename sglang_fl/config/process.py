@@ -18,7 +18,7 @@ RESOLVED = "_SGLANG_FL_RESOLVED_SETTINGS"
 
 
 def settings_in_force() -> Settings:
-    """What the server that started this process resolved; else what the environment says."""
+    """The settings that the server which started this process resolved; otherwise those of the environment."""
     return settings_of_parent() or load_settings()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: what was asked for, whole and checked, and where each part of it came from."""
+"""Settings: the checked values, and the source of each."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ DEFAULT, PROFILE, FILE, ENVIRONMENT = range(4)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value came from: its precedence, and a name for it that a reader can go to."""
+    """The source of a value: its precedence, and its name, such as a file and line."""
 
     precedence: int
     where: str

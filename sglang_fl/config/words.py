@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names that settings may use, as a plain value: who knows them hands them in."""
+"""The names that settings may use, as a plain value that the caller fills."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..device import canonical
 from ..utils.suggest import suggest
 
-#: Tokens of an order that are no names.
+#: Words of an order that are not names.
 KINDS = ("flagos", "triton", "vendor", "reference", "sglang")
 
 _WHAT = {
@@ -70,7 +70,7 @@ class Words:
 
 
 def unreachable(order: Sequence[str]) -> str | None:
-    """Why a token of an order can never be tried, or None: one before it ends the order, or means the same implementations."""
+    """Why a word of an order is unreachable, or None: an earlier one ends the order, or matches the same implementations."""
     for i, token in enumerate(order):
         earlier = next((earlier for earlier in order[:i] if _includes(earlier, token)), None)
         if earlier is not None:

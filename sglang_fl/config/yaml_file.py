@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A YAML mapping that remembers the line of each of its entries."""
+"""A YAML mapping with the line of each entry."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vendor's package writes to bring a chip that SGLang does not know, or to add to one that it knows.
+"""What a vendor's package declares for a chip that SGLang does not know, or to extend one that it knows.
 
 A package names its declaration in the entry-point group ``sglang_fl.platform``::
 
@@ -56,7 +56,7 @@ class VendorPlatform:
             SGLang has a platform for (ascend, mthreads, thead, amd, intel, …) keeps SGLang's platform and its detection: the
             declaration adds to them, and the fields of :data:`OUT_OF_TREE_ONLY` are refused.
         device_type: the ``torch.device`` type that the chip's PyTorch build answers to. Needed unless the table knows it.
-        chip: what the chip is called, for people.
+        chip: the chip's name, for people.
         device_files: what its kernel driver puts under ``/dev`` (glob patterns).
         commands: tools of its driver. The chip is taken for present if a device file or a command is found.
         is_present: decides instead, if given: a function of no arguments, called in the middle of ``import sglang``
@@ -214,7 +214,7 @@ class VendorPlatform:
         return None
 
     def _extension_problem(self) -> str | None:
-        """What cannot be said of a chip that SGLang has a platform for."""
+        """Choices that are not valid for a chip that SGLang has a platform for."""
         for name in OUT_OF_TREE_ONLY:
             if getattr(self, name):
                 return (
@@ -235,7 +235,7 @@ class VendorPlatform:
         return found | {f"{field}[{name!r}]": path for field in _CLASSES_BY_NAME for name, path in getattr(self, field).items()}
 
     def row(self) -> Vendor:
-        """The declaration as a row of the vendors' table: what it says, and what the table knows where it says nothing."""
+        """The declaration as a row of the vendors' table; what it leaves out is taken from the table."""
         row = VENDORS.get(self.name)
         if row is None or (self.device_type not in ("", row.device_type) and not self.extends):
             row = Vendor(self.name, self.name, self.device_type, None, "gloo", "torch_native", flaggems=False, capabilities=())
@@ -256,7 +256,7 @@ class VendorPlatform:
         return row if self.capabilities is None else replace(row, capabilities=tuple(self.capabilities))
 
     def evidence(self) -> str | None:
-        """What shows that the chip is here, or None. May raise what ``is_present`` raises."""
+        """Evidence that the chip is present, or None. May raise what ``is_present`` raises."""
         if self.is_present is not None:
             return "reported by its package" if self.is_present() else None
         row = self.row()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known of a machine without importing PyTorch: what drivers leave on it, and what PyTorch is built for."""
+"""Facts about a machine without importing PyTorch: files of drivers, and what PyTorch is built for."""
 
 import glob
 import importlib.util
@@ -23,7 +23,7 @@ def command(names: Iterable[str]) -> str | None:
 
 
 def hardware_evidence(vendor: Vendor) -> str | None:
-    """What shows that a vendor's chip is here, or None. A command counts only if its driver has no device files."""
+    """Evidence that a vendor's chip is present, or None. A command counts only if its driver has no device files."""
     if vendor.machine == (platform.system(), platform.machine()):
         return f"{' on '.join(vendor.machine)}"
     if vendor.pci_vendor:

@@ -139,7 +139,7 @@ def _is_usable(torch: ModuleType, vendor: Vendor) -> bool:
 
 
 def _vendor_of_card(torch: ModuleType) -> tuple[Vendor, str]:
-    """Whose chip stands behind ``torch.cuda``: several vendors answer to that name."""
+    """Whose chip ``torch.cuda`` is: several vendors' builds use that name."""
     card = str(torch.cuda.get_device_name())
     evidence = f"card {card!r}"
     if "ZW" in card:  # SGLang's own test for T-Head

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Vendor:
-    """What is known of a vendor's chip.
+    """A vendor's chip.
 
     Attributes:
         name: the vendor's name, as in ``vendor:<name>`` and GEMS_VENDOR.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds every backend and lets it register its implementations.
+"""Finds all backends, and registers their implementations.
 
 Backends are found in three places: the folders under ``backends/`` and ``backends/vendor/`` that hold a
 ``register_ops.py``, installed packages with an entry point in the group ``sglang_fl.plugin``, and the modules that
@@ -50,7 +50,7 @@ class Discovery:
     loaded: list[str] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
-    #: A sentence for each operator whose name is nearly one of ours.
+    #: A warning for each operator whose name is nearly one of ours.
     misspelt: list[str] = field(default_factory=list)
     functions: list[Register] = field(default_factory=list)
     #: (operator, implementation id) -> the origin that registered it.
@@ -150,7 +150,7 @@ def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callabl
 
 
 def _misspelt(origin: str, ops: set[str]) -> Iterator[str]:
-    """A package may have operators of its own; one that is nearly ours was probably meant to be ours."""
+    """A package may have its own operators; a name that is nearly one of ours is probably a misspelling."""
     for op in sorted(ops - set(OPERATORS)):
         for meant in get_close_matches(op.lower(), OPERATORS, n=1, cutoff=0.85):
             message = f"{origin} registers an operator {op!r}, which no layer of SGLang runs on; did you mean {meant!r}?"

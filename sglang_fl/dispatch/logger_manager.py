@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logging of the dispatch, and the file that says which operator ran on what."""
+"""The loggers, and the dispatch log: which operator ran on what."""
 
 import datetime
 import logging

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpManager: from an operator's name to the implementation that the policy wants, and its call."""
+"""OpManager: selects the implementation of an operator by the policy, and calls it."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ logger = get_logger()
 
 @dataclass(frozen=True)
 class Plan:
-    """What a policy means for an operator on this machine.
+    """The implementations of an operator that a policy allows on this machine.
 
     Attributes:
         candidates: the implementations that can run, in the order to try them.
-        to_sglang: the order comes to ``sglang`` after them; what stands behind it is never tried.
-        passed_over: (implementation id or word of the order, reason) of what the order names in vain.
+        to_sglang: ``sglang`` follows them in the order; words after it are never tried.
+        passed_over: (implementation id or word of the order, reason) of what cannot be used.
     """
 
     op: str
@@ -50,7 +50,7 @@ def is_capturing() -> bool:
     return bool(check is not None and check())
 
 
-#: What an implementation raises of its own accord, or Python in it: a capture lives on.
+#: Errors that an implementation's Python code raises, not the device: a capture can continue.
 _NOT_OF_THE_DEVICE = (ValueError, TypeError, NotImplementedError)
 
 
@@ -71,10 +71,10 @@ class OpManager:
         self._checked: set[SelectionPolicy] = set()
 
     def use(self, settings: Settings, device: Device) -> None:
-        """Ask implementations whether they are available under these settings and on this device.
+        """Use these settings and this device to decide which implementations are available.
 
-        A manager that is used alone takes the settings in force in the process and the device that it finds. Where a bound layer
-        refuses the change, under a strict policy, it is taken back and the layer's error raised.
+        Without this call, a manager uses the settings of the process and the device that it detects. If a bound layer refuses the
+        change, under a strict policy, the change is undone and the layer's error raised.
         """
         before, self.given = self.given, (settings, device)
         try:
@@ -102,7 +102,7 @@ class OpManager:
             raise RuntimeError("; ".join(conflicts))
 
     def discover(self, plugin_modules: Sequence[str] | None = None) -> Discovery:
-        """As :meth:`ensure_initialized`; what went wrong is in what is returned."""
+        """As :meth:`ensure_initialized`; problems are in the returned value."""
         if self.discovery is None:
             with self._lock:
                 if self.discovery is None:
@@ -122,7 +122,7 @@ class OpManager:
 
         Args:
             plugin_modules: as for :meth:`ensure_initialized`.
-            with_packages: those of installed packages too, which are imported for it; without them no implementation is known.
+            with_packages: include those of installed packages, which are imported. Otherwise no implementation is known.
         """
         if not with_packages:
             return known_words()
@@ -130,7 +130,7 @@ class OpManager:
         return known_words(self.registry)
 
     def plan(self, op_name: str, policy: SelectionPolicy | None = None) -> Plan:
-        """What the policy (the one in force here if None) means for an operator."""
+        """The implementations that the policy (None: the one in force here) allows for an operator."""
         self.ensure_initialized()
         policy = policy or get_policy()
         if self._plans_version != self.registry.version:
@@ -143,7 +143,7 @@ class OpManager:
         return found
 
     def _warn_of_names(self, policy: SelectionPolicy) -> None:
-        """Warn, once, of operators and vendors that nobody has: a ban of "nvdia" bans nobody."""
+        """Warn once of unknown operators and vendors in a policy: denying "nvdia" denies nobody."""
         if policy in self._checked:
             return
         self._checked.add(policy)
@@ -247,7 +247,7 @@ class OpManager:
     ) -> Any:
         """Report a failure and run ``call`` on the next implementations, where that is allowed.
 
-        ``call_sglang`` is what the word ``sglang`` at the end of the order means here, if anything.
+        ``call_sglang`` runs SGLang's own forward, if the order ends with ``sglang`` and the caller has one.
         """
         self.report_failure(failed, error)
         failures = [(failed, error)]
@@ -276,7 +276,7 @@ class OpManager:
         return not failed.writes_inputs and (isinstance(error, _NOT_OF_THE_DEVICE) or not is_capturing())
 
     def report_failure(self, impl: OpImpl, error: BaseException) -> None:
-        """Log that an implementation raised; the same again is not logged again. Its traceback says so, too."""
+        """Log that an implementation raised, each message once, and add a note to the error."""
         error.add_note(f"sglang-fl: raised by {impl.impl_id} for {impl.op_name}")
         key = (impl.op_name, impl.impl_id, f"{type(error).__name__}: {error}")
         if key not in self._reported:
@@ -284,7 +284,7 @@ class OpManager:
             logger.error("%s: %s raised %s", impl.op_name, impl.impl_id, key[2])
 
     def bump_policy_epoch(self) -> None:
-        """Forget what was resolved, so that it is worked out anew, for bound layers too."""
+        """Invalidate all plans, so that they are made again, for bound layers too."""
         with self._lock:
             self._plans, self._unavailable, self._in_use = {}, {}, None
             changed = self._plans_version != -1
@@ -308,7 +308,7 @@ def get_default_manager() -> OpManager:
 
 
 def reset_default_manager() -> None:
-    """Throw the process's manager away; the next use makes a new one."""
+    """Discard the process's manager; the next use makes a new one."""
     global _default
     with _default_lock:
         _default = None

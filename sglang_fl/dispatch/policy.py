@@ -41,7 +41,7 @@ _PLATFORM_VARIABLES = ("SGLANG_FL_PLATFORM", "GEMS_VENDOR", "SGLANG_USE_CPU_ENGI
 
 
 def _check_order(op: str, order: tuple[str, ...]) -> None:
-    """Raises ValueError for what no order can be. Names in it are the manager's to check."""
+    """Raises ValueError for an invalid order. The manager checks the names in it."""
     problems = [*filter(None, map(Words().problem_with_token, order)), unreachable(order), None if order else "it is empty"]
     if message := next(filter(None, problems), None):
         raise ValueError(f"the order for {op!r}: {message}")
@@ -113,7 +113,7 @@ class SelectionPolicy:
         deny_vendors: Any = None,
         allow_vendors: Any = None,
     ) -> "SelectionPolicy":
-        """The same from a dict of orders and any iterables of vendors."""
+        """Make a policy from a dict of orders and any iterables of vendors."""
         return cls(prefer, strict, per_op_order or (), deny_vendors or frozenset(), allow_vendors)  # type: ignore[arg-type]  # any shape
 
     @classmethod
@@ -200,11 +200,11 @@ class PolicyManager:
         return cls._instance
 
     def get_policy(self) -> SelectionPolicy:
-        """What is in force here: the innermost context's, else the global one, else the settings'."""
+        """The policy in force here: the innermost context's, else the global one, else the settings'."""
         return _override.get() or self.get_global_policy()
 
     def get_global_policy(self) -> SelectionPolicy:
-        """What is in force where no context manager changes it."""
+        """The policy in force outside of context managers."""
         policy = self._global or self._from_settings
         if policy is None:
             with self._settings_lock:
@@ -214,7 +214,7 @@ class PolicyManager:
         return policy
 
     def use_settings(self, settings: Settings) -> None:
-        """Take the policy that these settings describe as the one that holds when none is set.
+        """Use these settings' policy where no other is set.
 
         Refused as in :meth:`set_global_policy`.
         """
@@ -228,7 +228,7 @@ class PolicyManager:
         the listener's error is raised.
 
         Raises:
-            TypeError: it is no policy.
+            TypeError: it is not a SelectionPolicy.
         """
         if policy is not None:
             _check_policy(policy)
@@ -240,7 +240,7 @@ class PolicyManager:
         self.set_global_policy(None)
 
     def get_policy_epoch(self) -> int:
-        """A number that is another one after each change of the policy."""
+        """A number that changes with each change of the policy."""
         return self._epoch
 
     def _change(self, policy: SelectionPolicy | None, from_settings: SelectionPolicy | None) -> None:
@@ -263,10 +263,10 @@ class PolicyManager:
             self._listeners.append(weakref.WeakMethod(listener))
 
     def notify(self) -> None:
-        """Have the listeners look again.
+        """Notify the listeners.
 
         Raises:
-            Exception: what the first of those raised that refuse what they see; the others have looked all the same.
+            Exception: the first error of a listener that refuses the change; all others were notified.
         """
         self._epoch += 1
         refusals = []
@@ -343,7 +343,7 @@ def policy_context(policy: SelectionPolicy) -> Iterator[SelectionPolicy]:
 def policy_from_config(path: str | Path) -> SelectionPolicy:
     """The policy that a YAML file describes; also usable as ``with policy_from_config(path):``.
 
-    What the file leaves open is as in the profile of the platform that a server here would run on.
+    Keys that the file lacks are taken from the profile of this machine's platform.
 
     Raises:
         SettingsError: the file is missing or broken, or says something unknown.
@@ -364,7 +364,7 @@ def policy_from_config(path: str | Path) -> SelectionPolicy:
 def with_preference(prefer: str) -> SelectionPolicy:
     """The policy in force here with another preference, for a ``with`` statement.
 
-    A preference is about every operator: orders for single operators are set aside.
+    A preference is for every operator: orders for single operators are dropped.
     """
     return replace(get_policy(), prefer=prefer, per_op_order=())
 

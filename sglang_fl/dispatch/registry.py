@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The implementations there are."""
+"""The registry of implementations."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from .types import LazyFunction, OpImpl
 
 @dataclass(frozen=True)
 class OpRegistrySnapshot:
-    """The registry at one moment; later registrations do not show in it."""
+    """A snapshot of the registry."""
 
     impls_by_op: Mapping[str, tuple[OpImpl, ...]]
 

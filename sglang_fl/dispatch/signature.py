@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An operator's signature and that of a function that implements it.
+"""Matches an operator's signature with that of a function that implements it.
 
 FlagOS's plugins call a vendor's function by keyword. Here an operator is called by position, and a function whose parameters stand in
 that order is called as it is. Any other gets an adapter that hands each argument to the parameter of its name.
@@ -17,12 +17,12 @@ from .types import Refusal
 
 Function = Callable[..., Any]
 
-#: What FlagOS's plugins pass beyond an operator's signature, and the value that it has in every call here.
+#: Arguments that FlagOS's plugins pass beyond an operator's signature, and their value in every call here.
 CONSTANTS: Mapping[str, Mapping[str, Any]] = {
     "chunk_gated_delta_rule": {"head_first": False},
     "fused_recurrent_gated_delta_rule": {"ssm_state_indices": None, "num_accepted_tokens": None},
 }
-#: What FlagOS's plugins do not pass. A function may lack it; then it is not given calls that need another value than the default.
+#: Arguments that FlagOS's plugins do not pass. A function may lack them; calls that need another value than the default are refused.
 OURS: Mapping[str, frozenset[str]] = {"chunk_gated_delta_rule": frozenset({"inplace_update"})}
 
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
@@ -30,7 +30,7 @@ _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 @cache
 def parameters_of(op: str) -> tuple[Parameter, ...] | None:
-    """The parameters of an operator; None: it is one of a package's own."""
+    """The parameters of an operator; None: an operator that only a package has."""
     method = getattr(FLBackendBase, op, None)
     return None if method is None else tuple(inspect.signature(method).parameters.values())[1:]
 

@@ -15,7 +15,7 @@ from ..device import Device, canonical, detect, probe
 from ..utils.suggest import suggest
 from .ops import FLBackendBase
 
-#: The word of an order that leaves an operator to SGLang itself. No OpImpl answers to it.
+#: The word of an order that leaves an operator to SGLang itself. It matches no OpImpl.
 SGLANG = "sglang"
 
 
@@ -146,7 +146,7 @@ class OpImpl:
     def function(self) -> Callable[..., Any]:
         """What to call, with the operator's parameters: ``fn``, imported where it is a :class:`LazyFunction`, or an adapter to it.
 
-        An attribute like the others once it was read.
+        Cached after the first read.
 
         Raises:
             TypeError: the parameters of ``fn`` do not fit the operator's.
@@ -215,7 +215,7 @@ class OpImpl:
 
 
 def _checked_dtypes(implementation: str, given: Any) -> frozenset[Any]:
-    """Raises ValueError for what is no dtype and no name of one."""
+    """Raises ValueError for anything that is neither a dtype nor the name of one."""
     torch = sys.modules.get("torch")  # whoever has a dtype has imported it
     dtypes = frozenset(given if isinstance(given, Iterable) and not isinstance(given, str) else (given,))
     for dtype in dtypes:
@@ -253,7 +253,7 @@ def device_capability() -> tuple[int, int] | None:
 
 
 def match_token(impl: OpImpl, token: str) -> bool:
-    """Whether a word of an order means this implementation.
+    """Whether a word of an order selects this implementation.
 
     ``flagos`` (FlagGems's kernels), ``triton`` (this package's own), ``reference`` and ``vendor`` mean a kind, ``vendor:<name>`` a
     vendor's (or a vendor backend by the name in its implementation ids), ``impl:<impl_id>`` a single one. ``sglang`` means none of ours.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 3: SGLang's collectives over FlagCX, where the settings choose it, and nothing at all where they do not."""
+"""Layer 3: SGLang's collectives over FlagCX, where the settings choose it."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ranks use FlagCX, or none does: they take one decision together, through a store of torch.distributed.
+"""All ranks use FlagCX, or none does: one decision for all, through a store of torch.distributed.
 
 Each rank puts its answer under a key of its own and waits for the others'. The first that has them all, or whose time
 is up, writes the decision with compare-and-set; every rank follows what is written there, so that two ranks
@@ -37,7 +37,7 @@ _ERROR, _LATE = b"error", b"late"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank says of itself.
+    """A rank's answer.
 
     ``chosen_by`` is the setting that chose FlagCX, as ``variable=value``; ``problem`` why it cannot use it;
     ``strict`` whether it would rather stop than fall back; ``variables`` those of FlagCX's that must be the same on all.
@@ -65,7 +65,7 @@ class Decision:
 
 
 class Agreement:
-    """One question that all ranks answer, under keys of its own."""
+    """One decision that all ranks take, with its own keys in the store."""
 
     def __init__(self, store: Store, name: str, rank: int, world_size: int, limit: float):
         self._store = store
@@ -172,7 +172,7 @@ class Agreement:
 
 
 def _judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decision:
-    """What the answers given within ``limit`` seconds amount to; the reason names each rank that stands in the way."""
+    """The decision from the answers given within ``limit`` seconds; the reason names each rank that prevents FlagCX."""
     silent = [rank for rank in range(world_size) if rank not in answers]
     failed = {rank: answer for rank, answer in answers.items() if answer.problem is not None}
     reasons = []

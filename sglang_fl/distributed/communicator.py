@@ -217,7 +217,7 @@ class CommunicatorFL:
             self._check_dense(f"tensor {place} of the batch", tensor)
 
     def async_error(self) -> str | None:
-        """An error that struck outside of any call, in words; None: there is none, or FlagCX cannot tell."""
+        """An asynchronous error, as text; None: there is none, or FlagCX cannot tell."""
         code = self._library.async_error(self._comm)
         return self._explain("the communicator", code) if code and code != _IN_PROGRESS else None
 
@@ -285,7 +285,7 @@ class CommunicatorFL:
             address += size * per_row * whole.element_size()
         return parts
 
-    # FlagCX is given addresses and counts: all that it would read or write past its end, or take for another dtype, is refused here.
+    # FlagCX gets addresses and counts: tensors of another size, dtype or device are refused here.
 
     def _check_dense(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.device != self.device:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks that run a model's layers together, and what they tell each other on the CPU."""
+"""The ranks that run a model's layers together, and their exchange of objects on the CPU."""
 
 import logging
 from typing import Any
@@ -22,11 +22,11 @@ class Ranks:
         return int(self.group.rank_in_group) if self.group is not None else 0
 
     def level(self, level: int) -> int:
-        """Of a line that all ranks log: DEBUG but on the first."""
+        """The level of a line that all ranks log: DEBUG on all but the first."""
         return level if self.rank == 0 else logging.DEBUG
 
     def exchange(self, value: Any) -> list[Any]:
-        """What each rank gives here, by rank. All of them must call it, and wait for each other."""
+        """Gather each rank's object, by rank. All ranks must call it."""
         if self.group is None:
             return [value]
         given: list[Any] = [None] * self.group.world_size

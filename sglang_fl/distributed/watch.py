@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends the process when a communicator fails outside of any call, as when a peer is gone: nobody would ever return."""
+"""Ends the process when a communicator fails outside of a call, as when a peer is gone; otherwise it would wait forever."""
 
 import logging
 import os

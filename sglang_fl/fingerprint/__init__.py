@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server runs, as plain data with a short hash: in its log, in its metrics, and compared with another's.
+"""What a server runs, as plain data with a short hash: for its log, its metrics, and comparisons.
 
 ``facts.py``     versions, settings and the hash
 ``announce.py``  a server's log line and its metric

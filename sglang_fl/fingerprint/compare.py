@@ -27,7 +27,7 @@ _ORDER = list(ABSENT)
 
 @dataclass(frozen=True)
 class Difference:
-    """What one has otherwise than the other; None: it does not have it."""
+    """One difference; None: that side does not have it."""
 
     what: str
     name: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The facts that a server and the command line both know, and the hash over them."""
+"""The facts that both a server and the command line know, and their hash."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from ..config import Settings
 from ..utils.packages import installed_version
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
-#: Settings that change what is written down, and nothing of what runs.
+#: Settings that change logs only, not what runs.
 _WRITTEN_DOWN = frozenset(
     (
         "dispatch_log",

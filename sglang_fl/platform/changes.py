@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to functions of SGLang by packages and vendors' folders: who makes them, and that a start says so.
+"""Changes to functions of SGLang by packages and vendors' folders: loading and logging them.
 
 A package makes them through SGLang's own entry-point group ``sglang.srt.plugins`` and its HookRegistry; docs/vendors.md shows how. A
 folder of this repository, ``dispatch/backends/vendor/NAME``, may have the modules ``register_platform`` and ``patch``, which are

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang cannot serve on a plain CPU: refused while arguments resolve, and not once weights are loaded or requests come."""
+"""What SGLang cannot serve on a plain CPU; refused while arguments are resolved, before weights are loaded."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -32,7 +32,7 @@ _CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 
 
 def problems(given: Callable[[str], Any], model_config: Any) -> Iterator[str]:
-    """What a server on a plain CPU is asked for in vain, one sentence each.
+    """The arguments that a plain CPU cannot serve, one sentence each.
 
     Args:
         given: what the user gave for an argument.
@@ -60,7 +60,7 @@ def _spelled(name: str, value: Any) -> str:
 
 @cache
 def refuse_requests() -> None:
-    """Have requests that would end the scheduler answered with an error."""
+    """Answer requests that would crash the scheduler with an error."""
     for name in ("release_memory_occupation", "resume_memory_occupation"):
         compat.hook(f"{_CONTROL}.{name}", _no_memory)
     compat.hook(f"{_CONTROL}.start_profile", _profile)

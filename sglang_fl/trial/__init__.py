@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first run of what sglang-fl brings into a server: a function of FlagGems, or an implementation of an operator.
+"""First runs: of a FlagGems function, or of an operator's implementation.
 
-What raises in its trial gives way to the next in order; its callers see to that. What hangs or kills the process is the matter here:
+What raises in its trial is handled by the callers. This package handles what hangs or kills the process:
 
 ``guard.py``   writes a name down before its first run, and ends the process where that run does not end
 ``record.py``  the file that the next start reads, to leave out what ended an earlier one

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guards the first run of something: its name is written down before, and the process ends where the run does not.
+"""Guards a first run: writes its name to the record before, and ends the process if the run does not end.
 
 While it runs, faulthandler writes to the record what a fatal signal was, and ends the process at the limit without needing Python's
 lock; a signal from outside is written there by Python's own C handler. A worker that SGLang has killed at its parent's death gets SIGTERM
@@ -65,12 +65,12 @@ class Guard:
                 self._note()
 
     def ends_the_process(self, name: str, reason: str) -> None:
-        """Write down that something leaves the process unusable."""
+        """Record that something leaves the process unusable."""
         logger.critical("sglang-fl: %s: %s. The next start excludes it%s", name, reason, self._where(name))
         self.exclude(name, reason)
 
     def exclude(self, name: str, reason: str) -> None:
-        """Have the next start leave something out."""
+        """Exclude something from the next start."""
         if self._record is not None:
             self._record.exclude(name, reason)
 
@@ -114,7 +114,7 @@ class Guard:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Have whatever ends the process leave a trace in its file."""
+        """Record in the process's file how the process ends."""
         if self._record is None:
             yield
             return

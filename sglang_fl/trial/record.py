@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ended earlier starts: a file that all ranks and servers of a host share.
+"""The record of crashes and hangs of earlier starts: a file that all ranks and servers of a host share.
 
 The file itself is JSON: environment (versions and chip) -> name -> :class:`Death`. It is written under a lock and replaced whole.
 Beside it each process that makes trials has a file of its own, ``<file>.<process>``, locked as long as the process lives. It holds the
@@ -40,7 +40,7 @@ _DEATHS_WITHOUT_REASON = 2
 
 @dataclass(frozen=True)
 class Death:
-    """How a process ended in the first run of something.
+    """How a process ended in a first run.
 
     Attributes:
         reason: what is known of it.
@@ -111,7 +111,7 @@ class TrialRecord:
         os.write(self.file, f"{SAID}{reason}\n".encode())
 
     def exclude(self, name: str, reason: str) -> None:
-        """Have the next start leave something out, without a death."""
+        """Exclude something from the next start, though the process did not end."""
         with self._locked():
             self._add([(self.environment, name, reason, True)])
 
@@ -129,7 +129,7 @@ class TrialRecord:
             yield
 
     def _judge_ended_processes(self) -> None:
-        """Add to the record what the files of ended processes tell, and remove them."""
+        """Add the results of ended processes to the record, and remove their files."""
         found: list[tuple[Any, str, str, str, bool]] = []
         for path in sorted(self.path.parent.glob(f"{self.path.name}.*-*")):
             with contextlib.suppress(OSError), path.open("r+b") as file:  # OSError: its process lives, or another took it away

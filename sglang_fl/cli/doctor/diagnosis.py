@@ -66,7 +66,7 @@ def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
 
 
 def _changes_to_sglang(deep: bool) -> list[str]:
-    """Whose changes a server makes to SGLang; ``deep`` has SGLang make them in this process, and says to what."""
+    """Packages that change SGLang; ``deep`` applies the changes in this process, and lists the functions."""
     if not deep or why_not_importable():
         return packages_with_changes()
     from sglang.srt.plugins import load_plugins

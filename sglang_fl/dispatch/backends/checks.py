@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several backends check of a call before anything is written. Importing it imports PyTorch."""
+"""Checks of a call that several backends share; made before anything is written. Imports PyTorch."""
 
 import torch
 
@@ -15,7 +15,7 @@ def half_of(op: str, x: torch.Tensor) -> int:
 
 
 def check_hidden_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raises Refusal if a norm's weight is of another size than what it is for."""
+    """Raises Refusal if a norm's weight has another size than the input."""
     if x.shape[-1] != weight.shape[-1]:
         raise Refusal(f"{op}: hidden_size is {weight.shape[-1]}, but the last dimension of x is {x.shape[-1]}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang's configurations say of routing and of experts, as the operators' texts read them, and the operators made of it."""
+"""Reads routing and experts from SGLang's configurations, and builds the operators ``topk`` and ``fused_moe`` from functions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Routing(NamedTuple):
         )
 
     def check(self, num_experts: int, correction_bias: torch.Tensor | None) -> None:
-        """Raises ValueError for a routing that there is not."""
+        """Raises ValueError for an invalid routing."""
         if self.scoring not in ("softmax", "sigmoid"):
             raise ValueError(f"topk: scoring_func is softmax or sigmoid, not {self.scoring!r}")
         if num_experts % self.groups:
@@ -118,7 +118,7 @@ class Experts(NamedTuple):
         topk_ids: torch.Tensor,
         w13_bias: torch.Tensor | None,
     ) -> None:
-        """Raises ValueError for an activation that there is not, and for weights or routes that do not fit."""
+        """Raises ValueError for an unknown activation, and for weights or routes whose shapes do not fit."""
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"fused_moe: the activation is one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
         experts, rows, hidden = w13.shape

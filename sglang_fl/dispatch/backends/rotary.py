@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rotary kernels ask of cos, sin and positions, and the operator with sections. Importing it imports PyTorch."""
+"""Helpers for rotary kernels: cos, sin and positions in the layouts that they need. Imports PyTorch."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bridge is: it tells what of SGLang an operator can take over, and builds the forward that does."""
+"""Bridges: which of SGLang's layers an operator can replace, and the forward that does it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class ModelContext:
-    """What a bridge must know of the model around a layer.
+    """What a bridge knows of the model around a layer.
 
     Attributes:
         dtype: the model's activation dtype.
@@ -23,7 +23,7 @@ class ModelContext:
         intermediate_size: the width of the activations in this part of the model, if known.
         num_experts: how many experts this part of the model routes between, if known.
         heads: of the query and of the key in this part of the model, on this rank, if known.
-        fuses_activation: whether SGLang computes this part's activation together with what follows, as long as the layer is its own.
+        fuses_activation: whether SGLang fuses this part's activation with the next operation, unless the layer is bound.
     """
 
     dtype: torch.dtype
@@ -35,13 +35,13 @@ class ModelContext:
 
 
 class NoContexts:
-    """Stands for ``policy.overrides`` in a forward that is itself what an open policy context asked for."""
+    """Replaces ``policy.overrides`` in a forward that an open policy context selected itself."""
 
     active = 0
 
 
 class Routes(NamedTuple):
-    """Where a bound forward may send a call. ``subject`` is the layer, or what stands for a function.
+    """Where a bound forward may send a call. ``subject`` is the layer, or the hook of a function.
 
     Attributes:
         fn: the implementation in force, called as the operator's signature says.
@@ -63,7 +63,7 @@ class Routes(NamedTuple):
 
 
 class Bridge(ABC):
-    """Between one place of SGLang's code, a layer class or a function, and one operator.
+    """Connects a layer class or a function of SGLang with one operator.
 
     ``subject`` is the layer; bridges of functions ignore it. ``context`` is a :class:`ModelContext`, or what the bridge of a
     function made of the model.
@@ -84,7 +84,7 @@ class Bridge(ABC):
     def forward(self, routes: Routes) -> Forward:
         """A function of the subject and SGLang's arguments, with SGLang's result.
 
-        It is called for every token served: everything that can be settled here is.
+        It runs for every token served: whatever can be decided once is decided here.
         """
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binds a model's call sites to implementations, and keeps them bound to what the policy says."""
+"""Binds a model's call sites to implementations, and follows changes of the policy."""
 
 import logging
 import weakref
@@ -59,7 +59,7 @@ class Binder:
         trials: TrialConditions = OUTSIDE_OF_GRAPHS,
         exchange: Exchange = lambda value: [value],
     ) -> BindReport:
-        """Bind the layers of a model, and the functions that it calls, as far as the settings and the policy move them.
+        """Bind a model's layers, and the functions that it calls, where the settings and the policy say so.
 
         Args:
             settings: those of this load; of the policy, the one in force counts.
@@ -124,7 +124,7 @@ class Binder:
                 self._install(socket, selection)
 
     def _select_together(self, sockets: list[Socket], exchange: Exchange) -> dict[Socket, Selection]:
-        """What all ranks select: what failed its trial on one of them is passed over by all. Their sockets are in the same order."""
+        """The selection of all ranks: what failed its trial on one is used on none. All have the same sockets in the same order."""
         known: dict[tuple[int, str], str] = {}
         while True:
             selections = self._select(sockets)
@@ -173,7 +173,7 @@ class Binder:
         return self._forwards[key]
 
     def _direct_forward(self, socket: Socket, impl: OpImpl | None) -> Forward:
-        """A forward that is itself what an open policy context asks for."""
+        """The forward that an open policy context selects."""
         if impl is None:
             return socket.own
         key = (socket.bridge, socket.own, impl, "direct")
@@ -185,7 +185,7 @@ class Binder:
         return Routes(impl.function, impl.dtypes(), socket.own, overrides, self._divert, self._failed(socket.own, impl))
 
     def _recording(self, socket: Socket, forward: Forward, recording: Forward, function: RecordingFunction, destination: str) -> Forward:
-        """A forward that records where its first calls went, and then gives its place to ``forward``.
+        """A forward that records where its first calls went, and is then replaced by ``forward``.
 
         A call that the operator cannot express goes to SGLang, and the next ones may be of the same kind: it keeps its place until
         one has reached the implementation, or MAX_RECORDED_FALLBACKS have not. In the layer by which the model's first passes are

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bound layers a model calls at all.
+"""Finds bound layers that a model never calls.
 
 On some devices SGLang uses a fused kernel in the place of some layers: their forward never runs, whatever it is
 bound to. A model that has run a few times as a whole shows which.

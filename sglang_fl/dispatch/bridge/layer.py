@@ -24,7 +24,7 @@ Layer = Any
 class LayerBridge(Bridge):
     """Between one SGLang layer class and one operator."""
 
-    #: The class whose forward the bridge speaks for; None: the operator's first.
+    #: The class whose forward the bridge replaces; None: the operator's first.
     class_name: ClassVar[str | None] = None
     #: Whether a model's layers share one object of the class.
     shared: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class LayerBridge(Bridge):
 
     @abstractmethod
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
-        """Equal for layers of one dtype, on one device, that one trial speaks for."""
+        """Equal for layers (of one dtype, on one device) for which one trial is valid."""
 
 
 class LayerSocket(Socket):

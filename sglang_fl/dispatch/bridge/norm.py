@@ -10,7 +10,7 @@ from .base import Forward, ModelContext, Routes, check_pair, check_result, scrat
 from .layer import Layer, LayerBridge
 
 _TRIAL_TOKENS = 2
-#: Where a norm keeps what stands for it, see :func:`norm_obj`.
+#: The attribute of a norm with its :class:`NormObj`, see :func:`norm_obj`.
 _OBJ = "_sglang_fl_obj"
 
 
@@ -46,7 +46,7 @@ class NormBridge(LayerBridge):
 
 
 class NormObj:
-    """Stands for a norm that keeps its constants under other names than the operators' texts give."""
+    """The ``obj`` argument for a norm whose constants have other names than the operator's signature says."""
 
     __slots__ = ("_tensors", "variance_epsilon")
 
@@ -61,7 +61,7 @@ class NormObj:
 
 
 def norm_obj(layer: Layer, dtype: torch.dtype, device: torch.device) -> NormObj:
-    """What stands for a norm with ``eps``, kept with it; a norm without weights gets ones."""
+    """The :class:`NormObj` of a norm with ``eps``, cached on it; a norm without weights gets ones."""
     kept: NormObj | None = layer.__dict__.get(_OBJ)
     if kept is not None:
         return kept

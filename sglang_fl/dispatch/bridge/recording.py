@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts on record which implementation served a call."""
+"""Records which implementation served a call."""
 
 import threading
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from ..logger_manager import dispatch_log
 from .base import Forward
 
-#: After so many calls that went to SGLang, since the operator cannot express them, no more calls are recorded.
+#: After this many calls that fell back to SGLang, no more calls are recorded.
 MAX_RECORDED_FALLBACKS = 8
 
 

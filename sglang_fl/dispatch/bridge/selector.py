@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selects an implementation for a call site: the first in the policy's order that passes its trial there."""
+"""Selects an implementation for a call site: the first in the policy's order that passes its trial."""
 
 import time
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Selection:
 
     impl: OpImpl | None
     reason: str = ""
-    #: Implementation -> why its trial failed, of those that come before.
+    #: Implementation -> why its trial failed, of those before the selected one.
     failed: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -37,7 +37,7 @@ class Selection:
 
 
 class Selector:
-    """Selects, and remembers what came of trials and which warnings were given."""
+    """Selects implementations; remembers the results of trials and which warnings were logged."""
 
     def __init__(self, manager: OpManager):
         self.manager = manager
@@ -119,17 +119,17 @@ class Selector:
 
 
 def trial_name(impl: OpImpl) -> str:
-    """Under which the record of trials has an implementation."""
+    """The name of an implementation in the record of trials."""
     return f"{impl.op_name}: {impl.impl_id}"
 
 
 def _key(impl: OpImpl, socket: Socket) -> tuple[Any, ...]:
-    """Equal where one trial speaks for both: the conditions that it serves in count, too."""
+    """Equal if one trial is valid for both; includes the conditions that it runs under."""
     return impl, socket.op, socket.trial_key, socket.load.trials.operators, socket.load.trials.in_graphs
 
 
 def _run(impl: OpImpl, socket: Socket) -> None:
-    """A trial as it serves: called from Python and, where graphs are captured, with what is in force there, captured as well."""
+    """Run a trial under serving conditions: called from Python and, where graphs are captured, inside a capture too."""
     module = torch.get_device_module(socket.device)
     socket.trial(impl.function)
     module.synchronize()

@@ -16,7 +16,7 @@ from .base import Bridge, Forward
 
 @dataclass(frozen=True)
 class TrialConditions:
-    """What implementations are tried under: as they serve.
+    """The conditions of a trial: those of serving.
 
     Attributes:
         operators: what replaces PyTorch's own operators in this process; a trial speaks for one of them.
@@ -83,7 +83,7 @@ class Socket(ABC):
     @property
     @abstractmethod
     def trial_key(self) -> tuple[Any, ...]:
-        """Equal for sockets that one trial speaks for."""
+        """Equal for sockets for which one trial is valid."""
 
     @property
     @abstractmethod

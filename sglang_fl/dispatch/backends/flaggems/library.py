@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where FlagGems is imported, with what it needs for the installed Triton.
+"""Imports FlagGems, and adapts it to the installed Triton. No other module imports it.
 
 Importing FlagGems takes seconds and fails where it has no device, so nothing here does it but
 :func:`load`, which is called in processes that run a model, and only when the settings ask for FlagGems.
@@ -62,7 +62,7 @@ _SIGNATURES: dict[str, dict[str, str]] = {
     },
     "modules/rotary_embedding.py": {"gems_rope_forward": "query key cos sin position_ids rotary_interleaved inplace"},
 }
-#: And the names that we read: variables, classes, attributes.
+#: The names that we read: variables, classes, attributes.
 _NAMES: dict[str, tuple[str, ...]] = {
     "__init__.py": ("_FULL_CONFIG", "FULL_CONFIG_BY_FUNC", "registrar", "vendor_name", "current_work_registrar"),
     "runtime/register.py": ("cpp_patched_ops", "reg_key"),
@@ -79,7 +79,7 @@ NOT_INSTALLED = "FlagGems is not installed (uv pip install flag_gems)"
 
 
 def why_not_here(device: Device) -> str | None:
-    """Why FlagGems cannot be used on a device, whatever the settings say, or None. It is not imported to find out."""
+    """Why FlagGems cannot be used on a device, or None. Does not import it."""
     if not known_vendors()[device.vendor].flaggems:
         return f"FlagGems does not support {device.vendor}"
     if importlib.util.find_spec("flag_gems") is None:
@@ -106,7 +106,7 @@ def load() -> ModuleType:
 
 
 def detector() -> Any:
-    """FlagGems's knowledge of its device: ``vendor_name``, ``vendor``, ``name``, ``dispatch_key``."""
+    """FlagGems's device object: ``vendor_name``, ``vendor``, ``name``, ``dispatch_key``."""
     for name in _DETECTORS:
         if importlib.util.find_spec(name) is not None:
             return importlib.import_module(name).DeviceDetector()
@@ -114,7 +114,7 @@ def detector() -> Any:
 
 
 def changed_signatures(root: Path | None = None) -> list[str]:
-    """What we call of FlagGems and it no longer has, or takes otherwise; read from its source, without importing it.
+    """FlagGems functions that sglang-fl calls and that are missing or take other parameters; read from the source, without an import.
 
     Args:
         root: the package's directory; None: where it is installed.

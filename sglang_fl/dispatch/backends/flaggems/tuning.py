@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How FlagGems tunes kernels: once for a chip and a version, with an end, and not for each number of tokens anew.
+"""How FlagGems tunes kernels: once per chip and version, with a time limit, and not for each number of tokens.
 
 FlagGems times every configuration of some kernels (``mm``, the chunked gated delta rule, reductions) at the first call with new sizes,
 and keeps what it found in ``~/.flaggems/config_cache`` (``FLAGGEMS_CACHE_DIR``), a file for each chip and Triton. As it comes, each of

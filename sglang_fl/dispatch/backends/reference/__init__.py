@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain PyTorch, on any device: what the other backends are measured by."""
+"""Plain PyTorch, on any device: the reference for the other backends."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang must know of MyChip. It is read during ``import sglang``: do not import PyTorch, SGLang or your driver's library here.
+"""The chip MyChip, for SGLang. It is read during ``import sglang``: do not import PyTorch, SGLang or your driver's library here.
 
 The commented lines are optional; ``sglang_fl.vendor_platform.VendorPlatform`` documents each. Classes are written
 "module:Class" and loaded when they are needed.
@@ -64,7 +64,7 @@ PLATFORM = VendorPlatform(
     # Defaults of SGLang's server arguments; what the user gives goes before.
     # server_args={"page_size": 128},
     #
-    # Environment variables that your code reads: one that is nearly one of them is told as a slip.
+    # Environment variables that your code reads: a name that is nearly one of them is reported as a misspelling.
     # variables=("MYCHIP_FUSE_ATTENTION",),
     #
     # Whether FlagGems supports the chip: its Triton kernels are then used for operators and for PyTorch's own.
