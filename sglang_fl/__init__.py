@@ -45,6 +45,10 @@ def load_plugin() -> None:
     if level in logging.getLevelNamesMapping():
         logging.getLogger("sglang_fl").setLevel(level)
 
+    from .kernels.trace import start_if_asked
+
+    start_if_asked()
+
     from sglang.srt.platforms import current_platform
 
     declaration = getattr(current_platform, "declaration", None)

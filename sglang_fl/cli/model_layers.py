@@ -64,7 +64,7 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     Raises:
         SettingsError: config.json is missing or broken, or SGLang does not know the architecture.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     text = {**config, **(config.get("text_config") or {})}
     used: dict[str, None] = {}
     files = {name: _file_of(name) for name in config.get("architectures") or []}
@@ -97,7 +97,12 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     return rows
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        SettingsError: it is missing or broken.
+    """
     path = directory / "config.json" if directory.is_dir() else directory
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""List the Triton and JIT kernels that SGLang calls outside of its layers, and count those that a model reaches."""
+
+import argparse
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..compat import installed_version
+from ..config import SettingsError
+from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS
+from ..kernels.listing import GRID, PLAIN, Kernel, remembered_kernels
+from .kernel_trace import read_record, trace_model
+
+#: What can take over a layer, or a function.
+_OPERATORS = {name: op for op, layers in LAYERS.items() for _, name in layers}
+_OPERATORS |= {f"{module}:{name}": op for op, (module, name) in FUNCTIONS.items()}
+_SHOWN_SITES, _SHOWN_KERNELS = 3, 4
+_HOW = {GRID: "launched", PLAIN: "called"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("word", nargs="*", help="list those whose module, name or call sites have all of these words")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="list those that the model in DIR reached when it was traced")
+    parser.add_argument("--all", action="store_true", help="also those of layers that sglang-fl's operators take over")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--trace",
+        nargs=argparse.REMAINDER,
+        metavar="ARGUMENT",
+        help="serve the model first, with these arguments of SGLang's server, and count what a few requests reach; comes last",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.trace is not None and args.model is None:
+        raise SettingsError("--trace needs --model DIR")
+    root = _sglang()
+    failed = args.trace is not None and not trace_model(args.model, args.trace)
+    record = read_record(args.model) if args.model else None
+    found = [kernel for kernel in remembered_kernels(root, _OPERATORS) if _has(kernel, args.word)]
+    shown = [kernel for kernel in found if args.all or kernel.operator is None]
+    counts = _reached(shown, record["counts"]) if record else None
+    if counts is not None:
+        shown = [kernel for kernel in shown if counts[kernel.target]]
+    if args.json:
+        rows = [{**asdict(kernel), **({"reached": counts[kernel.target]} if counts is not None else {})} for kernel in shown]
+        about = {name: value for name, value in record.items() if name != "counts"} if record else None
+        print(json.dumps({"sglang": installed_version(), "trace": about, "kernels": rows}, indent=2, ensure_ascii=False))
+        return int(failed)
+    console = Console(markup=False, emoji=False, highlight=False)
+    if record:
+        console.print(_about(record))
+    if not shown:
+        console.print("None." if not args.word else f"None has {' and '.join(map(repr, args.word))}.")
+    elif record or args.word:
+        for module, group in groupby(shown, key=lambda kernel: kernel.module):
+            console.print(_table(module, list(group), counts))
+    else:
+        console.print(_summary(shown))
+        console.print("sglang-fl kernels WORD lists those that have the word in their module, name or call sites.")
+    if hidden := 0 if record else len(found) - len(shown):
+        console.print(f"Left out: {hidden} that sglang-fl's operators cover (--all shows them).", style="dim")
+    return int(failed)
+
+
+def _sglang() -> Path:
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise SettingsError("SGLang is not installed: reinstall sglang-fl with its dependencies")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _has(kernel: Kernel, words: Sequence[str]) -> bool:
+    text = "\n".join([kernel.target, *kernel.launches, *(f"{site.file} {site.where}" for site in kernel.sites)]).lower()
+    return all(word.lower() in text for word in words)
+
+
+def _reached(kernels: Sequence[Kernel], counts: dict[str, int]) -> dict[str, int]:
+    """How often each was called.
+
+    To make an object of a class launches nothing: it counts by what its methods come to. And where something runs in the place
+    of the runtime's function that launches a kernel, the kernel counts by that.
+    """
+
+    def names(kernel: Kernel) -> Iterator[str]:
+        yield kernel.target
+        if _is_class(kernel):
+            yield from (*kernel.launches, *kernel.through)
+        if kernel.call == GRID:
+            yield from (f"{site.file.removesuffix('.py').replace('/', '.')}:{site.where}" for site in kernel.sites)
+
+    return {kernel.target: max(counts.get(name, 0) for name in names(kernel)) for kernel in kernels}
+
+
+def _is_class(kernel: Kernel) -> bool:
+    return kernel.name.lstrip("_")[:1].isupper()
+
+
+def _about(record: dict[str, Any]) -> str:
+    about = f"{record['model']}, served on {record['device']} by SGLang {record['sglang']}, {record['date']}"
+    about += f", with {' '.join(record['arguments'])}" if record["arguments"] else ""
+    about += ". SGLang has another version now: trace again" if record["sglang"] != installed_version() else ""
+    return about + (f". The server failed: {record['failed'].splitlines()[-1]}" if record["failed"] else "")
+
+
+def _summary(kernels: Sequence[Kernel]) -> Table:
+    table = Table(title=f"Kernels of SGLang {installed_version()}: {len(kernels)} to replace", title_justify="left")
+    table.add_column("module", overflow="fold")
+    table.add_column("launched", justify="right")
+    table.add_column("called", justify="right")
+    table.add_column("from", overflow="fold")
+    for module, group in groupby(kernels, key=lambda kernel: kernel.module):
+        members = list(group)
+        launched = sum(kernel.call != PLAIN for kernel in members)
+        files = Counter(site.file.removeprefix("sglang/srt/") for kernel in members for site in kernel.sites)
+        first, *others = (file for file, _ in files.most_common())
+        table.add_row(module, str(launched or ""), str(len(members) - launched or ""), f"{first} (+{len(others)})" if others else first)
+    return table
+
+
+def _table(module: str, kernels: Sequence[Kernel], counts: dict[str, int] | None) -> Table:
+    table = Table(title=f"{module}:", title_justify="left", expand=True)
+    table.add_column("name", ratio=4, overflow="fold")
+    table.add_column("", width=8)
+    if counts is not None:
+        table.add_column("times", justify="right", width=7)
+    table.add_column("from sglang/srt/ → kernels", ratio=6, overflow="fold")
+    for kernel in kernels:
+        reached = [str(counts[kernel.target])] if counts is not None else []
+        table.add_row(kernel.name, _HOW[kernel.call], *reached, "\n".join(_lines(kernel)))
+    return table
+
+
+def _lines(kernel: Kernel) -> Iterator[str]:
+    sites = [str(site).removeprefix("sglang/srt/") for site in kernel.sites]
+    yield from sites[:_SHOWN_SITES]
+    if len(sites) > _SHOWN_SITES:
+        yield f"and {len(sites) - _SHOWN_SITES} more"
+    if _is_class(kernel):  # what is to be replaced is what it calls
+        yield "through " + ", ".join(name.partition(":")[2] for name in kernel.through)
+    names = [name.partition(":")[2] or name for name in kernel.launches]
+    if names:
+        yield f"→ {', '.join(names[:_SHOWN_KERNELS])}" + (f" and {len(names) - _SHOWN_KERNELS} more" if names[_SHOWN_KERNELS:] else "")

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton and JIT kernel that SGLang's runtime calls, read from the installed source: nothing of SGLang is imported.
+
+A kernel is what runs on the device: a function under ``triton.jit`` and its like, or a module that ``load_jit`` builds. SGLang's
+runtime, ``sglang.srt``, launches a few of them itself. Most it reaches through Python functions of ``sglang.kernels``. Both can be
+replaced; a row is one of either that the runtime names, with the places where it does.
+"""
+
+import ast
+import gc
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+ROOM, RUNTIME = "sglang.kernels", "sglang.srt"
+GRID, PLAIN = "kernel[grid]", "plain"
+
+#: What turns a Python function into a kernel, as a decorator or called: Triton's, and other compilers'.
+_TRITON = re.compile(r"(triton|gluon)\.(jit|autotune|heuristics)\b")
+_OTHER = re.compile(r"(cute(\.experimental)?|tilelang|flyc|helion)\.(jit|kernel)\b")
+#: Functions that build a kernel from C++, or look one up that is installed.
+_LOADERS = frozenset({"load_jit", "load_inline", "get_kernel"})
+_DEFINES = re.compile("|".join((_TRITON.pattern, _OTHER.pattern)))
+_IMPORT = re.compile(r"^\s*(?:from|import)\s", re.MULTILINE)
+_IMPORTS = re.compile(r"^\s*(?:from|import)\s+(sglang[\w.]*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """A place in ``sglang.srt`` that names a kernel, or a function of ``sglang.kernels``.
+
+    Attributes:
+        where: the function or ``Class.method`` around it.
+        operator: the operator of sglang-fl that can take over the layer around it.
+    """
+
+    file: str
+    line: int
+    where: str
+    operator: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Something to replace.
+
+    Attributes:
+        target: ``module:name``.
+        call: :data:`GRID`, or :data:`PLAIN` for a Python function or class.
+        launches: the kernels, as ``module:name``, that a Python function may come to. ``load_jit`` and ``get_kernel``: one that is
+            built from C++, or comes from an installed package such as ``sgl_kernel``.
+        through: Python functions on the way to them, which can be replaced as well.
+        operator: the operator of sglang-fl that covers every one of the call sites.
+    """
+
+    target: str
+    call: str
+    launches: tuple[str, ...]
+    through: tuple[str, ...]
+    sites: tuple[CallSite, ...]
+    operator: str | None
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def name(self) -> str:
+        return self.target.partition(":")[2]
+
+
+class _Module:
+    """A parsed file: what it defines at its top level, and what its names stand for."""
+
+    def __init__(self, name: str, path: Path):
+        self.name, self.is_package = name, path.name == "__init__.py"
+        text = path.read_text(encoding="utf-8")
+        self.tree, self._lines = ast.parse(text), text.splitlines()
+        self.defined: dict[str, list[ast.AST]] = {}
+        for statement in _statements(self.tree.body, (ast.If, ast.Try)):
+            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                self.defined.setdefault(statement.name, []).append(statement)
+            elif isinstance(statement, ast.Assign):
+                for target in statement.targets:
+                    if isinstance(target, ast.Name):
+                        self.defined.setdefault(target.id, []).append(statement.value)
+
+    @cached_property
+    def imported(self) -> dict[str, set[str]]:
+        """name -> the dotted paths that it stands for, wherever in the file it is imported."""
+        found: dict[str, set[str]] = {}
+        for node in _statements(statement for statement in self.tree.body if self.says(_IMPORT, statement)):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    found.setdefault(alias.asname or alias.name.partition(".")[0], set()).add(
+                        alias.name if alias.asname else alias.name.partition(".")[0]
+                    )
+            elif isinstance(node, ast.ImportFrom):
+                base = self._base(node)
+                for alias in node.names:
+                    found.setdefault(alias.asname or alias.name, set()).add(f"{base}.{alias.name}")
+        return found
+
+    def says(self, pattern: re.Pattern[str], node: ast.stmt) -> bool:
+        """Whether a statement's lines match: to walk over all of SGLang takes a minute."""
+        return pattern.search("\n".join(self._lines[node.lineno - 1 : node.end_lineno])) is not None
+
+    def _base(self, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        parts = self.name.split(".")
+        package = parts[: len(parts) - node.level + self.is_package]
+        return ".".join([*package, *filter(None, [node.module])])
+
+    def paths(self, node: ast.AST) -> Iterator[str]:
+        """The dotted paths that a name, or the attribute of a module, may stand for."""
+        if isinstance(node, ast.Name):
+            yield from self.imported.get(node.id, ())
+            if node.id in self.defined:  # on other devices than those for which it is imported
+                yield f"{self.name}.{node.id}"
+        elif isinstance(node, ast.Attribute):
+            yield from (f"{path}.{node.attr}" for path in self.paths(node.value))
+
+    def references(self, body: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+        """Each name or attribute in ``body`` that may stand for something of another module or of this one's top level."""
+        for node in ast.iter_child_nodes(body):
+            found = list(self.paths(node)) if isinstance(getattr(node, "ctx", None), ast.Load) else []
+            yield from ((node, path) for path in found)
+            if not found:
+                yield from self.references(node)
+
+
+def _statements(given: Iterable[ast.stmt], inside: tuple[type[ast.stmt], ...] = (ast.stmt,)) -> Iterator[ast.stmt]:
+    """Statements and those in them, as far as they are of these kinds. (To walk over expressions, too, takes ten times as long.)"""
+    for statement in given:
+        yield statement
+        if isinstance(statement, inside):
+            handlers = [line for handler in getattr(statement, "handlers", ()) for line in handler.body]
+            for field in ("body", "orelse", "finalbody"):
+                yield from _statements(getattr(statement, field, ()), inside)
+            yield from _statements(handlers, inside)
+
+
+def _compiler(node: ast.AST) -> re.Pattern[str] | None:
+    """What makes a definition a kernel."""
+    made_by = node.decorator_list if isinstance(node, ast.FunctionDef) else [node.func] if isinstance(node, ast.Call) else []
+    text = "\n".join(map(ast.unparse, made_by))
+    return next((pattern for pattern in (_TRITON, _OTHER) if pattern.search(text)), None)
+
+
+class _Source:
+    """The installed SGLang's files, those parsed that matter here."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.files = {
+            name: path for room in ("kernels", "srt") for path in (root / room).rglob("*.py") if (name := _module_name(root, path))
+        }
+
+        texts = {name: path.read_text(encoding="utf-8") for name, path in self.files.items() if name.startswith(RUNTIME)}
+        self._homes = {name for name, text in texts.items() if _DEFINES.search(text)}
+        #: The runtime's modules that define kernels, or may import them.
+        self.users = [
+            name
+            for name, text in texts.items()
+            if name in self._homes or "from ." in text or any(map(self.is_home, _IMPORTS.findall(text)))
+        ]
+
+    @cache  # noqa: B019  (the source lives as long as the listing is made)
+    def parsed(self, name: str) -> _Module:
+        return _Module(name, self.files[name])
+
+    def is_home(self, path: str) -> bool:
+        """Whether kernels are defined in a module, or in the one that a dotted path begins with."""
+        return path.startswith(ROOM) or path in self._homes or path.rpartition(".")[0] in self._homes
+
+    @cache  # noqa: B019
+    def definition(self, path: str) -> str | None:
+        """``module:name`` of a dotted path, through the modules that only hand it on. None: it is nothing of SGLang's."""
+        parts = path.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            if (name := ".".join(parts[:end])) in self.files:
+                module = self.parsed(name)
+                if parts[end] in module.defined:
+                    return f"{name}:{parts[end]}"
+                return next(filter(None, map(self.definition, module.imported.get(parts[end], set()) - {path})), None)
+        return None
+
+    @cache  # noqa: B019
+    def compiler(self, target: str) -> re.Pattern[str] | None:
+        return next(filter(None, map(_compiler, self._nodes(target))), None)
+
+    def _nodes(self, target: str) -> list[ast.AST]:
+        module, _, name = target.partition(":")
+        return self.parsed(module).defined[name]
+
+    @cache  # noqa: B019
+    def next_to(self, target: str) -> frozenset[str]:
+        """What a definition names, of SGLang's: other definitions, and loaders by their bare name."""
+        module = self.parsed(target.partition(":")[0])
+        found: set[str | None] = set()
+        for node in self._nodes(target):
+            # An assignment's value is no more than itself.
+            for _, path in module.references(ast.Expr(node) if isinstance(node, ast.expr) else node):
+                loader = path.rpartition(".")[2]
+                found.add(loader if loader in _LOADERS else self.definition(path))
+        return frozenset(filter(None, found))
+
+    @cache  # noqa: B019
+    def beneath(self, target: str) -> tuple[set[str], set[str]]:
+        """The kernels that a function of ``sglang.kernels`` may come to, loaders among them; and the Python functions on the way."""
+        pending, seen, kernels = [target], {target}, set()
+        while pending:
+            for found in self.next_to(pending.pop()) - seen:
+                seen.add(found)
+                if found in _LOADERS or self.compiler(found):
+                    kernels.add(found)
+                elif found.startswith(f"{ROOM}."):
+                    pending.append(found)
+        return kernels, seen - kernels - {target}
+
+
+def _module_name(root: Path, path: Path) -> str:
+    return ".".join(("sglang", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def _sites(source: _Source, module: _Module, operators: Mapping[str, str]) -> Iterator[tuple[str, CallSite]]:
+    """Where a module of the runtime names a kernel or a function of ``sglang.kernels``, and which."""
+    file = module.name.replace(".", "/") + ("/__init__.py" if module.is_package else ".py")
+    names = [name for name, paths in module.imported.items() if any(map(source.is_home, paths))]
+    names += [name for name in module.defined if source.compiler(f"{module.name}:{name}")]
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+
+    def visit(body: ast.AST, around: tuple[str, ...], operator: str | None) -> Iterator[tuple[str, CallSite]]:
+        for node in ast.iter_child_nodes(body):
+            if isinstance(node, ast.stmt) and not module.says(pattern, node):
+                continue
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                if not _compiler(node):  # what a kernel names is a part of it
+                    op = operators.get(node.name, operator) if isinstance(node, ast.ClassDef) else operator
+                    yield from visit(node, (*around, node.name), op)
+                continue
+            found = list(module.paths(node)) if isinstance(getattr(node, "ctx", None), ast.Load) else []
+            for target in filter(None, map(source.definition, found)):
+                yield target, CallSite(file, node.lineno, ".".join(around), operator)  # type: ignore[attr-defined]
+            if not found:
+                yield from visit(node, around, operator)
+
+    if names:
+        yield from visit(module.tree, (), None)
+
+
+def kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
+    """What SGLang's runtime calls, by target. Parses 1,400 files, which takes ten seconds of CPU.
+
+    Args:
+        root: the folder of the package ``sglang``.
+        operators: layer class, or ``module:function`` -> the operator of sglang-fl that can take it over.
+    """
+    source = _Source(root)
+    sites: dict[str, set[CallSite]] = {}
+    for name in source.users:
+        for target, site in _sites(source, source.parsed(name), operators):
+            sites.setdefault(target, set()).add(site)
+    found = []
+    for target, places in sites.items():
+        compiler = source.compiler(target)
+        is_outer = not compiler and target.startswith(f"{ROOM}.")
+        launches, through = source.beneath(target) if is_outer else (set(), set())
+        if compiler or launches:
+            around = {site.operator for site in places}
+            operator = operators.get(target) or (around.pop() if len(around) == 1 else None)
+            # A function counts as on the way if it comes to a kernel itself.
+            through = {name for name in through if source.beneath(name)[0]}
+            ordered = tuple(sorted(places, key=lambda site: (site.file, site.line)))
+            call = GRID if compiler is _TRITON else PLAIN
+            found.append(Kernel(target, call, tuple(sorted(launches)), tuple(sorted(through)), ordered, operator))
+    return sorted(found, key=lambda kernel: kernel.target)
+
+
+def remembered_kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
+    """The same, from the user's cache once it was made for these files."""
+    facts = [(str(path), (stat := path.stat()).st_mtime_ns, stat.st_size) for path in sorted(root.rglob("*.py"))]
+    key = hashlib.sha256(repr((facts, sorted(operators.items()), inspect.getsource(sys.modules[__name__]))).encode()).hexdigest()
+    file = Path(platformdirs.user_cache_dir("sglang-fl")) / f"kernels-{key[:16]}.json"
+    if file.exists():
+        return list(map(_from_data, json.loads(file.read_text())))
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would walk over the growing trees again and again, for half of the time
+    try:
+        found = kernels(root, operators)
+    finally:
+        if was_enabled:
+            gc.enable()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{key[16:24]}")
+    scratch.write_text(json.dumps([asdict(kernel) for kernel in found]))
+    scratch.replace(file)
+    return found
+
+
+def _from_data(data: dict[str, Any]) -> Kernel:
+    sites = tuple(CallSite(**site) for site in data["sites"])
+    return Kernel(**{**data, "launches": tuple(data["launches"]), "through": tuple(data["through"]), "sites": sites})
