@@ -35,6 +35,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         ("demo", ("--prefer", "--tp", "--port", "--keep")),
         ("doctor", ("--deep", "--json")),
         ("ops", ("--model DIR", "--deep", "--json")),
+        ("kernels", ("[word ...]", "--model DIR", "--all", "--json", "--trace")),
         ("config", ("SGLANG_FL_CONFIG",)),
         ("check", ("--op OP", "--impl ID", "--vendor NAME", "--quick", "--timeout TIME", "--seed N", "--json", "--html FILE")),
         ("new-vendor", ("NAME", "DIR", "sglang-fl-NAME")),
@@ -48,7 +49,7 @@ def test_help_of_a_verb(capsys: pytest.CaptureFixture[str], verb: str, options: 
 
 
 def test_the_table_above_has_every_verb() -> None:
-    assert set(VERBS) == {"demo", "doctor", "ops", "config", "check", "new-vendor"}
+    assert set(VERBS) == {"demo", "doctor", "ops", "kernels", "config", "check", "new-vendor"}
 
 
 @pytest.mark.parametrize(
