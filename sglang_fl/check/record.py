@@ -5,15 +5,14 @@ The file has a JSON object a line: first what was checked, where and with which 
 """
 
 import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
+from ..utils.json_lines import JsonLines, read_lines
 from .results import CaseResult, Report, Target
 
 _FORMAT = 1
@@ -38,42 +37,37 @@ class Record:
     def __init__(self, path: Path | None = None):
         self.header: dict[str, Any] | None = None
         self.cases: dict[tuple[str, str], CaseResult] = {}
-        self.problem: str | None = None
         self.seconds = self._earlier = 0.0
-        self._unwritten = b""
-        self._file: int | None = None
+        self._file: JsonLines | None = None
         if path is not None:
             self._open(path)
 
+    @property
+    def problem(self) -> str | None:
+        return self._file.problem if self._file is not None else None
+
     def _open(self, path: Path) -> None:
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with open(path, "rb") as file:
-                found = file.read()
+            self._file = JsonLines(path)
+            self._load(self._file.found)
         except BlockingIOError:
             raise SettingsError([f"{path} is in use by another sglang-fl check"]) from None
         except OSError as error:
             raise SettingsError([f"{path} cannot be written: {error.strerror}"]) from None
-        self._size = self._load(path, found)
-
-    def _load(self, path: Path, found: bytes) -> int:
-        """Fill it with what a file holds; how much of the file that is, as the last line may have been cut off."""
-        size = found.rfind(b"\n") + 1
-        try:
-            for line in found[:size].splitlines():
-                data = json.loads(line)
-                if self.header is None:
-                    if data.pop("format") != _FORMAT:
-                        raise ValueError
-                    self.header = data
-                else:
-                    self.seconds = data.pop("total_s")
-                    self._keep(CaseResult(**data))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise SettingsError([f"{path} is not a result file of this version of sglang-fl check"]) from None
+
+    def _load(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Fill it with what a file holds."""
+        for data in lines:
+            if self.header is None:
+                if data.pop("format") != _FORMAT:
+                    raise ValueError
+                self.header = data
+            else:
+                self.seconds = data.pop("total_s")
+                self._keep(CaseResult(**data))
         self._earlier = self.seconds
-        return size
 
     def _keep(self, case: CaseResult) -> None:
         self.cases[case.full_name, case.impl] = case
@@ -96,21 +90,8 @@ class Record:
         self._write({**asdict(case), "total_s": self.seconds})
 
     def _write(self, data: dict[str, Any]) -> None:
-        """A line, or none of it; what a full disk did not take is tried again with the next."""
-        if self._file is None:
-            return
-        self._unwritten += json.dumps(data).encode() + b"\n"
-        try:
-            os.ftruncate(self._file, self._size)
-            written = os.pwrite(self._file, self._unwritten, self._size)
-        except OSError as error:
-            self.problem = str(error.strerror)
-            return
-        if written < len(self._unwritten):
-            self.problem = "No space left on device"
-            return
-        self._size += written
-        self._unwritten, self.problem = b"", None
+        if self._file is not None:
+            self._file.append(data)
 
     def report(self) -> Report:
         assert self.header is not None
@@ -121,7 +102,7 @@ class Record:
 
     def close(self) -> None:
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
 
 
 def _brief(mine: Any, other: Any) -> Any:
@@ -137,7 +118,7 @@ def reports_in(directory: Path) -> Iterator[tuple[Path, Report]]:
     """The finished and unfinished runs in a directory, the oldest first; what is none of them is left out."""
     for path in sorted(directory.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
         record = Record()
-        with contextlib.suppress(SettingsError, OSError):
-            record._load(path, path.read_bytes())
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OSError):
+            record._load(read_lines(path.read_bytes()))
             if record.header is not None:
                 yield path, record.report()

@@ -12,9 +12,18 @@ from io import TextIOWrapper
 from .. import __version__
 from ..config import SettingsError
 from ..utils.signals import interrupt_on_termination
-from . import check, config, demo, doctor, kernels, new_vendor, ops
+from . import bisect, check, config, demo, doctor, kernels, new_vendor, ops
 
-VERBS = {"demo": demo, "doctor": doctor, "ops": ops, "kernels": kernels, "config": config, "check": check, "new-vendor": new_vendor}
+VERBS = {
+    "demo": demo,
+    "doctor": doctor,
+    "ops": ops,
+    "kernels": kernels,
+    "config": config,
+    "check": check,
+    "bisect": bisect,
+    "new-vendor": new_vendor,
+}
 
 #: Errors of a write to standard output.
 _CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

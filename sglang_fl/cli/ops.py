@@ -16,7 +16,6 @@ from rich.table import Table
 from ..check.certificates import NEVER, Certificates, certificates
 from ..config import Settings
 from ..device import Device, detect, probe
-from ..dispatch.backends.flaggems.library import why_not_here
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.kernel_implementations import exclusion_reason as kernel_exclusion
 from ..dispatch.kernel_implementations import is_kernel
@@ -26,7 +25,7 @@ from ..dispatch.types import OpImpl, match_token
 from ..fingerprint import compare, read, setting_facts, versions
 from ..fingerprint.compare import ABSENT
 from ..startup import check_settings
-from ..startup.words import flaggems_functions
+from ..startup.words import used_functions
 from ..trial import environment, record_path, settled_record
 from .model_layers import LayerRow, model_layers
 
@@ -191,13 +190,6 @@ def _left_out(settings: Settings, device: Device) -> dict[str, str]:
         for name, death in names.items()
         if death.excludes
     }
-
-
-def used_functions(settings: Settings, device: Device) -> list[str]:
-    """The FlagGems functions that replace ATen operators under these settings, where they can."""
-    if not settings.use_flaggems or why_not_here(device) is not None:
-        return []
-    return sorted(function for function in flaggems_functions() or () if settings.flagos_exclusion_reason(function) is None)
 
 
 def _diff(a: Path, b: Path, *, as_json: bool) -> int:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from ..config import Words
+from ..config import Settings, Words
+from ..device import Device
+from ..dispatch.backends.flaggems.library import why_not_here
 from ..dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES
 from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.manager import OpManager
@@ -36,3 +38,10 @@ def flaggems_functions() -> frozenset[str] | None:
             rows = [row for row in ast.walk(node.value) if isinstance(row, ast.Tuple) and len(row.elts) >= 2]
             return frozenset(row.elts[1].id for row in rows if isinstance(row.elts[1], ast.Name))
     return None
+
+
+def used_functions(settings: Settings, device: Device) -> list[str]:
+    """The FlagGems functions that replace ATen operators under these settings, where they can."""
+    if not settings.use_flaggems or why_not_here(device) is not None:
+        return []
+    return sorted(function for function in flaggems_functions() or () if settings.flagos_exclusion_reason(function) is None)

@@ -50,7 +50,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def make(name: str) -> None:
         vendor = VENDORS[name]
         device = Device(name, vendor.device_type, vendor.in_tree, "a test")
-        for module in ("config", "doctor.diagnosis", "ops"):
+        for module in ("bisect", "config", "doctor.diagnosis", "ops"):
             monkeypatch.setattr(f"sglang_fl.cli.{module}.probe", lambda environ=None: device)
 
     return make

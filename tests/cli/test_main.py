@@ -38,6 +38,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         ("kernels", ("[word ...]", "--model DIR", "--all", "--json", "--trace")),
         ("config", ("SGLANG_FL_CONFIG",)),
         ("check", ("--op OP", "--impl ID", "--vendor NAME", "--quick", "--timeout TIME", "--seed N", "--json", "--html FILE")),
+        ("bisect", ("--run CMD", "--limit TIME", "--max-runs N", "--pairs", "--out DIR", "--resume FILE", "--dry-run", "--json", "125")),
         ("new-vendor", ("NAME", "DIR", "sglang-fl-NAME")),
     ],
 )
@@ -49,7 +50,7 @@ def test_help_of_a_verb(capsys: pytest.CaptureFixture[str], verb: str, options: 
 
 
 def test_the_table_above_has_every_verb() -> None:
-    assert set(VERBS) == {"demo", "doctor", "ops", "kernels", "config", "check", "new-vendor"}
+    assert set(VERBS) == {"demo", "doctor", "ops", "kernels", "config", "check", "bisect", "new-vendor"}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,8 @@ def test_the_table_above_has_every_verb() -> None:
         (["check", "--timeout", "0"], "expected a time such as 90s, 9m or 1.5h, found '0'"),
         (["check", "--timeout", "soon"], "expected a time such as 90s, 9m or 1.5h, found 'soon'"),
         (["check", "--op"], "--op"),
+        (["bisect", "--limit", "soon"], "expected a time such as 90s, 9m or 1.5h, found 'soon'"),
+        (["bisect", "--max-runs", "0"], "expected a number of runs above 0, found '0'"),
         (["new-vendor"], "NAME"),
     ],
 )
@@ -139,6 +142,8 @@ def test_python_dash_m() -> None:
 COMMANDS = (
     ["--help"],
     ["check", "--help"],
+    ["bisect", "--help"],
+    ["bisect", "--run", "true", "--dry-run"],
     ["check", "--op", "rms_nrom"],
     ["config"],
     ["doctor"],

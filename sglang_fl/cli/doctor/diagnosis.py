@@ -14,9 +14,9 @@ from ...distributed.device_communicators.flagcx_files import find_library, heade
 from ...fingerprint import versions
 from ...platform.changes import changes_made, packages_with_changes
 from ...startup import check_settings
-from ...startup.words import flaggems_functions
+from ...startup.words import flaggems_functions, used_functions
 from ...trial import record_path, settled_record
-from ..ops import OpRow, operator_rows, used_functions
+from ..ops import OpRow, operator_rows
 from .checks import Machine, Problem, problems_of, why_not_importable
 
 

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command: one run of a user's command, and all runs of a search, each written to a file as it ends."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..config import SettingsError
+from ..fingerprint import setting_facts, versions
+from ..trial import record_path
+from ..utils.json_lines import JsonLines
+from .search import Search
+from .switches import Switches, known_bad_weights
+
+#: As `git bisect run` has it.
+_CANNOT_BE_JUDGED = 125
+_NOT_RUN = {126: "the shell could not execute a command", 127: "the shell did not find a command"}
+#: What a command gets to end in after SIGTERM, in seconds, and how often it is looked at.
+_GRACE, _INTERVAL = 10.0, 0.1
+#: A search ends after so many runs in a row that could not be judged.
+_UNJUDGED_IN_A_ROW = 5
+#: How long a run may take, in seconds, if nothing else was said.
+_LIMIT = 3600.0
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        on: the switches that were on.
+        failed: None: it could not be judged.
+        how: how it ended.
+        output: the file with what it wrote, beside the record.
+        bound: whether a model was loaded under these settings in it; None: not known, the dispatch log is the user's.
+    """
+
+    run: int
+    on: list[str]
+    failed: bool | None
+    how: str
+    seconds: float
+    output: str
+    bound: bool | None
+
+
+class CommandFailed(Exception):
+    """The search cannot go on: what happened, and what to do."""
+
+
+class CommandSearch:
+    """A search whose answers a command gives.
+
+    Args:
+        path: the record. Its first line says what is searched; then a line for each begin and each end of a run. A file with
+            runs is continued.
+        command: a shell line; None: that of the record.
+        limit: how long a run may take, in seconds; None: that of the record.
+        pairs: also look for two switches that act together.
+
+    Raises:
+        SettingsError: the record cannot be used, or was begun otherwise.
+        CommandFailed: it cannot be written.
+    """
+
+    def __init__(self, path: Path, switches: Switches, command: str | None = None, limit: float | None = None, *, pairs: bool = False):
+        self.path, self.switches = path, switches
+        self.runs: list[Run] = []
+        self._file = open_record(path)
+        try:
+            self._begin(command, limit, pairs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, command: str | None, limit: float | None, pairs: bool) -> None:
+        """Write what is searched into a new record, or take the runs of an old one."""
+        switches = self.switches
+        known = {"versions": versions(), "settings": _values(setting_facts(switches.settings)), "switches": list(switches.names)}
+        if not self._file.found:
+            weights = known_bad_weights(switches.names)
+            header = {"format": _FORMAT, "command": command, "limit": limit or _LIMIT, "pairs": pairs, "weights": weights, **known}
+            self._file.found.append(header)
+            self._append(header)
+        then, *lines = self._file.found
+        for name in known:
+            if then[name] != known[name]:
+                raise SettingsError(f"--resume: {self.path} was begun otherwise: {name} changed ({_change(then[name], known[name])})")
+        if command not in (None, then["command"]):
+            raise SettingsError(f"--resume: {self.path} was begun with --run {then['command']!r}")
+        self.command, self.limit = str(then["command"]), float(limit or then["limit"])
+        self.search = Search(then["weights"], pairs=pairs or then["pairs"])
+        running = 0
+        for line in lines:
+            running = line.get("process_group", 0)
+            if not running:
+                self._take(Run(**line))
+        if running and _lives(running):  # the search was killed, and its command was not
+            raise SettingsError(f"--resume: the command of run {len(self.runs) + 1} seems to be running still; end it: kill -- -{running}")
+
+    def _take(self, run: Run) -> None:
+        self.runs.append(run)
+        self.search.record(set(run.on), run.failed)
+
+    def _append(self, data: dict[str, Any]) -> None:
+        self._file.append(data)
+        if self._file.problem:
+            raise CommandFailed(f"{self.path} cannot be written: {self._file.problem}")
+
+    def step(self, on: frozenset[str]) -> Run:
+        """Run the command with these switches on, and take its answer.
+
+        Raises:
+            CommandFailed: the answer is none.
+        """
+        number = len(self.runs) + 1
+        output = self.path.with_name(f"{self.path.stem}-{number:03}.txt")
+        log = output.with_suffix(".dispatch")
+        log.unlink(missing_ok=True)
+        environ = self._environ(on, log, output.with_suffix(".trials.json"))
+        began = time.monotonic()
+        with output.open("wb") as file, _Process(self.command, environ, file) as process:
+            self._append({"run": number, "process_group": process.group})
+            code = process.wait(self.limit)
+        if code in _NOT_RUN:
+            raise CommandFailed(f"exit code {code}: {_NOT_RUN[code]}; its output is in {output}")
+        bound = log.exists() if environ.get("SGLANG_FL_DISPATCH_LOG") == str(log) else None
+        failed = None if code == _CANNOT_BE_JUDGED else code != 0
+        how = f"no end within {self.limit:g} s" if code is None else exit_reason(code)
+        run = Run(number, sorted(on), failed, how, round(time.monotonic() - began, 1), output.name, bound)
+        self._append(asdict(run))
+        self._take(run)
+        last = self.runs[-_UNJUDGED_IN_A_ROW:]
+        if len(last) == _UNJUDGED_IN_A_ROW and all(one.failed is None for one in last):
+            raise CommandFailed(f"the last {_UNJUDGED_IN_A_ROW} runs could not be judged (exit code {_CANNOT_BE_JUDGED}); see {output}")
+        return run
+
+    def _environ(self, on: frozenset[str], log: Path, trials: Path) -> dict[str, str]:
+        """The command's environment."""
+        environ = {**os.environ, "SGLANG_FL_DISPATCH_LOG": os.environ.get("SGLANG_FL_DISPATCH_LOG") or str(log)}
+        for name, value in self.switches.environ(on).items():
+            environ.pop(name, None)
+            if value is not None:
+                environ[name] = value
+        # What kills one run would be left out by the next: every run begins with the record that the user has now.
+        trials.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(record_path(self.switches.settings), trials)
+        environ["SGLANG_FL_TRIAL_RECORD"] = str(trials)
+        return environ
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_record(path: Path) -> JsonLines:
+    """The record of a search. Raises SettingsError."""
+    try:
+        record = JsonLines(path)
+        if not record.found or (record.found[0]["format"] == _FORMAT and "command" in record.found[0]):
+            return record
+    except BlockingIOError:
+        raise SettingsError(f"{path} is in use by another sglang-fl bisect") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise SettingsError(f"{path} is not a record of this version of sglang-fl bisect")
+
+
+class _Process:
+    """A command in a session of its own: Ctrl-C reaches this program alone, which then ends all that the command started."""
+
+    def __init__(self, command: str, environ: Mapping[str, str], output: Any):
+        self._process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, start_new_session=True
+        )
+        self.group = self._process.pid
+
+    def wait(self, limit: float) -> int | None:
+        """Its exit code; None: it did not end in time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=limit)
+        return None
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what is left of it: a server that goes on would hold the device and the port of the next run."""
+        try:
+            self._signal(signal.SIGTERM)
+            end = time.monotonic() + _GRACE
+            while time.monotonic() < end and _lives(self.group):
+                self._process.poll()
+                time.sleep(_INTERVAL)
+        finally:  # also after a second Ctrl-C
+            self._signal(signal.SIGKILL)
+        # One that hangs in a driver may not end; it is not waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=_GRACE)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, number)
+
+
+def _lives(group: int) -> bool:
+    """Whether a process of a group runs. One that has ended and that nobody waits for, as in containers without an init, does not."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def exit_reason(code: int) -> str:
+    """An exit code in words. A shell makes 128 and its number of a signal."""
+    number = -code if code < 0 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"exit code {code}"
+    return f"killed by {name}" if code < 0 else f"exit code {code}, as after {name}"
+
+
+def _values(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: fact["value"] for name, fact in facts.items()}
+
+
+def _change(then: Any, now: Any) -> str:
+    if isinstance(then, list):
+        then, now = dict.fromkeys(then, "on"), dict.fromkeys(now, "on")
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return ", ".join(f"{name}: {then.get(name)} then, {now.get(name)} now" for name in names[:3])

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the operator that changes what a model answers."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..bisect.command import CommandFailed, CommandSearch, open_record
+from ..bisect.command_report import answer, as_data, exit_code, print_verdict
+from ..bisect.switches import Switches, switches_in_force
+from ..config import SettingsError
+from ..device import probe
+from ..dispatch.manager import get_default_manager
+from ..startup import check_settings
+from .arguments import duration, number
+
+_RUNS = number(int, lambda count: count > 0, "a number of runs above 0")
+_EXIT_CODES = """exit codes: 0 nothing fails; 1 found; 2 wrong usage, or the command cannot be run; 3 it is no operator;
+4 cannot tell; 130 interrupted"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXIT_CODES
+    runs = parser.add_argument_group("for those who have a command and its exit code")
+    runs.add_argument(
+        "--run", metavar="CMD", help="a shell line that starts the server and judges it: exit code 0 good, 125 cannot be judged, others bad"
+    )
+    runs.add_argument("--limit", type=duration, metavar="TIME", help="a run that takes longer hangs, and is bad (default: 1h)")
+    runs.add_argument("--max-runs", type=_RUNS, default=40, metavar="N", help="give up after so many runs (default: 40)")
+    runs.add_argument("--pairs", action="store_true", help="also look for two that act together; takes about twice the runs")
+    runs.add_argument("--out", type=Path, metavar="DIR", help="for the record and the runs' output (default: bisect-DATE here)")
+    runs.add_argument("--resume", type=Path, metavar="FILE", help="go on with the record of a search, DIR/runs.jsonl")
+    runs.add_argument("--dry-run", action="store_true", help="show the switches and the first runs' settings, and run nothing")
+    runs.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.run is None and args.resume is None:
+        raise SettingsError("bisect: what is to be judged? --run 'CMD', a command that ends with 0 if all is well, or --resume FILE")
+    return _by_command(args)
+
+
+def _by_command(args: argparse.Namespace) -> int:
+    device, manager = probe(), get_default_manager()
+    switches = switches_in_force(check_settings(os.environ, device, manager), device, manager)
+    if not switches.names:
+        raise SettingsError(
+            f"bisect: nothing to search: these settings leave every operator to SGLang on {device.vendor}; see sglang-fl ops"
+        )
+    if args.dry_run:
+        return _dry_run(args, switches)
+    path = _record_path(args)
+    search = CommandSearch(path, switches, args.run, args.limit, pairs=args.pairs)
+    console = Console(stderr=True, markup=False, highlight=False)
+    try:
+        _search(search, args.max_runs, console)
+    except CommandFailed as error:
+        console.print(f"sglang-fl: {error}\nsglang-fl: go on with: sglang-fl bisect --resume {path}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print(f"sglang-fl: nothing is lost; go on with: sglang-fl bisect --resume {path}", soft_wrap=True)
+        raise
+    finally:
+        search.close()
+    if args.json:
+        print(json.dumps(as_data(search), indent=2))
+    else:
+        # A file or a pipe has no width.
+        print_verdict(search, Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160))
+    return exit_code(search.search.verdict())
+
+
+def _record_path(args: argparse.Namespace) -> Path:
+    if args.resume is not None:
+        path: Path = args.resume.expanduser()
+        if args.out is not None:
+            raise SettingsError("--out: with --resume, output goes to the folder of that file")
+        if not path.is_file():
+            raise SettingsError(f"--resume: there is no file {str(path)!r}")
+        return path
+    folder = (args.out or Path(time.strftime("bisect-%Y-%m-%d-%H%M%S"))).expanduser()
+    path = folder / "runs.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out: {folder} cannot be made: {error.strerror}") from None
+    if path.exists() and path.stat().st_size:
+        raise SettingsError(f"--out: {path} exists; --resume {path} goes on with it")
+    return path
+
+
+def _search(found: CommandSearch, most: int, console: Console) -> None:
+    """Run the command until there is a verdict or a run too many."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    while found.search.verdict() is None and len(found.runs) < most:
+        on = found.search.next()
+        what = f"run {len(found.runs) + 1}: {len(on)} of {len(found.switches.names)} on"
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            progress.add_task(what)
+            last = found.step(on)
+        (cause, likely), *_ = found.search.likeliest(1)
+        suspect = f"; likeliest: {' and '.join(cause.switches)}, {100 * likely:.0f} %" if cause.switches and likely > 0.05 else ""
+        console.print(f"{what}: {answer(last)} ({last.how}, {last.seconds:.0f} s){suspect}", soft_wrap=True)
+
+
+def _dry_run(args: argparse.Namespace, switches: Switches) -> int:
+    """Show what would be done."""
+    command = args.run if args.run is not None else open_record(args.resume.expanduser()).found[0]["command"]
+    half = frozenset(switches.names[::2])
+    print(f"{len(switches.names)} switches: {' '.join(switches.names)}\n")
+    for words, on in (("all on", frozenset(switches.names)), ("all off", frozenset[str]()), ("every other one on, as an example", half)):
+        changed = [f"{name}={value!r}" if value is not None else f"(without {name})" for name, value in switches.environ(on).items()]
+        print(f"{words}: {' '.join(changed) or '(your settings)'}")
+    print(f"\ncommand: {command}")
+    return 0

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sglang-fl bisect --run``, with commands that ask the real settings what is on."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_fl.cli import main
+
+JUDGE = shlex.join([sys.executable, str(Path(__file__).parents[1] / "bisect/judge.py")])
+#: Fails where op:topk is on.
+TOPK = 'case "$SGLANG_FL_PER_OP" in *topk=sglang*) exit 0;; *) {};; esac'
+Bisect = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path
+
+
+@pytest.fixture
+def bisect(capsys: pytest.CaptureFixture[str]) -> Bisect:
+    """Runs it with --json; its exit code and what it printed."""
+
+    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+        code = main(["bisect", "--json", *arguments])
+        printed = capsys.readouterr()
+        return code, {"stderr": printed.err, **(json.loads(printed.out) if printed.out else {})}
+
+    return run
+
+
+def test_a_flaggems_function(bisect: Bisect, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that a user with a list of his own has on."""
+    machine("nvidia")
+    monkeypatch.setenv("SGLANG_FL_PLATFORM", "nvidia")
+    monkeypatch.setenv("SGLANG_FL_PREFER", "flagos")
+    monkeypatch.setenv("SGLANG_FL_FLAGOS_BLACKLIST", "add,mm")
+    code, found = bisect("--run", f"{JUDGE} aten:softmax", "--out", "here")
+    assert (code, found["exit_code"], found["switches"]) == (1, 1, ["aten:softmax"])
+    assert found["odds"] > 99 and len(found["runs"]) <= 16
+    assert found["exclusion"] == "SGLANG_FL_FLAGOS_BLACKLIST=add,mm,softmax"
+    for run in found["runs"]:
+        on = "aten:softmax" in run["on"]
+        assert (run["failed"], run["how"]) == (on, f"exit code {int(on)}")
+        assert Path("here", run["output"]).read_text() == f"aten:softmax is {'on' if on else 'off'}\n"
+
+
+def test_an_operator_and_the_page_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bisect", "--run", f"{JUDGE} op:rms_norm"]) == 1
+    printed = capsys.readouterr()
+    assert "op:rms_norm makes the command fail: it does with this alone on, and does not with this alone off: odds" in printed.out
+    assert "op_backends:\n  rms_norm: [sglang]\n" in printed.out
+    assert "No run loaded a model with sglang-fl" in printed.out
+    assert "run 1: 14 of 14 on: failed (exit code 1" in printed.err and "run 2: 0 of 14 on: passed" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("fails", "how"),
+    [
+        ("exit 1", "exit code 1"),
+        ("kill -SEGV $$", "killed by SIGSEGV"),
+        ("(kill -ABRT $(exec sh -c 'echo $PPID')); exit $?", "exit code 134, as after SIGABRT"),
+        ("sleep 60", "no end within 0.5 s"),
+    ],
+)
+def test_how_a_command_fails(bisect: Bisect, fails: str, how: str) -> None:
+    code, found = bisect("--run", TOPK.format(fails), "--limit", "0.5")
+    assert (code, found["switches"]) == (1, ["op:topk"])
+    assert {run["how"] for run in found["runs"]} == {"exit code 0", how}
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        ("true", 0, "The command does not fail with all 14 switches on: odds"),
+        ("false", 3, "It is no operator: the command fails with all of them off, too: odds"),
+    ],
+)
+def test_what_is_no_switch(bisect: Bisect, command: str, code: int, told: str) -> None:
+    found = bisect("--run", command)
+    assert (found[0], found[1]["switches"], found[1]["exclusion"]) == (code, [], None)
+    assert found[1]["verdict"].startswith(told)
+
+
+def test_two_that_act_together(bisect: Bisect) -> None:
+    command = """case ";$SGLANG_FL_PER_OP" in *";rms_norm=sglang"*|*topk=sglang*) exit 0;; *) exit 1;; esac"""
+    code, found = bisect("--run", command, "--out", "here", "--max-runs", "25")
+    assert (code, found["switches"]) == (4, [])
+    assert "--pairs" in found["verdict"] and "With all on, " in found["verdict"]
+    before = len(found["runs"])
+    code, found = bisect("--resume", "here/runs.jsonl", "--pairs", "--max-runs", "80")
+    assert (code, found["switches"]) == (1, ["op:topk", "op:rms_norm"])
+    assert found["exclusion"] == "op_backends:\n  topk: [sglang]", "one of them is enough"
+    assert len(found["runs"]) > before
+
+
+def test_runs_that_cannot_be_judged(bisect: Bisect) -> None:
+    """125 here and there costs a run; always, it ends the search."""
+    once = "test -e asked || { touch asked; exit 125; }; "
+    code, found = bisect("--run", once + TOPK.format("exit 1"))
+    assert (code, found["switches"], found["runs"][0]["failed"]) == (1, ["op:topk"], None)
+    code, found = bisect("--run", "exit 125", "--out", "here")
+    assert code == 2 and "the last 5 runs could not be judged (exit code 125)" in found["stderr"]
+
+
+def test_a_command_that_is_none(bisect: Bisect) -> None:
+    code, found = bisect("--run", "no-such-command")
+    assert code == 2 and "exit code 127: the shell did not find a command; its output is in " in found["stderr"]
+
+
+def test_what_a_command_leaves_behind_is_ended(bisect: Bisect, in_a_folder: Path) -> None:
+    """As a server that it started in the background."""
+    bisect("--run", "sleep 300 & echo $! >> servers; exit 1", "--max-runs", "2")
+    servers = (in_a_folder / "servers").read_text().split()
+    assert len(servers) == 2 and not any(map(alive, map(int, servers)))
+
+
+def test_every_run_has_the_users_record_of_trials(bisect: Bisect, in_a_folder: Path) -> None:
+    """What a crash of one run adds to it does not change what the next one has on."""
+    record = in_a_folder / "trials.json"
+    os.environ["SGLANG_FL_TRIAL_RECORD"] = str(record)
+    try:
+        record.write_text('{"of": "the user"}')
+        bisect("--run", 'cat "$SGLANG_FL_TRIAL_RECORD"; echo more >> "$SGLANG_FL_TRIAL_RECORD"; exit 1', "--max-runs", "3", "--out", "here")
+    finally:
+        del os.environ["SGLANG_FL_TRIAL_RECORD"]
+    assert [file.read_text() for file in sorted((in_a_folder / "here").glob("*.txt"))] == ['{"of": "the user"}'] * 3
+    assert record.read_text() == '{"of": "the user"}'
+
+
+def alive(process: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return b") Z " not in Path(f"/proc/{process}/stat").read_bytes()
+    return False
+
+
+def until(true: Callable[[], Any]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+#: Its third run does not end by itself, until there is a file "quick".
+SLOW = "echo $$ >> processes; test -e quick || test $(wc -l < processes) -lt 3 || sleep 300; " + TOPK.format("exit 1")
+
+
+def stop_in_third_run(number: int, folder: Path) -> tuple[subprocess.Popen[str], int]:
+    """A search that gets a signal, and the command's process."""
+    command = [sys.executable, "-m", "sglang_fl", "bisect", "--run", SLOW, "--out", "here"]
+    search = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    processes = folder / "processes"
+    until(lambda: processes.exists() and processes.read_text().count("\n") == 3)
+    search.send_signal(number)
+    search.wait(timeout=30)
+    (folder / "quick").touch()
+    return search, int(processes.read_text().split()[-1])
+
+
+def test_ctrl_c_ends_the_command_and_loses_nothing(bisect: Bisect, in_a_folder: Path) -> None:
+    search, process = stop_in_third_run(signal.SIGINT, in_a_folder)
+    assert search.returncode == 130
+    assert search.stderr is not None and "go on with: sglang-fl bisect --resume here/runs.jsonl" in search.stderr.read()
+    assert not alive(process)
+    before = [json.loads(line) for line in Path("here/runs.jsonl").read_text().splitlines() if '"failed"' in line]
+    code, found = bisect("--resume", "here/runs.jsonl")
+    assert (code, found["switches"]) == (1, ["op:topk"])
+    assert found["runs"][: len(before)] == before
+    assert bisect("--run", SLOW, "--out", "again")[1]["runs"][-1]["run"] == found["runs"][-1]["run"], "no run was made twice"
+
+
+def test_resume_after_kill(bisect: Bisect, in_a_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody ended the command: it must not run beside the next."""
+    _, process = stop_in_third_run(signal.SIGKILL, in_a_folder)
+    assert alive(process)
+    with Path("here/runs.jsonl").open("a") as record:
+        record.write('{"run": 3, "cut o')
+    assert main(["bisect", "--resume", "here/runs.jsonl"]) == 2
+    assert f"seems to be running still; end it: kill -- -{process}" in capsys.readouterr().err
+    os.killpg(process, signal.SIGKILL)
+    until(lambda: not alive(process))
+    code, found = bisect("--resume", "here/runs.jsonl")
+    assert (code, found["switches"]) == (1, ["op:topk"])
+    assert [run["run"] for run in found["runs"]] == list(range(1, len(found["runs"]) + 1))
+
+
+def test_a_record_of_other_settings(bisect: Bisect, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bisect("--run", "true", "--out", "here", "--max-runs", "1")
+    record = "here/runs.jsonl"
+    monkeypatch.setenv("SGLANG_FL_PER_OP", "topk=sglang")
+    for arguments, told in (
+        (["--resume", record], "settings changed (op_backends.topk: None then, ['sglang'] now)"),
+        (["--resume", "none.jsonl"], "there is no file 'none.jsonl'"),
+        (["--run", "true", "--out", "here"], f"{record} exists; --resume {record} goes on with it"),
+    ):
+        assert main(["bisect", *arguments]) == 2
+        assert told in capsys.readouterr().err
+    monkeypatch.delenv("SGLANG_FL_PER_OP")
+    assert main(["bisect", "--resume", record, "--run", "false"]) == 2
+    assert "was begun with --run 'true'" in capsys.readouterr().err
+    Path(record).write_text("no record\n")
+    assert main(["bisect", "--resume", record]) == 2
+    assert "is not a record of this version of sglang-fl bisect" in capsys.readouterr().err
+
+
+def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bisect"]) == 2
+    assert "--run 'CMD', a command that ends with 0 if all is well" in capsys.readouterr().err
+
+
+def test_dry_run(capsys: pytest.CaptureFixture[str], in_a_folder: Path) -> None:
+    assert main(["bisect", "--run", "touch ran", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("14 switches: op:chunk_gated_delta_rule ")
+    assert "all off: SGLANG_FL_PER_OP='chunk_gated_delta_rule=sglang;" in printed
+    assert not list(in_a_folder.iterdir())
