@@ -4,6 +4,7 @@
 import ast
 import doctest
 import io
+import json
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ MAX_README, MAX_WORDS = 8192, 30
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 #: A comment that says where the block or table after it comes from.
-_SOURCE = re.compile(r"^<!-- (output|figures) of: (.+) -->\n(.*?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+_SOURCE = re.compile(r"^<!-- (output|figures|ranges) of: ([^\n]+) -->\n(.*?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^()\s]+(?:\([^()]*\))?[^()\s]*)\)")
 _VARIABLE = re.compile(r"\b(?:SGLANG_FL|SGLANG_FLAGGEMS)_[A-Z_]+\b")
 
@@ -164,6 +165,10 @@ def test_twins_have_the_same_shape(page: Path) -> None:
     assert shape(page) == shape(page.with_stem(f"{page.stem}_zh"))
 
 
+def test_blocks_with_a_source_are_found() -> None:
+    assert all(map(sources, ("output", "figures", "ranges"))), "an empty list of cases would be skipped"
+
+
 def test_there_are_twins() -> None:
     assert {page.stem for page in TWINS} >= {"README", "settings", "vendors"}
 
@@ -266,3 +271,21 @@ def test_figures_are_what_the_data_give(page: Path, command: str, block: str) ->
     figures = re.findall(r"\d[\d,.]* tok/s|\d[\d.]* ms/step|\d\.\d+ \[[^]]*\]", block)
     assert len(figures) > 8
     assert [figure for figure in figures if figure not in done.stdout] == []
+
+
+@pytest.mark.parametrize(("page", "files", "table"), sources("ranges"), ids=lambda value: name_of(value) if isinstance(value, Path) else "")
+def test_ranges_are_those_of_the_data(page: Path, files: str, table: str) -> None:
+    """``1.15 to 1.97`` is the best and the worst median of an operator's implementation, in one variant, of a sitting."""
+    ratios: dict[tuple[str, ...], list[float]] = {}
+    for file in files.split():
+        for row in json.loads((CHECKOUT / file).read_text())["rows"]:
+            if row.get("ratio"):
+                ratios.setdefault((row["op"], row["kind"], row.get("variant", ""), file), []).append(row["ratio"][0])
+    known = {(op, low, high) for (op, *_), found in ratios.items() for low in as_printed(min(found)) for high in as_printed(max(found))}
+    rows = [(re.findall(r"`(\w+)`", line), re.findall(r"(\d[\d.]*) to (\d[\d.]*)", line)) for line in table.splitlines()]
+    shown = [(ops[0], *pair) for ops, pairs in rows for pair in pairs]
+    assert len(shown) > 30 and [figure for figure in shown if figure not in known] == []
+
+
+def as_printed(number: float) -> set[str]:
+    return {f"{number:.1f}", f"{number:.2f}"}
