@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the results are accurate, and how long a call takes beside the reference's."""
+"""Whether the results are accurate, and how long a call takes compared with the reference."""
 
 import statistics
 import time
@@ -27,7 +27,7 @@ def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def _accuracy_of_some(impl: Implementation, case: Case, tokens: torch.Tensor, seed: int) -> Outcome:
-    """Of a call so large that float64 takes too long for all of it, and the reference too much memory."""
+    """For a call so large that float64 would take too long, and the reference too much memory: some of its tokens."""
     call = case.draw(seed, impl.device)
     expected = impl.exact(call.of_tokens(tokens.to(impl.device), OPERATORS_CHECKED[impl.op].tokens_in))
     got = impl.run(call)

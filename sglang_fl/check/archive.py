@@ -73,7 +73,7 @@ def write_archive(directory: Path, impl: OpImpl, case: Case, seed: int, device: 
 
 
 def _as_data(call: Call, case: Case) -> dict[str, Any]:
-    """What ``torch.load`` takes with ``weights_only``; strides are kept."""
+    """The value in a form that ``torch.load`` reads with ``weights_only``; strides are kept."""
     expected = OPERATORS_CHECKED[case.op].exact(call)
     arguments, named = call.arguments()
     return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What serving relies on beside the numbers: results that stay, repeat, and depend neither on threads nor on the batch."""
+"""The contract beside accuracy: results stay, repeat, and depend neither on threads nor on the batch."""
 
 import sys
 import threading
@@ -26,7 +26,7 @@ _PARTS = ((0, 1), (5, 1), (0, 33))
 
 
 def inputs_and_results(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Results lie where they may, and stay what they are when it is called again."""
+    """Results lie in allowed memory, and do not change when it is called again."""
     call, states = case.draw(seed, impl.device), random_states(impl.device)
     expected = impl.exact(call)
     got = impl.run(call)
@@ -47,7 +47,7 @@ def inputs_and_results(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def _check_memory(call: Call, got: Results) -> None:
-    """No result shares memory with what may not be written."""
+    """No result shares memory with a read-only tensor."""
     allowed = [call.inputs[name].untyped_storage().data_ptr() for name in call.may_write]
     owned = {x.untyped_storage().data_ptr(): name for name, x in call.tensors().items()}
     for result in got:
@@ -57,7 +57,7 @@ def _check_memory(call: Call, got: Results) -> None:
 
 
 def _check_updated_weights(impl: Implementation, call: Call, case: Case, seed: int) -> None:
-    """Weights are updated in place while serving; what was made of the former ones must not be used again."""
+    """Weights are updated in place while serving; values derived from the former ones must not be used again."""
     fresh = case.draw(seed, impl.device)
     new = dict(fresh.layer.named_parameters())
     for name, parameter in call.layer.named_parameters():
@@ -68,7 +68,7 @@ def _check_updated_weights(impl: Implementation, call: Call, case: Case, seed: i
 
 
 def _check_reused_memory(impl: Implementation, call: Call, case: Case, seed: int) -> None:
-    """A tensor lies where one lay that is gone; what was made of the former's numbers must not be used for it."""
+    """A tensor gets the address of a freed one; values derived from the former must not be used for it."""
     fresh = case.draw(seed, impl.device)
     expected = impl.exact(fresh)
     refill(call, fresh)
@@ -113,7 +113,7 @@ def repeats(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def threads(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Several threads at once, calls of two sizes; each must get what it gets alone."""
+    """Calls of two sizes from several threads at once; each must get the result of a single thread."""
     with _colliding_threads():
         alone = [tuple(x.clone() for x in impl.run(_thread_call(impl, case, seed, index))) for index in range(_THREADS)]
         calls = [_thread_call(impl, case, seed, index) for index in range(_THREADS)]
@@ -152,7 +152,7 @@ def _thread_call(impl: Implementation, case: Case, seed: int, index: int) -> Cal
 
 @contextmanager
 def _colliding_threads() -> Iterator[None]:
-    """Python switches between threads as often as it can, and PyTorch adds none to them, so that what is not safe shows soon."""
+    """Python switches threads as often as it can, and PyTorch uses one thread, so that races show soon."""
     interval, threads_before = sys.getswitchinterval(), torch.get_num_threads()
     sys.setswitchinterval(1e-6)
     torch.set_num_threads(1)

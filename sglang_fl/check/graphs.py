@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that serving records: captured in a graph and replayed, or compiled by torch.compile."""
+"""Calls inside graphs (captured and replayed), and compiled by torch.compile."""
 
 from collections.abc import Iterable
 from shutil import which
@@ -17,7 +17,7 @@ _REPLAYS, _WARM_UPS = 3, 3
 
 
 def graph_capture(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Captured once, replayed with new data; a replay must be as near to float64 as a call."""
+    """Capture once, replay with new data; a replay must be as accurate as a call."""
     graphs = graphs_of(impl.device)
     if graphs is None:
         return Outcome(SKIPPED, f"{impl.device.type} has no graphs")
@@ -58,7 +58,7 @@ def _warm_up(impl: Implementation, case: Case, seed: int) -> None:
 
 
 def _call_in_between(impl: Implementation, case: Case, seed: int) -> None:
-    """Another size, and other numbers where memory was freed: a graph must hold nothing that a later call takes back."""
+    """Call with another size, and overwrite freed memory: a graph must not use memory that later calls reuse."""
     other = case.draw(seed, impl.device, other=True)
     impl.run(other)
     for x in other.tensors().values():

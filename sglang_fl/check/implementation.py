@@ -16,7 +16,7 @@ from .constants import COMPILING, FAILED, IN_FLOAT64, OK, RUNNING
 from .exact.judge import Verdict
 from .tensors import changed
 
-#: What an implementation may raise to say that it does not take a call.
+#: Errors by which an implementation may refuse a call.
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 
 Function = Callable[..., Any]
@@ -48,11 +48,11 @@ class Outcome:
 
 
 class Violation(Exception):
-    """The implementation broke a rule of its operator."""
+    """The implementation violates its operator's contract."""
 
 
 class Refused(Exception):
-    """The implementation does not take the call."""
+    """The implementation refuses the call."""
 
 
 class Implementation:
@@ -126,7 +126,7 @@ class Implementation:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Around what has the limit of compiling, and not that of a call."""
+        """Context of work with the time limit of compiling instead of that of a call."""
         self._enter(COMPILING)
         start = time.monotonic()
         try:
@@ -155,7 +155,7 @@ class Implementation:
             torch.accelerator.synchronize()
 
     def is_device_lost(self) -> bool:
-        """After an illegal access, or a capture that was cut off, an accelerator may answer nothing in this process."""
+        """After an illegal access, or an aborted capture, an accelerator may not respond in this process any more."""
         try:
             return float(torch.ones(2, device=self.device).sum()) != 2
         except Exception:

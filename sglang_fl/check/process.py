@@ -87,7 +87,7 @@ class Process:
             if "phase" not in message:
                 return message
             self._enter(message["phase"])
-        # What it forked may hold its results open when it is gone, and it may close them and live on.
+        # Its children may keep the pipe open after its end, and it may close the pipe and live on.
         code = self._process.poll()
         if code is not None:
             raise Lost(CRASHED, f"crashed: {_exit_reason(code)}", self._last_words())
@@ -110,7 +110,7 @@ class Process:
 
     def close(self) -> None:
         """After ``kill``: wait for its end."""
-        # A kernel that hangs in a driver can keep its process from ending; it is not waited for.
+        # A kernel that hangs in a driver can keep its process from ending: do not wait for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
         assert self._process.stdin is not None

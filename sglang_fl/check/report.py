@@ -27,7 +27,7 @@ def verdict(report: Report) -> str:
     counted = f"{len(report.cases)} cases in {report.seconds:.0f} s, {f'{refused} refused, ' if refused else ''}{scope}"
     lines = [f"{report.verdict}: {counted}.", *(f"  - {problem}" for problem in report.problems())]
     if report.not_reached:
-        lines.append(f"  - not finished: {report.not_reached} cases were not reached")
+        lines.append(f"  - {report.not_reached} cases were not run")
     return "\n".join(lines)
 
 
@@ -50,7 +50,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(table)
         console.print(_LEGEND, style="dim")
     if report.not_available:
-        missing = Table(title="Not available on this machine, and so not checked", title_justify="left")
+        missing = Table(title="Not checked, as they are not available on this machine", title_justify="left")
         for column in ("operator", "implementation", "why"):
             missing.add_column(column, overflow="fold")
         for target in report.not_available:

@@ -57,7 +57,7 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far a run is: the cases that are done, of all; and what runs now: the case, what it is at, and for how many seconds."""
+    """The progress of a run: cases done, cases in all, and what runs now: (case, phase, seconds)."""
 
     done: int
     total: int
@@ -101,7 +101,7 @@ class _Worker:
 
 
 class _Run:
-    """The state of a run: the cases that wait, and the workers."""
+    """The state of a run: waiting cases, and workers."""
 
     def __init__(self, job: Job, record: Record, progress: Callable[[Progress], None]):
         self._job, self._record, self._progress = job, record, progress
@@ -141,7 +141,7 @@ class _Run:
         self._workers.append(_Worker(process, from_dear_end))
 
     def _listen(self) -> None:
-        """Wait for messages, and take what the workers say."""
+        """Wait for the workers' messages, and handle them."""
         select.select([worker.process.results for worker in self._workers if worker.process.open], [], [], _POLL_INTERVAL)
         for worker in list(self._workers):
             try:
@@ -159,7 +159,7 @@ class _Run:
                 self._take(worker, message)
 
     def _learn(self, hello: Mapping[str, Any]) -> None:
-        """The first greeting says what there is to do."""
+        """The first worker's greeting lists the cases."""
         cases = hello["cases"]
         if self._job.only and not cases and not any(hello["why_not"]):
             raise SettingsError([f"--case: no case has all the words of {' or '.join(map(repr, self._job.only))}"])
@@ -202,9 +202,9 @@ class _Run:
                 worker.process.ask(number)
 
     def _next(self, worker: _Worker) -> int | None:
-        """A case of the worker's own implementation, else of the one with the fewest workers, the cheap ones first.
+        """A case of the worker's own implementation, else of the one with the fewest workers; cheap operators first.
 
-        Every second worker begins with the dear ones, which take longest.
+        Every second worker begins with the expensive ones, which take longest.
         """
         with_cases = [target for target, numbers in self._waiting.items() if numbers]
         if with_cases:

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kept(out: Path, path: Path) -> str:
-    """Keep the result; why that could not be done, or empty."""
+    """Save the result; returns why that failed, or an empty string."""
     try:
         if out != path:
             shutil.copyfile(path, out)
@@ -160,7 +160,7 @@ def _selects(args: argparse.Namespace) -> bool:
 
 
 def _job(args: argparse.Namespace, chosen: list[tuple[str, str]], record: Record) -> Job:
-    """What was asked for; where a run goes on, what was not said again is as it was."""
+    """The run that was asked for; a resumed run keeps the arguments that are not given again."""
     then = record.header or {"targets": [], "only": [], "quick": False, "seed": secrets.randbits(31)}
     if then["targets"] and not (args.op or args.impl or args.vendor):
         chosen = [(target["op"], target["impl"]) for target in then["targets"]]
@@ -179,7 +179,7 @@ def _job(args: argparse.Namespace, chosen: list[tuple[str, str]], record: Record
 
 
 def _report(args: argparse.Namespace, record: Record, finished: bool, unwritten: list[str]) -> int:
-    """Print it, write the page, and say how it ended; ``unwritten`` says what could not be written so far."""
+    """Print the report, write the page, and return the exit code; ``unwritten``: what could not be written so far."""
     report = record.report()
     if args.html and (error := _write_page(args.html, report)):
         unwritten.append(f"--html: {error}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a check is, while it runs: a bar and what runs now in a terminal, else a line now and then."""
+"""The progress of a check: a bar in a terminal, else a line now and then."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..check.runner import Progress
 
-#: Where nobody watches, a line that often, in seconds.
+#: Seconds between lines, where the output is no terminal.
 _LINE_INTERVAL = 15.0
 
 

@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(settings: Settings, device: Device) -> dict[str, Any]:
-    """What is known of this machine without a model, as a server says it of itself."""
+    """The facts of this machine without a model, in the form of a server's own."""
     return {
         "device": device.vendor,
         "evidence": device.evidence,

@@ -160,7 +160,7 @@ class CommunicatorFL:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """A group that ends with its block, also where a call in it fails: left open, it would swallow all later calls."""
+        """A group that ends with its block, even if a call in it fails: an open group would swallow all later calls."""
         self.group_start()
         try:
             yield
@@ -169,7 +169,7 @@ class CommunicatorFL:
             raise
         self.group_end()
 
-    # What torch.distributed has and SGLang's communicator has not.
+    # Operations of torch.distributed that SGLang's communicator lacks.
 
     def reduce(self, tensor: torch.Tensor, dst: int, op: Any = ReduceOp.SUM) -> None:
         """Reduce ``tensor`` over all ranks into that of rank ``dst``, in place; what the others hold then is undefined."""
@@ -349,7 +349,7 @@ def _check_same_layout(name: str, tensor: torch.Tensor, other_name: str, other: 
 
 
 def raw_stream_of(device: torch.device) -> Callable[[], int]:
-    """What gives the vendor's handle of the stream that is current on a device; 0 where there are no streams."""
+    """A function that returns the vendor's handle of the current stream; 0 where there are no streams."""
     if device.type == "cpu":
         return lambda: 0
     if device.type == "cuda":

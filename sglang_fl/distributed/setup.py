@@ -85,7 +85,7 @@ class FlagCXSetup:
             )
 
     def create(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
-        """What torch.distributed calls for each group, in each of its ranks."""
+        """Called by torch.distributed for each group, in each of its ranks."""
         decision, world = self._decision, None
         if not opts.global_ranks_in_group or decision is None:  # the default group, or one of ranks of another world too
             decision, world = self._agree(opts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device as SGLang sees it.
+"""The device, as a platform of SGLang.
 
 ``platform_fl.py``  PlatformFL: the class for the device that is here, and the classes that it is made of
 ``hooks.py``        what sglang-fl does when SGLang calls its platform; comes first in every PlatformFL

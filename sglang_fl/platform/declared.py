@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an installed package declares of a chip: its classes are loaded, checked and made known to SGLang here."""
+"""Loads and checks the classes that a package declares for its chip, and registers them with SGLang."""
 
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ def describe(declaration: VendorPlatform, what: str) -> str:
 
 
 class DeclaredAnswers(SRTPlatform):
-    """What SGLang asks its platform and a declaration answers; what it leaves open is the next class's, which may be SGLang's own."""
+    """The platform methods that a declaration answers; others are left to the next class, which may be SGLang's own."""
 
     declaration: VendorPlatform
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Platforms for devices that SGLang does not know, or knows only by a look-alike's name."""
+"""Platforms for devices that SGLang does not know, or takes for another one."""
 
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ def record(server_args: Any) -> Any:
 
 
 class OutOfTree(SRTPlatform):
-    """What every such device needs from SGLang, answered by the table of vendors, in which a package's declaration is a row."""
+    """The answers to SGLang for every such device, from the table of vendors; a package's declaration is a row of it."""
 
     _enum = PlatformEnum.OOT
     device: Device

@@ -86,8 +86,8 @@ def test_a_run_that_was_not_finished() -> None:
     """Nothing failed yet, and nothing is certified; what failed has failed, and what was refused so far may still be taken."""
     made = report(case(OK), case(REFUSED, dtype="float16"), not_reached=3)
     assert (made.verdict, made.problems(), made.as_data()["not_reached"], made.as_data()["ok"]) == ("INCOMPLETE", [], 3, False)
-    assert "INCOMPLETE: 2 cases" in printed(made) and "3 cases were not reached" in printed(made)
-    assert "This run was not finished:" in as_html(made)
+    assert "INCOMPLETE: 2 cases" in printed(made) and "3 cases were not run" in printed(made)
+    assert "<strong>INCOMPLETE:</strong> 3 cases were not run." in as_html(made)
     assert report(case(FAILED), not_reached=1).verdict == "FAILED"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What implementations are called with. An operator is one entry of :data:`OPERATORS_CHECKED`, from a file a family."""
+"""The inputs of each operator: an entry of :data:`OPERATORS_CHECKED`, one file per family."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,7 +21,7 @@ OPERATORS_CHECKED: Mapping[str, Operator] = {
     for op, operator in getattr(import_module(f"{__name__}.{module.name}"), "OPERATORS", {}).items()
 }
 
-#: Numbers of tokens that are timed: the full range on an accelerator, as much work as a CPU does in a minute, a few seconds' worth.
+#: Numbers of tokens that are timed: on an accelerator, on a CPU (about a minute), and with --quick (some seconds).
 _ACCELERATOR, _CPU, _QUICK = (1, 16, 64, 512, 2048, 8192), (1, 16, 64, 512, 2048), (1, 64)
 #: A call of more tokens is judged by some of them.
 _JUDGED_WHOLE = 1 << 20

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a case is made of: a call of an operator, and what draws its inputs.
+"""A case's parts: a call of an operator, and its random inputs.
 
 Inputs are drawn on the CPU, so that a seed means the same numbers on every device.
 """
@@ -21,7 +21,7 @@ INT32 = 2**31
 
 
 class NoMemory(RuntimeError):
-    """The device has not the memory that a case needs."""
+    """The device lacks the memory that a case needs."""
 
 
 class Layer(nn.Module):
@@ -91,7 +91,7 @@ class Draw:
         return torch.as_tensor(numbers).to(getattr(torch, dtype)).to(self.device)
 
     def extreme(self, values: str, *shape: int, largest: float = math.inf) -> torch.Tensor:
-        """Numbers in fp32 on the CPU: some that are none (``nan``), the ``largest`` of the dtype, ``zeros``, ``denormals``."""
+        """Numbers in fp32 on the CPU, with special values among them: ``nan``, the ``largest`` of the dtype, ``zeros``, ``denormals``."""
         if values == "nan":
             x = torch.randn(shape, generator=self.rng)
             x[0, ..., 3], x[1, ..., 5], x[2, ..., 7], x[3, ..., 0] = math.nan, math.inf, -math.inf, math.inf

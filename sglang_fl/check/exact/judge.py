@@ -35,7 +35,7 @@ def exactly(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A result held against float64.
+    """A comparison of a result with float64.
 
     Attributes:
         error_ulp: the error of the number that comes nearest to its bound, or exceeds it most, in units of
@@ -82,7 +82,7 @@ class Exact:
         return u(dtype) * self.value.abs() + self.roundings * U32 * self.terms * (1 + u(dtype)) + smallest(dtype) + self.lost
 
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
-        """Hold a result against this one; ``dtype`` (unless it has one of its own) and ``device`` are what it must have."""
+        """Compare a result with this one; it must have ``dtype`` (unless this has its own) and ``device``."""
         dtype = self.dtype or dtype
         if not isinstance(got, torch.Tensor):
             return Verdict(problem=f"{self.name} is {type(got).__name__}, not a tensor")

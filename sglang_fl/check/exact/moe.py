@@ -12,7 +12,7 @@ _SOFTMAX_EPSILON = 1e-8
 
 
 class Routing(NamedTuple):
-    """How experts are chosen and weighted; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.topk`.
+    """How experts are selected and weighted; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.topk`.
 
     Attributes:
         top_k: experts that a token is routed to, without the shared one.

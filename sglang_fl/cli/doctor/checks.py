@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the doctor checks: each check is a function that yields the problems it finds."""
+"""The doctor's checks: each is a function that yields problems."""
 
 import ast
 import importlib.util
@@ -26,7 +26,7 @@ _PLATFORM_GROUP = "sglang.srt.platforms"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong, and what to do about it. A fatal one stops a server."""
+    """A problem and its remedy. A fatal one stops a server."""
 
     what: str
     remedy: str
@@ -35,7 +35,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks look at. ``settings`` is None where they cannot be used, for ``settings_errors``."""
+    """The input of the checks. ``settings`` is None if they are invalid, see ``settings_errors``."""
 
     environ: Mapping[str, str]
     device: Device
@@ -64,7 +64,7 @@ def sglang_release(machine: Machine) -> Iterator[Problem]:
 
 
 def why_not_importable() -> str | None:
-    """What SGLang imports at its start and that is not installed, with the file and line; None: all is there. Nothing is imported."""
+    """The first module that SGLang imports at its start and that is missing, with file and line, or None. Nothing is imported."""
     spec = importlib.util.find_spec("sglang")
     places = getattr(spec, "submodule_search_locations", None)
     file = Path(places[0], "srt", "utils", "common.py") if places else None

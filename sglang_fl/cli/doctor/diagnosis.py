@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the doctor finds on a machine."""
+"""Collects what the doctor shows."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -40,7 +40,7 @@ class Diagnosis:
 
 
 def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
-    """Look at everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
+    """Collect everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
     device = detect() if deep else probe(environ)
     machine = _look_at(environ, device, deep)
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))

@@ -15,7 +15,7 @@ RENORMALIZE_EPSILON = 1e-20
 
 
 class Routing(NamedTuple):
-    """How experts are chosen and weighted; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.topk`.
+    """How experts are selected and weighted; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.topk`.
 
     Attributes:
         top_k: experts that a token is routed to.

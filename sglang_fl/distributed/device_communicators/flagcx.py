@@ -96,7 +96,7 @@ OPS = _ReduceOps(
 
 @dataclass(frozen=True)
 class Version:
-    """What ranks must agree on.
+    """A FlagCX version, on which ranks must agree.
 
     ``library`` is what flagcxGetVersion says (10000 in every release up to 0.13); ``header`` the release by
     the header beside it, None where there is none; ``interface`` how handles are made.

@@ -99,7 +99,7 @@ class Header:
 
     @property
     def release(self) -> str:
-        """What tells its release from others: nodes that have the same release have the same header."""
+        """Identifies the release: nodes with the same release have the same header."""
         return self.version or f"before 0.13 (header {self.digest})"
 
 
