@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,7 +219,9 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
-    """One line an operator. Above: the order of most of them. Below: the other orders, and what an order names in vain."""
+    """One line an operator. Above: the orders. Below: what stays with SGLang, what is not available, and a count of kernels."""
+    kernels = Counter(row.selected.get("impl", row.picked) for row in rows if is_kernel(row.op))
+    rows = [row for row in rows if not is_kernel(row.op)]
     orders: dict[str, list[str]] = {}
     for row in rows:
         orders.setdefault(f"{row.order} ({row.order_from})", []).append(row.op)
@@ -235,6 +238,9 @@ def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
     for why, names in _by_reason([row.missed for row in rows]).items():
         ops = [row.op for row in rows if not row.missed.keys().isdisjoint(names)]
         console.print(f"Not available: {', '.join(names)} for {', '.join(ops)}: {why}")
+    if kernels:
+        counts = ", ".join(f"{count} on {where}" for where, count in kernels.most_common())
+        console.print(f"SGLang's own kernels: {counts}; 'sglang-fl ops --all' lists them")
 
 
 def _by_reason(reasons: Sequence[dict[str, str]]) -> dict[str, list[str]]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from installed_packages import Packages
+from rich.console import Console
 
 from sglang_fl.cli import main
-from sglang_fl.cli.ops import operator_rows
+from sglang_fl.cli.ops import operator_rows, print_operators
 from sglang_fl.config import Settings
 from sglang_fl.device import ENTRY_POINT_GROUP, Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry
@@ -122,6 +123,16 @@ def test_a_class_that_stays_with_sglang_is_listed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SGLANG_FL_OOT_BLACKLIST", "BeamSiluAndMul")
     assert main(["ops"]) == 0
     assert "Stays with SGLang (oot_blacklist): BeamSiluAndMul\n" in capsys.readouterr().out
+
+
+def test_sglangs_kernels_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    registry = OpRegistry()
+    for name in ("one", "two"):
+        registry.register_impl(OpImpl(f"sglang.srt.module:{name}", "reference.torch", BackendImplKind.REFERENCE, print))
+    rows = operator_rows(OpManager(registry), Settings(), Device("cpu", "cpu", None, "a test"))
+    print_operators(Console(), rows)
+    printed = capsys.readouterr().out
+    assert "SGLang's own kernels: 2 on reference.torch; 'sglang-fl ops --all' lists them" in printed and "sglang.srt.module" not in printed
 
 
 def test_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str]) -> None:
