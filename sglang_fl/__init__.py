@@ -74,7 +74,7 @@ def _patches_are_off() -> bool:
 
 
 def _leave_device_to_sglang(error: Exception) -> None:
-    """Say why; under ``strict``, end the process, since SGLang would go on whatever was raised."""
+    """Log the reason; under ``strict``, end the process, since SGLang would ignore an exception."""
     from .compat import leave_everything_message, stop_message
     from .config import SettingsError, load_settings
     from .device import detect

@@ -253,7 +253,7 @@ def _look_up(path: str) -> Any:
 
 
 def hook(target: str, function: Callable[..., Any], when: str = "around") -> bool:
-    """Have SGLang put a function around another one, or after it. Imports the target. SGLang logs what goes wrong with a hook, and goes on.
+    """Register a hook around a function of SGLang, or after it. Imports the target. If a hook fails, SGLang logs it and continues.
 
     Args:
         target: as ``package.module.name`` or ``package.module.Class.method``.

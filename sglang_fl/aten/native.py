@@ -15,7 +15,7 @@ _EXACT = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: tor
 
 def native_kernel(key: str, dispatch_key: str) -> Function | None:
     """A function like FlagGems's, that calls PyTorch's kernel; to be taken before that is overridden. None: this PyTorch cannot keep it
-    callable, or has none. A kernel that is made of other operators calls whatever stands for these just then.
+    callable, or has none. A kernel that is composed of other operators calls whatever replaces these at that time.
 
     Args:
         key: the ATen operator, ``mul.Tensor``.
@@ -27,7 +27,7 @@ def native_kernel(key: str, dispatch_key: str) -> Function | None:
     tensors = [index for index, argument in enumerate(schema_of(key).arguments) if str(argument.type) == "Tensor"]
 
     def native(*args: Any, **kwargs: Any) -> Any:
-        # Python gets a number that stands for a tensor as a number, and the kernel takes none.
+        # Python passes a 0-dim tensor argument as a number, which the kernel does not accept.
         numbers = [index for index in tensors if index < len(args) and isinstance(args[index], (int, float, complex))]
         if numbers:
             like = next((args[index] for index in tensors if isinstance(args[index], torch.Tensor)), None)

@@ -15,7 +15,7 @@ Function = Callable[..., Any]
 
 
 class Recorder:
-    """The log of replaced operators, as they run: Layer 1 alone, whoever else calls FlagGems.
+    """The log of replaced operators, as they run; of Layer 1 only, not of other calls of FlagGems.
 
     A line has the form of FlagGems's own log: ``[DEBUG] flag_gems.ops.mul.mul: aten::mul.Tensor``. Processes
     share the file; without one the lines go to the server's log.

@@ -32,7 +32,7 @@ class Trials:
     """The results of the first calls of a set's functions in this process.
 
     Args:
-        captures_graphs: each function is also captured into a graph that is thrown away.
+        captures_graphs: each function is also captured into a graph that is discarded.
     """
 
     def __init__(self, captures_graphs: bool = False):

@@ -162,7 +162,7 @@ class Options:
     prefer: str = _option("SGLANG_FL_PREFER", True, "flagos", _choice(PREFERENCES, str.lower), "The kind of implementation to try first: flagos, vendor or reference.")
     op_backends: tuple[tuple[str, tuple[str, ...]], ...] = _option("SGLANG_FL_PER_OP", True, (), _orders, "The order for single operators: rms_norm=vendor|flagos;silu_and_mul=reference.")
     strict: bool = _option("SGLANG_FL_STRICT", True, False, _boolean, "1: an implementation that fails stops the server instead of giving way to the next.")
-    oot_whitelist: tuple[str, ...] | None = _option("SGLANG_FL_OOT_WHITELIST", True, None, _names, "Only these SGLang layer classes are taken over.", "classes")
+    oot_whitelist: tuple[str, ...] | None = _option("SGLANG_FL_OOT_WHITELIST", True, None, _names, "Only these SGLang layer classes are bound.", "classes")
     oot_blacklist: tuple[str, ...] | None = _option("SGLANG_FL_OOT_BLACKLIST", True, None, _names, "These SGLang layer classes stay with SGLang.", "classes")
     allow_vendors: tuple[str, ...] | None = _option("SGLANG_FL_ALLOW_VENDORS", True, None, _names, "Only these vendors' implementations may be used.", "vendors")
     deny_vendors: tuple[str, ...] | None = _option("SGLANG_FL_DENY_VENDORS", True, None, _names, "These vendors' implementations may not be used.", "vendors")

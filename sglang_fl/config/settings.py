@@ -73,7 +73,7 @@ class Settings(Options):
         return None
 
     def exclusion_of(self, name: str) -> str:
-        """The variable that leaves out what a trial's name stands for: a FlagGems function, or ``operator: implementation``."""
+        """The setting that excludes a trial's name: a FlagGems function, or ``operator: implementation``."""
         op, colon, _ = name.partition(": ")
         if colon:
             orders = {known: "|".join(order) for known, order in self.op_backends} | {op: "sglang"}

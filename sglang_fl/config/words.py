@@ -25,7 +25,7 @@ class Words:
 
     Attributes:
         operators: the operators of the dispatch.
-        classes: SGLang's layer classes that may be taken over.
+        classes: SGLang's layer classes that may be bound.
         vendors: vendors and their aliases.
         impls: the ids of implementations.
         flaggems: the FlagGems functions that replace ATen operators.

@@ -21,7 +21,7 @@ class Declared(NamedTuple):
 
 @lru_cache(maxsize=1)
 def declared() -> Declared:
-    """What installed packages declare. One that cannot be read is a problem, and the rest goes on."""
+    """The declarations of installed packages. One that cannot be read is reported; the others are used."""
     platforms: dict[str, VendorPlatform] = {}
     origins: dict[str, str] = {}
     problems: list[str] = []

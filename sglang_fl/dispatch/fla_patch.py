@@ -23,10 +23,10 @@ def get_original(name: str) -> Callable[..., Any]:
         name: as ``"chunk_gated_delta_rule"``.
 
     Raises:
-        KeyError: it is no function that an operator stands for.
+        KeyError: no operator replaces such a function.
     """
     if name not in _MODULES:
-        raise KeyError(f"no operator stands for a function {name!r} of SGLang{suggest(name, list(_MODULES))}")
+        raise KeyError(f"no operator replaces a function {name!r} of SGLang{suggest(name, list(_MODULES))}")
     # A hook of SGLang's HookRegistry wraps what it found.
     original: Callable[..., Any] = inspect.unwrap(getattr(import_module(_MODULES[name]), name))
     return original

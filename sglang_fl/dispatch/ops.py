@@ -1,33 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators: what every implementation is called with, and what it must give back.
+"""The operators: the arguments and results of every implementation.
 
-Common to all of them, and held to by ``sglang-fl check``:
+Rules for all of them, which ``sglang-fl check`` verifies:
 
-- ``obj`` is the layer that is being computed, or stands for it; its weights and constants are read from it by the
-  names that the operator's text gives (``obj.weight``, ``obj.variance_epsilon``). An implementation never writes to it.
-  Operators that stand for functions of SGLang have none.
+- ``obj`` is the layer, or an object with its weights and constants, under the names that the operator's docstring gives
+  (``obj.weight``, ``obj.variance_epsilon``). An implementation never writes to it. Operators that replace functions of
+  SGLang have no ``obj``.
 - Activations are fp32, bf16 or fp16, all of one call in one dtype and on one device. A result has the dtype and
   device of its input, and the shape that is stated.
 - Any dimension of the activations but the last may be 0 (no tokens): the results are then empty, and nothing raises.
-- Any input may be not contiguous: a slice of a wider tensor, every other row, a transposed or an expanded one. What
-  lies between its numbers in memory is not the operator's to write. A result may be contiguous or not.
+- Any input may be non-contiguous: a slice of a wider tensor, every other row, a transposed or an expanded one. Memory
+  between its elements must not be written. A result may be contiguous or not.
 - Arithmetic inside is fp32 or better, from the inputs as they are; only the result is rounded, once, to its dtype: it
   may be off by half a unit of its last place, and by a few roundings of fp32 at the size of the terms summed
   (``sglang_fl/check/exact`` has each operator's bound).
-- nan and infinity come out where the arithmetic makes them, and in no other place. Numbers below fp32's smallest
-  normal one may be taken for zero; fp16's own denormals may not.
-- Inputs are only read, except where an operator's text allows writing them. A result lies in new memory, or where
-  the text allows it in an input's; never in a buffer that the next call writes again. The caller uses what is
-  returned and nothing else.
-- What PyTorch keeps for all of the process stays as it is: default dtype and device, recording of gradients, number of
-  threads, deterministic algorithms, random generators. Nothing that was made of an input is used in a later call: another
-  tensor may lie at its address.
-- The same inputs give the same bits each time, from several threads at once, too.
+- nan and infinity appear exactly where the arithmetic produces them. Numbers below fp32's smallest normal one may be
+  flushed to zero; fp16's own denormals may not.
+- Inputs are read-only, unless an operator's docstring allows writing them. A result is in new memory or, where that is
+  allowed, in an input's memory; never in a buffer that the next call writes again. The caller uses only what is returned.
+- PyTorch's process-wide state does not change: default dtype and device, recording of gradients, number of threads,
+  deterministic algorithms, random generators. Values derived from an input are not used in a later call: another tensor
+  may have its address.
+- The same inputs give the same bits each time, also from several threads at once.
 - An implementation works under graph capture where its device has graphs, and under ``torch.compile``: no
   synchronisation with the host, no allocation outside the framework's allocator, no shape that depends on data.
-- What it cannot compute it refuses with a ValueError, TypeError or NotImplementedError before it writes anything; bf16
-  on the shapes of serving it must take. After a :class:`~sglang_fl.dispatch.Refusal`, a ValueError, the next implementation takes
-  the call; after another error it does where the implementation is declared not to write its inputs.
+- A call that it cannot compute is refused with ValueError, TypeError or NotImplementedError, before anything is written.
+  bf16 on the shapes of serving must not be refused. After a :class:`~sglang_fl.dispatch.Refusal` (a ValueError) the next
+  implementation is called; after another error only if the implementation is declared not to write its inputs.
 """
 
 from __future__ import annotations
@@ -335,7 +334,7 @@ def _operators() -> tuple[str, ...]:
     return tuple(name for name, _ in methods if name not in _NOT_OPERATORS and not name.startswith("_"))
 
 
-#: SGLang's layer class -> the operator that stands for it. Orders may be given under its name.
+#: SGLang's layer class -> its operator. Orders may be given under its name.
 OPERATOR_OF_CLASS = {
     "GeluAndMul": "gelu_and_mul",
     "GemmaRMSNorm": "gemma_rms_norm",

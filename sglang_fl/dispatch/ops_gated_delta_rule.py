@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of the gated delta rule, a part of :class:`sglang_fl.dispatch.ops.FLBackendBase`.
 
-They stand for functions of SGLang and have no layer. What is common to all operators is in ``ops``.
+They replace functions of SGLang and have no layer. What is common to all operators is in ``ops``.
 """
 
 from __future__ import annotations

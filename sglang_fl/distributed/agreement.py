@@ -149,7 +149,7 @@ class Agreement:
             deadline = time.monotonic() + limit
             while thread.is_alive() and time.monotonic() < deadline and not self.failure():
                 thread.join(0.1)
-            # Beside a rank with an error the others wait in vain; where time is up for one it is for all, and who hangs says so.
+            # If a rank has an error, the others time out too: only the rank with the error, or the one that hangs, is reported.
             late = thread.is_alive() and self.failure() != _ERROR
             if late:
                 problems.append(f"its communicator was not initialized within {limit:.0f} s")

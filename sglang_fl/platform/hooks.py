@@ -25,8 +25,7 @@ class PlatformHooks:
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """While arguments resolve, in the main process: check the settings and SGLang.
 
-        SGLang lets through what is raised here, which ends the server, or reaches the caller of
-        ``sgl.Engine``.
+        An exception here ends the server, or reaches the caller of ``sgl.Engine``.
 
         Raises:
             SettingsError: a setting cannot be used.

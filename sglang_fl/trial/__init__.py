@@ -5,7 +5,7 @@ What raises in its trial is handled by the callers. This package handles what ha
 
 ``guard.py``   writes a name down before its first run, and ends the process where that run does not end
 ``record.py``  the file that the next start reads, to leave out what ended an earlier one
-``graph.py``   a run inside a graph that is thrown away
+``graph.py``   a run inside a graph that is discarded
 """
 
 from .guard import Guard, current_guard, open_guard, record_path

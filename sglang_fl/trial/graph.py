@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run inside a graph that is thrown away: whether a function can be captured at all."""
+"""A run inside a graph that is discarded: whether a function can be captured at all."""
 
 import contextlib
 import warnings

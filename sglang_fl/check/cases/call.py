@@ -45,7 +45,7 @@ class Call:
         may_write: the inputs that the operator's text allows writing.
         guarded: what lies around the inputs in memory and is never the operator's to write.
         updated: the inputs that are results, too, as the operator leaves them.
-        takes_layer: operators that stand for functions of SGLang take none.
+        takes_layer: False for operators that replace functions of SGLang.
     """
 
     layer: Layer
@@ -217,7 +217,7 @@ class Case:
     Attributes:
         name: the call in words; one of an operator, a kind of check and a dtype has it.
         other: makes a call of another number of tokens.
-        judged: of so many tokens only some are held against float64.
+        judged: with so many tokens, only some are compared with float64.
     """
 
     op: str

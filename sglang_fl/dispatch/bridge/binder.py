@@ -162,7 +162,7 @@ class Binder:
             socket.install(self._divert if overrides.active else None)
 
     def _forward(self, socket: Socket, impl: OpImpl) -> Forward:
-        """The forward that sockets like this one share: it gives way to open policy contexts, and records its first call."""
+        """The forward that sockets like this one share: it defers to open policy contexts, and records its first call."""
         key = (socket.bridge, socket.own, impl)
         if key not in self._forwards:
             routes = self._routes(socket, impl)

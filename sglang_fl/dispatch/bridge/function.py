@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of SGLang, where it calls one and no layer that could be bound.
 
-A function is taken over by an AROUND hook in SGLang's own HookRegistry, which puts it in every module that has imported
+A function is replaced by an AROUND hook in SGLang's own HookRegistry, which puts it in every module that has imported
 the function. That happens once a model that calls it was loaded, and only if the policy moves it: hooks that
 ``load_plugin`` registered would have SGLang import their targets, seconds' worth, in each of its processes.
 """
@@ -44,7 +44,7 @@ class FunctionBridge(Bridge):
         return None
 
     def hooked(self, log_level: int) -> None:
-        """The function was taken over, and nothing has run yet: the moment to watch for SGLang going past it."""
+        """Called when the function was hooked, before the first run: watch whether SGLang bypasses it."""
 
 
 class FunctionHook:

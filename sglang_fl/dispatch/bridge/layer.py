@@ -56,7 +56,7 @@ class LayerBridge(Bridge):
         return self.attribute_reason(layer)
 
     def attribute_reason(self, layer: Layer) -> str | None:
-        """The part of :meth:`exclusion_reason` that lies in the layer's attributes."""
+        """The part of :meth:`exclusion_reason` that depends on the layer's attributes."""
         return None
 
     @abstractmethod
@@ -174,7 +174,7 @@ def overridden(cls: type, base: type) -> set[str]:
     return names
 
 
-#: How SGLang's models name an MLP's first matrix, and how many activations it makes for each that goes on.
+#: The names of an MLP's first matrix in SGLang's models, and its outputs per activation.
 _FIRST_MATRICES = {"gate_up_proj": 2, "up_proj": 1, "fc1": 1, "c_fc": 1}
 
 

@@ -33,7 +33,7 @@ class RecordingFunction:
         return result
 
     def record(self, name: str, destination: str, forward: Forward, /, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
-        """Call a forward that ends in this function or in SGLang's own, and record which; a failure is recorded by who takes over.
+        """Call a forward that ends in this function or in SGLang's own, and record which; after a failure the fallback is recorded.
 
         Returns:
             (the forward's result, whether the call went to SGLang without an attempt).

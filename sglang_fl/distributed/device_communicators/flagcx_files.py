@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARY = "libflagcx.so"
-#: Where it lies under what FLAGCX_PATH names: a checkout, an install prefix, the directory itself.
+#: Its places below FLAGCX_PATH: a checkout, an install prefix, the directory itself.
 _PLACES = ("build/lib", "lib", ".")
 
 #: ``struct flagcxDeviceHandle``, as far as it is used. FlagCX 0.5 to 0.13 have it so; older ones lack
@@ -104,7 +104,7 @@ class Header:
 
 
 def header_of(library: Path) -> Header | None:
-    """The header that belongs to a library, None where none lies near it."""
+    """The header that belongs to a library, or None."""
     return next((read_header(path) for path in _header_places(library) if path.is_file()), None)
 
 
