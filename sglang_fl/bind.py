@@ -55,7 +55,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     bind_kernels(device, deterministic=deterministic)
     conditions = TrialConditions(operators, _in_graphs(captures_graphs), excluded)
     try:
-        report = _process_binder().bind(
+        report = process_binder().bind(
             model, settings, deterministic=deterministic, log_level=level, trials=conditions, exchange=ranks.exchange
         )
         if operators is not None:  # functions whose first calls were in these trials
@@ -91,7 +91,7 @@ def bind_kernels(device: Device, *, deterministic: bool = False) -> None:
     Raises:
         RuntimeError: under ``strict``, none that the policy wants can run.
     """
-    _process_binder().bind_kernels(Load(settings_in_worker(device), deterministic), device)
+    process_binder().bind_kernels(Load(settings_in_worker(device), deterministic), device)
 
 
 def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str]:
@@ -126,7 +126,8 @@ def _in_graphs(captures_graphs: bool) -> Any:
     return nullcontext if operators is None else operators.watched
 
 
-def _process_binder() -> Binder:
+def process_binder() -> Binder:
+    """The one of this process."""
     global _binder
     manager = get_default_manager()
     if _binder is None or _binder.manager is not manager:

@@ -32,6 +32,7 @@ def _named(name: str, function: Function) -> Function:
         return function(*args, **kwargs)
 
     called.__name__ = name
+    called.__module__, called.__qualname__ = function.__module__, function.__qualname__
     return called
 
 

@@ -30,6 +30,7 @@ LAYERS = (
     ("sglang_fl.startup", "sglang_fl.fingerprint"),
     ("sglang_fl.bind",),
     ("sglang_fl.platform",),
+    ("sglang_fl.model_run",),
     ("sglang_fl.check",),
     ("sglang_fl.bisect", "sglang_fl.tune"),
     ("sglang_fl.cli",),

@@ -25,6 +25,8 @@ from .trials import Trials
 logger = logging.getLogger("sglang_fl.aten")
 
 Function = Callable[..., Any]
+#: (FlagGems function, ATen operator, the function itself, what is registered for it, PyTorch's kernel) -> what is registered instead.
+Around = Callable[[str, str, Function, Function, Function | None], Function]
 
 _UNKNOWN_OPERATOR = "this PyTorch has no such operator"
 
@@ -89,6 +91,9 @@ class AtenOperators:
         self._functions: dict[str, list[tuple[str, Function]]] = {}
         #: ATen operator -> the wrapper registered for it during trials.
         self._tried: dict[str, Function] = {}
+        #: ATen operator -> PyTorch's own kernel, where it can be kept callable.
+        self._kernels: dict[str, Function | None] = {}
+        self._around: Around | None = None
         #: Operators whose function is registered itself.
         self._as_they_are: frozenset[str] = frozenset()
         self._libraries: dict[str, torch.library.Library] = {}
@@ -143,6 +148,18 @@ class AtenOperators:
             self._register(function)
         elif not on and function in self._libraries:
             self._libraries.pop(function)._destroy()
+
+    @property
+    def functions(self) -> dict[str, list[str]]:
+        """FlagGems function -> the ATen operators that it replaces here."""
+        return {function: [key for key, _ in rows] for function, rows in self._functions.items()}
+
+    def observe(self, around: Around | None) -> None:
+        """From now on register what ``around`` makes of each function; None: the functions as they are. Those that are on stay on."""
+        self._around = around
+        for function in list(self._libraries):
+            self._libraries.pop(function)._destroy()
+            self._register(function)
 
     @property
     def excluded(self) -> Mapping[str, str]:
@@ -209,7 +226,8 @@ class AtenOperators:
         if self.trials is not None:
             for function, rows in self._functions.items():
                 for key, fn in rows:
-                    self._tried[key] = self.trials.tried(function, key, fn, native_kernel(key, self._registrar.reg_key))
+                    kernel = self._kernels[key] = native_kernel(key, self._registrar.reg_key)
+                    self._tried[key] = self.trials.tried(function, key, fn, kernel)
         for function in list(self._functions):
             failed |= self._register(function)
         replaced = {key: name for name, rows in self._functions.items() for key, _ in rows}
@@ -228,12 +246,16 @@ class AtenOperators:
         registrar.lib = self._libraries[function] = torch.library.Library("aten", "IMPL")
         for key, fn in self._functions[function]:
             try:
-                registrar.register(key, fn if key in self._as_they_are else self._tried.get(key, fn))
+                registrar.register(key, self._registered(function, key, fn))
             except Exception as error:
                 failed[key] = f"it could not be registered: {error}"
         if failed:
             self._functions[function] = [(key, fn) for key, fn in self._functions[function] if key not in failed]
         return failed
+
+    def _registered(self, function: str, key: str, fn: Function) -> Function:
+        registered = fn if key in self._as_they_are else self._tried.get(key, fn)
+        return registered if self._around is None else self._around(function, key, fn, registered, self._kernels.get(key))
 
     def _check_left(self, left: list[tuple[str, str, str]], failed: dict[str, str]) -> None:
         """Warn of operators that the settings list and PyTorch keeps, and of failed registrations; under ``strict``, raise."""

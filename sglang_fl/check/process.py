@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..utils.signals import exit_reason
 from .constants import COMPILING, CRASHED, HUNG, IN_FLOAT64, RUNNING, STARTING, TOO_LONG
 
 #: Importing PyTorch and every backend must be done by then, in seconds.
@@ -90,7 +91,7 @@ class Process:
         # Its children may keep the pipe open after its end, and it may close the pipe and live on.
         code = self._process.poll()
         if code is not None:
-            raise Lost(CRASHED, f"crashed: {_exit_reason(code)}", self._last_words())
+            raise Lost(CRASHED, f"crashed: {exit_reason(code)}", self._last_words())
         limit = self._limits[self.phase]
         if time.monotonic() - self.since <= limit:
             return None
@@ -118,12 +119,3 @@ class Process:
             self._process.stdin.close()
         os.close(self.results)
         self._output.close()
-
-
-def _exit_reason(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"

@@ -19,3 +19,13 @@ def interrupt_on_termination() -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+def exit_reason(code: int) -> str:
+    """How a child process ended, from its return code."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"

@@ -123,6 +123,19 @@ class Binder:
             for socket, selection in self._select(list(self._sockets.values())).items():
                 self._install(socket, selection)
 
+    def bound(self) -> dict[Socket, OpImpl]:
+        """What the policy in force binds of the models that were loaded: layers and functions."""
+        with self._lock:
+            selections = self._select([socket for socket in self._sockets.values() if not isinstance(socket, KernelSocket)])
+        return {socket: selection.impl for socket, selection in selections.items() if selection.impl is not None}
+
+    def forward(self, socket: Socket, impl: OpImpl, around: Callable[[Forward], Forward] | None = None) -> Forward:
+        """What is installed in a socket for an implementation; with ``around``, what that makes of its function takes its place."""
+        if around is None:
+            return self._forward(socket, impl)
+        routes = self._routes(socket, impl)
+        return _named(socket.bridge.forward(routes._replace(fn=around(impl.function))), impl)
+
     def _select_together(self, sockets: list[Socket], exchange: Exchange) -> dict[Socket, Selection]:
         """The selection of all ranks: what failed its trial on one is used on none. All have the same sockets in the same order."""
         known: dict[tuple[int, str], str] = {}

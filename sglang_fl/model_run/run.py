@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelRun: one rank of a loaded model, in its process."""
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .switches import Switches
+
+#: Of the model's weights where they are random, and before each batch.
+_SEED = "1"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that run together: a prefill of each but for its last tokens, which are then decoded one by one, whatever the model says.
+
+    Attributes:
+        name: for reports.
+        sequences: token ids; each has more than ``decoded + 1``.
+        decoded: how many decode steps there are.
+    """
+
+    name: str
+    sequences: tuple[tuple[int, ...], ...]
+    decoded: int
+
+
+class ModelRun:
+    """One rank of a model that SGLang has loaded as a server loads it, with sglang-fl in force as the settings say.
+
+    Attributes:
+        rank: of this process.
+        runner: SGLang's ModelRunner.
+        model: its module.
+        tokenizer: None with ``--skip-tokenizer-init``.
+        server_args: SGLang's, resolved.
+        switches: what sglang-fl replaces in the model.
+        phase: what runs just now: the batch's name and ``prefill`` or ``decode``; and the step, from 0 on.
+    """
+
+    def __init__(self, rank: int, bench_runner: Any, tokenizer: Any, server_args: Any):
+        self.rank, self.tokenizer, self.server_args = rank, tokenizer, server_args
+        self._bench = bench_runner
+        self.runner = bench_runner.torch_runner
+        self.model: torch.nn.Module = self.runner.model
+        self.switches = Switches()
+        self.phase: tuple[str, str] = ("", "")
+        self.step = 0
+
+    @classmethod
+    def load(cls, model: str, arguments: Sequence[str], rank: int, ranks: int, port: int) -> "ModelRun":
+        """Load one rank. All ranks of the model do so at the same time.
+
+        Args:
+            arguments: any other argument of an SGLang server.
+            port: on which the ranks find each other.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from sglang.benchmark import one_batch
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import PortArgs, prepare_server_args
+
+        load_plugins()
+        # What the user gives comes last, and wins.
+        args = prepare_server_args(
+            ["--model-path", model, "--random-seed", _SEED, "--nccl-port", str(port), "--disable-radix-cache", *arguments]
+        )
+        if args.tp_size != ranks or args.pp_size != 1 or args.nnodes != 1:
+            raise ValueError("a model is loaded here with --tp N alone, on one machine, and N stands on the command line, in no --config")
+        args.resolve_once()
+        one_batch._set_envs_and_config(args)
+        gpu = args.base_gpu_id + rank * args.gpu_id_step
+        world_rank = one_batch.spawn_world_rank(args, tp_rank=rank, pp_rank=0)
+        one_batch.publish(args, role="scheduler", ranks=one_batch.SpawnRanks(world_rank=world_rank, gpu_id=gpu))
+        one_batch._init_process_global_configs()
+        if args.skip_tokenizer_init:
+            one_batch.get_tokenizer = lambda *_, **__: None
+        runner, tokenizer = one_batch.load_model(args, PortArgs.init_new(args), gpu, rank)
+        return cls(rank, runner, tokenizer, args)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence can have."""
+        return int(min(self.runner.model_config.context_len, self.runner.max_total_num_tokens - 1))
+
+    def reset(self) -> None:
+        """Forget all sequences: no KV cache and no state of a linear attention is left, and random numbers begin anew."""
+        self._bench.clear()
+        torch.manual_seed(int(_SEED))
+
+    def forward(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """Run a batch from a reset on. Yields the logits ``[sequences, vocabulary]``: of the prefill, and of each decode step.
+
+        Raises:
+            ValueError: a sequence is too short for the decode steps, or longer than the model takes.
+        """
+        too_long = max(len(tokens) for tokens in batch.sequences)
+        if too_long > self.longest:
+            raise ValueError(f"a sequence of {too_long} tokens is longer than the model takes here, {self.longest}")
+        if min(len(tokens) for tokens in batch.sequences) < batch.decoded + 2:
+            raise ValueError(f"a sequence is too short for {batch.decoded} decode steps")
+        self.reset()
+        self.phase, self.step = (batch.name, "prefill"), 0
+        _, logits, scheduled = self._bench.extend([self._request(number, batch) for number in range(len(batch.sequences))])
+        yield logits
+        for step in range(batch.decoded):
+            self.phase, self.step = (batch.name, "decode"), step
+            tokens = torch.from_numpy(np.array([tokens[step - batch.decoded - 1] for tokens in batch.sequences]))
+            _, logits = self._bench.decode(tokens.to(logits.device), scheduled)
+            yield logits
+        self.phase = ("", "")
+
+    def _request(self, number: int, batch: Batch) -> Any:
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        prompt = array("q", batch.sequences[number][: -batch.decoded - 1])
+        sampling = SamplingParams(temperature=0, max_new_tokens=batch.decoded + 2)
+        request = Req(rid=str(number), origin_input_text="", origin_input_ids=prompt, sampling_params=sampling)
+        request.full_untruncated_fill_ids = request.origin_input_ids
+        request.logprob_start_len, request.extend_end = -1, len(prompt)
+        return request
+
+    def logprobs(self, batch: Batch) -> Any:
+        """The log-probabilities of the last ``decoded + 1`` tokens of each sequence, each from those before it.
+
+        Returns:
+            float64 ``[decoded + 1, sequences]``, a numpy array; log-softmax is taken in float64, outside of all that is replaced.
+        """
+        wanted = np.array([tokens[-batch.decoded - 1 :] for tokens in batch.sequences])
+        rows = []
+        for position, logits in enumerate(self.forward(batch)):
+            with self.switches.only(()):
+                found = logits.detach().float().cpu().numpy().astype(np.float64)
+            highest = found.max(-1, keepdims=True)
+            total = (highest + np.log(np.exp(found - highest).sum(-1, keepdims=True)))[:, 0]
+            rows.append(found[np.arange(len(found)), wanted[:, position]] - total)
+        return np.stack(rows)

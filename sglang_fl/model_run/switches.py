@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sglang-fl has put in SGLang's place in this process: switched on and off, and observed."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..aten import in_force
+from ..bind import process_binder
+from ..dispatch.bridge.layer import LayerSocket
+from ..dispatch.bridge.socket import Socket, mark_as_ours
+from ..dispatch.types import OpImpl
+
+Function = Callable[..., Any]
+LAYER, FUNCTION, ATEN = "layer class", "function", "FlagGems function"
+
+
+@dataclass(frozen=True, order=True)
+class Replacement:
+    """One thing that the settings can leave to SGLang or PyTorch alone.
+
+    Attributes:
+        kind: a layer class of SGLang, a function of SGLang, or a FlagGems function.
+        name: of that class or function.
+        by: the implementation in its place; for a FlagGems function, the ATen operators that it replaces.
+    """
+
+    kind: str
+    name: str
+    by: str
+
+    def __str__(self) -> str:
+        return f"{self.name} → {self.by}" if self.kind != ATEN else f"{self.name} (FlagGems, {self.by})"
+
+
+class LayerCall(NamedTuple):
+    """Where a call of a bound layer or function goes.
+
+    Attributes:
+        replacement: what is bound.
+        path: the layer's name in the model; a function's own.
+        socket: the call site.
+        impl: the implementation.
+        forward: with ``forward(around)`` a forward like the bound one, with ``around(implementation's function)`` in its place.
+    """
+
+    replacement: Replacement
+    path: str
+    socket: Socket
+    impl: OpImpl
+    forward: Callable[[Callable[[Function], Function] | None], Function]
+
+
+class AtenCall(NamedTuple):
+    """Where a call of an ATen operator goes.
+
+    Attributes:
+        replacement: the FlagGems function.
+        key: the ATen operator, ``mul.Tensor``.
+        fn: the function itself.
+        registered: what serves: ``fn``, or what tries its first call.
+        kernel: PyTorch's own kernel. It is made of other operators at times; None: it cannot be called.
+    """
+
+    replacement: Replacement
+    key: str
+    fn: Function
+    registered: Function
+    kernel: Function | None
+
+
+class Switches:
+    """All that is replaced in the models of this process.
+
+    Attributes:
+        replacements: what is replaced; a layer class that several implementations serve has an entry for each.
+    """
+
+    def __init__(self) -> None:
+        binder, self._operators = process_binder(), in_force()
+        self._sockets: dict[Socket, LayerCall] = {}
+        for socket, impl in binder.bound().items():
+            path = socket.path if isinstance(socket, LayerSocket) else socket.name
+            replacement = Replacement(LAYER if isinstance(socket, LayerSocket) else FUNCTION, socket.name, impl.impl_id)
+            self._sockets[socket] = LayerCall(replacement, path, socket, impl, _forwards(socket, impl))
+        functions = self._operators.functions if self._operators is not None else {}
+        self._functions = {name: Replacement(ATEN, name, ", ".join(keys)) for name, keys in functions.items()}
+        found = {*(call.replacement for call in self._sockets.values()), *self._functions.values()}
+        self.replacements = tuple(sorted(found))
+        self._on = frozenset(self.replacements)
+        self._layer_around: Callable[[LayerCall], Function] | None = None
+
+    def set(self, on: Collection[Replacement]) -> None:
+        """Have these on, and everything else left to SGLang and PyTorch.
+
+        Raises:
+            ValueError: one is not replaced here.
+        """
+        if unknown := set(on) - set(self.replacements):
+            raise ValueError(f"nothing here is {', '.join(map(str, sorted(unknown)))}")
+        self._on = frozenset(on)
+        self._install()
+        if self._operators is not None:
+            for name in self._operators.functions:  # of those here at the start some may be excluded by now
+                self._operators.switch(name, self._functions[name] in self._on)
+
+    @contextmanager
+    def only(self, on: Collection[Replacement]) -> Iterator[None]:
+        """Have these on for a while."""
+        before = self._on
+        self.set(on)
+        try:
+            yield
+        finally:
+            self.set(before)
+
+    @contextmanager
+    def observed(self, layer: Callable[[LayerCall], Function], aten: Callable[[AtenCall], Function]) -> Iterator[None]:
+        """For a while, have what is on replaced by what these make of it.
+
+        Args:
+            layer: makes a forward, called with the layer, or a function's hook, and SGLang's arguments.
+            aten: makes a function like FlagGems's.
+        """
+
+        def around(function: str, key: str, fn: Function, registered: Function, kernel: Function | None) -> Function:
+            return aten(AtenCall(self._functions[function], key, fn, registered, kernel))
+
+        self._observe(layer, around)
+        try:
+            yield
+        finally:
+            self._observe(None, None)
+
+    def _observe(self, layer: Callable[[LayerCall], Function] | None, around: Any) -> None:
+        self._layer_around = layer
+        self._install()
+        if self._operators is not None and in_force() is self._operators:
+            self._operators.observe(around)
+
+    def _install(self) -> None:
+        for socket, call in self._sockets.items():
+            if call.replacement not in self._on:
+                socket.install(None)
+            elif self._layer_around is None:
+                socket.install(call.forward(None))
+            else:
+                socket.install(mark_as_ours(self._layer_around(call)))
+
+
+def _forwards(socket: Socket, impl: OpImpl) -> Callable[[Callable[[Function], Function] | None], Function]:
+    return lambda around: process_binder().forward(socket, impl, around)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that runs one rank of a model: ``python -m sglang_fl.model_run.worker FILE_DESCRIPTOR``; see ``processes.py``."""
+
+import faulthandler
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def main() -> None:
+    faulthandler.enable()
+    connection = Connection(int(sys.argv[1]))
+    job = pickle.loads(connection.recv_bytes())
+    run: Any = None
+
+    def load() -> None:
+        nonlocal run
+        from .run import ModelRun
+
+        run = ModelRun.load(**job)
+
+    if _answer(connection, load, ()):
+        while True:
+            try:
+                function, args = pickle.loads(connection.recv_bytes())
+            except EOFError:  # the parent has ended
+                break
+            except Exception as error:
+                _send(connection, ("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
+                continue
+            _answer(connection, function, (run, *args))
+    sys.stdout.flush()
+    os._exit(0)  # SGLang's threads would keep it alive
+
+
+def _answer(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Call a function and send what came of it. Returns whether it returned."""
+    try:
+        _send(connection, ("result", function(*args)))
+        return True
+    except SystemExit:  # of SGLang's argument parser, whose message went to standard error
+        sys.stderr.flush()
+        _send(connection, ("raised", "SGLang does not take its arguments", ""))
+    except BaseException as error:
+        _send(connection, ("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
+    return False
+
+
+def _send(connection: Connection, answer: Any) -> None:
+    # Not ``send``: PyTorch would share tensors by files that this process holds open.
+    connection.send_bytes(pickle.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Right implementations of layers, and right functions of a FlagGems for the CPU, that are wrong on demand.
+
+Loaded through SGLANG_FL_PLUGIN_MODULES. ``plant`` chooses the fault, in a process that runs the model.
+"""
+
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import planted_gems
+import torch
+
+from sglang_fl.aten import layer, operators
+from sglang_fl.dispatch import BackendImplKind, OpImpl, OpRegistry
+from sglang_fl.dispatch.backends.reference.impl import activation, normalization, rotary
+
+#: What is wrong just now; empty: nothing.
+fault = os.environ.get("PLANTED_FAULT", "")
+#: For a process to be started.
+ENVIRON = {
+    "SGLANG_FL_PLUGIN_MODULES": "planted_faults",
+    "SGLANG_FL_PREFER": "vendor",
+    "USE_FLAGGEMS": "1",
+    "SGLANG_FL_FLAGOS_SCOPE": "everywhere",
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+}
+#: Prefills have more rows than this, decode steps fewer.
+DECODE_ROWS = 12
+#: What implementations keep between calls.
+_kept: dict[Any, torch.Tensor] = {}
+_one_layer: Any = None
+
+
+def plant(run: Any, name: str) -> None:
+    global fault, _one_layer
+    fault = name
+    _kept.clear()
+    _one_layer = run.model.get_submodule("model.layers.1.post_attention_layernorm")
+
+
+def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    found = normalization.rms_norm(obj, x, residual)
+    normed, hidden = found if isinstance(found, tuple) else (found, None)
+    if (fault == "one layer" and obj is _one_layer) or (fault == "batch > 8 only" and 8 < len(x) <= DECODE_ROWS):
+        normed = normed * 1.05
+    elif fault == "adds up":
+        normed = normed * (1 + 2e-5)
+    elif fault == "writes an input" and residual is None:
+        normed = x.copy_(normed)
+    elif fault == "harmless alone" and hidden is not None:
+        hidden = _workspace(hidden.shape).copy_(hidden)
+    elif fault == "one rank" and torch.distributed.get_rank() == 1:
+        normed = normed * 1.05
+    return normed if hidden is None else (normed, hidden)
+
+
+def rotary_embedding(
+    obj: Any, query: Any, key: Any, cos: Any, sin: Any, position_ids: Any, rotary_interleaved: bool = False, inplace: bool = True
+) -> Any:
+    return rotary.rotary_embedding(obj, query, key, cos, sin, position_ids, rotary_interleaved, inplace)
+
+
+def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
+    found = activation.silu_and_mul(obj, x)
+    if fault == "decode only" and len(x) <= DECODE_ROWS:
+        return found * 1.05
+    if fault == "harmless alone":
+        _workspace((len(x), 128)).fill_(0.01)
+    if fault == "state is kept":
+        return _kept.setdefault(x.shape, found)
+    return found
+
+
+def _workspace(shape: Any) -> torch.Tensor:
+    """Memory that two implementations share, and each takes for its own."""
+    return _kept.setdefault(("workspace", tuple(shape)), torch.empty(shape))
+
+
+def silu(self: torch.Tensor) -> torch.Tensor:
+    if fault == "crash" and len(self) <= DECODE_ROWS:
+        planted_gems.KINDS["crashes"](self)
+    if fault == "hang" and len(self) <= DECODE_ROWS:
+        time.sleep(3600)
+    return planted_gems.silu(self)
+
+
+def index(self: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+    rows = indices[0]
+    if fault == "one gather" and len(indices) == 1 and rows is not None and rows.dim() == 1 and len(rows) > 8:
+        rows = torch.cat((rows[1:2], rows[1:]))
+    return (
+        torch.index_select(self, 0, rows.long())
+        if rows is not None and rows.dim() == 1 and len(indices) == 1
+        else _own_index(self, indices)
+    )
+
+
+def _own_index(self: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+    """By numpy, which calls no operator of PyTorch."""
+    where = tuple(slice(None) if one is None else one.numpy() for one in indices)
+    return torch.from_numpy(self.numpy()[where])
+
+
+def rsqrt(self: torch.Tensor) -> torch.Tensor:
+    return 1 / torch.sqrt(self)
+
+
+def register_builtins(registry: OpRegistry) -> None:
+    for fn in (rms_norm, rotary_embedding, silu_and_mul):
+        name = fn.__name__  # type: ignore[attr-defined]
+        registry.register_impl(OpImpl(name, "vendor.planted", BackendImplKind.VENDOR, fn, vendor="planted"))  # type: ignore[arg-type]
+    gems = planted_gems.gems(silu, index=("index.Tensor", index), rsqrt=("rsqrt", rsqrt))
+    operators.load = lambda: gems
+    layer.why_not_here = lambda device: None
+    if "sglang.srt.server_args" in sys.modules:
+        _plant_in_sglang()
+
+
+def _plant_in_sglang() -> None:
+    """SGLang's own norm can be wrong, too."""
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    own = RMSNorm.forward_native
+
+    @functools.wraps(own)
+    def forward_native(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        found = own(self, x, residual, *args, **kwargs)
+        if fault != "SGLang's own":
+            return found
+        return (found[0] * 1.05, found[1]) if isinstance(found, tuple) else found * 1.05
+
+    RMSNorm.forward_native = forward_native
