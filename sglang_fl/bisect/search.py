@@ -195,35 +195,35 @@ class Search:
         order = list(self.switches)
         random.Random(f"{self.seed} {len(self.runs)}").shuffle(order)
         order.sort(key=lambda switch: -likely[switch])
-        unjudged = {self._mask(on) for on, failed in self.runs if failed is None}
+        unjudged = {on for on, failed in self.runs if failed is None}
         sizes = ((*self._best_size(way, unjudged), way) for way in (order, order[::-1]))
         _, size, way = max(sizes, key=lambda found: found[0])
         return frozenset(way[:size])
 
-    def _best_size(self, order: Sequence[str], unjudged: Set[int]) -> tuple[float, int]:
+    def _best_size(self, order: Sequence[str], unjudged: Set[frozenset[str]]) -> tuple[float, int]:
         """How many switches of an order to leave on, and what the answer is expected to tell, in bits."""
-        forecasts = {counts: self._forecasts(*counts) for counts in set(self._counts)}
+        posterior, kinds = self._posterior, self._counts
+        forecasts = {counts: self._forecasts(*counts) for counts in set(kinds)}
         uncertain = {counts: (_bits(passes), _bits(fails)) for counts, (passes, fails) in forecasts.items()}
+        # What it adds to both sums below if a hypothesis comes to expect a failure.
+        steps = {counts: (forecasts[counts][1] - forecasts[counts][0], uncertain[counts][1] - uncertain[counts][0]) for counts in forecasts}
         missing = [hypothesis.needed for hypothesis in self._hypotheses]
         unrelated = (_UNRELATED_COUNT + self._failed) / (2 * _UNRELATED_COUNT + self._failed + self._passed)
         # The probability of a failure, and how uncertain the answer would be if the right hypothesis were known.
         failure, noise = self._unrelated * unrelated, self._unrelated * _bits(unrelated)
-        for number, counts in enumerate(self._counts):
-            expected = missing[number] == 0
-            failure += self._posterior[number] * forecasts[counts][expected]
-            noise += self._posterior[number] * uncertain[counts][expected]
-        best = (-1.0 if 0 in unjudged else _bits(failure) - noise, 0)
-        mask = 0
+        for needed, counts, likely in zip(missing, kinds, posterior, strict=True):
+            failure += likely * forecasts[counts][needed == 0]
+            noise += likely * uncertain[counts][needed == 0]
+        best = (-1.0 if frozenset() in unjudged else _bits(failure) - noise, 0)
         for size, switch in enumerate(order, 1):
-            mask |= self._bit[switch]
             for number in self._of[switch]:
                 missing[number] -= 1
                 if missing[number] == 0:
-                    counts, likely = self._counts[number], self._posterior[number]
-                    failure += likely * (forecasts[counts][True] - forecasts[counts][False])
-                    noise += likely * (uncertain[counts][True] - uncertain[counts][False])
+                    step, likely = steps[kinds[number]], posterior[number]
+                    failure += likely * step[0]
+                    noise += likely * step[1]
             told = _bits(failure) - noise
-            if told > best[0] + 1e-12 and mask not in unjudged:
+            if told > best[0] + 1e-12 and not (unjudged and frozenset(order[:size]) in unjudged):
                 best = (told, size)
         return best
 
