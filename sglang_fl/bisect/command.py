@@ -70,7 +70,6 @@ class CommandSearch:
 
     Raises:
         SettingsError: the record cannot be used, or was begun otherwise.
-        CommandFailed: it cannot be written.
     """
 
     def __init__(self, path: Path, switches: Switches, command: str | None = None, limit: float | None = None, *, pairs: bool = False):
@@ -79,6 +78,9 @@ class CommandSearch:
         self._file = open_record(path)
         try:
             self._begin(command, limit, pairs)
+        except (TypeError, KeyError, AttributeError):  # of a line that is none of ours
+            self.close()
+            raise SettingsError(_no_record(path)) from None
         except BaseException:
             self.close()
             raise
@@ -88,10 +90,14 @@ class CommandSearch:
         switches = self.switches
         known = {"versions": versions(), "settings": _values(setting_facts(switches.settings)), "switches": list(switches.names)}
         if not self._file.found:
+            if command is None:
+                raise SettingsError(f"--resume: {self.path} is empty; --run 'CMD' begins a search")
             weights = known_bad_weights(switches.names)
             header = {"format": _FORMAT, "command": command, "limit": limit or _LIMIT, "pairs": pairs, "weights": weights, **known}
             self._file.found.append(header)
-            self._append(header)
+            self._file.append(header)
+            if self._file.problem:
+                raise SettingsError(f"{self.path} cannot be written: {self._file.problem}")
         then, *lines = self._file.found
         for name in known:
             if then[name] != known[name]:
@@ -125,9 +131,10 @@ class CommandSearch:
         """
         number = len(self.runs) + 1
         output = self.path.with_name(f"{self.path.stem}-{number:03}.txt")
-        log = output.with_suffix(".dispatch")
+        # Whole paths: the command may go to another folder.
+        log, trials = (output.absolute().with_suffix(suffix) for suffix in (".dispatch", ".trials.json"))
         log.unlink(missing_ok=True)
-        environ = self._environ(on, log, output.with_suffix(".trials.json"))
+        environ = self._environ(on, log, trials)
         began = time.monotonic()
         with output.open("wb") as file, _Process(self.command, environ, file) as process:
             self._append({"run": number, "process_group": process.group})
@@ -175,7 +182,11 @@ def open_record(path: Path) -> JsonLines:
         raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         pass
-    raise SettingsError(f"{path} is not a record of this version of sglang-fl bisect")
+    raise SettingsError(_no_record(path))
+
+
+def _no_record(path: Path) -> str:
+    return f"{path} is not a record of this version of sglang-fl bisect"
 
 
 class _Process:

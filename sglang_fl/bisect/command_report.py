@@ -42,8 +42,9 @@ def print_verdict(found: CommandSearch, console: Console) -> None:
     console.print(_run_table(found, cause))
     console.print(said(found), soft_wrap=True)
     if cause is not None and cause.switches:
-        console.print("\nThe setting that avoids it, for the file that SGLANG_FL_CONFIG names:\n", soft_wrap=True)
-        console.print(found.switches.exclusion(to_exclude(cause)), soft_wrap=True)
+        setting = found.switches.exclusion(to_exclude(cause))
+        place = "for the environment" if "=" in setting else "for the file that SGLANG_FL_CONFIG names"
+        console.print(f"\nThe setting that avoids it, {place}; run the command with it once more:\n\n{setting}\n", soft_wrap=True)
     if found.runs and all(run.bound is False for run in found.runs):
         console.print(
             "No run loaded a model with sglang-fl, as far as its dispatch log tells. The settings are in the command's environment: "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..config import OPTIONS, PROFILES, Settings, read_mapping
 from ..device import Device
 from ..dispatch.bridge.catalog import classes_of, names_in_lists
+from ..dispatch.kernel_implementations import exclusion_reason, has_triton, is_kernel
 from ..dispatch.manager import OpManager
 from ..dispatch.policy import SelectionPolicy
 from ..startup.words import used_functions
@@ -81,13 +82,15 @@ def switches_in_force(settings: Settings, device: Device, manager: OpManager) ->
     """All that these settings put in SGLang's place here, as far as that is known before a model is loaded."""
     manager.use(settings, device)
     policy = SelectionPolicy.from_settings(settings)
-    operators = [
-        op
-        for op in manager.registry.list_operators()
-        if manager.plan(op, policy).candidates
-        and any(settings.exclusion_reason(names_in_lists(name, op)) is None for name in classes_of(op))
-    ]
+    operators = [op for op in manager.registry.list_operators() if manager.plan(op, policy).candidates and _is_switch(op, settings, device)]
     return Switches((*(OPERATOR + op for op in operators), *(FUNCTION + name for name in used_functions(settings, device))), settings)
+
+
+def _is_switch(op: str, settings: Settings, device: Device) -> bool:
+    """Whether an operator's layers are taken over now, and could be left to SGLang: its kernels need Triton."""
+    if is_kernel(op):
+        return has_triton(device) and exclusion_reason(settings, op) is None
+    return any(settings.exclusion_reason(names_in_lists(name, op)) is None for name in classes_of(op))
 
 
 def known_bad_weights(names: Iterable[str]) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..bisect.command import CommandFailed, CommandSearch, open_record
+from ..bisect.command import CommandFailed, CommandSearch
 from ..bisect.command_report import answer, as_data, exit_code, print_verdict
 from ..bisect.switches import Switches, switches_in_force
 from ..config import SettingsError
@@ -36,11 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--pairs", action="store_true", help="also look for two that act together; takes about twice the runs")
     runs.add_argument("--out", type=Path, metavar="DIR", help="for the record and the runs' output (default: bisect-DATE here)")
     runs.add_argument("--resume", type=Path, metavar="FILE", help="go on with the record of a search, DIR/runs.jsonl")
-    runs.add_argument("--dry-run", action="store_true", help="show the switches and the first runs' settings, and run nothing")
+    runs.add_argument("--dry-run", action="store_true", help="show the switches and their settings, and run nothing")
     runs.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.run is not None and not args.run.strip():
+        raise SettingsError("--run: the command is empty")
     if args.run is None and args.resume is None:
         raise SettingsError("bisect: what is to be judged? --run 'CMD', a command that ends with 0 if all is well, or --resume FILE")
     return _by_command(args)
@@ -54,7 +56,7 @@ def _by_command(args: argparse.Namespace) -> int:
             f"bisect: nothing to search: these settings leave every operator to SGLang on {device.vendor}; see sglang-fl ops"
         )
     if args.dry_run:
-        return _dry_run(args, switches)
+        return _dry_run(switches)
     path = _record_path(args)
     search = CommandSearch(path, switches, args.run, args.limit, pairs=args.pairs)
     console = Console(stderr=True, markup=False, highlight=False)
@@ -109,13 +111,11 @@ def _search(found: CommandSearch, most: int, console: Console) -> None:
         console.print(f"{what}: {answer(last)} ({last.how}, {last.seconds:.0f} s){suspect}", soft_wrap=True)
 
 
-def _dry_run(args: argparse.Namespace, switches: Switches) -> int:
-    """Show what would be done."""
-    command = args.run if args.run is not None else open_record(args.resume.expanduser()).found[0]["command"]
+def _dry_run(switches: Switches) -> int:
+    """Show what would be switched, and how."""
     half = frozenset(switches.names[::2])
     print(f"{len(switches.names)} switches: {' '.join(switches.names)}\n")
     for words, on in (("all on", frozenset(switches.names)), ("all off", frozenset[str]()), ("every other one on, as an example", half)):
         changed = [f"{name}={value!r}" if value is not None else f"(without {name})" for name, value in switches.environ(on).items()]
         print(f"{words}: {' '.join(changed) or '(your settings)'}")
-    print(f"\ncommand: {command}")
     return 0

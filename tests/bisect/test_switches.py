@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sglang_fl.bisect.switches import FUNCTION, OPERATOR, Switches, known_bad_weights, switches_in_force
 from sglang_fl.config import load_settings
 from sglang_fl.device import VENDORS, Device
+from sglang_fl.dispatch import BackendImplKind, OpImpl
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.policy import SelectionPolicy
 from sglang_fl.startup import check_settings
@@ -23,7 +24,10 @@ USERS = (
     {"SGLANG_FL_PREFER": "reference", "SGLANG_FL_OOT_BLACKLIST": "RMSNorm"},
     {"SGLANG_FL_FLAGOS_WHITELIST": "add"},
 )
+#: A kernel that SGLang calls outside of its layers, with an implementation.
+KERNEL = "sglang.kernels.ops.memory.common:get_last_loc_triton"
 _manager = OpManager()
+_manager.registry.register_impl(OpImpl(KERNEL, "reference.test", BackendImplKind.REFERENCE, lambda grid, *args: None))
 
 
 def of(environ: dict[str, str]) -> Switches:
@@ -76,6 +80,12 @@ def test_what_is_pasted_into_a_file() -> None:
     assert switches.exclusion(["op:topk"]) == "op_backends:\n  topk: [sglang]"
     assert switches.exclusion(["aten:add"]) == "USE_FLAGGEMS=0"
     assert of(FLAGOS).exclusion(["aten:mm", "aten:add"]) == "flagos_blacklist: [add, mm]"
+
+
+def test_a_kernel_is_a_switch_where_sglangs_own_could_run() -> None:
+    assert f"{OPERATOR}{KERNEL}" in of(FLAGOS).names
+    cpu = Device("cpu", "cpu", None, "a test")
+    assert f"{OPERATOR}{KERNEL}" not in switches_in_force(check_settings(FLAGOS, cpu, _manager), cpu, _manager).names
 
 
 def test_a_function_that_a_profile_lists_as_broken_is_suspicious() -> None:

@@ -212,14 +212,21 @@ def test_a_record_of_other_settings(bisect: Bisect, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("SGLANG_FL_PER_OP")
     assert main(["bisect", "--resume", record, "--run", "false"]) == 2
     assert "was begun with --run 'true'" in capsys.readouterr().err
-    Path(record).write_text("no record\n")
-    assert main(["bisect", "--resume", record]) == 2
-    assert "is not a record of this version of sglang-fl bisect" in capsys.readouterr().err
+    for text, told in (
+        ("no record\n", "is not a record of this version of sglang-fl bisect"),
+        (Path(record).read_text() + '{"of": "another"}\n', "is not a record of this version of sglang-fl bisect"),
+        ("", "is empty; --run 'CMD' begins a search"),
+    ):
+        Path(record).write_text(text)
+        assert main(["bisect", "--resume", record]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bisect"]) == 2
     assert "--run 'CMD', a command that ends with 0 if all is well" in capsys.readouterr().err
+    assert main(["bisect", "--run", " "]) == 2
+    assert "--run: the command is empty" in capsys.readouterr().err
 
 
 def test_dry_run(capsys: pytest.CaptureFixture[str], in_a_folder: Path) -> None:
