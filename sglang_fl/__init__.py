@@ -28,10 +28,9 @@ def activate_platform() -> str | None:
         from .platform.changes import leave_out_packages
 
         leave_out_packages()
-    if PlatformFL.device.device_type == "cuda" and not PlatformFL.device.is_in_tree:
-        from .platform.absent_kernels import stand_in_for_absent_kernels
+    from .platform.absent_packages import stand_in_for_absent_packages
 
-        stand_in_for_absent_kernels()
+    stand_in_for_absent_packages(PlatformFL.device)
     return "sglang_fl.platform:PlatformFL"
 
 

@@ -71,8 +71,9 @@ def test_where_sglang_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_stands_in_for_kernels_that_are_not_installed(tmp_path: Path) -> None:
     code = """
-from sglang_fl.platform.absent_kernels import stand_in_for_absent_kernels
-stand_in_for_absent_kernels()
+from sglang_fl.platform.absent_packages import stand_in_for_absent_packages
+from sglang_fl.device import Device
+stand_in_for_absent_packages(Device("metax", "cuda", None, "a test"))
 import torch
 from sgl_kernel import silu_and_mul, weak_ref_tensor
 from sgl_kernel.utils import is_arch_support_pdl
@@ -88,4 +89,4 @@ silu_and_mul(x)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
     assert done.stdout == "no allreduce\n"
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("NotImplementedError: SGLang called sgl_kernel.silu_and_mul, and sglang-kernel is not installed: install")
+    assert last.startswith("NotImplementedError: SGLang called sgl_kernel.silu_and_mul, and sgl_kernel is not installed: install")

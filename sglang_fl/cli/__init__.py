@@ -12,10 +12,11 @@ from io import TextIOWrapper
 from .. import __version__
 from ..config import SettingsError
 from ..utils.signals import interrupt_on_termination
-from . import bisect, check, config, demo, doctor, kernels, new_vendor, ops
+from . import bisect, check, config, demo, doctor, kernels, new_vendor, ops, serve
 
 VERBS = {
     "demo": demo,
+    "serve": serve,
     "doctor": doctor,
     "ops": ops,
     "kernels": kernels,

@@ -27,6 +27,8 @@ CAPABILITIES = ("supports_triton", "graph_capture", "piecewise_graph", "hicache_
 KV_POOL_KINDS = ("mha", "mla", "dsa")
 #: The phases of a draft model for which SGLang asks for a graph runner.
 DRAFT_PHASES = ("draft_decode", "draft_extend")
+#: Packages that SGLang imports, and that a package may stand in for where they are not installed.
+STAND_INS = ("sgl_kernel", "flashinfer", "deep_gemm", "triton")
 #: What SGLang asks of out-of-tree platforms only: it would have no effect on a chip that SGLang has a platform for.
 OUT_OF_TREE_ONLY = (
     "capabilities", "graph_backend", "compile_backend", "group_device", "quantization",
@@ -35,7 +37,7 @@ OUT_OF_TREE_ONLY = (
 #: Fields that map names to classes.
 _CLASSES_BY_NAME = ("attention_backends", "kv_pools", "draft_graph_runners", "quantization")
 #: Fields that map names to something else.
-_OTHER_MAPPINGS = {"server_args": "values", "sglang_kernels": "'module:function'"}
+_OTHER_MAPPINGS = {"server_args": "values", "sglang_kernels": "'module:function'", "stand_ins": "a module or None"}
 #: Words that mean something else in the settings.
 _RESERVED_NAMES = frozenset({"flagos", "reference", "vendor", "sglang", "template"})
 
@@ -88,6 +90,10 @@ class VendorPlatform:
         sglang_kernels: what runs in the place of kernels that SGLang calls outside of its layers, ``"sglang.module:name"`` ->
             ``"module:function"`` or a :class:`KernelReplacement`. They are implementations ``vendor.<name>`` like those of operators:
             orders and lists of vendors hold for them.
+        stand_ins: what stands in for packages that are not installed, a name of :data:`STAND_INS` -> the module that has what the
+            chip's package provides of it, or None: nothing. Where ``"fastpkg.sglk"`` stands in for ``sgl_kernel``, SGLang finds
+            ``fastpkg.sglk.f`` as ``sgl_kernel.f``, and ``fastpkg.sglk.part.f`` as ``sgl_kernel.part.f``. All else can be imported,
+            and raises an error with its name when it is called. For ``triton`` a server is started with ``sglang-fl serve``.
         server_args: defaults of SGLang's server arguments on the chip, as in ``{"page_size": 128}``; what the user gives goes before.
         variables: environment variables that the package reads. A name that is nearly one of them is reported as a misspelling.
         flaggems: whether FlagGems serves the chip. None: what the table knows, or else no.
@@ -127,6 +133,7 @@ class VendorPlatform:
     draft_graph_runners: Mapping[str, str] = field(default_factory=dict)
     quantization: Mapping[str, str] = field(default_factory=dict)
     sglang_kernels: Mapping[str, str | KernelReplacement] = field(default_factory=dict)
+    stand_ins: Mapping[str, str | None] = field(default_factory=dict)
     server_args: Mapping[str, Any] = field(default_factory=dict)
     variables: tuple[str, ...] = ()
     flaggems: bool | None = None
@@ -182,6 +189,11 @@ class VendorPlatform:
                 return f"sglang_kernels: {problem}"
             if not _is_path(given.function if isinstance(given, KernelReplacement) else given):
                 return f"sglang_kernels[{target!r}] must be 'module:function' or KernelReplacement('module:function', …), not {given!r}"
+        for package, provider in self.stand_ins.items():
+            if package not in STAND_INS:
+                return f"stand_ins: unknown package {package!r}{suggest(str(package), STAND_INS)}"
+            if provider is not None and not _is_path(f"{provider}:x"):
+                return f"stand_ins[{package!r}] must be the name of a module or None, not {provider!r}"
         return None
 
     def kernels(self) -> dict[str, KernelReplacement]:

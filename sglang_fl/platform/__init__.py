@@ -5,6 +5,8 @@
 ``hooks.py``        what sglang-fl does when SGLang calls its platform; comes first in every PlatformFL
 ``out_of_tree.py``  the platform of a device that SGLang does not know
 ``plain_cpu.py``    the same for a CPU without SGLang's CPU engine
+``absent_packages.py``  modules in the place of packages that SGLang imports and that are not there; ``absent_triton.py``: of Triton
+``serve.py``        SGLang's server behind them
 ``declared.py``     what comes with a chip that an installed package declares
 
 On a device that SGLang knows, PlatformFL is SGLang's own platform with the hooks before it.

@@ -15,6 +15,7 @@ from ..device import declared as installed
 from ..kernels.places import problem_with
 from ..utils.packages import last_line
 from ..utils.suggest import suggest
+from .absent_packages import stands_in_for
 from .hooks import PlatformHooks
 from .out_of_tree import record
 
@@ -207,9 +208,12 @@ def _problems(declaration: VendorPlatform) -> list[str]:
         if made is not None and not made.__module__.startswith(__package__):
             problems.append(describe(declaration, f"SGLang has an attention backend {name!r} of its own; give it another name"))
     for target, given in declaration.kernels().items():
-        problem = problem_with(target, given.takes_grid) or _function_problem(given.function)
+        problem = problem_with(target, given.takes_grid) or _load_problem(given.function)
         if problem is not None:
             problems.append(describe(declaration, f"sglang_kernels: {problem}"))
+    for package, provider in declaration.stand_ins.items():
+        if provider is not None and stands_in_for(package) and (problem := _load_problem(provider)):
+            problems.append(describe(declaration, f"stand_ins[{package!r}]: {problem}"))
     known = {*ATTENTION_BACKEND_CHOICES, *declaration.attention_backends}
     named = [*declaration.draft_attention, *([declaration.attention] if declaration.attention is not None else [])]
     for name in named:
@@ -220,14 +224,15 @@ def _problems(declaration: VendorPlatform) -> list[str]:
     return problems if unusable is None else [*problems, describe(declaration, unusable)]
 
 
-def _function_problem(path: str) -> str | None:
+def _load_problem(path: str) -> str | None:
+    """Why a function, ``"module:function"``, or a module cannot be used, or None."""
     try:
         found = pkgutil.resolve_name(path)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return f"{path!r} cannot be loaded: {last_line(error)}"
-    return None if callable(found) else f"{path!r} is {found!r}, and no function"
+    return f"{path!r} is {found!r}, and no function" if ":" in path and not callable(found) else None
 
 
 def _word_problems(declaration: VendorPlatform) -> Iterator[str]:

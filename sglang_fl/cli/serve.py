@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start SGLang's server, also where packages that it imports are not there: takes the arguments of sglang.launch_server."""
+
+import argparse
+import os
+import sys
+
+_MODULE = "sglang_fl.platform.serve"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.prefix_chars = "\0"  # All arguments are SGLang's, --help among them.
+    parser.add_argument("arguments", nargs="*", help="as for python -m sglang.launch_server")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Becomes the server's process."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", _MODULE, *args.arguments])

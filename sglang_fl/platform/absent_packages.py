@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages that SGLang imports and that are not there: a module in the place of each.
+
+SGLang imports names of ``sgl_kernel``, ``triton`` and others also for models and modes that never call them. A module in a
+package's place lets it: what the chip's package does not provide there says at a call that it is missing. Nothing is replaced where
+the package is installed. On a chip that imitates CUDA this is so for ``sgl_kernel``, which SGLang imports wherever PyTorch is built
+for CUDA or ROCm; of every other chip its package says what it stands in for (``VendorPlatform.stand_ins``).
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..device import Device, declared
+from .absent_triton import PRESENT as TRITON
+from .absent_triton import NoTriton
+
+
+def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """SGLang's graphs keep outputs with it without owning their memory. A tensor that does own it costs memory and changes nothing else."""
+    return tensor
+
+
+#: What SGLang needs on its way to a server, and what it is where the chip's package does not provide it.
+_PRESENT: Mapping[str, Any] = {
+    "sgl_kernel.weak_ref_tensor": weak_ref_tensor,
+    "sgl_kernel.utils.is_arch_support_pdl": lambda: False,
+    **TRITON,
+}
+#: The modules of ``sgl_kernel`` that SGLang imports without asking whether they are there. Of others it can do without.
+_SGL_KERNEL = frozenset(f"sgl_kernel{part}" for part in ("", ".elementwise", ".flash_attn", ".kvcacheio", ".quantization", ".utils"))
+
+
+class Absent:
+    """A name of a package that is not there. It can be imported, annotated with and derived from."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        package = self._path.partition(".")[0]
+        if package == "triton":
+            raise NoTriton(f"SGLang called {self._path}, and there is no Triton for this chip")
+        raise NotImplementedError(
+            f"SGLang called {self._path}, and {package} is not installed: install the chip vendor's build of it, have the vendor's package "
+            f"provide the function (VendorPlatform.stand_ins), or serve without what needs it (sglang-fl ops lists what there is for an "
+            "operator)"
+        )
+
+    def __getattr__(self, name: str) -> "Absent":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Absent(f"{self._path}.{name}")
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
+        return ()
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return False
+
+    def __or__(self, other: Any) -> Any:
+        return Any
+
+    __ror__ = __or__
+
+    def __repr__(self) -> str:
+        return f"<{self._path}, which is not installed>"
+
+
+class _AbsentModule(ModuleType):
+    """A module of a package that is not there, with what is provided for it."""
+
+    #: The module that has what the chip's package provides, or None.
+    _provider: ModuleType | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self.__name__}.{name}"
+        provided = getattr(self._provider, name, None)
+        if provided is not None:
+            return provided
+        if path in _PRESENT:
+            return _PRESENT[path]
+        if name.startswith("__"):
+            raise AttributeError(path)
+        return Absent(path)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of packages that are not there.
+
+    Attributes:
+        providers: package -> the module that has what is provided for it, or None.
+        only: package -> the modules of it that are found; all of those that it does not name.
+    """
+
+    def __init__(self) -> None:
+        self.providers: dict[str, str | None] = {}
+        self.only: dict[str, frozenset[str]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package = fullname.partition(".")[0]
+        if package not in self.providers or fullname not in self.only.get(package, (fullname,)):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _AbsentModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        package, _, rest = module.__name__.partition(".")
+        provider = self.providers[package]
+        if provider is not None:
+            # The part of the provider that stands for this module; without one, nothing is provided here.
+            name = f"{provider}.{rest}" if rest else provider
+            if not rest or _is_there(name):
+                module._provider = importlib.import_module(name)  # type: ignore[attr-defined]
+
+
+_finder = _Finder()
+
+
+def stand_in_for_absent_packages(device: Device) -> list[str]:
+    """Before SGLang's layers are imported, and for Triton before SGLang itself is; in each process.
+
+    Returns:
+        The packages that modules stand in for now.
+    """
+    declaration = declared().platforms.get(device.vendor)
+    wanted = dict(declaration.stand_ins) if declaration is not None else {}
+    if device.device_type == "cuda" and device.in_tree is None and "sgl_kernel" not in wanted:
+        wanted["sgl_kernel"] = None
+        _finder.only["sgl_kernel"] = _SGL_KERNEL
+    for package, provider in wanted.items():
+        if package not in _finder.providers and is_absent(package):
+            if package == "triton":
+                _settle_pytorch()
+            _finder.providers[package] = provider
+    if _finder.providers and _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    if "sgl_kernel" in _finder.providers:
+        # SGLang compares the version of what is installed, of which there is none.
+        os.environ["SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK"] = "1"
+    return sorted(_finder.providers)
+
+
+def stands_in_for(package: str) -> bool:
+    """Whether a module stands in for a package in this process."""
+    return package in _finder.providers
+
+
+def is_absent(package: str) -> bool:
+    """Whether a package is not installed; of Triton, which some install without a build for the chip, whether it cannot be imported."""
+    if not _is_there(package):
+        return True
+    if package == "triton" and package not in sys.modules:
+        try:
+            importlib.import_module(package)
+        except Exception:  # whatever its driver's library raises
+            for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+                del sys.modules[name]
+            return True
+    return False
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a part of the name is no package
+        return False
+
+
+def _settle_pytorch() -> None:
+    """Have PyTorch find out that there is no Triton, while there is none: it asks once, and would take a module of that name for it."""
+    from torch.utils._triton import has_triton_package
+
+    has_triton_package()
+    importlib.import_module("torch._inductor.runtime.triton_compat")
