@@ -72,7 +72,10 @@ def _register(
 
 
 def has_triton(device: Device) -> bool:
-    """Whether SGLang's Triton kernels run on a device."""
+    """Whether SGLang's Triton kernels run on a device. A package that stands in for Triton has none for its chip."""
+    declaration = declared().platforms.get(device.vendor)
+    if declaration is not None and "triton" in declaration.stand_ins:
+        return False
     return device.in_tree not in (None, "cpu") or "supports_triton" in known_vendors()[device.vendor].capabilities
 
 

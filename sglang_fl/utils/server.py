@@ -41,20 +41,29 @@ def port_is_free(port: int) -> bool:
 
 
 class Server:
-    """``python -m sglang.launch_server`` on 127.0.0.1, with its output in a file.
+    """``python -m sglang.launch_server``, or another command with its arguments, on 127.0.0.1, with its output in a file.
 
     Use it in a ``with`` statement. The server leads a session of its own, so that Ctrl-C reaches it
     through us, once, and everything it started can be ended with it.
     """
 
-    def __init__(self, model: Path, *, port: int, log: Path, arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        model: Path,
+        *,
+        port: int,
+        log: Path,
+        arguments: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        command: Sequence[str] = ("sglang.launch_server",),
+    ):
         self.port = port
         self.log = log
         self.keep = False
         self._command = [
             sys.executable,
             "-m",
-            "sglang.launch_server",
+            *command,
             "--model-path",
             str(model),
             "--host",

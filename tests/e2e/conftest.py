@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -113,12 +114,14 @@ def off_by(got: Sequence[float], other: Sequence[float], bounds: Sequence[float]
 
 @contextmanager
 def serving(
-    model: Path, directory: Path, *arguments: str, dtype: str = "float32", environ: Mapping[str, str] | None = None
+    model: Path, directory: Path, *arguments: str, dtype: str = "float32", environ: Mapping[str, str] | None = None, **more: Any
 ) -> Iterator[Running]:
     """A server on the model, ready; in fp32, so that a wrong operator stands out from rounding."""
     dispatch_log = directory / "dispatch.log"
     environ = {"SGLANG_FL_DISPATCH_LOG": str(dispatch_log), "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **(environ or {})}
-    server = Server(model, port=free_port(), log=directory / "server.log", arguments=["--dtype", dtype, *arguments], environ=environ)
+    server = Server(
+        model, port=free_port(), log=directory / "server.log", arguments=["--dtype", dtype, *arguments], environ=environ, **more
+    )
     with server:
         server.wait_until_ready()
         yield Running(server, dispatch_log)
