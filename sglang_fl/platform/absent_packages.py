@@ -35,6 +35,8 @@ _PRESENT: Mapping[str, Any] = {
     "sgl_kernel.utils.is_arch_support_pdl": lambda: False,
     **TRITON,
 }
+#: What SGLang imports where it is there, calls at once, and does without where it is not.
+_LEFT_OUT = frozenset({"triton.knobs"})
 #: The modules of ``sgl_kernel`` that SGLang imports without asking whether they are there. Of others it can do without.
 _SGL_KERNEL = frozenset(f"sgl_kernel{part}" for part in ("", ".elementwise", ".flash_attn", ".kvcacheio", ".quantization", ".utils"))
 
@@ -109,7 +111,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package = fullname.partition(".")[0]
-        if package not in self.providers or fullname not in self.only.get(package, (fullname,)):
+        if package not in self.providers or fullname in _LEFT_OUT or fullname not in self.only.get(package, (fullname,)):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 

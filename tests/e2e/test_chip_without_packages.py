@@ -2,8 +2,8 @@
 """A chip for which there is no Triton and none of SGLang's packages of kernels: an installed package brings it up.
 
 The CPU stands for the chip. ``sgl_kernel``, ``flashinfer`` and ``deep_gemm`` are not installed, ``triton`` cannot be imported. The
-package stands in for them, has an attention backend of its own, for which SGLang launches Triton kernels, and replaces some of those; the others
-run in plain PyTorch.
+package stands in for them, has an attention backend of its own, for which SGLang launches Triton kernels, and replaces some of
+those; the others run in plain PyTorch.
 """
 
 import os
@@ -116,8 +116,7 @@ def running(model: Path, native_logprobs: list[list[float]], site: str, tmp_path
 
 def replaced(running: Running) -> dict[str, str]:
     """The kernels of SGLang's that ran on something else."""
-    lines = (line.split(" → ") for line in running.dispatched() if ":" in line.split(" → ")[0])
-    return {name: destination for name, destination in lines}
+    return dict(line.split(" → ") for line in running.dispatched() if ":" in line.split(" → ")[0])
 
 
 def test_a_dense_model_recites_on_the_packages_kernels(running: Running) -> None:
