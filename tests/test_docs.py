@@ -197,7 +197,18 @@ def test_examples_of_docstrings(public: type) -> None:
 _NOT_SGLANGS = {
     *("_buffers", "_create_work_from_future", "_cuda_getCurrentRawStream", "_destroy"),
     *("_dispatch_get_all_op_names", "_dispatch_has_kernel", "_dispatch_has_kernel_for_dispatch_key", "_dispatch_key_for_device"),
-    *("_ensure_backend_registered", "_exit", "_fields", "_get_schema", "_is_owned", "_plugins", "_pytree", "_replace", "_stream"),
+    *(
+        "_ensure_backend_registered",
+        "_exit",
+        "_fields",
+        "_get_schema",
+        "_inductor",
+        "_is_owned",
+        "_plugins",
+        "_pytree",
+        "_replace",
+        "_stream",
+    ),
     *("_accuses", "_hash", "_is_available", "_is_sglang_fl", "_sglang_fl_cos_sin", "_sglang_fl_joined", "_sglang_fl_obj", "_weight_bias"),
 }
 

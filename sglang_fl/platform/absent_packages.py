@@ -15,16 +15,17 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..device import Device, declared
 from .absent_triton import PRESENT as TRITON
 from .absent_triton import NoTriton
 
+if TYPE_CHECKING:
+    import torch
 
-def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
+
+def weak_ref_tensor(tensor: "torch.Tensor") -> "torch.Tensor":
     """SGLang's graphs keep outputs with it without owning their memory. A tensor that does own it costs memory and changes nothing else."""
     return tensor
 

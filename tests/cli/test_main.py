@@ -50,7 +50,7 @@ def test_help_of_a_verb(capsys: pytest.CaptureFixture[str], verb: str, options: 
 
 
 def test_the_table_above_has_every_verb() -> None:
-    assert set(VERBS) == {"demo", "doctor", "ops", "kernels", "config", "check", "bisect", "new-vendor"}
+    assert set(VERBS) == {"demo", "serve", "doctor", "ops", "kernels", "config", "check", "bisect", "new-vendor"}
 
 
 @pytest.mark.parametrize(
@@ -192,3 +192,11 @@ def test_output_that_cannot_be_written_is_said_in_a_line(argv: list[str]) -> Non
     with open("/dev/full", "w") as full:
         run = subprocess.run([sys.executable, "-m", "sglang_fl", *argv], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (run.returncode, run.stderr) == (1, "sglang-fl: cannot write the output: No space left on device\n")
+
+
+def test_serve_becomes_the_server_with_whatever_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, command: became.append(command))
+    arguments = ["--model-path", "MODEL", "--tp", "2", "--help", "-h", "--version"]
+    main(["serve", *arguments])
+    assert became == [[sys.executable, "-m", "sglang_fl.platform.serve", *arguments]]

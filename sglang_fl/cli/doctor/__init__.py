@@ -66,6 +66,7 @@ def _print(found: Diagnosis) -> None:
         console.print(f"'sglang-fl doctor --forget' removes that record, {found.trials['record']}", soft_wrap=True)
     if found.changes:
         console.print(f"Changes to SGLang: {'; '.join(found.changes)}", soft_wrap=True)
+    console.print(f"Start a server with: {found.start}", soft_wrap=True)
     if not found.problems:
         console.print("No problems found.")
     for problem in found.problems:

@@ -81,7 +81,7 @@ def why_not_importable() -> str | None:
 
 def sglang_imports(machine: Machine) -> Iterator[Problem]:
     if what := why_not_importable():
-        remedy = "install it in the chip vendor's build; where there is none, the vendor's package can ship a module of that name"
+        remedy = "install it in the chip vendor's build; if there is none, the vendor's package can stand in for it (docs/vendors.md)"
         yield Problem(what, remedy, fatal=True)
 
 

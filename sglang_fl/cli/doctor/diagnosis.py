@@ -12,6 +12,7 @@ from ...dispatch.backends.flaggems.library import why_not_here
 from ...dispatch.manager import OpManager
 from ...distributed.device_communicators.flagcx_files import find_library, header_of
 from ...fingerprint import versions
+from ...platform.absent_packages import stand_in_for_absent_packages
 from ...platform.changes import changes_made, packages_with_changes
 from ...startup import check_settings
 from ...startup.words import flaggems_functions, used_functions
@@ -25,6 +26,7 @@ class Diagnosis:
     """What the doctor found. ``layers`` is empty where the settings cannot be used, ``aten`` is None unless asked for.
 
     ``trials`` has the ``record`` of what ended earlier starts, a path, and what it holds by environment (versions and chip) and name.
+    ``start`` is the command that starts a server here, and why it is that one.
     """
 
     device: dict[str, str | None]
@@ -37,13 +39,16 @@ class Diagnosis:
     changes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     trials: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
 
 
 def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     """Collect everything. ``deep`` imports PyTorch and SGLang, which takes most of a minute, and FlagGems if it is in use."""
     device = detect() if deep else probe(environ)
+    stood_in = stand_in_for_absent_packages(device)
     machine = _look_at(environ, device, deep)
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
+    found.start = start_command(device, stood_in)
     found.changes = _changes_to_sglang(deep)
     if machine.settings is not None:
         found.operators = machine.operators
@@ -73,6 +78,22 @@ def _changes_to_sglang(deep: bool) -> list[str]:
 
     load_plugins()
     return changes_made()
+
+
+def start_command(device: Device, stood_in: Sequence[str]) -> str:
+    """The command that starts a server here, and why.
+
+    Args:
+        stood_in: the packages that modules stand in for.
+    """
+    if "triton" in stood_in:
+        return (
+            "sglang-fl serve (python -m sglang.launch_server cannot: SGLang imports triton before it asks for platforms, and the package "
+            f"of {device.vendor} stands in for it)"
+        )
+    if stood_in:
+        return f"python -m sglang.launch_server (what stands in for {', '.join(stood_in)} is there in time)"
+    return "python -m sglang.launch_server"
 
 
 def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:

@@ -107,7 +107,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.err == ""
     data = json.loads(captured.out)
-    assert data.keys() == {"device", "versions", "layers", "operators", "aten", "backends", "platforms", "changes", "problems", "trials"}
+    facts = {"device", "versions", "layers", "operators", "aten", "backends", "platforms", "changes", "problems", "trials", "start"}
+    assert data.keys() == facts
     assert data["versions"]["sglang-fl"] == __version__
     assert "sglang_fl.dispatch.backends.reference" in data["backends"]
     assert data["problems"] == []
@@ -186,3 +187,19 @@ def test_what_ended_earlier_starts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["doctor", "--forget"]) == main(["doctor", "--forget"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{path}: removed", f"{path}: nothing to remove"]
     assert diagnose(os.environ).trials["deaths"] == {}
+
+
+@pytest.mark.parametrize(
+    ("stood_in", "told"),
+    [
+        ([], "python -m sglang.launch_server"),
+        (["flashinfer"], "python -m sglang.launch_server (what stands in for flashinfer is there in time)"),
+        (["sgl_kernel", "triton"], "sglang-fl serve (python -m sglang.launch_server cannot: SGLang imports triton before"),
+    ],
+)
+def test_the_command_that_starts_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stood_in: list[str], told: str
+) -> None:
+    monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.stand_in_for_absent_packages", lambda device: stood_in)
+    main(["doctor"])
+    assert f"Start a server with: {told}" in capsys.readouterr().out

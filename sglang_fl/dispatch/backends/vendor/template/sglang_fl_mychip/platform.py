@@ -61,6 +61,14 @@ PLATFORM = VendorPlatform(
     # Quantisation methods of your own, or in the place of SGLang's: subclasses of its QuantizationConfig.
     # quantization={"mychip_int8": "sglang_fl_mychip.quantization:MyChipInt8Config"},
     #
+    # Kernels that SGLang launches or calls outside of its layers (sglang-fl kernels lists them): your functions in their place,
+    # called with SGLang's arguments. KernelReplacement("module:function", takes_grid=True) gets a launch's grid first.
+    # sglang_kernels={"sglang.kernels.ops.memory.common:get_last_loc_triton": "sglang_fl_mychip.kv_cache:last_locations"},
+    #
+    # Packages that SGLang imports and that MyChip has no build of: what you provide of each, a module, or None. All else in it
+    # can be imported, and says its name when it is called. For triton, start servers with sglang-fl serve.
+    # stand_ins={"sgl_kernel": "sglang_fl_mychip.sgl_kernel", "flashinfer": None, "deep_gemm": None, "triton": None},
+    #
     # Defaults of SGLang's server arguments; what the user gives goes before.
     # server_args={"page_size": 128},
     #
