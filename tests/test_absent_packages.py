@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules in the place of packages that are not installed: what a chip's package provides of them, and what it does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hide_packages import hide
+from installed_packages import write_package
+
+HIDDEN = ("sgl_kernel", "flashinfer", "deep_gemm", "triton")
+DISTRIBUTIONS = ("sglang-kernel", "flashinfer-python", "deep-gemm", "triton")
+PLATFORM = """
+from sglang_fl.vendor_platform import VendorPlatform
+
+PLATFORM = VendorPlatform(
+    name="fastchip",
+    device_type="cpu",
+    is_present=lambda: True,
+    stand_ins={"sgl_kernel": "fastchip_sgl_kernel", "flashinfer": None, "deep_gemm": None, "triton": None},
+)
+"""
+CALLS = """
+from sglang_fl.device import probe
+from sglang_fl.platform.absent_packages import stand_in_for_absent_packages
+
+stand_in_for_absent_packages(probe())
+import sgl_kernel
+import torch
+import triton
+from flashinfer.sampling import top_k_top_p_sampling_from_probs
+from sglang.kernels.ops.memory.common import get_last_loc_kernel
+from torch.utils._triton import has_triton
+
+print(sgl_kernel.of_fastchip(), triton.cdiv(7, 2), has_triton())
+for call in (top_k_top_p_sampling_from_probs, get_last_loc_kernel[(1,)], sgl_kernel.rmsnorm, triton.compile):
+    try:
+        call(1)
+    except NotImplementedError as error:
+        print(error)
+"""
+
+
+def test_what_is_not_given_says_so_when_it_is_called(tmp_path: Path) -> None:
+    write_package(tmp_path, "fastchip", PLATFORM, {"sglang_fl.platform": "fastchip:PLATFORM"})
+    (tmp_path / "fastchip_sgl_kernel.py").write_text("def of_fastchip():\n    return 'provided'\n")
+    hide(tmp_path, HIDDEN, DISTRIBUTIONS)
+    site = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": site})
+    provided, sampling, kernel, norm, compiles = done.stdout.splitlines() or [done.stderr] * 5
+    assert provided == "provided 4 False"
+    assert sampling.startswith("SGLang called flashinfer.sampling.top_k_top_p_sampling_from_probs, and flashinfer is not installed")
+    target = "sglang.kernels.ops.memory.common:get_last_loc_kernel"
+    assert kernel.startswith(f"SGLang launched its Triton kernel {target}") and f"sglang_kernels={{'{target}': " in kernel
+    assert norm.startswith("SGLang called sgl_kernel.rmsnorm") and compiles.startswith("SGLang called triton.compile")
