@@ -52,12 +52,14 @@ def _print(found: Diagnosis) -> None:
     console.print(_two_columns("Platform and versions", facts))
     if found.layers:
         aten, *_, collectives = found.layers
-        console.print(f"ATen operators: {aten['state']} ({aten['why']})", soft_wrap=True)
+        if found.aten is None:
+            console.print(f"ATen operators: {aten['state']} ({aten['why']})", soft_wrap=True)
         console.print(f"Collectives: {collectives['state']} ({collectives['why']})", soft_wrap=True)
         print_operators(console, found.operators)
     if found.aten is not None:
         _print_aten(console, found.aten)
-    console.print(f"Backends: {', '.join(found.backends) or 'none'}", soft_wrap=True)
+    backends = (name.removeprefix("sglang_fl.dispatch.backends.") for name in found.backends)
+    console.print(f"Backends: {', '.join(backends) or 'none'}")
     if found.platforms:
         console.print(f"Platforms of installed packages: {'; '.join(found.platforms)}", soft_wrap=True)
     for bound_to, deaths in found.trials.get("deaths", {}).items():
