@@ -19,6 +19,7 @@ from sglang_fl.cli import make_parser
 from sglang_fl.config.options import OPTIONS, VARIABLES
 from sglang_fl.device import probe
 from sglang_fl.dispatch import OpImpl, Refusal, SelectionPolicy, reset_global_policy
+from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD
 from sglang_fl.vendor_platform import VendorPlatform
 
 CHECKOUT = Path(__file__).parents[1]
@@ -191,6 +192,12 @@ def test_examples_of_docstrings(public: type) -> None:
     report = io.StringIO()
     results = doctest.DocTestRunner().run(test, out=report.write)
     assert results.attempted and not results.failed, report.getvalue()
+
+
+def test_classes_that_stay_are_listed() -> None:
+    text = text_of(CHECKOUT / "docs/support.md")
+    paragraph = text.partition("always stay with SGLang: ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", paragraph)) == CUSTOM_FORWARD
 
 
 #: Private names that are not SGLang's: Python's, PyTorch's, FlagGems's and our own attributes on others' objects.
