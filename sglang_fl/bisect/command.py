@@ -18,6 +18,7 @@ from ..config import SettingsError
 from ..fingerprint import setting_facts, versions
 from ..trial import record_path
 from ..utils.json_lines import JsonLines
+from ..utils.signals import exit_reason
 from .search import Search
 from .switches import Switches, known_bad_weights
 
@@ -143,7 +144,7 @@ class CommandSearch:
             raise CommandFailed(f"exit code {code}: {_NOT_RUN[code]}; its output is in {output}")
         bound = log.exists() if environ.get("SGLANG_FL_DISPATCH_LOG") == str(log) else None
         failed = None if code == _CANNOT_BE_JUDGED else code != 0
-        how = f"no end within {self.limit:g} s" if code is None else exit_reason(code)
+        how = f"no end within {self.limit:g} s" if code is None else _how_it_ended(code)
         run = Run(number, sorted(on), failed, how, round(time.monotonic() - began, 1), output.name, bound)
         self._append(asdict(run))
         self._take(run)
@@ -239,14 +240,11 @@ def _lives(group: int) -> bool:
     return False
 
 
-def exit_reason(code: int) -> str:
-    """An exit code in words. A shell makes 128 and its number of a signal."""
-    number = -code if code < 0 else code - 128
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        return f"exit code {code}"
-    return f"killed by {name}" if code < 0 else f"exit code {code}, as after {name}"
+def _how_it_ended(code: int) -> str:
+    """An exit code in words. A shell makes one of 128 and the number of the signal that ended its command."""
+    if 128 < code <= 128 + max(signal.valid_signals()):
+        return f"exit code {code}, as after {exit_reason(128 - code)}"
+    return exit_reason(code)
 
 
 def _values(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def test_an_operator_and_the_page_of_it(capsys: pytest.CaptureFixture[str]) -> N
     ("fails", "how"),
     [
         ("exit 1", "exit code 1"),
-        ("kill -SEGV $$", "killed by SIGSEGV"),
-        ("(kill -ABRT $(exec sh -c 'echo $PPID')); exit $?", "exit code 134, as after SIGABRT"),
+        ("kill -SEGV $$", "signal 11 (SIGSEGV)"),
+        ("(kill -ABRT $(exec sh -c 'echo $PPID')); exit $?", "exit code 134, as after signal 6 (SIGABRT)"),
         ("sleep 60", "no end within 0.5 s"),
     ],
 )
