@@ -61,8 +61,10 @@ def load_plugin() -> None:
 
         load_vendor_folder(device.vendor)
     from .config.process import settings_of_parent
+    from .dispatch.kernel_implementations import may_be_replaced
 
-    if device is not None and settings_of_parent() is not None:  # a server's process; the main one has no settings yet
+    settings = settings_of_parent()  # None in the main process, which has not resolved them yet
+    if device is not None and settings is not None and may_be_replaced(settings, device):
         from .bind import bind_kernels
 
         bind_kernels(device)

@@ -85,13 +85,16 @@ def _announce_again() -> None:
         announcement()
 
 
-def bind_kernels(device: Device, *, deterministic: bool = False) -> None:
+def bind_kernels(device: Device, *, deterministic: bool = False) -> dict[str, list[str]]:
     """Bind the kernels that SGLang calls outside of its layers, before the first of them can run in this process.
+
+    Returns:
+        Implementation -> the kernels that run on it.
 
     Raises:
         RuntimeError: under ``strict``, none that the policy wants can run.
     """
-    process_binder().bind_kernels(Load(settings_in_worker(device), deterministic), device)
+    return process_binder().bind_kernels(Load(settings_in_worker(device), deterministic), device)
 
 
 def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str]:

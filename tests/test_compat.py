@@ -88,7 +88,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> bool:
     """Start as a server does; whether the model was bound."""
     monkeypatch.setattr(startup, "resolve", lambda device: Settings(**settings))
     bound: list[Any] = []
-    bind = SimpleNamespace(bind_model=lambda model, device: bound.append(model), bind_kernels=lambda device: None)
+    bind = SimpleNamespace(bind_model=lambda model, device: bound.append(model), bind_kernels=lambda device: {})
     monkeypatch.setitem(sys.modules, "sglang_fl.bind", bind)  # type: ignore[arg-type]
     platform = Platform()
     platform.apply_server_args_defaults(None)

@@ -79,6 +79,13 @@ def has_triton(device: Device) -> bool:
     return device.in_tree not in (None, "cpu") or "supports_triton" in known_vendors()[device.vendor].capabilities
 
 
+def may_be_replaced(settings: Settings, device: Device) -> bool:
+    """Whether it is worth to look for what replaces SGLang's kernels in a process that runs no model; imports nothing."""
+    declaration = declared().platforms.get(device.vendor)
+    ordered = settings.prefer == "reference" or any(is_kernel(op) for op, _ in settings.op_backends)
+    return ordered or not has_triton(device) or bool(declaration and declaration.sglang_kernels)
+
+
 def exclusion_reason(settings: Settings, target: str) -> str | None:
     """Why a kernel stays with SGLang whatever the policy says, or None. A whitelist is of layers: it says nothing of kernels."""
     return replace(settings, oot_whitelist=None).exclusion_reason({target.partition(":")[2]})

@@ -45,7 +45,8 @@ class PlatformHooks:
         super().apply_server_args_defaults(server_args)  # type: ignore[misc]
         from ..bind import bind_kernels
 
-        bind_kernels(self.device)
+        for destination, kernels in bind_kernels(self.device).items():
+            logger.info("sglang-fl: kernels of SGLang's that run on %s: %s", destination, ", ".join(kernels))
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         """In every process that runs a model, once its weights are there: bind its layers."""

@@ -96,8 +96,11 @@ class Binder:
                     dispatch_log().record(socket.name, selection.destination)
         return report
 
-    def bind_kernels(self, load: Load, device: Device) -> None:
+    def bind_kernels(self, load: Load, device: Device) -> dict[str, list[str]]:
         """Bind the kernels that SGLang calls outside of its layers; again, once it is known how a model is loaded.
+
+        Returns:
+            Implementation -> the kernels that run on it.
 
         Raises:
             RuntimeError: under ``strict``, no implementation can run.
@@ -112,6 +115,11 @@ class Binder:
                     self._install(socket, selections[socket])
                 elif self._sockets.pop(socket.subject, None) is not None:
                     socket.install(None)
+        bound: dict[str, list[str]] = {}
+        for socket, selection in selections.items():
+            if selection.impl is not None:
+                bound.setdefault(selection.destination, []).append(socket.op)
+        return bound
 
     def refresh(self) -> None:
         """Follow a change of the global policy, or of whether any policy context is open.
