@@ -37,10 +37,10 @@ import torch.multiprocessing
 from arguments import positive
 from rich.console import Console
 from rich.table import Table
-from timing import first_error, paired_ratio
 
 from sglang_fl.dispatch.logger_manager import why_unwritable
 from sglang_fl.distributed.device_communicators.flagcx_files import FlagCXError, find_library
+from sglang_fl.tune.timing import first_error, paired_ratio
 from sglang_fl.utils.server import free_port
 from sglang_fl.utils.signals import interrupt_on_termination
 

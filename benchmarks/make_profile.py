@@ -5,7 +5,7 @@
     python benchmarks/make_profile.py            # writes sglang_fl/config/nvidia.yaml
     python benchmarks/make_profile.py --check    # exits with 1 and a diff if the file would change
 
-It reads ``ops-<gpu>.json`` (of ``ops.py``), ``aten-<gpu>.json`` (of ``aten.py measure``) and ``serving-<gpu>.jsonl`` (of
+It reads ``ops-<gpu>.json`` (of ``ops.py``), ``aten-<gpu>.json`` (FlagGems's functions on recorded calls) and ``serving-<gpu>.jsonl`` (of
 ``serving.py``) in benchmarks/results; ``--gpu nvidia-h100`` says which, if there is more than one. What ``ops.py --op`` measured
 in further sittings is in ``ops-<gpu>.2.json`` and so on; an operator's figures are those of the last file that has it.
 
@@ -70,7 +70,7 @@ LEAST_SPEED = 0.98
 _DISPATCHED = re.compile(r"(?P<name>\w+) → (?P<kind>\w+)\((?P<impl>.*)\)")
 #: Variables that let FlagOS run more than an operator.
 _MORE = frozenset({"SGLANG_FL_PREFER", "SGLANG_FL_FLAGOS_WHITELIST", "SGLANG_FL_FLAGOS_BLACKLIST", "SGLANG_FL_DIST_BACKEND"})
-#: What aten.py says of a call that no process survives.
+#: What was said of a call that no process survives.
 _ENDED = "it ended its process"
 #: And of one whose graph gave other results than the call.
 _REPLAYED = "replayed with new data"
@@ -488,7 +488,7 @@ def read_triton(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_aten(results: Path, gpu: str) -> dict[str, Any]:
-    """The results of ``aten.py measure``. Raises ValueError if they are none."""
+    """FlagGems's functions on recorded calls. Raises ValueError if they are none."""
     path = results / f"aten-{gpu}.json"
     found = result_file.read(path)
     schemas.check(path.name, found, schemas.Aten)

@@ -29,7 +29,6 @@ from op_forms import FORMS, Form, Tensors
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from timing import ROUNDS, Candidate, CaptureStateLost, Timing, compare, copy_bandwidth, first_error, input_sets
 from torch import nn
 
 from sglang_fl.config import Settings
@@ -39,6 +38,7 @@ from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.registry import OpRegistry
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
+from sglang_fl.tune.timing import ROUNDS, Candidate, CaptureStateLost, Timing, compare, copy_bandwidth, first_error, input_sets
 
 SGLANG = "sglang"
 _KINDS = tuple(kind.value for kind in BackendImplKind)

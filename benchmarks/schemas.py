@@ -54,7 +54,7 @@ class AtenRow(msgspec.Struct):
 
 
 class Aten(msgspec.Struct):
-    """``aten.py measure``'s."""
+    """What FlagGems's ATen functions were measured as, on recorded calls."""
 
     machine: Gpu
     versions: dict[str, str]

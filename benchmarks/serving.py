@@ -45,9 +45,8 @@ import yaml
 from arguments import not_negative, positive, seconds
 from rich.console import Console
 from serving_lib import kernels, machine, python_calls, tokens
-from serving_lib.engine import CommandFailed, Engine, Engines
 from serving_lib.results import Busy, Results, read
-from serving_lib.rounds import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens, run_round
+from serving_lib.rounds import run_round
 from serving_lib.summary import LEAST_ROUNDS, against, summarize, tally
 from serving_lib.table import other_table, speed_table
 from serving_lib.variants import HASH_SEED, BadVariant, Variant, choose, default_names
@@ -55,6 +54,8 @@ from shapes import SHAPES, Shape, UnknownShape, load_shape
 
 from sglang_fl.config.errors import suggest
 from sglang_fl.device import probe
+from sglang_fl.tune.engine import CommandFailed, Engine, Engines
+from sglang_fl.tune.served import FIRST_TOKENS, Lengths, cases, make_prompts, pool_tokens
 from sglang_fl.utils.signals import interrupt_on_termination
 
 _WARM_UP_ROUNDS = 2
@@ -187,7 +188,7 @@ class Run:
         self.lengths = Lengths(args.input_len, args.decode_input_len, args.output_len)
         now = datetime.datetime.now(datetime.UTC)
         self.logs = results.path.with_suffix(".logs") / now.strftime("%Y%m%dT%H%M%S")
-        self.engines = Engines([Engine(variant, arguments, self.logs / variant.name, os.environ) for variant in variants])
+        self.engines = Engines([variant.engine(arguments, self.logs / variant.name, os.environ) for variant in variants])
         self.data: dict[str, Any] = {
             "date": now.isoformat(timespec="seconds"),
             "command": command_without_paths(sys.argv[1:], args.model),
@@ -456,9 +457,9 @@ def main() -> int:
         if results.recovered:
             console.print("The run before this one was cut off; what it had is in the results.", markup=False)
         run = Run(args, shape, variants, arguments, results, console)
-        interrupt_on_termination()
         try:
-            run.execute()
+            with interrupt_on_termination():
+                run.execute()
         except KeyboardInterrupt:
             console.print("Interrupted.")
         finally:

@@ -22,6 +22,7 @@ from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
 from .distributed.ranks import Ranks, tensor_parallel_ranks
 from .fingerprint.announce import announce
+from .fingerprint.measured import conditions_of, warn_of_changes
 from .startup import settings_in_worker
 from .trial import open_guard
 
@@ -77,6 +78,8 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
         _announcements[name] = lambda: announce(name, settings, device, report, operators.report, level)
         operators.changed = _announce_again
+    if level == logging.INFO:  # on one rank
+        warn_of_changes(settings, lambda: conditions_of(getattr(model, "config", None), chip_name(device), ranks.count))
     return report
 
 
@@ -103,7 +106,7 @@ def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str
     Raises:
         RuntimeError: there is something, and ``strict`` is set.
     """
-    guard = open_guard(settings, f"{device.vendor} {_chip(device)}")
+    guard = open_guard(settings, f"{device.vendor} {chip_name(device)}")
     excluded: dict[str, str] = {}
     for found in ranks.exchange(dict(guard.excluded)):
         excluded |= found
@@ -117,7 +120,8 @@ def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str
     return excluded
 
 
-def _chip(device: Device) -> str:
+def chip_name(device: Device) -> str:
+    """What the first chip calls itself."""
     name = getattr(torch.get_device_module(device.device_type), "get_device_name", None)
     return str(name(0)) if name is not None else device.device_type
 

@@ -105,6 +105,12 @@ GRAPHS: Shapes = {
         "self forward_batch skip_attn_backend_init pp_proxy_tensors reinit_attn_backend split_forward_count"
     ),
 }
+#: What ``sglang-fl tune`` relies on, in the processes of its engine.
+TUNE: Shapes = {
+    "sglang.srt.managers.scheduler:Scheduler.handle_rpc_request": "self recv_req",
+    "sglang.srt.managers.tp_worker:TpModelWorker.init_cuda_graphs": "self capture_decode_cuda_graph",
+    "sglang.srt.model_executor.model_runner:ModelRunner.init_cuda_graphs": "self capture_decode_cuda_graph",
+}
 #: What the server's metric relies on; checked when a model was bound.
 METRICS: Shapes = {"sglang.srt.runtime_context:get_observability": ""}
 #: What the bridges of the gated delta rule rely on; checked where a model has such layers.
@@ -187,6 +193,11 @@ def graph_problems() -> tuple[str, ...]:
 def metrics_problems() -> tuple[str, ...]:
     """What differs in SGLang from what the server's metric relies on."""
     return tuple(_differences(METRICS))
+
+
+def tune_problems() -> tuple[str, ...]:
+    """What differs in SGLang from what ``sglang-fl tune`` relies on."""
+    return tuple(_differences(TUNE))
 
 
 def group_problems() -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_the_installed_sglang_has_all_that_is_relied_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    differences = (*compat.binding_problems(), *compat.gated_delta_rule_problems(), *compat.group_problems())
+    differences = (*compat.binding_problems(), *compat.gated_delta_rule_problems(), *compat.group_problems(), *compat.tune_problems())
     assert not differences, "\n" + "\n".join(differences)
     monkeypatch.setattr(compat, "installed_version", lambda: "0.5.23")
     assert serve(monkeypatch) and warnings(caplog) == []

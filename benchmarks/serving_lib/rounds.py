@@ -1,99 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: prefill and decode at some batch sizes, on all engines in turn."""
+"""Prefill and decode at some batch sizes, on all engines in turn."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from .engine import Engine, Engines
-
-#: A decode step is the difference of two runs, and this is how many tokens the shorter one makes.
-FIRST_TOKENS = 8
-#: Per prompt; the largest pages that SGLang's attention backends have.
-_PAGE = 64
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a prompt for prefill and for decode, and the decode steps that are timed."""
-
-    prefill: int
-    decode: int
-    output: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, prompt and output."""
-        return max(self.prefill + 1, self.decode + FIRST_TOKENS + self.output)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A phase at a batch size."""
-
-    phase: str
-    batch: int
-
-    def __str__(self) -> str:
-        return f"{self.phase}/{self.batch}"
-
-    def tokens(self, lengths: Lengths) -> int:
-        """How many tokens are processed in the time that is measured."""
-        return self.batch * lengths.prefill if self.phase == "prefill" else self.batch
-
-    def measure(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], others: Sequence[Sequence[int]], lengths: Lengths
-    ) -> dict[str, Any]:
-        """Seconds for the prefill of a batch, or for one decode step of it.
-
-        Args:
-            prompts: one for each of the batch.
-            others: as many that begin differently.
-        """
-        if self.phase == "prefill":
-            return _generate(engine, prompts, 1, before=[prompt[: lengths.decode] for prompt in others])
-        # Not timed: an engine that was stopped until now has lost the caches, which would all fall on the shorter run.
-        _generate(engine, [prompt[: lengths.decode] for prompt in others], FIRST_TOKENS)
-        short = _generate(engine, prompts, FIRST_TOKENS)
-        long = _generate(engine, prompts, FIRST_TOKENS + lengths.output)
-        return {
-            "seconds": (long["seconds"] - short["seconds"]) / lengths.output,
-            "cached_tokens": short["cached_tokens"] + long["cached_tokens"],
-        }
-
-
-def _generate(
-    engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: Sequence[Sequence[int]] | None = None
-) -> dict[str, Any]:
-    engine.ask("flush")
-    if before is not None:
-        # SGLang gives the allocator's free memory back when it flushes; a short prefill of a batch this
-        # large gets it again, which is not what is to be measured. (In a decode step it cancels out.)
-        engine.ask("generate", input_ids=before, max_new_tokens=1)
-    return engine.ask("generate", input_ids=prompts, max_new_tokens=max_new_tokens)
-
-
-def cases(batches: Sequence[int]) -> list[Case]:
-    return [Case(phase, batch) for phase in ("prefill", "decode") for batch in batches]
-
-
-def pool_tokens(batches: Sequence[int], lengths: Lengths, single: int) -> int:
-    """How many tokens an engine's KV cache must hold for all measurements.
-
-    Args:
-        single: tokens of the longest sequence that is generated alone.
-    """
-    return max(max(batches) * (lengths.longest + _PAGE), single + _PAGE) + _PAGE
-
-
-def make_prompts(vocabulary: int, batch: int, length: int, seed: Sequence[int]) -> list[list[int]]:
-    """Random token ids, each prompt beginning with a token of its own, so that none is a prefix of another's."""
-    generator = np.random.default_rng(list(seed))
-    prompts = generator.integers(0, vocabulary, (batch, length))
-    prompts[:, 0] = generator.choice(vocabulary, batch, replace=False)
-    return [[int(token) for token in prompt] for prompt in prompts]
+from sglang_fl.tune.engine import Engine, Engines
+from sglang_fl.tune.served import Lengths, cases, make_prompts
 
 
 def run_round(engines: Engines, number: int, batches: Sequence[int], lengths: Lengths, vocabulary: int, seed: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from sglang_fl.config.errors import suggest
 from sglang_fl.config.options import PREFERENCES
 from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.tune.engine import DISPATCH_LOG, Engine
 
 _OURS = re.compile(r"_?SGLANG_FL_.*|SGLANG_FLAGGEMS_.*|USE_FLAGGEMS|FLAGCX_PATH|SGLANG_PLUGINS")
 
@@ -62,6 +63,9 @@ class Variant:
         if self.settings.get("SGLANG_FL_DIST_BACKEND") == "flagcx" and "FLAGCX_PATH" in base:
             environ["FLAGCX_PATH"] = base["FLAGCX_PATH"]
         return environ | dict(self.settings)
+
+    def engine(self, arguments: Mapping[str, Any], directory: Path, base: Mapping[str, str]) -> Engine:
+        return Engine(self.name, {**arguments, **self.arguments}, directory, self.environ(base, directory / DISPATCH_LOG))
 
 
 def default_names(plain_cpu: bool) -> tuple[str, ...]:

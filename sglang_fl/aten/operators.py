@@ -272,6 +272,18 @@ class AtenOperators:
                 logger.warning(message)
 
 
+def available_functions(settings: Settings) -> tuple[list[tuple[str, Function]], str]:
+    """What FlagGems could replace here if all of it were asked for: (ATen operator, function), and the dispatch key that it registers for.
+
+    Raises:
+        ImportError: FlagGems is not installed.
+    """
+    gems = load()
+    found = _collect(gems, replace(settings, flagos_whitelist=None, flagos_blacklist=None, flagos_faster=None, flagos_broken=None))
+    known = [(key, fn) for key, fn in found if torch._C._dispatch_has_kernel(f"aten::{key}")]
+    return known, str(gems.current_work_registrar.reg_key)
+
+
 def _collect(gems: ModuleType, settings: Settings) -> list[tuple[str, Function]]:
     """What FlagGems would register of what the settings select: (ATen operator, function). Nothing is registered yet."""
     collected: list[tuple[str, Function]] = []

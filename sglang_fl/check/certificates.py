@@ -4,13 +4,12 @@
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
 
-from ..dispatch.types import LazyFunction, OpImpl
-from ..utils.packages import installed_version
+from ..dispatch.types import OpImpl
+from ..utils.packages import installed_version, package_of, source_files
 from .record import reports_in
 from .results import Report, Row
 
@@ -52,11 +51,4 @@ def _in_words(report: Report, row: Row, impl: OpImpl) -> str:
 
 def _last_change(impl: OpImpl) -> float:
     """When a file of the package that an implementation is from was last written; of sglang-fl's own, in its folder."""
-    module = impl.fn.module if isinstance(impl.fn, LazyFunction) else getattr(impl.fn, "__module__", "")
-    spec = find_spec(module.rpartition(".")[0] if module.startswith("sglang_fl.") else module.partition(".")[0]) if module else None
-    if spec is None or spec.origin is None:
-        return 0.0
-    files = [Path(spec.origin)]
-    for folder in spec.submodule_search_locations or ():
-        files += [file for file in Path(folder).rglob("*") if file.suffix in (".py", ".so")]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    return max((file.stat().st_mtime for file in source_files(package_of(impl.module))), default=0.0)

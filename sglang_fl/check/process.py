@@ -33,9 +33,10 @@ class Process:
     """One worker process, in a session of its own.
 
     Args:
-        job: see :class:`sglang_fl.check.runner.Job`.
+        job: what the worker is given as JSON, see :class:`sglang_fl.check.runner.Job`.
         limit: how long it may run without a sign, in seconds.
         compile_limit: how long a first call may take.
+        module: what is run.
 
     Attributes:
         results: the file descriptor that becomes readable when it says something.
@@ -43,7 +44,7 @@ class Process:
         phase, since: what it is at, and since when by the monotonic clock.
     """
 
-    def __init__(self, job: Mapping[str, Any], environ: Mapping[str, str], limit: float, compile_limit: float):
+    def __init__(self, job: Any, environ: Mapping[str, str], limit: float, compile_limit: float, module: str = "sglang_fl.check.worker"):
         self._limits = {STARTING: _START_LIMIT, RUNNING: limit, COMPILING: compile_limit, IN_FLOAT64: _FLOAT64_LIMIT}
         self._unread, self.open = b"", True
         self._enter(STARTING)
@@ -54,7 +55,7 @@ class Process:
         safely = () if {"", os.getcwd()} & set(sys.path) else ("-P",)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, *safely, "-m", "sglang_fl.check.worker", str(theirs), json.dumps(job)],
+                [sys.executable, *safely, "-m", module, str(theirs), json.dumps(job)],
                 stdin=subprocess.PIPE,
                 stdout=self._output,
                 stderr=self._output,

@@ -170,15 +170,18 @@ def _versions() -> dict[str, str]:
     return found | {package: found_version for package in _PACKAGES if (found_version := installed_version(package)) is not None}
 
 
-def _end_with_parent() -> None:
-    """Also when a kernel hangs that lets no other Python thread run (Linux; elsewhere the process ends after its case)."""
+def end_with_parent() -> None:
+    """End this process with the one that started it.
+
+    Also when a kernel hangs that lets no other Python thread run (Linux; elsewhere the process ends after its case).
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def main(results_fd: int, job: Mapping[str, Any]) -> None:
-    _end_with_parent()
+    end_with_parent()
     faulthandler.enable()
     os.set_inheritable(results_fd, False)
     with os.fdopen(results_fd, "w", encoding="utf-8") as out:

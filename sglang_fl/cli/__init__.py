@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``sglang-fl``. One file a verb; each has ``add_arguments(parser)`` and ``run(args) -> int``."""
 
-import argparse
 import errno
 import faulthandler
 import os
@@ -12,7 +11,8 @@ from io import TextIOWrapper
 from .. import __version__
 from ..config import SettingsError
 from ..utils.signals import interrupt_on_termination
-from . import bisect, check, config, demo, doctor, kernels, new_vendor, ops, serve
+from . import bisect, check, config, demo, doctor, kernels, new_vendor, ops, serve, tune
+from .arguments import Parser
 
 VERBS = {
     "demo": demo,
@@ -23,6 +23,7 @@ VERBS = {
     "config": config,
     "check": check,
     "bisect": bisect,
+    "tune": tune,
     "new-vendor": new_vendor,
 }
 
@@ -30,9 +31,9 @@ VERBS = {
 _CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line's parser; it puts the verb's name into ``verb``."""
-    parser = argparse.ArgumentParser(prog="sglang-fl", description="SGLang on any AI chip with FlagOS.")
+    parser = Parser(prog="sglang-fl", description="SGLang on any AI chip with FlagOS.")
     parser.add_argument("--version", action="version", version=f"sglang-fl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():

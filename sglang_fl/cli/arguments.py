@@ -3,10 +3,30 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Number = TypeVar("Number", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, of verbs too.
+
+    Attributes:
+        takes_server_arguments: what stands behind a lone ``--`` is for the server; it becomes ``server_arguments``.
+    """
+
+    takes_server_arguments = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if not self.takes_server_arguments:
+            return super().parse_known_args(words, namespace)
+        split = words.index("--") if "--" in words else len(words)
+        found, left = super().parse_known_args(words[:split], namespace)
+        found.server_arguments = words[split + 1 :]
+        return found, left
 
 
 def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], expected: str) -> Callable[[str], Number]:

@@ -16,6 +16,8 @@ from .settings import DEFAULT, ENVIRONMENT, FILE, PROFILE, Settings, Source
 from .words import Words
 from .yaml_file import read_mapping
 
+#: The key of a profile under which ``sglang-fl tune`` says what it measured, and with what. It sets nothing.
+MEASURED = "measured"
 PROFILES = Path(__file__).parent
 _LISTS = (("oot_whitelist", "oot_blacklist"), ("flagos_whitelist", "flagos_blacklist"))
 
@@ -234,13 +236,18 @@ def _read_users_file(environ: Mapping[str, str], words: Words, problems: list[st
 
 
 def _read_file(path: Path, precedence: int, name: str, words: Words, problems: list[str]) -> _Layer:
-    keys = {option.name: option for option in OPTIONS.values() if option.in_file or (precedence == PROFILE and option.users_key)}
     layer: _Layer = {}
     try:
         entries = read_mapping(path, what=CONFIG_FILE if precedence == FILE else "the platform's profile", problems=problems)
     except SettingsError as error:
         problems += error.problems
         return layer
+    measured = entries.pop(MEASURED, None)
+    if measured is not None and not isinstance(measured.value, dict):
+        problems.append(f"{path}:{measured.line}: {MEASURED}: expected a mapping, as sglang-fl tune writes it, found {measured.value!r}")
+    # What was measured makes a file a profile, wherever it lies.
+    is_profile = precedence == PROFILE or measured is not None
+    keys = {option.name: option for option in OPTIONS.values() if option.in_file or (is_profile and option.users_key)}
     for key, entry in entries.items():
         where = f"{path}:{entry.line}"
         option = keys.get(key)

@@ -158,6 +158,11 @@ class OpImpl:
         except TypeError as error:
             raise TypeError(f"{self.op_name}: {self.impl_id}: {error}") from None
 
+    @property
+    def module(self) -> str:
+        """The module that its function is from; empty if it does not say."""
+        return self.fn.module if isinstance(self.fn, LazyFunction) else str(getattr(self.fn, "__module__", None) or "")
+
     def __getstate__(self) -> dict[str, Any]:
         # Each process imports the function, or makes the adapter, itself.
         return {name: value for name, value in vars(self).items() if name != "function"}

@@ -21,6 +21,10 @@ class Ranks:
     def rank(self) -> int:
         return int(self.group.rank_in_group) if self.group is not None else 0
 
+    @property
+    def count(self) -> int:
+        return int(self.group.world_size) if self.group is not None else 1
+
     def level(self, level: int) -> int:
         """The level of a line that all ranks log: DEBUG on all but the first."""
         return level if self.rank == 0 else logging.DEBUG

@@ -2,6 +2,8 @@
 """Installed packages that join through entry points: finding them, naming them, and saying why one failed."""
 
 import contextlib
+import hashlib
+import importlib.util
 import logging
 import sysconfig
 import threading
@@ -22,6 +24,32 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def package_of(module: str) -> str:
+    """The package whose source decides what a module computes: its outermost one; of sglang-fl's own modules, their folder."""
+    return module.rpartition(".")[0] if module.startswith("sglang_fl.") else module.partition(".")[0]
+
+
+def source_files(package: str) -> list[Path]:
+    """The files with code of an installed package, or of a module; none where there is no such."""
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or spec.origin is None:
+        return []
+    files = {Path(spec.origin)}
+    for folder in spec.submodule_search_locations or ():
+        files |= {file for file in Path(folder).rglob("*") if file.suffix in (".py", ".so")}
+    return sorted(file for file in files if file.exists())
+
+
+def source_hash(package: str) -> str:
+    """Changes with any line of a package's source."""
+    found, files = hashlib.sha256(), source_files(package)
+    for file in files:
+        found.update(
+            f"{file.relative_to(files[0].parent) if files[0].parent in file.parents else file.name}\n".encode() + file.read_bytes()
+        )
+    return found.hexdigest()[:12]
 
 
 def entries(group: str) -> list[EntryPoint]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of benchmarks/serving.py as processes: which run when, and that none stays. What serves in them is a stand-in."""
+"""Engines of benchmarks/serving.py and of sglang-fl tune as processes: which run when, and that none stays. What serves is a stand-in."""
 
 import contextlib
 import os
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving_lib import engine as engine_module
 from serving_lib import rounds
-from serving_lib.engine import Engine, Engines
-from serving_lib.variants import Variant
 
-#: Answers like worker.py, and has a process below it, as SGLang has.
+from sglang_fl.tune import engine as engine_module
+from sglang_fl.tune.engine import Engine, Engines
+from sglang_fl.tune.served import Lengths
+
+#: Answers like engine_worker.py, and has a process below it, as SGLang has.
 STAND_IN = """
 import json, os, subprocess, sys
 
@@ -37,13 +38,12 @@ for line in sys.stdin:
 BENCHMARK = """
 import os, signal, sys
 from pathlib import Path
-from serving_lib import engine
-from serving_lib.variants import Variant
+from sglang_fl.tune import engine
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 engine._WORKER = Path("worker.py").absolute()
-engines = engine.Engines([engine.Engine(Variant("a", {}), {}, Path("a"), os.environ)])
+engines = engine.Engines([engine.Engine("a", {}, Path("a"), os.environ)])
 engines.start(apart=False, seconds=60, on_ready=lambda ready: None)
 (a,) = engines.all
 a.pause()
@@ -58,7 +58,7 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines
     worker = tmp_path / "worker.py"
     worker.write_text(STAND_IN)
     monkeypatch.setattr(engine_module, "_WORKER", worker)
-    found = Engines([Engine(Variant(name, {}), {}, tmp_path / name, os.environ) for name in "ab"])
+    found = Engines([Engine(name, {}, tmp_path / name, os.environ) for name in "ab"])
     try:
         found.start(apart=False, seconds=60, on_ready=lambda engine: None)
         assert not found.errors
@@ -114,7 +114,7 @@ def test_the_others_are_stopped_while_one_is_measured(engines: Engines) -> None:
 def test_a_round_leaves_those_stopped_that_were_not_the_last(engines: Engines) -> None:
     with engines:
         a, b = engines.all
-        found = rounds.run_round(engines, 0, [1], rounds.Lengths(prefill=16, decode=4, output=8), 100, seed=0)
+        found = rounds.run_round(engines, 0, [1], Lengths(prefill=16, decode=4, output=8), 100, seed=0)
         assert {name for seconds in found["seconds"].values() for name in seconds} == {"a", "b"} and not engines.errors
         assert stopped(b.pids()) and running(a.pids())
 

@@ -17,12 +17,12 @@ import pytest
 import result_file
 import torch
 from backend_functions import reference
-from timing import Candidate, compare, copy_bandwidth, first_error, paired_ratio
 
 from sglang_fl.dispatch import SelectionPolicy, get_default_manager, reset_global_policy, set_global_policy
 from sglang_fl.dispatch.bridge.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
+from sglang_fl.tune.timing import Candidate, compare, copy_bandwidth, first_error, paired_ratio
 
 CPU = torch.device("cpu")
 #: Bytes to be moved at 3 tokens of hidden size 256 in bf16, one head_dim of 128; cos and sin, and a layer norm's weights, in fp32.

@@ -10,10 +10,11 @@ import pytest
 import serving
 import shapes
 from serving_lib import results, rounds, summary, tokens, variants
-from serving_lib.engine import EngineFailed, Engines
 
 from sglang_fl.config import load_settings
 from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.tune import served
+from sglang_fl.tune.engine import EngineFailed, Engines
 
 
 class Answering:
@@ -178,11 +179,11 @@ class TestTokens:
 
 
 class TestRounds:
-    LENGTHS = rounds.Lengths(prefill=16, decode=4, output=8)
+    LENGTHS = served.Lengths(prefill=16, decode=4, output=8)
 
     def test_no_prompt_begins_like_another_and_none_comes_twice(self) -> None:
-        one, two = (rounds.make_prompts(64, 64, 5, (0, number)) for number in (0, 1))
-        assert len({prompt[0] for prompt in one}) == 64 and one != two and one == rounds.make_prompts(64, 64, 5, (0, 0))
+        one, two = (served.make_prompts(64, 64, 5, (0, number)) for number in (0, 1))
+        assert len({prompt[0] for prompt in one}) == 64 and one != two and one == served.make_prompts(64, 64, 5, (0, 0))
 
     def test_engines_get_the_same_prompts_in_turning_order(self) -> None:
         log: list[Any] = []
@@ -195,13 +196,13 @@ class TestRounds:
 
     def test_a_prefill_comes_after_a_short_one_of_as_many_other_prompts(self) -> None:
         log: list[Any] = []
-        rounds.Case("prefill", 2).measure(Answering("a", 0.1, log), [[1] * 16, [2] * 16], [[3] * 16, [4] * 16], self.LENGTHS)  # type: ignore[arg-type]
+        served.Case("prefill", 2).measure(Answering("a", 0.1, log), [[1] * 16, [2] * 16], [[3] * 16, [4] * 16], self.LENGTHS)  # type: ignore[arg-type]
         assert [asked["input_ids"] for _, asked in log] == [[[3] * 4, [4] * 4], [[1] * 16, [2] * 16]]
 
     def test_before_decode_an_engine_runs_untimed(self) -> None:
         """It was stopped until now."""
         log: list[Any] = []
-        found = rounds.Case("decode", 1).measure(Answering("a", 0.1, log), [[1] * 4], [[3] * 4], self.LENGTHS)  # type: ignore[arg-type]
+        found = served.Case("decode", 1).measure(Answering("a", 0.1, log), [[1] * 4], [[3] * 4], self.LENGTHS)  # type: ignore[arg-type]
         asked = [(values["input_ids"], values["max_new_tokens"]) for _, values in log]
         assert asked == [([[3] * 4], 8), ([[1] * 4], 8), ([[1] * 4], 16)]
         assert found["seconds"] == pytest.approx(0.1)
@@ -213,8 +214,8 @@ class TestRounds:
         assert all(set(seconds) == {"a"} for seconds in found["seconds"].values()) and engines.errors == {"b": "b: gone"}
 
     def test_the_pool_holds_every_measurement(self) -> None:
-        assert rounds.pool_tokens([1, 64], rounds.Lengths(1024, 64, 64), single=320) >= 64 * 1025
-        assert rounds.pool_tokens([1], rounds.Lengths(8, 8, 8), single=320) >= 320
+        assert served.pool_tokens([1, 64], served.Lengths(1024, 64, 64), single=320) >= 64 * 1025
+        assert served.pool_tokens([1], served.Lengths(8, 8, 8), single=320) >= 320
 
 
 class TestResults:

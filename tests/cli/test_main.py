@@ -39,6 +39,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         ("config", ("SGLANG_FL_CONFIG",)),
         ("check", ("--op OP", "--impl ID", "--vendor NAME", "--quick", "--timeout TIME", "--seed N", "--json", "--html FILE")),
         ("bisect", ("--run CMD", "--limit TIME", "--max-runs N", "--pairs", "--out DIR", "--resume FILE", "--dry-run", "--json", "125")),
+        ("tune", ("MODEL", "--traffic FILE", "--budget TIME", "--resume", "--update PROFILE", "--dry-run", "--html FILE", "--out FILE")),
         ("new-vendor", ("NAME", "DIR", "sglang-fl-NAME")),
     ],
 )
@@ -49,8 +50,16 @@ def test_help_of_a_verb(capsys: pytest.CaptureFixture[str], verb: str, options: 
     assert all(option in told for option in options)
 
 
+def test_what_stands_behind_two_dashes_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(VERBS["tune"], "run", lambda args: given.append((args.out.name, args.server_arguments)) or 0)
+    assert main(["tune", "a_model", "--out", "x.yaml", "--", "--tp", "2", "--out", "--"]) == 0
+    assert main(["tune", "--out", "x.yaml", "a_model"]) == 0
+    assert given == [("x.yaml", ["--tp", "2", "--out", "--"]), ("x.yaml", [])]
+
+
 def test_the_table_above_has_every_verb() -> None:
-    assert set(VERBS) == {"demo", "serve", "doctor", "ops", "kernels", "config", "check", "bisect", "new-vendor"}
+    assert set(VERBS) == {"demo", "serve", "doctor", "ops", "kernels", "config", "check", "bisect", "tune", "new-vendor"}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +100,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("code", [0, 1])
 def test_exit_code_is_the_verbs(monkeypatch: pytest.MonkeyPatch, verb: str, code: int) -> None:
     monkeypatch.setattr(VERBS[verb], "run", lambda args: code)
-    assert main([verb, *(["mychip"] if verb == "new-vendor" else [])]) == code
+    assert main([verb, *(["a_name"] if verb in ("new-vendor", "tune") else [])]) == code
 
 
 @pytest.mark.parametrize(

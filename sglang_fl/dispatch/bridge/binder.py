@@ -144,6 +144,10 @@ class Binder:
         routes = self._routes(socket, impl)
         return _named(socket.bridge.forward(routes._replace(fn=around(impl.function))), impl)
 
+    def sockets(self) -> list[Socket]:
+        """The call sites that it moves, or leaves to SGLang because of the policy alone."""
+        return list(self._sockets.values())
+
     def _select_together(self, sockets: list[Socket], exchange: Exchange) -> dict[Socket, Selection]:
         """The selection of all ranks: what failed its trial on one is used on none. All have the same sockets in the same order."""
         known: dict[tuple[int, str], str] = {}
@@ -193,7 +197,7 @@ class Binder:
             self._forwards[key] = _named(self._recording(socket, forward, recording, function, str(impl)), impl)
         return self._forwards[key]
 
-    def _direct_forward(self, socket: Socket, impl: OpImpl | None) -> Forward:
+    def direct_forward(self, socket: Socket, impl: OpImpl | None) -> Forward:
         """The forward that an open policy context selects."""
         if impl is None:
             return socket.own
@@ -241,7 +245,7 @@ class Binder:
             socket = self._sockets.get(subject) or self._adopt(subject)
             selection = self._selector.select(socket, get_policy())
             dispatch_log().record(socket.name, selection.destination)
-            return self._direct_forward(socket, selection.impl)(subject, *args, **kwargs)
+            return self.direct_forward(socket, selection.impl)(subject, *args, **kwargs)
 
         return divert
 

@@ -1,81 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plugin module that records every ATen call of a served model, as FlagGems would meet it.
+"""The ATen calls of a served model, as FlagGems would meet them: recorded, chosen from, described.
 
-Named in SGLANG_FL_PLUGIN_MODULES (``aten.py record`` does it). In a process that runs a model, once the
-model is loaded, each ATen call on the accelerator is counted by name and arguments, apart by whether a
-graph was being captured. Calls that an operator makes inside itself are seen too: an operator registered
-in FlagGems's place is met by them as well.
-
-Settings (not in sglang-fl's table, since they are this file's own):
-    BENCH_ATEN_FILE    the JSON file to write, replaced every second while there is something new
-    BENCH_ATEN_DEVICE  the device type to record; default cuda
-    BENCH_ATEN_INNER   0: leave out the calls that operators make inside themselves
+Calls that an operator makes inside itself are seen too: an operator registered in FlagGems's place is met by them as well.
 """
 
 import ast
-import atexit
 import importlib.util
 import json
-import logging
 import math
-import os
-import sys
-import threading
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sglang_fl.bind
-
-logger = logging.getLogger("sglang_fl.benchmarks")
-
 DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_WRITE_EVERY_SECONDS = 1.0
-
-
-def register_builtins(registry: Any) -> None:
-    """Registers nothing: arranges that recording starts when a model's layers are bound."""
-    path = os.environ.get("BENCH_ATEN_FILE")
-    if not path:
-        raise ValueError("record_aten needs a file to write: set BENCH_ATEN_FILE")
-    recorder = Recorder(Path(path), os.environ.get("BENCH_ATEN_DEVICE", "cuda"))
-    bind_model = sglang_fl.bind.bind_model
-
-    def bind_and_record(*args: Any) -> Any:
-        report = bind_model(*args)
-        recorder.start()
-        return report
-
-    sglang_fl.bind.bind_model = bind_and_record
-    # Plugin modules may be loaded by the first call of bind_model itself.
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code is bind_model.__code__:
-            recorder.start()
-            return
-        frame = frame.f_back
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int32": "i32", "int64": "i64"}
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the ATen calls of the thread that started it, and writes the counts to a file."""
+    """Counts the ATen calls of the thread that started it, by operator, arguments and label.
+
+    Attributes:
+        label: what goes on just now.
+        counts: (operator, arguments, named arguments) -> label -> calls.
+    """
 
     #: Else a higher-order operator under the mode is an error.
     supports_higher_order_operators = True
 
-    def __init__(self, path: Path, device_type: str):
+    def __init__(self, device_type: str):
         super().__init__()
-        self.path, self.device_type = path, device_type
-        self.counts: dict[tuple[Any, ...], list[int]] = {}
-        self._key = DISPATCH_KEYS[device_type]
+        self.label, self.device_type = "", device_type
+        self.counts: dict[tuple[Any, ...], dict[str, int]] = {}
+        self._key = DISPATCH_KEYS.get(device_type, "PrivateUse1")
         self._routes: dict[Any, Any] = {}
-        self._inner = os.environ.get("BENCH_ATEN_INNER", "1") != "0"
         self._library: torch.library.Library | None = None
-        self._started = False
-        self._changed = False
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -84,16 +46,13 @@ class Recorder(TorchDispatchMode):
 
     def start(self) -> None:
         """Record from now on, in this thread."""
-        if self._started:  # a draft model is bound after the model
-            return
-        self._started = True
-        # A file that can be opened says at once what is wrong with the path.
-        self.write()
-        atexit.register(self.write)
-        threading.Thread(target=self._write_now_and_then, name="record_aten", daemon=True).start()
         self._keep_composites_whole()
         self.__enter__()
-        logger.info("recording ATen calls on %s to %s", self.device_type, self.path)
+
+    def stop(self) -> None:
+        self.__exit__(None, None, None)
+        if self._library is not None:
+            self._library._destroy()
 
     def _keep_composites_whole(self) -> None:
         """Give operators that PyTorch takes apart early a kernel of their own, which does just that.
@@ -147,10 +106,6 @@ class Recorder(TorchDispatchMode):
 
     def _find_route(self, func: Any) -> Any:
         """The dispatch key of the kernel that runs below Python's, or False where dispatch must find it."""
-        if not self._inner:
-            return (
-                torch._C.DispatchKey.CompositeImplicitAutograd if func._can_decompose() and not self._has_kernel(func, self._key) else False
-            )
         if not any(isinstance(a.type, torch.TensorType) or "Tensor" in str(a.type) for a in func._schema.arguments):
             # A factory: which backend it is comes from its device argument.
             keys: tuple[str, ...] = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
@@ -169,33 +124,16 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if func._schema.overload_name:
             name += f".{func._schema.overload_name}"
-        capturing = self.device_type == "cuda" and torch.cuda.is_current_stream_capturing()
         key = (name, tuple(map(signature, args)), tuple((k, signature(v)) for k, v in kwargs.items()))
-        self.counts.setdefault(key, [0, 0])[capturing] += 1
-        self._changed = True
+        found = self.counts.setdefault(key, {})
+        found[self.label] = found.get(self.label, 0) + 1
 
-    def _write_now_and_then(self) -> None:
-        while True:
-            time.sleep(_WRITE_EVERY_SECONDS)
-            if self._changed:
-                self.write()
-
-    def write(self) -> None:
-        """The counts so far, as {"key", "args", "kwargs", "eager", "captured"}."""
-        self._changed = False
-        calls = [
-            {
-                "key": name,
-                "args": [as_json(a) for a in args],
-                "kwargs": {k: as_json(v) for k, v in kwargs},
-                "eager": eager,
-                "captured": captured,
-            }
-            for (name, args, kwargs), (eager, captured) in self.counts.copy().items()
+    def calls(self) -> list[dict[str, Any]]:
+        """What was counted, as {"key", "args", "kwargs", "counts"}."""
+        return [
+            {"key": name, "args": [as_json(a) for a in args], "kwargs": {k: as_json(v) for k, v in kwargs}, "counts": dict(counts)}
+            for (name, args, kwargs), counts in self.counts.items()
         ]
-        scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(calls), encoding="utf-8")
-        scratch.replace(self.path)
 
 
 def _numbers_as_tensors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -224,7 +162,9 @@ def flaggems_operators() -> list[str]:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "_FULL_CONFIG" for t in node.targets)
     )
     return [
-        row.elts[0].value for row in ast.walk(config) if isinstance(row, ast.Tuple) and row.elts and isinstance(row.elts[0], ast.Constant)
+        str(row.elts[0].value)
+        for row in ast.walk(config)
+        if isinstance(row, ast.Tuple) and row.elts and isinstance(row.elts[0], ast.Constant)
     ]
 
 
@@ -257,3 +197,73 @@ def as_json(found: Any) -> Any:
     if isinstance(value, torch.device):
         return {"device": value.type}
     return value
+
+
+def telling(calls: Sequence[Mapping[str, Any]], at_most: int) -> list[Mapping[str, Any]]:
+    """Of an operator's calls the ones to try: each combination of ranks, dtypes and layouts by its largest, smallest and middle call."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for call in calls:
+        kinds.setdefault(json.dumps([_kind(call["args"]), _kind(call["kwargs"])]), []).append(call)
+    groups = []
+    for kind in sorted(kinds, key=lambda k: (-len(kinds[k]), k)):
+        ordered = sorted(kinds[kind], key=lambda call: (_numel(call), json.dumps([call["args"], call["kwargs"]])))
+        groups.append([ordered[i] for i in dict.fromkeys((len(ordered) - 1, 0, len(ordered) // 2))])
+    chosen = [group[turn] for turn in range(3) for group in groups if turn < len(group)]
+    return chosen[:at_most]
+
+
+def _kind(spec: Any) -> Any:
+    """What calls of one kind have in common: everything but sizes and values."""
+    if isinstance(spec, list):
+        # A shape is a list of numbers; of a list of tensors the length matters.
+        return [_kind(item) for item in spec] if any(isinstance(item, dict | list) for item in spec) else ["values"]
+    if isinstance(spec, dict) and "shape" in spec:
+        return [len(spec["shape"]), spec["dtype"], spec["device"], _contiguous(spec)]
+    if isinstance(spec, dict):
+        return {name: _kind(item) for name, item in spec.items()}
+    return spec if isinstance(spec, str) else type(spec).__name__
+
+
+def _tensors(spec: Any) -> list[Mapping[str, Any]]:
+    if isinstance(spec, list):
+        return [tensor for item in spec for tensor in _tensors(item)]
+    if isinstance(spec, dict):
+        return [spec] if "shape" in spec else [tensor for item in spec.values() for tensor in _tensors(item)]
+    return []
+
+
+def _numel(call: Mapping[str, Any]) -> int:
+    total = 0
+    for tensor in _tensors([call["args"], call["kwargs"]]):
+        numel = 1
+        for size in tensor["shape"]:
+            numel *= size
+        total += numel
+    return total
+
+
+def _contiguous(tensor: Mapping[str, Any]) -> bool:
+    expected = 1
+    for size, step in reversed(list(zip(tensor["shape"], tensor["stride"], strict=True))):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A call's arguments for a reader: ``16x1024 bf16, 2.0``."""
+
+    def one(spec: Any) -> str:
+        if isinstance(spec, list):
+            return f"[{', '.join(map(one, spec))}]"
+        if isinstance(spec, dict) and "shape" in spec:
+            shape = "x".join(map(str, spec["shape"])) or "scalar"
+            where = " on the host" if spec["device"] == "cpu" else ""
+            return f"{shape} {_SHORT.get(spec['dtype'], spec['dtype'])}{'' if _contiguous(spec) else ' strided'}{where}"
+        if isinstance(spec, dict):
+            return next(iter(map(str, spec.values())))
+        return str(spec)
+
+    named = [f"{name}={one(spec)}" for name, spec in kwargs.items() if name not in ("device", "layout", "pin_memory")]
+    return ", ".join([*map(one, args), *named])

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own, told what to do by lines of JSON. ``engine.py`` starts it:
 
-    python -P worker.py FD
+    python -P engine_worker.py FD
 
 It reads the engine's arguments and then commands from its standard input, and answers on the file descriptor
 FD, a line for each; standard output and error are left to the engine's log. It ends when its
-standard input does. It imports nothing of this benchmark: SGLang's processes import it again.
+standard input does. It imports nothing of this package: SGLang's processes import it again.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class Worker:
         import sglang
 
         imported = time.perf_counter()
+        if "argv" in arguments:  # as sglang.launch_server takes them
+            from sglang.srt.server_args import prepare_server_args
+
+            arguments = {"server_args": prepare_server_args(arguments["argv"])}
         self.engine = sglang.Engine(**arguments)
         self.startup = {"import_sglang": imported - started, "engine": time.perf_counter() - imported}
 
@@ -112,6 +117,18 @@ class Worker:
             self.engine.stop_profile()
         (trace,) = Path(directory).glob("*.trace.json.gz")
         return {"trace": str(trace)}
+
+    def serve(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A batch of requests, whatever they ask for."""
+        self.engine.generate(**arguments)
+        return {}
+
+    def tune(self, command: str) -> dict[str, Any]:
+        """Have the processes that run the model execute a command of ``live.py``; what the first rank answers."""
+        with tempfile.TemporaryDirectory(prefix="sglang-fl-tune-") as directory:
+            answer = Path(directory) / "answer.json"
+            self.engine.collective_rpc("sglang_fl_tune", command=command, answer=str(answer))
+            return {"answer": json.loads(answer.read_text(encoding="utf-8"))}
 
     def stop(self) -> dict[str, Any]:
         self.engine.shutdown()

@@ -113,17 +113,17 @@ def _compare_on_host(candidates: Mapping[str, Candidate], rounds: int) -> dict[s
     return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, wall_us, {}) for name in candidates}
 
 
-def _timing(name: str, baseline: str, device_us: Mapping[str, np.ndarray], host_us: Mapping[str, np.ndarray]) -> Timing:
-    def median(times: Mapping[str, np.ndarray]) -> float | None:
+def _timing(name: str, baseline: str, device_us: Mapping[str, np.ndarray[Any, Any]], host_us: Mapping[str, np.ndarray[Any, Any]]) -> Timing:
+    def median(times: Mapping[str, np.ndarray[Any, Any]]) -> float | None:
         return float(np.median(times[name])) if name in times else None
 
-    def ratio(times: Mapping[str, np.ndarray]) -> Ratio | None:
+    def ratio(times: Mapping[str, np.ndarray[Any, Any]]) -> Ratio | None:
         return paired_ratio(times[name], times[baseline]) if name in times and baseline in times else None
 
     return Timing(median(device_us), ratio(device_us), median(host_us), ratio(host_us))
 
 
-def paired_ratio(times: np.ndarray, baseline: np.ndarray) -> Ratio:
+def paired_ratio(times: np.ndarray[Any, Any], baseline: np.ndarray[Any, Any]) -> Ratio:
     """The median of the rounds' ratios, and its 95 % bootstrap interval."""
     ratios = times / baseline
     medians = np.median(np.random.default_rng(0).choice(ratios, (1000, len(ratios))), axis=1)
@@ -131,7 +131,7 @@ def paired_ratio(times: np.ndarray, baseline: np.ndarray) -> Ratio:
     return float(np.median(ratios)), float(low), float(high)
 
 
-def _rounds(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+def _rounds(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray[Any, Any]]:
     """Each measure's results by round; the order turns around each time."""
     times: dict[str, list[float]] = {name: [] for name in measures}
     order = list(measures)

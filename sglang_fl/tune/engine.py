@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from sglang_fl.dispatch.logger_manager import read_dispatch_log
+from ..dispatch.logger_manager import read_dispatch_log
 
-from .variants import Variant
-
-_WORKER = Path(__file__).with_name("worker.py")
+_WORKER = Path(__file__).with_name("engine_worker.py")
+#: In an engine's directory, if its environment says so.
+DISPATCH_LOG = "dispatch.log"
 _STOP_SECONDS = 20
 _COMMAND_SECONDS = 240
 
@@ -34,16 +34,22 @@ class CommandFailed(EngineFailed):
 
 
 class Engine:
-    """The process of one variant. Commands are ``worker.py``'s."""
+    """The process of one engine. Commands are ``engine_worker.py``'s.
 
-    def __init__(self, variant: Variant, arguments: Mapping[str, Any], directory: Path, environ: Mapping[str, str]):
-        self.name = variant.name
+    Args:
+        arguments: of ``sglang.Engine``.
+        directory: for its logs.
+        environ: all of its environment.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any], directory: Path, environ: Mapping[str, str]):
+        self.name = name
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.log = directory / "engine.log"
-        self.dispatch_log = directory / "dispatch.log"
-        self._arguments = {**arguments, **variant.arguments}
-        self._environ = variant.environ(environ, self.dispatch_log)
+        self.dispatch_log = directory / DISPATCH_LOG
+        self._arguments = dict(arguments)
+        self._environ = dict(environ)
         self._process: subprocess.Popen[bytes] | None = None
         self._paused = False
         self._answers = -1

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure which implementations are right and faster for a model on this machine, and write a profile."""
+
+import argparse
+from pathlib import Path
+
+from .arguments import Parser, duration, number
+
+_POSITIVE = number(int, lambda count: 0 < count < 1 << 20, "a number above 0")
+_EXIT_CODES = """exit codes: 0 the profile was written; 1 the engine failed; 2 wrong usage;
+3 the budget was used up, --resume goes on; 130 interrupted, --resume goes on"""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.takes_server_arguments = True
+    parser.usage = "sglang-fl tune [options] MODEL [-- any arguments of sglang.launch_server]"
+    parser.epilog = _EXIT_CODES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", help="as --model-path of sglang.launch_server")
+    parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="the profile (default: profile.yaml)")
+    parser.add_argument("--traffic", type=Path, metavar="FILE", help="your requests, one JSON object a line (default: a mix)")
+    parser.add_argument("--budget", type=duration, metavar="TIME", help="stop after this time, as 45m; --resume goes on")
+    parser.add_argument("--resume", action="store_true", help="go on with the measurements of an earlier run with the same --out")
+    parser.add_argument("--update", type=Path, metavar="PROFILE", help="measure only the entries that do not hold any more")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured and about how long it takes; measure nothing")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as an HTML page")
+    parser.add_argument("--batch", type=_POSITIVE, nargs="+", default=None, metavar="N", help="batch sizes (default: 1 32; on a CPU: 1 4)")
+    parser.add_argument("--input-len", type=_POSITIVE, metavar="N", help="tokens of a prompt for prefill (default: 1024; on a CPU: 64)")
+    parser.add_argument("--output-len", type=_POSITIVE, metavar="N", help="decode steps that are timed (default: 64; on a CPU: 16)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from .tune_run import run as measure  # imports PyTorch
+
+    return measure(args)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``sglang-fl tune`` does, and prints."""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import load_settings
+from ..device import probe
+from ..dispatch.manager import get_default_manager
+from ..dispatch.ops import OPERATORS
+from ..fingerprint.facts import versions
+from ..fingerprint.measured import changes
+from ..tune.bench import NATIVE, Bench
+from ..tune.engine import EngineFailed
+from ..tune.journal import Journal
+from ..tune.judge import USED
+from ..tune.page import as_html
+from ..tune.profile import choice_in, write
+from ..tune.served import Lengths
+from ..tune.statistics import LOOKS
+from ..tune.tuning import SECONDS, Job, Outcome, Tuning
+from .model_layers import model_layers
+
+#: For the plan: recorded calls differ in the number of tokens, with a residual or without, and in the width of heads.
+_CALLS_OF_AN_OPERATOR = 6
+
+
+def run(args: argparse.Namespace) -> int:
+    argv = ["--model-path", args.model, *args.server_arguments]
+    on_cpu = probe().device_type == "cpu"
+    batches = args.batch or ([1, 4] if on_cpu else [1, 32])
+    lengths = Lengths(args.input_len or (64 if on_cpu else 1024), 16 if on_cpu else 64, args.output_len or (16 if on_cpu else 64))
+    console = Console(soft_wrap=True, highlight=False)
+    if args.dry_run:
+        _print_plan(console, Path(args.model))
+        return 0
+    directory = args.out.with_suffix(".update" if args.update else ".tune")
+    directory.mkdir(parents=True, exist_ok=True)
+    traffic = hashlib.sha256(args.traffic.read_bytes()).hexdigest()[:12] if args.traffic and args.traffic.is_file() else str(args.traffic)
+    head = {
+        "arguments": argv,
+        "lengths": vars(lengths),
+        "batches": batches,
+        "traffic": traffic,
+        "versions": versions(),
+        "update": str(args.update),
+    }
+    kept, measured = choice_in(args.update) if args.update else (NATIVE, {})
+    journal = Journal(directory / "journal.jsonl", json.loads(json.dumps(head)), resume=args.resume)
+    begun = time.monotonic()
+    deadline = begun + args.budget if args.budget else None
+    try:
+        with Bench(argv, directory, lengths, batches) as bench:
+            only = None
+            if args.update:
+                found = changes(measured, bench.about()["conditions"])
+                only = frozenset([*(name for change in found for name in change.entries), *_with_new(measured, bench.about())])
+                for change in found:
+                    console.print(f"{change}", markup=False)
+                if not only:
+                    console.print(f"{args.update} holds: nothing that it was measured with has changed", markup=False)
+                    return 0
+            entries = {name: entry for name, entry in measured.get("entries", {}).items() if only is None or name not in only}
+            tuning = Tuning(
+                Job(directory, deadline, args.traffic, only, kept),
+                bench,
+                journal,
+                lambda text: console.print(f"{time.monotonic() - begun:6.0f} s  {text}{_left(tuning)}", markup=False),
+                lambda path, outcome: write(path, outcome, entries),
+            )
+            outcome = tuning.run()
+    except EngineFailed as error:
+        console.print(f"the engine failed: {error}", markup=False)
+        console.print(f"Its log is in {directory}. What was measured is kept: --resume goes on", markup=False)
+        return 1
+    finally:
+        journal.close()
+    return _finish(args, console, outcome, entries, journal)
+
+
+def _with_new(measured: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+    """The operators that have implementations of which a profile says nothing."""
+    entries = measured.get("entries", {})
+    return [
+        op
+        for op, rows in about["implementations"].items()
+        if any(row["impl"] not in entries.get(op, {}).get("candidates", {}) and row["why_not"] is None for row in rows)
+    ]
+
+
+def _left(tuning: Tuning) -> str:
+    left = tuning.left()
+    return f" (about {left / 60:.0f} min left)" if left >= 90 else f" (about {left:.0f} s left)"
+
+
+def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, entries: dict[str, Any], journal: Journal) -> int:
+    console.print(_table(outcome))
+    if outcome.incomplete:
+        console.print(f"{outcome.incomplete}; no profile was written. Go on with: --resume", markup=False)
+    else:
+        write(args.out, outcome, entries)
+        journal.path.replace(journal.path.with_name("finished.jsonl"))
+        if outcome.why_native:
+            console.print(f"SGLang's own everywhere: {outcome.why_native}", markup=False)
+        console.print(f"{args.out} was written. Use it with SGLANG_FL_CONFIG={args.out}", markup=False)
+    if outcome.about.get("plain_cpu"):
+        console.print("No accelerator: these are times on the host, and no graphs.")
+    if args.html:
+        args.html.write_text(as_html(outcome), encoding="utf-8")
+    return 3 if outcome.incomplete else 0
+
+
+def _table(outcome: Outcome) -> Table:
+    """What is used, and what it gains in a step of each case."""
+    table = Table(title="What is used, and what it saves in a step", title_justify="left", show_lines=False)
+    for column in ("operator or function", "implementation", "", "time over the own one's", *(f"µs in {case}" for case in outcome.step_us)):
+        table.add_column(column)
+    for candidate in sorted(outcome.candidates, key=lambda one: (one.status != USED, one.impl is None, one.name)):
+        ratio = f"{candidate.ratio[1]:.2f}" if candidate.ratio else ""
+        gains = [f"{candidate.gains[case]:.1f}" if case in candidate.gains else "" for case in outcome.step_us]
+        table.add_row(
+            candidate.name,
+            candidate.impl or "flag_gems",
+            candidate.status,
+            ratio,
+            *gains,
+            style="green" if candidate.status == USED else "",
+        )
+    table.caption = "; ".join(f"{case}: {found} of native's speed" for case, found in outcome.served.items())
+    return table
+
+
+def _print_plan(console: Console, model: Path) -> None:
+    """What a run does, as far as it is known before the model was recorded, and about how long it takes."""
+    manager = get_default_manager()
+    manager.ensure_initialized()
+    operators = set(OPERATORS)
+    if model.is_dir():
+        operators &= {row.op for row in model_layers(model, dict.fromkeys(OPERATORS, ""), load_settings()) if row.op is not None}
+    found = {op: [impl for impl in manager.registry.get_implementations(op) if impl.why_unavailable() is None] for op in sorted(operators)}
+    console.print(
+        "Implementations that can run here, of the model's operators:" if model.is_dir() else "Implementations that can run here:"
+    )
+    for op, impls in found.items():
+        console.print(f"  {op}: {', '.join(impl.impl_id for impl in impls) or 'none'}", markup=False)
+    console.print("And the FlagGems functions for the ATen operators that the model calls, where FlagGems serves this device.")
+    checks = _CALLS_OF_AN_OPERATOR * sum(map(len, found.values()))
+    steps = [
+        ("starts of an engine", 5, "start"),
+        ("pairs of native and native", LOOKS[-1], "noise"),
+        ("checks of a recorded call", checks, "check"),
+        ("timings of a recorded call", checks, "time"),
+        ("pairs of native and a choice", 2 * LOOKS[0], "pair"),
+    ]
+    for what, count, kind in steps:
+        console.print(f"  {count:4} {what}, about {SECONDS[kind]:.0f} s each", markup=False)
+    total = sum(count * SECONDS[kind] for _, count, kind in steps)
+    console.print(
+        f"About {total / 60:.0f} min without FlagGems's functions, and more where choices must be taken apart. --budget ends a run in time"
+    )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a profile was measured with, and which of its entries that does not hold for any more."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import CONFIG_FILE, Settings
+from ..config.loader import MEASURED
+from ..config.yaml_file import read_mapping
+from ..utils.packages import source_hash
+from .facts import versions
+
+logger = logging.getLogger("sglang_fl")
+
+#: Packages whose version is part of what was measured, all entries with it; the source of the kernels' packages is compared itself.
+_EVERY_ENTRY = ("torch", "triton", "sglang")
+_KERNELS = ("flag_gems",)
+#: Of a model's configuration, what decides the sizes that kernels see.
+_SHAPE = (
+    *("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("num_experts", "n_routed_experts", "num_local_experts", "vocab_size"),
+)
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something is not as it was measured.
+
+    Attributes:
+        entries: the names of the profile's entries that this touches.
+    """
+
+    what: str
+    then: str
+    now: str
+    entries: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.entries[:_SHOWN]) + (f", … ({len(self.entries)} in all)" if len(self.entries) > _SHOWN else "")
+        return f"{self.what} was {self.then} and is {self.now}: {shown}"
+
+
+def conditions_of(model: Any, chip: str, ranks: int) -> dict[str, Any]:
+    """What figures of this process hold for.
+
+    Args:
+        model: the configuration of the model that it runs, as the transformers package has it; None: it has none.
+        ranks: that a layer is split between.
+    """
+    shape = {name: found for name in _SHAPE if isinstance(found := getattr(model, name, None), int)}
+    names = getattr(model, "architectures", None) or ["none"]
+    return {
+        "chip": chip,
+        "driver": _driver(),
+        "versions": {name: found for name, found in versions().items() if name in (*_EVERY_ENTRY, *_KERNELS) and found is not None},
+        "model": " ".join([str(names[0]), *(f"{name}={value}" for name, value in shape.items())]),
+        "tp": ranks,
+    }
+
+
+def changes(measured: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What of a profile's ``measured`` is otherwise now."""
+    then, entries = measured.get("with", {}), measured.get("entries", {})
+    every = tuple(entries)
+    found = [
+        Change(what, str(then.get(what)), str(now[what]), every)
+        for what in ("chip", "driver", "model", "tp")
+        if then.get(what) != now[what]
+    ]
+    for name in (*_EVERY_ENTRY, *_KERNELS):
+        was, is_now = (some.get("versions", {}).get(name) for some in (then, now))
+        if was != is_now:
+            touched = every if name in _EVERY_ENTRY else tuple(_of_package(entries, name))
+            found.append(Change(name, str(was or "not installed"), str(is_now or "not installed"), touched))
+    for package, was in then.get("sources", {}).items():
+        is_now = source_hash(package)
+        if was != is_now and package not in {change.what for change in found}:
+            found.append(Change(f"the source of {package}", was, is_now, tuple(_of_package(entries, package))))
+    return [change for change in found if change.entries]
+
+
+def _of_package(entries: Mapping[str, Any], package: str) -> Iterator[str]:
+    yield from (name for name, entry in entries.items() if package in entry.get("packages", ()))
+
+
+def measured_in(path: Path) -> Mapping[str, Any] | None:
+    """What a file says under ``measured``, or None. Raises SettingsError for a file that cannot be read."""
+    entry = read_mapping(path, what=CONFIG_FILE, problems=[]).get(MEASURED)
+    return entry.value if entry is not None and isinstance(entry.value, dict) else None
+
+
+def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) -> None:
+    """Log which entries of the profiles in use were measured under other conditions than these, which are asked for only then."""
+    asked = os.environ.get(CONFIG_FILE, "").strip()
+    for path in (asked and Path(asked).expanduser(), settings.profile_file and Path(settings.profile_file)):
+        measured = measured_in(path) if path else None
+        found = changes(measured, now()) if measured else []
+        if found:
+            lines = "".join(f"\n  {change}" for change in found)
+            message = "sglang-fl: %s was measured under other conditions; these entries may not hold (sglang-fl tune --update %s):%s"
+            logger.warning(message, path, path, lines)
+
+
+def _driver() -> str:
+    """The version of the accelerator's driver, as far as it can be asked for."""
+    if not torch.cuda.is_available():
+        return "none"
+    try:
+        import pynvml  # type: ignore[import-untyped]
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+    except Exception as error:  # another vendor's, or none of NVIDIA's tools
+        return f"not known ({type(error).__name__})"
+    return version.decode() if isinstance(version, bytes) else str(version)

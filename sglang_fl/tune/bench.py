@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine at a time, and what it goes by: a choice that can be changed while it runs."""
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.options import CONFIG_FILE
+from ..dispatch.ops import OPERATORS
+from .engine import CommandFailed, Engine, EngineFailed
+from .served import Lengths, cases, make_prompts
+from .traffic import Requests
+
+#: What tune chooses itself.
+_CHOSEN = re.compile(r"_SGLANG_FL_.*|SGLANG_FL_(PER_OP|PREFER|FLAGOS_.*LIST|CONFIG)|SGLANG_FLAGGEMS_.*|USE_FLAGGEMS|SGLANG_PLUGINS")
+_MODULES, _LIVE = "SGLANG_FL_PLUGIN_MODULES", "sglang_fl.tune.live"
+_START_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What operators run on, where it is not SGLang's own; and the FlagGems functions that replace PyTorch's."""
+
+    impls: tuple[tuple[str, str], ...] = ()
+    functions: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, impls: Mapping[str, str], functions: Sequence[str]) -> "Choice":
+        return cls(tuple(sorted(impls.items())), tuple(sorted(functions)))
+
+    def orders(self) -> dict[str, list[str]]:
+        """Of every operator."""
+        chosen = dict(self.impls)
+        return {op: [f"impl:{chosen[op]}", "sglang"] if op in chosen else ["sglang"] for op in sorted({*OPERATORS, *chosen})}
+
+    def environ(self) -> dict[str, str]:
+        """The settings of an engine that starts with it."""
+        found = {"SGLANG_FL_PER_OP": ";".join(f"{op}={'|'.join(order)}" for op, order in self.orders().items())}
+        return found | ({"SGLANG_FL_FLAGOS_WHITELIST": ",".join(self.functions)} if self.functions else {"USE_FLAGGEMS": "0"})
+
+    def __str__(self) -> str:
+        return ", ".join([*(f"{op}={impl}" for op, impl in self.impls), *self.functions]) or "SGLang's own"
+
+
+NATIVE = Choice()
+
+
+class Bench:
+    """Starts engines and measures them; in a ``with`` statement, after which none is left.
+
+    Args:
+        argv: the server's arguments, the model's among them.
+        directory: for logs.
+    """
+
+    def __init__(self, argv: Sequence[str], directory: Path, lengths: Lengths, batches: Sequence[int]):
+        self.cases, self._lengths = cases(batches), lengths
+        self._argv, self._directory = list(argv), directory
+        self._engine: Engine | None = None
+        self._choice: Choice | None = None
+        self._about: dict[str, Any] = {}
+        self.starts = 0
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None or self._engine is None:
+            self.stop()
+        else:  # it may be busy, and would not hear of it
+            self._engine.kill()
+
+    @property
+    def is_up(self) -> bool:
+        return self._engine is not None and self._engine.ready
+
+    def start(self, environ: Mapping[str, str] | None = None) -> None:
+        """Start an engine, and end the one before. Without an environment: SGLang's own everywhere, and to be changed while it runs.
+
+        Raises:
+            EngineFailed: it does not come up.
+        """
+        self.stop()
+        self.starts += 1
+        kept = {name: value for name, value in os.environ.items() if not _CHOSEN.fullmatch(name)}
+        kept |= {"PYTHONHASHSEED": "0", "SGLANG_FL_TRIAL_RECORD": str(self._directory / "trials.json")}
+        if environ is None:
+            modules = ",".join(filter(None, (os.environ.get(_MODULES), _LIVE)))
+            environ = {_MODULES: modules, **NATIVE.environ()}
+        directory = self._directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{self.starts}"
+        self._engine = Engine("engine", {"argv": self._argv}, directory, {**kept, **environ})
+        self._engine.start()
+        self._engine.wait_until_ready(time.perf_counter() + _START_SECONDS)
+        self._choice = NATIVE
+
+    def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.request_stop()
+            self._engine.wait(time.perf_counter() + 20)
+            self._engine.kill()
+            self._engine = self._choice = None
+
+    def ask(self, do: str, **values: Any) -> Any:
+        """Have the processes that run the model execute a command of ``live.py``."""
+        if not self.is_up:
+            self.start()
+        with self._watched() as engine:
+            return engine.ask("tune", command=json.dumps({"do": do, **values}))["answer"]
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[Engine]:
+        """The engine; one that fails is ended, and the next use starts another."""
+        assert self._engine is not None
+        try:
+            yield self._engine
+        except CommandFailed:
+            raise
+        except EngineFailed:
+            self.stop()
+            raise
+
+    def about(self) -> dict[str, Any]:
+        """See :meth:`sglang_fl.tune.live.Live.describe`."""
+        if not self._about:
+            self._about = self.ask("describe")
+        return self._about
+
+    def know(self, about: dict[str, Any]) -> None:
+        """What an earlier engine of the same kind has said."""
+        self._about = about
+
+    def use(self, choice: Choice) -> dict[str, str]:
+        """Have the engine go by a choice from now on. Returns what of it is not in force: operator or function -> why."""
+        if not self.is_up:
+            self.start()
+        if choice == self._choice:
+            return {}
+        if self.about()["draft"]:  # whose graphs cannot be captured anew in a running engine
+            modules = ",".join(filter(None, (os.environ.get(_MODULES), _LIVE)))
+            self.start({_MODULES: modules, **choice.environ()})
+            self._choice = choice
+            return {}
+        self._choice = None
+        found = self.ask("use", orders=choice.orders(), functions=choice.functions)
+        self._choice = choice
+        bound: dict[str, list[str]] = found["bound"]
+        missing = {
+            op: "; ".join(bound.get(op, ["the model does not have it"]))
+            for op, impl in choice.impls
+            if not any(f"({impl})" in to for to in bound.get(op, ()))
+        }
+        return missing | {name: "it is left to PyTorch" for name in choice.functions if name not in found["functions"]}
+
+    def round(self, number: int) -> dict[str, float]:
+        """Seconds of each case: the prefill of a batch, or a decode step of it. Rounds of one number have the same prompts."""
+        found, vocabulary = {}, self.about()["vocabulary"]
+        for index, case in enumerate(self.cases):
+            prompts = make_prompts(vocabulary, 2 * case.batch, getattr(self._lengths, case.phase), (number, index))
+            with self._watched() as engine:
+                found[str(case)] = case.measure(engine, prompts[: case.batch], prompts[case.batch :], self._lengths)["seconds"]
+        return found
+
+    def send(self, requests: Requests) -> None:
+        """Have requests served, a batch after the other."""
+        with self._watched() as engine:
+            for batch in requests:
+                engine.ask("flush")
+                engine.ask("serve", arguments=batch)
+
+    def environ_of(self, profile: Path | None) -> dict[str, str]:
+        """Of an engine as a user starts it: with a profile, or native."""
+        if profile is not None:
+            return {CONFIG_FILE: str(profile)}
+        # A plain CPU has no SGLang without a platform: its layers stay SGLang's own.
+        return NATIVE.environ() if self.about()["plain_cpu"] else {"SGLANG_PLUGINS": "none"}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks candidates in a process that may die: a new one goes on behind the case that ended it."""
+
+import json
+import os
+import select
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..check.constants import LOST
+from ..check.process import Lost, Process
+
+#: How long a call may take, and a first one, in seconds.
+_LIMIT, _COMPILE_LIMIT = 60.0, 300.0
+_POLL_SECONDS = 0.5
+
+
+class Checker:
+    """Runs the cases of :mod:`sglang_fl.tune.worker`, in a ``with`` statement.
+
+    Args:
+        file: where the cases are written for the process.
+    """
+
+    def __init__(self, cases: Sequence[Mapping[str, Any]], file: Path):
+        file.write_text(json.dumps(list(cases)), encoding="utf-8")
+        self._file = file
+        self._process: Process | None = None
+
+    def __enter__(self) -> "Checker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def run(self, number: int) -> dict[str, Any]:
+        """``status`` and ``message`` of a case; statuses are those of ``sglang-fl check``."""
+        try:
+            if self._process is None:
+                self._process = Process(str(self._file), os.environ, _LIMIT, _COMPILE_LIMIT, "sglang_fl.tune.worker")
+                self._answer()
+            self._process.ask(number)
+            return self._answer()
+        except Lost as lost:
+            self._end()
+            output = lost.output.strip().splitlines()
+            return {"status": lost.status, "message": f"{lost}{f': {output[-1]}' if output else ''}"}
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process is not None
+        while True:
+            if self._process.open:
+                select.select([self._process.results], [], [], _POLL_SECONDS)
+            if (answer := self._process.answer()) is not None:
+                return answer
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.close()
+            self._process = None
+
+
+def is_crash(status: str) -> bool:
+    return status in LOST

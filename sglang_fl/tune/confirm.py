@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A profile on fresh starts, as a user starts a server: native, tuned, tuned, native."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bench import Bench
+from .journal import Journal
+from .statistics import smallest_effect, speed
+
+_ORDER = ("native", "tuned", "tuned", "native")
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """How fast the tuned starts were, and how far apart the native ones.
+
+    Attributes:
+        speeds: case -> the tuned starts' speed over the native ones'.
+        apart: case -> the smallest effect that two starts which do not differ can show.
+    """
+
+    speeds: Mapping[str, float]
+    apart: Mapping[str, float]
+
+    def slower(self) -> dict[str, float]:
+        """The cases in which tuned is below native, beyond what two native starts are apart."""
+        return {case: ratio for case, ratio in self.speeds.items() if ratio < 1 - self.apart[case]}
+
+
+def confirm(bench: Bench, journal: Journal, profile: Path, noise: Mapping[str, float], check_budget: Callable[[str], None]) -> Confirmed:
+    """Start and measure four engines, those that the journal does not have yet."""
+    native, tuned = bench.environ_of(None), bench.environ_of(profile)
+    found: list[Mapping[str, list[float]]] = []
+    for number, side in enumerate(_ORDER):
+        check_budget("start")
+
+        def measure(environ: Mapping[str, str] = native if side == "native" else tuned) -> dict[str, list[float]]:
+            bench.start(environ)
+            bench.round(0)  # kernels compile, and caches fill
+            rounds = [bench.round(1 + index) for index in range(_ROUNDS)]
+            bench.stop()
+            return {case: [seconds[case] for seconds in rounds] for case in rounds[0]}
+
+        found.append(
+            journal.measured("start", f"{number} {side} {profile.read_text(encoding='utf-8') if side == 'tuned' else ''}", measure)
+        )
+    first, one, two, last = found
+    speeds, apart = {}, {}
+    for case in first:
+        natives = [statistics.median([*pair]) for pair in zip(first[case], last[case], strict=True)]
+        both = [statistics.median([*pair]) for pair in zip(one[case], two[case], strict=True)]
+        speeds[case] = speed(natives, both).ratio
+        apart[case] = max(noise[case], smallest_effect(speed(first[case], last[case])))
+    return Confirmed(speeds, apart)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates, what was measured of each, and what follows from it.
+
+The rule: something takes the place of SGLang's or PyTorch's own if it is right and can be captured on every recorded call, is nowhere
+slower by itself, faster in the median, and not slower in the served model. Ties stay with SGLang.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+#: A time over SGLang's own that counts as slower, and the median that counts as faster.
+MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
+
+#: What became of a candidate.
+USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_BEST, NOT_MEASURED = (
+    "used",
+    "tie",
+    "slower",
+    "wrong",
+    "crashed",
+    "not exercised",
+    "not available",
+    "slower served",
+    "another is faster",
+    "not measured",
+)
+#: What a profile keeps from being used where a user prefers FlagOS for everything.
+BROKEN = frozenset({WRONG, CRASHED})
+
+
+@dataclass
+class Candidate:
+    """An implementation of an operator, or a FlagGems function.
+
+    Attributes:
+        name: the operator, or the function.
+        impl: the implementation's id; None: it is a function.
+        package: that its source is in.
+        calls: the recorded calls that it would take: rows of ``Live.recorded``.
+        status, reason: what became of it, in words.
+        ratio: its time over the own one's: the calls' least, median and largest.
+        gains: case -> µs that it saves in a step.
+        served: case -> (ratio, low, high) of the speed over native's, of the last choice that had it.
+    """
+
+    name: str
+    impl: str | None
+    package: str
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    status: str = NOT_MEASURED
+    reason: str = ""
+    ratio: tuple[float, float, float] | None = None
+    gains: dict[str, float] = field(default_factory=dict)
+    served: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return self.name if self.impl is None else f"{self.name}: {self.impl}"
+
+    @property
+    def gain(self) -> float:
+        """µs that it saves in a step of every case together."""
+        return sum(self.gains.values())
+
+    def settle(self, status: str, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "calls"}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The times of one call: the device's in a replayed graph, or the host's where no graph holds it.
+
+    Attributes:
+        own_us: SGLang's own.
+        ratio: the candidate's over it: (median, low, high).
+    """
+
+    call: Mapping[str, Any]
+    own_us: float
+    ratio: tuple[float, float, float]
+
+
+def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, Any], in_graph: bool) -> Timed | str:
+    """What counts of two timings (see :class:`~sglang_fl.tune.timing.Timing`), or why there is nothing."""
+    error = theirs.get("error") or own.get("error")
+    if error:
+        return f"{'its own' if theirs.get('error') else 'the own one'}: {error}"
+    on_host = own.get("host_us") is not None and not in_graph
+    us, ratio = ("host_us", "host_ratio") if on_host else ("us", "ratio")
+    if own.get(us) is None or not theirs.get(ratio):
+        return "it could not be timed"
+    return Timed(call, float(own[us]), tuple(theirs[ratio]))
+
+
+def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str]) -> bool:
+    """Whether it is nowhere slower and faster in the median by itself; its status says why not."""
+    ratios = [row.ratio for row in rows]
+    medians = [ratio[0] for ratio in ratios]
+    candidate.ratio = (min(medians), float(np.median(medians)), max(medians))
+    for case in cases:
+        saved = sum((1 - row.ratio[0]) * row.own_us * row.call["per_pass"].get(case, 0.0) for row in rows)
+        if saved:
+            candidate.gains[case] = saved
+    worst = max(rows, key=lambda row: row.ratio[0])
+    figures = f"{candidate.ratio[1]:.3g} times the own one's time in the median ({min(medians):.3g} to {max(medians):.3g})"
+    if worst.ratio[0] > MAX_RATIO and worst.ratio[1] > 1:
+        candidate.settle(SLOWER, f"{worst.ratio[0]:.3g} times the own one's time ({worst.call['call']})")
+    elif candidate.ratio[1] > MAX_MEDIAN or not any(ratio[2] < 1 for ratio in ratios):
+        candidate.settle(TIE, f"{figures}, which is no gain that can be told from none")
+    else:
+        candidate.reason = figures
+        return True
+    return False
+
+
+def predicted(candidates: Sequence[Candidate], step_us: Mapping[str, float]) -> dict[str, float]:
+    """The speed over native's that candidates' times by themselves promise together, by case."""
+    found = {}
+    for case, us in step_us.items():
+        saved = sum(candidate.gains.get(case, 0.0) for candidate in candidates)
+        found[case] = us / max(us - saved, 0.1 * us)
+    return found

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of a served model's layers and functions that implementations may take over: recorded, and made again with other numbers.
+
+While they are recorded SGLang computes them itself. A bridge turns its arguments into the operator's, and gives both to what stands
+in an implementation's place, and to what takes a call that this refused.
+"""
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..dispatch.bridge.base import Forward, NoContexts, Routes
+from ..dispatch.bridge.socket import Socket, mark_as_ours
+from ..dispatch.manager import is_capturing
+from .aten_calls import signature
+
+#: Of a layer, larger tensors than this are not written down for the process that checks, in numbers.
+_MOST_KEPT = 1 << 26
+
+
+class _Recorded(Exception):
+    """Raised in an implementation's place."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that can be made again: with its own numbers if these are no floating-point ones, which are drawn."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    data: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "TensorSpec":
+        data = None if x.is_floating_point() else x.detach().to("cpu", copy=True)
+        return cls(tuple(x.shape), x.stride(), x.dtype, x.device.type, data)
+
+    def make(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
+        place = torch.device("cpu") if self.device == "cpu" else device
+        size = 0 if 0 in self.shape else 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        if self.data is None:
+            numbers = torch.randn(size, generator=rng).to(self.dtype).to(place)
+            return numbers.as_strided(self.shape, self.stride)
+        made = torch.empty(size, dtype=self.dtype, device=place).as_strided(self.shape, self.stride)
+        return made.copy_(self.data) if size else made
+
+
+@dataclass
+class RecordedCall:
+    """Calls of one operator with arguments of one kind.
+
+    Attributes:
+        subject: the layer, or what stands for a function; the first that was called so.
+        arguments, named: the operator's, with a :class:`TensorSpec` for each tensor; the layer itself is not among them.
+        sglang_arguments: what SGLang called its layer with.
+        counts: what went on -> how many calls.
+    """
+
+    socket: Socket
+    subject: Any
+    obj: Any
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    sglang_arguments: tuple[Any, ...]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def calls(self, forward: Forward, count: int, device: torch.device) -> list[Callable[[], Any]]:
+        """So many calls of a forward like SGLang's, each with tensors of its own."""
+        rng = torch.Generator().manual_seed(0)
+        return [
+            partial(forward, self.subject, *made(self.sglang_arguments, rng, device), **made(self.named, rng, device)) for _ in range(count)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        specs = [leaf for leaf in pytree.tree_leaves(self.sglang_arguments) if isinstance(leaf, TensorSpec)]
+        return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
+
+    def describe(self) -> str:
+        """``16x1024 bfloat16, None``"""
+        return ", ".join(map(_in_words, (*self.arguments, *self.named.values())))
+
+    def pickled(self) -> bytes:
+        """For the process that checks implementations on it: the operator, its arguments, and what it reads of the layer."""
+        obj = None if self.obj is None else _state_of(self.obj)
+        return pickle.dumps(
+            {"op": self.socket.op, "obj": obj, "arguments": self.arguments, "named": self.named, "dtype": self.socket.dtype}
+        )
+
+
+class LayerRecorder:
+    """Records the calls of sockets, from :meth:`start` until their forwards are bound anew.
+
+    Attributes:
+        label: what goes on just now.
+        calls: by operator, class and arguments.
+    """
+
+    def __init__(self, sockets: Sequence[Socket]):
+        self.label = ""
+        self.calls: dict[tuple[Any, ...], RecordedCall] = {}
+        self._sockets = sockets
+
+    def start(self) -> None:
+        for socket in self._sockets:
+            if socket.prepare() is None:
+                socket.install(self._forward(socket))
+
+    def _forward(self, socket: Socket) -> Forward:
+        own = socket.own
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise _Recorded
+
+        def record(subject: Any, error: Exception, args: tuple[Any, ...], sglang_args: tuple[Any, ...], **named: Any) -> Any:
+            if not isinstance(error, _Recorded):
+                raise error
+            self._count(socket, subject, args, sglang_args, named)
+            return own(subject, *sglang_args, **named)
+
+        return mark_as_ours(socket.bridge.forward(Routes(refuse, None, own, NoContexts(), own, record)))
+
+    def _count(self, socket: Socket, subject: Any, args: tuple[Any, ...], sglang_args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        has_layer = bool(args) and not isinstance(args[0], torch.Tensor)
+        arguments = args[1:] if has_layer else args
+        key = (socket.op, socket.name, socket.trial_key, *map(signature, arguments), *map(signature, named.values()))
+        found = self.calls.get(key)
+        if found is None:
+            if is_capturing():
+                return  # an index cannot be read now; a warm-up has been seen, or nothing has
+            kept = [_specs(some) for some in (arguments, named, sglang_args)]
+            found = self.calls[key] = RecordedCall(socket, subject, args[0] if has_layer else None, *kept)
+        found.counts[self.label] = found.counts.get(self.label, 0) + 1
+
+
+def _specs(some: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, TensorSpec.of, some)
+
+
+def made(some: Any, rng: torch.Generator, device: torch.device) -> Any:
+    """Arguments with tensors in their specs' place."""
+    return pytree.tree_map_only(TensorSpec, lambda spec: spec.make(rng, device), some)
+
+
+def _state_of(obj: Any) -> dict[str, Any]:
+    """The attributes of a layer, or of what stands for one, that can be written down. Its weights are under ``parameters``."""
+    tensors = {**getattr(obj, "_parameters", {}), **getattr(obj, "_buffers", {})} if isinstance(obj, torch.nn.Module) else {}
+    if not isinstance(obj, torch.nn.Module) and isinstance(weight := getattr(obj, "weight", None), torch.Tensor):
+        tensors = {"weight": weight}
+    names = [*vars(obj)] if hasattr(obj, "__dict__") else [name for name in dir(obj) if not name.startswith("_") and name not in tensors]
+    kept = {}
+    for name in names:
+        value = getattr(obj, name)
+        if not name.startswith("_") and not callable(value) and _is_small(value):
+            kept[name] = value
+    parameters = {name: x.detach().cpu() for name, x in tensors.items() if x is not None}
+    if any(x.numel() > _MOST_KEPT for x in parameters.values()):
+        raise ValueError("its weights are too large to be written down")
+    return {"attributes": kept, "parameters": parameters}
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a value can be written down, and is no model."""
+    if isinstance(value, (torch.nn.Module, torch.Tensor)):
+        return False
+    try:
+        return len(pickle.dumps(value)) < 1 << 16
+    except Exception:  # whatever a layer keeps
+        return False
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, TensorSpec):
+        return f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}"
+    return str(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In the processes of a running engine that run the model: choices put in force, calls recorded, candidates timed.
+
+Named in SGLANG_FL_PLUGIN_MODULES, this module gives SGLang's scheduler a method that ``Engine.collective_rpc`` calls on all ranks.
+"""
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import startup
+from ..aten import in_force, why_off
+from ..aten.operators import available_functions
+from ..bind import bind_model, chip_name, process_binder
+from ..compat import IncompatibleSGLang, stop_message, tune_problems
+from ..config.settings import FILE, Source
+from ..device import Device
+from ..dispatch.bridge.layer import LayerSocket
+from ..dispatch.bridge.report import BindReport
+from ..dispatch.bridge.socket import Socket
+from ..dispatch.manager import get_default_manager
+from ..dispatch.registry import OpRegistry
+from ..dispatch.types import OpImpl
+from ..distributed.ranks import tensor_parallel_ranks
+from ..fingerprint.measured import conditions_of
+from ..utils.packages import package_of
+from . import aten_case
+from .aten_calls import Recorder, describe, telling
+from .layer_calls import LayerRecorder, RecordedCall
+from .timing import Candidate, compare, input_sets
+
+logger = logging.getLogger("sglang_fl")
+
+#: The method's name.
+METHOD = "sglang_fl_tune"
+#: Calls of one operator or function that are tried, at most.
+_MOST_CALLS = 6
+_SOURCE = Source(FILE, "sglang-fl tune")
+
+
+def register_builtins(registry: OpRegistry) -> None:
+    """Registers no implementation; the scheduler's class gets the method."""
+    scheduler = getattr(sys.modules.get("sglang.srt.managers.scheduler"), "Scheduler", None)
+    if scheduler is not None:
+        setattr(scheduler, METHOD, run)
+
+
+def run(scheduler: Any, command: str, answer: str) -> None:
+    """Run a command on this rank; the first one writes what it returns to the file ``answer``, as JSON."""
+    live: Live | None = getattr(scheduler, "_sglang_fl_live", None)
+    if live is None:
+        live = scheduler._sglang_fl_live = Live(scheduler)
+    asked = json.loads(command)
+    found = getattr(live, asked.pop("do"))(**asked)
+    if live.rank == 0:
+        Path(answer).write_text(json.dumps(found), encoding="utf-8")
+
+
+class Live:
+    """The commands."""
+
+    def __init__(self, scheduler: Any):
+        from sglang.srt.platforms import current_platform
+        from sglang.srt.runtime_context import get_exec
+
+        if problems := tune_problems():
+            raise IncompatibleSGLang(stop_message(problems))
+        self._scheduler, self._runner = scheduler, scheduler.tp_worker.model_runner
+        self._platform: Any = current_platform
+        self._device: Device = self._platform.device
+        self._on = torch.device(self._device.device_type)
+        self._settings = startup.settings_in_worker(self._device)
+        self._ranks = tensor_parallel_ranks()
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        graphs = getattr(get_exec().graph, "cuda_graph_config", None)
+        #: phase -> whether SGLang replays graphs in it
+        self._graphs = {phase: graphs is not None and getattr(graphs, phase).backend != "disabled" for phase in ("prefill", "decode")}
+        self._layers: list[RecordedCall] = []
+        self._functions: list[dict[str, Any]] = []
+
+    @property
+    def _captures(self) -> bool:
+        return any(self._graphs.values())
+
+    def describe(self) -> dict[str, Any]:
+        """What there is to choose from, and where."""
+        off = why_off(replace(self._settings, flagos_whitelist=None, use_flaggems=True), self._device, captures_graphs=self._captures)
+        return {
+            "conditions": conditions_of(getattr(self._runner.model, "config", None), chip_name(self._device), self._ranks.count),
+            "vocabulary": int(self._runner.model_config.vocab_size),
+            "longest": int(self._runner.model_config.context_len),
+            "plain_cpu": self._device.device_type == "cpu" and not self._device.is_in_tree,
+            "graphs": self._graphs,
+            "draft": getattr(self._scheduler, "draft_worker", None) is not None,
+            "functions_off": off,
+            "scope": self._settings.flagos_scope if self._captures else "everywhere",
+            "implementations": {op: _implementations(op) for op in sorted({socket.op for socket in _sockets()})},
+        }
+
+    def use(self, orders: Mapping[str, Sequence[str]], functions: Sequence[str]) -> dict[str, Any]:
+        """Have operators go by these orders and FlagGems replace these functions, from the next step on; graphs are captured anew.
+
+        Returns:
+            what each operator is bound to, and which functions are replaced.
+        """
+        report = self._bind(orders, functions)
+        if self._captures:
+            self._scheduler.tp_worker.init_cuda_graphs()
+        operators = in_force()
+        bound: dict[str, set[str]] = {}
+        for op, destination in _destinations(report):
+            bound.setdefault(op, set()).add(destination)
+        replaced = [] if operators is None else sorted({function for _, function in operators.report.replaced})
+        return {"bound": {op: sorted(to) for op, to in bound.items()}, "functions": replaced}
+
+    def _bind(self, orders: Mapping[str, Sequence[str]], functions: Sequence[str]) -> BindReport:
+        chosen = tuple((op, tuple(order)) for op, order in orders.items())
+        sources = {**self._settings.sources, "op_backends": _SOURCE, "flagos_whitelist": _SOURCE}
+        settings = replace(
+            self._settings,
+            op_backends=chosen,
+            flagos_whitelist=tuple(functions),
+            flagos_blacklist=None,
+            use_flaggems=True,
+            sources=sources,
+            order_sources=dict.fromkeys(orders, _SOURCE),
+        )
+        _forget_seeds()
+        startup.apply(settings, self._device)
+        return bind_model(self._runner.model, self._device)
+
+    def record(self) -> dict[str, Any]:
+        """Begin to record. Graphs are put aside, so that each step's calls are seen."""
+        model = self._runner.model
+        self._passes: dict[str, int] = {}
+        self._layer_recorder = LayerRecorder(_sockets())
+        self._recorder = Recorder(self._device.device_type)
+        self._set_aside = (self._runner.decode_cuda_graph_runner, self._runner.prefill_cuda_graph_runner)
+        if self._captures:
+            self._runner.decode_cuda_graph_runner = self._runner.prefill_cuda_graph_runner = None
+        self._layer_recorder.start()
+        self._recorder.start()
+        model.forward = functools.partial(self._labelled, model.forward)
+        return {}
+
+    def _labelled(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, under the name of what it computes."""
+        batch = next(value for value in (*args, *kwargs.values()) if hasattr(value, "forward_mode"))
+        label = f"{'decode' if batch.forward_mode.is_decode() else 'prefill'}/{batch.batch_size}"
+        self._passes[label] = self._passes.get(label, 0) + 1
+        self._layer_recorder.label = self._recorder.label = label
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._recorder.label = f"{label} outside"
+
+    def recorded(self, directory: str, labels: Sequence[str]) -> dict[str, Any]:
+        """End recording.
+
+        Args:
+            directory: where calls of layers are written, for the process that checks.
+            labels: of what is measured; calls in it come first.
+
+        Returns:
+            ``passes``: what was computed -> how often; ``layers`` and ``functions``: the calls that are to be tried, by number, with
+            how many of a kind there are in a pass.
+        """
+        del self._runner.model.forward
+        self._recorder.stop()
+        self._runner.decode_cuda_graph_runner, self._runner.prefill_cuda_graph_runner = self._set_aside
+        _forget_seeds()
+        bind_model(self._runner.model, self._device)  # what recorded gives its places back
+        self._layers = list(self._layer_recorder.calls.values())
+        layers = [self._layer_row(number, Path(directory)) for number in range(len(self._layers))]
+        return {"passes": self._passes, "layers": layers, "functions": self._function_rows(frozenset(labels))}
+
+    def _layer_row(self, number: int, directory: Path) -> dict[str, Any]:
+        call = self._layers[number]
+        file: str | None = str(directory / f"{call.socket.op}-{number}.call")
+        try:
+            written = call.pickled()
+        except Exception as error:  # whatever a layer keeps
+            logger.info("a call of %s cannot be written down: %s: %s", call.socket.op, type(error).__name__, error)
+            file = None
+        else:
+            if self.rank == 0:
+                Path(str(file)).write_bytes(written)
+        dtype = str(call.socket.dtype).removeprefix("torch.")
+        row = {"number": number, "op": call.socket.op, "class": call.socket.name, "call": call.describe(), "dtype": dtype}
+        return {**row, "per_pass": self._per_pass(call.counts), "bytes": call.nbytes, "file": file}
+
+    def _per_pass(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """How many calls there are in a pass; of calls between passes, the pass before them."""
+        passes = {label: self._passes.get(label.removesuffix(" outside")) for label in counts}
+        return {label: count / of for label, count in counts.items() if (of := passes[label])}
+
+    def _function_rows(self, labels: frozenset[str]) -> list[dict[str, Any]]:
+        """The calls of ATen operators that FlagGems has a function for."""
+        self._pairs: dict[str, list[tuple[str, Any]]] = {}
+        self._dispatch_key = ""
+        off = self.describe()["functions_off"]
+        if off is None:
+            rows, self._dispatch_key = available_functions(self._settings)
+            for key, fn in rows:
+                self._pairs.setdefault(fn.__name__, []).append((key, fn))
+        function_of = {key: name for name, rows in self._pairs.items() for key, _ in rows}
+        by_key: dict[str, list[dict[str, Any]]] = {}
+        for call in self._recorder.calls():
+            by_key.setdefault(call["key"], []).append(call)
+        found: list[dict[str, Any]] = []
+        for key, calls in sorted(by_key.items()):
+            measured = sorted((call for call in calls if labels & call["counts"].keys()), key=lambda call: -sum(call["counts"].values()))
+            for each in [*measured[:_MOST_CALLS], *telling([call for call in calls if call not in measured], 2)]:
+                row = {"key": key, "args": each["args"], "kwargs": each["kwargs"], "call": describe(each["args"], each["kwargs"])}
+                found.append({**row, "number": len(found), "function": function_of.get(key), "per_pass": self._per_pass(each["counts"])})
+        self._functions = found
+        return found
+
+    def time_layer(self, number: int, impl: str, rounds: int) -> dict[str, Any]:
+        """SGLang's own forward of a recorded call, and the implementation's, see :class:`~sglang_fl.tune.timing.Timing`."""
+        call, binder = self._layers[number], process_binder()
+        implementation = get_default_manager().registry.get_implementation(call.socket.op, impl)
+        assert implementation is not None
+        sets = input_sets(call.nbytes, self._on)
+        own, theirs = (
+            call.calls(forward, sets, self._on) for forward in (call.socket.own, binder.direct_forward(call.socket, implementation))
+        )
+        with torch.inference_mode():
+            timings = compare({"own": Candidate(own), "theirs": Candidate(theirs)}, self._on, rounds)
+        return {name: asdict(timing) for name, timing in timings.items()}
+
+    def time_function(self, number: int, rounds: int) -> dict[str, Any]:
+        """PyTorch's own kernel on a recorded call, and FlagGems's function."""
+        row = self._functions[number]
+        case = aten_case.Case(row["key"], row["args"], row["kwargs"], self._pairs[row["function"]], self._dispatch_key)
+        with torch.inference_mode():
+            return aten_case.time(case, self._on, graphs=True, rounds=rounds)
+
+
+def _sockets() -> list[Socket]:
+    """Layers and functions. Kernels are bound before the model, and nothing is known of their arguments."""
+    return [socket for socket in process_binder().sockets() if socket.is_tried]
+
+
+def _forget_seeds() -> None:
+    """A layer that has run on its own forward keeps it, and would be taken for one that SGLang has pinned."""
+    for socket in _sockets():
+        if isinstance(socket, LayerSocket) and getattr(socket.subject._forward_method, "__func__", None) is socket.own:
+            socket.subject._forward_method = None
+
+
+def _implementations(op: str) -> list[dict[str, Any]]:
+    """Of an operator: those that can run here, and why the others cannot."""
+    found: list[OpImpl] = sorted(get_default_manager().registry.get_implementations(op), key=lambda impl: (-impl.priority, impl.impl_id))
+    return [{"impl": impl.impl_id, "package": package_of(impl.module), "why_not": impl.why_unavailable()} for impl in found]
+
+
+def _destinations(report: BindReport) -> list[tuple[str, str]]:
+    """(operator, what it is bound to) of each class and function."""
+    return [*((op, to) for op, _, to in report.layers), *((op, to) for (op, _), to in report.functions.items())]

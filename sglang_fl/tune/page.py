@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An outcome as one HTML page, with nothing outside itself."""
+
+import math
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .judge import USED
+from .tuning import Outcome
+
+#: A plot reaches from half of native's speed to twice as much.
+_ENDS = 0.5, 2.0
+
+
+def _place(ratio: float) -> float:
+    """Where a ratio lies on a line of 100, by its logarithm."""
+    low, high = map(math.log, _ENDS)
+    at = math.log(min(max(ratio, _ENDS[0]), _ENDS[1]))
+    return round(1 + 98 * (at - low) / (high - low), 2)
+
+
+def _shares(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
+    """case -> the parts of native's step, from left to right."""
+    used = [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.ratio]
+    found = {}
+    for case, step in outcome.step_us.items():
+        saved = sum(candidate.gains.get(case, 0.0) for candidate in used)
+        # A part r of its own time is left of what takes 1 - r less.
+        left = sum(
+            gain * one.ratio[1] / (1 - one.ratio[1])
+            for one in used
+            if one.ratio and (gain := one.gains.get(case, 0.0)) and one.ratio[1] < 1
+        )
+        parts, start = [], 0.0
+        for kind, what, us in (("ours", "used", left), ("saved", "saved", saved), ("own", "SGLang's own", step - left - saved)):
+            width = max(0.0, 100 * us / step)
+            parts.append({"kind": kind, "start": round(start, 2), "width": round(width, 2), "words": f"{what} {width:.1f} %"})
+            start += width
+        found[case] = parts
+    return found if used else {}
+
+
+def as_html(outcome: Outcome) -> str:
+    environment = Environment(
+        loader=PackageLoader("sglang_fl.tune", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["figure"] = lambda value: f"{value:.3f}"
+    environment.globals["place"] = _place
+    used = len(outcome.used.impls) + len(outcome.used.functions)
+    return environment.get_template("page.html").render(
+        outcome=outcome,
+        conditions=outcome.about["conditions"],
+        headline=f"{used} used instead of SGLang's own" if used else "SGLang's own everywhere",
+        shares=_shares(outcome),
+        candidates=sorted(outcome.candidates, key=lambda one: (one.status != USED, one.impl is None, one.name)),
+    )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that a model is recorded with: a user's file, or a mix of everything that serving does."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import SettingsError
+
+#: Batches: the arguments of ``sglang.Engine.generate`` for each.
+Requests = Sequence[dict[str, Any]]
+
+_KEYS = frozenset({"prompt", "input_ids", "input_len", "output_len", "sampling_params"})
+
+
+def mix(vocabulary: int, longest: int) -> Requests:
+    """Prefill, decode and sampling, greedy and not, alone and in batches, with and without logprobs.
+
+    Args:
+        longest: of a prompt.
+    """
+    rng = random.Random(0)
+
+    def prompts(*lengths: int) -> list[list[int]]:
+        return [[rng.randrange(3, vocabulary) for _ in range(max(1, min(length, longest)))] for length in lengths]
+
+    sampled = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "max_new_tokens": 6, "ignore_eos": True}
+    greedy = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+    mixed = [greedy, sampled, sampled | {"min_p": 0.05}, sampled | {"frequency_penalty": 0.5, "presence_penalty": 0.5}]
+    return [
+        {"input_ids": prompts(7), "sampling_params": greedy},
+        {"input_ids": prompts(*range(20, 340, 40)), "sampling_params": sampled},
+        {"input_ids": prompts(50, 60, 70, 80), "sampling_params": mixed},
+        {"input_ids": prompts(40, 50), "sampling_params": sampled, "return_logprob": True, "top_logprobs_num": 2},
+        {"input_ids": prompts(longest), "sampling_params": greedy},
+    ]
+
+
+def read(path: Path, vocabulary: int) -> Requests:
+    """A user's traffic: a request a line, as JSON, sent one after the other.
+
+    A request has a ``prompt``, or ``input_ids``, or ``input_len`` (so many random tokens); ``output_len``, and ``sampling_params``.
+
+    Raises:
+        SettingsError: the file cannot be read, or a line is no request.
+    """
+    rng = random.Random(0)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--traffic: {str(path)!r} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            asked = json.loads(line)
+        except ValueError as error:
+            raise SettingsError(f"{path}:{number}: not valid JSON: {error}") from None
+        if not isinstance(asked, dict) or not asked.keys() & {"prompt", "input_ids", "input_len"} or asked.keys() - _KEYS:
+            raise SettingsError(
+                f"{path}:{number}: expected an object with one of prompt, input_ids and input_len, and {', '.join(sorted(_KEYS))}"
+            )
+        sampling = {"ignore_eos": True, "max_new_tokens": asked.get("output_len", 16), **asked.get("sampling_params", {})}
+        if "prompt" in asked:
+            found.append({"prompt": [asked["prompt"]], "sampling_params": sampling})
+        else:
+            ids = asked.get("input_ids") or [rng.randrange(3, vocabulary) for _ in range(int(asked["input_len"]))]
+            found.append({"input_ids": [ids], "sampling_params": sampling})
+    if not found:
+        raise SettingsError(f"--traffic: {str(path)!r} has no request")
+    return found

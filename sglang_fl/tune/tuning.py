@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of ``sglang-fl tune``: noise, what is called, what is right, what is faster alone, served, and on fresh starts."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..check.constants import OK, SKIPPED
+from ..dispatch.ops import OPERATORS
+from . import traffic
+from .bench import NATIVE, Bench, Choice
+from .checking import Checker, is_crash
+from .confirm import Confirmed, confirm
+from .engine import CommandFailed, EngineFailed
+from .journal import Journal
+from .judge import (
+    CRASHED,
+    NOT_BEST,
+    NOT_CALLED,
+    NOT_MEASURED,
+    SLOWER_SERVED,
+    TIE,
+    UNAVAILABLE,
+    USED,
+    WRONG,
+    Candidate,
+    Timed,
+    judge_alone,
+    timed,
+)
+from .serve import Served, choice_of
+from .statistics import LOOKS, Speed, smallest_effect, speed
+from .timing import ROUNDS
+
+#: Of an operator's recorded calls, those that are tried at most.
+_MOST_CALLS = 16
+#: What is begun only if so much time is left, where none of its kind was measured yet, in seconds.
+SECONDS = {"start": 120.0, "pair": 30.0, "noise": 5.0, "check": 10.0, "time": 3.0, "record": 60.0, "about": 120.0}
+
+#: A step that takes longer says how far it is.
+_SAY_SECONDS = 20.0
+Say = Callable[[str], None]
+
+
+class BudgetOver(Exception):
+    """The time is used up. The message says before what."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked.
+
+    Attributes:
+        directory: for what is kept between a run and the one that resumes it.
+        deadline: of ``time.monotonic``; None: no limit.
+        traffic: the user's requests, or None.
+        only: the entries that are measured; None: all. Others keep what ``kept`` says.
+        kept: the choice of an earlier profile.
+    """
+
+    directory: Path
+    deadline: float | None = None
+    traffic: Path | None = None
+    only: frozenset[str] | None = None
+    kept: Choice = NATIVE
+
+
+@dataclass
+class Outcome:
+    """What came of it so far.
+
+    Attributes:
+        noise: case -> the smallest effect that this machine can show.
+        step_us: case -> native's time.
+        served: case -> the speed of what is used over native's, in one engine.
+        why_native: why nothing is used although something seemed faster; empty: it is not so.
+        incomplete: what the time did not suffice for; empty: nothing.
+    """
+
+    about: dict[str, Any] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+    step_us: dict[str, float] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
+    not_exercised: list[str] = field(default_factory=list)
+    used: Choice = NATIVE
+    served: dict[str, Speed] = field(default_factory=dict)
+    confirmed: Confirmed | None = None
+    why_native: str = ""
+    incomplete: str = ""
+
+
+class Tuning:
+    """One run.
+
+    Args:
+        write: writes the profile of an outcome to a file.
+        say: shows a line, with the time that is left.
+    """
+
+    def __init__(self, job: Job, bench: Bench, journal: Journal, say: Say, write: Callable[[Path, Outcome], None]):
+        self._job, self._bench, self._journal, self._say, self._write = job, bench, journal, say, write
+        self.outcome = Outcome()
+        #: kind -> measurements that are still to come, as far as is known.
+        self._to_come: dict[str, int] = {"start": 4, "pair": LOOKS[-1], "noise": LOOKS[-1]}
+        #: recorded call -> its number in the engine that recorded last, which was the so-manieth
+        self._numbers: dict[str, int] = {}
+        self._recorded_by = 0
+        self._said = time.monotonic()
+
+    def run(self) -> Outcome:
+        """All steps, as far as the time goes."""
+        try:
+            self.measure()
+            self.confirm()
+        except BudgetOver as over:
+            self.outcome.incomplete = str(over)
+        return self.outcome
+
+    def measure(self) -> None:
+        """All steps but the fresh starts, in one engine if none is lost. Raises BudgetOver."""
+        self._about()
+        self._measure_noise()
+        self._record()
+        self._check()
+        self._time()
+        self._serve()
+
+    def check_budget(self, kind: str) -> None:
+        """Raises BudgetOver if a measurement of a kind would not end in time; shows how far the run is now and then."""
+        self._to_come[kind] = max(0, self._to_come.get(kind, 0) - 1)
+        if time.monotonic() - self._said > _SAY_SECONDS:
+            self._show(f"{len(self._journal.seconds.get(kind, ()))} of kind {kind!r} so far")
+        deadline = self._job.deadline
+        if deadline is not None and time.monotonic() + self._typical(kind) > deadline:
+            raise BudgetOver(f"the time was used up before a {kind}")
+
+    def _show(self, text: str) -> None:
+        self._said = time.monotonic()
+        self._say(text)
+
+    def _typical(self, kind: str) -> float:
+        known = self._journal.seconds.get(kind)
+        return sum(known) / len(known) if known else SECONDS[kind]
+
+    def left(self) -> float:
+        """Seconds that the run will take from now on, about."""
+        return sum(count * self._typical(kind) for kind, count in self._to_come.items())
+
+    def _measured(self, kind: str, name: str, measure: Callable[[], Any]) -> Any:
+        if f"{kind}: {name}" not in self._journal:
+            self.check_budget(kind)
+        return self._journal.measured(kind, name, measure)
+
+    def _about(self) -> None:
+        self._show("starting the engine")
+        self.outcome.about = self._measured("about", "the engine", self._bench.about)
+        self._bench.know(self.outcome.about)
+
+    def _measure_noise(self) -> None:
+        """Native against native, as pairs of a candidate are measured."""
+        self._show("native against native")
+        pairs = []
+        for number in range(LOOKS[-1]):
+
+            def pair(number: int = number) -> list[dict[str, float]]:
+                self._bench.use(NATIVE)
+                if number == 0:
+                    self._bench.round(0)  # caches fill
+                return [self._bench.round(number), self._bench.round(number)]
+
+            pairs.append(self._measured("noise", str(number), pair))
+        for case in map(str, self._bench.cases):
+            one, two = ([pair[side][case] for pair in pairs] for side in (0, 1))
+            self.outcome.noise[case] = smallest_effect(speed(one, two))
+            self.outcome.step_us[case] = 1e6 * sorted(one + two)[len(one)]
+        shown = ", ".join(f"{100 * effect:.1f} % in {case}" for case, effect in self.outcome.noise.items())
+        self._show(f"the smallest effect that this machine can show: {shown}")
+
+    def _recording(self) -> dict[str, Any]:
+        """Serve the traffic and what is measured, recorded."""
+        bench, about = self._bench, self.outcome.about
+        bench.use(NATIVE)
+        longest = min(about["longest"] // 2, 4000) if not about["plain_cpu"] else min(about["longest"] // 2, 256)
+        requests = traffic.read(self._job.traffic, about["vocabulary"]) if self._job.traffic else traffic.mix(about["vocabulary"], longest)
+        bench.ask("record")
+        bench.send(requests)
+        bench.round(0)
+        directory = Path(tempfile.mkdtemp(prefix="calls-", dir=self._job.directory))
+        found: dict[str, Any] = bench.ask("recorded", directory=str(directory), labels=[str(case) for case in bench.cases])
+        self._recorded_by = bench.starts
+        self._numbers = {_name(row): row["number"] for row in [*found["layers"], *found["functions"]]}
+        return found
+
+    def _record(self) -> None:
+        self._show("recording which layers and ATen functions are called")
+        found = self._measured("record", "calls", self._recording)
+        about, cases = self.outcome.about, {str(case) for case in self._bench.cases}
+        layers: dict[str, list[dict[str, Any]]] = {}
+        for row in sorted(found["layers"], key=lambda row: (not cases & row["per_pass"].keys(), -row["bytes"])):
+            layers.setdefault(row["op"], []).append(row)
+        for op, implementations in about["implementations"].items():
+            for row in implementations:
+                candidate = Candidate(op, row["impl"], row["package"], layers.get(op, [])[:_MOST_CALLS])
+                if row["why_not"]:
+                    candidate.settle(UNAVAILABLE, row["why_not"])
+                elif not candidate.calls:
+                    candidate.settle(NOT_CALLED, "no call of the traffic reaches the operator")
+                self.outcome.candidates.append(candidate)
+        functions: dict[str, list[dict[str, Any]]] = {}
+        for row in found["functions"]:
+            if row["function"] is not None and (about["scope"] == "everywhere" or self._in_graph(row)):
+                functions.setdefault(row["function"], []).append(row)
+        off = os.environ.get("USE_FLAGGEMS", "").strip() == "0"
+        self.outcome.candidates += [Candidate(name, None, "flag_gems", rows) for name, rows in functions.items() if not off]
+        self.outcome.not_exercised = sorted({*OPERATORS, *about["implementations"]} - layers.keys())
+        if self._job.only is not None:
+            self.outcome.candidates = [candidate for candidate in self.outcome.candidates if candidate.name in self._job.only]
+
+    def _in_graph(self, row: Mapping[str, Any]) -> bool:
+        """Whether a call is made in a graph that SGLang replays."""
+        graphs = self.outcome.about["graphs"]
+        return any(graphs[label.partition("/")[0]] for label in row["per_pass"] if not label.endswith(" outside"))
+
+    @property
+    def _open(self) -> list[Candidate]:
+        """The candidates that nothing speaks against so far."""
+        return [candidate for candidate in self.outcome.candidates if candidate.status == NOT_MEASURED]
+
+    def _check(self) -> None:
+        """Each candidate on the recorded calls, in a process that may die."""
+        rows = [(candidate, call) for candidate in self._open for call in candidate.calls]
+        self._to_come["check"] = len(rows)
+        self._show(f"checking {len(self._open)} candidates on recorded calls")
+        with Checker([_case(candidate, call) for candidate, call in rows], self._job.directory / "cases.json") as checker:
+            for number, (candidate, call) in enumerate(rows):
+                if candidate.status != NOT_MEASURED:
+                    continue
+                found = self._measured("check", f"{candidate.key}: {_name(call)}", partial(checker.run, number))
+                if is_crash(found["status"]):
+                    candidate.settle(CRASHED, f"{found['message']} ({call['call']})")
+                elif found["status"] not in (OK, SKIPPED):
+                    candidate.settle(WRONG, f"{found['message']} ({call['call']})")
+                elif found["status"] == SKIPPED and found["message"]:
+                    candidate.calls = [other for other in candidate.calls if other is not call]
+                if not candidate.calls:
+                    candidate.settle(TIE, f"nothing shows that it is right: {found['message']}")
+
+    def _time(self) -> None:
+        """Each candidate alone: the device in a replayed graph, and the host."""
+        rows = [(candidate, call) for candidate in self._open for call in candidate.calls]
+        self._to_come["time"] = len(rows)
+        self._show(f"timing {len(self._open)} candidates that are right")
+        cases = [str(case) for case in self._bench.cases]
+        for candidate in self._open:
+            times: list[Timed] = []
+            for call in candidate.calls:
+                found = self._measured("time", f"{candidate.key}: {_name(call)}", partial(self._timing, candidate, call))
+                if "crashed" in found:
+                    candidate.settle(CRASHED, f"{found['crashed']} ({call['call']})")
+                    break
+                row = found.get("error") or timed(call, found["own"], found["theirs"], self._in_graph(call))
+                if isinstance(row, str):
+                    candidate.settle(WRONG, f"{row} ({call['call']})")
+                    break
+                times.append(row)
+            if times and candidate.status == NOT_MEASURED:
+                judge_alone(candidate, times, cases)
+
+    def _timing(self, candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Of one call in the running engine; one that has not recorded it does so first."""
+        try:
+            if not self._bench.is_up or self._recorded_by != self._bench.starts:
+                self._recording()
+            number = self._numbers[_name(call)]
+            if candidate.impl is None:
+                return dict(self._bench.ask("time_function", number=number, rounds=ROUNDS))
+            return dict(self._bench.ask("time_layer", number=number, impl=candidate.impl, rounds=ROUNDS))
+        except CommandFailed as error:
+            return {"error": str(error).splitlines()[0]}
+        except EngineFailed as error:
+            return {"crashed": str(error).splitlines()[0]}
+
+    def _serve(self) -> None:
+        """Choices in the running engine; an operator's next best, where its best is slower when it is served."""
+        served = Served(self._bench, self._journal, self.outcome.noise, self.outcome.step_us, self.check_budget)
+        queues: dict[str, list[Candidate]] = {}
+        for candidate in sorted(self._open, key=lambda candidate: -candidate.gain):
+            queues.setdefault(candidate.name, []).append(candidate)
+        self._show(f"serving with {sum(map(len, queues.values()))} candidates that are faster alone")
+        accepted: list[Candidate] = []
+        while front := [queue.pop(0) for name, queue in queues.items() if queue and name not in {other.name for other in accepted}]:
+            accepted = served.settle([*accepted, *front])
+        for candidate in (candidate for queue in queues.values() for candidate in queue):
+            best = next(other for other in accepted if other.name == candidate.name)
+            candidate.settle(NOT_BEST, f"{candidate.reason}; {best.impl} saves more")
+        kept = {op: impl for op, impl in self._job.kept.impls if op not in {candidate.name for candidate in self.outcome.candidates}}
+        names = {candidate.name for candidate in self.outcome.candidates}
+        chosen = choice_of(accepted)
+        self.outcome.used = Choice.of(
+            {**kept, **dict(chosen.impls)}, [*chosen.functions, *(name for name in self._job.kept.functions if name not in names)]
+        )
+        if self.outcome.used != NATIVE:
+            self.outcome.served = served.measure(self.outcome.used)
+
+    def confirm(self) -> None:
+        """The profile on fresh starts; where it is below native, SGLang's own everywhere."""
+        outcome = self.outcome
+        if outcome.used == NATIVE:
+            outcome.why_native = "nothing was right, faster alone and not slower served"
+            return
+        self._show("fresh starts: native, tuned, tuned, native")
+        profile = self._job.directory / "candidate.yaml"
+        self._write(profile, outcome)
+        outcome.confirmed = confirm(self._bench, self._journal, profile, outcome.noise, self.check_budget)
+        slower = outcome.confirmed.slower()
+        if slower:
+            shown = ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in slower.items())
+            outcome.why_native = f"on fresh starts it had {shown}"
+            for candidate in outcome.candidates:
+                if candidate.status == USED:
+                    candidate.settle(SLOWER_SERVED, f"{candidate.reason}; but {outcome.why_native}")
+            outcome.used = NATIVE
+
+
+def _case(candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checking process is told."""
+    if candidate.impl is None:
+        return {"kind": "function", "function": candidate.name, "key": call["key"], "args": call["args"], "kwargs": call["kwargs"]}
+    return {
+        "kind": "layer",
+        "op": candidate.name,
+        "impl": candidate.impl,
+        "name": call["call"],
+        "file": call["file"],
+        "dtype": call["dtype"],
+    }
+
+
+def _name(call: Mapping[str, Any]) -> str:
+    return f"{call.get('class') or call['key']} {call['call']}"

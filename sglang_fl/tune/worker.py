@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process in which candidates are checked on recorded calls: ``python -m sglang_fl.tune.worker FD FILE``, a ``check.process.Process``.
+
+It answers as ``check.worker`` does.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..aten.operators import available_functions
+from ..check.check_case import check_case
+from ..check.constants import COMPILING, FAILED, OK, RUNNING, SKIPPED
+from ..check.implementation import Implementation
+from ..check.worker import end_with_parent
+from ..config import load_settings
+from ..device import detect
+from ..dispatch.manager import get_default_manager
+from .aten_case import Case as FunctionCase
+from .aten_case import check as check_function
+from .recorded import cases_of_check, cases_of_recorded
+from .timing import first_error
+
+
+class Worker:
+    """The cases of a file: each a mapping with ``kind``, ``op`` and ``impl`` and ``file``, or ``function`` and a recorded ATen call."""
+
+    def __init__(self, file: str, send: Callable[[Mapping[str, Any]], None]):
+        self._cases, self._send = json.loads(Path(file).read_text(encoding="utf-8")), send
+        found = detect()
+        self._device = torch.device(found.device_type)
+        get_default_manager().ensure_initialized()
+        self._functions: dict[str, list[tuple[str, Any]]] = {}
+        self._dispatch_key = ""
+        if any(case["kind"] == "function" for case in self._cases):
+            rows, self._dispatch_key = available_functions(load_settings(device=found))
+            for key, fn in rows:
+                self._functions.setdefault(fn.__name__, []).append((key, fn))
+
+    def run(self, number: int) -> dict[str, Any]:
+        """``status``, and ``message`` if it is not ok."""
+        case = self._cases[number]
+        return self._layer(case) if case["kind"] == "layer" else self._function(case)
+
+    def _layer(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        implementation = get_default_manager().registry.get_implementation(case["op"], case["impl"])
+        if implementation is None:
+            return {"status": FAILED, "message": "it is not registered in the checking process"}
+        enter = Implementation(
+            case["op"],
+            implementation.function,
+            None,
+            self._device,
+            writes_inputs=implementation.writes_inputs,
+            enter=lambda phase: self._send({"phase": phase}),
+        )
+        if case["file"] is None:
+            checks = list(cases_of_check(case["op"], getattr(torch, case["dtype"]), self._device))
+        else:
+            checks = list(cases_of_recorded(Path(case["file"]).read_bytes(), case["name"], self._device))
+        if not checks:
+            return {"status": SKIPPED, "message": "sglang-fl check has no exact results for this operator"}
+        for number, check in enumerate(checks):
+            outcome = check_case(enter, check, number)
+            if outcome.status not in (OK, SKIPPED):
+                return {"status": outcome.status, "message": f"{check.check}: {outcome.message}"}
+        return {"status": OK, "message": ""}
+
+    def _function(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        self._send({"phase": COMPILING})
+        made = FunctionCase(case["key"], case["args"], case["kwargs"], self._functions[case["function"]], self._dispatch_key)
+        try:
+            with torch.inference_mode():
+                found = check_function(made, self._device)
+        except Exception as error:  # a case that fails is a result
+            found = {"error": first_error(error)}
+        finally:
+            self._send({"phase": RUNNING})
+        if found.get("error"):
+            return {"status": SKIPPED, "message": found["error"]}
+        if found["right"] is None:
+            return {"status": FAILED, "message": f"it cannot be shown to be right: {found['why']}"}
+        why = found["why"] if found["right"] is False else found.get("graph_why") if found.get("graph_safe") is False else None
+        return {"status": OK if why is None else FAILED, "message": why or ""}
+
+
+def main(results_fd: int, file: str) -> None:
+    end_with_parent()
+    os.set_inheritable(results_fd, False)
+    with os.fdopen(results_fd, "w", encoding="utf-8") as out:
+
+        def send(message: Mapping[str, Any]) -> None:
+            print(json.dumps(message), file=out, flush=True)
+
+        worker = Worker(file, send)
+        send({"ready": True})
+        for number in sys.stdin:
+            send(worker.run(int(number)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates on recorded calls, in the process that may die."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import planted_choices
+import pytest
+import torch
+
+from sglang_fl.check import graphs
+from sglang_fl.check.cases import Case
+from sglang_fl.check.check_case import check_case
+from sglang_fl.check.constants import FAILED, GRAPH, OK
+from sglang_fl.check.implementation import Implementation
+from sglang_fl.tune import recorded
+from sglang_fl.tune.checking import Checker, is_crash
+from sglang_fl.tune.layer_calls import RecordedCall, TensorSpec
+
+CPU = torch.device("cpu")
+
+
+class Activation(torch.nn.Module):
+    """As SGLang's: without weights, with more about it than can be written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.approximate, self.unpicklable = "none", lambda: None
+
+
+def recorded_call(op: str, obj: Any, *arguments: torch.Tensor) -> bytes:
+    specs = tuple(TensorSpec.of(x) for x in arguments)
+    socket: Any = SimpleNamespace(op=op, dtype=torch.float32)
+    return RecordedCall(socket, obj, obj, specs, {}, specs).pickled()
+
+
+def cases(data: bytes) -> list[Case]:
+    return list(recorded.cases_of_recorded(data, "x", CPU))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    """What the process says of each planted candidate, in this order."""
+    directory = tmp_path_factory.mktemp("checking")
+    file = directory / "silu.call"
+    file.write_bytes(recorded_call("silu_and_mul", Activation(), torch.randn(6, 128)[::2]))
+    layer = {"kind": "layer", "op": "silu_and_mul", "name": "3x128", "file": str(file), "dtype": "float32"}
+    rows = [layer | {"impl": f"vendor.{name}"} for name in planted_choices.KINDS]
+    x = {"shape": [4, 8], "stride": [8, 1], "dtype": "float32", "device": "cpu"}
+    rows += [{"kind": "function", "function": "silu", "key": "silu", "args": [x], "kwargs": {}}]
+    rows += [{"kind": "function", "function": "mul", "key": "mul.Tensor", "args": [x, x], "kwargs": {}}]
+    with pytest.MonkeyPatch.context() as patch:
+        tests = str(Path(planted_choices.__file__).parent)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH")))))
+        patch.setenv("SGLANG_FL_PLUGIN_MODULES", "planted_choices")
+        with Checker(rows, directory / "cases.json") as checker:
+            yield {row.get("impl", row.get("function")): checker.run(number) for number, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize("kind", ["right_and_faster", "right_and_slower", "a_tie", "slower_served"])
+def test_what_is_right_passes_however_fast_it_is(found: dict[str, dict[str, Any]], kind: str) -> None:
+    assert found[f"vendor.{kind}"] == {"status": OK, "message": ""}
+
+
+def test_what_is_wrong_fails_and_says_by_how_much(found: dict[str, dict[str, Any]]) -> None:
+    wrong, unsteady = found["vendor.faster_and_wrong"], found["vendor.not_deterministic"]
+    assert wrong["status"] == FAILED and "out of bounds" in wrong["message"]
+    assert unsteady["status"] == FAILED and "not deterministic" in unsteady["message"]
+
+
+def test_what_ends_the_process_is_named_and_the_others_are_checked(found: dict[str, dict[str, Any]]) -> None:
+    assert is_crash(found["vendor.crashing"]["status"]) and "SIGSEGV" in found["vendor.crashing"]["message"]
+    assert found["silu"]["status"] == FAILED and "is off by" in found["silu"]["message"]
+    assert found["mul"] == {"status": OK, "message": ""}
+
+
+def test_a_norms_weights_and_constants_are_those_of_the_model() -> None:
+    layer = torch.nn.Module()
+    layer.weight, layer.variance_epsilon = torch.nn.Parameter(torch.linspace(1, 2, 8)), 1e-3
+    (first, *_) = cases(recorded_call("rms_norm", layer, torch.randn(4, 8), torch.randn(4, 8)))
+    call = first.draw(1, CPU)
+    assert call.layer.variance_epsilon == 1e-3 and call.may_write == {"x", "residual"}
+    assert sorted(call.layer.weight.tolist()) == layer.weight.tolist() and call.inputs["residual"].shape == (4, 8)
+
+
+def test_what_cannot_be_captured_fails_where_there_are_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that captures: while it does, no number can be read."""
+
+    class Graph:
+        """No capture gets so far that there is something to replay."""
+
+    def item(x: torch.Tensor) -> float:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    class Capture:
+        def __init__(self, graph: Graph):
+            self._patch = pytest.MonkeyPatch()
+
+        def __enter__(self) -> None:
+            self._patch.setattr(torch.Tensor, "__float__", item)
+
+        def __exit__(self, *error: object) -> None:
+            self._patch.undo()
+
+    for module in (recorded, graphs):
+        monkeypatch.setattr(module, "graphs_of", lambda device: (Graph, Capture))
+    implementation = Implementation("silu_and_mul", planted_choices.capture_unsafe, None, CPU)
+    (case,) = (case for case in cases(recorded_call("silu_and_mul", Activation(), torch.randn(3, 128))) if case.check == GRAPH)
+    outcome = check_case(implementation, case, 0)
+    assert outcome.status == FAILED and "cannot be captured: RuntimeError: operation not permitted" in outcome.message

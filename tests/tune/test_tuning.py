@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows from measurements: statistics, the journal, groups that are served, the profile. Times are numbers here, no clock's."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_fl.config import SettingsError, load_settings
+from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.fingerprint.measured import changes, measured_in, warn_of_changes
+from sglang_fl.tune import profile
+from sglang_fl.tune.bench import NATIVE, Choice
+from sglang_fl.tune.confirm import Confirmed
+from sglang_fl.tune.engine import EngineFailed
+from sglang_fl.tune.journal import Journal
+from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, USED, WRONG, Candidate, judge_alone, timed
+from sglang_fl.tune.page import as_html
+from sglang_fl.tune.serve import Served, choice_of
+from sglang_fl.tune.served import cases
+from sglang_fl.tune.statistics import LOOKS, Speed, is_decided, smallest_effect, speed
+from sglang_fl.tune.tuning import Outcome
+from sglang_fl.utils.packages import source_hash
+
+NOISE = {"prefill/1": 0.02, "decode/1": 0.02}
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    """Of times with a heavy tail, as a busy machine has them: looked at three times, wrong in 5 % at most."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(2000):
+        one, two = (1 + rng.standard_t(2, LOOKS[-1]) * 0.02 for _ in range(2))
+        found = [speed(one[:look].tolist(), two[:look].tolist()) for look in LOOKS]
+        missed += any(not each.low <= 1 <= each.high for each in found)
+    assert missed <= 2000 * 0.06
+
+
+def test_few_pairs_say_nothing_and_times_that_are_none_are_left_out() -> None:
+    assert speed([2.0] * 6, [1.0] * 6).low == 0.0
+    assert speed([2.0] * 8 + [1.0], [1.0] * 8 + [-1.0]) == Speed(2.0, 2.0, 2.0, 8)
+
+
+def test_what_is_smaller_than_the_machine_can_show_is_not_claimed() -> None:
+    noise = smallest_effect(Speed(1.0, 0.95, 1.03, 18))
+    assert noise == pytest.approx(0.05)
+    assert not Speed(0.96, 0.94, 0.98, 18).is_slower(noise) and Speed(0.94, 0.93, 0.99, 18).is_slower(noise)
+    assert smallest_effect(Speed(1.0, 1.0, 1.0, 18)) == 0.01
+
+
+def test_more_pairs_are_taken_until_the_interval_decides() -> None:
+    assert is_decided({"a": Speed(1.2, 1.1, 1.3, 8)}, {"a": 0.05}) and is_decided({"a": Speed(1.0, 0.98, 1.02, 8)}, {"a": 0.05})
+    assert not is_decided({"a": Speed(1.03, 0.9, 1.2, 8)}, {"a": 0.05})
+
+
+HEAD = {"model": "a"}
+
+
+class TestJournal:
+    def test_what_was_measured_is_not_measured_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal.jsonl"
+        journal = Journal(path, HEAD, resume=False)
+        assert journal.measured("pair", "x", lambda: 1) == 1
+        with pytest.raises(SettingsError, match="in use by another run"):
+            Journal(path, HEAD, resume=True)
+        journal.close()
+        with pytest.raises(SettingsError, match="--resume"):
+            Journal(path, HEAD, resume=False)
+        with pytest.raises(SettingsError, match="model was a and is b"):
+            Journal(path, {"model": "b"}, resume=True)
+        again = Journal(path, HEAD, resume=True)
+        assert again.measured("pair", "x", lambda: 2) == 1 and again.measured("pair", "y", lambda: 2) == 2
+        again.close()
+
+    def test_a_run_that_is_killed_loses_one_measurement_at_most(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal.jsonl"
+        process = multiprocessing.get_context("fork").Process(target=_killed_in_a_measurement, args=(path, HEAD))
+        process.start()
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        path.write_bytes(path.read_bytes() + b'{"kind": "pair", "key": "pair: c", "va')  # a line that was being written
+        journal = Journal(path, HEAD, resume=True)
+        assert [journal.measured("pair", name, lambda: "anew") for name in "abc"] == ["a", "b", "anew"]
+        journal.close()
+        assert [json.loads(line)["value"] for line in path.read_text().splitlines()[1:]] == ["a", "b", "anew"]
+
+
+def _killed_in_a_measurement(path: Path, head: Mapping[str, Any]) -> None:
+    journal = Journal(path, head, resume=False)
+    for name in "ab":
+        journal.measured("pair", name, lambda name=name: name)
+    journal.measured("pair", "c", lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def row(ratio: float, spread: float = 0.01, per_pass: float = 10.0) -> Any:
+    call = {"call": "1x64", "per_pass": {"decode/1": per_pass}}
+    own = {"us": 100.0, "host_us": None, "error": None}
+    return timed(call, own, {"us": 100 * ratio, "ratio": (ratio, ratio - spread, ratio + spread), "error": None}, in_graph=False)
+
+
+class TestAlone:
+    def judged(self, *rows: Any) -> Candidate:
+        candidate = Candidate("silu_and_mul", "vendor.a", "a")
+        judge_alone(candidate, rows, ["decode/1"])
+        return candidate
+
+    def test_what_is_faster_goes_on_with_what_it_saves(self) -> None:
+        found = self.judged(row(0.5), row(0.7, per_pass=0))
+        assert found.status == "not measured" and found.gains == {"decode/1": pytest.approx(500)}
+
+    def test_slower_at_one_call_is_slower(self) -> None:
+        found = self.judged(row(0.5), row(0.5), row(1.1))
+        assert found.status == SLOWER and "1.1 times the own one's time (1x64)" in found.reason
+
+    @pytest.mark.parametrize("rows", [[row(1.0)], [row(0.99)], [row(0.95, spread=0.2)]])
+    def test_ties_stay_with_sglang(self, rows: list[Any]) -> None:
+        assert self.judged(*rows).status == TIE
+
+    def test_what_no_graph_holds_is_judged_by_the_host(self) -> None:
+        own, theirs = (
+            {"us": 1.0, "host_us": 10.0, "error": None},
+            {"us": 0.5, "ratio": (0.5, 0.5, 0.5), "host_ratio": (3.0, 3.0, 3.0), "error": None},
+        )
+        assert timed({}, own, theirs, in_graph=True).ratio[0] == 0.5  # type: ignore[union-attr]
+        assert timed({}, own, theirs, in_graph=False).ratio[0] == 3.0  # type: ignore[union-attr]
+        assert timed({}, own, {**theirs, "error": "no"}, in_graph=True) == "its own: no"
+
+
+class PlantedBench:
+    """An engine whose times are what its choice makes them: each candidate saves, or costs, its part of a step.
+
+    Args:
+        saves: candidate -> part of a step.
+        ends_with: the engine ends when it goes by one of these.
+        refuses: those that cannot be put in force.
+    """
+
+    def __init__(self, saves: Mapping[str, float], ends_with: frozenset[str] = frozenset(), refuses: frozenset[str] = frozenset()):
+        self.cases = cases([1])
+        self._saves, self._ends_with, self._refuses = saves, ends_with, refuses
+        self._rng, self._in_force = np.random.default_rng(0), NATIVE
+        self.used: list[Choice] = []
+
+    def use(self, choice: Choice) -> dict[str, str]:
+        names = {*dict(choice.impls), *choice.functions}
+        if names & self._ends_with:
+            raise EngineFailed("engine: it ended")
+        self._in_force = choice
+        self.used.append(choice)
+        return dict.fromkeys(names & self._refuses, "failed its trial")
+
+    def round(self, number: int) -> dict[str, float]:
+        names = [*dict(self._in_force.impls), *self._in_force.functions]
+        seconds = 1.0 - sum(self._saves[name] for name in names)
+        return {str(case): seconds * (1 + 0.002 * self._rng.standard_normal()) for case in self.cases}
+
+
+def settle(tmp_path: Path, bench: PlantedBench, promised: Mapping[str, float]) -> tuple[dict[str, Candidate], list[str]]:
+    """What becomes of candidates that promise, by themselves, to save so much of a step."""
+    journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
+    served = Served(bench, journal, NOISE, dict.fromkeys(NOISE, 1e6), lambda kind: None)  # type: ignore[arg-type]
+    found = {name: Candidate(name, "vendor.a", "a", gains=dict.fromkeys(NOISE, 1e6 * part)) for name, part in promised.items()}
+    used = served.settle(list(found.values()))
+    journal.close()
+    return found, [candidate.name for candidate in used]
+
+
+class TestServed:
+    def test_a_group_that_keeps_its_promise_is_measured_once(self, tmp_path: Path) -> None:
+        bench = PlantedBench({"a": 0.1, "b": 0.1})
+        found, used = settle(tmp_path, bench, {"a": 0.1, "b": 0.1})
+        assert used == ["a", "b"] and {*bench.used} == {NATIVE, choice_of(list(found.values()))}
+        assert all(
+            candidate.status == USED and candidate.served["decode/1"][0] == pytest.approx(1.25, rel=0.01) for candidate in found.values()
+        )
+
+    def test_the_one_that_is_slower_served_is_found(self, tmp_path: Path) -> None:
+        saves = {"a": 0.1, "b": -0.2, "c": 0.1, "d": 0.05}
+        found, used = settle(tmp_path, PlantedBench(saves), {"a": 0.1, "b": 0.1, "c": 0.1, "d": 0.05})
+        assert used == ["a", "c", "d"] and found["b"].status == SLOWER_SERVED and "of native's speed in" in found["b"].reason
+
+    def test_one_that_takes_back_what_others_gain_is_found(self, tmp_path: Path) -> None:
+        """The group as a whole is faster, but much less than its members promise."""
+        found, used = settle(tmp_path, PlantedBench({"a": 0.3, "b": -0.15}), {"a": 0.3, "b": 0.2})
+        assert used == ["a"] and found["b"].status == SLOWER_SERVED
+
+    def test_one_that_ends_the_engine_or_cannot_be_put_in_force_costs_itself(self, tmp_path: Path) -> None:
+        bench = PlantedBench({"a": 0.1, "b": 0.1, "c": 0.1}, frozenset("b"), frozenset("c"))
+        found, used = settle(tmp_path, bench, {"a": 0.1, "b": 0.1, "c": 0.1})
+        assert used == ["a"] and found["b"].status == CRASHED
+        assert found["c"].status == WRONG and "failed its trial" in found["c"].reason
+
+
+def outcome(**more: Any) -> Outcome:
+    used = Candidate("silu_and_mul", "vendor.a", "json", status=USED, reason="0.5 times", ratio=(0.4, 0.5, 0.6))
+    used.gains = {"decode/1": 12.0}
+    wrong = Candidate("silu", None, "email", status=WRONG, reason="it is off by 1")
+    conditions = {
+        "chip": "cpu",
+        "driver": "none",
+        "versions": {"torch": "1", "triton": "1", "sglang": "1"},
+        "model": "M hidden_size=8",
+        "tp": 1,
+    }
+    about = {"conditions": conditions, "implementations": {"silu_and_mul": [], "rms_norm": []}, "scope": "everywhere", "plain_cpu": True}
+    given: dict[str, Any] = {
+        "noise": {"decode/1": 0.02},
+        "step_us": {"decode/1": 100.0},
+        "candidates": [used, wrong],
+        "not_exercised": ["rms_norm"],
+        "used": Choice.of({"silu_and_mul": "vendor.a"}, []),
+        "served": {"decode/1": Speed(1.2, 1.1, 1.3, 8)},
+        "confirmed": Confirmed({"decode/1": 1.19}, {"decode/1": 0.03}),
+    }
+    return Outcome(about=about, **(given | more))
+
+
+class TestProfile:
+    def test_it_is_a_users_file_with_the_figures_as_data(self, tmp_path: Path) -> None:
+        path = tmp_path / "profile.yaml"
+        profile.write(path, outcome(), {})
+        settings = load_settings({"SGLANG_FL_CONFIG": str(path)})
+        orders = dict(settings.op_backends)
+        assert orders.pop("silu_and_mul") == ("impl:vendor.a", "sglang")
+        assert orders.keys() == set(OPERATORS) - {"silu_and_mul"} and {*orders.values()} == {("sglang",)}
+        assert settings.flagos_functions == () and settings.flagos_broken == ("silu",)
+        entry = (measured_in(path) or {})["entries"]["silu_and_mul"]
+        assert entry["impl"] == "vendor.a" and entry["candidates"]["vendor.a"]["reason"] == "0.5 times"
+        assert profile.choice_in(path)[0] == Choice.of({"silu_and_mul": "vendor.a"}, [])
+
+    def test_keys_of_profiles_need_what_was_measured(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.yaml"
+        path.write_text("flagos_faster: [add]\n")
+        with pytest.raises(SettingsError, match="is a key of profiles"):
+            load_settings({"SGLANG_FL_CONFIG": str(path)})
+        path.write_text("measured: yes\n")
+        with pytest.raises(SettingsError, match=r"mine.yaml:1: measured: expected a mapping"):
+            load_settings({"SGLANG_FL_CONFIG": str(path)})
+        with pytest.raises(SettingsError, match="was not written by sglang-fl tune"):
+            profile.choice_in(path)
+
+    def test_other_versions_are_named_with_the_entries_that_they_touch(self, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+        path = tmp_path / "profile.yaml"
+        profile.write(path, outcome(), {})
+        measured = dict(measured_in(path) or {})
+        now = outcome().about["conditions"]
+        assert changes(measured, now) == []
+        (found,) = changes(measured, {**now, "chip": "H100"})
+        assert str(found) == "chip was cpu and is H100: silu_and_mul, silu"
+        measured["with"]["sources"]["json"] = "before"
+        (found,) = changes(measured, now)
+        assert found.entries == ("silu_and_mul",) and found.now == source_hash("json")
+        monkeypatch.setenv("SGLANG_FL_CONFIG", str(path))
+        warn_of_changes(load_settings(), lambda: {**now, "tp": 2})
+        assert len(caplog.records) == 1 and "tp was 1 and is 2: silu_and_mul, silu" in caplog.text
+
+    def test_entries_that_were_not_measured_again_are_kept(self, tmp_path: Path) -> None:
+        path = tmp_path / "profile.yaml"
+        profile.write(path, outcome(), {"topk": {"impl": "sglang", "packages": ["json"], "candidates": {}}})
+        assert set((measured_in(path) or {})["entries"]) == {"topk", "silu_and_mul", "silu"}
+
+    def test_the_page_shows_what_is_used_and_why_the_rest_is_not(self) -> None:
+        page = as_html(outcome())
+        assert "1 used instead of SGLang's own" in page.replace("&#39;", "'") and "it is off by 1" in page and "<svg" in page
+        assert "http" not in page.replace("http-equiv", "")
+        native = as_html(outcome(used=NATIVE, why_native="on fresh starts it had 0.9 of native's speed", served={}, confirmed=None))
+        assert "SGLang's own everywhere" in native.replace("&#39;", "'") and "on fresh starts" in native
+
+
+def test_a_profile_that_is_slower_on_fresh_starts_is_none() -> None:
+    assert Confirmed({"decode/1": 0.9, "prefill/1": 0.99}, {"decode/1": 0.05, "prefill/1": 0.05}).slower() == {"decode/1": 0.9}
