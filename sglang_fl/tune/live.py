@@ -54,9 +54,9 @@ def register_builtins(registry: OpRegistry) -> None:
 
 def run(scheduler: Any, command: str, answer: str) -> None:
     """Run a command on this rank; the first one writes what it returns to the file ``answer``, as JSON."""
-    live: Live | None = getattr(scheduler, "_sglang_fl_live", None)
+    live: Live | None = getattr(scheduler, "sglang_fl_live", None)
     if live is None:
-        live = scheduler._sglang_fl_live = Live(scheduler)
+        live = scheduler.sglang_fl_live = Live(scheduler)
     asked = json.loads(command)
     found = getattr(live, asked.pop("do"))(**asked)
     if live.rank == 0:
