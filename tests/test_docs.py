@@ -194,6 +194,13 @@ def test_examples_of_docstrings(public: type) -> None:
     assert results.attempted and not results.failed, report.getvalue()
 
 
+def test_every_room_is_listed() -> None:
+    section = text_of(CHECKOUT / "docs/how-it-works.md").partition("## Which room holds what")[2]
+    cells = re.findall(r"^\|([^|]*)\|", section, re.MULTILINE)
+    listed = {room for cell in cells for room in re.findall(r"`(\w+)/`", cell)}
+    assert listed == {folder.parent.name for folder in (CHECKOUT / "sglang_fl").glob("*/__init__.py")}
+
+
 def test_classes_that_stay_are_listed() -> None:
     text = text_of(CHECKOUT / "docs/support.md")
     paragraph = text.partition("always stay with SGLang: ")[2].partition("\n\n")[0]
