@@ -86,11 +86,12 @@ class OpRow:
 
 
 def operator_rows(manager: OpManager, settings: Settings, device: Device) -> list[OpRow]:
-    """A row for each operator, under these settings and on this device."""
+    """A row for each operator, and for each kernel of SGLang's that something else can run, under these settings and on this device."""
     manager.use(settings, device)
     policy = SelectionPolicy.from_settings(settings)
-    operators = manager.registry.list_operators()
-    checked = certificates(device.vendor, (impl for op in operators for impl in manager.registry.get_implementations(op)))
+    impls = {op: manager.registry.get_implementations(op) for op in manager.registry.list_operators()}
+    operators = [op for op in impls if not is_kernel(op) or any(impl.is_available(settings, device) for impl in impls[op])]
+    checked = certificates(device.vendor, (impl for op in operators for impl in impls[op]))
     return [_row(manager, settings, device, policy, op, checked) for op in operators]
 
 
@@ -221,6 +222,7 @@ def _table(title: str, *columns: str) -> Table:
 def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
     """One line an operator. Above: the orders. Below: what stays with SGLang, what is not available, and a count of kernels."""
     kernels = Counter(row.selected.get("impl", row.picked) for row in rows if is_kernel(row.op))
+    replaced = [row for row in rows if is_kernel(row.op) and row.selected.get("vendor")]
     rows = [row for row in rows if not is_kernel(row.op)]
     orders: dict[str, list[str]] = {}
     for row in rows:
@@ -238,6 +240,8 @@ def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
     for why, names in _by_reason([row.missed for row in rows]).items():
         ops = [row.op for row in rows if not row.missed.keys().isdisjoint(names)]
         console.print(f"Not available: {', '.join(names)} for {', '.join(ops)}: {why}")
+    for row in replaced:
+        console.print(f"{row.op} → {row.selected['impl']}", soft_wrap=True)
     if kernels:
         counts = ", ".join(f"{count} on {where}" for where, count in kernels.most_common())
         console.print(f"SGLang's own kernels: {counts}; 'sglang-fl ops --all' lists them")

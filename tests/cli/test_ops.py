@@ -199,6 +199,8 @@ def test_a_kernel_of_sglangs_that_a_package_replaces(
     packages.install(code, {ENTRY_POINT_GROUP: "{module}:PLATFORM"})
     monkeypatch.setattr("sglang_fl.cli.ops.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
     assert ops()[kernel]["picked"] == "vendor(vendor.fastchip)"
+    assert main(["ops"]) == 0
+    assert f"{kernel} → vendor.fastchip" in capsys.readouterr().out
     assert ops(SGLANG_FL_PER_OP=f"{kernel}=sglang")[kernel]["picked"] == "sglang"
     assert ops(SGLANG_FL_OOT_BLACKLIST="get_last_loc_triton")[kernel]["picked"] == "sglang (oot_blacklist)"
     monkeypatch.setenv("SGLANG_FL_PER_OP", f"{kernel}s=sglang")

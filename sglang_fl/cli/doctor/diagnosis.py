@@ -9,6 +9,7 @@ from typing import Any
 from ...config import Settings, SettingsError
 from ...device import Device, describe_platforms, detect, known_vendors, probe
 from ...dispatch.backends.flaggems.library import why_not_here
+from ...dispatch.kernel_implementations import is_kernel
 from ...dispatch.manager import OpManager
 from ...distributed.device_communicators.flagcx_files import find_library, header_of
 from ...fingerprint import versions
@@ -114,7 +115,7 @@ def _layer_states(settings: Settings, device: Device, environ: Mapping[str, str]
     """A row with ``layer``, ``state``, ``why`` and ``checked`` for Layer 1, each operator of Layer 2, and Layer 3."""
     rows = [
         ("1 ATen operators", *_aten(settings, device), ""),
-        *((f"2 {row.op}", row.summary(), f"{row.order} ({row.order_from})", row.certificate) for row in operators),
+        *((f"2 {row.op}", row.summary(), f"{row.order} ({row.order_from})", row.certificate) for row in operators if not is_kernel(row.op)),
         ("3 collectives", *_collectives(settings, device, environ), ""),
     ]
     return [dict(zip(("layer", "state", "why", "checked"), row, strict=True)) for row in rows]
