@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import planted_gems
 import torch
 
@@ -42,9 +43,19 @@ def plant(run: Any, name: str) -> None:
     _one_layer = run.model.get_submodule("model.layers.1.post_attention_layernorm")
 
 
+def _rounded_otherwise(x: torch.Tensor) -> torch.Tensor:
+    """With the fault ``rounds otherwise 3``: a right result as another kernel would round it, by the seed 3."""
+    if not fault.startswith("rounds otherwise"):
+        return x
+    seed = int(fault.split()[-1]) * 1000 + x.numel()
+    moved = torch.from_numpy(np.random.default_rng(seed).uniform(-0.5, 0.5, tuple(x.shape)))
+    return (x.double() * (1 + torch.finfo(x.dtype).eps * moved)).to(x.dtype)
+
+
 def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
     found = normalization.rms_norm(obj, x, residual)
     normed, hidden = found if isinstance(found, tuple) else (found, None)
+    normed = _rounded_otherwise(normed)
     if (fault == "one layer" and obj is _one_layer) or (fault == "batch > 8 only" and 8 < len(x) <= DECODE_ROWS):
         normed = normed * 1.05
     elif fault == "adds up":
@@ -65,7 +76,7 @@ def rotary_embedding(
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    found = activation.silu_and_mul(obj, x)
+    found = _rounded_otherwise(activation.silu_and_mul(obj, x))
     if fault == "decode only" and len(x) <= DECODE_ROWS:
         return found * 1.05
     if fault == "harmless alone":

@@ -37,7 +37,7 @@ def placed(x):
         return x["storage"].to(DEVICE).as_strided(x["size"], x["stride"], x["offset"])
     if isinstance(x, dict) and "attributes" in x:
         return types.SimpleNamespace(**{{name: placed(value) for name, value in x["attributes"].items()}})
-    return x
+    return [placed(one) for one in x] if isinstance(x, list) else x
 
 
 data = torch.load(pathlib.Path(__file__).with_name("inputs.pt"), weights_only=True)
@@ -57,19 +57,34 @@ for name, exact, bound in data["exact"]:
 def write_archive(directory: Path, impl: OpImpl, case: Case, seed: int, device: torch.device) -> str:
     """Write a case's inputs, what is exact, and the script; the file's name, or why there is none."""
     call = case.draw(seed, device)
-    kept = sum(x.untyped_storage().nbytes() for x in call.tensors().values())
-    if kept > _LARGEST:
-        return f"not written: its inputs are {kept >> 20} MiB"
+    size = sum(x.untyped_storage().nbytes() for x in call.tensors().values())
+    if size > _LARGEST:
+        return f"not written: its inputs are {size >> 20} MiB"
     lazy = impl.fn if isinstance(impl.fn, LazyFunction) else None
     module, function = (lazy.module, lazy.name) if lazy else (impl.function.__module__, impl.function.__qualname__)
     title = f"{impl.impl_id}: {case.op} {case.check} {case.name} {case.dtype}"
-    data = io.BytesIO()
-    torch.save(_as_data(call, case), data)
+    return str(write_files(directory, title, module, function, device, _as_data(call, case)))
+
+
+def write_files(
+    directory: Path, title: str, module: str, function: str, device: torch.device, data: dict[str, Any], text: str = ""
+) -> Path:
+    """Write an archive with what ``repeat.py`` in it needs to call a module's function and to compare with what is exact.
+
+    Args:
+        data: ``arguments`` and ``named``, as :func:`kept` makes them; ``updated``: the places of arguments that are results, too;
+            ``exact``: for each result its name, what is exact, and how far off each number may be.
+        text: a report of the fault, for those who maintain the function.
+    """
+    saved = io.BytesIO()
+    torch.save(data, saved)
     file = directory / (re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-") + ".zip")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("inputs.pt", data.getvalue())
+        archive.writestr("inputs.pt", saved.getvalue())
         archive.writestr("repeat.py", _SCRIPT.format(title=title, module=module, function=function, device=device.type))
-    return str(file)
+        if text:
+            archive.writestr("report.txt", text)
+    return file
 
 
 def _as_data(call: Call, case: Case) -> dict[str, Any]:
@@ -77,17 +92,20 @@ def _as_data(call: Call, case: Case) -> dict[str, Any]:
     expected = OPERATORS_CHECKED[case.op].exact(call)
     arguments, named = call.arguments()
     return {
-        "arguments": [_kept(x) for x in arguments],
-        "named": {name: _kept(x) for name, x in named.items()},
+        "arguments": [kept(x) for x in arguments],
+        "named": {name: kept(x) for name, x in named.items()},
         "updated": [place for name in call.updated for place, x in enumerate(arguments) if x is call.inputs[name]],
         "exact": [(one.name, one.value, one.bound(one.dtype or getattr(torch, case.dtype))) for one in expected if isinstance(one, Exact)],
     }
 
 
-def _kept(value: Any) -> Any:
+def kept(value: Any) -> Any:
+    """An argument as ``torch.load`` takes it with ``weights_only``: a tensor with its strides, an object with its attributes."""
+    if isinstance(value, (list, tuple)):
+        return [kept(one) for one in value]
     if isinstance(value, (SimpleNamespace, nn.Module)):
         held = {**vars(value), **(value._parameters if isinstance(value, nn.Module) else {})}
-        return {"attributes": {name: _kept(one) for name, one in held.items() if not name.startswith("_")}}
+        return {"attributes": {name: kept(one) for name, one in held.items() if not name.startswith("_")}}
     if not isinstance(value, torch.Tensor):
         return value
     size = value.untyped_storage().nbytes() // value.element_size()

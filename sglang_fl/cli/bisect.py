@@ -18,33 +18,56 @@ from ..config import SettingsError
 from ..device import probe
 from ..dispatch.manager import get_default_manager
 from ..startup import check_settings
-from .arguments import duration, number
+from .arguments import Parser, duration, number
 
 _RUNS = number(int, lambda count: count > 0, "a number of runs above 0")
-_EXIT_CODES = """exit codes: 0 nothing fails; 1 found; 2 wrong usage, or the command cannot be run; 3 it is no operator;
-4 cannot tell; 130 interrupted"""
+_EXIT_CODES = """exit codes: 0 nothing fails, no difference; 1 found; 2 wrong usage, or the command or the model cannot be run;
+3 it is no operator; 4 cannot tell; 130 interrupted"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.epilog = _EXIT_CODES
+    parser.takes_server_arguments = True
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a directory, or a name that SGLang downloads; behind -- any server argument"
+    )
+    models = parser.add_argument_group("with MODEL")
+    prompts = models.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", help="a prompt with which the output is wrong; default: some of ours")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    models.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page")
+    models.add_argument(
+        "--archive", type=Path, metavar="DIR", help="write the inputs of wrong calls to DIR, with a script that repeats them"
+    )
     runs = parser.add_argument_group("for those who have a command and its exit code")
     runs.add_argument(
         "--run", metavar="CMD", help="a shell line that starts the server and judges it: exit code 0 good, 125 cannot be judged, others bad"
     )
-    runs.add_argument("--limit", type=duration, metavar="TIME", help="a run that takes longer hangs, and is bad (default: 1h)")
+    parser.add_argument(
+        "--limit", type=duration, metavar="TIME", help="a run, or a pass of MODEL, that takes longer hangs (default: 1h, 10m)"
+    )
     runs.add_argument("--max-runs", type=_RUNS, default=40, metavar="N", help="give up after so many runs (default: 40)")
     runs.add_argument("--pairs", action="store_true", help="also look for two that act together; takes about twice the runs")
     runs.add_argument("--out", type=Path, metavar="DIR", help="for the record and the runs' output (default: bisect-DATE here)")
     runs.add_argument("--resume", type=Path, metavar="FILE", help="go on with the record of a search, DIR/runs.jsonl")
     runs.add_argument("--dry-run", action="store_true", help="show the switches and their settings, and run nothing")
-    runs.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.run is not None and not args.run.strip():
         raise SettingsError("--run: the command is empty")
-    if args.run is None and args.resume is None:
-        raise SettingsError("bisect: what is to be judged? --run 'CMD', a command that ends with 0 if all is well, or --resume FILE")
+    by_command = args.run is not None or args.resume is not None
+    if args.model is not None and by_command:
+        raise SettingsError("bisect: either MODEL or --run 'CMD', a command that loads one itself")
+    if args.model is not None:
+        from . import bisect_model  # PyTorch takes seconds
+
+        return bisect_model.run(args)
+    if not by_command:
+        raise SettingsError(
+            "bisect: what is to be judged? MODEL, or --run 'CMD', a command that ends with 0 if all is well, or --resume FILE"
+        )
     return _by_command(args)
 
 

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Does `sglang-fl bisect MODEL` accuse what is right? A model is loaded once; its kernels round otherwise in each search.
+
+The kernels are those of tests/planted_faults.py, for a CPU. Each result of theirs is off by up to half a unit in the last place.
+
+    python benchmarks/bisect_shams.py MODEL                       # prints what was said of each
+    python benchmarks/bisect_shams.py MODEL --out benchmarks/results/bisect-shams.json
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import arguments
+import result_file
+from rich.console import Console
+from rich.progress import track
+
+from sglang_fl.bisect.model import ARGUMENTS, NO_DIFFERENCE, Job, bisect_loaded
+from sglang_fl.config import Settings
+from sglang_fl.model_run import LoadedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import planted_faults
+
+
+def search(model: LoadedModel, job: Job, seed: int) -> dict[str, Any]:
+    model.call(planted_faults.plant, f"rounds otherwise {seed}")
+    report = bisect_loaded(model, job, lambda line: None)
+    assert report.whole is not None and report.noise is not None
+    return {
+        "seed": seed,
+        "verdict": report.verdict,
+        "culprits": [str(one) for one in report.culprits],
+        "out_of_bounds": sum(one.problem is not None for one in report.findings),
+        "effect": report.whole.worst,
+        "noise": report.noise.worst,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="a directory")
+    parser.add_argument("--searches", type=arguments.positive, default=100, help="how many (default: 100)")
+    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--out", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    job = Job(args.model, Settings())
+    with LoadedModel(args.model, [*ARGUMENTS, "--dtype", args.dtype], planted_faults.ENVIRON) as model:
+        found = [search(model, job, seed) for seed in track(range(args.searches), console=Console(stderr=True), transient=True)]
+    print(f"{args.searches} searches: {dict(Counter(one['verdict'] for one in found))}")
+    accused = sum(one["verdict"] != NO_DIFFERENCE for one in found)
+    print(f"accused: {accused}; the largest effect over the noise: {max(one['effect'] / one['noise'] for one in found):.2f}")
+    if args.out:
+        result_file.write(args.out, result_file.header(dtype=args.dtype), found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sglang-fl bisect MODEL``: three passes over the same tokens, and trials of what they leave under suspicion."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Settings
+from ..model_run import Batch, Crashed, Hung, LoadedModel, ModelRun, Replacement
+from ..trial import record_path
+from . import passes
+from .findings import WRONG, Finding, suspicion
+from .side_by_side import side_by_side
+from .trials import MOST_TRIALS, Cause, Effect, Trial, effect, largest, listed, search
+
+#: The ways in which this ends, and the command's exit code for each.
+NO_DIFFERENCE, FOUND, NO_OPERATOR, UNDECIDED = "no difference", "found", "no operator", "undecided"
+EXIT_CODES = {NO_DIFFERENCE: 0, FOUND: 1, NO_OPERATOR: 3, UNDECIDED: 4}
+_ROUNDED_TRIALS = 2
+#: Of the server; what is replaced runs from Python, and the KV cache, which operators' inputs are copied from, has room for what is run.
+ARGUMENTS = ("--disable-cuda-graph", "--max-total-tokens", "8192")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for.
+
+    Attributes:
+        arguments: an SGLang server's.
+        prompts: empty: some of ours.
+        limit: how long a pass may take, in seconds.
+        archives: a directory for archives with the inputs of wrong calls.
+    """
+
+    model: str
+    settings: Settings
+    arguments: Sequence[str] = ()
+    prompts: Sequence[str] = ()
+    limit: float = 600.0
+    archives: Path | None = None
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        verdict: of EXIT_CODES.
+        message: it, in a sentence or two.
+        culprits: what changes the output, if ``verdict`` is FOUND; all of them together do, if ``together``.
+        facts: about the model in its process.
+        noise, whole: what rounding alone does to the log-probabilities, and what is in force.
+        findings: of each layer, batch and phase.
+        trials: what was switched.
+        loads: how often the model was loaded.
+    """
+
+    model: str
+    verdict: str = UNDECIDED
+    message: str = ""
+    culprits: tuple[Replacement, ...] = ()
+    together: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+    replacements: tuple[Replacement, ...] = ()
+    noise: Effect | None = None
+    whole: Effect | None = None
+    findings: list[Finding] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    loads: int = 0
+
+    @property
+    def archives(self) -> list[str]:
+        """Of the culprits."""
+        return [one.archive for one in self.findings if one.archive and one.replacement in self.culprits]
+
+    def of(self, replacement: Replacement) -> list[Finding]:
+        """Where a replacement is wrong, or else where it differs most; the worst first."""
+        found = [finding for finding in self.findings if finding.replacement == replacement]
+        return sorted(found, key=lambda one: (one.problem is None, -one.used))
+
+
+#: Is told what is done now.
+Show = Callable[[str], None]
+
+
+def bisect(job: Job, show: Show) -> Report:
+    """Find out what changes a model's output.
+
+    Raises:
+        RunFailed: the model could not be loaded, or a call raised.
+    """
+    return _Bisection(job, show).run()
+
+
+def bisect_loaded(model: LoadedModel, job: Job, show: Show) -> Report:
+    """The same with a model that is loaded already, in which nothing but the settings is in force; its end is not looked into.
+
+    Raises:
+        RunFailed: a process ended, or a call raised.
+    """
+    bisection = _Bisection(job, show)
+    with tempfile.TemporaryDirectory(prefix="sglang-fl-bisect-") as directory:
+        bisection.measure(model, directory)
+    return bisection.report
+
+
+class _Bisection:
+    def __init__(self, job: Job, show: Show):
+        self._job, self._show = job, show
+        self.report = Report(job.model)
+        self._batches: list[Batch] = []
+
+    def run(self) -> Report:
+        with tempfile.TemporaryDirectory(prefix="sglang-fl-bisect-") as directory:
+            try:
+                with self._load(directory) as model:
+                    self.measure(model, directory)
+            except (Crashed, Hung) as error:
+                self._after_an_end(error, Path(directory))
+        return self.report
+
+    def _load(self, directory: str) -> LoadedModel:
+        """The model to be loaded. What ends its process in a first run is not remembered: no server is to leave it out for our sake."""
+        self._show("loading the model" if not self.report.loads else "loading it again")
+        self.report.loads += 1
+        record = Path(directory) / f"trials-{self.report.loads}.json"
+        kept = record_path(self._job.settings)
+        if kept.exists():
+            shutil.copyfile(kept, record)
+        environ = {"SGLANG_FL_TRIAL_RECORD": str(record), "SGLANG_FL_FLAGOS_SCOPE": "everywhere"}
+        return LoadedModel(self._job.model, [*ARGUMENTS, *self._job.arguments], environ)
+
+    def measure(self, model: LoadedModel, directory: str) -> None:
+        report, job = self.report, self._job
+        report.replacements, report.facts, self._batches = model.call(about, list(job.prompts) or list(passes.PROMPTS), limit=job.limit)[0]
+        self._show("pass 1 of 3: everything left to SGLang")
+        native = self._run(model, ())
+        if not report.replacements:
+            report.verdict, report.message = NO_OPERATOR, "sglang-fl replaces nothing in this model with these settings."
+            return
+        self._show("pass 2 of 3: the settings in force")
+        in_force = model.call(passes.traced, self._batches, None, directory, limit=job.limit)[0]
+        self._show("pass 3 of 3: each replacement beside SGLang's own and float64")
+        archives = str(job.archives) if job.archives else None
+        by_rank = model.call(side_by_side, self._batches, archives, limit=4 * job.limit)
+        report.findings = [finding for _, findings in by_rank for finding in findings]
+        again = by_rank[0][0]
+        report.whole = effect(native, in_force)
+        self._judge(model, native, effect(native, again))
+
+    def _judge(self, model: LoadedModel, native: Mapping[str, Any], repeat: Effect) -> None:
+        report = self.report
+        assert report.whole is not None
+        differing = sorted({finding.replacement for finding in report.findings if finding.differ})
+        rounded = [Effect()]
+        for number in range(_ROUNDED_TRIALS if differing else 0):
+            self._show(f"what rounding alone does: {number + 1} of {_ROUNDED_TRIALS}")
+            moved = model.call(passes.rounded_otherwise, self._batches, differing, number, limit=self._job.limit)[0]
+            rounded.append(effect(native, moved))
+        report.noise = largest(*rounded, repeat)
+        if repeat.is_beyond(largest(*rounded)):
+            report.verdict = NO_OPERATOR
+            report.message = (
+                "It is no operator of sglang-fl: with everything left to SGLang the same tokens' log-probabilities differ "
+                f"from one run to the next by up to {repeat.worst:.2g}."
+            )
+        elif not report.whole.is_beyond(report.noise):
+            report.verdict = NO_DIFFERENCE
+            report.message = (
+                f"No difference beyond the noise of this model: log-probabilities change by up to {report.whole.worst:.2g}, "
+                f"and by up to {report.noise.worst:.2g} where SGLang's own results are rounded otherwise."
+            )
+        else:
+            self._find(model, native)
+
+    def _find(self, model: LoadedModel, native: Mapping[str, Any]) -> None:
+        report = self.report
+        assert report.whole is not None and report.noise is not None
+
+        def measure(on: frozenset[Replacement]) -> Effect:
+            self._show(f"switching: {listed(on, report.replacements)}")
+            return effect(native, self._run(model, on))
+
+        weights = suspicion(report.findings)
+        left = MOST_TRIALS - _ROUNDED_TRIALS
+        cause = search(weights, report.whole, report.noise, measure, left, report.trials.append)
+        if cause.no_operator or not cause.replacements:
+            self._undecided(cause)
+            return
+        names = " and ".join(str(one) for one in cause.replacements)
+        if sglangs := self._sglangs_own(cause.replacements):
+            report.verdict = NO_OPERATOR
+            report.message = (
+                f"It is no operator of sglang-fl: SGLang's own {sglangs.replacement.name} is wrong ({sglangs.where}: "
+                f"{sglangs.native_used:.0f} times what rounding may cost), and {sglangs.replacement.by} in its place is right."
+            )
+            return
+        report.verdict, report.culprits = FOUND, cause.replacements
+        report.together = cause.needed == len(cause.replacements) > 1
+        if report.together:
+            shown = "only both on change the output, and either off cures it"
+        elif len(report.culprits) > 1:
+            shown = "each alone on changes the output, and only both off cure it"
+        else:
+            shown = "only this on changes the output, and only this off cures it"
+        report.message = f"{names}: {shown}. {self._where()}".rstrip()
+
+    def _undecided(self, cause: Cause) -> None:
+        report = self.report
+        report.verdict = NO_OPERATOR if cause.no_operator else UNDECIDED
+        if cause.no_operator:
+            report.message = "The difference stays with everything off: it is no operator of sglang-fl."
+        else:
+            report.message = (
+                "The output changes beyond the noise, and no replacement nor two of them were shown to be necessary and sufficient "
+                f"in {len(cause.trials)} trials. The table has what is nearest to its bounds."
+            )
+
+    def _sglangs_own(self, culprits: Sequence[Replacement]) -> Finding | None:
+        """Where SGLang's own result is wrong, and ours is right in all calls."""
+        found = [finding for finding in self.report.findings if finding.replacement in culprits]
+        if any(finding.problem is not None for finding in found):
+            return None
+        wrong = [finding for finding in found if finding.native_used > WRONG]
+        return max(wrong, key=lambda finding: finding.native_used, default=None)
+
+    def _where(self) -> str:
+        found = [finding for finding in self.report.findings if finding.replacement in self.report.culprits and finding.problem is not None]
+        ranks = {finding.rank for finding in found}
+        if not found:
+            return "Alone on SGLang's own inputs each call is right."
+        only = f" only on rank {ranks.pop()}," if len(ranks) == 1 and "tp_size" in self.report.facts else ""
+        first = found[0]
+        return f"It is wrong{only} first in call {first.call} of {first.where}: {first.problem}."
+
+    def _run(self, model: LoadedModel, on: Collection[Replacement]) -> Any:
+        return model.call(passes.with_only, self._batches, tuple(on), limit=self._job.limit)[0]
+
+    def _after_an_end(self, error: Crashed | Hung, directory: Path) -> None:
+        """The process ended or hung with the settings in force: prove what ran then."""
+        report = self.report
+        how = "crashes" if isinstance(error, Crashed) else "hangs"
+        trace = passes.read_trace(directory)
+        culprit = next((one for one in report.replacements if trace and str(one) == trace[0]), None)
+        if culprit is None:
+            raise error
+        where = trace[1] if trace else ""
+        alone = self._ends(directory, [culprit], type(error))
+        others = self._ends(directory, [one for one in report.replacements if one != culprit], type(error))
+        report.culprits = (culprit,)
+        if alone and not others:
+            report.verdict = FOUND
+            report.message = f"{culprit} {how} in {where}: only this on does it, and only this off cures it. {error}"
+        else:
+            report.verdict = UNDECIDED
+            report.message = f"The model's process {how} while {culprit} runs ({where}), and it takes more than that: {error}"
+
+    def _ends(self, directory: Path, on: Sequence[Replacement], kind: type[Exception]) -> bool:
+        """Whether the model ends so with these on, in a process of its own."""
+        with self._load(str(directory)) as model:
+            self._show(f"switching: {listed(frozenset(on), self.report.replacements)}")
+            try:
+                model.call(passes.with_only, self._batches, tuple(on), limit=self._job.limit)
+            except (Crashed, Hung) as error:
+                return isinstance(error, kind)
+        return False
+
+
+def about(run: ModelRun, prompts: list[str]) -> tuple[tuple[Replacement, ...], dict[str, str], list[Batch]]:
+    """What is replaced in a model, facts for the report, and what is run."""
+    config = run.runner.model_config
+    facts = {
+        "model": type(run.model).__name__,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "device": str(run.runner.device),
+        "attention_backend": str(run.runner.attn_backend.__class__.__name__),
+    }
+    if run.server_args.tp_size > 1:
+        facts["tp_size"] = str(run.server_args.tp_size)
+    return run.switches.replacements, facts, passes.batches(run, prompts)

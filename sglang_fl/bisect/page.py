@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report as one HTML page, with nothing outside itself."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..check.report import number
+from ..check.results import grouped
+from ..fingerprint import versions
+from .findings import Finding
+from .model import Report
+from .report import setting
+from .trials import listed
+
+_LEFT, _RIGHT, _ROW = 300.0, 700.0, 16.0
+
+
+def as_html(report: Report) -> str:
+    environment = Environment(
+        loader=PackageLoader("sglang_fl.bisect", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    return environment.get_template("page.html").render(
+        report=report,
+        setting=setting(report.culprits),
+        pictures=[_picture(name, found) for name, found in grouped(report.findings, lambda one: str(one.replacement)).items()],
+        facts={**report.facts, **versions()},
+        listed=listed,
+    )
+
+
+def _picture(title: str, findings: Sequence[Finding]) -> dict[str, Any]:
+    """A row for each layer and phase, in the order of the model; both errors on one logarithmic scale."""
+    shown = [finding for finding in findings if finding.error_ulp is not None or finding.problem is not None]
+    errors = [error for finding in shown for error in (finding.error_ulp, finding.native_ulp) if error]
+    low, high = (math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))) if errors else (-1, 1)
+    low, high = min(low, -1), max(high, low + 1, 1)
+
+    def place(error: float | None) -> float | None:
+        if error is None:
+            return None
+        share = (math.log10(max(error, 10.0**low)) - low) / (high - low)
+        return round(_LEFT + min(1.0, share) * (_RIGHT - _LEFT), 1)
+
+    marks = [
+        {
+            "y": round((row + 0.7) * _ROW, 1),
+            "name": f"{finding.path.removeprefix('model.')} {finding.phase} {finding.batch}"[:48],
+            "native": place(finding.native_ulp),
+            "ours": place(finding.error_ulp) if finding.error_ulp is not None else _RIGHT,
+            "wrong": finding.problem is not None,
+            "title": finding.problem or f"{number(finding.error_ulp)} ulp, SGLang's {number(finding.native_ulp)}",
+        }
+        for row, finding in enumerate(shown)
+    ]
+    ticks = [{"x": place(10.0**power), "name": f"1e{power}"} for power in range(low, high + 1)]
+    return {"title": title, "marks": marks, "ticks": ticks, "height": round((len(shown) + 2) * _ROW)}

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes over the same tokens, in each rank: with what is on, traced, and with SGLang's own results rounded otherwise."""
+
+import mmap
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from ..model_run import Batch, ModelRun, Replacement
+from ..model_run.switches import AtenCall, LayerCall
+
+Function = Callable[..., Any]
+
+#: Sequences of a batch of many: beyond eight, where kernels take other ways.
+_MANY = 12
+_DECODED, _LONG = 4, 512
+#: The lowest and the highest share of the vocabulary from which tokens are drawn: special tokens stand at its ends.
+_DRAWN = 0.05, 0.95
+_TRACE_BYTES = 4096
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Japan is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + ",
+    "Question: A train leaves at 9:40 and arrives at 11:05. How long does it take?\nAnswer:",
+)
+
+
+def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
+    """What is run: a batch of one, one of many, and a long one. Each prompt is followed by tokens that are drawn, the same in each run.
+
+    Raises:
+        ValueError: a prompt is longer than the model takes.
+    """
+    rng = np.random.default_rng(0)
+    size = int(run.runner.model_config.vocab_size)
+
+    def drawn(count: int) -> list[int]:
+        return [int(token) for token in rng.integers(int(size * _DRAWN[0]), int(size * _DRAWN[1]), count)]
+
+    encoded = [list(run.tokenizer.encode(prompt)) for prompt in prompts] if run.tokenizer is not None else [drawn(24) for _ in prompts]
+    room = run.longest - _DECODED - 2
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if len(tokens) > room:
+            raise ValueError(f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens; with what follows it the model takes {room} here")
+    first = tuple(encoded[0] + drawn(_DECODED + 2))
+    many = [tuple(encoded[n % len(encoded)][: room // _MANY] + drawn(n % 5) + drawn(_DECODED + 2)) for n in range(_MANY)]
+    everything = [token for tokens in encoded for token in tokens]
+    length = max(min(_LONG, room), len(encoded[0]))
+    long = tuple((everything + drawn(length))[:length] + drawn(3))
+    return [Batch("one", (first,), _DECODED), Batch(f"batch of {_MANY}", tuple(many), _DECODED), Batch("long", (long,), 2)]
+
+
+def with_only(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None) -> dict[str, Any]:
+    """Log-probabilities by batch with these on; None: with all that the settings put in force."""
+    with run.switches.only(run.switches.replacements if on is None else on):
+        return {batch.name: run.logprobs(batch) for batch in given}
+
+
+def traced(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None, directory: str) -> dict[str, Any]:
+    """The same, and ``directory`` holds for each rank what runs just now, should the process end or hang in it."""
+    trace = _Trace(Path(directory) / f"rank{run.rank}", run)
+    with run.switches.observed(
+        lambda call: trace.around(str(call.replacement), call.path, call.forward(None)),
+        lambda call: trace.around(str(call.replacement), f"aten::{call.key}", call.registered),
+    ):
+        return with_only(run, given, on)
+
+
+class _Trace:
+    """A file with the name of what runs; its pages outlive the process."""
+
+    def __init__(self, path: Path, run: ModelRun):
+        path.write_bytes(bytes(_TRACE_BYTES))
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), _TRACE_BYTES)
+        self._run = run
+        self._names: list[bytes] = []
+
+    def around(self, name: str, path: str, function: Function) -> Function:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            batch, phase = self._run.phase
+            self._names.append(f"{name}\n{path}, {batch}, {phase}".encode()[: _TRACE_BYTES - 1])
+            self._write()
+            try:
+                result = function(*args, **kwargs)
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()  # an error of a kernel is its own, and not the next one's
+                return result
+            finally:
+                self._names.pop()
+                self._write()
+
+        return call
+
+    def _write(self) -> None:
+        self._memory[:] = (self._names[-1] if self._names else b"").ljust(_TRACE_BYTES, b"\0")
+
+
+def read_trace(directory: Path) -> tuple[str, str] | None:
+    """(replacement, where) of what ran when a process ended, on the first rank that had something running."""
+    for file in sorted(directory.glob("rank*")):
+        name, _, where = file.read_bytes().rstrip(b"\0").decode(errors="replace").partition("\n")
+        if name:
+            return name, where
+    return None
+
+
+def rounded_otherwise(run: ModelRun, given: list[Batch], moved: Collection[Replacement], seed: int) -> dict[str, Any]:
+    """Everything left to SGLang and PyTorch, where the results of what these replace are off by up to one unit in the last place."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+        return (x.double() * (1 + torch.finfo(x.dtype).eps * (2 * drawn - 1)).to(x.device)).to(x.dtype)
+
+    quiet = False
+
+    def moving(function: Function) -> Function:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal quiet
+            if quiet:
+                return function(*args, **kwargs)
+            quiet = True  # what it is made of is rounded with it
+            try:
+                given = {id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+                result = function(*args, **kwargs)
+
+                def each(x: torch.Tensor) -> torch.Tensor:
+                    if not x.is_floating_point():
+                        return x
+                    return x.copy_(move(x)) if id(x) in given else move(x)
+
+                return pytree.tree_map_only(torch.Tensor, each, result)
+            finally:
+                quiet = False
+
+        return call
+
+    def layer(call: LayerCall) -> Function:
+        return moving(call.socket.own)
+
+    def aten(call: AtenCall) -> Function:
+        return moving(call.kernel) if call.kernel is not None else call.registered
+
+    with run.switches.only(moved), run.switches.observed(layer, aten):
+        return {batch.name: run.logprobs(batch) for batch in given}

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``sglang-fl bisect MODEL`` found: in a terminal, as data, and as a setting to paste."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ..check.report import number
+from ..model_run import Replacement
+from ..model_run.switches import ATEN
+from .findings import Finding
+from .model import FOUND, Report
+from .trials import listed
+
+_COLUMNS = ("replacement", "where", "calls", "differ", "error", "SGLang's", "worst", "mean", "result")
+_LEGEND = (
+    "error, SGLang's: in units of the last place, against float64 on the same inputs, in the call where ours is worst. worst, mean: the "
+    "error over SGLang's own. differ: calls that gave other numbers than SGLang's own."
+)
+#: Rows of a replacement in a terminal; all are in the JSON and on the page.
+_ROWS = 3
+
+
+def setting(culprits: Iterable[Replacement]) -> str:
+    """The setting that leaves these to SGLang and PyTorch, as YAML to paste."""
+    names: dict[str, list[str]] = {}
+    for one in culprits:
+        names.setdefault("flagos_blacklist" if one.kind == ATEN else "oot_blacklist", []).append(one.name)
+    return yaml.safe_dump(names, default_flow_style=None) if names else ""
+
+
+def as_data(report: Report) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "model": report.model,
+        "verdict": report.verdict,
+        "message": report.message,
+        "culprits": [asdict(one) for one in report.culprits],
+        "together": report.together,
+        "setting": yaml.safe_load(setting(report.culprits) or "{}"),
+        "facts": report.facts,
+        "noise": asdict(report.noise) if report.noise else None,
+        "effect": asdict(report.whole) if report.whole else None,
+        "loads": report.loads,
+        "trials": [
+            {"on": sorted(map(str, trial.on)), "effect": asdict(trial.effect), "reproduces": trial.reproduces} for trial in report.trials
+        ],
+        "findings": [_row(finding) for finding in report.findings],
+    }
+
+
+def _row(finding: Finding) -> dict[str, Any]:
+    names = ("path", "batch", "phase", "rank", "calls", "differ", "error_ulp", "native_ulp", "worst", "mean", "problem", "call", "archive")
+    return {"replacement": str(finding.replacement), **{name: getattr(finding, name) for name in names}}
+
+
+def print_report(report: Report, console: Console) -> None:
+    if report.findings:
+        table = Table(title="Each call beside SGLang's own, on the same inputs", title_justify="left")
+        for column in _COLUMNS:
+            table.add_column(column, justify="left" if column in ("replacement", "where", "result") else "right", overflow="fold")
+        for finding in shown(report):
+            table.add_row(*_cells(finding), style="bold red" if finding.problem is not None else None)
+        console.print(table)
+        console.print(_LEGEND, style="dim")
+    if report.whole is not None and report.noise is not None:
+        trials = Table(title="Change of log-probabilities", title_justify="left")
+        for column in ("on", "largest", "RMS", "result"):
+            trials.add_column(column, justify="right" if column in ("largest", "RMS") else "left", overflow="fold")
+        trials.add_row(
+            "nothing; SGLang's own results rounded otherwise", f"{report.noise.worst:.2g}", f"{report.noise.rms:.2g}", "the noise"
+        )
+        trials.add_row("all that the settings put in force", f"{report.whole.worst:.2g}", f"{report.whole.rms:.2g}", "")
+        for trial in report.trials:
+            result = "changes" if trial.reproduces else "does not change"
+            trials.add_row(listed(trial.on, report.replacements), f"{trial.effect.worst:.2g}", f"{trial.effect.rms:.2g}", result)
+        console.print(trials)
+    console.print()
+    console.print(f"{report.verdict.upper()}: {report.message}", soft_wrap=True)
+    if report.verdict == FOUND:
+        console.print("\nThe setting that avoids it:\n")
+        console.print(setting(report.culprits), soft_wrap=True)
+        for file in report.archives:
+            console.print(f"Its inputs, with a script that shows the fault and a text for a bug report: {file}", soft_wrap=True)
+
+
+def shown(report: Report) -> list[Finding]:
+    """The worst rows of each replacement, what is wrong first."""
+    rows = [finding for replacement in report.replacements for finding in report.of(replacement)[:_ROWS]]
+    return sorted(rows, key=lambda finding: (finding.problem is None, -finding.used))
+
+
+def _cells(finding: Finding) -> Sequence[str]:
+    result = f"call {finding.call}: {finding.problem}" if finding.problem is not None else "within bounds" if finding.differ else "the same"
+    numbers = (finding.error_ulp, finding.native_ulp, finding.worst or None, finding.mean or None)
+    return (str(finding.replacement), finding.where, str(finding.calls), str(finding.differ), *map(number, numbers), result)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pass in which all that is replaced runs beside SGLang's own and float64, on the same inputs; SGLang's result is carried on.
+
+So errors do not pile up, and no two runs must be aligned. It is eager.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..check.archive import kept, write_files
+from ..check.cases import OPERATORS_CHECKED, Call
+from ..check.cases.call import Draw
+from ..check.exact.judge import Exact, Verdict
+from ..check.implementation import results
+from ..check.tensors import same_bits
+from ..dispatch.ops import FLBackendBase
+from ..fingerprint import versions
+from ..model_run import Batch, ModelRun
+from ..model_run.switches import AtenCall, LayerCall
+from .exactly import AtenJudge, alike, is_judged
+from .findings import Finding
+
+Function = Callable[..., Any]
+
+
+def side_by_side(run: ModelRun, batches: list[Batch], archives: str | None = None) -> tuple[dict[str, Any], list[Finding]]:
+    """(log-probabilities by batch, which are SGLang's own; what was found). Called in each rank.
+
+    Args:
+        archives: a directory for the inputs of the first wrong call of each replacement.
+    """
+    observer = Observer(run, Path(archives) if archives else None)
+    with run.switches.observed(observer.layer, observer.aten):
+        logprobs = {batch.name: run.logprobs(batch) for batch in batches}
+    return logprobs, list(observer.findings.values())
+
+
+class Observer:
+    """Stands around all that is replaced, and judges each call.
+
+    Attributes:
+        findings: by replacement, layer, batch and phase.
+    """
+
+    def __init__(self, run: ModelRun, archives: Path | None = None):
+        self._run, self._archives = run, archives
+        self.findings: dict[Any, Finding] = {}
+        #: While it is set, PyTorch's own kernels run, and nothing is judged.
+        self._native = False
+
+    def layer(self, call: LayerCall) -> Function:
+        watched = _Operator(call.socket.op, self._only_native)
+        ours, own = call.forward(watched.around), call.socket.own
+
+        def forward(subject: Any, /, *args: Any, **kwargs: Any) -> Any:
+            with self._only_native():
+                copies, named = alike((args, kwargs))
+            watched.begin()
+            problem = None
+            try:
+                result = ours(subject, *copies, **named)
+            except Exception as error:
+                result, problem = None, f"raised {type(error).__name__}: {error}"
+            native = own(subject, *args, **kwargs)
+            with self._only_native():
+                if watched.called or problem:  # else the call is none that the operator can express
+                    differs = problem is not None or _differ(result, native)
+                    verdict = Verdict(problem=problem) if problem else watched.verdict()
+                    finding = self._finding(call.replacement, call.path)
+                    finding.add(verdict, watched.of_native(result, native), differs)
+                    self._archive(finding, verdict, call.impl.function, watched.data)
+            return native
+
+        return forward
+
+    def aten(self, call: AtenCall) -> Function:
+        if call.kernel is None or not is_judged(call.key):
+            return call.kernel or call.fn
+        judge, kernel = AtenJudge(call.key), call.kernel
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if self._native:
+                return kernel(*args, **kwargs)
+            with self._only_native():
+                before, copies = judge.before(args, kwargs), alike((args, kwargs))
+                native = kernel(*args, **kwargs)
+                self._judge(call, judge, before, copies, judge.of_native(native, args, kwargs))
+            return native
+
+        return function
+
+    def _judge(self, call: AtenCall, judge: AtenJudge, before: Any, copies: Any, native: list[Any]) -> None:
+        finding = self._finding(call.replacement, call.key)
+        exact: list[Any] | None = None
+        ours, differs, of_native = Verdict(), True, None
+        try:
+            found = judge.results(call.fn, *copies)
+            if written := judge.wrote(copies, before):
+                ours = Verdict(problem=f"wrote {written}, which it may not")
+            elif differs := _differ(found, native):
+                exact = judge.exact(before)
+                ours, of_native = judge.judge(found, native, exact, before)
+        except Exception as error:
+            ours = Verdict(problem=f"raised {type(error).__name__}: {error}")
+        finding.add(ours, of_native, differs)
+        self._archive(finding, ours, call.fn, lambda: judge.data(before, native, exact))
+
+    def _archive(self, finding: Finding, verdict: Verdict, function: Function, data: Callable[[], Any]) -> None:
+        """Write the inputs of the first wrong call of a replacement."""
+        wrong = [one for one in self.findings.values() if one.replacement == finding.replacement and one.archive]
+        if self._archives is None or verdict.problem is None or wrong:
+            return
+        replacement = finding.replacement
+        title = f"{replacement.name} {finding.where} {replacement.by}"
+        text = bug_report(title, verdict.problem)
+        device = torch.device(str(self._run.runner.device))
+        finding.archive = str(write_files(self._archives, title, function.__module__, function.__qualname__, device, data(), text))
+
+    def _finding(self, replacement: Any, path: str) -> Finding:
+        key = (replacement, path, self._run.phase)
+        if key not in self.findings:
+            self.findings[key] = Finding(replacement, path, *self._run.phase, self._run.rank)
+        return self.findings[key]
+
+    @contextmanager
+    def _only_native(self) -> Iterator[None]:
+        before, self._native = self._native, True
+        try:
+            yield
+        finally:
+            self._native = before
+
+
+@cache
+def _template(op: str) -> tuple[Call, list[str]]:
+    """A call of an operator, for what its text allows, and the names of its arguments."""
+    draw = Draw(torch.Generator().manual_seed(0), torch.float32, torch.device("cpu"))
+    return OPERATORS_CHECKED[op].form(draw), [name for name in inspect.signature(getattr(FLBackendBase, op)).parameters if name != "self"]
+
+
+class _Operator:
+    """An implementation's calls as the operator's signature has them, each with what is exact."""
+
+    def __init__(self, op: str, only_native: Callable[[], Any]):
+        self._only_native = only_native
+        self._checked = OPERATORS_CHECKED.get(op)
+        self._template: Call | None = None
+        self._names: list[str] = []
+        if self._checked is not None:
+            self._template, self._names = _template(op)
+        self.begin()
+
+    def begin(self) -> None:
+        self.called = False
+        self._exact: tuple[Any, ...] = ()
+        self._got: tuple[torch.Tensor, ...] = ()
+        self._problem: str | None = None
+        self._dtype = torch.float32
+        self._call_kept: Call | None = None
+
+    def around(self, fn: Function) -> Function:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            self.called = True
+            if self._checked is None:
+                return fn(*args, **kwargs)
+            with self._only_native():
+                call = self._call(args, kwargs)
+                before = alike({name: x for name, x in call.inputs.items() if isinstance(x, torch.Tensor)})
+                self._exact = self._checked.exact(call)
+                self._call_kept = replace(call, inputs={**call.inputs, **before})
+            raw: list[Any] = []
+
+            def keeping(*a: Any, **k: Any) -> Any:
+                try:
+                    raw.append(fn(*a, **k))
+                except Exception as error:  # the bridge hands the call on, to another implementation or to SGLang
+                    self._problem = f"raised {type(error).__name__}: {error}"
+                    raise
+                return raw[0]
+
+            self._got = results(keeping, call)
+            with self._only_native():
+                allowed = {*call.may_write, *call.updated}
+                same = {name: same_bits(x.contiguous(), call.inputs[name].contiguous()) for name, x in before.items()}
+                written = [name for name in before if name not in allowed and not same[name]]
+                self._problem = f"wrote {', '.join(written)}, which it may not" if written else None
+                self._got = tuple(alike(self._got))
+            return raw[0]
+
+        return function
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        template = self._template
+        assert template is not None
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        layer: Any = given.pop(self._names[0]) if template.takes_layer else template.layer
+        floats = [x for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        self._dtype = floats[0].dtype if floats else torch.float32
+        may_write = template.may_write | ({"x", "residual"} if given.get("residual") is not None else set())
+        return Call(layer, given, may_write, updated=template.updated, takes_layer=template.takes_layer)
+
+    def data(self) -> dict[str, Any]:
+        """The last call, for an archive."""
+        call = self._call_kept
+        if call is None:
+            return {"arguments": [], "named": {}, "updated": [], "exact": []}
+        layer = [_plain(call.layer)] if call.takes_layer else []
+        names = list(call.inputs)
+        return {
+            "arguments": [*map(kept, layer), *map(kept, call.inputs.values())],
+            "named": {},
+            "updated": [names.index(name) + len(layer) for name in call.updated],
+            "exact": [(one.name, one.value, one.bound(one.dtype or self._dtype)) for one in self._exact if isinstance(one, Exact)],
+        }
+
+    def verdict(self) -> Verdict:
+        if self._problem:
+            return Verdict(problem=self._problem)
+        return self._worst(self._got)
+
+    def _worst(self, got: tuple[Any, ...]) -> Verdict:
+        if self._checked is None:
+            return Verdict()
+        if self._checked.whole:
+            verdict: Verdict = self._exact[0].judge(got, self._dtype)
+            return verdict
+        if len(got) != len(self._exact):
+            return Verdict(problem=f"gave {len(got)} results, not {len(self._exact)}")
+        verdicts = [right.judge(result, self._dtype) for result, right in zip(got, self._exact, strict=True)]
+        return max(verdicts, key=lambda verdict: (verdict.problem is not None, verdict.used))
+
+    def of_native(self, ours: Any, native: Any) -> Verdict | None:
+        """SGLang's own result, where it has the parts that the operator's has."""
+        leaves = [x for x in pytree.tree_leaves(native) if isinstance(x, torch.Tensor)]
+        if self._checked is None or self._checked.whole or len(leaves) != len(self._exact):
+            return None
+        if any(x.numel() != right.value.numel() for x, right in zip(leaves, self._exact, strict=True)):
+            return None
+        return self._worst(tuple(x.reshape(right.value.shape) for x, right in zip(leaves, self._exact, strict=True)))
+
+
+def _plain(layer: Any) -> SimpleNamespace:
+    """What an implementation may read of a layer: its tensors, numbers and texts."""
+    held = {**vars(layer), **getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})} if hasattr(layer, "__dict__") else {}
+    held |= {name: getattr(layer, name) for name in ("weight", "variance_epsilon") if hasattr(layer, name)}
+    plain = (bool, int, float, str, torch.Tensor, type(None))
+    return SimpleNamespace(**{name: value for name, value in held.items() if isinstance(value, plain) and not name.startswith("_")})
+
+
+def bug_report(title: str, problem: str) -> str:
+    listed = "\n".join(f"- {name} {version}" for name, version in versions().items() if version)
+    return f"{title}\n\n{problem}\n\nThe inputs are a served model's. Unpack this archive and run repeat.py.\n\nVersions:\n{listed}\n"
+
+
+def _differ(ours: Any, native: Any) -> bool:
+    a, b = pytree.tree_leaves(ours), pytree.tree_leaves(native)
+    return len(a) != len(b) or not all(map(_same, a, b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return same_bits(a.contiguous(), b.contiguous())
+    return bool(a is b or a == b)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sglang-fl bisect MODEL``: progress, and what is written. It imports PyTorch."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..bisect.model import EXIT_CODES, Job, Report, Show, bisect
+from ..bisect.page import as_html
+from ..bisect.report import as_data, print_report
+from ..config import SettingsError
+from ..device import probe
+from ..dispatch.logger_manager import why_unwritable
+from ..dispatch.manager import get_default_manager
+from ..model_run import RunFailed
+from ..model_run.processes import is_missing_directory
+from ..startup import check_settings
+
+#: How long a pass may take, in seconds, if nothing else was said.
+_LIMIT = 600.0
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = check_settings(os.environ, probe(), get_default_manager())
+    if is_missing_directory(args.model):
+        raise SettingsError(f"bisect: there is no model in {args.model}")
+    if unwritable := why_unwritable(args.html and str(args.html)):
+        raise SettingsError(f"--html: {unwritable}")
+    if args.archive:
+        try:
+            args.archive.expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--archive: {args.archive} cannot be made: {error.strerror}") from None
+    archives = args.archive.expanduser().resolve() if args.archive else None
+    job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives)
+    begun = time.monotonic()
+    try:
+        with _showing(Console(stderr=True)) as show:
+            report = bisect(job, show)
+    except RunFailed as error:
+        print(f"sglang-fl: {error}", file=sys.stderr)
+        if "the prompt " not in str(error):
+            print("The last that its process wrote:", *error.output.strip().splitlines()[-12:], sep="\n  ", file=sys.stderr)
+        return 2
+    return _write(args, report, time.monotonic() - begun)
+
+
+def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those of ``--prompt`` or of ``--prompts``, one a line."""
+    if args.prompts is None:
+        return (args.prompt,) if args.prompt else ()
+    try:
+        lines = args.prompts.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--prompts: {args.prompts} cannot be read: {error}") from None
+    found = tuple(line for line in lines if line.strip())
+    if not found:
+        raise SettingsError(f"--prompts: {args.prompts} has no prompt; one stands on each line")
+    return found
+
+
+@contextmanager
+def _showing(console: Console) -> Iterator[Show]:
+    """Gives a function that shows what is done now: beside a spinner in a terminal, else as a line."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting")
+
+        def show(line: str) -> None:
+            progress.update(task, description=line)
+            if not console.is_terminal:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        yield show
+
+
+def _write(args: argparse.Namespace, report: Report, seconds: float) -> int:
+    """Print it, write the page, and say how it ended."""
+    if args.json:
+        print(json.dumps(as_data(report), indent=2))
+    else:
+        width = None if sys.stdout.isatty() else 200  # a file or a pipe has no width
+        print_report(report, Console(markup=False, emoji=False, highlight=False, width=width))
+        print(f"\ntrials: {len(report.trials)}; loads of the model: {report.loads}; {seconds:.0f} s")
+    if args.html:
+        try:
+            args.html.expanduser().write_text(as_html(report), encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            print(f"sglang-fl: --html: {error}", file=sys.stderr)
+    return EXIT_CODES[report.verdict]
