@@ -82,7 +82,7 @@ def has_triton(device: Device) -> bool:
 def may_be_replaced(settings: Settings, device: Device) -> bool:
     """Whether it is worth to look for what replaces SGLang's kernels in a process that runs no model; imports nothing."""
     declaration = declared().platforms.get(device.vendor)
-    ordered = settings.prefer == "reference" or any(is_kernel(op) for op, _ in settings.op_backends)
+    ordered = any(is_kernel(op) for op, _ in settings.op_backends)
     return ordered or not has_triton(device) or bool(declaration and declaration.sglang_kernels)
 
 
@@ -92,7 +92,7 @@ def exclusion_reason(settings: Settings, target: str) -> str | None:
 
 
 def _why_no_reference(target: str, settings: Settings, device: Device) -> str | None:
-    if settings.prefer == "reference" or target in dict(settings.op_backends) or not has_triton(device):
+    if target in dict(settings.op_backends) or not has_triton(device):
         return None
     return "SGLang's own kernel runs on this device"
 
