@@ -53,7 +53,7 @@ class SlowerServed:
 
     def __call__(self, obj: Any, x: torch.Tensor) -> torch.Tensor:
         if obj is not self._last:
-            time.sleep(6 * PAUSE)
+            time.sleep(15 * PAUSE)
             self._last = obj
         return _right(x)
 

@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..config import load_settings
+from ..config import SettingsError, load_settings
 from ..device import probe
+from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.ops import OPERATORS
 from ..fingerprint.facts import versions
@@ -26,6 +27,7 @@ from ..tune.page import as_html
 from ..tune.profile import choice_in, write
 from ..tune.served import Lengths
 from ..tune.statistics import LOOKS
+from ..tune.traffic import read
 from ..tune.tuning import SECONDS, Job, Outcome, Tuning
 from .model_layers import model_layers
 
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(console, Path(args.model))
         return 0
+    _check_files(args)
     directory = args.out.with_suffix(".update" if args.update else ".tune")
     directory.mkdir(parents=True, exist_ok=True)
     traffic = hashlib.sha256(args.traffic.read_bytes()).hexdigest()[:12] if args.traffic and args.traffic.is_file() else str(args.traffic)
@@ -84,6 +87,16 @@ def run(args: argparse.Namespace) -> int:
     finally:
         journal.close()
     return _finish(args, console, outcome, entries, journal)
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises SettingsError for what would otherwise fail after an hour."""
+    if args.traffic:
+        read(args.traffic, 1 << 10)
+    named = (("--out", args.out), ("--html", args.html))
+    problems = [f"{option}: {problem}" for option, path in named if path and (problem := why_unwritable(str(path)))]
+    if problems:
+        raise SettingsError(problems)
 
 
 def _with_new(measured: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:

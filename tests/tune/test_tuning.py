@@ -15,7 +15,7 @@ import pytest
 from sglang_fl.config import SettingsError, load_settings
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.fingerprint.measured import changes, measured_in, warn_of_changes
-from sglang_fl.tune import profile
+from sglang_fl.tune import profile, traffic
 from sglang_fl.tune.bench import NATIVE, Choice
 from sglang_fl.tune.confirm import Confirmed
 from sglang_fl.tune.engine import EngineFailed
@@ -96,6 +96,26 @@ def _killed_in_a_measurement(path: Path, head: Mapping[str, Any]) -> None:
     for name in "ab":
         journal.measured("pair", name, lambda name=name: name)
     journal.measured("pair", "c", lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+class TestTraffic:
+    def test_a_users_requests_are_sent_as_they_are(self, tmp_path: Path) -> None:
+        file = tmp_path / "requests.jsonl"
+        file.write_text('{"input_len": 3, "output_len": 2}\n\n{"prompt": "a", "sampling_params": {"temperature": 0.5}}\n')
+        first, second = traffic.read(file, 100)
+        assert len(first["input_ids"][0]) == 3 and first["sampling_params"]["max_new_tokens"] == 2
+        assert second == {"prompt": ["a"], "sampling_params": {"ignore_eos": True, "max_new_tokens": 16, "temperature": 0.5}}
+
+    @pytest.mark.parametrize(("text", "told"), [("{", ":1: not valid JSON"), ('{"inputlen": 3}', ":1: expected"), ("", "has no request")])
+    def test_what_is_no_request_is_named_with_its_line(self, tmp_path: Path, text: str, told: str) -> None:
+        file = tmp_path / "requests.jsonl"
+        file.write_text(text)
+        with pytest.raises(SettingsError, match=told):
+            traffic.read(file, 100)
+
+    def test_the_mix_fits_the_model(self) -> None:
+        prompts = [prompt for batch in traffic.mix(50, 40) for prompt in batch["input_ids"]]
+        assert max(map(len, prompts)) == 40 and max(map(max, prompts)) < 50
 
 
 def row(ratio: float, spread: float = 0.01, per_pass: float = 10.0) -> Any:
