@@ -17,7 +17,7 @@ from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.fingerprint.measured import changes, measured_in, warn_of_changes
 from sglang_fl.tune import profile, traffic
 from sglang_fl.tune.bench import NATIVE, Choice
-from sglang_fl.tune.confirm import Confirmed
+from sglang_fl.tune.confirm import Confirmed, confirm
 from sglang_fl.tune.engine import EngineFailed
 from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, USED, WRONG, Candidate, judge_alone, timed
@@ -291,6 +291,31 @@ class TestProfile:
         assert "http" not in page.replace("http-equiv", "")
         native = as_html(outcome(used=NATIVE, why_native="on fresh starts it had 0.9 of native's speed", served={}, confirmed=None))
         assert "SGLang's own everywhere" in native.replace("&#39;", "'") and "on fresh starts" in native
+
+
+@pytest.mark.parametrize(("saves", "speed_of_tuned", "slower"), [(0.2, 1.25, False), (-0.25, 0.8, True)])
+def test_fresh_starts_are_native_tuned_tuned_native(tmp_path: Path, saves: float, speed_of_tuned: float, slower: bool) -> None:
+    started = []
+
+    class Starting(PlantedBench):
+        def environ_of(self, path: Path | None) -> dict[str, str]:
+            return {"SGLANG_FL_CONFIG": str(path or "")}
+
+        def start(self, environ: Mapping[str, str]) -> None:
+            started.append(bool(environ["SGLANG_FL_CONFIG"]))
+            self._in_force = Choice.of({"a": "vendor.a"} if started[-1] else {}, [])
+
+        def stop(self) -> None:
+            pass
+
+    path = tmp_path / "profile.yaml"
+    path.write_text("{}")
+    journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
+    for _ in range(2):  # the second time all is in the journal
+        found = confirm(Starting({"a": saves}), journal, path, NOISE, lambda kind: None)  # type: ignore[arg-type]
+    journal.close()
+    assert started == [False, True, True, False]
+    assert found.speeds["decode/1"] == pytest.approx(speed_of_tuned, rel=0.02) and bool(found.slower()) is slower
 
 
 def test_a_profile_that_is_slower_on_fresh_starts_is_none() -> None:
