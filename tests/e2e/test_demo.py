@@ -2,6 +2,7 @@
 """The command that ``make demo`` runs, as a user runs it."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.e2e
 def start_demo(*arguments: str) -> subprocess.Popen[str]:
     environ = {**os.environ, "COLUMNS": "120"}
     command = [sys.executable, "-m", "sglang_fl", "demo", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    # A shell's background job ignores Ctrl-C, and what it starts inherits that.
+    interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, preexec_fn=interruptible)
 
 
 def children(demo: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -35,9 +38,10 @@ def wait_for(demo: subprocess.Popen[str], word: str) -> list[psutil.Process]:
     until = time.monotonic() + 400
     while demo.poll() is None and time.monotonic() < until:
         found = children(demo)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(word in " ".join(child.cmdline()) for child in found):
-                return found
+        for child in found:
+            with contextlib.suppress(psutil.NoSuchProcess):  # nor has a zombie a command line
+                if word in " ".join(child.cmdline()):
+                    return found
         time.sleep(0.5)
     demo.kill()
     raise AssertionError(f"no child of the demo has {word!r} in its command line: {demo.communicate()[0]}")
