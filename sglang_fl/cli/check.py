@@ -21,6 +21,7 @@ from ..check.results import PASSED, Report
 from ..check.runner import Job, WorkerFailed, check
 from ..config import SettingsError, suggest
 from ..device import canonical, probe
+from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None, vendors: list[str] | None) -> list[tuple[str, str]]:
     """The selected (operator, implementation id) pairs: those of ``impls`` and of ``vendors``, or else all.
 
+    Kernels of SGLang's have no check, and are selected by their name alone.
+
     Raises:
         SettingsError: an unknown name, or names that select nothing together.
     """
@@ -76,7 +79,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
     found = [
         (impl.op_name, impl.impl_id)
         for impl in every
-        if (not ops or impl.op_name in ops)
+        if (impl.op_name in ops if ops else not is_kernel(impl.op_name))
         and (not (impls or vendors) or impl.impl_id in (impls or ()) or (impl.vendor and canonical(impl.vendor) in wanted_vendors))
     ]
     # A name that selects nothing would be missing from the report without a message.
@@ -84,8 +87,8 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
     without = [op for op in ops or () if op not in {op for op, _ in found}]
     problems = [f"check: {op} has no implementation {', '.join(names)}" for op in without]
     problems += [f"check: {impl} has no {', '.join(ops or ())}" for impl in impls or () if impl not in {impl for _, impl in found}]
-    if problems:
-        raise SettingsError(problems)
+    if problems or not found:
+        raise SettingsError(problems or "check: only kernels of SGLang's were selected, which have no check")
     return found
 
 

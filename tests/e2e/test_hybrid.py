@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real SGLang server on a hybrid of Qwen3.5's kind: linear attention by the gated delta rule, and full attention.
 
-SGLang serves such a model on a plain CPU up to its first forward pass, which ends at
-``sglang/kernels/ops/attention/triton_gdn_fused_proj.py``, ``fused_qkvzba_split_reshape_cat_contiguous``: "0 active drivers".
-Beside the functions that sglang-fl takes over, the layer runs Triton kernels that have no other form (that one, the causal
-convolution, the gates, the gated norm), so here Triton's interpreter runs them (``tests/triton_on_cpu.py``). The server has no
-flags but those of every test. Left to SGLang, prefill would refuse fp32, so what it is held against is the model in float64.
+SGLang alone serves such a model on a plain CPU up to its first forward pass, which ends at the first of the Triton kernels that have
+no other form: "0 active drivers". Two functions are operators of sglang-fl's; the other kernels run in plain PyTorch. The server has no
+flags but those of every test. What it is held against is the model in float64.
 """
 
 import os
@@ -27,6 +25,16 @@ from .hybrid_model import hybrid_model, make_prompts
 pytestmark = pytest.mark.e2e
 
 CHUNK, PACKED = FUNCTIONS
+_OPS = "sglang.kernels.ops"
+#: SGLang's kernels that the model reaches beside them.
+KERNELS = (
+    f"{_OPS}.attention.fla.layernorm_gated:rms_norm_gated",
+    f"{_OPS}.attention.linear.fused_gdn_gating:fused_gdn_gating",
+    f"{_OPS}.attention.triton_gdn_fused_proj:fused_qkvzba_split_reshape_cat_contiguous",
+    f"{_OPS}.elementwise.elementwise:fused_sigmoid_mul",
+    f"{_OPS}.mamba.causal_conv1d_triton:causal_conv1d_fn",
+    f"{_OPS}.mamba.causal_conv1d_triton:causal_conv1d_update",
+)
 TESTS = Path(__file__).parents[1]
 
 
@@ -45,9 +53,8 @@ def hybrid_prompts(hybrid: Path) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def running(hybrid: Path, hybrid_prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("hybrid")
-    (folder / "sitecustomize.py").write_text("from triton_on_cpu import interpret\n\ninterpret()\n")
-    path = os.pathsep.join([str(folder), str(TESTS), str(TESTS / "e2e"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32"}
+    path = os.pathsep.join([str(TESTS), str(TESTS / "e2e"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {"PYTHONPATH": path, "SGLANG_MAMBA_CONV_DTYPE": "float32"}
     environ |= {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_PLUGIN_MODULES": "field_backend"}
     with serving(hybrid, folder, environ=environ) as found:
         yield found
@@ -80,6 +87,11 @@ def test_both_functions_ran_on_a_backend_with_flagos_signatures(running: Running
     printed = running.server.log.read_text()
     assert f"{CHUNK} → vendor(vendor.field)" in printed
     assert "Applied 1 hook(s) to sglang.kernels.ops.attention.fla.chunk.chunk_gated_delta_rule (from: plugin=sglang_fl" in printed
+
+
+def test_the_other_kernels_ran_in_plain_pytorch(running: Running) -> None:
+    told = {line for line in running.dispatched() if line.startswith("sglang.")}
+    assert told == {f"{kernel} → reference(reference.torch)" for kernel in KERNELS}
 
 
 MISTAKES: dict[str, Callable[..., dict[str, Any]]] = {

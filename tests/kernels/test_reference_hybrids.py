@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import DTYPES, assert_within
 
-from sglang_fl.kernels.reference import causal_conv1d, gated_delta_net, logits
+from sglang_fl.kernels.reference import causal_conv1d, gated_delta_net, gates, logits
 
 EPS = 1e-6
 #: fp32 roundings of an activation's exponent and its quotient, relative to what goes into it.
@@ -301,7 +301,7 @@ def test_the_gate_of_an_attention(rng: torch.Generator, inplace: bool, dtype: to
     out = randn(rng, tokens, heads * size, dtype=dtype)
     gate = randn(rng, tokens, heads, 2 * size, dtype=dtype)[..., size:]
     before = out.clone()
-    got = gated_delta_net.fused_sigmoid_mul(out, gate, inplace=inplace)
+    got = gates.fused_sigmoid_mul(out, gate, inplace=inplace)
     assert (got is out) == inplace
     assert inplace or torch.equal(out, before)
     for token in range(tokens):
@@ -309,6 +309,24 @@ def test_the_gate_of_an_attention(rng: torch.Generator, inplace: bool, dtype: to
             x = float(before[token, place])
             wanted = torch.tensor(x * sigmoid(float(gate[token, place // size, place % size])), dtype=torch.float64)
             assert_within("gate", got[token, place], wanted, torch.tensor(abs(x), dtype=torch.float64), GATE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_the_gate_of_a_shared_expert(rng: torch.Generator, tokens: int, dtype: torch.dtype) -> None:
+    size = 6
+    hidden, shared, rest = (randn(rng, tokens, size, dtype=dtype) for _ in range(3))
+    weight, before = randn(rng, size, dtype=dtype), rest.clone()
+    product = gates.fused_gate_sigmoid_mul(hidden, weight, shared)
+    gates.fused_gate_sigmoid_mul_add(hidden, weight, shared, rest)
+    assert (product.shape, product.dtype) == (shared.shape, dtype)
+    for token in range(tokens):
+        products = [h * w for h, w in zip(hidden[token].tolist(), weight.tolist(), strict=True)]
+        gate = sigmoid(math.fsum(products))
+        exact = gate * shared[token].double()
+        terms = shared[token].double().abs() * (1 + sum(map(abs, products)))
+        assert_within("product", product[token], exact, terms, GATE + size)
+        assert_within("sum", rest[token], exact + before[token].double(), terms + before[token].double().abs(), GATE + size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

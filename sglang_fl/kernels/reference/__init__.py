@@ -38,7 +38,10 @@ _BY_MODULE: dict[str, dict[str, KernelReplacement]] = {
         "rms_norm_gated": KernelReplacement(f"{_HERE}.gated_delta_net:fla_rms_norm_gated", writes_inputs=False)
     },
     "sglang.srt.models.utils": _plain("gated_delta_net", "fused_qk_gemma_rmsnorm", "fused_qk_gemma_rmsnorm_with_gate"),
-    f"{_OPS}.elementwise.elementwise": _plain("gated_delta_net", "fused_sigmoid_mul", writes_inputs=True),
+    f"{_OPS}.elementwise.elementwise": {
+        **_plain("gates", "fused_sigmoid_mul", "fused_gate_sigmoid_mul_add", writes_inputs=True),
+        **_plain("gates", "fused_gate_sigmoid_mul"),
+    },
 }
 
 #: ``sglang.module:name`` -> what runs in its place where the device has no Triton, or where an order says ``reference``.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands around the gated delta rule in hybrid models: projections taken apart, gates, norms. Arithmetic is in fp32."""
 
-from typing import Any
-
 import torch
 from torch.nn.functional import sigmoid, silu, softplus
 
@@ -125,11 +123,3 @@ def fused_qk_gemma_rmsnorm_with_gate(
     q, gate = q_gate.reshape(-1, num_heads, 2 * head_dim).chunk(2, -1)
     q_out, k_out = fused_qk_gemma_rmsnorm(q, k, q_weight, k_weight, eps, head_dim)
     return q_out, k_out, gate.reshape(-1, head_dim)
-
-
-def fused_sigmoid_mul(attn_output: torch.Tensor, gate: torch.Tensor, inplace: bool = False, **options: Any) -> torch.Tensor:
-    """``attn_output * sigmoid(gate)``; the gate may be [tokens, heads, head_dim] where the other is [tokens, heads * head_dim]."""
-    if options.get("quant"):
-        raise NotImplementedError("fused_sigmoid_mul in plain PyTorch does not quantise its result")
-    result = (attn_output.float() * gate.float().sigmoid().reshape(attn_output.shape)).to(attn_output.dtype)
-    return attn_output.copy_(result) if inplace else result

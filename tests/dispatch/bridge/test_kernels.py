@@ -12,7 +12,7 @@ from sglang.srt.mem_cache import allocation
 
 from sglang_fl.config import Settings
 from sglang_fl.device import ENTRY_POINT_GROUP, Device
-from sglang_fl.dispatch import OpManager, SelectionPolicy, policy_context, reset_global_policy, set_global_policy
+from sglang_fl.dispatch import OpManager, SelectionPolicy, kernel_implementations, policy_context, reset_global_policy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.logger_manager import open_dispatch_log, read_dispatch_log
@@ -50,8 +50,9 @@ PLATFORM = VendorPlatform(name="fastchip", device_type="cpu", is_present=lambda:
 
 
 @pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    """SGLang's functions as they were."""
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SGLang's functions as they were, and nothing in their place but what the tests bring."""
+    monkeypatch.setattr(kernel_implementations, "REFERENCES", {})
     PolicyManager.get_instance()._listeners.clear()
     own = {module: dict(vars(module)) for module in (common, allocation)}
     yield
