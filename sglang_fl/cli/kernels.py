@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     root = _sglang()
     failed = args.trace is not None and not trace_model(args.model, args.trace)
     record = read_record(args.model) if args.model else None
-    found = [kernel for kernel in remembered_kernels(root, _OPERATORS) if _has(kernel, args.word)]
+    with Console(stderr=True).status("reading SGLang's source, once for this version"):
+        found = [kernel for kernel in remembered_kernels(root, _OPERATORS) if _has(kernel, args.word)]
     shown = [kernel for kernel in found if args.all or kernel.operator is None]
     counts = _reached(shown, record["counts"]) if record else None
     if counts is not None:

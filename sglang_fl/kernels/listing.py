@@ -7,10 +7,12 @@ replaced; a row is one of either that the runtime names, with the places where i
 """
 
 import ast
+import contextlib
 import gc
 import hashlib
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -304,10 +306,11 @@ def remembered_kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]
     finally:
         if was_enabled:
             gc.enable()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{key[16:24]}")
-    scratch.write_text(json.dumps([asdict(kernel) for kernel in found]))
-    scratch.replace(file)
+    with contextlib.suppress(OSError):  # where nothing can be kept, it is made again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps([asdict(kernel) for kernel in found]))
+        scratch.replace(file)
     return found
 
 
