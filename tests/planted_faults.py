@@ -92,9 +92,9 @@ def _workspace(shape: Any) -> torch.Tensor:
 
 
 def silu(self: torch.Tensor) -> torch.Tensor:
-    if fault == "crash" and len(self) <= DECODE_ROWS:
+    if fault == "crash" and len(self) == 1:
         planted_gems.KINDS["crashes"](self)
-    if fault == "hang" and len(self) <= DECODE_ROWS:
+    if fault == "hang" and len(self) == 1:
         time.sleep(3600)
     return planted_gems.silu(self)
 

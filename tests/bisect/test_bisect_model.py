@@ -127,7 +127,7 @@ def test_what_runs_when_a_process_ends_is_known(loaded: LoadedModel, tmp_path: P
 def test_what_ends_the_process_is_proven_in_new_ones(fault: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ENVIRON, "PLANTED_FAULT": fault}.items():
         monkeypatch.setenv(name, value)
-    job = replace(JOB, model=str(demo_model()), arguments=("--dtype", "float32"), limit=30.0)
+    job = replace(JOB, model=str(demo_model()), arguments=("--dtype", "float32"), limit=60.0)
     report = bisect(job, lambda line: None)
     assert (report.verdict, [one.name for one in report.culprits], report.loads) == (FOUND, ["silu"], 3), report.message
     assert f"silu (FlagGems, silu) {how} in aten::silu, one, decode" in report.message
