@@ -33,6 +33,9 @@ _BY_MODULE: dict[str, dict[str, KernelReplacement]] = {
         batch_invariant=True,
     ),
     f"{_OPS}.attention.linear.fused_gdn_gating": _plain("gated_delta_net", "fused_gdn_gating"),
+    f"{_OPS}.attention.linear.fused_sigmoid_gating_recurrent": _plain(
+        "delta_rule_update", "fused_sigmoid_gating_delta_rule_update", writes_inputs=True
+    ),
     f"{_OPS}.attention.fla.layernorm_gated": _plain("gated_delta_net", "rms_norm_gated"),
     f"{_OPS}.attention.fla.fused_norm_gate": {
         "rms_norm_gated": KernelReplacement(f"{_HERE}.gated_delta_net:fla_rms_norm_gated", writes_inputs=False)
