@@ -53,7 +53,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         settings, device, deterministic=deterministic, captures_graphs=captures_graphs, ranks=ranks, excluded=excluded
     )
     operators = in_force()
-    bind_kernels(device, deterministic=deterministic)
+    kernels = bind_kernels(device, deterministic=deterministic)
     conditions = TrialConditions(operators, _in_graphs(captures_graphs), excluded)
     try:
         report = process_binder().bind(
@@ -74,9 +74,9 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         )
     logger.log(level, replaced.summary())
     name = type(model).__name__
-    announce(name, settings, device, report, replaced, level)
+    announce(name, settings, device, report, replaced, level, kernels)
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
-        _announcements[name] = lambda: announce(name, settings, device, report, operators.report, level)
+        _announcements[name] = lambda: announce(name, settings, device, report, operators.report, level, kernels)
         operators.changed = _announce_again
     if level == logging.INFO:  # on one rank
         warn_of_changes(settings, lambda: conditions_of(getattr(model, "config", None), chip_name(device), ranks.count))

@@ -3,6 +3,8 @@
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ..aten import AtenReport
@@ -10,6 +12,7 @@ from ..compat import metrics_problems
 from ..config import Settings
 from ..device import Device
 from ..dispatch.bridge.report import BindReport
+from ..dispatch.kernel_implementations import is_kernel
 from .compare import MARK
 from .facts import fingerprint, setting_facts, versions
 
@@ -22,18 +25,27 @@ _gauge: Any = None
 _samples: dict[str, Any] = {}
 
 
-def announce(model: str, settings: Settings, device: Device, bound: BindReport, replaced: AtenReport, log_level: int) -> str:
+def announce(
+    model: str,
+    settings: Settings,
+    device: Device,
+    bound: BindReport,
+    replaced: AtenReport,
+    log_level: int,
+    kernels: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
     """Log the fingerprint of a model that was just bound, or whose functions changed, and set the metric if the server runs with
     ``--enable-metrics``.
 
     Args:
         model: its class's name.
         log_level: of the line. The metric is set in every process that runs the model; those that agree show as one.
+        kernels: implementation -> the kernels outside of SGLang's layers that run on it.
 
     Returns:
         the fingerprint.
     """
-    facts = server_facts(model, settings, device, bound, replaced)
+    facts = server_facts(model, settings, device, bound, replaced, kernels)
     mark = fingerprint(facts)
     logger.log(log_level, "%s%s of %s: %s", MARK, mark, model, json.dumps(facts))
     if _metrics_are_on():
@@ -41,13 +53,21 @@ def announce(model: str, settings: Settings, device: Device, bound: BindReport, 
     return mark
 
 
-def server_facts(model: str, settings: Settings, device: Device, bound: BindReport, replaced: AtenReport) -> dict[str, Any]:
+def server_facts(
+    model: str,
+    settings: Settings,
+    device: Device,
+    bound: BindReport,
+    replaced: AtenReport,
+    kernels: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, Any]:
     """What a server runs, in the shape of ``sglang-fl ops --json``."""
     destinations: dict[str, set[str]] = {}
     for op, _, destination in bound.layers:
         destinations.setdefault(op, set()).add(destination)
     for (op, _), destination in bound.functions.items():
         destinations.setdefault(op, set()).add(destination)
+    destinations |= {kernel: {destination} for destination, names in kernels.items() for kernel in names}
     return {
         "model": model,
         "device": device.vendor,
@@ -91,7 +111,7 @@ def _set_metric(mark: str, facts: dict[str, Any]) -> None:
         sglang=facts["versions"]["sglang"],
         chip=f"{facts['device']} ({facts['evidence']})",
         profile=facts["profile"],
-        bindings=", ".join(f"{row['op']}={row['picked']}" for row in facts["operators"]),
+        bindings=", ".join(f"{row['op']}={row['picked']}" for row in facts["operators"] if not is_kernel(row["op"])),
         aten_functions=len(facts["aten_functions"]),
         left_out=", ".join(sorted(facts["left_out"])),
     )

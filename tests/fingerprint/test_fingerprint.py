@@ -58,6 +58,13 @@ def test_what_a_server_says() -> None:
     assert (found["device"], found["evidence"], found["profile"]) == ("nvidia", "card 'NVIDIA H100'", "nvidia")
 
 
+def test_kernels_that_something_else_runs_are_told() -> None:
+    kernel, mine = "sglang.srt.mem_cache.allocation:assign_req_to_token_pool", "vendor(vendor.mychip)"
+    found = server_facts("Qwen3ForCausalLM", load_settings(ENVIRON, device=NVIDIA), NVIDIA, BOUND, REPLACED, {mine: [kernel]})
+    assert {"op": kernel, "picked": mine, "runs_on": [mine]} in found["operators"]
+    assert fingerprint(found) != fingerprint(facts())
+
+
 CHANGES: list[tuple[str, Change, tuple[str, str] | None]] = [
     ("a version", lambda found: found["versions"].update(torch="2.13.0"), ("version", "torch")),
     ("a package that is not there", lambda found: found["versions"].update(triton=None), ("version", "triton")),
