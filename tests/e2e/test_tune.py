@@ -22,7 +22,7 @@ from sglang_fl.tune.judge import CRASHED, NOT_BEST, SLOWER, SLOWER_SERVED, TIE, 
 from sglang_fl.tune.served import Lengths
 from sglang_fl.tune.tuning import Job, Outcome, Tuning
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # five minutes
 
 LAYERS = 3
 CONFIG = {
@@ -120,7 +120,6 @@ def test_the_profile_has_the_reason_and_the_figure_of_each(outcome: Outcome, tmp
     assert all(one["reason"] for one in found.values())
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_is_confirmed_on_fresh_starts(model: Path, tmp_path: Path) -> None:
     """The whole command: killed in the middle, resumed, confirmed; then its profile is asked again, and nothing has changed."""
     out, journal = tmp_path / "profile.yaml", tmp_path / "profile.tune" / "journal.jsonl"

@@ -64,7 +64,7 @@ def test_tuning_ends(tuner: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(tuning, limit, 1.0)
     multiply(tuner, 16)
     assert len(tuner.timed) == timed and len(tuner.cache) == 1
-    assert "mm_kernel_general for" in caplog.text and f"tried 2 of {len(tuner.configs)} configurations" in caplog.text
+    assert "mm_kernel_general for" in caplog.text and f"(the limit): 2 of {len(tuner.configs)} configurations" in caplog.text
 
 
 def test_nothing_is_tuned_inside_a_capture(tuner: Any, monkeypatch: pytest.MonkeyPatch) -> None:

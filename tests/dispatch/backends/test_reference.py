@@ -79,7 +79,7 @@ def test_rms_norm_not_contiguous(rng: torch.Generator) -> None:
 
 
 def test_rms_norm_of_another_size() -> None:
-    with pytest.raises(ValueError, match="hidden_size is 8, the last dimension of x 16"):
+    with pytest.raises(ValueError, match="hidden_size is 8, but the last dimension of x is 16"):
         reference.rms_norm(Norm(torch.ones(8)), torch.zeros(1, 16))
 
 

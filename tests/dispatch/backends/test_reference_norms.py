@@ -76,7 +76,7 @@ def test_norms_not_contiguous(rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("op", ["gemma_rms_norm", "layer_norm"])
 def test_norms_of_another_size(rng: torch.Generator, op: str) -> None:
-    with pytest.raises(ValueError, match=f"{op}: hidden_size is 8, the last dimension of x 16"):
+    with pytest.raises(ValueError, match=f"{op}: hidden_size is 8, but the last dimension of x is 16"):
         getattr(reference, op)(affine(rng, 8), torch.zeros(1, 16))
 
 
