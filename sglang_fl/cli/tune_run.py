@@ -22,7 +22,7 @@ from ..fingerprint.measured import changes
 from ..tune.bench import NATIVE, Bench
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
-from ..tune.judge import USED
+from ..tune.judge import UNAVAILABLE, USED
 from ..tune.page import as_html
 from ..tune.profile import choice_in, write
 from ..tune.served import Lengths
@@ -135,8 +135,9 @@ def _table(outcome: Outcome) -> Table:
     """What is used, and what it gains in a step of each case."""
     table = Table(title="What is used, and what it saves in a step", title_justify="left", show_lines=False)
     for column in ("operator or function", "implementation", "", "time over the own one's", *(f"µs in {case}" for case in outcome.step_us)):
-        table.add_column(column)
-    for candidate in sorted(outcome.candidates, key=lambda one: (one.status != USED, one.impl is None, one.name)):
+        table.add_column(column, overflow="fold")
+    shown = [candidate for candidate in outcome.candidates if candidate.status != UNAVAILABLE]
+    for candidate in sorted(shown, key=lambda one: (one.status != USED, one.impl is None, one.name)):
         ratio = f"{candidate.ratio[1]:.2f}" if candidate.ratio else ""
         gains = [f"{candidate.gains[case]:.1f}" if case in candidate.gains else "" for case in outcome.step_us]
         table.add_row(
