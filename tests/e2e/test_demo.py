@@ -71,7 +71,7 @@ def test_an_interrupted_demo_leaves_nothing(model: Path, signum: signal.Signals,
     demo = start_demo()
     started = wait_for(demo, stage)
     demo.send_signal(signum)
-    printed, _ = demo.communicate(timeout=60)
+    printed, _ = demo.communicate(timeout=180)
     assert demo.returncode == 130, printed
     assert "interrupted" in printed
     _, alive = psutil.wait_procs(started, timeout=10)
