@@ -413,9 +413,9 @@ def main() -> int:
     except FlagCXError as error:
         command.error(str(error))
     measured, is_whole, code = Measured(), False, 0
-    interrupt_on_termination()
     try:
-        collect(args, ranks, console, measured)
+        with interrupt_on_termination():
+            collect(args, ranks, console, measured)
         is_whole = True
     except KeyboardInterrupt:
         console.print("interrupted; this is what there is")
