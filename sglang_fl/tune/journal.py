@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements as they come: a line of JSON each, so that a run that was killed loses one at most."""
 
-import fcntl
-import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
+from ..utils.json_lines import JsonLines
 
 
 class Journal:
@@ -30,19 +28,18 @@ class Journal:
         self.seconds: dict[str, list[float]] = {}
         self._found: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._file = JsonLines(path)
+        except BlockingIOError:
             raise SettingsError(f"{path} is in use by another run") from None
-        self._read(head)
+        try:
+            self._read(head)
+        except BaseException:
+            self._file.close()
+            raise
 
     def _read(self, head: Mapping[str, Any]) -> None:
-        self._file.seek(0)
-        whole = self._file.read()
-        end = whole.rfind(b"\n") + 1  # of the last line that was written whole
-        self._file.truncate(end)
-        lines = [json.loads(line) for line in whole[:end].splitlines()]
+        lines = self._file.found
         if not lines:
             self._write({"for": dict(head)})
             return
@@ -69,10 +66,11 @@ class Journal:
             self.seconds.setdefault(kind, []).append(seconds)
         return self._found[key]
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.append(line)
+        if self._file.error is not None:
+            raise self._file.error
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()

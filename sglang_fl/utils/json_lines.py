@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file with a JSON object a line, written as they come, so that what ends early can go on."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ class JsonLines:
 
     Attributes:
         found: what it held when it was opened; a last line that was cut off is none.
-        problem: why the file could not be written, last.
+        error: what kept the file from being written, last.
 
     Raises:
         BlockingIOError: it is in use.
@@ -22,7 +23,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path):
-        self.problem: str | None = None
+        self.error: OSError | None = None
         self._unwritten = b""
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -41,13 +42,22 @@ class JsonLines:
             os.ftruncate(self._file, self._size)
             written = os.pwrite(self._file, self._unwritten, self._size)
         except OSError as error:
-            self.problem = str(error.strerror)
+            self.error = error
             return
         if written < len(self._unwritten):
-            self.problem = "No space left on device"
+            self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return
         self._size += written
-        self._unwritten, self.problem = b"", None
+        self._unwritten, self.error = b"", None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the file could not be written, last."""
+        return None if self.error is None else str(self.error.strerror)
+
+    def sync(self) -> None:
+        """Have what was written survive a power cut."""
+        os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)
