@@ -40,12 +40,13 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         RuntimeError: under ``strict``, an implementation or a function failed its trial or ended an earlier start, or FlagGems
             cannot be used.
     """
-    from sglang.srt.runtime_context import get_exec
+    from sglang.srt.runtime_context import get_disagg, get_exec
 
     settings, level = settings_in_worker(device), _log_level()
     execution = get_exec()
     deterministic = bool(execution.deterministic.enable_deterministic_inference)
-    captures_graphs = _captures_graphs(execution)
+    # A prefill server that may become a decode server captures decode graphs then.
+    captures_graphs = _captures_graphs(execution) or bool(get_disagg().enable_pd_role_switch)
     dispatch_log().begin(type(model).__name__)
     ranks = tensor_parallel_ranks()
     excluded = _excluded(settings, device, ranks)

@@ -69,6 +69,7 @@ LAYERS: Shapes = {
     "sglang.srt.layers.layernorm:_fp8_static_input_scale": "linear",
     "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_native": "self positions query key offsets fused_set_kv_buffer_arg",
     "sglang.srt.layers.rotary_embedding.mrope:MRotaryEmbedding.forward_native": "self positions query key fused_set_kv_buffer_arg",
+    "sglang.srt.runtime_context:get_disagg": "",
     "sglang.srt.runtime_context:get_exec": "",
     "sglang.srt.layers.moe.topk:TopK.forward_native": (
         "self hidden_states router_logits num_token_non_padded expert_location_dispatch_info dynamic_expert_bias router_logits_partials"

@@ -79,12 +79,31 @@ def test_the_same_model_bound_again_gives_back_what_is_now_excluded() -> None:
     assert layer._forward_method is None, "and follows no policy any more"
 
 
-def test_bind_model_takes_the_settings_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def mode(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What SGLang says of its server: no graphs."""
     mode = SimpleNamespace(
         deterministic=SimpleNamespace(enable_deterministic_inference=False),
         graph=SimpleNamespace(enable_torch_compile=False, cuda_graph_config=None),
+        enable_pd_role_switch=False,
     )
-    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: mode)
+    for name in ("get_exec", "get_disagg"):
+        monkeypatch.setattr(f"sglang.srt.runtime_context.{name}", lambda: mode)
+    return mode
+
+
+@pytest.mark.parametrize("switches", [False, True])
+def test_a_prefill_server_that_may_switch_its_role_captures_graphs_later(
+    mode: SimpleNamespace, switches: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    mode.enable_pd_role_switch = switches
+    startup.apply(Settings(prefer="flagos", flagos_scope="graphs"), CPU)
+    with caplog.at_level("INFO", "sglang_fl"):
+        bind.bind_model(Model(norm()), CPU)
+    assert ("this server captures none" in caplog.text) is not switches
+
+
+def test_bind_model_takes_the_settings_in_force(mode: SimpleNamespace) -> None:
     startup.apply(Settings(prefer="reference"), CPU)
     assert bind.bind_model(Model(norm()), CPU).bound == 1
     startup.apply(Settings(prefer="reference", oot_blacklist=("RMSNorm",)), CPU)
