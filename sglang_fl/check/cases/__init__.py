@@ -23,8 +23,6 @@ OPERATORS_CHECKED: Mapping[str, Operator] = {
 
 #: Numbers of tokens that are timed: on an accelerator, on a CPU (about a minute), and with --quick (some seconds).
 _ACCELERATOR, _CPU, _QUICK = (1, 16, 64, 512, 2048, 8192), (1, 16, 64, 512, 2048), (1, 64)
-#: A call of more tokens is judged by some of them.
-_JUDGED_WHOLE = 1 << 20
 
 
 def cases_of(
@@ -63,9 +61,4 @@ def _served(operator: Operator, *tokens: int) -> str:
 
 def _case(op: str, check: str, words: str, dtype: str, other: str | None = None) -> Case:
     form = OPERATORS_CHECKED[op].form.of(words)
-    judged = None
-    if form.tokens > _JUDGED_WHOLE:
-        # Beside the ends those where a count of 16 bits, or of 32 for the numbers, begins again, and a few of the rest.
-        spread = torch.linspace(0, form.tokens - 1, 65).long()
-        judged = torch.cat((spread, spread.clamp(max=form.tokens - 2) + 1, torch.arange(65530, 65540))).unique()
-    return Case(op, check, words, dtype, form, OPERATORS_CHECKED[op].form.of(other) if other else None, judged)
+    return Case(op, check, words, dtype, form, OPERATORS_CHECKED[op].form.of(other) if other else None)

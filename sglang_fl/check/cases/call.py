@@ -186,7 +186,7 @@ class Operator:
         exact: its results in float64, for a call that has not run yet; inputs that are results last.
         sizes: what models call it with, and where numbers of rows, heads and offsets leave what kernels are first tried with.
         many: numbers of tokens, or of rows, beyond what 16 bits count and a grid has in its second and third dimension.
-        vast: rows that a CPU takes too long for; of those with a million tokens and more, only some are judged.
+        vast: rows that a CPU takes too long for; of those with most numbers, some of the tokens are judged.
         unusual: calls that are allowed, and rare.
         special: calls with nan, infinity, the largest and the smallest numbers.
         whole: one of the results in float64 judges all of an implementation's.
@@ -217,7 +217,6 @@ class Case:
     Attributes:
         name: the call in words; one of an operator, a kind of check and a dtype has it.
         other: makes a call of another number of tokens.
-        judged: with so many tokens, only some are compared with float64.
     """
 
     op: str
@@ -226,7 +225,6 @@ class Case:
     dtype: str
     make: Make
     other: Make | None = None
-    judged: torch.Tensor | None = None
 
     def draw(self, seed: int, device: torch.device, *, other: bool = False) -> Call:
         draw = Draw(torch.Generator().manual_seed(seed), getattr(torch, self.dtype), device)
