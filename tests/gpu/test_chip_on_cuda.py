@@ -2,7 +2,7 @@
 """A make-believe chip that a package declares on top of ``torch.cuda``: out of tree, as MetaX's and others are, on an NVIDIA GPU.
 
 It gets none of NVIDIA's own paths in SGLang. One server runs where sgl_kernel, flashinfer and deep_gemm are not installed, one
-drafts with an EAGLE model, and native SGLang serves beside them for comparison.
+drafts with an EAGLE model, and native SGLang serves beside them for comparison. With two GPUs there are servers of two ranks besides.
 """
 
 import gzip
@@ -28,6 +28,8 @@ from sglang_fl.cli.demo_model import QUESTION, demo_model
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 PLATFORM = """
+import os
+
 from sglang_fl.vendor_platform import VendorPlatform
 
 EAGLE = "sglang.srt.speculative.eagle_draft_cuda_graph_runner:EAGLEDraftCudaGraphRunner"
@@ -41,6 +43,7 @@ PLATFORM = VendorPlatform(
     flaggems=True,
     speculative_algorithms=("EAGLE",),
     draft_graph_runners={"draft_decode": EAGLE, "draft_extend": EXTEND},
+    capabilities=("supports_triton", "graph_capture", "piecewise_graph", *os.environ.get("IMITATOR_OF_A_TEST", "").split()),
 )
 """
 DRAFTING = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
@@ -49,11 +52,18 @@ BOUND = {f"{name} → flagos(default.flagos)" for name in ("RMSNorm", "RotaryEmb
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the package is installed."""
+    directory = tmp_path_factory.mktemp("site")
+    write_package(directory, "imitator_of_a_test", PLATFORM, {"sglang_fl.platform": "imitator_of_a_test:PLATFORM"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def servers(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     directory = tmp_path_factory.mktemp("imitator")
-    site, hidden = directory / "site", directory / "hidden"
-    site.mkdir(), hidden.mkdir()
-    write_package(site, "imitator_of_a_test", PLATFORM, {"sglang_fl.platform": "imitator_of_a_test:PLATFORM"})
+    hidden = directory / "hidden"
+    hidden.mkdir()
     hide(hidden, ("sgl_kernel", "flashinfer", "deep_gemm"), ("sglang-kernel", "flashinfer-python", "sgl-deep-gemm"))
     draft = ("--speculative-draft-model-path", str(eagle_draft(directory / "draft")), "--speculative-num-draft-tokens", "4")
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
@@ -99,13 +109,15 @@ def test_it_is_out_of_tree_and_flagos_is_bound(servers: dict[str, Future[Running
     assert info["attention_backend"] == "triton" and info["device"] == "cuda"
 
 
-def test_the_draft_model_is_bound(servers: dict[str, Future[Running]]) -> None:
+def test_the_draft_model_is_bound_and_drafts(servers: dict[str, Future[Running]]) -> None:
+    """Of three tokens that it drafts the model takes more than two, as in PyTorch."""
     running = servers["drafting"].result()
     assert running.server.log.read_text().count(" layers bound, ") >= 2, "once for each of the two models"
-    asked = {"text": QUESTION, "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}}
+    text = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    asked = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 400}}
     info = requests.post(f"{running.server.url}/generate", json=asked, timeout=120).json()["meta_info"]
-    assert info["spec_verify_ct"] > 0
     print(f"drafting: {info['completion_tokens']} tokens in {info['spec_verify_ct']} verifications")
+    assert info["completion_tokens"] > 100 and info["completion_tokens"] >= 2 * info["spec_verify_ct"]
 
 
 def test_decode_beside_native(servers: dict[str, Future[Running]]) -> None:
@@ -158,3 +170,27 @@ def test_flagos_kernels_run_in_the_graphs(servers: dict[str, Future[Running]], w
     flagos = {name for name in kernels if "add_rms_norm_kernel" in name or "silu_and_mul_kernel" in name}
     print(f"{way}: {len(kernels)} kernels; of FlagGems's norms and SiLU: {sorted(flagos)}")
     assert kernels and bool(flagos) is (way != "native")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    # NVLink multicast stays off, as some machines need it.
+    imitator = {**FLAGOS, "PYTHONPATH": path, "IMITATOR_OF_A_TEST": "supports_pynccl", "NCCL_NVLS_ENABLE": "0"}
+    ways = {"tensor": Way("", imitator, ("--tp", "2")), "pipeline": Way("", imitator, ("--pp-size", "2"))}
+    with side_by_side(demo_model(), ways, "bfloat16", tmp_path_factory) as found:
+        yield found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("way", ["tensor", "pipeline"])
+def test_two_ranks(two_ranks: dict[str, Future[Running]], way: str) -> None:
+    """Over PyNccl, since the package declares it for this chip, with graphs on both. A pipeline's prefill graphs SGLang leaves out."""
+    running = two_ranks[way].result()
+    check_the_recital(running)
+    assert running.dispatched() >= BOUND
+    printed = running.server.log.read_text()
+    assert "sglang is using nccl==" in printed
+    for what in ("prefill", "decode") if way == "tensor" else ("decode",):
+        ends = [line for line in printed.splitlines() if f"Capture target {what} CUDA graph end" in line]
+        assert len(ends) == 2, f"graphs of {what}, of each rank: {ends}"
