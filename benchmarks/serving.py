@@ -149,7 +149,7 @@ def engine_arguments(args: argparse.Namespace, shape: Shape, directory: Path, pl
 def least_memory(shape: Shape, arguments: dict[str, Any]) -> float:
     """GiB that an engine holds at the least: weights, KV cache and states; contexts and graphs come on top."""
     if shape.directory is None:
-        weights = shape.weight_count() * 2
+        weights = shape.weight_bytes()
     else:
         weights = sum(path.stat().st_size for path in shape.directory.glob("*.safetensors"))
     states = arguments.get("max_mamba_cache_size", 0) * shape.state_bytes()

@@ -120,6 +120,58 @@ SHAPES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 512,
         "tie_word_embeddings": False,
     },
+    # Latent attention, matrices in fp8 by blocks, experts from the fourth layer on.
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "ep_size": 1,
+        "first_k_dense_replace": 3,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "initializer_range": 0.02,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+    },
     # Its activation is NewGELU, and its context short: --input-len 512.
     "gpt2-xl": {
         "model_type": "gpt2",
@@ -205,26 +257,49 @@ class Shape:
         keys, values = (self.config[f"linear_num_{x}_heads"] * self.config[f"linear_{x}_head_dim"] for x in ("key", "value"))
         return int(keys), int(values)
 
-    def weight_count(self) -> int:
-        """How many numbers the weights have, but for the norms', biases and convolutions, which are few."""
-        config, head_dim = self.config, self._head_dim()
-        hidden = config["hidden_size"]
-        embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    def _embedding_count(self) -> int:
+        return int(self.config["vocab_size"] * self.config["hidden_size"] * (1 if self.config.get("tie_word_embeddings") else 2))
+
+    def _attention_count(self) -> int:
+        """How many numbers the weights of attention have in all layers, linear attention included."""
+        config = self.config
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        if (latent := config.get("kv_lora_rank")) is not None:
+            nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+            queries = config["q_lora_rank"] * (hidden + heads * (nope + rope))
+            keys_and_values = hidden * (latent + rope) + latent * heads * (nope + value)
+            return int(config["num_hidden_layers"] * (queries + keys_and_values + heads * value * hidden))
         # A hybrid's queries come with a gate.
-        queries = config["num_attention_heads"] * (3 if "full_attention_interval" in config else 2)
-        count = self._full_attention_layers() * head_dim * (queries + 2 * config["num_key_value_heads"])
+        queries = heads * (3 if "full_attention_interval" in config else 2)
+        count = self._full_attention_layers() * self._head_dim() * (queries + 2 * config["num_key_value_heads"])
         if self._linear_attention_layers():
             keys, values = self._linear_sizes()
             count += self._linear_attention_layers() * (2 * keys + 3 * values + 2 * config["linear_num_value_heads"])
-        experts = config.get("num_experts")
+        return int(hidden * count)
+
+    def weight_count(self) -> int:
+        """How many numbers the weights have, but for the norms', biases and convolutions, which are few."""
+        config = self.config
         matrices = 2 if "activation_function" in config else 3  # GPT-2's are not gated
-        mlp = experts * (3 * config["moe_intermediate_size"] + 1) if experts else matrices * config["intermediate_size"]
+        dense = matrices * config["intermediate_size"]
+        experts = config.get("num_experts") or config.get("n_routed_experts")
+        layers = config["num_hidden_layers"]
+        dense_layers = min(layers, config.get("first_k_dense_replace", 0)) if experts else layers
         shared = config.get("shared_expert_intermediate_size")
-        mlp += 3 * shared + 1 if shared else 0
-        return int(embeddings + hidden * (count + config["num_hidden_layers"] * mlp))
+        width = config.get("moe_intermediate_size", 0)
+        sparse = (experts or 0) * (3 * width + 1) + 3 * width * config.get("n_shared_experts", 0) + (3 * shared + 1 if shared else 0)
+        mlps = dense_layers * dense + (layers - dense_layers) * sparse
+        return int(self._embedding_count() + self._attention_count() + config["hidden_size"] * mlps)
+
+    def weight_bytes(self) -> int:
+        """In bf16, or in fp8 but for the embeddings."""
+        embeddings = self._embedding_count()
+        return 2 * embeddings + (self.weight_count() - embeddings) * (1 if "quantization_config" in self.config else 2)
 
     def kv_numbers_per_token(self) -> int:
         """How many numbers the KV cache keeps for a token."""
+        if "kv_lora_rank" in self.config:
+            return int(self.config["num_hidden_layers"] * (self.config["kv_lora_rank"] + self.config["qk_rope_head_dim"]))
         return int(2 * self._full_attention_layers() * self.config["num_key_value_heads"] * self._head_dim())
 
     def state_bytes(self) -> int:

@@ -18,6 +18,7 @@ class TestShapes:
             ("qwen3-30b-a3b", 30.5),
             ("qwen3-next-80b-a3b", 79.7),
             ("gpt2-xl", 1.557),
+            ("deepseek-v3", 671),
         ],
     )
     def test_the_weights_add_up_to_the_published_size(self, name: str, billions: float) -> None:
@@ -36,6 +37,13 @@ class TestShapes:
         assert shapes.load_shape("qwen3-8b").state_bytes() == 0
         with pytest.raises(shapes.UnknownShape, match="full attention in each 4th layer"):
             shapes.load_shape("qwen3-next-80b-a3b:3")
+
+    def test_latent_attention_and_fp8_take_less(self) -> None:
+        """DeepSeek-V3 keeps 576 numbers of a token in each layer; its weights are in fp8, its embeddings in bf16."""
+        whole = shapes.load_shape("deepseek-v3")
+        assert whole.kv_numbers_per_token() == 61 * 576
+        assert whole.weight_bytes() / 1e9 == pytest.approx(673, rel=2e-3)
+        assert shapes.load_shape("qwen3-8b").weight_bytes() == 2 * shapes.load_shape("qwen3-8b").weight_count()
 
     @pytest.mark.parametrize("text", ["qwen3-8b:0", "qwen3-8b:37", "qwen3-8b:x", "qwen3-8b:"])
     def test_a_shape_has_so_many_layers(self, text: str) -> None:
