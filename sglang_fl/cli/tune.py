@@ -8,7 +8,7 @@ from .arguments import Parser, duration, number
 
 _POSITIVE = number(int, lambda count: 0 < count < 1 << 20, "a number above 0")
 _EXIT_CODES = """exit codes: 0 the profile was written; 1 the engine failed; 2 wrong usage;
-3 the budget was used up, --resume goes on; 130 interrupted, --resume goes on"""
+3 the budget was used up: the profile has what is decided, --resume goes on; 130 interrupted, --resume goes on"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -19,7 +19,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help="as --model-path of sglang.launch_server")
     parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="the profile (default: profile.yaml)")
     parser.add_argument("--traffic", type=Path, metavar="FILE", help="your requests, one JSON object a line (default: a mix)")
-    parser.add_argument("--budget", type=duration, metavar="TIME", help="stop after this time, as 45m; --resume goes on")
+    parser.add_argument(
+        "--budget", type=duration, metavar="TIME", help="write the profile by then, with what is decided, as 45m; --resume goes on"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the measurements of an earlier run with the same --out")
     parser.add_argument("--update", type=Path, metavar="PROFILE", help="measure only the entries that do not hold any more")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured and about how long it takes; measure nothing")

@@ -20,15 +20,16 @@ from ..dispatch.ops import OPERATORS
 from ..fingerprint.facts import versions
 from ..fingerprint.measured import changes
 from ..tune.bench import NATIVE, Bench
+from ..tune.budget import SECONDS
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
-from ..tune.judge import UNAVAILABLE, USED
+from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
 from ..tune.page import as_html
 from ..tune.profile import choice_in, write
 from ..tune.served import Lengths
 from ..tune.statistics import LOOKS
 from ..tune.traffic import read
-from ..tune.tuning import SECONDS, Job, Outcome, Tuning
+from ..tune.tuning import Job, Outcome, Tuning
 from .model_layers import model_layers
 
 #: For the plan: recorded calls differ in the number of tokens, with a residual or without, and in the width of heads.
@@ -110,19 +111,24 @@ def _with_new(measured: Mapping[str, Any], about: Mapping[str, Any]) -> list[str
 
 
 def _left(tuning: Tuning) -> str:
-    left = tuning.left()
+    left = tuning.budget.left()
     return f" (about {left / 60:.0f} min left)" if left >= 90 else f" (about {left:.0f} s left)"
 
 
 def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, entries: dict[str, Any], journal: Journal) -> int:
-    console.print(_table(outcome))
-    if outcome.incomplete:
-        console.print(f"{outcome.incomplete}; no profile was written. Go on with: --resume", markup=False)
-    else:
+    _print_outcome(console, outcome)
+    if outcome.about:
         write(args.out, outcome, entries)
+    if outcome.incomplete:
+        undecided = sum(candidate.status == UNDECIDED for candidate in outcome.candidates)
+        unconfirmed = "; what is used was not confirmed on fresh starts" if outcome.used != NATIVE and not outcome.confirmed else ""
+        console.print(f"{outcome.incomplete}. Go on with: --resume", markup=False)
+        console.print(f"{undecided} candidates are undecided, and stay with SGLang{unconfirmed}", markup=False)
+    else:
         journal.path.replace(journal.path.with_name("finished.jsonl"))
-        if outcome.why_native:
-            console.print(f"SGLang's own everywhere: {outcome.why_native}", markup=False)
+    if outcome.why_native:
+        console.print(f"SGLang's own everywhere: {outcome.why_native}", markup=False)
+    if outcome.about:
         console.print(f"{args.out} was written. Use it with SGLANG_FL_CONFIG={args.out}", markup=False)
     if outcome.about.get("plain_cpu"):
         console.print("No accelerator: these are times on the host, and no graphs.")
@@ -131,25 +137,24 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, entrie
     return 3 if outcome.incomplete else 0
 
 
-def _table(outcome: Outcome) -> Table:
-    """What is used, and what it gains in a step of each case."""
-    table = Table(title="What is used, and what it saves in a step", title_justify="left", show_lines=False)
-    for column in ("operator or function", "implementation", "", "time over the own one's", *(f"µs in {case}" for case in outcome.step_us)):
-        table.add_column(column, overflow="fold")
-    shown = [candidate for candidate in outcome.candidates if candidate.status != UNAVAILABLE]
-    for candidate in sorted(shown, key=lambda one: (one.status != USED, one.impl is None, one.name)):
-        ratio = f"{candidate.ratio[1]:.2f}" if candidate.ratio else ""
-        gains = [f"{candidate.gains[case]:.1f}" if case in candidate.gains else "" for case in outcome.step_us]
-        table.add_row(
-            candidate.name,
-            candidate.impl or "flag_gems",
-            candidate.status,
-            ratio,
-            *gains,
-            style="green" if candidate.status == USED else "",
-        )
-    table.caption = "; ".join(f"{case}: {found} of native's speed" for case, found in outcome.served.items())
-    return table
+def _print_outcome(console: Console, outcome: Outcome) -> None:
+    """What is used, and what it saves in a step of each case; and the others by what became of them."""
+    shown: dict[str, list[Candidate]] = {}
+    for candidate in sorted(outcome.candidates, key=lambda one: (one.impl is None, one.key)):
+        shown.setdefault(candidate.status, []).append(candidate)
+    if used := shown.pop(USED, []):
+        table = Table(title="What is used, its time over the own one's, and the µs that it saves in a step", title_justify="left", box=None)
+        for column in ("", "time", *outcome.step_us):
+            table.add_column(column, no_wrap=True, justify="right" if column else "left")
+        for candidate in used:
+            gains = [f"{candidate.gains[case]:.1f}" if case in candidate.gains else "" for case in outcome.step_us]
+            table.add_row(candidate.key, f"{candidate.ratio[1]:.2f}" if candidate.ratio else "", *gains)
+        console.print(table)
+    for status, candidates in shown.items():
+        if status != UNAVAILABLE:
+            console.print(f"{status}: {', '.join(candidate.key for candidate in candidates)}", markup=False)
+    for case, found in outcome.served.items():
+        console.print(f"{case}: {found} of native's speed", markup=False)
 
 
 def _print_plan(console: Console, model: Path) -> None:

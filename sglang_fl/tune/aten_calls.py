@@ -233,13 +233,12 @@ def _tensors(spec: Any) -> list[Mapping[str, Any]]:
 
 
 def _numel(call: Mapping[str, Any]) -> int:
-    total = 0
-    for tensor in _tensors([call["args"], call["kwargs"]]):
-        numel = 1
-        for size in tensor["shape"]:
-            numel *= size
-        total += numel
-    return total
+    return sum(math.prod(tensor["shape"]) for tensor in _tensors([call["args"], call["kwargs"]]))
+
+
+def nbytes(spec: Any) -> int:
+    """Of the tensors in arguments."""
+    return sum(math.prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize for tensor in _tensors(spec))
 
 
 def _contiguous(tensor: Mapping[str, Any]) -> bool:

@@ -166,6 +166,14 @@ class Bench:
                 found[str(case)] = case.measure(engine, prompts[: case.batch], prompts[case.batch :], self._lengths)["seconds"]
         return found
 
+    def show(self) -> None:
+        """Have each case computed once, and the recorder told which it is."""
+        for index, case in enumerate(self.cases):
+            prompts = make_prompts(self.about()["vocabulary"], case.batch, getattr(self._lengths, case.phase), (0, index))
+            self.ask("label", phase=case.phase, batch=case.batch)
+            with self._watched() as engine:
+                case.show(engine, prompts)
+
     def send(self, requests: Requests) -> None:
         """Have requests served, a batch after the other."""
         with self._watched() as engine:

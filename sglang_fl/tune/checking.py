@@ -21,11 +21,13 @@ class Checker:
 
     Args:
         file: where the cases are written for the process.
+        remaining: seconds for all of them, or None: no first call may take more than a part of it.
     """
 
-    def __init__(self, cases: Sequence[Mapping[str, Any]], file: Path):
+    def __init__(self, cases: Sequence[Mapping[str, Any]], file: Path, remaining: float | None = None):
         file.write_text(json.dumps(list(cases)), encoding="utf-8")
         self._file = file
+        self._compile_limit = _COMPILE_LIMIT if remaining is None else min(_COMPILE_LIMIT, max(_LIMIT / 2, remaining / 4))
         self._process: Process | None = None
 
     def __enter__(self) -> "Checker":
@@ -38,7 +40,7 @@ class Checker:
         """``status`` and ``message`` of a case; statuses are those of ``sglang-fl check``."""
         try:
             if self._process is None:
-                self._process = Process(str(self._file), os.environ, _LIMIT, _COMPILE_LIMIT, "sglang_fl.tune.worker")
+                self._process = Process(str(self._file), os.environ, _LIMIT, self._compile_limit, "sglang_fl.tune.worker")
                 self._answer()
             self._process.ask(number)
             return self._answer()

@@ -31,12 +31,16 @@ class Confirmed:
         return {case: ratio for case, ratio in self.speeds.items() if ratio < 1 - self.apart[case]}
 
 
-def confirm(bench: Bench, journal: Journal, profile: Path, noise: Mapping[str, float], check_budget: Callable[[str], None]) -> Confirmed:
-    """Start and measure four engines, those that the journal does not have yet."""
+def confirm(
+    bench: Bench, journal: Journal, profile: Path, choice: str, noise: Mapping[str, float], check_budget: Callable[[str, int], None]
+) -> Confirmed:
+    """Start and measure four engines, those that the journal does not have yet, if the time suffices for all of them."""
+    names = [f"{number} {side} {choice if side == 'tuned' else ''}" for number, side in enumerate(_ORDER)]
+    if missing := sum(f"start: {name}" not in journal for name in names):
+        check_budget("start", missing)
     native, tuned = bench.environ_of(None), bench.environ_of(profile)
     found: list[Mapping[str, list[float]]] = []
-    for number, side in enumerate(_ORDER):
-        check_budget("start")
+    for name, side in zip(names, _ORDER, strict=True):
 
         def measure(environ: Mapping[str, str] = native if side == "native" else tuned) -> dict[str, list[float]]:
             bench.start(environ)
@@ -45,9 +49,7 @@ def confirm(bench: Bench, journal: Journal, profile: Path, noise: Mapping[str, f
             bench.stop()
             return {case: [seconds[case] for seconds in rounds] for case in rounds[0]}
 
-        found.append(
-            journal.measured("start", f"{number} {side} {profile.read_text(encoding='utf-8') if side == 'tuned' else ''}", measure)
-        )
+        found.append(journal.measured("start", name, measure))
     first, one, two, last = found
     speeds, apart = {}, {}
     for case in first:

@@ -15,7 +15,7 @@ import numpy as np
 MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
 
 #: What became of a candidate.
-USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_BEST, NOT_MEASURED = (
+USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_BEST, UNDECIDED, NOT_MEASURED = (
     "used",
     "tie",
     "slower",
@@ -25,6 +25,7 @@ USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_B
     "not available",
     "slower served",
     "another is faster",
+    "undecided",
     "not measured",
 )
 #: What a profile keeps from being used where a user prefers FlagOS for everything.
@@ -58,7 +59,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        return self.name if self.impl is None else f"{self.name}: {self.impl}"
+        return f"{self.name}: {self.impl or 'flag_gems'}"
 
     @property
     def gain(self) -> float:

@@ -46,8 +46,9 @@ class TensorSpec:
         place = torch.device("cpu") if self.device == "cpu" else device
         size = 0 if 0 in self.shape else 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         if self.data is None:
-            numbers = torch.randn(size, generator=rng).to(self.dtype).to(place)
-            return numbers.as_strided(self.shape, self.stride)
+            seed = int(torch.randint(1 << 62, (), generator=rng))
+            drawn = torch.randn(size, dtype=torch.float32, device=place, generator=torch.Generator(place).manual_seed(seed))
+            return drawn.to(self.dtype).as_strided(self.shape, self.stride)
         made = torch.empty(size, dtype=self.dtype, device=place).as_strided(self.shape, self.stride)
         return made.copy_(self.data) if size else made
 

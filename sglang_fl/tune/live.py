@@ -32,7 +32,7 @@ from ..distributed.ranks import tensor_parallel_ranks
 from ..fingerprint.measured import conditions_of
 from ..utils.packages import package_of
 from . import aten_case
-from .aten_calls import Recorder, describe, telling
+from .aten_calls import Recorder, describe, nbytes, telling
 from .layer_calls import LayerRecorder, RecordedCall
 from .timing import Candidate, compare, input_sets
 
@@ -140,6 +140,7 @@ class Live:
         """Begin to record. Graphs are put aside, so that each step's calls are seen."""
         model = self._runner.model
         self._passes: dict[str, int] = {}
+        self._shown = ("", 0)
         self._layer_recorder = LayerRecorder(_sockets())
         self._recorder = Recorder(self._device.device_type)
         self._set_aside = (self._runner.decode_cuda_graph_runner, self._runner.prefill_cuda_graph_runner)
@@ -147,14 +148,25 @@ class Live:
             self._runner.decode_cuda_graph_runner = self._runner.prefill_cuda_graph_runner = None
         self._layer_recorder.start()
         self._recorder.start()
+        self._forward = vars(model).get("forward")
         model.forward = functools.partial(self._labelled, model.forward)
+        return {}
+
+    def label(self, phase: str, batch: int) -> dict[str, Any]:
+        """What is computed from now on, until the next one: a batch's prefill, in one pass or several, or its decode steps."""
+        self._shown = (phase, batch)
         return {}
 
     def _labelled(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, under the name of what it computes."""
         batch = next(value for value in (*args, *kwargs.values()) if hasattr(value, "forward_mode"))
-        label = f"{'decode' if batch.forward_mode.is_decode() else 'prefill'}/{batch.batch_size}"
-        self._passes[label] = self._passes.get(label, 0) + 1
+        phase, (shown, size) = "decode" if batch.forward_mode.is_decode() else "prefill", self._shown
+        if phase == shown == "prefill":  # all passes together are the one that is measured
+            label = f"prefill/{size}"
+            self._passes[label] = 1
+        else:
+            label = f"decode/{size}" if phase == shown and batch.batch_size == size else f"{phase}/traffic"
+            self._passes[label] = self._passes.get(label, 0) + 1
         self._layer_recorder.label = self._recorder.label = label
         try:
             return forward(*args, **kwargs)
@@ -172,7 +184,10 @@ class Live:
             ``passes``: what was computed -> how often; ``layers`` and ``functions``: the calls that are to be tried, by number, with
             how many of a kind there are in a pass.
         """
-        del self._runner.model.forward
+        if self._forward is None:
+            del self._runner.model.forward
+        else:
+            self._runner.model.forward = self._forward
         self._recorder.stop()
         self._runner.decode_cuda_graph_runner, self._runner.prefill_cuda_graph_runner = self._set_aside
         _forget_seeds()
@@ -219,6 +234,7 @@ class Live:
             measured = sorted((call for call in calls if labels & call["counts"].keys()), key=lambda call: -sum(call["counts"].values()))
             for each in [*measured[:_MOST_CALLS], *telling([call for call in calls if call not in measured], 2)]:
                 row = {"key": key, "args": each["args"], "kwargs": each["kwargs"], "call": describe(each["args"], each["kwargs"])}
+                row["bytes"] = nbytes([each["args"], each["kwargs"]])
                 found.append({**row, "number": len(found), "function": function_of.get(key), "per_pass": self._per_pass(each["counts"])})
         self._functions = found
         return found

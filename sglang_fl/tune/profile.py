@@ -50,6 +50,8 @@ def write(path: Path, outcome: Outcome, kept: Mapping[str, Any]) -> None:
     }
     if outcome.confirmed is not None:
         measured["confirmed"] = {case: _rounded(ratio) for case, ratio in outcome.confirmed.speeds.items()}
+    if outcome.incomplete:
+        measured["incomplete"] = outcome.incomplete
     if outcome.why_native:
         measured["sglang_everywhere"] = outcome.why_native
     measured |= {"not_exercised": outcome.not_exercised, "entries": entries}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recorded call as a case of ``sglang-fl check``: the model's own sizes, layouts and constants, other numbers for each seed."""
 
+import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import nn
 
 from ..check.cases import OPERATORS_CHECKED, Call, Case, cases_of
 from ..check.cases.call import Draw, Layer, rows_of
-from ..check.constants import GRAPH, INPUTS, REPEATS
+from ..check.constants import GRAPH, INPUTS, REPEATS, UNUSUAL
 from ..dispatch.signature import parameters_of
 from ..utils.graphs import graphs_of
 from .layer_calls import TensorSpec, made
+
+#: A call with a larger tensor is held against float64 at so many of its tokens only, and its contract is that of smaller ones, in numbers.
+_MOST_WHOLE, _JUDGED = 1 << 21, 256
 
 
 class RecordedLayer(Layer):
@@ -47,8 +51,21 @@ def cases_of_recorded(data: bytes, name: str, device: torch.device) -> Iterator[
         drawn = {name: made(value, draw.rng, draw.device) if isinstance(value, TensorSpec) else value for name, value in inputs.items()}
         return Call(layer, drawn, like.may_write & drawn.keys(), {}, tuple(x for x in like.updated if x in drawn), takes_layer)
 
+    if (tokens := _tokens(op, inputs)) is not None:
+        judged = torch.linspace(0, tokens - 1, min(tokens, _JUDGED)).long()
+        yield Case(op, UNUSUAL, name, dtype, make, judged=judged)
+        yield Case(op, REPEATS, name, dtype, make)
+        return
     for check in (INPUTS, REPEATS, *((GRAPH,) if OPERATORS_CHECKED[op].captured and graphs_of(device) is not None else ())):
         yield Case(op, check, name, dtype, make, make)
+
+
+def _tokens(op: str, inputs: Mapping[str, Any]) -> int | None:
+    """How many tokens a call has that is too large to be held against float64 as a whole; None: it is not, or its tokens hang together."""
+    specs = {name: spec for name, spec in inputs.items() if isinstance(spec, TensorSpec)}
+    if not any(math.prod(spec.shape) > _MOST_WHOLE for spec in specs.values()):
+        return None
+    return next((specs[name].shape[dim] for name, dim in OPERATORS_CHECKED[op].tokens_in.items() if name in specs), None)
 
 
 def cases_of_check(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

@@ -43,8 +43,6 @@ class Served:
             least = min(accepted, key=lambda candidate: candidate.gain)
             least.settle(SLOWER_SERVED, f"{least.reason}; but the model is slower with it and the others together: {self._shown(accepted)}")
             accepted.remove(least)
-        for candidate in accepted:
-            candidate.status = USED
         return accepted
 
     def _accepted(self, group: list[Candidate]) -> list[Candidate]:
@@ -66,6 +64,8 @@ class Served:
             group[0].settle(SLOWER_SERVED, f"{group[0].reason}; but the model is slower with it: {slower}")
             return []
         if not slower and (len(group) == 1 or not self._departs(group)):
+            for candidate in group:
+                candidate.status = USED
             return group
         return self._halves(group)
 

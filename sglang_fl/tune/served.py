@@ -63,6 +63,10 @@ class Case:
             "cached_tokens": short["cached_tokens"] + long["cached_tokens"],
         }
 
+    def show(self, engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+        """What is measured, once and untimed."""
+        _generate(engine, prompts, 1 if self.phase == "prefill" else FIRST_TOKENS)
+
 
 def _generate(
     engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: Sequence[Sequence[int]] | None = None

@@ -5,15 +5,17 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..check.constants import OK, SKIPPED
+from ..check.constants import FAILED, OK, TOO_LONG
 from ..dispatch.ops import OPERATORS
 from . import traffic
 from .bench import NATIVE, Bench, Choice
+from .budget import Budget, BudgetOver
 from .checking import Checker, is_crash
 from .confirm import Confirmed, confirm
 from .engine import CommandFailed, EngineFailed
@@ -24,8 +26,8 @@ from .judge import (
     NOT_CALLED,
     NOT_MEASURED,
     SLOWER_SERVED,
-    TIE,
     UNAVAILABLE,
+    UNDECIDED,
     USED,
     WRONG,
     Candidate,
@@ -39,16 +41,14 @@ from .timing import ROUNDS
 
 #: Of an operator's recorded calls, those that are tried at most.
 _MOST_CALLS = 16
-#: What is begun only if so much time is left, where none of its kind was measured yet, in seconds.
-SECONDS = {"start": 120.0, "pair": 30.0, "noise": 5.0, "check": 10.0, "time": 3.0, "record": 60.0, "about": 120.0}
+#: Of a limited time: what native against native may take beyond the first look, and what candidates by themselves may take.
+_NOISE_SHARE, _ALONE_SHARE = 0.1, 0.6
+#: A call costs a device about so much however little it does, and so much for a byte, in µs. Only the order of candidates hangs on it.
+_CALL_US, _BYTE_US = 2.0, 1e-6
 
 #: A step that takes longer says how far it is.
 _SAY_SECONDS = 20.0
 Say = Callable[[str], None]
-
-
-class BudgetOver(Exception):
-    """The time is used up. The message says before what."""
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,19 @@ class Tuning:
     def __init__(self, job: Job, bench: Bench, journal: Journal, say: Say, write: Callable[[Path, Outcome], None]):
         self._job, self._bench, self._journal, self._say, self._write = job, bench, journal, say, write
         self.outcome = Outcome()
-        #: kind -> measurements that are still to come, as far as is known.
-        self._to_come: dict[str, int] = {"start": 4, "pair": LOOKS[-1], "noise": LOOKS[-1]}
+        self.budget = Budget(job.deadline, journal.seconds)
         #: recorded call -> its number in the engine that recorded last, which was the so-manieth
         self._numbers: dict[str, int] = {}
         self._recorded_by = 0
         self._said = time.monotonic()
 
     def run(self) -> Outcome:
-        """All steps, as far as the time goes."""
+        """All steps, as far as the time goes. What it does not suffice for stays with SGLang."""
         try:
             self.measure()
             self.confirm()
         except BudgetOver as over:
-            self.outcome.incomplete = str(over)
+            self._stopped(over)
         return self.outcome
 
     def measure(self) -> None:
@@ -126,30 +125,25 @@ class Tuning:
         self._about()
         self._measure_noise()
         self._record()
-        self._check()
-        self._time()
+        self._try()
         self._serve()
+
+    def _stopped(self, over: BudgetOver) -> None:
+        """The time is used up, for now or for good: what is not decided is not used."""
+        self.outcome.incomplete = self.outcome.incomplete or str(over)
+        for candidate in self._open:
+            candidate.settle(UNDECIDED, str(over))
 
     def check_budget(self, kind: str) -> None:
         """Raises BudgetOver if a measurement of a kind would not end in time; shows how far the run is now and then."""
-        self._to_come[kind] = max(0, self._to_come.get(kind, 0) - 1)
+        self.budget.to_come[kind] = max(0, self.budget.to_come.get(kind, 0) - 1)
         if time.monotonic() - self._said > _SAY_SECONDS:
             self._show(f"{len(self._journal.seconds.get(kind, ()))} of kind {kind!r} so far")
-        deadline = self._job.deadline
-        if deadline is not None and time.monotonic() + self._typical(kind) > deadline:
-            raise BudgetOver(f"the time was used up before a {kind}")
+        self.budget.check(kind)
 
     def _show(self, text: str) -> None:
         self._said = time.monotonic()
         self._say(text)
-
-    def _typical(self, kind: str) -> float:
-        known = self._journal.seconds.get(kind)
-        return sum(known) / len(known) if known else SECONDS[kind]
-
-    def left(self) -> float:
-        """Seconds that the run will take from now on, about."""
-        return sum(count * self._typical(kind) for kind, count in self._to_come.items())
 
     def _measured(self, kind: str, name: str, measure: Callable[[], Any]) -> Any:
         if f"{kind}: {name}" not in self._journal:
@@ -164,22 +158,26 @@ class Tuning:
     def _measure_noise(self) -> None:
         """Native against native, as pairs of a candidate are measured."""
         self._show("native against native")
-        pairs = []
-        for number in range(LOOKS[-1]):
-
-            def pair(number: int = number) -> list[dict[str, float]]:
-                self._bench.use(NATIVE)
-                if number == 0:
-                    self._bench.round(0)  # caches fill
-                return [self._bench.round(number), self._bench.round(number)]
-
-            pairs.append(self._measured("noise", str(number), pair))
+        pairs = [self._noise(number) for number in range(LOOKS[0])]
+        with self.budget.part(_NOISE_SHARE), suppress(BudgetOver):
+            for number in range(LOOKS[0], LOOKS[-1]):
+                pairs.append(self._noise(number))
         for case in map(str, self._bench.cases):
             one, two = ([pair[side][case] for pair in pairs] for side in (0, 1))
             self.outcome.noise[case] = smallest_effect(speed(one, two))
             self.outcome.step_us[case] = 1e6 * sorted(one + two)[len(one)]
         shown = ", ".join(f"{100 * effect:.1f} % in {case}" for case, effect in self.outcome.noise.items())
         self._show(f"the smallest effect that this machine can show: {shown}")
+
+    def _noise(self, number: int) -> list[dict[str, float]]:
+        def pair() -> list[dict[str, float]]:
+            self._bench.use(NATIVE)
+            if number == 0:
+                self._bench.round(0)  # caches fill
+            return [self._bench.round(number), self._bench.round(number)]
+
+        found: list[dict[str, float]] = self._measured("noise", str(number), pair)
+        return found
 
     def _recording(self) -> dict[str, Any]:
         """Serve the traffic and what is measured, recorded."""
@@ -189,7 +187,7 @@ class Tuning:
         requests = traffic.read(self._job.traffic, about["vocabulary"]) if self._job.traffic else traffic.mix(about["vocabulary"], longest)
         bench.ask("record")
         bench.send(requests)
-        bench.round(0)
+        bench.show()
         directory = Path(tempfile.mkdtemp(prefix="calls-", dir=self._job.directory))
         found: dict[str, Any] = bench.ask("recorded", directory=str(directory), labels=[str(case) for case in bench.cases])
         self._recorded_by = bench.starts
@@ -231,45 +229,69 @@ class Tuning:
         """The candidates that nothing speaks against so far."""
         return [candidate for candidate in self.outcome.candidates if candidate.status == NOT_MEASURED]
 
-    def _check(self) -> None:
-        """Each candidate on the recorded calls, in a process that may die."""
-        rows = [(candidate, call) for candidate in self._open for call in candidate.calls]
-        self._to_come["check"] = len(rows)
-        self._show(f"checking {len(self._open)} candidates on recorded calls")
-        with Checker([_case(candidate, call) for candidate, call in rows], self._job.directory / "cases.json") as checker:
-            for number, (candidate, call) in enumerate(rows):
-                if candidate.status != NOT_MEASURED:
-                    continue
-                found = self._measured("check", f"{candidate.key}: {_name(call)}", partial(checker.run, number))
-                if is_crash(found["status"]):
-                    candidate.settle(CRASHED, f"{found['message']} ({call['call']})")
-                elif found["status"] not in (OK, SKIPPED):
-                    candidate.settle(WRONG, f"{found['message']} ({call['call']})")
-                elif found["status"] == SKIPPED and found["message"]:
-                    candidate.calls = [other for other in candidate.calls if other is not call]
-                if not candidate.calls:
-                    candidate.settle(TIE, f"nothing shows that it is right: {found['message']}")
-
-    def _time(self) -> None:
-        """Each candidate alone: the device in a replayed graph, and the host."""
-        rows = [(candidate, call) for candidate in self._open for call in candidate.calls]
-        self._to_come["time"] = len(rows)
-        self._show(f"timing {len(self._open)} candidates that are right")
-        cases = [str(case) for case in self._bench.cases]
+    def _try(self) -> None:
+        """Each candidate on the recorded calls, what weighs most first: checked in a process that may die, then timed in the engine."""
+        queue = sorted(self._open, key=self._weight, reverse=True)
+        rows = [(candidate, call) for candidate in queue for call in candidate.calls]
+        self.budget.to_come |= {"check": len(rows), "time": len(rows)}
+        self._show(f"checking and timing {len(queue)} candidates on recorded calls")
+        numbers = {f"{candidate.key}: {_name(call)}": number for number, (candidate, call) in enumerate(rows)}
+        with self.budget.part(_ALONE_SHARE):
+            cases = [_case(candidate, call) for candidate, call in rows]
+            with Checker(cases, self._job.directory / "cases.json", self.budget.remaining) as checker:
+                try:
+                    for candidate in queue:
+                        self._check(candidate, checker, numbers)
+                        if candidate.status == NOT_MEASURED:
+                            self._time(candidate)
+                except BudgetOver as over:
+                    self.outcome.incomplete = str(over)
         for candidate in self._open:
-            times: list[Timed] = []
-            for call in candidate.calls:
-                found = self._measured("time", f"{candidate.key}: {_name(call)}", partial(self._timing, candidate, call))
-                if "crashed" in found:
-                    candidate.settle(CRASHED, f"{found['crashed']} ({call['call']})")
-                    break
-                row = found.get("error") or timed(call, found["own"], found["theirs"], self._in_graph(call))
-                if isinstance(row, str):
-                    candidate.settle(WRONG, f"{row} ({call['call']})")
-                    break
-                times.append(row)
-            if times and candidate.status == NOT_MEASURED:
-                judge_alone(candidate, times, cases)
+            if candidate.ratio is None:
+                candidate.settle(UNDECIDED, self.outcome.incomplete)
+
+    def _weight(self, candidate: Candidate) -> float:
+        """Its calls' part of a step, roughly, in all cases together."""
+        return sum(
+            count * (_CALL_US + _BYTE_US * call["bytes"]) / self.outcome.step_us[case]
+            for call in candidate.calls
+            for case, count in call["per_pass"].items()
+            if case in self.outcome.step_us
+        )
+
+    def _check(self, candidate: Candidate, checker: Checker, numbers: Mapping[str, int]) -> None:
+        """Its status says why not, if it is not right on a call."""
+        for call in list(candidate.calls):
+            name = f"{candidate.key}: {_name(call)}"
+            found = self._measured("check", name, partial(checker.run, numbers[name]))
+            status, message = found["status"], f"{found['message']} ({call['call']})"
+            if status == TOO_LONG:
+                candidate.settle(UNDECIDED, message)
+            elif is_crash(status):
+                candidate.settle(CRASHED, message)
+            elif status == FAILED:
+                candidate.settle(WRONG, message)
+            elif status != OK and found["message"]:  # nothing can be said of this call, or SGLang's own computes it
+                candidate.calls = [other for other in candidate.calls if other is not call]
+                if not candidate.calls:
+                    candidate.settle(UNDECIDED, f"nothing shows that it is right: {message}")
+            if candidate.status != NOT_MEASURED:
+                return
+
+    def _time(self, candidate: Candidate) -> None:
+        """Alone: the device in a replayed graph, and the host."""
+        times: list[Timed] = []
+        for call in candidate.calls:
+            found = self._measured("time", f"{candidate.key}: {_name(call)}", partial(self._timing, candidate, call))
+            if "crashed" in found:
+                candidate.settle(CRASHED, f"{found['crashed']} ({call['call']})")
+                return
+            row = found.get("error") or timed(call, found["own"], found["theirs"], self._in_graph(call))
+            if isinstance(row, str):
+                candidate.settle(WRONG, f"{row} ({call['call']})")
+                return
+            times.append(row)
+        judge_alone(candidate, times, [str(case) for case in self._bench.cases])
 
     def _timing(self, candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
         """Of one call in the running engine; one that has not recorded it does so first."""
@@ -293,9 +315,13 @@ class Tuning:
             queues.setdefault(candidate.name, []).append(candidate)
         self._show(f"serving with {sum(map(len, queues.values()))} candidates that are faster alone")
         accepted: list[Candidate] = []
-        while front := [queue.pop(0) for name, queue in queues.items() if queue and name not in {other.name for other in accepted}]:
-            accepted = served.settle([*accepted, *front])
-        for candidate in (candidate for queue in queues.values() for candidate in queue):
+        try:
+            while front := [queue.pop(0) for name, queue in queues.items() if queue and name not in {other.name for other in accepted}]:
+                accepted = served.settle([*accepted, *front])
+        except BudgetOver as over:
+            self._stopped(over)
+            accepted = [candidate for candidate in self.outcome.candidates if candidate.status == USED]
+        for candidate in self._open:
             best = next(other for other in accepted if other.name == candidate.name)
             candidate.settle(NOT_BEST, f"{candidate.reason}; {best.impl} saves more")
         kept = {op: impl for op, impl in self._job.kept.impls if op not in {candidate.name for candidate in self.outcome.candidates}}
@@ -304,19 +330,20 @@ class Tuning:
         self.outcome.used = Choice.of(
             {**kept, **dict(chosen.impls)}, [*chosen.functions, *(name for name in self._job.kept.functions if name not in names)]
         )
-        if self.outcome.used != NATIVE:
+        self.outcome.served = served.speeds.get(self.outcome.used, {})
+        if self.outcome.used != NATIVE and not self.outcome.served:
             self.outcome.served = served.measure(self.outcome.used)
 
     def confirm(self) -> None:
         """The profile on fresh starts; where it is below native, SGLang's own everywhere."""
         outcome = self.outcome
         if outcome.used == NATIVE:
-            outcome.why_native = "nothing was right, faster alone and not slower served"
+            outcome.why_native = "" if outcome.incomplete else "nothing was right, faster alone and not slower served"
             return
         self._show("fresh starts: native, tuned, tuned, native")
         profile = self._job.directory / "candidate.yaml"
         self._write(profile, outcome)
-        outcome.confirmed = confirm(self._bench, self._journal, profile, outcome.noise, self.check_budget)
+        outcome.confirmed = confirm(self._bench, self._journal, profile, str(outcome.used), outcome.noise, self.budget.check)
         slower = outcome.confirmed.slower()
         if slower:
             shown = ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in slower.items())

@@ -14,7 +14,7 @@ import torch
 from sglang_fl.check import graphs
 from sglang_fl.check.cases import Case
 from sglang_fl.check.check_case import check_case
-from sglang_fl.check.constants import FAILED, GRAPH, OK
+from sglang_fl.check.constants import FAILED, GRAPH, OK, REPEATS, UNUSUAL
 from sglang_fl.check.implementation import Implementation
 from sglang_fl.tune import recorded
 from sglang_fl.tune.checking import Checker, is_crash
@@ -111,3 +111,17 @@ def test_what_cannot_be_captured_fails_where_there_are_graphs(monkeypatch: pytes
     (case,) = (case for case in cases(recorded_call("silu_and_mul", Activation(), torch.randn(3, 128))) if case.check == GRAPH)
     outcome = check_case(implementation, case, 0)
     assert outcome.status == FAILED and "cannot be captured: RuntimeError: operation not permitted" in outcome.message
+
+
+def test_a_large_call_is_judged_by_some_of_its_tokens() -> None:
+    layer = torch.nn.Module()
+    layer.weight, layer.variance_epsilon = torch.nn.Parameter(torch.linspace(1, 2, 1024)), 1e-3
+    found = cases(recorded_call("rms_norm", layer, torch.randn(4096, 1024)))
+    assert [case.check for case in found] == [UNUSUAL, REPEATS] and found[0].judged is not None
+    for fn, status in ((_norm, OK), (lambda *args: _norm(*args)[1].expand(4096, 1024), FAILED)):
+        implementation = Implementation("rms_norm", fn, None, CPU)
+        assert check_case(implementation, found[0], 0).status == status
+
+
+def _norm(layer: torch.nn.Module, x: torch.Tensor, residual: None = None) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], layer.weight, layer.variance_epsilon)

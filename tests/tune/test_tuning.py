@@ -312,7 +312,7 @@ def test_fresh_starts_are_native_tuned_tuned_native(tmp_path: Path, saves: float
     path.write_text("{}")
     journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
     for _ in range(2):  # the second time all is in the journal
-        found = confirm(Starting({"a": saves}), journal, path, NOISE, lambda kind: None)  # type: ignore[arg-type]
+        found = confirm(Starting({"a": saves}), journal, path, "a=vendor.a", NOISE, lambda kind, count: None)  # type: ignore[arg-type]
     journal.close()
     assert started == [False, True, True, False]
     assert found.speeds["decode/1"] == pytest.approx(speed_of_tuned, rel=0.02) and bool(found.slower()) is slower
