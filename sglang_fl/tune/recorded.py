@@ -3,7 +3,7 @@
 
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from ..dispatch.signature import parameters_of
 from ..utils.graphs import graphs_of
 from .layer_calls import TensorSpec, made
 
-#: A call with a larger tensor is held against float64 at so many of its tokens only, and its contract is that of smaller ones, in numbers.
-_MOST_WHOLE, _JUDGED = 1 << 21, 256
+#: A call with a larger tensor is held against float64 once, and must repeat; its contract is that of smaller ones.
+_MOST_NUMBERS = 1 << 21
 
 
 class RecordedLayer(Layer):
@@ -51,21 +51,11 @@ def cases_of_recorded(data: bytes, name: str, device: torch.device) -> Iterator[
         drawn = {name: made(value, draw.rng, draw.device) if isinstance(value, TensorSpec) else value for name, value in inputs.items()}
         return Call(layer, drawn, like.may_write & drawn.keys(), {}, tuple(x for x in like.updated if x in drawn), takes_layer)
 
-    if (tokens := _tokens(op, inputs)) is not None:
-        judged = torch.linspace(0, tokens - 1, min(tokens, _JUDGED)).long()
-        yield Case(op, UNUSUAL, name, dtype, make, judged=judged)
-        yield Case(op, REPEATS, name, dtype, make)
+    if any(math.prod(spec.shape) > _MOST_NUMBERS for spec in inputs.values() if isinstance(spec, TensorSpec)):
+        yield from (Case(op, check, name, dtype, make) for check in (UNUSUAL, REPEATS))
         return
     for check in (INPUTS, REPEATS, *((GRAPH,) if OPERATORS_CHECKED[op].captured and graphs_of(device) is not None else ())):
         yield Case(op, check, name, dtype, make, make)
-
-
-def _tokens(op: str, inputs: Mapping[str, Any]) -> int | None:
-    """How many tokens a call has that is too large to be held against float64 as a whole; None: it is not, or its tokens hang together."""
-    specs = {name: spec for name, spec in inputs.items() if isinstance(spec, TensorSpec)}
-    if not any(math.prod(spec.shape) > _MOST_WHOLE for spec in specs.values()):
-        return None
-    return next((specs[name].shape[dim] for name, dim in OPERATORS_CHECKED[op].tokens_in.items() if name in specs), None)
 
 
 def cases_of_check(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

@@ -113,11 +113,11 @@ def test_what_cannot_be_captured_fails_where_there_are_graphs(monkeypatch: pytes
     assert outcome.status == FAILED and "cannot be captured: RuntimeError: operation not permitted" in outcome.message
 
 
-def test_a_large_call_is_judged_by_some_of_its_tokens() -> None:
+def test_a_large_call_is_held_against_float64_once() -> None:
     layer = torch.nn.Module()
     layer.weight, layer.variance_epsilon = torch.nn.Parameter(torch.linspace(1, 2, 1024)), 1e-3
     found = cases(recorded_call("rms_norm", layer, torch.randn(4096, 1024)))
-    assert [case.check for case in found] == [UNUSUAL, REPEATS] and found[0].judged is not None
+    assert [case.check for case in found] == [UNUSUAL, REPEATS]
     for fn, status in ((_norm, OK), (lambda *args: _norm(*args)[1].expand(4096, 1024), FAILED)):
         implementation = Implementation("rms_norm", fn, None, CPU)
         assert check_case(implementation, found[0], 0).status == status
