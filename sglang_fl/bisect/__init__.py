@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bisect: which operator changes what a model answers."""
+"""Bisect: find the operator that changes a model's output."""

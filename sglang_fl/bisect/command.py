@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command: one run of a user's command, and all runs of a search, each written to a file as it ends."""
+"""Runs the user's command for a search. Each run is written to a file when it ends."""
 
 import contextlib
 import os
@@ -22,28 +22,28 @@ from ..utils.signals import exit_reason
 from .search import Search
 from .switches import Switches, known_bad_weights
 
-#: As `git bisect run` has it.
+#: The same exit code as for `git bisect run`.
 _CANNOT_BE_JUDGED = 125
 _NOT_RUN = {126: "the shell could not execute a command", 127: "the shell did not find a command"}
-#: What a command gets to end in after SIGTERM, in seconds, and how often it is looked at.
+#: Seconds between SIGTERM and SIGKILL, and between checks.
 _GRACE, _INTERVAL = 10.0, 0.1
-#: A search ends after so many runs in a row that could not be judged.
+#: The search ends after this many runs in a row that could not be judged.
 _UNJUDGED_IN_A_ROW = 5
-#: How long a run may take, in seconds, if nothing else was said.
+#: The default time limit of a run, in seconds.
 _LIMIT = 3600.0
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended.
+    """A finished run.
 
     Attributes:
         on: the switches that were on.
-        failed: None: it could not be judged.
+        failed: whether it failed. None: it could not be judged.
         how: how it ended.
-        output: the file with what it wrote, beside the record.
-        bound: whether a model was loaded under these settings in it; None: not known, the dispatch log is the user's.
+        output: the file with its output, next to the record.
+        bound: whether a model was loaded with these settings. None: unknown, because the user set the dispatch log.
     """
 
     run: int
@@ -56,21 +56,21 @@ class Run:
 
 
 class CommandFailed(Exception):
-    """The search cannot go on: what happened, and what to do."""
+    """The search cannot continue. The message says why, and what to do."""
 
 
 class CommandSearch:
-    """A search whose answers a command gives.
+    """A search that runs a command with different switches on.
 
     Args:
-        path: the record. Its first line says what is searched; then a line for each begin and each end of a run. A file with
+        path: the record. Its first line describes the search. Each start and each end of a run adds a line. A file with
             runs is continued.
-        command: a shell line; None: that of the record.
-        limit: how long a run may take, in seconds; None: that of the record.
+        command: a shell command. None: the one in the record.
+        limit: the time limit of a run in seconds. None: the one in the record.
         pairs: also look for two switches that act together.
 
     Raises:
-        SettingsError: the record cannot be used, or was begun otherwise.
+        SettingsError: the record cannot be used, or belongs to another search.
     """
 
     def __init__(self, path: Path, switches: Switches, command: str | None = None, limit: float | None = None, *, pairs: bool = False):
@@ -79,7 +79,7 @@ class CommandSearch:
         self._file = open_record(path)
         try:
             self._begin(command, limit, pairs)
-        except (TypeError, KeyError, AttributeError):  # of a line that is none of ours
+        except (TypeError, KeyError, AttributeError):  # from a line in another format
             self.close()
             raise SettingsError(_no_record(path)) from None
         except BaseException:
@@ -87,12 +87,12 @@ class CommandSearch:
             raise
 
     def _begin(self, command: str | None, limit: float | None, pairs: bool) -> None:
-        """Write what is searched into a new record, or take the runs of an old one."""
+        """Write the first line of a new record, or read the runs of an old one."""
         switches = self.switches
         known = {"versions": versions(), "settings": _values(setting_facts(switches.settings)), "switches": list(switches.names)}
         if not self._file.found:
             if command is None:
-                raise SettingsError(f"--resume: {self.path} is empty; --run 'CMD' begins a search")
+                raise SettingsError(f"--resume: {self.path} is empty; start a search with --run 'CMD'")
             weights = known_bad_weights(switches.names)
             header = {"format": _FORMAT, "command": command, "limit": limit or _LIMIT, "pairs": pairs, "weights": weights, **known}
             self._file.found.append(header)
@@ -102,9 +102,9 @@ class CommandSearch:
         then, *lines = self._file.found
         for name in known:
             if then[name] != known[name]:
-                raise SettingsError(f"--resume: {self.path} was begun otherwise: {name} changed ({_change(then[name], known[name])})")
+                raise SettingsError(f"--resume: {self.path} belongs to another search: {name} changed ({_change(then[name], known[name])})")
         if command not in (None, then["command"]):
-            raise SettingsError(f"--resume: {self.path} was begun with --run {then['command']!r}")
+            raise SettingsError(f"--resume: {self.path} was started with --run {then['command']!r}; leave out --run, or start a new search")
         self.command, self.limit = str(then["command"]), float(limit or then["limit"])
         self.search = Search(then["weights"], pairs=pairs or then["pairs"])
         running = 0
@@ -113,7 +113,9 @@ class CommandSearch:
             if not running:
                 self._take(Run(**line))
         if running and _lives(running):  # the search was killed, and its command was not
-            raise SettingsError(f"--resume: the command of run {len(self.runs) + 1} seems to be running still; end it: kill -- -{running}")
+            raise SettingsError(
+                f"--resume: the command of run {len(self.runs) + 1} seems to be still running; end it with: kill -- -{running}"
+            )
 
     def _take(self, run: Run) -> None:
         self.runs.append(run)
@@ -125,14 +127,14 @@ class CommandSearch:
             raise CommandFailed(f"{self.path} cannot be written: {self._file.problem}")
 
     def step(self, on: frozenset[str]) -> Run:
-        """Run the command with these switches on, and take its answer.
+        """Run the command with these switches on, and record the result.
 
         Raises:
-            CommandFailed: the answer is none.
+            CommandFailed: the command did not run, or cannot be judged.
         """
         number = len(self.runs) + 1
         output = self.path.with_name(f"{self.path.stem}-{number:03}.txt")
-        # Whole paths: the command may go to another folder.
+        # Absolute paths: the command may change its working directory.
         log, trials = (output.absolute().with_suffix(suffix) for suffix in (".dispatch", ".trials.json"))
         log.unlink(missing_ok=True)
         environ = self._environ(on, log, trials)
@@ -144,7 +146,7 @@ class CommandSearch:
             raise CommandFailed(f"exit code {code}: {_NOT_RUN[code]}; its output is in {output}")
         bound = log.exists() if environ.get("SGLANG_FL_DISPATCH_LOG") == str(log) else None
         failed = None if code == _CANNOT_BE_JUDGED else code != 0
-        how = f"no end within {self.limit:g} s" if code is None else _how_it_ended(code)
+        how = f"not finished within {self.limit:g} s" if code is None else _how_it_ended(code)
         run = Run(number, sorted(on), failed, how, round(time.monotonic() - began, 1), output.name, bound)
         self._append(asdict(run))
         self._take(run)
@@ -160,7 +162,7 @@ class CommandSearch:
             environ.pop(name, None)
             if value is not None:
                 environ[name] = value
-        # What kills one run would be left out by the next: every run begins with the record that the user has now.
+        # Each run starts with a copy of the user's trial record. Otherwise a run would leave out what crashed an earlier one.
         trials.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(record_path(self.switches.settings), trials)
@@ -172,7 +174,7 @@ class CommandSearch:
 
 
 def open_record(path: Path) -> JsonLines:
-    """The record of a search. Raises SettingsError."""
+    """Open the record of a search. Raises SettingsError."""
     try:
         record = JsonLines(path)
         if not record.found or (record.found[0]["format"] == _FORMAT and "command" in record.found[0]):
@@ -191,7 +193,7 @@ def _no_record(path: Path) -> str:
 
 
 class _Process:
-    """A command in a session of its own: Ctrl-C reaches this program alone, which then ends all that the command started."""
+    """A command in a session of its own. Ctrl-C reaches only this program, which then ends every process of the command."""
 
     def __init__(self, command: str, environ: Mapping[str, str], output: Any):
         self._process = subprocess.Popen(
@@ -200,7 +202,7 @@ class _Process:
         self.group = self._process.pid
 
     def wait(self, limit: float) -> int | None:
-        """Its exit code; None: it did not end in time."""
+        """Return the exit code, or None if it did not end in time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout=limit)
         return None
@@ -209,7 +211,7 @@ class _Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what is left of it: a server that goes on would hold the device and the port of the next run."""
+        """End its remaining processes: a server left running would hold the device and the port that the next run needs."""
         try:
             self._signal(signal.SIGTERM)
             end = time.monotonic() + _GRACE
@@ -218,7 +220,7 @@ class _Process:
                 time.sleep(_INTERVAL)
         finally:  # also after a second Ctrl-C
             self._signal(signal.SIGKILL)
-        # One that hangs in a driver may not end; it is not waited for.
+        # A process that hangs in a driver may not end. Do not wait for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=_GRACE)
 
@@ -228,7 +230,7 @@ class _Process:
 
 
 def _lives(group: int) -> bool:
-    """Whether a process of a group runs. One that has ended and that nobody waits for, as in containers without an init, does not."""
+    """Whether any process of the group is running. Zombies do not count: containers without an init keep them."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -241,7 +243,7 @@ def _lives(group: int) -> bool:
 
 
 def _how_it_ended(code: int) -> str:
-    """An exit code in words. A shell makes one of 128 and the number of the signal that ended its command."""
+    """An exit code in words. A shell reports a signal as 128 plus its number."""
     if 128 < code <= 128 + max(signal.valid_signals()):
         return f"exit code {code}, as after {exit_reason(128 - code)}"
     return exit_reason(code)
@@ -255,4 +257,4 @@ def _change(then: Any, now: Any) -> str:
     if isinstance(then, list):
         then, now = dict.fromkeys(then, "on"), dict.fromkeys(now, "on")
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return ", ".join(f"{name}: {then.get(name)} then, {now.get(name)} now" for name in names[:3])
+    return ", ".join(f"{name}: {then.get(name)} before, {now.get(name)} now" for name in names[:3])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a search by runs of a command came to: in words, as data, and the runs behind it."""
+"""The report of a search with --run: verdict, table of runs, and JSON."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from rich.table import Table
 from .command import CommandSearch, Run
 from .search import NO_OPERATOR, NOTHING, Hypothesis, Verdict
 
-#: Exit codes by what was found.
+#: Exit codes.
 NOTHING_FAILS, FOUND, IS_NO_OPERATOR, CANNOT_TELL = 0, 1, 3, 4
 
 
@@ -36,7 +36,7 @@ def as_data(found: CommandSearch) -> dict[str, Any]:
 
 
 def print_verdict(found: CommandSearch, console: Console) -> None:
-    """The runs, the verdict, and the setting that avoids what was found."""
+    """Print the runs, the verdict, and the setting that avoids the fault."""
     verdict = found.search.verdict()
     cause = verdict.cause if verdict else None
     console.print(_run_table(found, cause))
@@ -44,17 +44,17 @@ def print_verdict(found: CommandSearch, console: Console) -> None:
     if cause is not None and cause.switches:
         setting = found.switches.exclusion(to_exclude(cause))
         place = "for the environment" if "=" in setting else "for the file that SGLANG_FL_CONFIG names"
-        console.print(f"\nThe setting that avoids it, {place}; run the command with it once more:\n\n{setting}\n", soft_wrap=True)
+        console.print(f"\nThe setting that avoids it, {place}. Run the command with it once more:\n\n{setting}\n", soft_wrap=True)
     if found.runs and all(run.bound is False for run in found.runs):
         console.print(
-            "No run loaded a model with sglang-fl, as far as its dispatch log tells. The settings are in the command's environment: "
-            "the command must start the server itself, on this machine, and must not set SGLANG_FL_… variables of its own.",
+            "No run loaded a model with sglang-fl: there is no dispatch log. The command must start the server itself, on this machine, "
+            "pass its environment on, and set no SGLANG_FL_… variables.",
             soft_wrap=True,
         )
 
 
 def to_exclude(cause: Hypothesis) -> tuple[str, ...]:
-    """The switches to leave off: of two that fail only together, one is enough."""
+    """The switches to turn off. Of two that fail only together, one is enough."""
     return cause.switches[:1] if cause.needed > 1 else cause.switches
 
 
@@ -68,43 +68,43 @@ def said(found: CommandSearch) -> str:
     if verdict.cause == NOTHING:
         return f"The command does not fail with all {len(found.switches.names)} switches on: {odds}. {rates}"
     if verdict.cause == NO_OPERATOR:
-        left = "SGLang itself, the model, the collectives (SGLANG_FL_DIST_BACKEND), what a vendor's package changes (SGLANG_FL_PATCHES)"
-        return f"It is no operator: the command fails with all of them off, too: {odds}. {rates} What is left: {left}, the command."
+        left = "SGLang itself, the model, the collectives (SGLANG_FL_DIST_BACKEND), changes by a vendor's package (SGLANG_FL_PATCHES)"
+        return f"It is no operator: the command also fails with all switches off: {odds}. {rates} Other causes: {left}, the command."
     names = " and ".join(verdict.cause.switches)
     if verdict.cause.needed > 1:
-        what = f"{names} make the command fail, if both are on"
+        what = f"{names} make the command fail when both are on"
     elif len(verdict.cause.switches) > 1:
         what = f"{names} make the command fail, each alone"
     else:
-        what = f"{names} makes the command fail: it does with this alone on, and does not with this alone off"
+        what = f"{names} makes the command fail: it fails with only this on, and passes with only this off"
     return f"{what}: {odds}. {rates}"
 
 
 def _why_not_known(found: CommandSearch) -> Iterator[str]:
     judged = [run.failed for run in found.runs if run.failed is not None]
     verdict = found.search.verdict()
-    yield f"Cannot tell after {len(found.runs)} runs."
+    yield f"Undecided after {len(found.runs)} runs."
     if verdict is not None:
-        yield f"The command's answers disagree too often: {judged.count(True)} of {len(judged)} runs failed, whatever was on."
+        yield f"The results do not depend on the switches: {judged.count(True)} of {len(judged)} runs failed."
     for words, size in (("all on", len(found.switches.names)), ("all off", 0)):
         answers = [run.failed for run in found.runs if len(run.on) == size and run.failed is not None]
         if answers:
             yield f"With {words}, {answers.count(True)} of {len(answers)} failed."
     (cause, likely), *_ = found.search.likeliest(1)
     if cause.switches:
-        yield f"The likeliest is {' and '.join(cause.switches)} ({100 * likely:.0f} %). {_wrong_answers(found, cause)}"
+        yield f"Most likely: {' and '.join(cause.switches)} ({100 * likely:.0f} %). {_wrong_answers(found, cause)}"
     if not found.search.pairs:
-        yield "Two that act together are looked for with --pairs."
+        yield "--pairs also looks for two switches that act together."
     yield f"More runs: sglang-fl bisect --resume {found.path} --max-runs {2 * len(found.runs)}"
 
 
 def _wrong_answers(found: CommandSearch, cause: Hypothesis) -> str:
-    """How often the answers were wrong, if that is the cause."""
-    told = []
+    """How many results were wrong if this is the cause."""
+    wrong_answers = []
     for (wrong, count), due, came in zip(found.search.wrong_answers(cause), ("pass", "fail"), ("failed", "passed"), strict=True):
         if count:
-            told.append(f"{wrong} of {count} that should {due} {came}")
-    return f"Of the runs, {' and '.join(told)}." if told else ""
+            wrong_answers.append(f"{wrong} of {count} that should {due} {came}")
+    return f"Of the runs, {' and '.join(wrong_answers)}." if wrong_answers else ""
 
 
 def _run_table(found: CommandSearch, cause: Hypothesis | None) -> Table:

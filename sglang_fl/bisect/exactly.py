@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of an ATen operator in float64, by PyTorch's own kernel, and how far a result may be from it."""
+"""Judges a call of an ATen operator against PyTorch's own kernel in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +12,20 @@ from ..check.archive import kept
 from ..check.exact.judge import Exact, Verdict, exactly, u
 from ..check.tensors import same_bits
 
-#: A result may be so many times farther from float64 than PyTorch's own kernel is at its worst: kernels sum in other orders.
+#: A result's error may be this many times the largest error of PyTorch's own kernel: kernels sum in different orders.
 _OF_NATIVE = 10.0
 _ROUNDINGS = 8
 _HAS_FLOAT64 = "cuda"
-#: Larger tensors are not copied, in bytes.
+#: Larger tensors are not copied. In bytes.
 _LARGEST = 1 << 30
-#: Operators whose integers say where in the first argument a number was found; where two are equal, either will do.
+#: Operators that return indices into the first argument. Where two values are equal, either index is right.
 _INDICES = frozenset({"argmax", "argmin", "argsort", "topk", "sort", "max", "min", "median", "kthvalue", "mode"})
-#: What they give is whatever was in memory.
+#: Operators that return uninitialized memory.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"})
 
 
 def alike(value: Any) -> Any:
-    """Copies of all tensors, which lie in memory as these do; those as large as a KV cache are handed on as they are."""
+    """Copy all tensors, with the same layout in memory. Tensors as large as a KV cache are passed on uncopied."""
 
     def copy(x: torch.Tensor) -> torch.Tensor:
         if x.numel() * x.element_size() > _LARGEST:
@@ -43,7 +43,7 @@ def overload_of(key: str) -> Any:
 
 
 def is_judged(key: str) -> bool:
-    """Whether an operator gives the same for the same arguments."""
+    """Whether an operator returns the same for the same arguments."""
     return key.partition(".")[0] not in _UNINITIALISED and torch.Tag.nondeterministic_seeded not in overload_of(key).tags
 
 
@@ -56,13 +56,13 @@ class AtenJudge:
         self._names = [argument.name for argument in schema_of(key).arguments]
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as they are before a call: copies of those that the operator writes."""
+        """The arguments before a call, with copies of those that the operator writes."""
         positional = tuple(alike(x) if index in self._written else x for index, x in enumerate(args))
         written = {self._names[index] for index in self._written}
         return positional, {name: alike(x) if name in written else x for name, x in kwargs.items()}
 
     def wide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The arguments in float64; on the CPU, but where the device has float64 itself: matrix products take long there."""
+        """The arguments in float64, on the device if it has float64, else on the CPU (slow for matrix products)."""
 
         def widened(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -75,12 +75,12 @@ class AtenJudge:
         return pytree.tree_map(widened, (args, kwargs))
 
     def results(self, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
-        """What a function gives, and what it leaves in the arguments that the operator writes."""
+        """A function's results, and the arguments that the operator writes."""
         returned = pytree.tree_leaves(function(*args, **kwargs))
         return [*returned, *self._left(args, kwargs)]
 
     def exact(self, given: tuple[Any, Any]) -> list[Any] | None:
-        """The results in float64; None: PyTorch has no kernel for it."""
+        """The results in float64, or None if PyTorch has no float64 kernel."""
         try:
             return self.results(self.overload, *self.wide(*given))
         except (RuntimeError, TypeError):
@@ -108,7 +108,7 @@ class AtenJudge:
         return pytree.tree_leaves([args[index] if index < len(args) else kwargs.get(self._names[index]) for index in self._written])
 
     def wrote(self, given: tuple[Any, Any], before: tuple[Any, Any]) -> str | None:
-        """The first argument that a call changed and may not."""
+        """The first argument that a call wrote although it must not."""
         written = {self._names[index] for index in self._written}
         positional = zip(self._names, given[0], before[0], strict=False)
         for name, now, then in (*positional, *((name, x, before[1][name]) for name, x in given[1].items())):
@@ -120,7 +120,7 @@ class AtenJudge:
         return None
 
     def judge(self, ours: list[Any], native: list[Any], exact: list[Any] | None, given: Any) -> tuple[Verdict, Verdict]:
-        """(of ours, of PyTorch's own): the worst of the results."""
+        """The verdicts on the worst result: (ours, PyTorch's own)."""
         if len(ours) != len(native):
             return Verdict(problem=f"its result has {len(ours)} parts, not {len(native)}"), Verdict()
         verdicts = [self._one(n, a, b, exact[n] if exact else None, given) for n, (a, b) in enumerate(zip(ours, native, strict=True))]

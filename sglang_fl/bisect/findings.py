@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass found of each call, gathered by layer and phase."""
+"""Results of the side-by-side pass, by layer and phase."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from ..check.exact.judge import Verdict
 from ..model_run import Replacement
 
-#: Below it, in units of the last place, native's own error says nothing.
+#: Native errors below this many ulp are not used as a divisor.
 _LEAST_ULP = 0.5
-#: SGLang's own result is wrong, and not just rounded more often, beyond so many times what rounding once may cost.
+#: SGLang's own result counts as wrong beyond this many times the bound. Below, it may only round more often.
 WRONG = 10.0
 
 
@@ -19,15 +19,15 @@ class Finding:
 
     Attributes:
         path: the layer's name in the model, or the ATen operator.
-        calls: how many there were.
-        differ: how many gave anything else than SGLang's or PyTorch's own.
-        error_ulp, native_ulp: the errors in the call in which ours is worst, in units of the last place.
-        used: the share of its bound that this error takes.
-        worst, mean: the error over native's own error.
-        native_used: the largest share of the bound that native's own error takes.
-        problem: what is wrong, in the first call where something is; and which call that is, from 0 on.
-        rank: on which.
-        archive: the file with the inputs of the call that is wrong, if it was written.
+        calls: number of calls.
+        differ: number of calls whose result differs from SGLang's or PyTorch's own.
+        error_ulp, native_ulp: both errors, in ulp, in the call with our largest error.
+        used: that error divided by its bound.
+        worst, mean: our error divided by native's.
+        native_used: native's largest error divided by its bound.
+        problem, call: what is wrong in the first wrong call, and its number, from 0.
+        rank: the rank that made the calls.
+        archive: the file with the inputs of the wrong call, if one was written.
     """
 
     replacement: Replacement
@@ -74,7 +74,7 @@ class Finding:
 
 
 def suspicion(findings: Iterable[Finding]) -> dict[Replacement, float]:
-    """How suspicious each replacement is: out of its bounds, more than wrong in nothing, more than always native's own result."""
+    """A weight for each replacement: high if out of bounds, low if it only differs, lowest if always equal to native."""
     found: dict[Replacement, float] = {}
     for finding in findings:
         weight = 50.0 if finding.problem is not None else 1.0 + finding.used if finding.differ else 0.1

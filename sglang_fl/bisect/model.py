@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sglang-fl bisect MODEL``: three passes over the same tokens, and trials of what they leave under suspicion."""
+"""``sglang-fl bisect MODEL``: three passes over the same tokens, then trials of the suspicious replacements."""
 
 import shutil
 import tempfile
@@ -16,22 +16,22 @@ from .findings import WRONG, Finding, suspicion
 from .side_by_side import side_by_side
 from .trials import MOST_TRIALS, Cause, Effect, Trial, effect, largest, listed, search
 
-#: The ways in which this ends, and the command's exit code for each.
+#: Verdicts, and the exit code of each.
 NO_DIFFERENCE, FOUND, NO_OPERATOR, UNDECIDED = "no difference", "found", "no operator", "undecided"
 EXIT_CODES = {NO_DIFFERENCE: 0, FOUND: 1, NO_OPERATOR: 3, UNDECIDED: 4}
 _ROUNDED_TRIALS = 2
-#: Of the server; what is replaced runs from Python, and the KV cache, which operators' inputs are copied from, has room for what is run.
+#: Server arguments. Without graphs replacements run from Python. The KV cache is small, since operators' inputs are copied.
 ARGUMENTS = ("--disable-cuda-graph", "--max-total-tokens", "8192")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked for.
+    """What to bisect.
 
     Attributes:
-        arguments: an SGLang server's.
-        prompts: empty: some of ours.
-        limit: how long a pass may take, in seconds.
+        arguments: arguments of an SGLang server.
+        prompts: empty: a default set.
+        limit: the time limit of a pass, in seconds.
         archives: a directory for archives with the inputs of wrong calls.
     """
 
@@ -45,16 +45,16 @@ class Job:
 
 @dataclass
 class Report:
-    """What was found.
+    """The result.
 
     Attributes:
-        verdict: of EXIT_CODES.
-        message: it, in a sentence or two.
-        culprits: what changes the output, if ``verdict`` is FOUND; all of them together do, if ``together``.
+        verdict: a key of EXIT_CODES.
+        message: the verdict in one or two sentences.
+        culprits: the replacements that change the output, if ``verdict`` is FOUND. ``together``: only all of them do.
         facts: about the model in its process.
-        noise, whole: what rounding alone does to the log-probabilities, and what is in force.
-        findings: of each layer, batch and phase.
-        trials: what was switched.
+        noise, whole: the change of log-probabilities by rounding alone, and by the settings in force.
+        findings: one for each layer, batch and phase.
+        trials: the trials that were run.
         loads: how often the model was loaded.
     """
 
@@ -73,21 +73,21 @@ class Report:
 
     @property
     def archives(self) -> list[str]:
-        """Of the culprits."""
+        """The culprits' archives."""
         return [one.archive for one in self.findings if one.archive and one.replacement in self.culprits]
 
     def of(self, replacement: Replacement) -> list[Finding]:
-        """Where a replacement is wrong, or else where it differs most; the worst first."""
+        """A replacement's wrong findings, or else those that differ most. Worst first."""
         found = [finding for finding in self.findings if finding.replacement == replacement]
         return sorted(found, key=lambda one: (one.problem is None, -one.used))
 
 
-#: Is told what is done now.
+#: Shows the current step.
 Show = Callable[[str], None]
 
 
 def bisect(job: Job, show: Show) -> Report:
-    """Find out what changes a model's output.
+    """Find the replacement that changes a model's output.
 
     Raises:
         RunFailed: the model could not be loaded, or a call raised.
@@ -96,7 +96,7 @@ def bisect(job: Job, show: Show) -> Report:
 
 
 def bisect_loaded(model: LoadedModel, job: Job, show: Show) -> Report:
-    """The same with a model that is loaded already, in which nothing but the settings is in force; its end is not looked into.
+    """The same with a loaded model whose settings are in force. A crash or hang is not examined.
 
     Raises:
         RunFailed: a process ended, or a call raised.
@@ -123,8 +123,8 @@ class _Bisection:
         return self.report
 
     def _load(self, directory: str) -> LoadedModel:
-        """The model to be loaded. What ends its process in a first run is not remembered: no server is to leave it out for our sake."""
-        self._show("loading the model" if not self.report.loads else "loading it again")
+        """A model to load. It has a copy of the trial record: a crash in this process must not exclude anything from servers."""
+        self._show("loading the model" if not self.report.loads else "loading the model again")
         self.report.loads += 1
         record = Path(directory) / f"trials-{self.report.loads}.json"
         kept = record_path(self._job.settings)
@@ -139,11 +139,11 @@ class _Bisection:
         self._show("pass 1 of 3: everything left to SGLang")
         native = self._run(model, ())
         if not report.replacements:
-            report.verdict, report.message = NO_OPERATOR, "sglang-fl replaces nothing in this model with these settings."
+            report.verdict, report.message = NO_OPERATOR, "With these settings sglang-fl replaces nothing in this model."
             return
         self._show("pass 2 of 3: the settings in force")
         in_force = model.call(passes.traced, self._batches, None, directory, limit=job.limit)[0]
-        self._show("pass 3 of 3: each replacement beside SGLang's own and float64")
+        self._show("pass 3 of 3: each replacement compared with SGLang's own and float64")
         archives = str(job.archives) if job.archives else None
         by_rank = model.call(side_by_side, self._batches, archives, limit=4 * job.limit)
         report.findings = [finding for _, findings in by_rank for finding in findings]
@@ -157,21 +157,21 @@ class _Bisection:
         differing = sorted({finding.replacement for finding in report.findings if finding.differ})
         rounded = [Effect()]
         for number in range(_ROUNDED_TRIALS if differing else 0):
-            self._show(f"what rounding alone does: {number + 1} of {_ROUNDED_TRIALS}")
+            self._show(f"measuring the effect of rounding: {number + 1} of {_ROUNDED_TRIALS}")
             moved = model.call(passes.rounded_otherwise, self._batches, differing, number, limit=self._job.limit)[0]
             rounded.append(effect(native, moved))
         report.noise = largest(*rounded, repeat)
         if repeat.is_beyond(largest(*rounded)):
             report.verdict = NO_OPERATOR
             report.message = (
-                "It is no operator of sglang-fl: with everything left to SGLang the same tokens' log-probabilities differ "
-                f"from one run to the next by up to {repeat.worst:.2g}."
+                "It is no operator of sglang-fl: with everything left to SGLang, the log-probabilities of the same tokens differ "
+                f"by up to {repeat.worst:.2g} from run to run."
             )
         elif not report.whole.is_beyond(report.noise):
             report.verdict = NO_DIFFERENCE
             report.message = (
-                f"No difference beyond the noise of this model: log-probabilities change by up to {report.whole.worst:.2g}, "
-                f"and by up to {report.noise.worst:.2g} where SGLang's own results are rounded otherwise."
+                f"Log-probabilities change by up to {report.whole.worst:.2g}. "
+                f"Rounding SGLang's own results differently changes them by up to {report.noise.worst:.2g}."
             )
         else:
             self._find(model, native)
@@ -181,7 +181,7 @@ class _Bisection:
         assert report.whole is not None and report.noise is not None
 
         def measure(on: frozenset[Replacement]) -> Effect:
-            self._show(f"switching: {listed(on, report.replacements)}")
+            self._show(f"trial with {listed(on, report.replacements)}")
             return effect(native, self._run(model, on))
 
         weights = suspicion(report.findings)
@@ -195,32 +195,32 @@ class _Bisection:
             report.verdict = NO_OPERATOR
             report.message = (
                 f"It is no operator of sglang-fl: SGLang's own {sglangs.replacement.name} is wrong ({sglangs.where}: "
-                f"{sglangs.native_used:.0f} times what rounding may cost), and {sglangs.replacement.by} in its place is right."
+                f"{sglangs.native_used:.0f} times the bound). {sglangs.replacement.by}, which replaces it, is right."
             )
             return
         report.verdict, report.culprits = FOUND, cause.replacements
         report.together = cause.needed == len(cause.replacements) > 1
         if report.together:
-            shown = "only both on change the output, and either off cures it"
+            shown = "the output changes only with both on"
         elif len(report.culprits) > 1:
-            shown = "each alone on changes the output, and only both off cure it"
+            shown = "each of them changes the output; it is right only with both off"
         else:
-            shown = "only this on changes the output, and only this off cures it"
+            shown = "the output changes with only this on, and is right with only this off"
         report.message = f"{names}: {shown}. {self._where()}".rstrip()
 
     def _undecided(self, cause: Cause) -> None:
         report = self.report
         report.verdict = NO_OPERATOR if cause.no_operator else UNDECIDED
         if cause.no_operator:
-            report.message = "The difference stays with everything off: it is no operator of sglang-fl."
+            report.message = "It is no operator of sglang-fl: the difference remains with everything off."
         else:
             report.message = (
-                "The output changes beyond the noise, and no replacement nor two of them were shown to be necessary and sufficient "
-                f"in {len(cause.trials)} trials. The table has what is nearest to its bounds."
+                f"The output changes beyond the noise. In {len(cause.trials)} trials no single replacement and no two of them were "
+                "shown to be the cause. The table lists the replacements nearest to their bounds."
             )
 
     def _sglangs_own(self, culprits: Sequence[Replacement]) -> Finding | None:
-        """Where SGLang's own result is wrong, and ours is right in all calls."""
+        """The finding where SGLang's own result is wrong, if ours is right in all calls."""
         found = [finding for finding in self.report.findings if finding.replacement in culprits]
         if any(finding.problem is not None for finding in found):
             return None
@@ -231,7 +231,7 @@ class _Bisection:
         found = [finding for finding in self.report.findings if finding.replacement in self.report.culprits and finding.problem is not None]
         ranks = {finding.rank for finding in found}
         if not found:
-            return "Alone on SGLang's own inputs each call is right."
+            return "Each single call is right on SGLang's own inputs."
         only = f" only on rank {ranks.pop()}," if len(ranks) == 1 and "tp_size" in self.report.facts else ""
         first = found[0]
         return f"It is wrong{only} first in call {first.call} of {first.where}: {first.problem}."
@@ -240,7 +240,7 @@ class _Bisection:
         return model.call(passes.with_only, self._batches, tuple(on), limit=self._job.limit)[0]
 
     def _after_an_end(self, error: Crashed | Hung, directory: Path) -> None:
-        """The process ended or hung with the settings in force: prove what ran then."""
+        """After a crash or a hang with the settings in force: test whether the replacement that was running causes it."""
         report = self.report
         how = "crashes" if isinstance(error, Crashed) else "hangs"
         trace = passes.read_trace(directory)
@@ -253,15 +253,15 @@ class _Bisection:
         report.culprits = (culprit,)
         if alone and not others:
             report.verdict = FOUND
-            report.message = f"{culprit} {how} in {where}: only this on does it, and only this off cures it. {error}"
+            report.message = f"{culprit} {how} in {where}, with only this on, and not with only this off. {error}"
         else:
             report.verdict = UNDECIDED
-            report.message = f"The model's process {how} while {culprit} runs ({where}), and it takes more than that: {error}"
+            report.message = f"The model's process {how} while {culprit} runs ({where}), but this is not the only cause: {error}"
 
     def _ends(self, directory: Path, on: Sequence[Replacement], kind: type[Exception]) -> bool:
-        """Whether the model ends so with these on, in a process of its own."""
+        """Whether the model crashes or hangs in the same way with these on, in a new process."""
         with self._load(str(directory)) as model:
-            self._show(f"switching: {listed(frozenset(on), self.report.replacements)}")
+            self._show(f"trial with {listed(frozenset(on), self.report.replacements)}")
             try:
                 model.call(passes.with_only, self._batches, tuple(on), limit=self._job.limit)
             except (Crashed, Hung) as error:
@@ -270,7 +270,7 @@ class _Bisection:
 
 
 def about(run: ModelRun, prompts: list[str]) -> tuple[tuple[Replacement, ...], dict[str, str], list[Batch]]:
-    """What is replaced in a model, facts for the report, and what is run."""
+    """The model's replacements, facts for the report, and the batches to run."""
     config = run.runner.model_config
     facts = {
         "model": type(run.model).__name__,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report as one HTML page, with nothing outside itself."""
+"""The report as one self-contained HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def as_html(report: Report) -> str:
 
 
 def _picture(title: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    """A row for each layer and phase, in the order of the model; both errors on one logarithmic scale."""
+    """A row for each layer and phase, in the model's order. Both errors share a logarithmic scale."""
     shown = [finding for finding in findings if finding.error_ulp is not None or finding.problem is not None]
     errors = [error for finding in shown for error in (finding.error_ulp, finding.native_ulp) if error]
     low, high = (math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))) if errors else (-1, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes over the same tokens, in each rank: with what is on, traced, and with SGLang's own results rounded otherwise."""
+"""Passes over the same tokens, in each rank: with some replacements on, traced, and with SGLang's results rounded differently."""
 
 import mmap
 from collections.abc import Callable, Collection, Sequence
@@ -15,10 +15,10 @@ from ..model_run.switches import AtenCall, LayerCall
 
 Function = Callable[..., Any]
 
-#: Sequences of a batch of many: beyond eight, where kernels take other ways.
+#: Sequences in a large batch: more than eight, where kernels choose other code paths.
 _MANY = 12
 _DECODED, _LONG = 4, 512
-#: The lowest and the highest share of the vocabulary from which tokens are drawn: special tokens stand at its ends.
+#: Tokens are drawn from this part of the vocabulary: special tokens are at its ends.
 _DRAWN = 0.05, 0.95
 _TRACE_BYTES = 4096
 PROMPTS = (
@@ -29,7 +29,7 @@ PROMPTS = (
 
 
 def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
-    """What is run: a batch of one, one of many, and a long one. Each prompt is followed by tokens that are drawn, the same in each run.
+    """A batch of one, a large batch, and a long sequence. Random tokens follow each prompt, the same in each run.
 
     Raises:
         ValueError: a prompt is longer than the model takes.
@@ -44,7 +44,7 @@ def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
     room = run.longest - _DECODED - 2
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if len(tokens) > room:
-            raise ValueError(f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens; with what follows it the model takes {room} here")
+            raise ValueError(f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens; at most {room} fit here")
     first = tuple(encoded[0] + drawn(_DECODED + 2))
     many = [tuple(encoded[n % len(encoded)][: room // _MANY] + drawn(n % 5) + drawn(_DECODED + 2)) for n in range(_MANY)]
     everything = [token for tokens in encoded for token in tokens]
@@ -54,13 +54,13 @@ def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
 
 
 def with_only(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None) -> dict[str, Any]:
-    """Log-probabilities by batch with these on; None: with all that the settings put in force."""
+    """Log-probabilities by batch with these on. None: with all that the settings select."""
     with run.switches.only(run.switches.replacements if on is None else on):
         return {batch.name: run.logprobs(batch) for batch in given}
 
 
 def traced(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None, directory: str) -> dict[str, Any]:
-    """The same, and ``directory`` holds for each rank what runs just now, should the process end or hang in it."""
+    """The same. For each rank a file in ``directory`` names the running replacement, in case the process crashes or hangs."""
     trace = _Trace(Path(directory) / f"rank{run.rank}", run)
     with run.switches.observed(
         lambda call: trace.around(str(call.replacement), call.path, call.forward(None)),
@@ -70,7 +70,7 @@ def traced(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None
 
 
 class _Trace:
-    """A file with the name of what runs; its pages outlive the process."""
+    """A memory-mapped file with the name of the running replacement. It survives a crash."""
 
     def __init__(self, path: Path, run: ModelRun):
         path.write_bytes(bytes(_TRACE_BYTES))
@@ -87,7 +87,7 @@ class _Trace:
             try:
                 result = function(*args, **kwargs)
                 if torch.accelerator.is_available():
-                    torch.accelerator.synchronize()  # an error of a kernel is its own, and not the next one's
+                    torch.accelerator.synchronize()  # so that a kernel's error is raised here, and not at the next kernel
                 return result
             finally:
                 self._names.pop()
@@ -100,7 +100,7 @@ class _Trace:
 
 
 def read_trace(directory: Path) -> tuple[str, str] | None:
-    """(replacement, where) of what ran when a process ended, on the first rank that had something running."""
+    """(replacement, where) that was running when a process ended, of the first rank that has one."""
     for file in sorted(directory.glob("rank*")):
         name, _, where = file.read_bytes().rstrip(b"\0").decode(errors="replace").partition("\n")
         if name:
@@ -109,7 +109,7 @@ def read_trace(directory: Path) -> tuple[str, str] | None:
 
 
 def rounded_otherwise(run: ModelRun, given: list[Batch], moved: Collection[Replacement], seed: int) -> dict[str, Any]:
-    """Everything left to SGLang and PyTorch, where the results of what these replace are off by up to one unit in the last place."""
+    """Everything left to SGLang and PyTorch, with up to one ulp added to the results of the functions that these replace."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(x: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def rounded_otherwise(run: ModelRun, given: list[Batch], moved: Collection[Repla
             nonlocal quiet
             if quiet:
                 return function(*args, **kwargs)
-            quiet = True  # what it is made of is rounded with it
+            quiet = True  # the operators that it calls are not rounded again
             try:
                 given = {id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
                 result = function(*args, **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``sglang-fl bisect MODEL`` found: in a terminal, as data, and as a setting to paste."""
+"""The report of ``sglang-fl bisect MODEL``: tables, JSON, and the setting to paste."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -18,10 +18,10 @@ from .trials import listed
 
 _COLUMNS = ("replacement", "where", "calls", "differ", "error", "SGLang's", "worst", "mean", "result")
 _LEGEND = (
-    "error, SGLang's: in units of the last place, against float64 on the same inputs, in the call where ours is worst. worst, mean: the "
-    "error over SGLang's own. differ: calls that gave other numbers than SGLang's own."
+    "error, SGLang's: both errors against float64 on the same inputs, in ulp, in the call with the replacement's largest error. "
+    "worst, mean: the replacement's error divided by SGLang's. differ: calls whose result is not SGLang's."
 )
-#: Rows of a replacement in a terminal; all are in the JSON and on the page.
+#: Rows of a replacement in the terminal. JSON and the page have all.
 _ROWS = 3
 
 
@@ -60,7 +60,7 @@ def _row(finding: Finding) -> dict[str, Any]:
 
 def print_report(report: Report, console: Console) -> None:
     if report.findings:
-        table = Table(title="Each call beside SGLang's own, on the same inputs", title_justify="left")
+        table = Table(title="Each call compared with SGLang's own, on the same inputs", title_justify="left")
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column in ("replacement", "where", "result") else "right", overflow="fold")
         for finding in shown(report):
@@ -71,10 +71,8 @@ def print_report(report: Report, console: Console) -> None:
         trials = Table(title="Change of log-probabilities", title_justify="left")
         for column in ("on", "largest", "RMS", "result"):
             trials.add_column(column, justify="right" if column in ("largest", "RMS") else "left", overflow="fold")
-        trials.add_row(
-            "nothing; SGLang's own results rounded otherwise", f"{report.noise.worst:.2g}", f"{report.noise.rms:.2g}", "the noise"
-        )
-        trials.add_row("all that the settings put in force", f"{report.whole.worst:.2g}", f"{report.whole.rms:.2g}", "")
+        trials.add_row("nothing; SGLang's own results rounded differently", f"{report.noise.worst:.2g}", f"{report.noise.rms:.2g}", "noise")
+        trials.add_row("all that the settings select", f"{report.whole.worst:.2g}", f"{report.whole.rms:.2g}", "")
         for trial in report.trials:
             result = "changes" if trial.reproduces else "does not change"
             trials.add_row(listed(trial.on, report.replacements), f"{trial.effect.worst:.2g}", f"{trial.effect.rms:.2g}", result)
@@ -85,11 +83,11 @@ def print_report(report: Report, console: Console) -> None:
         console.print("\nThe setting that avoids it:\n")
         console.print(setting(report.culprits), soft_wrap=True)
         for file in report.archives:
-            console.print(f"Its inputs, with a script that shows the fault and a text for a bug report: {file}", soft_wrap=True)
+            console.print(f"Its inputs, a script that repeats the fault, and a text for a bug report: {file}", soft_wrap=True)
 
 
 def shown(report: Report) -> list[Finding]:
-    """The worst rows of each replacement, what is wrong first."""
+    """The worst rows of each replacement, wrong ones first."""
     rows = [finding for replacement in report.replacements for finding in report.of(replacement)[:_ROWS]]
     return sorted(rows, key=lambda finding: (finding.problem is None, -finding.used))
 

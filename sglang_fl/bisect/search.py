@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which switch makes a run fail: a search by groups that holds an answer for likely, never for certain.
+"""Finds the switch that makes a run fail: a Bayesian group search in which any result may be wrong.
 
-The idea is that of flake-aware culprit finding (ICST 2023): keep a probability for each explanation, ask what is expected to tell
-most, and stop when one explanation is likely enough. How often answers are wrong is not known: both rates, of failures that should
-not be and of successes that should not be, are integrated over, so that every answer is also evidence of them.
+It follows flake-aware culprit finding (ICST 2023): keep a probability for each hypothesis, choose the run with the highest expected
+information, and stop when one hypothesis is likely enough. The rates of false failures and of false successes are unknown, so the
+likelihood integrates over both. Each result is also evidence of these rates.
 """
 
 import math
@@ -13,24 +13,24 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-#: A verdict is given at these odds.
+#: The odds at which a verdict is given.
 ODDS = 99.0
-#: What is believed before the first run: that no operator is to blame, that nothing fails, that the answers have nothing to do with the
-#: switches; the rest is that one switch is to blame. With pairs, these parts of that rest are that two are needed, and that either does.
+#: Prior probabilities: no operator is the cause, nothing fails, the results do not depend on the switches. The rest: one switch is
+#: the cause. With pairs, these parts of the rest: both of two are needed, either of two is enough.
 _NO_OPERATOR, _NOTHING, _UNRELATED = 0.10, 0.05, 0.02
 _TWO_NEEDED, _EITHER = 0.2, 0.2
-#: Of the prior weights this part is spread evenly, so that a wrong one costs one more run or so.
+#: This part of the prior weights is spread evenly, so that a wrong weight costs about one run.
 _EVEN = 0.5
-#: A rate of wrong answers: Beta(1, 16), 6 % in the mean, cut off below one half, where an answer would say nothing; as points.
+#: The prior of a rate of wrong results, as points: Beta(1, 16), mean 6 %, cut off at one half, where a result says nothing.
 _RATES = tuple((point + 0.5) * 0.005 for point in range(80))
 _RATE_WEIGHTS = tuple((1 - rate) ** 15 for rate in _RATES)
-#: The probability of a wrong answer where none is, and the parameter of the Beta distribution of unrelated answers' rate of failures.
+#: The probability of a wrong result with ``truthful``, and the Beta parameter of the failure rate of unrelated results.
 _NEVER, _UNRELATED_COUNT = 1e-12, 10
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A run fails if at least ``needed`` of ``switches`` are on. None at all: it always does (0), or never (1)."""
+    """A run fails if at least ``needed`` of ``switches`` are on. Without switches it fails always (0) or never (1)."""
 
     switches: tuple[str, ...] = ()
     needed: int = 1
@@ -41,11 +41,11 @@ NO_OPERATOR, NOTHING = Hypothesis(needed=0), Hypothesis()
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the answers mean.
+    """The conclusion from the results.
 
     Attributes:
-        cause: the hypothesis; None: none fits, the answers are wrong too often or more switches act together.
-        odds: for it, against all others.
+        cause: the hypothesis. None: none fits, because results are wrong too often or more switches act together.
+        odds: in its favour, against all others.
     """
 
     cause: Hypothesis | None
@@ -53,16 +53,16 @@ class Verdict:
 
 
 class Search:
-    """Picks the runs, and says what their answers mean.
+    """Chooses the runs and draws the conclusion.
 
     Args:
-        weights: the switches, and how suspicious each is beside the others.
-        truthful: no answer is ever wrong.
-        pairs: two switches may be to blame: both are needed, or either is enough.
-        seed: the same one asks the same.
+        weights: the switches, each with its relative prior weight.
+        truthful: no result is ever wrong.
+        pairs: two switches may be the cause: both are needed, or either is enough.
+        seed: the same seed chooses the same runs.
 
     Attributes:
-        runs: (switches that were on, failed) of each run; failed is None where it could not be judged.
+        runs: (switches that were on, failed) of each run. failed is None if it could not be judged.
     """
 
     def __init__(self, weights: Mapping[str, float], *, truthful: bool = False, pairs: bool = False, seed: int = 0):
@@ -78,19 +78,19 @@ class Search:
         for number, hypothesis in enumerate(self._hypotheses):
             for switch in hypothesis.switches:
                 self._of[switch].append(number)
-        # Of the failures and the successes, how many each hypothesis expected to fail.
+        # How many of the failures and of the successes each hypothesis predicts to fail.
         self._counts = [(0, 0)] * len(self._hypotheses)
         self._failed = self._passed = 0
         self._judge()
 
     def record(self, on: Set[str], failed: bool | None) -> None:
-        """Take an answer; None: the run could not be judged, and will not be asked for again.
+        """Record a result. None: the run could not be judged, and is not chosen again.
 
         Raises:
             ValueError: there is no such switch.
         """
         if unknown := set(on) - self._bit.keys():
-            raise ValueError(f"no switches of this search: {', '.join(sorted(unknown))}")
+            raise ValueError(f"not switches of this search: {', '.join(sorted(unknown))}")
         self.runs.append((frozenset(on), failed))
         if failed is None:
             return
@@ -117,9 +117,9 @@ class Search:
         return self._most_telling()
 
     def verdict(self) -> Verdict | None:
-        """The verdict; None: more runs are needed.
+        """The verdict, or None if more runs are needed.
 
-        Switches are accused only if runs have shown that they are enough, and that each is needed.
+        Switches are named only after runs have shown that they are sufficient and that each is necessary.
         """
         best = max(range(len(self._hypotheses)), key=self._posterior.__getitem__)
         likely = self._posterior[best]
@@ -136,7 +136,7 @@ class Search:
         return [(self._hypotheses[number], self._posterior[number]) for number in ranked[:count]]
 
     def wrong_answers(self, cause: Hypothesis) -> tuple[tuple[int, int], tuple[int, int]]:
-        """If a hypothesis is right: the wrong answers and all of them, where a success was due and where a failure was."""
+        """(wrong results, all results) under a hypothesis, for runs that should pass and for runs that should fail."""
         due = [(len(on & set(cause.switches)) >= cause.needed, failed) for on, failed in self.runs if failed is not None]
         passes, failures = [failed for bad, failed in due if not bad], [failed for bad, failed in due if bad]
         return (sum(passes), len(passes)), (failures.count(False), len(failures))
@@ -159,7 +159,7 @@ class Search:
         return sum(self._bit[switch] for switch in switches)
 
     def _judge(self) -> None:
-        """The probability of each hypothesis after the answers so far."""
+        """The probability of each hypothesis after the results so far."""
         likelihoods = {counts: self._likelihood(*counts) for counts in set(self._counts)}
         joint = [prior * likelihoods[counts] for prior, counts in zip(self._priors, self._counts, strict=True)]
         unrelated = (_NEVER**0.5 if self.truthful else _UNRELATED) * _unrelated(self._failed, self._passed)
@@ -167,20 +167,20 @@ class Search:
         self._posterior, self._unrelated = [part / total for part in joint], unrelated / total
 
     def _likelihood(self, failures: int, successes: int) -> float:
-        """Of the answers, for a hypothesis that expected a failure of so many failures and successes."""
+        """The likelihood of the results under a hypothesis that predicts to fail this many of the failures and of the successes."""
         return self._chance(successes, failures) * self._chance(self._failed - failures, self._passed - successes)
 
     def _chance(self, wrong: int, right: int) -> float:
         return _NEVER**wrong if self.truthful else _with_unknown_rate(wrong, right)
 
     def _forecasts(self, failures: int, successes: int) -> tuple[float, float]:
-        """The probability of a failure where such a hypothesis expects a success, and where it expects a failure."""
+        """The probability of a failure where the hypothesis predicts a success, and where it predicts a failure."""
         right, wrong = self._passed - successes, self._failed - failures
         where_success = self._chance(wrong + 1, right) / self._chance(wrong, right)
         return where_success, 1 - self._chance(successes + 1, failures) / self._chance(successes, failures)
 
     def _unproven(self, cause: Hypothesis) -> Iterator[frozenset[str]]:
-        """The runs that would show directly that these switches do it, and have not yet."""
+        """The runs, still missing, that would show directly that these switches are the cause."""
         everything, switches = frozenset(self.switches), cause.switches
         enough = [frozenset(switches)] if cause.needed == len(switches) else [frozenset((switch,)) for switch in switches]
         cures = [everything - {switch} for switch in switches] if cause.needed == len(switches) else [everything - set(switches)]
@@ -190,7 +190,7 @@ class Search:
                 yield on
 
     def _most_telling(self) -> frozenset[str]:
-        """The set whose answer is expected to tell most, of those that begin a list of all switches, the likeliest first or last."""
+        """The set of switches whose run has the highest expected information, among prefixes of all switches by likelihood."""
         likely = {switch: math.fsum(self._posterior[number] for number in self._of[switch]) for switch in self.switches}
         order = list(self.switches)
         random.Random(f"{self.seed} {len(self.runs)}").shuffle(order)
@@ -201,15 +201,15 @@ class Search:
         return frozenset(way[:size])
 
     def _best_size(self, order: Sequence[str], unjudged: Set[frozenset[str]]) -> tuple[float, int]:
-        """How many switches of an order to leave on, and what the answer is expected to tell, in bits."""
+        """How many switches of an order to leave on, and the expected information of that run in bits."""
         posterior, kinds = self._posterior, self._counts
         forecasts = {counts: self._forecasts(*counts) for counts in set(kinds)}
         uncertain = {counts: (_bits(passes), _bits(fails)) for counts, (passes, fails) in forecasts.items()}
-        # What it adds to both sums below if a hypothesis comes to expect a failure.
+        # The change of both sums below when a hypothesis starts to predict a failure.
         steps = {counts: (forecasts[counts][1] - forecasts[counts][0], uncertain[counts][1] - uncertain[counts][0]) for counts in forecasts}
         missing = [hypothesis.needed for hypothesis in self._hypotheses]
         unrelated = (_UNRELATED_COUNT + self._failed) / (2 * _UNRELATED_COUNT + self._failed + self._passed)
-        # The probability of a failure, and how uncertain the answer would be if the right hypothesis were known.
+        # The probability of a failure, and the entropy of the result given the right hypothesis.
         failure, noise = self._unrelated * unrelated, self._unrelated * _bits(unrelated)
         for needed, counts, likely in zip(missing, kinds, posterior, strict=True):
             failure += likely * forecasts[counts][needed == 0]
@@ -229,7 +229,7 @@ class Search:
 
 
 def _hypotheses(weights: Mapping[str, float], pairs: bool) -> tuple[list[Hypothesis], list[float]]:
-    """All of them, with what is believed of each before the first run."""
+    """All hypotheses with their prior probabilities."""
     total = sum(weights.values())
     share = {name: _EVEN / len(weights) + (1 - _EVEN) * (weight / total if total else 1 / len(weights)) for name, weight in weights.items()}
     believed = [(Hypothesis((name,)), part) for name, part in share.items()]
@@ -248,14 +248,14 @@ def _hypotheses(weights: Mapping[str, float], pairs: bool) -> tuple[list[Hypothe
 
 @cache
 def _with_unknown_rate(wrong: int, right: int) -> float:
-    """The probability of answers, each wrong at a rate that is not known."""
+    """The probability of results, each wrong at an unknown rate."""
     points = zip(_RATES, _RATE_WEIGHTS, strict=True)
     return math.fsum(weight * rate**wrong * (1 - rate) ** right for rate, weight in points) / math.fsum(_RATE_WEIGHTS)
 
 
 @cache
 def _unrelated(failed: int, passed: int) -> float:
-    """The probability of answers that have nothing to do with the switches: failures at a rate around one half, Beta-distributed."""
+    """The probability of results that do not depend on the switches: a Beta-distributed failure rate around one half."""
     count = _UNRELATED_COUNT
 
     def log_beta(a: int, b: int) -> float:
@@ -265,7 +265,7 @@ def _unrelated(failed: int, passed: int) -> float:
 
 
 def _bits(probability: float) -> float:
-    """The entropy of a yes or no."""
+    """The entropy of a binary result."""
     if not 0 < probability < 1:
         return 0.0
     return -probability * math.log2(probability) - (1 - probability) * math.log2(1 - probability)

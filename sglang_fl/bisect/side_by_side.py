@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pass in which all that is replaced runs beside SGLang's own and float64, on the same inputs; SGLang's result is carried on.
+"""A pass that runs each replacement, SGLang's own function and float64 on the same inputs. The model continues with SGLang's result.
 
-So errors do not pile up, and no two runs must be aligned. It is eager.
+So errors do not accumulate, and no two runs need to be aligned. The pass is eager.
 """
 
 import inspect
@@ -33,7 +33,7 @@ Function = Callable[..., Any]
 
 
 def side_by_side(run: ModelRun, batches: list[Batch], archives: str | None = None) -> tuple[dict[str, Any], list[Finding]]:
-    """(log-probabilities by batch, which are SGLang's own; what was found). Called in each rank.
+    """Run the pass in this rank. Returns (SGLang's own log-probabilities by batch, findings).
 
     Args:
         archives: a directory for the inputs of the first wrong call of each replacement.
@@ -45,7 +45,7 @@ def side_by_side(run: ModelRun, batches: list[Batch], archives: str | None = Non
 
 
 class Observer:
-    """Stands around all that is replaced, and judges each call.
+    """Wraps each replacement and judges each call.
 
     Attributes:
         findings: by replacement, layer, batch and phase.
@@ -54,7 +54,7 @@ class Observer:
     def __init__(self, run: ModelRun, archives: Path | None = None):
         self._run, self._archives = run, archives
         self.findings: dict[Any, Finding] = {}
-        #: While it is set, PyTorch's own kernels run, and nothing is judged.
+        #: While set, PyTorch's own kernels run, and nothing is judged.
         self._native = False
 
     def layer(self, call: LayerCall) -> Function:
@@ -72,7 +72,7 @@ class Observer:
                 result, problem = None, f"raised {type(error).__name__}: {error}"
             native = own(subject, *args, **kwargs)
             with self._only_native():
-                if watched.called or problem:  # else the call is none that the operator can express
+                if watched.called or problem:  # else the operator's signature cannot express the call
                     differs = problem is not None or _differ(result, native)
                     verdict = Verdict(problem=problem) if problem else watched.verdict()
                     finding = self._finding(call.replacement, call.path)
@@ -142,13 +142,13 @@ class Observer:
 
 @cache
 def _template(op: str) -> tuple[Call, list[str]]:
-    """A call of an operator, for what its text allows, and the names of its arguments."""
+    """An example call of an operator, which says what it may write, and the names of its arguments."""
     draw = Draw(torch.Generator().manual_seed(0), torch.float32, torch.device("cpu"))
     return OPERATORS_CHECKED[op].form(draw), [name for name in inspect.signature(getattr(FLBackendBase, op)).parameters if name != "self"]
 
 
 class _Operator:
-    """An implementation's calls as the operator's signature has them, each with what is exact."""
+    """Calls of an implementation, with the operator's arguments and the exact results."""
 
     def __init__(self, op: str, only_native: Callable[[], Any]):
         self._only_native = only_native
@@ -182,7 +182,7 @@ class _Operator:
             def keeping(*a: Any, **k: Any) -> Any:
                 try:
                     raw.append(fn(*a, **k))
-                except Exception as error:  # the bridge hands the call on, to another implementation or to SGLang
+                except Exception as error:  # the bridge passes the call on to another implementation or to SGLang
                     self._problem = f"raised {type(error).__name__}: {error}"
                     raise
                 return raw[0]
@@ -234,12 +234,12 @@ class _Operator:
             verdict: Verdict = self._exact[0].judge(got, self._dtype)
             return verdict
         if len(got) != len(self._exact):
-            return Verdict(problem=f"gave {len(got)} results, not {len(self._exact)}")
+            return Verdict(problem=f"returned {len(got)} results, not {len(self._exact)}")
         verdicts = [right.judge(result, self._dtype) for result, right in zip(got, self._exact, strict=True)]
         return max(verdicts, key=lambda verdict: (verdict.problem is not None, verdict.used))
 
     def of_native(self, ours: Any, native: Any) -> Verdict | None:
-        """SGLang's own result, where it has the parts that the operator's has."""
+        """The verdict on SGLang's own result, if it has the same parts as the operator's."""
         leaves = [x for x in pytree.tree_leaves(native) if isinstance(x, torch.Tensor)]
         if self._checked is None or self._checked.whole or len(leaves) != len(self._exact):
             return None
@@ -249,7 +249,7 @@ class _Operator:
 
 
 def _plain(layer: Any) -> SimpleNamespace:
-    """What an implementation may read of a layer: its tensors, numbers and texts."""
+    """The attributes of a layer that an implementation may read: tensors, numbers and strings."""
     held = {**vars(layer), **getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})} if hasattr(layer, "__dict__") else {}
     held |= {name: getattr(layer, name) for name in ("weight", "variance_epsilon") if hasattr(layer, name)}
     plain = (bool, int, float, str, torch.Tensor, type(None))
@@ -258,7 +258,7 @@ def _plain(layer: Any) -> SimpleNamespace:
 
 def bug_report(title: str, problem: str) -> str:
     listed = "\n".join(f"- {name} {version}" for name, version in versions().items() if version)
-    return f"{title}\n\n{problem}\n\nThe inputs are a served model's. Unpack this archive and run repeat.py.\n\nVersions:\n{listed}\n"
+    return f"{title}\n\n{problem}\n\nThe inputs are from a served model. Unpack this archive and run repeat.py.\n\nVersions:\n{listed}\n"
 
 
 def _differ(ours: Any, native: Any) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switches: what the settings in force put in SGLang's place on this machine, each with a name, and the settings that leave some on."""
+"""Switches: the replacements that the settings select on this machine, and the settings that turn single ones off."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -13,9 +13,9 @@ from ..dispatch.manager import OpManager
 from ..dispatch.policy import SelectionPolicy
 from ..startup.words import used_functions
 
-#: What a switch's name begins with: a FlagGems function of Layer 1, an operator of Layer 2. Some have the same name.
+#: Prefixes of switches: a FlagGems function of Layer 1, an operator of Layer 2. Some share a name.
 FUNCTION, OPERATOR = "aten:", "op:"
-#: How much more suspicious each profile makes a function that it lists as broken on its chip.
+#: The weight that each profile adds to a function that it lists as broken.
 _KNOWN_BAD = 8.0
 
 
@@ -32,7 +32,7 @@ class Switches:
     settings: Settings
 
     def environ(self, on: Set[str]) -> dict[str, str | None]:
-        """The variables that leave exactly these on; None: the variable must not be set."""
+        """The environment variables that leave exactly these on. None: the variable must be unset."""
         functions, used = _plain(on, FUNCTION), _plain(self.names, FUNCTION)
         off = [op for op in _plain(self.names, OPERATOR) if OPERATOR + op not in on]
         changed: dict[str, str | None] = {}
@@ -46,7 +46,7 @@ class Switches:
         return changed
 
     def exclusion(self, switches: Iterable[str]) -> str:
-        """The settings that leave these off: YAML for a user's file, or variables where the environment would override the file."""
+        """The settings that turn these off: YAML for the user's file, or variables where the environment overrides the file."""
         lists, orders = self._without(_plain(switches, FUNCTION)), dict.fromkeys(_plain(switches, OPERATOR), "sglang")
         lines = []
         for key, names in lists.items():
@@ -62,7 +62,7 @@ class Switches:
         return "\n".join(lines)
 
     def _without(self, functions: Sequence[str]) -> dict[str, list[str]]:
-        """The list of functions to set, by its key: the whitelist without these, or the blacklist with them."""
+        """The whitelist without these functions, or the blacklist with them, by its key."""
         if not functions:
             return {}
         if self.settings.flagos_whitelist is not None:
@@ -74,12 +74,12 @@ class Switches:
 
 
 def _plain(switches: Iterable[str], kind: str) -> list[str]:
-    """The names of one kind, without their beginning."""
+    """The names of one kind, without the prefix."""
     return sorted(name.removeprefix(kind) for name in switches if name.startswith(kind))
 
 
 def switches_in_force(settings: Settings, device: Device, manager: OpManager) -> Switches:
-    """All that these settings put in SGLang's place here, as far as that is known before a model is loaded."""
+    """The switches that these settings select here, as far as known before a model is loaded."""
     manager.use(settings, device)
     policy = SelectionPolicy.from_settings(settings)
     operators = [op for op in manager.registry.list_operators() if manager.plan(op, policy).candidates and _is_switch(op, settings, device)]
@@ -87,14 +87,14 @@ def switches_in_force(settings: Settings, device: Device, manager: OpManager) ->
 
 
 def _is_switch(op: str, settings: Settings, device: Device) -> bool:
-    """Whether an operator's layers are taken over now, and could be left to SGLang: its kernels need Triton."""
+    """Whether an operator can be turned off: its layers are bound, and SGLang's own kernel, if it needs Triton, can run."""
     if is_kernel(op):
         return has_triton(device) and exclusion_reason(settings, op) is None
     return any(settings.exclusion_reason(names_in_lists(name, op)) is None for name in classes_of(op))
 
 
 def known_bad_weights(names: Iterable[str]) -> Mapping[str, float]:
-    """How suspicious each switch is: what profiles list as broken on their chips is more so."""
+    """The prior weight of each switch. Functions that a profile lists as broken weigh more."""
     listed: Counter[str] = Counter()
     for profile in sorted(PROFILES.glob("*.yaml")):
         entry = read_mapping(profile, what="a profile", problems=[]).get("flagos_broken")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What matters: replacements are switched, and the change of log-probabilities is measured against what rounding alone does."""
+"""Trials: switch replacements and compare the change of log-probabilities with the effect of rounding."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -13,22 +13,22 @@ from .search import NO_OPERATOR, Hypothesis, Search
 
 Logprobs = Mapping[str, Any]
 
-#: Two right evaluations may differ by so many times what was seen of rounding.
+#: Two correct evaluations may differ by this many times the measured effect of rounding.
 BEYOND = 3.0
-#: The log-probabilities themselves are rounded: what is less is nothing.
+#: The log-probabilities themselves are rounded. Smaller changes are ignored.
 _LEAST = 1e-6
-#: An effect that one replacement shares is at least this part of the effect of all.
+#: A trial reproduces the fault if its effect is at least this part of the whole effect.
 _REPRODUCES = 0.5
 MOST_TRIALS = 12
 
 
 @dataclass(frozen=True)
 class Effect:
-    """How far log-probabilities are from SGLang's own.
+    """The difference of log-probabilities from SGLang's own.
 
     Attributes:
-        rms: of the batch where it is largest.
-        worst: the largest change of one.
+        rms: root mean square, of the batch with the largest.
+        worst: the largest single difference.
     """
 
     rms: float = 0.0
@@ -61,13 +61,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Cause:
-    """What the trials show.
+    """The conclusion from the trials.
 
     Attributes:
-        replacements: that change the output; empty: none was proven.
-        needed: how many of them it takes.
-        trials: those that were run.
-        no_operator: the difference stays with everything off.
+        replacements: those that change the output. Empty: none was proven.
+        needed: how many of them are needed.
+        trials: the trials that were run.
+        no_operator: the difference remains with everything off.
     """
 
     replacements: tuple[Replacement, ...]
@@ -84,13 +84,13 @@ def search(
     trials_left: int,
     show: Callable[[Trial], None],
 ) -> Cause:
-    """Find what is necessary and sufficient for the effect of all of them, in at most ``trials_left`` runs.
+    """Find the replacements that are necessary and sufficient for the whole effect, in at most ``trials_left`` runs.
 
     Args:
-        weights: how suspicious each is.
+        weights: the prior weight of each.
         whole: the effect of all together.
-        measure: the effect of some.
-        show: is told of each trial.
+        measure: measures the effect of some.
+        show: called with each trial.
     """
     names = {str(replacement): replacement for replacement in weights}
     found = Search({name: weights[replacement] for name, replacement in names.items()}, truthful=True, pairs=True)
@@ -100,7 +100,7 @@ def search(
     while (verdict := found.verdict()) is None and len(trials) < trials_left:
         on = found.next()
         one = measure(frozenset(names[name] for name in on))
-        # The cure is within the noise; a culprit has most of the effect.
+        # Without the culprit the effect is within the noise. With it alone, most of the effect remains.
         reproduces = one.is_beyond(noise) and (
             one.rms >= _REPRODUCES * whole.rms or one.worst >= _REPRODUCES * whole.worst or _is_cure(on, names)
         )
@@ -114,7 +114,7 @@ def search(
 
 
 def _is_cure(on: frozenset[str], names: Mapping[str, Replacement]) -> bool:
-    """Whether most are on: then what is left beyond the noise says that those that are off are not all of the cause."""
+    """Whether most are on. Then any effect beyond the noise shows that those that are off are not the whole cause."""
     return 2 * len(on) > len(names)
 
 
@@ -123,7 +123,7 @@ def _cause(cause: Hypothesis, names: Mapping[str, Replacement], trials: list[Tri
 
 
 def listed(on: Collection[Replacement], every: Collection[Replacement]) -> str:
-    """What is on, in words, by the shorter list."""
+    """Names what is on, or what is off if that list is shorter."""
     off = sorted(str(one) for one in every if one not in on)
     if len(on) <= len(off):
         return "only " + (", ".join(sorted(map(str, on))) or "SGLang's own")

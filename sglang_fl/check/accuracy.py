@@ -11,10 +11,10 @@ import torch
 from .cases import OPERATORS_CHECKED, Call, Case
 from .implementation import Function, Implementation, Outcome, results
 
-#: Of a call with more numbers than this in a tensor, some of its tokens are compared with float64.
+#: If a tensor of a call has more numbers than this, only some tokens are compared with float64.
 _JUDGED_WHOLE = 1 << 26
 
-#: Rounds of the timing, and how long one of them lasts at least, in seconds.
+#: The rounds of the timing, and the minimum seconds of a round.
 _ROUNDS, _LEAST = 5, 2e-3
 
 
@@ -32,9 +32,9 @@ def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def _some_tokens(call: Call, tokens_in: Mapping[str, int]) -> torch.Tensor | None:
-    """The tokens to judge of a call so large that float64 would take too long, and the reference too much memory; None: all.
+    """The tokens to judge in a call that is too large for float64 and for the reference. None: all.
 
-    Beside the ends those where a count of 16 bits begins again, and a thousand of the rest, neighbours in pairs.
+    The first and last ones, those where a 16-bit index overflows, and a thousand others in adjacent pairs.
     """
     largest = max((call.inputs[name] for name in tokens_in if name in call.inputs), key=torch.numel, default=None)
     if largest is None or largest.numel() <= _JUDGED_WHOLE:
@@ -46,7 +46,7 @@ def _some_tokens(call: Call, tokens_in: Mapping[str, int]) -> torch.Tensor | Non
 
 
 def speed(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """The time of a call and of the reference's: medians of rounds that alternate between the two."""
+    """The time of the call and of the reference: medians of alternating rounds."""
     impl.run(case.draw(seed, impl.device))  # compiles it
     functions = [impl.fn] if impl.reference is None else [impl.fn, impl.reference]
     sides = [(fn, case.draw(seed, impl.device)) for fn in functions]
@@ -57,7 +57,7 @@ def speed(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def _seconds(impl: Implementation, fn: Function, call: Call, count: int) -> float:
-    """Seconds a call, over ``count`` of them."""
+    """Seconds per call, over ``count`` calls."""
     arguments, named = call.arguments()
     fn(*arguments, **named)
     impl.synchronize()

@@ -15,7 +15,7 @@ from ..dispatch.types import LazyFunction, OpImpl
 from .cases import OPERATORS_CHECKED, Call, Case
 from .exact.judge import Exact
 
-#: Larger inputs are not written, in bytes.
+#: Larger inputs are not written. In bytes.
 _LARGEST = 256 << 20
 
 _SCRIPT = '''"""{title}
@@ -55,7 +55,7 @@ for name, exact, bound in data["exact"]:
 
 
 def write_archive(directory: Path, impl: OpImpl, case: Case, seed: int, device: torch.device) -> str:
-    """Write a case's inputs, what is exact, and the script; the file's name, or why there is none."""
+    """Write a case's inputs, the exact results and the script. Returns the file's name, or why there is none."""
     call = case.draw(seed, device)
     size = sum(x.untyped_storage().nbytes() for x in call.tensors().values())
     if size > _LARGEST:
@@ -69,12 +69,12 @@ def write_archive(directory: Path, impl: OpImpl, case: Case, seed: int, device: 
 def write_files(
     directory: Path, title: str, module: str, function: str, device: torch.device, data: dict[str, Any], text: str = ""
 ) -> Path:
-    """Write an archive with what ``repeat.py`` in it needs to call a module's function and to compare with what is exact.
+    """Write an archive whose ``repeat.py`` calls a module's function and compares its results with the exact ones.
 
     Args:
-        data: ``arguments`` and ``named``, as :func:`kept` makes them; ``updated``: the places of arguments that are results, too;
-            ``exact``: for each result its name, what is exact, and how far off each number may be.
-        text: a report of the fault, for those who maintain the function.
+        data: ``arguments`` and ``named``, as :func:`kept` returns them; ``updated``: the indices of arguments that are also results;
+            ``exact``: for each result its name, the exact numbers, and the bound of each.
+        text: a bug report for the function's maintainers.
     """
     saved = io.BytesIO()
     torch.save(data, saved)
@@ -88,7 +88,7 @@ def write_files(
 
 
 def _as_data(call: Call, case: Case) -> dict[str, Any]:
-    """The value in a form that ``torch.load`` reads with ``weights_only``; strides are kept."""
+    """Convert a value so that ``torch.load`` reads it with ``weights_only``. Strides are kept."""
     expected = OPERATORS_CHECKED[case.op].exact(call)
     arguments, named = call.arguments()
     return {
@@ -100,7 +100,7 @@ def _as_data(call: Call, case: Case) -> dict[str, Any]:
 
 
 def kept(value: Any) -> Any:
-    """An argument as ``torch.load`` takes it with ``weights_only``: a tensor with its strides, an object with its attributes."""
+    """Convert an argument for ``torch.load`` with ``weights_only``: a tensor with its strides, an object with its attributes."""
     if isinstance(value, (list, tuple)):
         return [kept(one) for one in value]
     if isinstance(value, (SimpleNamespace, nn.Module)):

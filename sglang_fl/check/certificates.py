@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last check of an implementation on this machine, from the results that ``sglang-fl check --out`` saved."""
+"""The last check of each implementation on this machine, from the results that ``sglang-fl check --out`` saved."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -13,13 +13,13 @@ from ..utils.packages import installed_version, package_of, source_files
 from .record import reports_in
 from .results import Report, Row
 
-#: Shown for an implementation without a result.
+#: The text for an implementation without a result.
 NEVER = "never checked"
 Certificates = Mapping[tuple[str, str], str]
 
 
 def directory() -> Path:
-    """Where ``check --out`` writes, and ``doctor`` and ``ops`` look."""
+    """The folder where ``check --out`` writes, and ``doctor`` and ``ops`` read."""
     return Path(platformdirs.user_data_dir("sglang-fl")) / "checks"
 
 
@@ -50,5 +50,5 @@ def _in_words(report: Report, row: Row, impl: OpImpl) -> str:
 
 
 def _last_change(impl: OpImpl) -> float:
-    """When a file of the package that an implementation is from was last written; of sglang-fl's own, in its folder."""
+    """The newest modification time in an implementation's package, or in its folder if it is sglang-fl's own."""
     return max((file.stat().st_mtime for file in source_files(package_of(impl.module))), default=0.0)

@@ -14,7 +14,7 @@ from .graphs import compilation, graph_capture
 from .implementation import Implementation, Outcome, Refused, Violation
 from .shared_state import restore, shared_state
 
-#: Each kind of check; those that are not here are about accuracy.
+#: Kind of check -> its function. The other kinds are about accuracy.
 _CHECKS: dict[str, Callable[[Implementation, Case, int], Outcome]] = {
     INPUTS: inputs_and_results,
     REPEATS: repeats,
@@ -27,7 +27,7 @@ _CHECKS: dict[str, Callable[[Implementation, Case, int], Outcome]] = {
 
 
 def check_case(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Run a case. Contains every error of the implementation that does not end the process."""
+    """Run a case. Catches every error of the implementation that does not end the process."""
     before = shared_state()
     outcome = _outcome(impl, case, seed)
     changes = restore(before)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract beside accuracy: results stay, repeat, and depend neither on threads nor on the batch."""
+"""The contract: results stay valid, repeat, and depend neither on threads nor on the batch."""
 
 import sys
 import threading
@@ -17,16 +17,16 @@ from .shared_state import random_states
 from .tensors import bits, refill, restorer, same_bits
 
 _THREADS, _ROUNDS_OF_A_THREAD, _REPEATS = 4, 200, 20
-#: Threads end after this many seconds, whatever their rounds.
+#: Threads stop after this many seconds.
 _THREADS_LIMIT = 2.0
-#: Calls after one whose results must stay: buffers may take turns.
+#: Results must stay valid for this many later calls: an implementation may cycle through buffers.
 _LATER_CALLS = 3
-#: The parts of a batch that are run alone: first token, number of tokens.
+#: The parts of a batch that run alone: first token, number of tokens.
 _PARTS = ((0, 1), (5, 1), (0, 33))
 
 
 def inputs_and_results(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Results lie in allowed memory, and do not change when it is called again."""
+    """Results lie in allowed memory, and later calls do not change them."""
     call, states = case.draw(seed, impl.device), random_states(impl.device)
     expected = impl.exact(call)
     got = impl.run(call)
@@ -57,7 +57,7 @@ def _check_memory(call: Call, got: Results) -> None:
 
 
 def _check_updated_weights(impl: Implementation, call: Call, case: Case, seed: int) -> None:
-    """Weights are updated in place while serving; values derived from the former ones must not be used again."""
+    """Weights are updated in place while serving. Values derived from the old ones must not be reused."""
     fresh = case.draw(seed, impl.device)
     new = dict(fresh.layer.named_parameters())
     for name, parameter in call.layer.named_parameters():
@@ -68,7 +68,7 @@ def _check_updated_weights(impl: Implementation, call: Call, case: Case, seed: i
 
 
 def _check_reused_memory(impl: Implementation, call: Call, case: Case, seed: int) -> None:
-    """A tensor gets the address of a freed one; values derived from the former must not be used for it."""
+    """A tensor gets the address of a freed one. Values derived from the old one must not be reused."""
     fresh = case.draw(seed, impl.device)
     expected = impl.exact(fresh)
     refill(call, fresh)
@@ -97,7 +97,7 @@ def batch_invariance(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def repeats(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """The same call gives the same bits."""
+    """The same call returns the same bits."""
     call = case.draw(seed, impl.device)
     restore = restorer(call)
     first: Results | None = None
@@ -113,7 +113,7 @@ def repeats(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def threads(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Calls of two sizes from several threads at once; each must get the result of a single thread."""
+    """Calls of two sizes from several threads at once. Each must return the result of a single thread."""
     with _colliding_threads():
         alone = [tuple(x.clone() for x in impl.run(_thread_call(impl, case, seed, index))) for index in range(_THREADS)]
         calls = [_thread_call(impl, case, seed, index) for index in range(_THREADS)]
@@ -133,7 +133,7 @@ def threads(impl: Implementation, case: Case, seed: int) -> Outcome:
                     if problems or time.monotonic() > until:
                         return
                     restore()
-            except BaseException as error:  # SystemExit would end a thread without a word
+            except BaseException as error:  # SystemExit would end a thread without a message
                 problems.append(f"{type(error).__name__}: {error}")
 
         started = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(_THREADS)]
@@ -152,7 +152,7 @@ def _thread_call(impl: Implementation, case: Case, seed: int, index: int) -> Cal
 
 @contextmanager
 def _colliding_threads() -> Iterator[None]:
-    """Python switches threads as often as it can, and PyTorch uses one thread, so that races show soon."""
+    """Within the block Python switches threads as often as possible and PyTorch uses one thread, to reveal races."""
     interval, threads_before = sys.getswitchinterval(), torch.get_num_threads()
     sys.setswitchinterval(1e-6)
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ _REPLAYS, _WARM_UPS = 3, 3
 
 
 def graph_capture(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Capture once, replay with new data; a replay must be as accurate as a call."""
+    """Capture once, replay with new data. A replay must be as accurate as a call."""
     graphs = graphs_of(impl.device)
     if graphs is None:
         return Outcome(SKIPPED, f"{impl.device.type} has no graphs")
@@ -44,7 +44,7 @@ def graph_capture(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def _warm_up(impl: Implementation, case: Case, seed: int) -> None:
-    """Calls on a stream of their own, as PyTorch asks for before a capture."""
+    """Call on a separate stream, as PyTorch requires before a capture."""
     stream = torch.Stream(impl.device) if impl.device.type != "cpu" else None
     for number in range(_WARM_UPS):
         call = case.draw(seed + number, impl.device)
@@ -58,7 +58,7 @@ def _warm_up(impl: Implementation, case: Case, seed: int) -> None:
 
 
 def _call_in_between(impl: Implementation, case: Case, seed: int) -> None:
-    """Call with another size, and overwrite freed memory: a graph must not use memory that later calls reuse."""
+    """Call with another size and overwrite freed memory: a graph must not depend on memory that later calls reuse."""
     other = case.draw(seed, impl.device, other=True)
     impl.run(other)
     for x in other.tensors().values():
@@ -67,7 +67,7 @@ def _call_in_between(impl: Implementation, case: Case, seed: int) -> None:
 
 
 def compilation(impl: Implementation, case: Case, seed: int) -> Outcome:
-    """Compiled by torch.compile, and called with one or two numbers of tokens."""
+    """Compile with torch.compile, and call with one or two numbers of tokens."""
     with impl.compiling():  # it is imported
         backend = compiler_of(impl.device)
         torch.compiler.reset()
@@ -82,7 +82,7 @@ def compilation(impl: Implementation, case: Case, seed: int) -> Outcome:
 
 
 def _worst(outcomes: Iterable[tuple[str, Outcome]]) -> Outcome:
-    """The first (when, outcome) that failed, else the one that comes nearest to its bound."""
+    """The first (when, outcome) that failed, else the one nearest to its bound."""
     worst = Outcome()
     for when, outcome in outcomes:
         if outcome.status == FAILED:
@@ -92,7 +92,7 @@ def _worst(outcomes: Iterable[tuple[str, Outcome]]) -> Outcome:
 
 
 def compiler_of(device: torch.device) -> str:
-    """torch.compile's backend: inductor where it can generate code for the device."""
+    """torch.compile's backend: inductor if it can generate code for the device."""
     if device.type == "cpu":
         return "inductor" if which("g++") or which("clang++") else "eager"
     from torch._dynamo.device_interface import get_registered_device_interfaces

@@ -56,16 +56,16 @@ class Refused(Exception):
 
 
 class Implementation:
-    """An implementation that is being checked.
+    """An implementation under check.
 
     Args:
-        fn: called as the operator's signature says.
-        reference: the reference's function for the same operator; None: ``fn`` is it.
-        writes_inputs: what the implementation declares of a call that raises.
-        enter: called with what begins: a first call, which may compile or tune; the exact results; anything else.
+        fn: the function, with the operator's signature.
+        reference: the reference's function for the same operator. None: ``fn`` is the reference.
+        writes_inputs: whether a call that raises may have written its inputs, as declared.
+        enter: called with each new phase: a first call, which may compile or tune; the exact results; anything else.
 
     Attributes:
-        compiling_s: how long its first calls with tensors of new shapes took, in seconds.
+        compiling_s: the seconds of its first calls with new shapes.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Implementation:
         self._called: set[Any] = set()
 
     def exact(self, call: Call) -> Expected:
-        """The call's results in float64; before the call is run, which may write its inputs."""
+        """The call's results in float64. Compute them before the call, which may write its inputs."""
         self._enter(IN_FLOAT64)
         try:
             return OPERATORS_CHECKED[self.op].exact(call)
@@ -93,11 +93,11 @@ class Implementation:
             self._enter(RUNNING)
 
     def run(self, call: Call, fn: Function | None = None) -> Results:
-        """Call ``fn`` (default: the implementation), and check that it wrote only what it may.
+        """Call ``fn`` (default: the implementation), and check that it wrote only what is allowed.
 
         Raises:
-            Refused: it does not take the call, and has left the inputs alone.
-            Violation: it wrote what it may not.
+            Refused: it refused the call and wrote nothing.
+            Violation: it wrote a read-only tensor.
         """
         kept = {name: x.clone() for name, x in call.tensors().items()}
         try:
@@ -115,7 +115,7 @@ class Implementation:
         return got
 
     def _call(self, fn: Function, call: Call) -> Results:
-        """Call and wait for the device; a first call may compile or tune."""
+        """Call and wait for the device. A first call may compile or tune."""
         shapes = _shapes(call)
         first = fn is not self.fn or shapes not in self._called
         self._called.add(shapes)
@@ -126,7 +126,7 @@ class Implementation:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Context of work with the time limit of compiling instead of that of a call."""
+        """A context with the time limit of compiling instead of that of a call."""
         self._enter(COMPILING)
         start = time.monotonic()
         try:
@@ -141,12 +141,12 @@ class Implementation:
         if OPERATORS_CHECKED[self.op].whole:
             return expected[0].judge(got, dtype, self.device)
         if len(got) != len(expected):
-            return Verdict(problem=f"gave {len(got)} results, not {len(expected)}: {', '.join(right.name for right in expected)}")
+            return Verdict(problem=f"returned {len(got)} results, not {len(expected)}: {', '.join(right.name for right in expected)}")
         found = [right.judge(result, dtype, self.device) for result, right in zip(got, expected, strict=True)]
         return max(found, key=lambda verdict: (verdict.problem is not None, verdict.used))
 
     def compare(self, got: Results, expected: Expected, case: Case) -> Outcome:
-        """Whether results are as near to float64 as they must be."""
+        """Compare results with float64."""
         verdict = self.verdict(got, expected, case)
         return Outcome(FAILED if verdict.problem else OK, verdict.problem or "", verdict.error_ulp, verdict.bound_ulp)
 
@@ -155,7 +155,7 @@ class Implementation:
             torch.accelerator.synchronize()
 
     def is_device_lost(self) -> bool:
-        """After an illegal access, or an aborted capture, an accelerator may not respond in this process any more."""
+        """Whether the accelerator no longer responds in this process, as after an illegal access or an aborted capture."""
         try:
             return float(torch.ones(2, device=self.device).sum()) != 2
         except Exception:
@@ -163,13 +163,13 @@ class Implementation:
 
 
 def _shapes(call: Call) -> tuple[Any, ...]:
-    """What kernels are compiled for: shapes, strides and dtypes, and what is no tensor."""
+    """The key of a compilation: shapes, strides, dtypes, and arguments that are not tensors."""
     leaves = [*tree_leaves(call.arguments()), *call.layer.parameters()]
     return tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else str(x) for x in leaves)
 
 
 def results(fn: Function, call: Call) -> Results:
-    """Call a function; its results, those that it leaves in the inputs last."""
+    """Call a function. Returns its results, followed by those that it wrote into the inputs."""
     arguments, named = call.arguments()
     got = fn(*arguments, **named)
     if hasattr(got, "_fields"):  # SGLang's StandardTopKOutput and StandardCombineInput, which FlagOS's vendors return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report as one HTML page, with nothing outside itself."""
+"""The report as one self-contained HTML page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from .constants import FAILURES, REFUSED, SKIPPED, SPEED
 from .report import number, verdict
 from .results import CaseResult, Report, grouped
 
-#: A plot reaches this far beyond the bound, as a multiple of it; what is farther stands at its end.
+#: The end of a plot, as a multiple of the bound. Larger errors are drawn at its end.
 _PLOT_END = 1.25
 
 
 @dataclass(frozen=True)
 class Strip:
-    """The errors of an implementation in one dtype, as places on a line in percent.
+    """The errors of an implementation in one dtype, as positions on a line in percent.
 
     Attributes:
-        worst: the case that comes nearest to its bound; its error, its bound and the reference's error are shown as numbers.
-        dots: the errors of all cases, each as a share of its own bound.
+        worst: the case nearest to its bound, shown with error, bound and the reference's error.
+        dots: the errors of all cases, each divided by its own bound.
         reference: the reference's error in the worst case.
     """
 
@@ -38,7 +38,7 @@ def _place(error: float | None, bound: float | None) -> float | None:
 
 
 def _strips(cases: list[CaseResult]) -> list[Strip]:
-    """Those of a dtype together."""
+    """The strips of one dtype together."""
     strips = []
     for (impl, dtype), group in grouped((case for case in cases if case.used >= 0), lambda case: (case.impl, case.dtype)).items():
         worst = max(group, key=lambda case: case.used)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process: one worker process, as its parent sees it."""
+"""Process: the parent's side of a worker process."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from typing import Any
 from ..utils.signals import exit_reason
 from .constants import COMPILING, CRASHED, HUNG, IN_FLOAT64, RUNNING, STARTING, TOO_LONG
 
-#: Importing PyTorch and every backend must be done by then, in seconds.
+#: The time limit for importing PyTorch and all backends, in seconds.
 _START_LIMIT = 300.0
-#: Computing in float64, on the CPU, is not the implementation's time.
+#: The time limit for computing in float64 on the CPU, in seconds. It does not count for the implementation.
 _FLOAT64_LIMIT = 900.0
 
 
 class Lost(Exception):
-    """The worker did not answer: why, and its last output."""
+    """The worker did not answer. Has the reason and its last output."""
 
     def __init__(self, status: str, message: str, output: str):
         super().__init__(message)
@@ -33,15 +33,15 @@ class Process:
     """One worker process, in a session of its own.
 
     Args:
-        job: what the worker is given as JSON, see :class:`sglang_fl.check.runner.Job`.
-        limit: how long it may run without a sign, in seconds.
-        compile_limit: how long a first call may take.
-        module: what is run.
+        job: the worker's job, sent as JSON, see :class:`sglang_fl.check.runner.Job`.
+        limit: the seconds that it may run without a message.
+        compile_limit: the time limit of a first call.
+        module: the module to run.
 
     Attributes:
-        results: the file descriptor that becomes readable when it says something.
-        open: whether it has not closed them.
-        phase, since: what it is at, and since when by the monotonic clock.
+        results: the file descriptor that becomes readable when it sends a message.
+        open: whether it is still open.
+        phase, since: the worker's phase, and its start by the monotonic clock.
     """
 
     def __init__(self, job: Any, environ: Mapping[str, str], limit: float, compile_limit: float, module: str = "sglang_fl.check.worker"):
@@ -51,7 +51,7 @@ class Process:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by end)
         self.results, theirs = os.pipe()
         os.set_blocking(self.results, False)
-        # ``-m`` puts this folder before the library: a vendor's platform.py would be taken for Python's.
+        # ``-m`` puts the current folder first in sys.path: a vendor's platform.py would hide Python's.
         safely = () if {"", os.getcwd()} & set(sys.path) else ("-P",)
         try:
             self._process = subprocess.Popen(
@@ -71,14 +71,14 @@ class Process:
         self.phase, self.since = phase, time.monotonic()
 
     def ask(self, number: int) -> None:
-        """Have a case run."""
+        """Ask for a case."""
         self._enter(RUNNING)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # It has ended; reading its answer tells how.
             print(number, file=self._process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any] | None:
-        """Its greeting or a case's outcome, once there is one. Raises Lost."""
+        """Wait for its greeting or a case's outcome. Raises Lost."""
         with contextlib.suppress(BlockingIOError):
             while found := os.read(self.results, 1 << 20):
                 self._unread += found
@@ -106,13 +106,13 @@ class Process:
         return self._output.read().decode(errors="replace")
 
     def kill(self) -> None:
-        """End it and everything that it started, and do not wait for that."""
+        """Kill it and all its children, without waiting."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """After ``kill``: wait for its end."""
-        # A kernel that hangs in a driver can keep its process from ending: do not wait for it.
+        """Wait for its end after ``kill``."""
+        # A process that hangs in a driver may not end. Do not wait for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
         assert self._process.stdin is not None

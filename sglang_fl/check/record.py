@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record: the results of a run, each written to a file as it comes, so that a run which ends early can go on.
+"""Record: the results of a run, each written to a file at once, so that an interrupted run can continue.
 
-The file has a JSON object a line: first what was checked, where and with which versions, then each case's result.
+The file has one JSON object per line: first the job, the machine and the versions, then each case's result.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ class Record:
     """The results of a run.
 
     Args:
-        path: the file that they are in, which is continued. None: they are kept in memory alone.
+        path: the file, which is continued if it exists. None: results are only kept in memory.
 
     Attributes:
-        header: what was checked; None before ``begin``.
+        header: the job, machine and versions. None before ``begin``.
         cases: the results, by the case's full name and the implementation.
-        seconds: how long all runs took together, until the last result.
-        problem: why the file could not be written, last.
+        seconds: the total time of all runs, until the last result.
+        problem: the last error when writing the file.
 
     Raises:
         SettingsError: the file is not one of these, is in use, or cannot be opened.
@@ -58,7 +58,7 @@ class Record:
             raise SettingsError([f"{path} is not a result file of this version of sglang-fl check"]) from None
 
     def _load(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Fill it with what a file holds."""
+        """Load a file's results."""
         for data in lines:
             if self.header is None:
                 if data.pop("format") != _FORMAT:
@@ -73,7 +73,7 @@ class Record:
         self.cases[case.full_name, case.impl] = case
 
     def begin(self, header: dict[str, Any]) -> None:
-        """What is checked, in a new file; in another it must be the same. Raises SettingsError."""
+        """Write the header of a new file, or compare it with an old file's. Raises SettingsError."""
         header = json.loads(json.dumps(header))
         if self.header is None:
             self.header = header
@@ -115,7 +115,7 @@ def _brief(mine: Any, other: Any) -> Any:
 
 
 def reports_in(directory: Path) -> Iterator[tuple[Path, Report]]:
-    """The finished and unfinished runs in a directory, the oldest first; what is none of them is left out."""
+    """The finished and unfinished runs in a directory, oldest first. Other files are skipped."""
     for path in sorted(directory.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
         record = Record()
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OSError):

@@ -9,7 +9,7 @@ from .results import FAILED, CaseResult, Report, Row, grouped
 
 _COLUMNS = ("operator", "implementation", "cases", "error", "bound", "reference", "time", "compiling", "result")
 _LEGEND = (
-    "error, bound, reference's error: in units of the last place of the dtype, at the size of the summed terms, where the error comes "
+    "error, bound, reference's error: in units of the last place of the dtype, at the size of the summed terms, where the error is "
     "nearest to its bound. time: as a multiple of the reference's. compiling: all first calls together, which may compile or tune."
 )
 

@@ -17,8 +17,8 @@ class CaseResult:
     """A case and its outcome; see :class:`sglang_fl.check.implementation.Outcome`.
 
     Attributes:
-        seconds, compiling_s: how long it took, and how much of that were first calls, which may compile or tune.
-        output: the last that its process wrote before it crashed or hung.
+        seconds, compiling_s: its time, and the part of first calls, which may compile or tune.
+        output: the last output of its process before it crashed or hung.
         archive: the file with its inputs, if one was written.
     """
 
@@ -45,7 +45,7 @@ class CaseResult:
 
     @property
     def used(self) -> float:
-        """The share of its bound that its error takes."""
+        """The error divided by its bound."""
         return self.error_ulp / self.bound_ulp if self.error_ulp is not None and self.bound_ulp else -1.0
 
 
@@ -54,9 +54,9 @@ class Target:
     """An implementation of an operator.
 
     Attributes:
-        cases: how many it has.
-        why: why it has none, if it cannot run here.
-        named: it was asked for by name, so that it is a failure if it cannot run here.
+        cases: the number of its cases.
+        why: why it cannot run here.
+        named: it was requested by name, so it is a failure if it cannot run here.
     """
 
     op: str
@@ -71,10 +71,10 @@ class Row:
     """The cases of one implementation.
 
     Attributes:
-        status: ``ok``, or the first failure's; ``refused`` or ``skipped`` if all of them are.
-        worst: the case that comes nearest to its bound, or exceeds it most.
-        time_ratio: its time over the reference's, the median over the shapes.
-        compiling_s: all its first calls together, which may compile or tune.
+        status: ``ok``, or the first failure's; ``refused`` or ``skipped`` if all cases are.
+        worst: the case nearest to its bound, or furthest beyond it.
+        time_ratio: its time divided by the reference's, the median over the shapes.
+        compiling_s: the seconds of all first calls, which may compile or tune.
     """
 
     op: str
@@ -103,12 +103,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found.
+    """All results.
 
     Attributes:
-        date: when it was begun, in ISO 8601.
-        only: the words of cases that it was confined to.
-        seconds: how long it took, all its parts together.
+        date: the start, in ISO 8601.
+        only: the words that selected the cases.
+        seconds: the total time of all parts.
     """
 
     machine: dict[str, str]
@@ -138,7 +138,7 @@ class Report:
         return [_row(target, groups.get((target.op, target.impl), [])) for target in self.targets if target.cases]
 
     def failed_kinds(self) -> list[str]:
-        """A sentence for each kind of check of an implementation in which cases failed."""
+        """A sentence for each implementation and kind of check with failures."""
         found = []
         for (op, impl, check, dtype), cases in grouped(self.cases, lambda case: (case.op, case.impl, case.check, case.dtype)).items():
             row = _row(Target(op, impl, len(cases)), cases)
@@ -147,7 +147,7 @@ class Report:
         return found
 
     def other_problems(self) -> list[str]:
-        """What keeps the check from passing beside cases that failed."""
+        """Problems other than failed cases."""
         found = [] if self.not_reached else list(self._always_refused())
         asked_for = (target for target in self.not_available if target.named)
         found += [f"{target.op} {target.impl}: requested by name, but not checked: {target.why}" for target in asked_for]
@@ -155,11 +155,11 @@ class Report:
         return found or ([] if self.rows() else [f"nothing was checked: {why}" for why in whys])
 
     def problems(self) -> list[str]:
-        """Why the check did not pass, a sentence each; empty if it passed or may still do so."""
+        """Why the check did not pass, one sentence each. Empty if it passed or is incomplete."""
         return self.failed_kinds() + self.other_problems()
 
     def _always_refused(self) -> Iterator[str]:
-        """Implementations, and dtypes that one is declared for, which refuse whatever they are called with."""
+        """Implementations, and declared dtypes of one, that refused every call."""
         none_ran = {REFUSED, SKIPPED}
         for (op, impl), cases in grouped(self.cases, lambda case: (case.op, case.impl)).items():
             if {case.status for case in cases} <= none_ran:
@@ -170,7 +170,7 @@ class Report:
                     yield f"{op} {impl}: it refused every case in {dtype}; if it does not take that dtype, say so with supported_dtypes"
 
     def notes(self, *statuses: str) -> Iterator[tuple[CaseResult, int]]:
-        """One case for each way in which cases ended in these statuses, and how many more there are of it."""
+        """One case for each kind of failure with these statuses, and the number of further ones."""
         chosen = (case for case in self.cases if case.status in statuses)
         for cases in grouped(chosen, lambda case: (case.op, case.impl, case.check, case.dtype, case.status)).values():
             yield cases[0], len(cases) - 1

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases in worker processes side by side, and survives what they do to those.
+"""Runs cases in parallel worker processes, which may crash or hang.
 
-A case that ends its process, or exceeds a limit, is a result; the next case gets a new process. The cases of an implementation
-stay with one worker while others have no worker yet, as kernels are compiled and tuned once a process.
+A crash or an exceeded time limit is a result, and the next case gets a new process. The cases of an implementation stay with one
+worker while other implementations wait, because kernels are compiled and tuned once per process.
 """
 
 import os
@@ -23,11 +23,11 @@ from .process import Lost, Process
 from .record import Record
 from .results import CaseResult, Target
 
-#: After so many cases that ended their process an implementation's other cases are left out.
+#: After this many crashes or hangs an implementation's other cases are left out.
 _GIVE_UP_AFTER = 3
-#: More workers than this find no more work, and each takes memory of the device.
+#: The largest default number of workers. More find no work, and each takes device memory.
 _MOST_WORKERS = 16
-#: How often to check that silent processes are still there, in seconds.
+#: The interval for checking silent processes, in seconds.
 _POLL_INTERVAL = 0.2
 
 
@@ -36,11 +36,11 @@ class Job:
     """What to check: pairs of an operator and an implementation's id, and how.
 
     Attributes:
-        only: the words of cases; the others are left out.
-        named: each target was asked for by name, so that one which cannot run here is a failure.
-        workers: how many processes; None: by the number of processors.
-        budget: stop after so many seconds.
-        archives: write the inputs of failing cases to this directory.
+        only: words that select cases.
+        named: each target was requested by name, so it is a failure if it cannot run here.
+        workers: the number of processes. None: by the number of processors.
+        budget: stop after this many seconds.
+        archives: the directory for the inputs of failing cases.
     """
 
     targets: Sequence[tuple[str, str]]
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass
 class Progress:
-    """The progress of a run: cases done, cases in all, and what runs now: (case, phase, seconds)."""
+    """The progress of a run: finished cases, all cases, and the running ones: (case, phase, seconds)."""
 
     done: int
     total: int
@@ -65,17 +65,17 @@ class Progress:
 
 
 class WorkerFailed(RuntimeError):
-    """No checking process starts."""
+    """The checking process does not start."""
 
 
 def check(job: Job, record: Record, progress: Callable[[Progress], None] = lambda progress: None) -> bool:
-    """Run every case that the record does not hold yet.
+    """Run every case that is not in the record yet.
 
     Returns:
         False if it was interrupted by a KeyboardInterrupt.
 
     Raises:
-        WorkerFailed: no checking process starts.
+        WorkerFailed: the checking process does not start.
         SettingsError: the record is of another run, or no case has the words of ``job.only``.
     """
     run = _Run(job, record, progress)
@@ -90,7 +90,7 @@ def check(job: Job, record: Record, progress: Callable[[Progress], None] = lambd
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, and what it does."""
+    """A process and its current case."""
 
     process: Process
     from_dear_end: bool
@@ -108,7 +108,7 @@ class _Run:
         self._begun = time.monotonic()
         self._cases: list[dict[str, Any]] | None = None
         self._waiting: dict[int, list[int]] = {}
-        #: Cases that need the machine for themselves.
+        #: Cases that need the machine to themselves.
         self._alone: list[int] = []
         self._losses: Counter[int] = Counter()
         self._workers: list[_Worker] = []
@@ -117,9 +117,9 @@ class _Run:
         self._count = max(1, most)
         self._environ = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, processors // self._count))),
-            # One process is enough for the few kernels of a case, and pools outlive their parent.
+            # One compile process is enough for a case's few kernels, and pools outlive their parent.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            # What is tuned while others use the device is not for servers.
+            # Tuning results are distorted by other workers, so servers must not use them.
             "FLAGGEMS_CACHE_DIR": str(Path(platformdirs.user_cache_dir("sglang-fl")) / "check-flaggems"),
         }
 
@@ -202,9 +202,9 @@ class _Run:
                 worker.process.ask(number)
 
     def _next(self, worker: _Worker) -> int | None:
-        """A case of the worker's own implementation, else of the one with the fewest workers; cheap operators first.
+        """The next case: of the worker's current implementation, else of the one with the fewest workers. Cheap operators first.
 
-        Every second worker begins with the expensive ones, which take longest.
+        Every second worker starts with the expensive operators, which take longest.
         """
         with_cases = [target for target, numbers in self._waiting.items() if numbers]
         if with_cases:
@@ -220,7 +220,7 @@ class _Run:
         return self._alone.pop(0) if not has_seen or worker in has_seen else None
 
     def _take(self, worker: _Worker, answer: dict[str, Any]) -> None:
-        """An outcome."""
+        """Record an outcome."""
         assert worker.number is not None
         number, worker.number = worker.number, None
         if answer["status"] == NO_MEMORY:
@@ -235,7 +235,7 @@ class _Run:
             self._start(worker.from_dear_end)
 
     def _lose(self, worker: _Worker, lost: Lost) -> None:
-        """The worker crashed or hung, in a case or before one."""
+        """Handle a worker that crashed or hung, in a case or before one."""
         self._drop(worker)
         number, target = worker.number, worker.target
         if number is not None and target is not None:
@@ -244,7 +244,7 @@ class _Run:
             self._leave_out_if_it_kills(target)
         if worker.ready:
             self._start(worker.from_dear_end)
-        elif not self._workers:  # the device may have gone with the last case; what was found has not
+        elif not self._workers:  # the last case may have broken the device; earlier results are kept
             message = f"the checking process did not start: {lost}\n{lost.output}"
             if self._cases is None:
                 raise WorkerFailed(message)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-#: name, what gets it and what sets it
+#: name, getter, setter
 _SHARED: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
     ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
     ("default device", torch.get_default_device, torch.set_default_device),
@@ -21,7 +21,7 @@ def shared_state() -> list[Any]:
 
 
 def restore(before: list[Any]) -> list[str]:
-    """Restore what changed; returns the changes as text."""
+    """Restore changed state. Returns the changes as text."""
     changes = []
     for (name, get, put), value in zip(_SHARED, before, strict=True):
         now = get()
@@ -32,7 +32,7 @@ def restore(before: list[Any]) -> list[str]:
 
 
 def random_states(device: torch.device) -> list[torch.Tensor]:
-    """Of the generators that serving draws from, the CPU's and the device's."""
+    """The states of the random generators that serving uses: the CPU's and the device's."""
     module = getattr(torch, device.type, None)
     states = [torch.get_rng_state()]
     return [*states, module.get_rng_state()] if device.type != "cpu" and hasattr(module, "get_rng_state") else states  # type: ignore[union-attr]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that implementations run in: ``python -m sglang_fl.check.worker FD JOB``, started by ``runner``.
 
-It writes the machine, the versions and the cases as a JSON line to the file descriptor FD, then reads the numbers of cases
-from its standard input and answers each with a JSON line. Before an answer come lines that say what it is at. It ends when its
-input does, or its parent.
+It writes the machine, the versions and the cases as a JSON line to the file descriptor FD. Then it reads case numbers from its
+standard input and answers each with a JSON line, preceded by lines with its phase. It ends when its input or its parent does.
 """
 
 import ctypes
@@ -37,12 +36,12 @@ from .implementation import Implementation
 
 _PACKAGES = ("torch", "triton", "sglang", "flag_gems", "torch_npu")
 _REFERENCE = "reference.torch"
-#: How much of the device's memory a worker keeps for its next case, in bytes.
+#: The device memory that a worker keeps for its next case, in bytes.
 _MOST_KEPT = 1 << 30
 
 
 class Worker:
-    """The implementations and their cases, those of cheap operators first.
+    """Has the implementations and their cases, cheap operators first.
 
     Args:
         job: see :class:`sglang_fl.check.runner.Job`.
@@ -82,7 +81,7 @@ class Worker:
         self.cases.sort(key=lambda pair: (OPERATORS_CHECKED[pair[1].op].fewer, pair[1].op == "fused_moe"))
 
     def _cases_of(self, impl: OpImpl) -> tuple[str | None, Sequence[Case]]:
-        """An implementation's cases; or none, and why."""
+        """An implementation's cases, or none and the reason."""
         if impl.op_name not in OPERATORS_CHECKED:
             return f"sglang-fl {__version__} has no operator {impl.op_name}, so there is no check for it", []
         why = impl.why_unavailable()
@@ -117,15 +116,15 @@ class Worker:
         }
 
     def run(self, number: int) -> dict[str, Any]:
-        """Run a case; its outcome as JSON can hold it, which has no infinity."""
+        """Run a case. Returns its outcome for JSON, which has no infinity."""
         target, case = self.cases[number]
         impl, start = self._implementations[target], time.monotonic()
         impl.compiling_s = 0.0
-        # A case that is repeated may end this process.
+        # Repeating a case may crash this process.
         archive = self._archive(target, case) if self.job["only"] else ""
         outcome = check_case(impl, case, _seed(self.job["seed"], case))
         if not outcome.broken and hasattr(self._module, "memory_reserved") and self._module.memory_reserved() > _MOST_KEPT:
-            self._module.empty_cache()  # other workers need it
+            self._module.empty_cache()  # other workers need the memory
         if outcome.status == FAILED and not outcome.broken:
             archive = archive or self._archive(target, case)
         elif outcome.status != FAILED and archive:
@@ -135,7 +134,7 @@ class Worker:
         return {**found, "seconds": round(time.monotonic() - start, 3), "compiling_s": round(impl.compiling_s, 3), "archive": archive}
 
     def _archive(self, target: int, case: Case) -> str:
-        """Where the inputs of a failing case were written, of the first of its kind; empty if nowhere."""
+        """The archive of a failing case, if it is the first of its kind. Else empty."""
         kind = target, case.check, case.dtype
         if self.job["archives"] is None or kind in self._archived:
             return ""
@@ -144,7 +143,7 @@ class Worker:
         assert implementation is not None
         try:
             return write_archive(Path(self.job["archives"]), implementation, case, _seed(self.job["seed"], case), self.device)
-        except Exception as error:  # what a layer holds may be anything
+        except Exception as error:  # a layer may hold any object
             return f"not written: {type(error).__name__}: {error}"
 
 
@@ -153,7 +152,7 @@ def _name(case: Case) -> str:
 
 
 def _seed(seed: int, case: Case) -> int:
-    """A case has the same inputs whatever else is checked, and other ones than the next case."""
+    """The seed of a case: independent of what else is checked, and different for each case."""
     return (seed + zlib.crc32(_name(case).encode())) % 2**62
 
 
@@ -171,9 +170,9 @@ def _versions() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """End this process with the one that started it.
+    """End this process when its parent ends.
 
-    Also when a kernel hangs that lets no other Python thread run (Linux; elsewhere the process ends after its case).
+    On Linux also while a hanging kernel blocks other Python threads. Elsewhere the process ends after its case.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the operator that changes what a model answers."""
+"""Find the operator that changes a model's output."""
 
 import argparse
 import json
@@ -22,34 +22,39 @@ from .arguments import Parser, duration, number
 
 _RUNS = number(int, lambda count: count > 0, "a number of runs above 0")
 _EXIT_CODES = """exit codes: 0 nothing fails, no difference; 1 found; 2 wrong usage, or the command or the model cannot be run;
-3 it is no operator; 4 cannot tell; 130 interrupted"""
+3 it is no operator; 4 undecided; 130 interrupted"""
 
 
 def add_arguments(parser: Parser) -> None:
     parser.epilog = _EXIT_CODES
     parser.takes_server_arguments = True
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a directory, or a name that SGLang downloads; behind -- any server argument"
+        "model", nargs="?", metavar="MODEL", help="a directory, or a name that SGLang downloads; server arguments go after --"
     )
     models = parser.add_argument_group("with MODEL")
     prompts = models.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", metavar="TEXT", help="a prompt with which the output is wrong; default: some of ours")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    prompts.add_argument("--prompt", metavar="TEXT", help="a prompt with a wrong output; default: a few general ones")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a file with one prompt per line")
     models.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page")
     models.add_argument(
         "--archive", type=Path, metavar="DIR", help="write the inputs of wrong calls to DIR, with a script that repeats them"
     )
-    runs = parser.add_argument_group("for those who have a command and its exit code")
+    runs = parser.add_argument_group("with a command and its exit code")
     runs.add_argument(
-        "--run", metavar="CMD", help="a shell line that starts the server and judges it: exit code 0 good, 125 cannot be judged, others bad"
+        "--run",
+        metavar="CMD",
+        help="a shell command that starts the server and judges it: exit code 0 good, 125 cannot be judged, others bad",
     )
     parser.add_argument(
-        "--limit", type=duration, metavar="TIME", help="a run, or a pass of MODEL, that takes longer hangs (default: 1h, 10m)"
+        "--limit",
+        type=duration,
+        metavar="TIME",
+        help="a run (default: 1h), or a pass of MODEL (default: 10m), that takes longer counts as hanging",
     )
-    runs.add_argument("--max-runs", type=_RUNS, default=40, metavar="N", help="give up after so many runs (default: 40)")
-    runs.add_argument("--pairs", action="store_true", help="also look for two that act together; takes about twice the runs")
-    runs.add_argument("--out", type=Path, metavar="DIR", help="for the record and the runs' output (default: bisect-DATE here)")
-    runs.add_argument("--resume", type=Path, metavar="FILE", help="go on with the record of a search, DIR/runs.jsonl")
+    runs.add_argument("--max-runs", type=_RUNS, default=40, metavar="N", help="give up after this many runs (default: 40)")
+    runs.add_argument("--pairs", action="store_true", help="also look for two switches that act together; takes about twice as many runs")
+    runs.add_argument("--out", type=Path, metavar="DIR", help="a folder for the record and the runs' output (default: ./bisect-DATE)")
+    runs.add_argument("--resume", type=Path, metavar="FILE", help="continue a search from its record, DIR/runs.jsonl")
     runs.add_argument("--dry-run", action="store_true", help="show the switches and their settings, and run nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -59,15 +64,13 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError("--run: the command is empty")
     by_command = args.run is not None or args.resume is not None
     if args.model is not None and by_command:
-        raise SettingsError("bisect: either MODEL or --run 'CMD', a command that loads one itself")
+        raise SettingsError("bisect: give either MODEL or --run 'CMD', which starts its own server, not both")
     if args.model is not None:
         from . import bisect_model  # PyTorch takes seconds
 
         return bisect_model.run(args)
     if not by_command:
-        raise SettingsError(
-            "bisect: what is to be judged? MODEL, or --run 'CMD', a command that ends with 0 if all is well, or --resume FILE"
-        )
+        raise SettingsError("bisect: give MODEL, or --run 'CMD', a command that exits with 0 if the answers are good, or --resume FILE")
     return _by_command(args)
 
 
@@ -86,10 +89,10 @@ def _by_command(args: argparse.Namespace) -> int:
     try:
         _search(search, args.max_runs, console)
     except CommandFailed as error:
-        console.print(f"sglang-fl: {error}\nsglang-fl: go on with: sglang-fl bisect --resume {path}", soft_wrap=True)
+        console.print(f"sglang-fl: {error}\nsglang-fl: continue with: sglang-fl bisect --resume {path}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console.print(f"sglang-fl: nothing is lost; go on with: sglang-fl bisect --resume {path}", soft_wrap=True)
+        console.print(f"sglang-fl: the finished runs are saved; continue with: sglang-fl bisect --resume {path}", soft_wrap=True)
         raise
     finally:
         search.close()
@@ -105,7 +108,7 @@ def _record_path(args: argparse.Namespace) -> Path:
     if args.resume is not None:
         path: Path = args.resume.expanduser()
         if args.out is not None:
-            raise SettingsError("--out: with --resume, output goes to the folder of that file")
+            raise SettingsError("--out: not allowed with --resume, which writes into the folder of its file")
         if not path.is_file():
             raise SettingsError(f"--resume: there is no file {str(path)!r}")
         return path
@@ -114,14 +117,14 @@ def _record_path(args: argparse.Namespace) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"--out: {folder} cannot be made: {error.strerror}") from None
+        raise SettingsError(f"--out: {folder} cannot be created: {error.strerror}") from None
     if path.exists() and path.stat().st_size:
-        raise SettingsError(f"--out: {path} exists; --resume {path} goes on with it")
+        raise SettingsError(f"--out: {path} exists; --resume {path} continues it")
     return path
 
 
 def _search(found: CommandSearch, most: int, console: Console) -> None:
-    """Run the command until there is a verdict or a run too many."""
+    """Run the command until there is a verdict or --max-runs is reached."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     while found.search.verdict() is None and len(found.runs) < most:
         on = found.search.next()
@@ -135,7 +138,7 @@ def _search(found: CommandSearch, most: int, console: Console) -> None:
 
 
 def _dry_run(switches: Switches) -> int:
-    """Show what would be switched, and how."""
+    """Print the switches and the settings that a search would use."""
     half = frozenset(switches.names[::2])
     print(f"{len(switches.names)} switches: {' '.join(switches.names)}\n")
     for words, on in (("all on", frozenset(switches.names)), ("all off", frozenset[str]()), ("every other one on, as an example", half)):

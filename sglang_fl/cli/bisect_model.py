@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sglang-fl bisect MODEL``: progress, and what is written. It imports PyTorch."""
+"""``sglang-fl bisect MODEL``: progress and output. This module imports PyTorch."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from ..model_run import RunFailed
 from ..model_run.processes import is_missing_directory
 from ..startup import check_settings
 
-#: How long a pass may take, in seconds, if nothing else was said.
+#: The default time limit of a pass, in seconds.
 _LIMIT = 600.0
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             args.archive.expanduser().mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SettingsError(f"--archive: {args.archive} cannot be made: {error.strerror}") from None
+            raise SettingsError(f"--archive: {args.archive} cannot be created: {error.strerror}") from None
     archives = args.archive.expanduser().resolve() if args.archive else None
     job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives)
     begun = time.monotonic()
@@ -47,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
     except RunFailed as error:
         print(f"sglang-fl: {error}", file=sys.stderr)
         if "the prompt " not in str(error):
-            print("The last that its process wrote:", *error.output.strip().splitlines()[-12:], sep="\n  ", file=sys.stderr)
+            print("The last output of its process:", *error.output.strip().splitlines()[-12:], sep="\n  ", file=sys.stderr)
         return 2
     return _write(args, report, time.monotonic() - begun)
 
 
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
-    """Those of ``--prompt`` or of ``--prompts``, one a line."""
+    """The prompt of ``--prompt``, or the lines of ``--prompts``."""
     if args.prompts is None:
         return (args.prompt,) if args.prompt else ()
     try:
@@ -62,13 +62,13 @@ def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
         raise SettingsError(f"--prompts: {args.prompts} cannot be read: {error}") from None
     found = tuple(line for line in lines if line.strip())
     if not found:
-        raise SettingsError(f"--prompts: {args.prompts} has no prompt; one stands on each line")
+        raise SettingsError(f"--prompts: {args.prompts} has no prompt; write one per line")
     return found
 
 
 @contextmanager
 def _showing(console: Console) -> Iterator[Show]:
-    """Gives a function that shows what is done now: beside a spinner in a terminal, else as a line."""
+    """Yields a function that shows the current step: next to a spinner in a terminal, else as a line."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting")
@@ -82,7 +82,7 @@ def _showing(console: Console) -> Iterator[Show]:
 
 
 def _write(args: argparse.Namespace, report: Report, seconds: float) -> int:
-    """Print it, write the page, and say how it ended."""
+    """Print the report, write the page, and return the exit code."""
     if args.json:
         print(json.dumps(as_data(report), indent=2))
     else:

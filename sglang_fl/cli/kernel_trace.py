@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a model once, to count the kernels of SGLang's that it reaches, and keep the counts with the model's name."""
+"""Serve a model once, count SGLang's kernels that it calls, and save the counts under the model's name."""
 
 import datetime
 import hashlib
@@ -32,21 +32,21 @@ _SAMPLED = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "frequ
 
 
 def read_record(model: Path) -> dict[str, Any]:
-    """What :func:`trace_model` found last.
+    """The last result of :func:`trace_model`.
 
     Raises:
-        SettingsError: the model was not traced yet, or is none.
+        SettingsError: the model was not traced yet, or is not a model.
     """
     file = _file(model)
     if not file.exists():
-        read_config(model)  # says what is wrong with the folder, if anything is
+        read_config(model)  # raises an error if the folder is not a model
         raise SettingsError(f"--model: {str(model)!r} was not traced yet: run sglang-fl kernels --model {model} --trace")
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return record
 
 
 def trace_model(model: Path, arguments: Sequence[str]) -> bool:
-    """Serve a model with these arguments of SGLang's server, ask it something, and keep the counts. Returns whether it answered.
+    """Serve a model with these server arguments, send requests, and save the counts. Returns whether it answered.
 
     A model without weights gets random ones, as with SGLang's ``--load-format dummy``.
 
@@ -92,7 +92,7 @@ def _has(model: Path, patterns: Sequence[str]) -> bool:
 
 
 def _ask(server: Server, vocabulary: int) -> None:
-    """A prompt, the same one and more, so that the prefix cache is used; several at once that are sampled; all with logprobs."""
+    """Send requests: one prompt twice, to use the prefix cache; several at once, sampled; all with logprobs."""
     draw = random.Random(0)
 
     def answer(tokens: list[int], sampling: dict[str, float]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List the Triton and JIT kernels that SGLang calls outside of its layers, and count those that a model reaches."""
+"""List the Triton and JIT kernels that SGLang calls outside of its layers, and count those that a model calls."""
 
 import argparse
 import importlib.util
@@ -29,14 +29,14 @@ _HOW = {GRID: "launched", PLAIN: "called"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("word", nargs="*", help="list those whose module, name or call sites have all of these words")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="list those that the model in DIR reached when it was traced")
-    parser.add_argument("--all", action="store_true", help="also those of layers that sglang-fl's operators take over")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="list those that the model in DIR called when it was traced")
+    parser.add_argument("--all", action="store_true", help="also those of layers that sglang-fl's operators replace")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--trace",
         nargs=argparse.REMAINDER,
         metavar="ARGUMENT",
-        help="serve the model first, with these arguments of SGLang's server, and count what a few requests reach; comes last",
+        help="serve the model first, with these server arguments, and count the kernels of a few requests; must come last",
     )
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     root = _sglang()
     failed = args.trace is not None and not trace_model(args.model, args.trace)
     record = read_record(args.model) if args.model else None
-    with Console(stderr=True).status("reading SGLang's source, once for this version"):
+    with Console(stderr=True).status("reading SGLang's source (once per version)"):
         found = [kernel for kernel in remembered_kernels(root, _OPERATORS) if _has(kernel, args.word)]
     shown = [kernel for kernel in found if args.all or kernel.operator is None]
     counts = _reached(shown, record["counts"]) if record else None
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(_summary(shown))
         console.print("sglang-fl kernels WORD lists those that have the word in their module, name or call sites.")
     if hidden := 0 if record else len(found) - len(shown):
-        console.print(f"Left out: {hidden} that sglang-fl's operators cover (--all shows them).", style="dim")
+        console.print(f"Not shown: {hidden} that sglang-fl's operators replace (--all shows them).", style="dim")
     return int(failed)
 
 
@@ -146,7 +146,7 @@ def _lines(kernel: Kernel) -> Iterator[str]:
     yield from sites[:_SHOWN_SITES]
     if len(sites) > _SHOWN_SITES:
         yield f"and {len(sites) - _SHOWN_SITES} more"
-    if _is_class(kernel):  # what is to be replaced is what it calls
+    if _is_class(kernel):  # only what it calls can be replaced
         yield "through " + ", ".join(name.partition(":")[2] for name in kernel.through)
     names = [name.partition(":")[2] or name for name in kernel.launches]
     if names:

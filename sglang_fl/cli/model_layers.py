@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of SGLang's layers a model uses, read from its config.json and SGLang's source.
 
-Nothing of SGLang is imported: the file that defines the model's architecture is parsed, and the model
-files that it takes classes from.
+SGLang is not imported. The file that defines the model's architecture is parsed, with the model files whose
+classes it uses.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import Any
 from ..config import Settings, SettingsError
 from ..dispatch.bridge.catalog import CUSTOM_FORWARD, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, names_in_lists
 
-#: How ``get_rope`` names the class it makes, by the config's rope type.
+#: The config's rope type -> the class that ``get_rope`` creates.
 _ROPE_CLASSES = {
     "default": "RotaryEmbedding",
     "llama3": "Llama3RotaryEmbedding",
@@ -28,17 +28,17 @@ _ROPE_CLASSES = {
     "longrope": "Phi3LongRoPEScaledRotaryEmbedding",
     "mrope": "MRotaryEmbedding",
 }
-#: SGLang's functions that make a rotary embedding.
+#: SGLang's functions that create a rotary embedding.
 _MAKE_ROPE = ("get_rope", "get_rope_wrapper")
-#: SGLang's function that gives an activation, and the class of each that an operator is for.
+#: SGLang's function that returns an activation, and the classes that have an operator.
 _MAKE_ACTIVATION = "get_act_fn"
 _ACTIVATION_CLASSES = {"gelu_new": "NewGELU", "relu2": "ReLU2"}
-#: What SGLang's models make experts with, and the class that an operator is for, of experts that are not quantised.
+#: How SGLang's models create experts, and the class with an operator: experts that are not quantised.
 _MAKE_EXPERTS = ("FusedMoE", "get_moe_impl_class")
 _EXPERTS = "UnquantizedFusedMoEMethod"
 _MODELS = "sglang.srt.models."
 _MODULES_OF = {name: module for layers in LAYERS.values() for module, name in layers}
-#: SGLang's layer of linear attention, and the functions that it comes to where it is a gated delta rule.
+#: SGLang's layer of linear attention, and the functions that it calls if it is a gated delta rule.
 _LINEAR_ATTENTION = "RadixLinearAttention"
 _GATED_DELTA_RULE = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_packed_decode")
 _KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers} | {name: op for op, (_, name) in FUNCTIONS.items()}
@@ -46,7 +46,7 @@ _KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers} | {na
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer class of a model; ``op`` is None where sglang-fl has no operator for it."""
+    """A layer class of a model. ``op`` is None if sglang-fl has no operator for it."""
 
     class_name: str
     op: str | None
@@ -58,8 +58,8 @@ def model_layers(directory: Path, picked: dict[str, str], settings: Settings) ->
     """The layer classes of the model in ``directory``.
 
     Args:
-        directory: where config.json lies, or that file itself.
-        picked: what each operator would run on.
+        directory: the folder with config.json, or that file itself.
+        picked: operator -> what it would run on.
 
     Raises:
         SettingsError: config.json is missing or broken, or SGLang does not know the architecture.
@@ -118,7 +118,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-#: What is read of a configuration, with its type; null is as if it were not there.
+#: The keys of a configuration that are read, with their types. null counts as missing.
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("text_config", "rope_scaling", "rope_parameters", "quantization_config"), dict),
     **dict.fromkeys(("hidden_size", "num_attention_heads", "head_dim"), int),
@@ -141,7 +141,7 @@ def _wrong_values(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _made(name: str, config: dict[str, Any]) -> str | None:
-    """The layer class behind a class's or a function's name; None: it is none that matters here."""
+    """The layer class that a class's or a function's name stands for, or None if it is not relevant here."""
     if name in _MAKE_ROPE:
         return _rope_class(config)
     if name in _MAKE_EXPERTS:
@@ -159,7 +159,7 @@ def _rope_class(config: dict[str, Any]) -> str:
     return _ROPE_CLASSES.get(kind, f"rotary embedding of type {kind}")
 
 
-#: operator -> the sizes that matter to it: how each is shown, and the names that configurations have for it.
+#: operator -> its sizes: how each is shown, and its names in configurations.
 _NORM = (("hidden_size {}", "hidden_size"), ("eps {}", "rms_norm_eps", "layer_norm_eps", "norm_eps"))
 _ACTIVATION = (("intermediate_size {}", "intermediate_size"),)
 _ROTARY = (
@@ -185,7 +185,7 @@ _SIZES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def _size(op: str | None, config: dict[str, Any]) -> str:
-    """The sizes that matter to an operator, those of them that the configuration has."""
+    """An operator's sizes, as far as the configuration has them."""
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if not config.get("head_dim"):
         config = {**config, "head_dim": hidden // heads if hidden and heads else None}
@@ -194,7 +194,7 @@ def _size(op: str | None, config: dict[str, Any]) -> str:
 
 
 def _file_of(architecture: str) -> Path | None:
-    """The file of SGLang that defines a model's class, or that imports it."""
+    """SGLang's file that defines or imports a model's class."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError("SGLang is not installed: reinstall sglang-fl with its dependencies")
@@ -204,12 +204,12 @@ def _file_of(architecture: str) -> Path | None:
 
 
 def _is_foreign(name: str, module: str) -> bool:
-    """Whether what ``module`` calls by the name of one of SGLang's layers is none."""
+    """Whether a name of one of SGLang's layers stands for another class in ``module``."""
     return module != _MODULES_OF.get(name) and (module.startswith(_MODELS) or not module.startswith("sglang."))
 
 
 class _ModelFile:
-    """A file of SGLang's models: what it defines, and what it takes from other model files."""
+    """A file of SGLang's models: its definitions, and its imports from other model files."""
 
     def __init__(self, path: Path):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -224,7 +224,7 @@ class _ModelFile:
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level]
         modules = dict.fromkeys(self.defined, f"{_MODELS}{path.stem}")
         modules |= {alias.asname or alias.name: node.module or "" for node in imports for alias in node.names}
-        #: Names that stand for other classes here than SGLang's layers.
+        #: Names of SGLang's layers that stand for other classes here.
         self.foreign = {name for name, module in modules.items() if _is_foreign(name, module)}
         self.imported = {
             alias.asname or alias.name: (path.parent / f"{node.module.rpartition('.')[2]}.py", alias.name)
@@ -235,7 +235,7 @@ class _ModelFile:
 
 
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
-    """The layer classes that a model's file, and the model files it builds on, call."""
+    """The layer classes that a model's file calls, together with the model files that it builds on."""
     wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, *_MAKE_EXPERTS, _MAKE_ACTIVATION, _LINEAR_ATTENTION}
     pending: list[tuple[Path, str]] = [(start, architecture)]
     seen: set[tuple[Path, str]] = set()

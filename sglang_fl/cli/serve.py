@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start SGLang's server, also where packages that it imports are not there: takes the arguments of sglang.launch_server."""
+"""Start SGLang's server, also where packages that it imports are missing. Takes the arguments of sglang.launch_server."""
 
 import argparse
 import os
@@ -14,6 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Becomes the server's process."""
+    """Replace this process with the server."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", _MODULE, *args.arguments])

@@ -8,7 +8,7 @@ from .arguments import Parser, duration, number
 
 _POSITIVE = number(int, lambda count: 0 < count < 1 << 20, "a number above 0")
 _EXIT_CODES = """exit codes: 0 the profile was written; 1 the engine failed; 2 wrong usage;
-3 the budget was used up: the profile has what is decided, --resume goes on; 130 interrupted, --resume goes on"""
+3 the budget was used up: the profile has the decisions so far, --resume continues; 130 interrupted, --resume continues"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -18,13 +18,16 @@ def add_arguments(parser: Parser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="as --model-path of sglang.launch_server")
     parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="the profile (default: profile.yaml)")
-    parser.add_argument("--traffic", type=Path, metavar="FILE", help="your requests, one JSON object a line (default: a mix)")
+    parser.add_argument("--traffic", type=Path, metavar="FILE", help="your requests, one JSON object per line (default: a mix)")
     parser.add_argument(
-        "--budget", type=duration, metavar="TIME", help="write the profile by then, with what is decided, as 45m; --resume goes on"
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help="write the profile with the decisions so far after this time, such as 45m; --resume continues",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the measurements of an earlier run with the same --out")
-    parser.add_argument("--update", type=Path, metavar="PROFILE", help="measure only the entries that do not hold any more")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be measured and about how long it takes; measure nothing")
+    parser.add_argument("--resume", action="store_true", help="continue an earlier run with the same --out")
+    parser.add_argument("--update", type=Path, metavar="PROFILE", help="measure only entries whose conditions have changed")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured and about how long it takes; measure nothing")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as an HTML page")
     parser.add_argument("--batch", type=_POSITIVE, nargs="+", default=None, metavar="N", help="batch sizes (default: 1 32; on a CPU: 1 4)")
     parser.add_argument("--input-len", type=_POSITIVE, metavar="N", help="tokens of a prompt for prefill (default: 1024; on a CPU: 64)")

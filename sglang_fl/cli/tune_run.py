@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``sglang-fl tune`` does, and prints."""
+"""``sglang-fl tune``: runs it and prints its results."""
 
 import argparse
 import hashlib
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 for change in found:
                     console.print(f"{change}", markup=False)
                 if not only:
-                    console.print(f"{args.update} holds: nothing that it was measured with has changed", markup=False)
+                    console.print(f"{args.update} is up to date: nothing that it was measured with has changed", markup=False)
                     return 0
             entries = {name: entry for name, entry in measured.get("entries", {}).items() if only is None or name not in only}
             tuning = Tuning(
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             outcome = tuning.run()
     except EngineFailed as error:
         console.print(f"the engine failed: {error}", markup=False)
-        console.print(f"Its log is in {directory}. What was measured is kept: --resume goes on", markup=False)
+        console.print(f"Its log is in {directory}. Measurements are saved; continue with --resume", markup=False)
         return 1
     finally:
         journal.close()
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """Raises SettingsError for what would otherwise fail after an hour."""
+    """Check files before the run, not after an hour. Raises SettingsError."""
     if args.traffic:
         read(args.traffic, 1 << 10)
     named = (("--out", args.out), ("--html", args.html))
@@ -101,7 +101,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _with_new(measured: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
-    """The operators that have implementations of which a profile says nothing."""
+    """The operators with implementations that a profile does not mention."""
     entries = measured.get("entries", {})
     return [
         op
@@ -121,9 +121,9 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, entrie
         write(args.out, outcome, entries)
     if outcome.incomplete:
         undecided = sum(candidate.status == UNDECIDED for candidate in outcome.candidates)
-        unconfirmed = "; what is used was not confirmed on fresh starts" if outcome.used != NATIVE and not outcome.confirmed else ""
-        console.print(f"{outcome.incomplete}. Go on with: --resume", markup=False)
-        console.print(f"{undecided} candidates are undecided, and stay with SGLang{unconfirmed}", markup=False)
+        unconfirmed = "; the choice was not confirmed on fresh starts" if outcome.used != NATIVE and not outcome.confirmed else ""
+        console.print(f"{outcome.incomplete}. Continue with --resume", markup=False)
+        console.print(f"{undecided} candidates are undecided and stay with SGLang{unconfirmed}", markup=False)
     else:
         journal.path.replace(journal.path.with_name("finished.jsonl"))
     if outcome.why_native:
@@ -131,19 +131,19 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, entrie
     if outcome.about:
         console.print(f"{args.out} was written. Use it with SGLANG_FL_CONFIG={args.out}", markup=False)
     if outcome.about.get("plain_cpu"):
-        console.print("No accelerator: these are times on the host, and no graphs.")
+        console.print("No accelerator: times are of the CPU, without graphs.")
     if args.html:
         args.html.write_text(as_html(outcome), encoding="utf-8")
     return 3 if outcome.incomplete else 0
 
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:
-    """What is used, and what it saves in a step of each case; and the others by what became of them."""
+    """Print the used candidates with the time that each saves in a step, and the others by status."""
     shown: dict[str, list[Candidate]] = {}
     for candidate in sorted(outcome.candidates, key=lambda one: (one.impl is None, one.key)):
         shown.setdefault(candidate.status, []).append(candidate)
     if used := shown.pop(USED, []):
-        table = Table(title="What is used, its time over the own one's, and the µs that it saves in a step", title_justify="left", box=None)
+        table = Table(title="Used: time divided by native's, and µs saved in a step", title_justify="left", box=None)
         for column in ("", "time", *outcome.step_us):
             table.add_column(column, no_wrap=True, justify="right" if column else "left")
         for candidate in used:
@@ -158,7 +158,7 @@ def _print_outcome(console: Console, outcome: Outcome) -> None:
 
 
 def _print_plan(console: Console, model: Path) -> None:
-    """What a run does, as far as it is known before the model was recorded, and about how long it takes."""
+    """Print the steps of a run and about how long they take, as far as known before the model is recorded."""
     manager = get_default_manager()
     manager.ensure_initialized()
     operators = set(OPERATORS)
@@ -170,7 +170,7 @@ def _print_plan(console: Console, model: Path) -> None:
     )
     for op, impls in found.items():
         console.print(f"  {op}: {', '.join(impl.impl_id for impl in impls) or 'none'}", markup=False)
-    console.print("And the FlagGems functions for the ATen operators that the model calls, where FlagGems serves this device.")
+    console.print("Also the FlagGems functions for the ATen operators that the model calls, if FlagGems supports this device.")
     checks = _CALLS_OF_AN_OPERATOR * sum(map(len, found.values()))
     steps = [
         ("starts of an engine", 5, "start"),
@@ -183,5 +183,5 @@ def _print_plan(console: Console, model: Path) -> None:
         console.print(f"  {count:4} {what}, about {SECONDS[kind]:.0f} s each", markup=False)
     total = sum(count * SECONDS[kind] for _, count, kind in steps)
     console.print(
-        f"About {total / 60:.0f} min without FlagGems's functions, and more where choices must be taken apart. --budget ends a run in time"
+        f"About {total / 60:.0f} min without FlagGems's functions, more if groups must be split. --budget limits the time of a run"
     )

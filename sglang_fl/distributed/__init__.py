@@ -12,11 +12,11 @@ _setup: "FlagCXSetup | None" = None
 
 
 def set_up_flagcx(settings: Settings, device_type: str, fallback: str) -> str:
-    """Make SGLang's collectives use FlagCX in this process; the first call does it, before any group is made.
+    """Make SGLang's collectives use FlagCX in this process. Only the first call acts, before any group is created.
 
     Args:
-        settings: in which FlagCX is chosen.
-        device_type: the device type whose tensors are meant.
+        settings: the settings, which choose FlagCX.
+        device_type: the device type of the tensors.
         fallback: the vendor's own ``torch.distributed`` backend, for when the ranks do not agree.
 
     Returns:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All ranks use FlagCX, or none does: one decision for all, through a store of torch.distributed.
 
-Each rank puts its answer under a key of its own and waits for the others'. The first that has them all, or whose time
-is up, writes the decision with compare-and-set; every rank follows what is written there, so that two ranks
-never decide differently, even where an answer came at the last moment.
+Each rank writes its answer under its own key and waits for the others. The first rank that has all answers, or times
+out, writes the decision with compare-and-set. All ranks follow it, so that two ranks never decide differently, even if
+an answer arrives at the last moment.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from .device_communicators.flagcx_files import FlagCXError
 
 #: How long the ranks wait for each other, in seconds.
 LIMIT = 30.0
-#: The part of that which the initialization of a communicator may take.
+#: The part of that time for the initialization of a communicator.
 _INIT_SHARE = 25 / 30
 #: How long the rank that holds the store waits for the others to read that all stop; silent ones never do.
 _ACKNOWLEDGE_LIMIT = 5.0
 _DECISION, _FAILED, _ACKNOWLEDGED = "decision", "failed", "acknowledged"
 #: FlagCX's own variables that decide how ranks talk to each other. (Interfaces, devices and logs may differ between nodes.)
 _SHARED_VARIABLE = re.compile(r"FLAGCX_(USE_\w+|UNIRUNNER_\w+|C2C_ALGO|CUSTOM_OP_ENABLE)")
-#: What ``_FAILED`` holds: a rank has an error, or its time was up.
+#: Values of ``_FAILED``: a rank has an error, or it timed out.
 _ERROR, _LATE = b"error", b"late"
 
 
@@ -39,8 +39,8 @@ _ERROR, _LATE = b"error", b"late"
 class Answer:
     """A rank's answer.
 
-    ``chosen_by`` is the setting that chose FlagCX, as ``variable=value``; ``problem`` why it cannot use it;
-    ``strict`` whether it would rather stop than fall back; ``variables`` those of FlagCX's that must be the same on all.
+    ``chosen_by``: the setting that chose FlagCX, as ``variable=value``. ``problem``: why it cannot be used.
+    ``strict``: stop instead of falling back. ``variables``: FlagCX's variables that must be equal on all ranks.
     """
 
     host: str
@@ -52,20 +52,20 @@ class Answer:
 
 
 def shared_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """FlagCX's variables that must be the same on all ranks, as far as they are set."""
+    """The set ones of FlagCX's variables that must be equal on all ranks."""
     return {name: value for name, value in environ.items() if _SHARED_VARIABLE.fullmatch(name)}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do: use FlagCX if ``reason`` is None, else stop or fall back."""
+    """The decision of all ranks: use FlagCX if ``reason`` is None, else stop or fall back."""
 
     reason: str | None = None
     stop: bool = False
 
 
 class Agreement:
-    """One decision that all ranks take, with its own keys in the store."""
+    """One decision of all ranks, with its own keys in the store."""
 
     def __init__(self, store: Store, name: str, rank: int, world_size: int, limit: float):
         self._store = store
@@ -82,10 +82,10 @@ class Agreement:
         """Give this rank's answer, wait for the others' and return the decision of all.
 
         Args:
-            late: the answer's problem is that this rank's time was up.
+            late: the answer's problem is a timeout of this rank.
 
         Raises:
-            RuntimeError: the store is gone, that is the process that holds it.
+            RuntimeError: the store is gone, because its process has ended.
         """
         if answer.problem is not None:
             self._store.set(self._key(_FAILED), (_LATE if late else _ERROR).decode())
@@ -98,7 +98,7 @@ class Agreement:
         return decision
 
     def _acknowledge(self) -> None:
-        """Before all stop: the process of rank 0 may hold the store, and the others must have read the decision by then."""
+        """Wait before stopping: rank 0's process may hold the store, and the others must read the decision first."""
         self._store.set(self._key(f"{_ACKNOWLEDGED}/{self._rank}"), "1")
         if self._rank == 0:
             with contextlib.suppress(DistStoreError):
@@ -113,19 +113,19 @@ class Agreement:
 
     def _answers(self) -> dict[int, Answer]:
         keys = [self._key(rank) for rank in range(self._world_size)]
-        with contextlib.suppress(DistStoreError):  # somebody is silent: those who are not are asked one by one
+        with contextlib.suppress(DistStoreError):  # some rank is silent: read the others one by one
             self._store.wait(keys, timedelta(seconds=max(0.1, self._deadline - time.monotonic())))
         return {rank: Answer(**json.loads(self._store.get(key))) for rank, key in enumerate(keys) if self._store.check([key])}
 
     def initialize(self, answer: Answer, identity: Callable[[], bytes], join: Callable[[bytes], Any]) -> tuple[Decision, Any]:
-        """Initialize a communicator on all ranks, in a thread: where one rank fails, the others' calls never return.
+        """Initialize a communicator on all ranks, in a thread: if one rank fails, the others' calls never return.
 
-        The initialization has less than the question's time; the rest is for reporting it.
+        The initialization gets less than the whole time limit; the rest is for reporting.
 
         Args:
-            answer: this rank's, to which a problem is added if there is one.
-            identity: makes the communicator's id; called on rank 0.
-            join: makes the communicator from the id, and tries it.
+            answer: this rank's answer, to which a problem is added.
+            identity: creates the communicator's id; called on rank 0.
+            join: creates the communicator from the id, and tries it.
 
         Returns:
             the decision of all ranks, and what ``join`` returned on this one.
@@ -137,11 +137,11 @@ class Agreement:
         def attempt(step: Callable[[], Any]) -> Any:
             try:
                 return step()
-            except Exception as error:  # whatever it is, the other ranks must hear of it
+            except Exception as error:  # the other ranks must learn of any error
                 problems.append(str(error) if isinstance(error, FlagCXError) else f"{type(error).__name__}: {error}")
 
         late = False
-        # The store serves one caller at a time, so the thread below must not be the one that waits for it.
+        # The store serves one caller at a time, so the thread below must not wait for it.
         shared = attempt(lambda: self._share(identity, limit))
         if shared:
             thread = threading.Thread(target=lambda: attempt(lambda: outcome.append(join(shared))), name="flagcx-init", daemon=True)
@@ -158,7 +158,7 @@ class Agreement:
         return self.decide(answer, late), outcome[0] if outcome else None
 
     def _share(self, identity: Callable[[], bytes], limit: float) -> bytes:
-        """The id that rank 0 made; empty if it could not."""
+        """The id from rank 0. Empty if it failed."""
         key = self._key("unique_id")
         if self._rank == 0:
             made = b""
@@ -191,7 +191,7 @@ def _judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decisio
 
 
 def _different_versions(versions: dict[int, Version], answers: dict[int, Answer]) -> list[str]:
-    # Those who know their release speak first: one without a header agrees with any.
+    # Compare with a rank that knows its release: one without a header agrees with any.
     ordered = sorted(versions.items(), key=lambda item: item[1].header is None)
     for rank, version in ordered[1:]:
         first, reference = ordered[0]
@@ -235,6 +235,6 @@ def absent_ranks(store: Store, rank: int, world_size: int, timeout: timedelta) -
     store.set(keys[rank], "1")
     deadline = time.monotonic() + timeout.total_seconds()
     while not store.check(keys) and time.monotonic() < deadline:
-        with contextlib.suppress(DistStoreError):  # a second at a time, so that Ctrl-C is heard
+        with contextlib.suppress(DistStoreError):  # one second at a time, so that Ctrl-C works
             store.wait(keys, timedelta(seconds=1))
     return [other for other, key in enumerate(keys) if not store.check([key])]

@@ -15,18 +15,18 @@ _IN_PROGRESS = 7
 
 
 class CommunicatorFL:
-    """The collectives of one group of ranks, each put on the stream that is current when it is called.
+    """The collectives of one group of ranks. Each runs on the current stream of its call.
 
     It has the interface of SGLang's ``PyNcclCommunicator``, and is always enabled. Tensors are on ``device`` and
-    contiguous; one that is sent, received or changed in place may also be dense (a transposed one), with the same strides
-    on all ranks, as with NCCL. A call returns once the work is on the stream, and can be captured in a graph. Ranks are
-    ranks in the group. A tensor without elements is left alone, on all ranks alike.
+    contiguous. Tensors that are sent, received or changed in place may also be dense (for example transposed), with the
+    same strides on all ranks, as with NCCL. A call returns when the work is on the stream, and can be captured in a graph.
+    Ranks are ranks in the group. Tensors without elements are skipped, on all ranks.
 
-    Reductions take the dtypes of :data:`DTYPES`; what only moves data takes any.
+    Reductions accept the dtypes of :data:`DTYPES`; copies accept any dtype.
 
     Raises (each call):
-        TypeError, ValueError: a tensor, rank, dtype or reduction that cannot be used; this call started nothing.
-        FlagCXError: FlagCX failed. The ranks are then no longer in step: the process must end.
+        TypeError, ValueError: an unusable tensor, rank, dtype or reduction. Nothing was started.
+        FlagCXError: FlagCX failed. The ranks are out of step, so the process must end.
     """
 
     available = True
@@ -44,8 +44,8 @@ class CommunicatorFL:
 
     @property
     def disabled(self) -> bool:
-        """Always False. SGLang keeps NCCL's communicator off outside graphs, and torch.distributed serves there; here
-        both end in the same communicator, and this is the shorter way. What is assigned has no effect."""
+        """Always False. SGLang disables NCCL's communicator outside of graphs and uses torch.distributed there. With
+        FlagCX both use the same communicator, and this path is shorter. Assignments have no effect."""
         return False
 
     @disabled.setter
@@ -54,7 +54,7 @@ class CommunicatorFL:
 
     @contextmanager
     def change_state(self, enable: bool | None = None) -> Iterator[None]:
-        """SGLang switches its communicator on for a while with this; here it is on already."""
+        """SGLang enables its communicator within a block with this. Here it is always enabled."""
         yield
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = ReduceOp.SUM) -> None:
@@ -65,7 +65,7 @@ class CommunicatorFL:
             self._call("flagcxAllReduce", data, data, count, DTYPES[tensor.dtype], OPS[op])
 
     def outplace_all_reduce(self, in_tensor: torch.Tensor, out_tensor: torch.Tensor | None = None, op: Any = ReduceOp.SUM) -> torch.Tensor:
-        """Reduce ``in_tensor`` over all ranks into ``out_tensor``, a new one if None; returns it.
+        """Reduce ``in_tensor`` over all ranks into ``out_tensor`` (a new tensor if None), and return that.
 
         SGLang calls it in compiled models and piecewise graphs.
         """
@@ -79,12 +79,12 @@ class CommunicatorFL:
         return out_tensor
 
     def all_gather(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, sizes: Sequence[int] | None = None) -> None:
-        """Put every rank's ``input_tensor`` one after the other into ``output_tensor``.
+        """Concatenate all ranks' ``input_tensor`` into ``output_tensor``.
 
         Args:
             output_tensor: [world_size * n, ...], or [sum(sizes), ...].
             input_tensor: [n, ...], or [sizes[rank], ...].
-            sizes: rows of each rank where they differ.
+            sizes: the rows of each rank, if they differ.
         """
         self._check_contiguous(output_tensor, input_tensor)
         if sizes is not None:
@@ -99,12 +99,12 @@ class CommunicatorFL:
     def reduce_scatter(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, op: Any = ReduceOp.SUM, sizes: Sequence[int] | None = None
     ) -> None:
-        """Reduce ``input_tensor`` over all ranks, and keep this rank's part in ``output_tensor``.
+        """Reduce ``input_tensor`` over all ranks, and write this rank's part to ``output_tensor``.
 
         Args:
             output_tensor: [n, ...], or [sizes[rank], ...].
             input_tensor: [world_size * n, ...], or [sum(sizes), ...].
-            sizes: rows of each rank where they differ.
+            sizes: the rows of each rank, if they differ.
         """
         self._check_contiguous(output_tensor, input_tensor)
         if sizes is not None:
@@ -117,7 +117,7 @@ class CommunicatorFL:
             self._call("flagcxReduceScatter", input_tensor.data_ptr(), output_tensor.data_ptr(), count, code, OPS[op])
 
     def all_to_all_single(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor) -> None:
-        """Give the i-th of ``world_size`` equal parts of ``input_tensor`` to rank i, and take its part for this rank."""
+        """Send the i-th of ``world_size`` equal parts of ``input_tensor`` to rank i, and receive one part from each rank."""
         self._check_contiguous(output_tensor, input_tensor)
         _check_same_layout("input_tensor", input_tensor, "output_tensor", output_tensor)
         count, rest = divmod(input_tensor.numel(), self.world_size)
@@ -128,7 +128,7 @@ class CommunicatorFL:
             self._call("flagcxAlltoAll", input_tensor.data_ptr(), output_tensor.data_ptr(), count * pieces, code)
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
-        """Copy rank ``src``'s ``tensor`` into everyone's."""
+        """Copy rank ``src``'s ``tensor`` to all ranks."""
         self._check_dense("tensor", tensor)
         self._check_rank("src", src)
         if count := tensor.numel():
@@ -144,7 +144,7 @@ class CommunicatorFL:
             self._call("flagcxSend", tensor.data_ptr(), count * pieces, code, dst)
 
     def recv(self, tensor: torch.Tensor, src: int) -> None:
-        """Fill ``tensor`` with what rank ``src`` sends."""
+        """Receive ``tensor`` from rank ``src``."""
         self._check_dense("tensor", tensor)
         self._check_rank("src", src)
         if count := tensor.numel():
@@ -152,7 +152,7 @@ class CommunicatorFL:
             self._call("flagcxRecv", tensor.data_ptr(), count * pieces, code, src)
 
     def group_start(self) -> None:
-        """Begin a group: what is called until :meth:`group_end` is started there, as one. Groups can be nested."""
+        """Begin a group. Calls until :meth:`group_end` start together there. Groups can be nested."""
         self._group("flagcxGroupStart")
 
     def group_end(self) -> None:
@@ -160,19 +160,19 @@ class CommunicatorFL:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """A group that ends with its block, even if a call in it fails: an open group would swallow all later calls."""
+        """A group for a ``with`` block. It ends even if a call fails: an open group would collect all later calls."""
         self.group_start()
         try:
             yield
         except BaseException:
-            self._functions["flagcxGroupEnd"](self._comm)  # whatever it returns: the first error is the one to report
+            self._functions["flagcxGroupEnd"](self._comm)  # ignore its result: the first error is reported
             raise
         self.group_end()
 
     # Operations of torch.distributed that SGLang's communicator lacks.
 
     def reduce(self, tensor: torch.Tensor, dst: int, op: Any = ReduceOp.SUM) -> None:
-        """Reduce ``tensor`` over all ranks into that of rank ``dst``, in place; what the others hold then is undefined."""
+        """Reduce ``tensor`` over all ranks into that of rank ``dst``, in place. On other ranks it is undefined afterwards."""
         self._check_dense("tensor", tensor)
         self._check_rank("dst", dst)
         if count := tensor.numel():
@@ -180,17 +180,17 @@ class CommunicatorFL:
             self._call("flagcxReduce", data, data, count, DTYPES[tensor.dtype], OPS[op], dst)
 
     def all_gather_list(self, outputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> None:
-        """Put rank i's ``tensor`` into ``outputs[i]``; ranks may differ in size."""
+        """Gather rank i's ``tensor`` into ``outputs[i]``. Sizes may differ by rank."""
         self._check_list("outputs", outputs, "the tensor to gather", tensor)
         self._broadcast_parts([(output.data_ptr(), output.numel()) for output in outputs], tensor)
 
     def reduce_scatter_list(self, output: torch.Tensor, tensors: Sequence[torch.Tensor], op: Any = ReduceOp.SUM) -> None:
-        """Reduce everyone's ``tensors[rank]`` into ``output``; ranks may differ in size."""
+        """Reduce all ranks' ``tensors[rank]`` into ``output``. Sizes may differ by rank."""
         self._check_list("tensors", tensors, "output", output)
         self._reduce_parts([(tensor.data_ptr(), tensor.numel()) for tensor in tensors], output, op)
 
     def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Send and receive (tensor, rank) pairs as one; what a rank has for itself is copied."""
+        """Send and receive (tensor, rank) pairs together. Pairs with this rank itself are copied."""
         for name, pairs in (("sent", sends), ("received", receives)):
             for tensor, peer in pairs:
                 self._check_rank("peer", peer)
@@ -212,20 +212,20 @@ class CommunicatorFL:
                     self.recv(tensor, peer)
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise ValueError for a tensor that no call takes, before a group is begun."""
+        """Raise ValueError for a tensor that no call accepts, before a group begins."""
         for place, tensor in enumerate(tensors):
             self._check_dense(f"tensor {place} of the batch", tensor)
 
     def async_error(self) -> str | None:
-        """An asynchronous error, as text; None: there is none, or FlagCX cannot tell."""
+        """An asynchronous error as text. None: there is none, or FlagCX cannot tell."""
         code = self._library.async_error(self._comm)
         return self._explain("the communicator", code) if code and code != _IN_PROGRESS else None
 
     def close(self, *, abort: bool) -> None:
-        """Free the communicator; nothing may be called on it afterwards.
+        """Free the communicator. It must not be used afterwards.
 
         Args:
-            abort: give up what is under way; else wait for it.
+            abort: abort running work instead of waiting for it.
         """
         self._functions["flagcxCommAbort" if abort else "flagcxCommDestroy"](self._comm)
 
@@ -244,11 +244,11 @@ class CommunicatorFL:
         reason = self._library.explain(code, self._comm)
         return (
             f"FlagCX: {what} failed on rank {self.rank} of the {self.world_size} of group {self.name!r} ({self.device}): {reason}. "
-            "The ranks are out of step, so this server cannot go on."
+            "The ranks are out of step, so this server must end."
         )
 
     def _broadcast_parts(self, parts: Sequence[tuple[int, int]], own: torch.Tensor) -> None:
-        """Fill each rank's (address, elements) with what that rank has; this rank's comes from ``own``."""
+        """Broadcast each rank's part into its (address, elements) on all ranks. This rank's part comes from ``own``."""
         code, pieces = PIECES[own.dtype]
         with self.group():
             for root, (address, count) in enumerate(parts):
@@ -257,7 +257,7 @@ class CommunicatorFL:
                     self._call("flagcxBroadcast", source, address, count * pieces, code, root)
 
     def _reduce_parts(self, parts: Sequence[tuple[int, int]], own: torch.Tensor, op: Any) -> None:
-        """Reduce each (address, elements) to its rank; this rank's goes to ``own``."""
+        """Reduce each (address, elements) to its rank. This rank's result goes to ``own``."""
         code, reduction = DTYPES[own.dtype], OPS[op]
         with self.group():
             for root, (address, count) in enumerate(parts):
@@ -266,9 +266,9 @@ class CommunicatorFL:
                     self._call("flagcxReduce", address, target, count, code, reduction, root)
 
     def _parts(self, name: str, whole: torch.Tensor, own_name: str, own: torch.Tensor, sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """(address, elements) of each rank's rows of ``whole``, of which this rank's must be as many as ``own`` has.
+        """(address, elements) of each rank's rows of ``whole``. This rank's must have as many elements as ``own``.
 
-        Views would be slower: SGLang calls this outside of graphs, too.
+        Views would be slower: SGLang also calls this outside of graphs.
         """
         _check_dtype(own_name, own, name, whole)
         rows = len(whole)
@@ -285,7 +285,7 @@ class CommunicatorFL:
             address += size * per_row * whole.element_size()
         return parts
 
-    # FlagCX gets addresses and counts: tensors of another size, dtype or device are refused here.
+    # FlagCX gets only addresses and counts. So tensors of another size, dtype or device are refused here.
 
     def _check_dense(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.device != self.device:
@@ -294,7 +294,7 @@ class CommunicatorFL:
             raise _not_contiguous(name, tensor)
 
     def _check_contiguous(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor) -> None:
-        """For what divides a tensor between ranks by its place in memory."""
+        """Check a tensor that is divided between ranks by its position in memory."""
         for name, tensor in (("output_tensor", output_tensor), ("input_tensor", input_tensor)):
             self._check_dense(name, tensor)
             if not tensor.is_contiguous():
@@ -305,7 +305,7 @@ class CommunicatorFL:
             raise ValueError(f"{name} is rank {rank}, and the group has {self.world_size} ranks")
 
     def _check_list(self, name: str, tensors: Sequence[torch.Tensor], own_name: str, own: torch.Tensor) -> None:
-        """One tensor for each rank, of which that of this rank must be like its own."""
+        """Check a list with one tensor for each rank. This rank's must match its own tensor."""
         if len(tensors) != self.world_size:
             raise ValueError(f"{name} has {len(tensors)} tensors, and the group has {self.world_size} ranks")
         self._check_dense(own_name, own)
@@ -317,7 +317,7 @@ class CommunicatorFL:
         _check_same_layout(own_name, own, f"{name}[{self.rank}]", tensors[self.rank])
 
     def _check_shares(self, name: str, whole: torch.Tensor, share_name: str, share: torch.Tensor) -> None:
-        """``whole`` holds a share for each rank."""
+        """Check that ``whole`` has a share for each rank."""
         _check_dtype(share_name, share, name, whole)
         if whole.numel() != share.numel() * self.world_size:
             raise ValueError(
@@ -342,14 +342,14 @@ def check_same_size(name: str, tensor: torch.Tensor, other_name: str, other: tor
 
 
 def _check_same_layout(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """The one's memory can be copied into the other's."""
+    """Check that one tensor's memory can be copied to the other's."""
     check_same_size(name, tensor, other_name, other)
     if not (tensor.is_contiguous() and other.is_contiguous()) and (tensor.shape, tensor.stride()) != (other.shape, other.stride()):
         raise ValueError(f"{name} has strides {list(tensor.stride())}, and {other_name} has {list(other.stride())}")
 
 
 def raw_stream_of(device: torch.device) -> Callable[[], int]:
-    """A function that returns the vendor's handle of the current stream; 0 where there are no streams."""
+    """Returns a function that gives the vendor's handle of the current stream, or 0 on devices without streams."""
     if device.type == "cpu":
         return lambda: 0
     if device.type == "cuda":

@@ -13,19 +13,18 @@ from .communicator import CommunicatorFL, check_same_size, current_device
 
 
 class ProcessGroupFlagCX(Backend):
-    """What torch.distributed sends to a group of ranks, over a FlagCX communicator.
+    """A group of ranks of torch.distributed, over a FlagCX communicator.
 
-    It stands in a ``torch.distributed.ProcessGroup`` where ProcessGroupNCCL does, for the device type it was registered
-    for; tensors of other device types are refused by torch.distributed itself. A call with ``async_op=False`` runs on the
-    current stream. An asynchronous one, and every isend and irecv, runs on a stream of the group's own, so that
-    what follows on the current stream does not wait for the peer; ``Work.wait()`` makes the stream that is current
-    then wait, not the host.
+    In a ``torch.distributed.ProcessGroup`` it takes the place of ProcessGroupNCCL for its device type; torch.distributed
+    refuses tensors of other device types. A call with ``async_op=False`` runs on the current stream. Asynchronous calls,
+    and every isend and irecv, run on a stream of the group, so that later work on the current stream does not wait for
+    the peer. ``Work.wait()`` makes the then current stream wait, not the host.
 
     Args:
         rank, world_size: in the group.
-        create_communicator: makes the communicator on a device, together with the other ranks; called on the first use.
-        release: called when the group gives the communicator up, before it is freed.
-        communicator: the one to use, if there is one already.
+        create_communicator: creates the communicator on a device, together with the other ranks; called on first use.
+        release: called before the group frees the communicator.
+        communicator: an existing communicator to use.
     """
 
     def __init__(
@@ -48,13 +47,13 @@ class ProcessGroupFlagCX(Backend):
         return "flagcx"
 
     def communicator(self, device: torch.device) -> CommunicatorFL:
-        """The group's communicator; the first call makes it, and must then come from all ranks."""
+        """The group's communicator. The first call creates it, and all ranks must make it."""
         if self._communicator is None:
             self._communicator = self._create_communicator(device)
         return self._communicator
 
     def persistent_communicator(self, device: torch.device) -> CommunicatorFL:
-        """The same, to be kept: it is never freed, and goes with the process, as SGLang's NCCL communicator does.
+        """The same, but never freed: it ends with the process, like SGLang's NCCL communicator.
 
         CUDA graphs may hold it, and NCCL does not return from destroying or aborting a communicator while one lives.
         """
@@ -64,7 +63,7 @@ class ProcessGroupFlagCX(Backend):
     def _run(
         self, operation: Callable[[CommunicatorFL], None], tensors: Sequence[torch.Tensor], results: Any, *, asynchronous: bool
     ) -> Work | None:
-        """Start an operation. Returns None where it is on the current stream, as torch.distributed's own backends do."""
+        """Start an operation. Returns None if it is on the current stream, like torch.distributed's own backends."""
         if self._batch is not None:
             self._batch.append((operation, tensors))
             return None
@@ -200,7 +199,7 @@ class ProcessGroupFlagCX(Backend):
         return self._run(_each(lambda c, t: c.recv(t, src), tensors), tensors, tensors, asynchronous=True)
 
     def barrier(self, opts: Any) -> Work | None:
-        """Returns once every rank has come here; it stops the host, as a barrier is meant to."""
+        """Wait on the host until all ranks have called it."""
         device = self._communicator.device if self._communicator is not None else _device_of(opts)
         token = torch.zeros(1, dtype=torch.int32, device=device)
         self.communicator(device).all_reduce(token)
@@ -208,7 +207,7 @@ class ProcessGroupFlagCX(Backend):
         return _done([token], device) if opts.asyncOp else None
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """torch.distributed calls it; FlagCX itself waits without a limit, so it has no effect."""
+        """Called by torch.distributed. It has no effect, since FlagCX waits without a limit."""
 
     def shutdown(self) -> None:
         self._close(abort=False)
@@ -225,7 +224,7 @@ class ProcessGroupFlagCX(Backend):
 
 
 def _each(operation: Callable[..., None], *lists: Sequence[Any]) -> Callable[[CommunicatorFL], None]:
-    """Calls an operation with the first elements of the lists, with the second ones, …: several as one group."""
+    """Call an operation with the first elements of the lists, the second ones, and so on, as one group."""
     calls = list(zip(*lists, strict=True))
 
     def run(communicator: CommunicatorFL) -> None:
@@ -237,14 +236,14 @@ def _each(operation: Callable[..., None], *lists: Sequence[Any]) -> Callable[[Co
 
 
 def _done(results: Any, device: torch.device) -> Work:
-    """A Work whose wait() makes the current stream wait for what is now on this one."""
+    """A Work whose wait() makes the current stream wait for the present work of this one."""
     future: torch.futures.Future[Any] = torch.futures.Future(devices=None if device.type == "cpu" else [device])
     future.set_result(results)
     return _create_work_from_future(future)
 
 
 def _device_of(opts: Any) -> torch.device:
-    """The device that a barrier means; torch.distributed names its type at most."""
+    """The device of a barrier. torch.distributed gives at most its type."""
     accelerator = torch.accelerator.current_accelerator()
     named = opts.device.type if opts.device is not None else None
     return current_device(named or (accelerator.type if accelerator is not None else "cpu"))

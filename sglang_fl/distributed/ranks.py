@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks that run a model's layers together, and their exchange of objects on the CPU."""
+"""The ranks that share a model's layers, and their exchange of objects on the CPU."""
 
 import logging
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 class Ranks:
-    """Those of a tensor-parallel group; None: this process alone.
+    """The ranks of a tensor-parallel group. Without a group: this process alone.
 
     Args:
         group: SGLang's GroupCoordinator.
@@ -26,7 +26,7 @@ class Ranks:
         return int(self.group.world_size) if self.group is not None else 1
 
     def level(self, level: int) -> int:
-        """The level of a line that all ranks log: DEBUG on all but the first."""
+        """The level of a line that all ranks log: DEBUG except on the first rank."""
         return level if self.rank == 0 else logging.DEBUG
 
     def exchange(self, value: Any) -> list[Any]:
@@ -39,7 +39,7 @@ class Ranks:
 
 
 def tensor_parallel_ranks() -> Ranks:
-    """Of this process, once SGLang has made its groups."""
+    """The ranks of this process. SGLang must have created its groups."""
     from sglang.srt.runtime_context import get_parallel
 
     is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()

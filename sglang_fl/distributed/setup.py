@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlagCXSetup: makes SGLang's collectives use FlagCX, in the processes that run the model.
 
-SGLang uses it in two places: as the ``torch.distributed`` backend ``flagcx``, which it makes its device groups with, and
-as GroupCoordinator's device communicator. Both of a group share one FlagCX communicator. Where the ranks agree not to use
-FlagCX, each group is made with the vendor's own backend, from the same rendezvous keys, so that it works with ranks
-where FlagCX was not chosen.
+SGLang uses it as the ``torch.distributed`` backend ``flagcx`` of its device groups, and as GroupCoordinator's device
+communicator. In a group both share one FlagCX communicator. If the ranks agree not to use FlagCX, each group uses the
+vendor's own backend and the same rendezvous keys, so that it works with ranks where FlagCX was not chosen.
 """
 
 import contextlib
@@ -38,13 +37,13 @@ _TARGET = "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__"
 
 
 class FlagCXSetup:
-    """Makes the groups of this process.
+    """Creates the groups of this process.
 
     Args:
-        settings: in which FlagCX is chosen.
-        device_type: whose tensors go over it.
+        settings: the settings, which choose FlagCX.
+        device_type: the device type of the tensors.
         fallback: the vendor's own ``torch.distributed`` backend.
-        limit: how long the ranks wait for each other when they agree, in seconds.
+        limit: the seconds that the ranks wait for each other to agree.
     """
 
     def __init__(self, settings: Settings, device_type: str, fallback: str, limit: float = LIMIT):
@@ -64,7 +63,7 @@ class FlagCXSetup:
 
     @property
     def version(self) -> Version | None:
-        """Of the library that is loaded; None before, or if it cannot be."""
+        """The version of the loaded library. None if it is not loaded."""
         return self._library.version if self._library is not None else None
 
     def register_backend(self) -> None:
@@ -72,16 +71,16 @@ class FlagCXSetup:
         Backend.register_backend(NAME, self.create, extended_api=True, devices=[self._device_type])
 
     def hook_group_coordinator(self) -> None:
-        """Have each GroupCoordinator made with a CommunicatorFL.
+        """Give each GroupCoordinator a CommunicatorFL.
 
         Raises:
-            IncompatibleSGLang: this SGLang makes its groups in another way.
-            FlagCXError: it does not take the hook.
+            IncompatibleSGLang: this SGLang creates its groups in another way.
+            FlagCXError: it does not accept the hook.
         """
         check_groups()
         if not hook(_TARGET, self.init_group_coordinator):
             raise FlagCXError(
-                f"SGLang did not take sglang-fl's hook on {_TARGET}: another plugin has hooked it already, or its log says why"
+                f"SGLang did not accept sglang-fl's hook on {_TARGET}: another plugin has hooked it already, or see SGLang's log"
             )
 
     def create(self, opts: _DistributedBackendOptions, backend_options: Any) -> Any:
@@ -103,11 +102,11 @@ class FlagCXSetup:
         return group
 
     def communicator(self, group: torch.distributed.ProcessGroup, device: torch.device) -> CommunicatorFL:
-        """The communicator of a group that :meth:`create` made, to be kept; the group's ranks must call this together."""
+        """The permanent communicator of a group from :meth:`create`. The group's ranks must call this together."""
         return self._groups[group.group_name].persistent_communicator(device)
 
     def init_group_coordinator(self, original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
-        """Around ``GroupCoordinator.__init__``: CommunicatorFL stands where NCCL's communicator would."""
+        """Wraps ``GroupCoordinator.__init__``: CommunicatorFL takes the place of NCCL's communicator."""
         arguments = inspect.signature(original).bind(coordinator, *args, **kwargs).arguments
         if arguments["torch_distributed_backend"] != NAME or self.has_fallen_back:
             original(**arguments)
@@ -122,10 +121,10 @@ class FlagCXSetup:
                     f"start without it, or without FlagCX ({self._chosen_by()})"
                 )
             coordinator.pynccl_comm = self.communicator(coordinator.device_group, coordinator.device)
-            coordinator.pynccl_comm.name = coordinator.unique_name  # says more than torch.distributed's
+            coordinator.pynccl_comm.name = coordinator.unique_name  # a clearer error than torch.distributed's
 
     def _agree(self, opts: _DistributedBackendOptions) -> tuple[Decision, CommunicatorFL | None]:
-        """Ask all ranks; if they agree, their communicator is initialized, where there is more than one."""
+        """Ask all ranks. If they agree and there are several, initialize their communicator."""
         rank, world_size = opts.group_rank, opts.group_size
         answer = self._answer()
         decision, communicator = Agreement(opts.store, "chosen", rank, world_size, self._limit).decide(answer), None
@@ -163,9 +162,9 @@ class FlagCXSetup:
     def _create_communicator(
         self, store: Store, name: str, rank: int, world_size: int, device: torch.device, timeout: timedelta
     ) -> CommunicatorFL:
-        """A later group's communicator. That of all ranks works, so a failure is no reason to fall back: it ends the server.
+        """Create a later group's communicator. The first one worked, so a failure here ends the server and does not fall back.
 
-        A rank may come late to a group's first use, as after loading its share of a model: the group's timeout is the limit for that.
+        A rank may be late for a group's first use, for example while loading the model. The limit for that is the group's timeout.
         """
         failed = f"FlagCX's communicator of group {name!r} could not be initialized"
         if absent := absent_ranks(store, rank, world_size, timeout):
@@ -187,7 +186,7 @@ class FlagCXSetup:
             if device.type != "cpu":
                 module = torch.get_device_module(device.type)
                 module.set_device(device)  # a thread's own
-                # Where a rank fails, the others' first kernels wait for it for ever, and the fallback must not queue behind them.
+                # If a rank fails, the others' first kernels wait forever, and the fallback must not queue behind them.
                 own_stream = module.stream(module.Stream(device))
             communicator = CommunicatorFL(library, library.init_rank(world_size, identity, rank), rank, world_size, device, name)
             with own_stream:
@@ -210,7 +209,7 @@ class FlagCXSetup:
 
 
 def _verify(communicator: CommunicatorFL) -> None:
-    """A first all-reduce, whose result is known: it sets the vendor's library up, and shows that data moves."""
+    """Run a first all-reduce with a known result. It initializes the vendor's library and shows that data moves."""
     ones = torch.ones(communicator.world_size, dtype=torch.float32, device=communicator.device)
     communicator.all_reduce(ones)
     if ones.tolist() != [float(communicator.world_size)] * communicator.world_size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends the process when a communicator fails outside of a call, as when a peer is gone; otherwise it would wait forever."""
+"""Ends the process when a communicator fails outside of a call, for example because a peer is gone. Otherwise it would wait forever."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from .communicator import CommunicatorFL
 
 logger = logging.getLogger("sglang_fl")
 
-#: How often the communicators are asked, in seconds.
+#: The interval for asking the communicators, in seconds.
 _INTERVAL = 2.0
 
 
@@ -31,7 +31,7 @@ class Watch:
                 self._thread.start()
 
     def remove(self, communicator: CommunicatorFL) -> None:
-        """Call it before a communicator is freed."""
+        """Stop watching a communicator. Call it before the communicator is freed."""
         with self._lock:
             if communicator in self._communicators:
                 self._communicators.remove(communicator)

@@ -3,7 +3,7 @@
 
 ``facts.py``     versions, settings and the hash
 ``announce.py``  a server's log line and its metric
-``compare.py``   reads what a server or ``sglang-fl ops --json`` wrote, and says what two of them do differently
+``compare.py``   reads the output of two servers or of ``sglang-fl ops --json``, and lists the differences
 """
 
 from .compare import compare, read

@@ -21,7 +21,7 @@ logger = logging.getLogger("sglang_fl")
 METRIC = "sglang_fl_info"
 _LABELS = ("fingerprint", "model", "sglang_fl", "sglang", "chip", "profile", "bindings", "aten_functions", "left_out")
 _gauge: Any = None
-#: A model's class -> its sample that is 1.
+#: A model's class -> the labels of its current sample.
 _samples: dict[str, Any] = {}
 
 
@@ -38,8 +38,8 @@ def announce(
     ``--enable-metrics``.
 
     Args:
-        model: its class's name.
-        log_level: of the line. The metric is set in every process that runs the model; those that agree show as one.
+        model: the name of its class.
+        log_level: the level of the line. Every process of the model sets the metric; equal ones show as one.
         kernels: implementation -> the kernels outside of SGLang's layers that run on it.
 
     Returns:
@@ -78,7 +78,7 @@ def server_facts(
         "operators": [{"op": op, "picked": "; ".join(sorted(to)), "runs_on": sorted(to)} for op, to in sorted(destinations.items())],
         "aten_functions": sorted({function for _, function in replaced.replaced}),
         "aten_scope": "graphs" if replaced.in_graphs else "everywhere",
-        # What the settings select, and what is left to PyTorch nevertheless.
+        # What the settings select, and what is nevertheless left to PyTorch.
         "left_out": {function: reason for _, function, reason in replaced.left if settings.flagos_exclusion_reason(function) is None},
     }
 
@@ -100,7 +100,7 @@ def _set_metric(mark: str, facts: dict[str, Any]) -> None:
     if _gauge is None:
         from prometheus_client import Gauge  # after SGLang has named the directory that processes share
 
-        _gauge = Gauge(METRIC, "What sglang-fl runs in this server: 1; what it ran before: 0", _LABELS, multiprocess_mode="mostrecent")
+        _gauge = Gauge(METRIC, "1: what sglang-fl runs in this server; 0: what it ran before", _LABELS, multiprocess_mode="mostrecent")
     model = facts["model"]
     if model in _samples:
         _samples[model].set(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two servers, or two machines, do differently."""
+"""Compares two servers, or two machines."""
 
 import json
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from typing import Any
 
 from ..config import SettingsError
 
-#: What a server's log says before its fingerprint and the facts behind it.
+#: The text before a fingerprint and its facts in a server's log.
 MARK = "sglang-fl: fingerprint "
 _KEYS = frozenset({"device", "evidence", "profile", "versions", "settings", "operators", "aten_functions", "aten_scope", "left_out"})
-#: What is compared, causes first, and how it is said that one of the two does not have it.
+#: What is compared, causes first, and the text for a side that does not have it.
 ABSENT = {
     "model": "not served",
     "device": "none",
@@ -27,7 +27,7 @@ _ORDER = list(ABSENT)
 
 @dataclass(frozen=True)
 class Difference:
-    """One difference; None: that side does not have it."""
+    """One difference. None: that side does not have it."""
 
     what: str
     name: str
@@ -36,7 +36,7 @@ class Difference:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The facts in a file: what ``sglang-fl ops --json`` printed, or a server's log, which has them for each model that it loaded.
+    """The facts in a file: the output of ``sglang-fl ops --json``, or a server's log, which has them for each model.
 
     Raises:
         SettingsError: the file cannot be read, or has none.
@@ -50,9 +50,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             facts = json.loads(line)
         except ValueError:
-            continue  # a line that was cut off
+            continue  # a truncated line
         if isinstance(facts, dict) and facts.keys() >= _KEYS:
-            found[facts.get("model", "")] = facts  # the last start counts
+            found[facts.get("model", "")] = facts  # the last start in the log
     if not found:
         message = f"--diff: {str(path)!r} is neither what 'sglang-fl ops --json' prints nor a server's log with a line {MARK.strip()!r}"
         raise SettingsError(message)
@@ -60,11 +60,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[Difference]:
-    """What differs between what two files hold, see :func:`read`."""
+    """The differences between two files' facts, see :func:`read`."""
     rows_a, rows_b = dict(_rows(a)), dict(_rows(b))
     names = rows_a.keys() | rows_b.keys()
     if ("model" in a[0]) != ("model" in b[0]):
-        # A server knows its own model's operators, and PyTorch; the command line knows all operators, and no model.
+        # A server knows its model's operators and PyTorch. The command line knows all operators and no model.
         one_sided = {name for name in names if name not in rows_a or name not in rows_b}
         names -= {name for name in one_sided if name[0] in ("model", "operator")} | {("device", "found by")}
     ordered = sorted(names, key=lambda name: (_ORDER.index(name[0]), name[1]))
@@ -89,7 +89,7 @@ def _rows(models: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, str], tuple
             yield ("model", model), (True, "served")
         for row in facts["operators"]:
             name = row["op"] if facts is models[0] else f"{row['op']} of {model}"
-            # Why it stays with SGLang is shown, and is no difference in what runs.
+            # The reason for staying with SGLang is shown, but is not a difference.
             runs_on = {"sglang" if to.startswith("sglang") else to for to in row.get("runs_on", [row["picked"]])}
             yield ("operator", name), (runs_on, row["picked"])
         where = f"replaces ATen operators ({facts['aten_scope']})"

@@ -11,7 +11,7 @@ from ..config import Settings
 from ..utils.packages import installed_version
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
-#: Settings that change logs only, not what runs.
+#: Settings that change logs only.
 _WRITTEN_DOWN = frozenset(
     (
         "dispatch_log",
@@ -27,20 +27,20 @@ _WRITTEN_DOWN = frozenset(
 
 
 def versions() -> dict[str, str | None]:
-    """Of sglang-fl and of all that it runs on; None: not installed."""
+    """The versions of sglang-fl and of all that it runs on. None: not installed."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"sglang-fl": __version__, "python": python, **{name: installed_version(name) for name in _PACKAGES}}
 
 
 def setting_facts(settings: Settings) -> dict[str, dict[str, Any]]:
-    """The value and the source of each setting; orders stand alone, as ``op_backends.rms_norm``."""
+    """The value and the source of each setting. Each order is an entry, such as ``op_backends.rms_norm``."""
     rows = [(name, value, source) for name, value, source in settings.items() if name != "op_backends"]
     rows += [(f"op_backends.{op}", list(order), settings.source_of_order(op)) for op, order in sorted(settings.op_backends)]
     return {name: {"value": list(value) if isinstance(value, tuple) else value, "source": str(source)} for name, value, source in rows}
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
-    """Equal for servers that run the same. Where a setting comes from, and what is written down, is no part of it."""
+    """A hash that is equal for servers that run the same. Sources of settings and log settings are not part of it."""
     settings = {name: row["value"] for name, row in facts["settings"].items() if name not in _WRITTEN_DOWN}
     text = json.dumps({**facts, "settings": settings}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

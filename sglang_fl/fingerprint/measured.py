@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a profile was measured with, and which of its entries that does not hold for any more."""
+"""Compares the conditions of a profile's measurements with those of this process."""
 
 import logging
 import os
@@ -18,10 +18,10 @@ from .facts import versions
 
 logger = logging.getLogger("sglang_fl")
 
-#: Packages whose version is part of what was measured, all entries with it; the source of the kernels' packages is compared itself.
+#: Packages whose version affects all entries. For the kernels' packages the source itself is compared.
 _EVERY_ENTRY = ("torch", "triton", "sglang")
 _KERNELS = ("flag_gems",)
-#: Of a model's configuration, what decides the sizes that kernels see.
+#: Keys of a model's configuration that decide the sizes of kernels' inputs.
 _SHAPE = (
     *("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("num_experts", "n_routed_experts", "num_local_experts", "vocab_size"),
@@ -31,10 +31,10 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Change:
-    """Something is not as it was measured.
+    """A condition that has changed since the measurement.
 
     Attributes:
-        entries: the names of the profile's entries that this touches.
+        entries: the names of the profile's entries that it affects.
     """
 
     what: str
@@ -48,11 +48,11 @@ class Change:
 
 
 def conditions_of(model: Any, chip: str, ranks: int) -> dict[str, Any]:
-    """What figures of this process hold for.
+    """The conditions of measurements in this process.
 
     Args:
-        model: the configuration of the model that it runs, as the transformers package has it; None: it has none.
-        ranks: that a layer is split between.
+        model: the configuration of its model, from the transformers package, or None.
+        ranks: how many ranks share a layer.
     """
     shape = {name: found for name in _SHAPE if isinstance(found := getattr(model, name, None), int)}
     names = getattr(model, "architectures", None) or ["none"]
@@ -66,7 +66,7 @@ def conditions_of(model: Any, chip: str, ranks: int) -> dict[str, Any]:
 
 
 def changes(measured: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What of a profile's ``measured`` is otherwise now."""
+    """The conditions in a profile's ``measured`` that have changed."""
     then, entries = measured.get("with", {}), measured.get("entries", {})
     every = tuple(entries)
     found = [
@@ -91,13 +91,13 @@ def _of_package(entries: Mapping[str, Any], package: str) -> Iterator[str]:
 
 
 def measured_in(path: Path) -> Mapping[str, Any] | None:
-    """What a file says under ``measured``, or None. Raises SettingsError for a file that cannot be read."""
+    """The value of ``measured`` in a file, or None. Raises SettingsError for a file that cannot be read."""
     entry = read_mapping(path, what=CONFIG_FILE, problems=[]).get(MEASURED)
     return entry.value if entry is not None and isinstance(entry.value, dict) else None
 
 
 def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) -> None:
-    """Log which entries of the profiles in use were measured under other conditions than these, which are asked for only then."""
+    """Log the entries of the profiles in use that were measured under other conditions. These are computed only if needed."""
     asked = os.environ.get(CONFIG_FILE, "").strip()
     for path in (asked and Path(asked).expanduser(), settings.profile_file and Path(settings.profile_file)):
         measured = measured_in(path) if path else None
@@ -109,7 +109,7 @@ def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) ->
 
 
 def _driver() -> str:
-    """The version of the accelerator's driver, as far as it can be asked for."""
+    """The version of the accelerator's driver, if it can be read."""
     if not torch.cuda.is_available():
         return "none"
     try:
@@ -117,6 +117,6 @@ def _driver() -> str:
 
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
-    except Exception as error:  # another vendor's, or none of NVIDIA's tools
-        return f"not known ({type(error).__name__})"
+    except Exception as error:  # another vendor's chip, or NVIDIA's tools are missing
+        return f"unknown ({type(error).__name__})"
     return version.decode() if isinstance(version, bytes) else str(version)

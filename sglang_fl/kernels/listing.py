@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Triton and JIT kernel that SGLang's runtime calls, read from the installed source: nothing of SGLang is imported.
 
-A kernel is what runs on the device: a function under ``triton.jit`` and its like, or a module that ``load_jit`` builds. SGLang's
-runtime, ``sglang.srt``, launches a few of them itself. Most it reaches through Python functions of ``sglang.kernels``. Both can be
-replaced; a row is one of either that the runtime names, with the places where it does.
+A kernel runs on the device: a function decorated with ``triton.jit`` or similar, or a module that ``load_jit`` builds. SGLang's
+runtime, ``sglang.srt``, launches a few kernels itself, and most through Python functions of ``sglang.kernels``. Both can be
+replaced. A row of the list is such a kernel or function, with its call sites in the runtime.
 """
 
 import ast
@@ -26,10 +26,10 @@ import platformdirs
 ROOM, RUNTIME = "sglang.kernels", "sglang.srt"
 GRID, PLAIN = "kernel[grid]", "plain"
 
-#: What turns a Python function into a kernel, as a decorator or called: Triton's, and other compilers'.
+#: Decorators or calls that turn a Python function into a kernel: Triton's, and those of other compilers.
 _TRITON = re.compile(r"(triton|gluon)\.(jit|autotune|heuristics)\b")
 _OTHER = re.compile(r"(cute(\.experimental)?|tilelang|flyc|helion)\.(jit|kernel)\b")
-#: Functions that build a kernel from C++, or look one up that is installed.
+#: Functions that build a kernel from C++, or find an installed one.
 _LOADERS = frozenset({"load_jit", "load_inline", "get_kernel"})
 _DEFINES = re.compile("|".join((_TRITON.pattern, _OTHER.pattern)))
 _IMPORT = re.compile(r"^\s*(?:from|import)\s", re.MULTILINE)
@@ -56,15 +56,15 @@ class CallSite:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something to replace.
+    """A kernel, or a function that launches kernels, which can be replaced.
 
     Attributes:
         target: ``module:name``.
         call: :data:`GRID`, or :data:`PLAIN` for a Python function or class.
-        launches: the kernels, as ``module:name``, that a Python function may come to. ``load_jit`` and ``get_kernel``: one that is
-            built from C++, or comes from an installed package such as ``sgl_kernel``.
-        through: Python functions on the way to them, which can be replaced as well.
-        operator: the operator of sglang-fl that covers every one of the call sites.
+        launches: the kernels, as ``module:name``, that a Python function may launch. ``load_jit`` and ``get_kernel`` stand for
+            one that is built from C++, or comes from an installed package such as ``sgl_kernel``.
+        through: Python functions on the way to them, which can also be replaced.
+        operator: the operator of sglang-fl that covers all call sites.
     """
 
     target: str
@@ -84,7 +84,7 @@ class Kernel:
 
 
 class _Module:
-    """A parsed file: what it defines at its top level, and what its names stand for."""
+    """A parsed file: its top-level definitions, and what its names stand for."""
 
     def __init__(self, name: str, path: Path):
         self.name, self.is_package = name, path.name == "__init__.py"
@@ -101,7 +101,7 @@ class _Module:
 
     @cached_property
     def imported(self) -> dict[str, set[str]]:
-        """name -> the dotted paths that it stands for, wherever in the file it is imported."""
+        """name -> the dotted paths that it stands for, from imports anywhere in the file."""
         found: dict[str, set[str]] = {}
         for node in _statements(statement for statement in self.tree.body if self.says(_IMPORT, statement)):
             if isinstance(node, ast.Import):
@@ -116,7 +116,7 @@ class _Module:
         return found
 
     def says(self, pattern: re.Pattern[str], node: ast.stmt) -> bool:
-        """Whether a statement's lines match: to walk over all of SGLang takes a minute."""
+        """Whether a statement's source matches. A quick filter: walking the syntax trees of all of SGLang takes a minute."""
         return pattern.search("\n".join(self._lines[node.lineno - 1 : node.end_lineno])) is not None
 
     def _base(self, node: ast.ImportFrom) -> str:
@@ -127,16 +127,16 @@ class _Module:
         return ".".join([*package, *filter(None, [node.module])])
 
     def paths(self, node: ast.AST) -> Iterator[str]:
-        """The dotted paths that a name, or the attribute of a module, may stand for."""
+        """The dotted paths that a name or a module's attribute may stand for."""
         if isinstance(node, ast.Name):
             yield from self.imported.get(node.id, ())
-            if node.id in self.defined:  # on other devices than those for which it is imported
+            if node.id in self.defined:  # the definition for devices on which it is not imported
                 yield f"{self.name}.{node.id}"
         elif isinstance(node, ast.Attribute):
             yield from (f"{path}.{node.attr}" for path in self.paths(node.value))
 
     def references(self, body: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-        """Each name or attribute in ``body`` that may stand for something of another module or of this one's top level."""
+        """Each name or attribute in ``body`` that may stand for something from another module or from this one's top level."""
         for node in ast.iter_child_nodes(body):
             found = list(self.paths(node)) if isinstance(getattr(node, "ctx", None), ast.Load) else []
             yield from ((node, path) for path in found)
@@ -145,7 +145,7 @@ class _Module:
 
 
 def _statements(given: Iterable[ast.stmt], inside: tuple[type[ast.stmt], ...] = (ast.stmt,)) -> Iterator[ast.stmt]:
-    """Statements and those in them, as far as they are of these kinds. (To walk over expressions, too, takes ten times as long.)"""
+    """Statements, and those nested in statements of these kinds. (Walking expressions as well takes ten times as long.)"""
     for statement in given:
         yield statement
         if isinstance(statement, inside):
@@ -156,14 +156,14 @@ def _statements(given: Iterable[ast.stmt], inside: tuple[type[ast.stmt], ...] = 
 
 
 def _compiler(node: ast.AST) -> re.Pattern[str] | None:
-    """What makes a definition a kernel."""
+    """The pattern of the compiler that makes a definition a kernel, or None."""
     made_by = node.decorator_list if isinstance(node, ast.FunctionDef) else [node.func] if isinstance(node, ast.Call) else []
     text = "\n".join(map(ast.unparse, made_by))
     return next((pattern for pattern in (_TRITON, _OTHER) if pattern.search(text)), None)
 
 
 class _Source:
-    """The installed SGLang's files, those parsed that matter here."""
+    """The files of the installed SGLang. Relevant ones are parsed on demand."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -185,12 +185,12 @@ class _Source:
         return _Module(name, self.files[name])
 
     def is_home(self, path: str) -> bool:
-        """Whether kernels are defined in a module, or in the one that a dotted path begins with."""
+        """Whether a module, or the module that a dotted path begins with, defines kernels."""
         return path.startswith(ROOM) or path in self._homes or path.rpartition(".")[0] in self._homes
 
     @cache  # noqa: B019
     def definition(self, path: str) -> str | None:
-        """``module:name`` of a dotted path, through the modules that only hand it on. None: it is nothing of SGLang's."""
+        """``module:name`` of a dotted path, followed through re-exports. None: SGLang does not define it."""
         parts = path.split(".")
         for end in range(len(parts) - 1, 0, -1):
             if (name := ".".join(parts[:end])) in self.files:
@@ -210,11 +210,11 @@ class _Source:
 
     @cache  # noqa: B019
     def next_to(self, target: str) -> frozenset[str]:
-        """What a definition names, of SGLang's: other definitions, and loaders by their bare name."""
+        """The definitions of SGLang that a definition refers to. Loaders are given by their bare name."""
         module = self.parsed(target.partition(":")[0])
         found: set[str | None] = set()
         for node in self._nodes(target):
-            # An assignment's value is no more than itself.
+            # An assignment's value is a single expression.
             for _, path in module.references(ast.Expr(node) if isinstance(node, ast.expr) else node):
                 loader = path.rpartition(".")[2]
                 found.add(loader if loader in _LOADERS else self.definition(path))
@@ -222,7 +222,7 @@ class _Source:
 
     @cache  # noqa: B019
     def beneath(self, target: str) -> tuple[set[str], set[str]]:
-        """The kernels that a function of ``sglang.kernels`` may come to, loaders among them; and the Python functions on the way."""
+        """The kernels (and loaders) that a function of ``sglang.kernels`` may reach, and the Python functions on the way."""
         pending, seen, kernels = [target], {target}, set()
         while pending:
             for found in self.next_to(pending.pop()) - seen:
@@ -239,7 +239,7 @@ def _module_name(root: Path, path: Path) -> str:
 
 
 def _sites(source: _Source, module: _Module, operators: Mapping[str, str]) -> Iterator[tuple[str, CallSite]]:
-    """Where a module of the runtime names a kernel or a function of ``sglang.kernels``, and which."""
+    """The call sites of kernels, and of functions of ``sglang.kernels``, in a module of the runtime: (target, site)."""
     file = module.name.replace(".", "/") + ("/__init__.py" if module.is_package else ".py")
     names = [name for name, paths in module.imported.items() if any(map(source.is_home, paths))]
     names += [name for name in module.defined if source.compiler(f"{module.name}:{name}")]
@@ -250,7 +250,7 @@ def _sites(source: _Source, module: _Module, operators: Mapping[str, str]) -> It
             if isinstance(node, ast.stmt) and not module.says(pattern, node):
                 continue
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                if not _compiler(node):  # what a kernel names is a part of it
+                if not _compiler(node):  # names inside a kernel belong to that kernel
                     op = operators.get(node.name, operator) if isinstance(node, ast.ClassDef) else operator
                     yield from visit(node, (*around, node.name), op)
                 continue
@@ -265,11 +265,11 @@ def _sites(source: _Source, module: _Module, operators: Mapping[str, str]) -> It
 
 
 def kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
-    """What SGLang's runtime calls, by target. Parses 1,400 files, which takes ten seconds of CPU.
+    """The kernels and functions that SGLang's runtime calls, by target. Parses 1,400 files, in about ten seconds.
 
     Args:
         root: the folder of the package ``sglang``.
-        operators: layer class, or ``module:function`` -> the operator of sglang-fl that can take it over.
+        operators: layer class, or ``module:function`` -> the operator of sglang-fl that can replace it.
     """
     source = _Source(root)
     sites: dict[str, set[CallSite]] = {}
@@ -284,7 +284,7 @@ def kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
         if compiler or launches:
             around = {site.operator for site in places}
             operator = operators.get(target) or (around.pop() if len(around) == 1 else None)
-            # A function counts as on the way if it comes to a kernel itself.
+            # Only functions that reach a kernel themselves.
             through = {name for name in through if source.beneath(name)[0]}
             ordered = tuple(sorted(places, key=lambda site: (site.file, site.line)))
             call = GRID if compiler is _TRITON else PLAIN
@@ -293,20 +293,20 @@ def kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
 
 
 def remembered_kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
-    """The same, from the user's cache once it was made for these files."""
+    """The same, cached in the user's cache folder for these files."""
     facts = [(str(path), (stat := path.stat()).st_mtime_ns, stat.st_size) for path in sorted(root.rglob("*.py"))]
     key = hashlib.sha256(repr((facts, sorted(operators.items()), inspect.getsource(sys.modules[__name__]))).encode()).hexdigest()
     file = Path(platformdirs.user_cache_dir("sglang-fl")) / f"kernels-{key[:16]}.json"
     if file.exists():
         return list(map(_from_data, json.loads(file.read_text())))
     was_enabled = gc.isenabled()
-    gc.disable()  # it would walk over the growing trees again and again, for half of the time
+    gc.disable()  # the garbage collector would scan the growing trees for half of the time
     try:
         found = kernels(root, operators)
     finally:
         if was_enabled:
             gc.enable()
-    with contextlib.suppress(OSError):  # where nothing can be kept, it is made again
+    with contextlib.suppress(OSError):  # without a writable cache the list is built each time
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps([asdict(kernel) for kernel in found]))

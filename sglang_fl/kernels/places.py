@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where SGLang has a kernel: a name in a module's source, and what stands there in a process.
+"""Finds a kernel of SGLang by its name in a module's source, and replaces it in the process.
 
-SGLang's HookRegistry puts a function in the place of another, in every module that has imported it. It imports the target for
-that, and what it puts there cannot be launched with a grid (``kernel[grid]``). So an object stands here, which both can; it is put
-into modules that are there, and into the others when they are imported.
+SGLang's HookRegistry replaces a function in every module that has imported it. But it imports the target, and its replacement cannot
+be launched with a grid (``kernel[grid]``). A hook object here supports both calls and launches. It is set in modules that are already
+imported, and in the others when they are imported.
 """
 
 import ast
@@ -19,16 +19,16 @@ from typing import Any
 
 from ..utils.suggest import suggest
 
-#: Decorators that make a function a kernel to be launched with a grid end in one of these.
+#: Decorators ending in one of these make a function a kernel that is launched with a grid.
 _LAUNCHED = frozenset({"jit", "autotune", "heuristics"})
 
 
 class KernelHook:
-    """What stands in a kernel's place, launched or called like it.
+    """Replaces a kernel in its module. It is launched or called like the kernel.
 
     Attributes:
-        forward: called with the hook, a launch's grid (None for a call) and the arguments; None: SGLang's own runs.
-        own: SGLang's kernel, once its module was imported; ``kernel.__wrapped__`` for everyone else.
+        forward: called with the hook, the launch's grid (None for a call) and the arguments. None: SGLang's own kernel runs.
+        own: SGLang's kernel, set when its module is imported. Others get it as ``kernel.__wrapped__``.
     """
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ class KernelHook:
         return self.own(*args, **kwargs) if forward is None else forward(self, None, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "own":  # of a copy that is being made
+        if name == "own":  # while a copy is being created
             raise AttributeError(name)
         return self.own if name == "__wrapped__" else getattr(self.own, name)
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's own loader, and hooks once it has executed the module."""
+    """Runs a module's own loader, then sets the hooks in the module."""
 
     def __init__(self, own: Any, hooks: Mapping[str, KernelHook]) -> None:
         self._own = own
@@ -72,7 +72,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Places(importlib.abc.MetaPathFinder):
-    """Finds the modules that are to get hooks, as the finders behind it do."""
+    """An import finder for modules that need hooks. The finders after it do the work."""
 
     def __init__(self) -> None:
         self.hooks: dict[str, dict[str, KernelHook]] = {}
@@ -93,10 +93,10 @@ _places = _Places()
 
 
 def put_in_place(hooks: Mapping[str, KernelHook]) -> None:
-    """Have SGLang find hooks where its kernels are, ``sglang.module:name``, now or when the module is imported.
+    """Set hooks for SGLang's kernels, ``sglang.module:name``, now or when the module is imported.
 
-    Imports nothing. A name that a module does not have here, since it is defined on other devices only, stays without one.
-    What holds a kernel otherwise than as a module's name (a class, a table, a custom operator of PyTorch's) keeps SGLang's.
+    Imports nothing. A name that the module does not have on this device gets no hook. Kernels that SGLang keeps elsewhere than in a
+    module's name (in a class, a table, a custom operator of PyTorch) are not replaced.
     """
     if _places not in sys.meta_path:
         sys.meta_path.insert(0, _places)
@@ -110,7 +110,7 @@ def put_in_place(hooks: Mapping[str, KernelHook]) -> None:
 
 
 def _put(module: ModuleType, hooks: Mapping[str, KernelHook]) -> list[KernelHook]:
-    """Returns those that were put there."""
+    """Set the hooks in a module. Returns those that were set."""
     put = []
     for name, hook in hooks.items():
         own = vars(module).get(name)
@@ -122,7 +122,7 @@ def _put(module: ModuleType, hooks: Mapping[str, KernelHook]) -> list[KernelHook
 
 
 def _rebind(hooks: Mapping[int, KernelHook]) -> None:
-    """In modules that imported a kernel before its hook was there."""
+    """Set hooks in modules that imported a kernel before."""
     for module in list(sys.modules.values()) if hooks else ():
         if isinstance(module, ModuleType):
             for name, value in list(vars(module).items()):
@@ -131,7 +131,7 @@ def _rebind(hooks: Mapping[int, KernelHook]) -> None:
 
 
 def problem_with(target: str, takes_grid: bool = False) -> str | None:
-    """Why SGLang has no kernel under a name, or it is not launched with a grid as its replacement expects; or None. Imports nothing."""
+    """Why a replacement does not fit: no such kernel, or it is not launched with a grid as expected. Or None. Imports nothing."""
     module, _, name = target.partition(":")
     file = _file(module)
     if file is None:
@@ -155,7 +155,7 @@ def _roots(package: str) -> Iterator[Path]:
 
 
 def _file(module: str) -> Path | None:
-    """A module's source, without importing the packages above it."""
+    """A module's source file, found without importing its parent packages."""
     package, *rest = module.split(".")
     for root in _roots(package):
         path = root.joinpath(*rest)
@@ -170,7 +170,7 @@ def _package_of(module: str, file: Path) -> str:
 
 
 def _modules_near(module: str) -> list[str]:
-    """The modules in the last folder of a module's path that there is."""
+    """The modules in the deepest existing folder of a module's path."""
     package, *rest = module.split(".")
     folder = next(_roots(package), None)
     if folder is None:
@@ -183,7 +183,7 @@ def _modules_near(module: str) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _names(file: Path) -> Mapping[str, ast.AST]:
-    """What a module's source defines or imports at its top level, in whatever branch, and the last statement that does."""
+    """The names that a module's source defines or imports at its top level, in any branch, each with its last statement."""
     return dict(_defined(ast.parse(file.read_text(encoding="utf-8")).body))
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often SGLang's processes reach its kernels, counted with nothing of SGLang changed.
+"""Counts how often SGLang's processes call its kernels, without changing SGLang.
 
-Python's profiler looks at each call of a Python function, so that a traced server is slower. Counted are launches,
-``kernel[grid]``, calls of functions of ``sglang.kernels`` from elsewhere, and whatever runs in the place of either. What a graph replays
-is not counted.
+Python's profiler sees each call of a Python function, so a traced server is slower. Counted are launches (``kernel[grid]``), calls of
+functions of ``sglang.kernels`` from other modules, and calls of their replacements. Graph replays are not counted.
 """
 
 import atexit
@@ -19,10 +18,10 @@ from typing import Any
 
 from .places import KernelHook
 
-#: Names a folder in which each process writes its counts; set by ``sglang-fl kernels --trace`` for the server that it starts.
+#: The folder where each process writes its counts. ``sglang-fl kernels --trace`` sets it for its server.
 VARIABLE = "_SGLANG_FL_KERNEL_TRACE"
 ROOM = "sglang.kernels."
-#: Whose functions stand between a caller and what it calls: SGLang's decorators, and a hook without effect.
+#: Functions of these modules are skipped between caller and callee: SGLang's decorators, and a hook without effect.
 _BETWEEN = ("sglang.kernels.kernel_api_logging", "sglang.kernels.jit.utils", KernelHook.__module__)
 _LAUNCH, _HOOK = "__getitem__", KernelHook.__call__.__code__
 SECONDS_BETWEEN_WRITES = 0.5
@@ -34,7 +33,7 @@ class Trace:
     def __init__(self, folder: Path):
         self._path = folder / f"{os.getpid()}.json"
         self._counts: Counter[str] = Counter()
-        #: What a code object is: a function of SGLang's kernels, a launch, or nothing of either.
+        #: Code object -> what it is: a function of SGLang's kernels, a launch, or neither.
         self._kinds: dict[CodeType, str] = {}
         self._written = 0
 
@@ -62,7 +61,7 @@ class Trace:
         if name:
             self._counts[name] += 1
             if self._counts[name] == 1:
-                self._write()  # the call may be the process's last
+                self._write()  # the process may end in this call
 
     def _write(self) -> None:
         counts = dict(self._counts)
@@ -90,7 +89,7 @@ def _kind_of(frame: FrameType) -> str:
 
 
 def _launched(kernel: Any) -> str:
-    """The name of what ``kernel[grid]`` launches, under its autotuner, heuristics or interpreter; empty: nothing of SGLang's."""
+    """The name of the kernel that ``kernel[grid]`` launches, without autotuner, heuristics or interpreter. Empty: not SGLang's."""
     if isinstance(kernel, KernelHook):
         return _replaced(kernel)
     while kernel is not None and not hasattr(kernel, "__code__"):
@@ -99,7 +98,7 @@ def _launched(kernel: Any) -> str:
 
 
 def _replaced(hook: KernelHook) -> str:
-    """The name of what a hook stands for; empty where SGLang's own runs, which is counted itself."""
+    """The name of the kernel that a hook replaces. Empty if SGLang's own runs, which is counted itself."""
     return "" if hook.forward is None else _launched(hook.own)
 
 
@@ -109,7 +108,7 @@ def _name(function: Any) -> str:
 
 
 def _is_called_from_elsewhere(frame: FrameType) -> bool:
-    """Not by another function of the room, nor by Triton's interpreter, which calls a kernel's own function."""
+    """Whether the caller is outside of ``sglang.kernels`` and of Triton's interpreter, which calls a kernel's own function."""
     caller = frame.f_back
     while caller is not None and _module(caller).startswith(_BETWEEN):
         caller = caller.f_back
@@ -121,14 +120,14 @@ def _module(frame: FrameType) -> str:
 
 
 def start_if_asked() -> None:
-    """In each process of SGLang, while it loads its plugins."""
+    """Start counting if asked. Called in each process of SGLang while it loads its plugins."""
     folder = os.environ.get(VARIABLE)
     if folder:
         Trace(Path(folder)).start()
 
 
 def total(folder: Path) -> Counter[str]:
-    """The counts of all processes that wrote into a folder."""
+    """The sum of the counts that processes wrote into a folder."""
     counts: Counter[str] = Counter()
     for file in folder.glob("*.json"):
         counts.update(json.loads(file.read_text()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoadedModel: a model in worker processes, one a rank, as their parent sees it. It imports neither SGLang nor PyTorch."""
+"""LoadedModel: a model in worker processes, one per rank. This parent side imports neither SGLang nor PyTorch."""
 
 import argparse
 import contextlib
@@ -20,17 +20,17 @@ from typing import IO, Any
 from ..utils.server import free_port
 from ..utils.signals import exit_reason
 
-#: Loading a model of hundreds of gigabytes from a slow disk, in seconds.
+#: The time limit of loading, in seconds: enough for hundreds of gigabytes from a slow disk.
 LOAD_LIMIT = 3600.0
 _POLL_SECONDS, _END_SECONDS = 0.05, 10.0
 
 
 class RunFailed(RuntimeError):
-    """A call gave no result.
+    """A call returned no result.
 
     Attributes:
-        rank: on which this was found first.
-        output: the last that this rank's process wrote.
+        rank: the rank where this was found first.
+        output: the last output of this rank's process.
     """
 
     def __init__(self, message: str, rank: int, output: str):
@@ -43,15 +43,15 @@ class Crashed(RunFailed):
 
 
 class Hung(RunFailed):
-    """A call took longer than it may."""
+    """A call exceeded its time limit."""
 
 
 class CallFailed(RunFailed):
-    """What was called raised, loading the model included. Its processes still answer, unless a collective was left half done."""
+    """The called function raised, or loading failed. The processes still answer, unless a collective was left unfinished."""
 
 
 class LoadedModel:
-    """A model in one process a rank, loaded as a server loads it. Use it in a ``with`` statement; entering loads the model.
+    """A model in one process per rank, loaded as in a server. Use it in a ``with`` statement, which loads the model.
 
     Args:
         model: a directory, or a name that SGLang downloads.
@@ -79,20 +79,21 @@ class LoadedModel:
         self.close()
 
     def call(self, function: Callable[..., Any], *args: Any, limit: float = 600.0) -> list[Any]:
-        """Call ``function(run, *args)`` in each rank; ``run`` is a :class:`ModelRun`. The function is one that a module names.
+        """Call ``function(run, *args)`` in each rank. ``run`` is a :class:`ModelRun`. The function must be a module's attribute.
 
         Args:
-            limit: how long it may take, in seconds.
+            limit: the time limit in seconds.
 
         Returns:
             the results, by rank.
 
         Raises:
-            RunFailed: it raised, a process ended, or took longer. After :class:`Crashed` and :class:`Hung` no process is left.
+            RunFailed: the function raised, a process ended, or the limit was exceeded. After :class:`Crashed` and :class:`Hung`
+                no process is left.
         """
         message = pickle.dumps((function, args))
         for worker in self._workers:
-            with contextlib.suppress(BrokenPipeError):  # it has ended; waiting for its answer tells how
+            with contextlib.suppress(BrokenPipeError):  # it has ended; reading its answer shows how
                 worker.connection.send_bytes(message)
         return self._answers(limit, getattr(function, "__name__", str(function)))
 
@@ -112,7 +113,7 @@ class LoadedModel:
                     results[rank] = answer[1]
                     if answer[0] == "raised" and failed is None:
                         failed = CallFailed(f"{self._of(rank)}, {what}: {answer[1]}", rank, answer[2] or worker.last_words())
-                        end = min(end, time.monotonic() + _END_SECONDS)  # the others may wait for this one in a collective
+                        end = min(end, time.monotonic() + _END_SECONDS)  # the other ranks may wait for this one in a collective
             if time.monotonic() > end and len(results) < len(self._workers):
                 rank = next(rank for rank in range(len(self._workers)) if rank not in results)
                 message = f"{self._of(rank)} gave no answer within {limit:g} s while {what}"
@@ -122,7 +123,7 @@ class LoadedModel:
         return [results[rank] for rank in range(len(self._workers))]
 
     def _lost(self, error: RunFailed, first: RunFailed | None) -> None:
-        """End all: ranks wait for each other. Raises what came first."""
+        """End all processes, since ranks wait for each other. Raises the first error."""
         self.close()
         raise first or error
 
@@ -130,7 +131,7 @@ class LoadedModel:
         return f"rank {rank}" if self._ranks > 1 else "the model's process"
 
     def close(self) -> None:
-        """End the processes, and all that they started."""
+        """End the processes and all their children."""
         for worker in self._workers:
             worker.kill()
         for worker in self._workers:
@@ -139,14 +140,14 @@ class LoadedModel:
 
 
 class _Worker:
-    """One process, in a session of its own: Ctrl-C reaches it through its parent."""
+    """A process in a session of its own, so that Ctrl-C reaches only its parent."""
 
     def __init__(self, job: Mapping[str, Any], environ: Mapping[str, str]):
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         ours, theirs = socketpair()
         self.connection = Connection(ours.detach())
         try:
-            # ``-m`` puts this folder before the library: a vendor's platform.py would be taken for Python's.
+            # ``-m`` puts the current folder first in sys.path: a vendor's platform.py would hide Python's.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sglang_fl.model_run.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -161,11 +162,11 @@ class _Worker:
         self.connection.send_bytes(pickle.dumps(job))
 
     def answer(self, seconds: float) -> Any:
-        """(``"result"``, what) or (``"raised"``, message, traceback), once it is there. Raises EOFError: it has ended."""
+        """Wait for (``"result"``, value) or (``"raised"``, message, traceback). Raises EOFError if the process has ended."""
         if self.connection.poll(seconds):
             return pickle.loads(self.connection.recv_bytes())
         if self._process.poll() is not None and not self.connection.poll(0):
-            raise EOFError  # what it forked may hold the connection open
+            raise EOFError  # its children may keep the connection open
         return None
 
     def ending(self) -> str:
@@ -182,7 +183,7 @@ class _Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        # A kernel that hangs in a driver can keep its process from ending; it is not waited for.
+        # A process that hangs in a driver may not end. Do not wait for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=_END_SECONDS)
         self.connection.close()
@@ -190,7 +191,7 @@ class _Worker:
 
 
 def ranks_of(arguments: Sequence[str]) -> int:
-    """How many ranks a server's arguments ask for; 1 where SGLang will not understand them and say so."""
+    """The number of ranks in a server's arguments. 1 if it cannot be read; SGLang then reports the error."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="ranks")
     try:
@@ -200,6 +201,6 @@ def ranks_of(arguments: Sequence[str]) -> int:
 
 
 def is_missing_directory(model: str) -> bool:
-    """Whether a model is given as a path and there is nothing: SGLang would take it for a name on the Hugging Face Hub."""
+    """Whether a model is a path that does not exist. SGLang would look it up on the Hugging Face Hub."""
     path = Path(model).expanduser()
     return not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1)

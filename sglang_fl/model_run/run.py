@@ -12,18 +12,18 @@ import torch
 
 from .switches import Switches
 
-#: Of the model's weights where they are random, and before each batch.
+#: The seed of random weights, set again before each batch.
 _SEED = "1"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that run together: a prefill of each but for its last tokens, which are then decoded one by one, whatever the model says.
+    """Sequences that run together. All but the last tokens are prefilled. The last are forced, one per decode step.
 
     Attributes:
         name: for reports.
-        sequences: token ids; each has more than ``decoded + 1``.
-        decoded: how many decode steps there are.
+        sequences: token ids, each more than ``decoded + 1``.
+        decoded: the number of decode steps.
     """
 
     name: str
@@ -32,16 +32,16 @@ class Batch:
 
 
 class ModelRun:
-    """One rank of a model that SGLang has loaded as a server loads it, with sglang-fl in force as the settings say.
+    """One rank of a model that SGLang has loaded as in a server, with sglang-fl bound by the settings.
 
     Attributes:
-        rank: of this process.
+        rank: the rank of this process.
         runner: SGLang's ModelRunner.
         model: its module.
         tokenizer: None with ``--skip-tokenizer-init``.
         server_args: SGLang's, resolved.
-        switches: what sglang-fl replaces in the model.
-        phase: what runs just now: the batch's name and ``prefill`` or ``decode``; and the step, from 0 on.
+        switches: the replacements in the model.
+        phase: what is running: the batch's name, ``prefill`` or ``decode``, and the step from 0.
     """
 
     def __init__(self, rank: int, bench_runner: Any, tokenizer: Any, server_args: Any):
@@ -59,7 +59,7 @@ class ModelRun:
 
         Args:
             arguments: any other argument of an SGLang server.
-            port: on which the ranks find each other.
+            port: the ranks' rendezvous.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from sglang.benchmark import one_batch
@@ -67,7 +67,7 @@ class ModelRun:
         from sglang.srt.server_args import PortArgs, prepare_server_args
 
         load_plugins()
-        # What the user gives comes last, and wins.
+        # The user's arguments come last, so they override these.
         args = prepare_server_args(
             ["--model-path", model, "--random-seed", _SEED, "--nccl-port", str(port), "--disable-radix-cache", *arguments]
         )
@@ -86,16 +86,16 @@ class ModelRun:
 
     @property
     def longest(self) -> int:
-        """Tokens that a sequence can have."""
+        """The largest number of tokens in a sequence."""
         return int(min(self.runner.model_config.context_len, self.runner.max_total_num_tokens - 1))
 
     def reset(self) -> None:
-        """Forget all sequences: no KV cache and no state of a linear attention is left, and random numbers begin anew."""
+        """Clear the KV cache and the states of linear attention, and reset the random seed."""
         self._bench.clear()
         torch.manual_seed(int(_SEED))
 
     def forward(self, batch: Batch) -> Iterator[torch.Tensor]:
-        """Run a batch from a reset on. Yields the logits ``[sequences, vocabulary]``: of the prefill, and of each decode step.
+        """Reset and run a batch. Yields the logits ``[sequences, vocabulary]`` of the prefill and of each decode step.
 
         Raises:
             ValueError: a sequence is too short for the decode steps, or longer than the model takes.
@@ -128,10 +128,10 @@ class ModelRun:
         return request
 
     def logprobs(self, batch: Batch) -> Any:
-        """The log-probabilities of the last ``decoded + 1`` tokens of each sequence, each from those before it.
+        """The log-probabilities of the last ``decoded + 1`` tokens of each sequence, given the tokens before.
 
         Returns:
-            float64 ``[decoded + 1, sequences]``, a numpy array; log-softmax is taken in float64, outside of all that is replaced.
+            a float64 numpy array ``[decoded + 1, sequences]``. The log-softmax is computed in float64, without replacements.
         """
         wanted = np.array([tokens[-batch.decoded - 1 :] for tokens in batch.sequences])
         rows = []

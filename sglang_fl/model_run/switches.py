@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sglang-fl has put in SGLang's place in this process: switched on and off, and observed."""
+"""The replacements of sglang-fl in this process: switched on and off, and observed."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,12 +18,12 @@ LAYER, FUNCTION, ATEN = "layer class", "function", "FlagGems function"
 
 @dataclass(frozen=True, order=True)
 class Replacement:
-    """One thing that the settings can leave to SGLang or PyTorch alone.
+    """A replacement that the settings can turn off by itself.
 
     Attributes:
         kind: a layer class of SGLang, a function of SGLang, or a FlagGems function.
-        name: of that class or function.
-        by: the implementation in its place; for a FlagGems function, the ATen operators that it replaces.
+        name: the name of that class or function.
+        by: the implementation that replaces it. For a FlagGems function: the ATen operators that it replaces.
     """
 
     kind: str
@@ -35,14 +35,14 @@ class Replacement:
 
 
 class LayerCall(NamedTuple):
-    """Where a call of a bound layer or function goes.
+    """A call of a bound layer or function.
 
     Attributes:
-        replacement: what is bound.
-        path: the layer's name in the model; a function's own.
+        replacement: the replacement that is bound.
+        path: the layer's name in the model, or the function's name.
         socket: the call site.
         impl: the implementation.
-        forward: with ``forward(around)`` a forward like the bound one, with ``around(implementation's function)`` in its place.
+        forward: ``forward(around)`` builds a forward like the bound one that calls ``around(implementation's function)``.
     """
 
     replacement: Replacement
@@ -53,14 +53,14 @@ class LayerCall(NamedTuple):
 
 
 class AtenCall(NamedTuple):
-    """Where a call of an ATen operator goes.
+    """A call of a replaced ATen operator.
 
     Attributes:
         replacement: the FlagGems function.
         key: the ATen operator, ``mul.Tensor``.
         fn: the function itself.
-        registered: what serves: ``fn``, or what tries its first call.
-        kernel: PyTorch's own kernel. It is made of other operators at times; None: it cannot be called.
+        registered: the registered function: ``fn``, or a wrapper that tries its first call.
+        kernel: PyTorch's own kernel, which may call other operators. None: it cannot be called.
     """
 
     replacement: Replacement
@@ -71,10 +71,10 @@ class AtenCall(NamedTuple):
 
 
 class Switches:
-    """All that is replaced in the models of this process.
+    """All replacements in the models of this process.
 
     Attributes:
-        replacements: what is replaced; a layer class that several implementations serve has an entry for each.
+        replacements: one for each pair of layer class and implementation, and for each FlagGems function.
     """
 
     def __init__(self) -> None:
@@ -92,22 +92,22 @@ class Switches:
         self._layer_around: Callable[[LayerCall], Function] | None = None
 
     def set(self, on: Collection[Replacement]) -> None:
-        """Have these on, and everything else left to SGLang and PyTorch.
+        """Turn these on and all others off.
 
         Raises:
-            ValueError: one is not replaced here.
+            ValueError: one of them is not a replacement here.
         """
         if unknown := set(on) - set(self.replacements):
-            raise ValueError(f"nothing here is {', '.join(map(str, sorted(unknown)))}")
+            raise ValueError(f"not replacements in this process: {', '.join(map(str, sorted(unknown)))}")
         self._on = frozenset(on)
         self._install()
         if self._operators is not None:
-            for name in self._operators.functions:  # of those here at the start some may be excluded by now
+            for name in self._operators.functions:  # some functions may be excluded by now
                 self._operators.switch(name, self._functions[name] in self._on)
 
     @contextmanager
     def only(self, on: Collection[Replacement]) -> Iterator[None]:
-        """Have these on for a while."""
+        """Within the block, turn only these on."""
         before = self._on
         self.set(on)
         try:
@@ -117,11 +117,11 @@ class Switches:
 
     @contextmanager
     def observed(self, layer: Callable[[LayerCall], Function], aten: Callable[[AtenCall], Function]) -> Iterator[None]:
-        """For a while, have what is on replaced by what these make of it.
+        """Within the block, wrap what is on.
 
         Args:
-            layer: makes a forward, called with the layer, or a function's hook, and SGLang's arguments.
-            aten: makes a function like FlagGems's.
+            layer: returns a forward, which is called with the layer (or a function's hook) and SGLang's arguments.
+            aten: returns a function like FlagGems's.
         """
 
         def around(function: str, key: str, fn: Function, registered: Function, kernel: Function | None) -> Function:

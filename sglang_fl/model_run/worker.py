@@ -38,11 +38,11 @@ def main() -> None:
 
 
 def _answer(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Call a function and send what came of it. Returns whether it returned."""
+    """Call a function and send its result or error. Returns whether it returned."""
     try:
         _send(connection, ("result", function(*args)))
         return True
-    except SystemExit:  # of SGLang's argument parser, whose message went to standard error
+    except SystemExit:  # raised by SGLang's argument parser, which printed its message
         sys.stderr.flush()
         _send(connection, ("raised", "SGLang does not take its arguments", ""))
     except BaseException as error:
@@ -51,7 +51,7 @@ def _answer(connection: Connection, function: Callable[..., Any], args: tuple[An
 
 
 def _send(connection: Connection, answer: Any) -> None:
-    # Not ``send``: PyTorch would share tensors by files that this process holds open.
+    # Not ``send``: PyTorch would share tensors through files that this process keeps open.
     connection.send_bytes(pickle.dumps(answer))
 
 

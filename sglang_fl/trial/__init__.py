@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First runs: of a FlagGems function, or of an operator's implementation.
+"""First runs of FlagGems functions and of operators' implementations.
 
-What raises in its trial is handled by the callers. This package handles what hangs or kills the process:
+Callers handle a trial that raises. This package handles one that hangs or kills the process:
 
-``guard.py``   writes a name down before its first run, and ends the process where that run does not end
-``record.py``  the file that the next start reads, to leave out what ended an earlier one
+``guard.py``   writes a name to the record before its first run, and ends the process if the run exceeds its limit
+``record.py``  the file that the next start reads, to leave out what ended an earlier start
 ``graph.py``   a run inside a graph that is discarded
 """
 

@@ -12,10 +12,10 @@ from ..utils.graphs import graphs_of
 
 
 def capture_and_discard(function: Callable[[], Any], device: torch.device) -> None:
-    """Capture a call. Nothing is executed, so what the function writes stays as it was. Without graphs on the device: nothing.
+    """Capture a call and discard the graph. Nothing is executed or written. On a device without graphs this does nothing.
 
     Raises:
-        Exception: what the function raised, or the device at the capture's end.
+        Exception: raised by the function, or by the device at the end of the capture.
     """
     graphs = graphs_of(device)
     if graphs is None:
@@ -31,7 +31,7 @@ def capture_and_discard(function: Callable[[], Any], device: torch.device) -> No
             try:
                 function()
             except Exception as error:
-                raised = error  # the end of the capture raises another one, of no interest
+                raised = error  # the end of the capture raises a second, irrelevant one
                 raise
     except Exception as error:
         recover(device, pool)
@@ -39,7 +39,7 @@ def capture_and_discard(function: Callable[[], Any], device: torch.device) -> No
 
 
 def recover(device: torch.device, pool: Any) -> None:
-    """After a capture that failed: PyTorch's allocator and random numbers are left as if it went on.
+    """Clean up after a failed capture: PyTorch leaves its allocator and random generators as if capturing.
 
     Args:
         pool: the graph's memory pool.
@@ -51,10 +51,10 @@ def recover(device: torch.device, pool: Any) -> None:
     module = torch.get_device_module(device)
     end, release = (getattr(torch._C, f"_{device.type}_{name}", None) for name in ("endAllocateToPool", "releasePool"))
     if end is not None and release is not None and pool is not None:
-        with contextlib.suppress(RuntimeError):  # this PyTorch did it itself
+        with contextlib.suppress(RuntimeError):  # this PyTorch has cleaned up itself
             end(module.current_device(), pool)
             release(module.current_device(), pool)
-    # A capture that ends well puts the generators right.
+    # A successful capture resets the generators.
     with warnings.catch_warnings(), _same_stream(module):
         warnings.filterwarnings("ignore", message="The .* Graph is empty")
         with capture(new_graph()):
@@ -63,7 +63,7 @@ def recover(device: torch.device, pool: Any) -> None:
 
 @contextlib.contextmanager
 def _same_stream(module: Any) -> Any:
-    """A capture that fails at its end leaves its own stream behind as the current one."""
+    """Restore the current stream: a capture that fails at its end leaves its own stream current."""
     outside = module.current_stream()
     try:
         yield

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guards a first run: writes its name to the record before, and ends the process if the run does not end.
+"""Guards a first run: writes its name to the record before the run, and ends the process if the run exceeds its limit.
 
-While it runs, faulthandler writes to the record what a fatal signal was, and ends the process at the limit without needing Python's
-lock; a signal from outside is written there by Python's own C handler. A worker that SGLang has killed at its parent's death gets SIGTERM
-then instead of SIGKILL, so that it can be told from a kill.
+During the run faulthandler writes fatal signals to the record, and ends the process at the limit without needing Python's lock.
+Python's own C handler records signals from outside. SGLang has its workers killed when their parent dies; during a first run they
+get SIGTERM instead of SIGKILL, so that this differs from a kill.
 """
 
 import atexit
@@ -25,17 +25,17 @@ from .record import TrialRecord, default_path, environment
 
 logger = logging.getLogger("sglang_fl.trial")
 
-#: How long after the limit the process is ended from outside of Python, in seconds: the code that hangs may hold Python's lock.
+#: Seconds after the limit until faulthandler ends the process: code that hangs may hold Python's lock.
 _GRACE = 5.0
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
 
 class Guard:
-    """One for each process that makes trials.
+    """The guard of a process that runs trials.
 
     Args:
-        record: where names are written; None: nowhere.
-        limit: how long a first run may take, in seconds; 0: as long as it likes.
+        record: receives the names. None: they are not written.
+        limit: the time limit of a first run in seconds. 0: no limit.
         remedy: a name -> the setting that leaves it out.
     """
 
@@ -44,12 +44,12 @@ class Guard:
         self._limit = limit
         self._remedy = remedy
         self._names: list[str] = []
-        #: Name -> why it is left out, by the record of this host.
+        #: Name -> why it is left out, from this host's record.
         self.excluded: Mapping[str, str] = record.excluded() if record is not None else {}
 
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Around a first run. One may contain another: the innermost is the one that counts."""
+        """Guard a first run. First runs may be nested; the innermost is blamed."""
         if (self._record is None and not self._limit) or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -65,12 +65,12 @@ class Guard:
                 self._note()
 
     def ends_the_process(self, name: str, reason: str) -> None:
-        """Record that something leaves the process unusable."""
+        """Record a name that leaves the process unusable."""
         logger.critical("sglang-fl: %s: %s. The next start excludes it%s", name, reason, self._where(name))
         self.exclude(name, reason)
 
     def exclude(self, name: str, reason: str) -> None:
-        """Exclude something from the next start."""
+        """Exclude a name from the next start."""
         if self._record is not None:
             self._record.exclude(name, reason)
 
@@ -79,7 +79,7 @@ class Guard:
             if self._record is not None:
                 self._record.note(self._names[-1] if self._names else "")
         except OSError as error:
-            logger.warning("sglang-fl: %s cannot be written any more: %s", self._record and self._record.path, error)
+            logger.warning("sglang-fl: the record of trials %s cannot be written any more: %s", self._record and self._record.path, error)
             self._record = None
 
     @contextlib.contextmanager
@@ -114,7 +114,7 @@ class Guard:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Record in the process's file how the process ends."""
+        """Record in the process's file how the process ends, if it does."""
         if self._record is None:
             yield
             return
@@ -144,7 +144,7 @@ def _end_by(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _parents_death_as(signum: int) -> Iterator[None]:
-    """Where this process is to be killed at its parent's death, have it get another signal."""
+    """If this process would be killed when its parent dies, request this signal instead."""
     asked = ctypes.c_int(0)
     prctl: Any = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
     if prctl is not None:
@@ -163,7 +163,7 @@ _guard = Guard()
 
 
 def current_guard() -> Guard:
-    """The process's guard; until one was opened, it guards nothing."""
+    """The process's guard. Before :func:`open_guard` it guards nothing."""
     return _guard
 
 
@@ -172,7 +172,7 @@ def record_path(settings: Settings) -> Path:
 
 
 def open_guard(settings: Settings, chip: str) -> Guard:
-    """The guard of a process that runs a model, by its settings."""
+    """Create the guard of a process that runs a model, from its settings."""
     global _guard
     path = record_path(settings)
     bound_to = environment(chip)
@@ -187,8 +187,8 @@ def open_guard(settings: Settings, chip: str) -> Guard:
     except OSError as error:
         record = None
         logger.warning(
-            "sglang-fl: the record of trials %s cannot be written (%s): the next start cannot exclude what ends this one. "
-            "SGLANG_FL_TRIAL_RECORD names another file",
+            "sglang-fl: the record of trials %s cannot be written (%s): a start after a crash cannot exclude its cause. "
+            "Set SGLANG_FL_TRIAL_RECORD to a writable file",
             path,
             error.strerror or error,
         )

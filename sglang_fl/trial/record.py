@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of crashes and hangs of earlier starts: a file that all ranks and servers of a host share.
+"""The record of crashes and hangs of earlier starts, shared by all ranks and servers of a host.
 
-The file itself is JSON: environment (versions and chip) -> name -> :class:`Death`. It is written under a lock and replaced whole.
-Beside it each process that makes trials has a file of its own, ``<file>.<process>``, locked as long as the process lives. It holds the
-name of what runs just now, and behind it whatever tells how the process ended: what faulthandler wrote, the number of a signal as a
-byte, or a line of the guard's. Whoever finds such a file without a lock judges it and removes it.
+The record is a JSON file: environment (versions and chip) -> name -> :class:`Death`. It is written under a lock and replaced whole.
+Each process that runs trials also has its own file, ``<file>.<process>``, locked while the process lives. It holds the name of the
+current trial, followed by how the process ended: faulthandler's output, a signal number as a byte, or a line from the guard. The
+next process that finds such a file unlocked evaluates and removes it.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from ..utils.packages import installed_version
 
 logger = logging.getLogger("sglang_fl.trial")
 
-#: What a function's behaviour depends on, beside the chip.
+#: A function's behaviour depends on these packages and the chip.
 _PACKAGES = ("torch", "triton", "flag_gems", "sglang")
-#: A signal of these says nothing about what ran when it came.
+#: Signals from outside, which say nothing about the running function.
 FROM_OUTSIDE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OUTSIDE_BYTES = re.compile(b"[%s]" % bytes(FROM_OUTSIDE))
-#: What faulthandler writes, and the guard.
+#: Output of faulthandler, and of the guard.
 _FATAL, _TIMEOUT, SAID = re.compile(r"Fatal Python error: (.+)"), re.compile(r"Timeout \((.+)\)!"), "ended: "
-#: A process killed with SIGKILL may have been killed by anybody; the second time at the same name is no chance.
+#: SIGKILL may come from anywhere. Twice at the same name is not chance.
 _DEATHS_WITHOUT_REASON = 2
 
 
@@ -43,10 +43,10 @@ class Death:
     """How a process ended in a first run.
 
     Attributes:
-        reason: what is known of it.
-        date: of the last one.
+        reason: what is known about it.
+        date: the date of the last one.
         count: how many there were.
-        decisive: whether one is enough.
+        decisive: whether one is enough to exclude the name.
     """
 
     reason: str
@@ -64,18 +64,18 @@ class Death:
 
 
 def environment(chip: str) -> str:
-    """What a record is bound to: versions and chip, in words."""
+    """The versions and the chip that a record applies to, as text."""
     versions = [f"{name} {installed_version(name) or 'none'}" for name in _PACKAGES]
     return ", ".join([f"sglang-fl {__version__}", *versions, chip])
 
 
 def default_path() -> Path:
-    """In the user's folder for what programs remember."""
+    """The file in the user's state folder."""
     return Path(platformdirs.user_state_path("sglang-fl")) / "trials.json"
 
 
 class TrialRecord:
-    """The record, seen from one environment.
+    """The record of one environment.
 
     Raises:
         OSError: it cannot be written.
@@ -94,29 +94,29 @@ class TrialRecord:
         header = json.dumps({"environment": environment, "start": os.getppid()}) + "\n"
         self._header = len(header.encode())
         os.write(self.file, header.encode())
-        os.set_blocking(self.file, False)  # a wakeup descriptor must be
+        os.set_blocking(self.file, False)  # required of a wakeup descriptor
 
     def excluded(self) -> dict[str, str]:
         """Name -> why a start in this environment leaves it out."""
         return {name: str(death) for name, death in read_record(self.path).get(self.environment, {}).items() if death.excludes}
 
     def note(self, name: str) -> None:
-        """Write down what runs from now on; empty: nothing."""
+        """Write the name of the current trial. Empty: none."""
         os.ftruncate(self.file, self._header)
         if name:
             os.write(self.file, f"{name}\n".encode())
 
     def say(self, reason: str) -> None:
-        """Write behind the name how the process ends."""
+        """Write how the process ends."""
         os.write(self.file, f"{SAID}{reason}\n".encode())
 
     def exclude(self, name: str, reason: str) -> None:
-        """Exclude something from the next start, though the process did not end."""
+        """Exclude a name from the next start, although the process did not end."""
         with self._locked():
             self._add([(self.environment, name, reason, True)])
 
     def close(self) -> None:
-        """The process needs its file no more."""
+        """Remove the process's file."""
         if self._owner == os.getpid():
             with contextlib.suppress(OSError):
                 self._process_path.unlink()
@@ -132,14 +132,14 @@ class TrialRecord:
         """Add the results of ended processes to the record, and remove their files."""
         found: list[tuple[Any, str, str, str, bool]] = []
         for path in sorted(self.path.parent.glob(f"{self.path.name}.*-*")):
-            with contextlib.suppress(OSError), path.open("r+b") as file:  # OSError: its process lives, or another took it away
+            with contextlib.suppress(OSError), path.open("r+b") as file:  # OSError: its process lives, or another process removed it
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 text = file.read()
                 path.unlink()
                 if (death := _judge(text)) is not None:
                     found.append(death)
         explained = {start for start, *_, decisive in found if decisive}
-        # SGLang kills the other ranks where one has ended.
+        # SGLang kills the other ranks when one has ended.
         self._add([death for start, *death in found if death[-1] or start not in explained])  # type: ignore[misc]
 
     def _add(self, deaths: list[tuple[str, str, str, bool]]) -> None:
@@ -158,7 +158,7 @@ class TrialRecord:
 
 
 def read_record(path: Path) -> dict[str, dict[str, Death]]:
-    """What a record holds; empty if there is none, or it is damaged."""
+    """Read a record. Empty if it is missing or damaged."""
     try:
         data: Mapping[str, Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         return {bound_to: {name: Death(**death) for name, death in names.items()} for bound_to, names in data.items()}
@@ -170,7 +170,7 @@ def read_record(path: Path) -> dict[str, dict[str, Death]]:
 
 
 def settled_record(path: Path) -> dict[str, dict[str, Death]]:
-    """What a record holds, with what the processes that ended meanwhile tell, if it can be written."""
+    """Read a record, after adding the processes that have ended since, if it is writable."""
     if path.parent.is_dir():
         with contextlib.suppress(OSError):
             TrialRecord(path, "").close()
@@ -178,20 +178,20 @@ def settled_record(path: Path) -> dict[str, dict[str, Death]]:
 
 
 def forget(path: Path) -> bool:
-    """Remove a record. Returns whether it held anything. Files of processes that live stay."""
+    """Remove a record. Returns whether it held anything. Files of running processes stay."""
     held = bool(settled_record(path))
     path.unlink(missing_ok=True)
     return held
 
 
 def _judge(text: bytes) -> tuple[Any, str, str, str, bool] | None:
-    """(start, environment, name, reason, decisive) of a process's file; None: its end tells nothing about what ran."""
+    """(start, environment, name, reason, decisive) from a process's file. None: no trial is to blame for its end."""
     header, _, rest = text.partition(b"\n")
     name, _, end = rest.partition(b"\n")
     try:
         about = json.loads(header)
         start, bound_to = about["start"], about["environment"]
-    except (ValueError, TypeError, KeyError):  # it ended while it wrote its first line
+    except (ValueError, TypeError, KeyError):  # it ended while writing its first line
         return None
     if not name or _OUTSIDE_BYTES.search(end):
         return None

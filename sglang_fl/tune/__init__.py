@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementations are right, can be captured and are faster on this machine, written down as a profile: ``sglang-fl tune``.
+"""``sglang-fl tune``: finds the implementations that are right, capturable and faster on this machine, and writes a profile.
 
 ``tuning.py``       the steps, in order
 ``bench.py``        the engine, and what it goes by; ``engine.py`` and ``engine_worker.py`` are its process, ``live.py`` what runs inside

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ATen calls of a served model, as FlagGems would meet them: recorded, chosen from, described.
+"""Records the ATen calls of a served model that FlagGems would receive, selects some, and describes them.
 
-Calls that an operator makes inside itself are seen too: an operator registered in FlagGems's place is met by them as well.
+Calls that an operator makes internally are recorded too, since they also reach a registered FlagGems function.
 """
 
 import ast
@@ -24,11 +24,11 @@ class Recorder(TorchDispatchMode):
     """Counts the ATen calls of the thread that started it, by operator, arguments and label.
 
     Attributes:
-        label: what goes on just now.
+        label: the current step.
         counts: (operator, arguments, named arguments) -> label -> calls.
     """
 
-    #: Else a higher-order operator under the mode is an error.
+    #: Without it a higher-order operator under the mode is an error.
     supports_higher_order_operators = True
 
     def __init__(self, device_type: str):
@@ -41,11 +41,11 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled functions stay compiled, and only what they call at run time is seen."""
+        """Compiled functions stay compiled. Only their calls at run time are seen."""
         return True
 
     def start(self) -> None:
-        """Record from now on, in this thread."""
+        """Start recording in this thread."""
         self._keep_composites_whole()
         self.__enter__()
 
@@ -55,10 +55,10 @@ class Recorder(TorchDispatchMode):
             self._library._destroy()
 
     def _keep_composites_whole(self) -> None:
-        """Give operators that PyTorch takes apart early a kernel of their own, which does just that.
+        """Give operators that PyTorch decomposes early a kernel that decomposes them later.
 
-        FlagGems registers some of them (``pad``, ``true_divide``), and PyTorch then calls FlagGems instead of taking them
-        apart; without a kernel they would be apart before a mode sees them.
+        FlagGems registers some of them (``pad``, ``true_divide``), and PyTorch then calls FlagGems instead of decomposing.
+        Without a kernel they would be decomposed before a mode sees them.
         """
         self._library = torch.library.Library("aten", "IMPL")
         for key in flaggems_operators():
@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        # Views compute nothing; those made of other operators (to, contiguous, reshape) may be none.
+        # Views compute nothing. Composite ones (to, contiguous, reshape) may copy.
         if not isinstance(func, torch._ops.OpOverload) or (func.is_view and not func._can_decompose()):
             return func(*args, **kwargs)
         here, plain = self._look_at(args, kwargs)
@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
             route = self._routes[func] = self._find_route(func)
         if not route:
             return func(*args, **kwargs)
-        # Straight to the kernel that dispatch would pick, with the mode on: its own calls are seen.
+        # Call the kernel that dispatch would pick, with the mode on, so that its own calls are seen.
         with self:
             return func._op_dk(route, *_numbers_as_tensors(func, args), **kwargs)
 
@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
     def _find_route(self, func: Any) -> Any:
         """The dispatch key of the kernel that runs below Python's, or False where dispatch must find it."""
         if not any(isinstance(a.type, torch.TensorType) or "Tensor" in str(a.type) for a in func._schema.arguments):
-            # A factory: which backend it is comes from its device argument.
+            # A factory function: the backend comes from its device argument.
             keys: tuple[str, ...] = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
         else:
             keys = (self._key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
@@ -129,7 +129,7 @@ class Recorder(TorchDispatchMode):
         found[self.label] = found.get(self.label, 0) + 1
 
     def calls(self) -> list[dict[str, Any]]:
-        """What was counted, as {"key", "args", "kwargs", "counts"}."""
+        """The counted calls, as {"key", "args", "kwargs", "counts"}."""
         return [
             {"key": name, "args": [as_json(a) for a in args], "kwargs": {k: as_json(v) for k, v in kwargs}, "counts": dict(counts)}
             for (name, args, kwargs), counts in self.counts.items()
@@ -137,9 +137,9 @@ class Recorder(TorchDispatchMode):
 
 
 def _numbers_as_tensors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as Python may pass them: kernels may give each other numbers where a tensor is declared.
+    """The arguments as Python may pass them: kernels may pass numbers to each other where a tensor is declared.
 
-    For the usual arithmetic PyTorch takes a number from Python too.
+    For the usual arithmetic PyTorch also accepts a number from Python.
     """
     if torch._C._should_allow_numbers_as_tensors(func._schema.name.removeprefix("aten::")):
         return args
@@ -169,7 +169,7 @@ def flaggems_operators() -> list[str]:
 
 
 def signature(value: Any) -> Any:
-    """What stays of an argument: hashable, and without the argument's data."""
+    """A hashable description of an argument, without its data."""
     if isinstance(value, torch.Tensor):
         return "tensor", tuple(value.shape), value.stride(), value.dtype, value.device.type
     if isinstance(value, list | tuple):
@@ -200,7 +200,7 @@ def as_json(found: Any) -> Any:
 
 
 def telling(calls: Sequence[Mapping[str, Any]], at_most: int) -> list[Mapping[str, Any]]:
-    """Of an operator's calls the ones to try: each combination of ranks, dtypes and layouts by its largest, smallest and middle call."""
+    """The calls of an operator to try: the largest, smallest and middle call of each combination of ranks, dtypes and layouts."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for call in calls:
         kinds.setdefault(json.dumps([_kind(call["args"]), _kind(call["kwargs"])]), []).append(call)
@@ -213,9 +213,9 @@ def telling(calls: Sequence[Mapping[str, Any]], at_most: int) -> list[Mapping[st
 
 
 def _kind(spec: Any) -> Any:
-    """What calls of one kind have in common: everything but sizes and values."""
+    """The kind of a call: everything but sizes and values."""
     if isinstance(spec, list):
-        # A shape is a list of numbers; of a list of tensors the length matters.
+        # A list of numbers is a shape. For a list of tensors the length matters.
         return [_kind(item) for item in spec] if any(isinstance(item, dict | list) for item in spec) else ["values"]
     if isinstance(spec, dict) and "shape" in spec:
         return [len(spec["shape"]), spec["dtype"], spec["device"], _contiguous(spec)]
@@ -251,7 +251,7 @@ def _contiguous(tensor: Mapping[str, Any]) -> bool:
 
 
 def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """A call's arguments for a reader: ``16x1024 bf16, 2.0``."""
+    """A call's arguments as text: ``16x1024 bf16, 2.0``."""
 
     def one(spec: Any) -> str:
         if isinstance(spec, list):

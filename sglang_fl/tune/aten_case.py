@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and times single ATen calls, PyTorch's own against FlagGems's function for them.
+"""Checks and times single ATen calls: FlagGems's function against PyTorch's own.
 
-FlagGems's function is switched on as serving does it, by registering it for the operator, and both sides are called through PyTorch's
-dispatcher.
+FlagGems's function is registered for the operator, as in serving, and both are called through PyTorch's dispatcher.
 
 A floating-point result is right if its error against float64 is at most 4 times that of PyTorch's own
 result, plus 2 units in the last place; others must be equal.
@@ -19,17 +18,17 @@ import torch
 from ..utils.graphs import graphs_of
 from .timing import Candidate, CaptureStateLost, capture, compare, first_error, input_sets, warm_up
 
-#: Operators whose inputs must be positive to have results at all.
+#: Operators that need positive inputs.
 _POSITIVE = frozenset({"bernoulli", "log", "log10", "log1p", "log2", "logit", "multinomial", "pow", "rsqrt", "sqrt"})
-#: Operators whose second result, or only result, is where in its input the first was found.
+#: Operators whose second or only result is an index into the input.
 _POSITIONS = frozenset({"argmax", "argmin", "cummax", "cummin", "max", "min", "sort", "topk"})
-#: The float64 reference is computed on the CPU up to this many numbers, on the device above.
+#: Up to this many numbers the float64 reference is computed on the CPU, above it on the device.
 _MOST_ON_CPU = 1 << 24
 _REPEATS = 5
 
 
 class NotMeasurable(ValueError):
-    """An argument of the recorded call cannot be made again."""
+    """An argument of the recorded call cannot be reproduced."""
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Call:
     """Arguments of one call.
 
     Attributes:
-        bases: what the tensors among them are views of, to put other data in.
+        bases: the base tensors of its views, for filling in other data.
         written: the tensors that the operator writes.
     """
 
@@ -70,11 +69,11 @@ class Case:
 
     @contextmanager
     def registered(self) -> Iterator[None]:
-        """FlagGems's function stands for the operator, as ``flag_gems.only_enable`` puts it there."""
+        """Within the block FlagGems's function is registered for the operator, as by ``flag_gems.only_enable``."""
         library = torch.library.Library("aten", "IMPL")
         try:
             for key, function in self.functions:
-                # FlagGems passes over keys that this PyTorch does not have.
+                # FlagGems skips keys that this PyTorch does not have.
                 with nullcontext() if key == self.key else suppress(RuntimeError):
                     library.impl(key, function, self.dispatch_key)
             yield
@@ -85,7 +84,7 @@ class Case:
         """New arguments with random data.
 
         Raises:
-            NotMeasurable: the recording does not say enough of one.
+            NotMeasurable: an argument was not recorded fully.
         """
         call = Call()
         generators: dict[str, torch.Generator] = {}
@@ -152,7 +151,7 @@ class Case:
         return torch.randn(size, dtype=working, generator=generator, device=device).to(dtype)
 
     def _limit(self, name: str, position: int | None) -> int | None:
-        """Of an argument that holds places in another, the number of places there; None for others."""
+        """For an index argument: the size of the indexed dimension. None for other arguments."""
         target = next(
             (
                 self.named[n]["shape"]
@@ -170,20 +169,20 @@ class Case:
         return None
 
     def _places(self, shape: Sequence[int], limit: int, generator: torch.Generator) -> torch.Tensor:
-        """Places below ``limit``, no two the same along a dimension if there are enough: writes must not race."""
+        """Indices below ``limit``, unique along a dimension if possible, so that writes do not race."""
         dim = self.named["dim"] if isinstance(self.named.get("dim"), int) and len(shape) > 1 else -1
         if not shape or shape[dim] > limit:
             return torch.randint(0, limit, tuple(shape), generator=generator, device=generator.device)
         return torch.rand(tuple(shape), generator=generator, device=generator.device).argsort(dim)
 
     def run(self, call: Call, active: AbstractContextManager[None] | None = None) -> list[Any]:
-        """What the call returns and writes, as a flat list."""
+        """The tensors that the call returns and writes, as a flat list."""
         with active or nullcontext():
             result = self.overload(*call.args, **call.kwargs)
         return [*_leaves(result), *call.written]
 
     def exact(self, call: Call) -> list[Any] | None:
-        """The same in float64, or None where the operator does not work so."""
+        """The same in float64, or None if the operator does not support it."""
         numbers = sum(base.numel() for base in call.bases)
 
         def convert(value: Any) -> Any:
@@ -206,11 +205,11 @@ class Case:
         ]
         try:
             return [*_leaves(self.overload(*args, **kwargs)), *written]
-        except Exception:  # whatever it is that the operator has against float64; PyTorch's own result is taken instead
+        except Exception:  # the operator does not support float64; PyTorch's own result is used instead
             return None
 
     def disagreement(self, call: Call, got: Sequence[Any], own: Sequence[Any], exact: Sequence[Any] | None) -> str | None:
-        """How results differ from PyTorch's own more than they may, or None."""
+        """How results differ from PyTorch's own beyond the bound, or None."""
         if len(got) != len(own):
             return f"{len(got)} results instead of {len(own)}"
         for i, (x, y) in enumerate(zip(got, own, strict=True)):
@@ -230,7 +229,7 @@ class Case:
         return None
 
     def _same_places(self, call: Call, x: torch.Tensor, y: torch.Tensor) -> bool:
-        """Whether different positions hold equal values of the input: which of them is meant is not laid down."""
+        """Whether different indices point to equal values of the input. Then either index is right."""
         if self.stem not in _POSITIONS or self.named.get("stable") is True or x.dtype is not torch.int64:
             return False
         data, dim = call.args[0], self.named.get("dim")
@@ -275,10 +274,10 @@ def _too_far(got: torch.Tensor, own: torch.Tensor, exact: Any) -> str | None:
 
 
 def check(case: Case, device: torch.device) -> dict[str, Any]:
-    """Whether FlagGems's result is right, and whether its call replays in a graph with new data.
+    """Check FlagGems's result, and whether its call replays in a graph with new data.
 
-    ``right`` is None where results are random, ``graph_safe`` where no graph can hold PyTorch's own call
-    either. ``lost`` says that this process can go no further.
+    ``right`` is None if results are random. ``graph_safe`` is None if PyTorch's own call cannot be captured either.
+    ``lost``: this process cannot continue.
     """
     call = case.build(0)
     try:
@@ -296,7 +295,7 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
         fresh = case.build(0)
         why = case.disagreement(fresh, got, own, case.exact(fresh))
         if why is None and not _repeats(case, case.registered) and _repeats(case, nullcontext):
-            why = "its result is not the same again, and PyTorch's own is"
+            why = "its result differs from run to run, and PyTorch's own does not"
         found = {"right": why is None, "why": why}
     if found["right"] is False or graphs_of(device) is None:
         return found
@@ -314,13 +313,13 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _repeats(case: Case, active: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Whether the same call gives the same bits each time."""
+    """Whether the same call returns the same bits each time."""
     first, *others = ([x for x in case.run(case.build(0), active()) if isinstance(x, torch.Tensor)] for _ in range(_REPEATS))
     return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for other in others for x, y in zip(first, other, strict=True))
 
 
 def _replay_error(case: Case, active: Callable[[], AbstractContextManager[None]], *, compare_results: bool) -> str | None:
-    """What goes wrong when the call is captured and replayed with new data, or None."""
+    """The error of a capture and a replay with new data, or None."""
     call = case.build(1)
     candidate = Candidate([partial(case.overload, *call.args, **call.kwargs)], active)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine at a time, and what it goes by: a choice that can be changed while it runs."""
+"""One engine at a time, whose choice of implementations can be changed while it runs."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from .engine import CommandFailed, Engine, EngineFailed
 from .served import Lengths, cases, make_prompts
 from .traffic import Requests
 
-#: What tune chooses itself.
+#: Settings that tune chooses itself.
 _CHOSEN = re.compile(r"_SGLANG_FL_.*|SGLANG_FL_(PER_OP|PREFER|FLAGOS_.*LIST|CONFIG)|SGLANG_FLAGGEMS_.*|USE_FLAGGEMS|SGLANG_PLUGINS")
 _MODULES, _LIVE = "SGLANG_FL_PLUGIN_MODULES", "sglang_fl.tune.live"
 _START_SECONDS = 1800.0
@@ -25,7 +25,7 @@ _START_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class Choice:
-    """What operators run on, where it is not SGLang's own; and the FlagGems functions that replace PyTorch's."""
+    """The implementations of operators that are not SGLang's own, and the FlagGems functions that replace PyTorch's."""
 
     impls: tuple[tuple[str, str], ...] = ()
     functions: tuple[str, ...] = ()
@@ -35,12 +35,12 @@ class Choice:
         return cls(tuple(sorted(impls.items())), tuple(sorted(functions)))
 
     def orders(self) -> dict[str, list[str]]:
-        """Of every operator."""
+        """An order for every operator."""
         chosen = dict(self.impls)
         return {op: [f"impl:{chosen[op]}", "sglang"] if op in chosen else ["sglang"] for op in sorted({*OPERATORS, *chosen})}
 
     def environ(self) -> dict[str, str]:
-        """The settings of an engine that starts with it."""
+        """The environment of an engine that starts with this choice."""
         found = {"SGLANG_FL_PER_OP": ";".join(f"{op}={'|'.join(order)}" for op, order in self.orders().items())}
         return found | ({"SGLANG_FL_FLAGOS_WHITELIST": ",".join(self.functions)} if self.functions else {"USE_FLAGGEMS": "0"})
 
@@ -52,10 +52,10 @@ NATIVE = Choice()
 
 
 class Bench:
-    """Starts engines and measures them; in a ``with`` statement, after which none is left.
+    """Starts engines and measures them. Use it in a ``with`` statement, which ends them.
 
     Args:
-        argv: the server's arguments, the model's among them.
+        argv: the server's arguments, including the model's.
         directory: for logs.
     """
 
@@ -73,7 +73,7 @@ class Bench:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None or self._engine is None:
             self.stop()
-        else:  # it may be busy, and would not hear of it
+        else:  # it may be busy and not answer
             self._engine.kill()
 
     @property
@@ -81,10 +81,10 @@ class Bench:
         return self._engine is not None and self._engine.ready
 
     def start(self, environ: Mapping[str, str] | None = None) -> None:
-        """Start an engine, and end the one before. Without an environment: SGLang's own everywhere, and to be changed while it runs.
+        """Start an engine, and end the previous one. Without an environment: SGLang's own everywhere, changeable while it runs.
 
         Raises:
-            EngineFailed: it does not come up.
+            EngineFailed: it does not start.
         """
         self.stop()
         self.starts += 1
@@ -107,7 +107,7 @@ class Bench:
             self._engine = self._choice = None
 
     def ask(self, do: str, **values: Any) -> Any:
-        """Have the processes that run the model execute a command of ``live.py``."""
+        """Run a command of ``live.py`` in the processes of the model."""
         if not self.is_up:
             self.start()
         with self._watched() as engine:
@@ -115,7 +115,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[Engine]:
-        """The engine; one that fails is ended, and the next use starts another."""
+        """The engine. One that fails is ended, and the next use starts a new one."""
         assert self._engine is not None
         try:
             yield self._engine
@@ -132,16 +132,16 @@ class Bench:
         return self._about
 
     def know(self, about: dict[str, Any]) -> None:
-        """What an earlier engine of the same kind has said."""
+        """Set the description from an earlier engine of the same kind."""
         self._about = about
 
     def use(self, choice: Choice) -> dict[str, str]:
-        """Have the engine go by a choice from now on. Returns what of it is not in force: operator or function -> why."""
+        """Switch the engine to a choice. Returns the parts that are not in force: operator or function -> why."""
         if not self.is_up:
             self.start()
         if choice == self._choice:
             return {}
-        if self.about()["draft"]:  # whose graphs cannot be captured anew in a running engine
+        if self.about()["draft"]:  # whose graphs cannot be captured again in a running engine
             modules = ",".join(filter(None, (os.environ.get(_MODULES), _LIVE)))
             self.start({_MODULES: modules, **choice.environ()})
             self._choice = choice
@@ -158,7 +158,7 @@ class Bench:
         return missing | {name: "it is left to PyTorch" for name in choice.functions if name not in found["functions"]}
 
     def round(self, number: int) -> dict[str, float]:
-        """Seconds of each case: the prefill of a batch, or a decode step of it. Rounds of one number have the same prompts."""
+        """Seconds of each case: the prefill of a batch, or one decode step. Rounds with the same number have the same prompts."""
         found, vocabulary = {}, self.about()["vocabulary"]
         for index, case in enumerate(self.cases):
             prompts = make_prompts(vocabulary, 2 * case.batch, getattr(self._lengths, case.phase), (number, index))
@@ -175,15 +175,15 @@ class Bench:
                 case.show(engine, prompts)
 
     def send(self, requests: Requests) -> None:
-        """Have requests served, a batch after the other."""
+        """Serve requests, one batch after the other."""
         with self._watched() as engine:
             for batch in requests:
                 engine.ask("flush")
                 engine.ask("serve", arguments=batch)
 
     def environ_of(self, profile: Path | None) -> dict[str, str]:
-        """Of an engine as a user starts it: with a profile, or native."""
+        """The environment of an engine as a user starts it: with a profile, or native."""
         if profile is not None:
             return {CONFIG_FILE: str(profile)}
-        # A plain CPU has no SGLang without a platform: its layers stay SGLang's own.
+        # On a plain CPU SGLang needs our platform; its layers stay SGLang's own.
         return NATIVE.environ() if self.about()["plain_cpu"] else {"SGLANG_PLUGINS": "none"}

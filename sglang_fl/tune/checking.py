@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks candidates in a process that may die: a new one goes on behind the case that ended it."""
+"""Checks candidates in a process that may crash. A new process continues after the case that crashed it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 from ..check.constants import LOST
 from ..check.process import Lost, Process
 
-#: How long a call may take, and a first one, in seconds.
+#: The time limits of a call and of a first call, in seconds.
 _LIMIT, _COMPILE_LIMIT = 60.0, 300.0
 _POLL_SECONDS = 0.5
 
@@ -37,7 +37,7 @@ class Checker:
         self._end()
 
     def run(self, number: int) -> dict[str, Any]:
-        """``status`` and ``message`` of a case; statuses are those of ``sglang-fl check``."""
+        """``status`` and ``message`` of a case, as in ``sglang-fl check``."""
         try:
             if self._process is None:
                 self._process = Process(str(self._file), os.environ, _LIMIT, self._compile_limit, "sglang_fl.tune.worker")

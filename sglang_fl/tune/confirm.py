@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A profile on fresh starts, as a user starts a server: native, tuned, tuned, native."""
+"""Measures a profile on fresh starts, as a user starts a server: native, tuned, tuned, native."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -16,25 +16,25 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Confirmed:
-    """How fast the tuned starts were, and how far apart the native ones.
+    """The speed of the tuned starts, and the difference between the native ones.
 
     Attributes:
-        speeds: case -> the tuned starts' speed over the native ones'.
-        apart: case -> the smallest effect that two starts which do not differ can show.
+        speeds: case -> the tuned starts' speed divided by the native ones'.
+        apart: case -> the smallest effect that can be shown between two starts.
     """
 
     speeds: Mapping[str, float]
     apart: Mapping[str, float]
 
     def slower(self) -> dict[str, float]:
-        """The cases in which tuned is below native, beyond what two native starts are apart."""
+        """The cases in which tuned is slower than native by more than the two native starts differ."""
         return {case: ratio for case, ratio in self.speeds.items() if ratio < 1 - self.apart[case]}
 
 
 def confirm(
     bench: Bench, journal: Journal, profile: Path, choice: str, noise: Mapping[str, float], check_budget: Callable[[str, int], None]
 ) -> Confirmed:
-    """Start and measure four engines, those that the journal does not have yet, if the time suffices for all of them."""
+    """Start and measure four engines, except those in the journal, if the budget is enough for all of them."""
     names = [f"{number} {side} {choice if side == 'tuned' else ''}" for number, side in enumerate(_ORDER)]
     if missing := sum(f"start: {name}" not in journal for name in names):
         check_budget("start", missing)
@@ -44,7 +44,7 @@ def confirm(
 
         def measure(environ: Mapping[str, str] = native if side == "native" else tuned) -> dict[str, list[float]]:
             bench.start(environ)
-            bench.round(0)  # kernels compile, and caches fill
+            bench.round(0)  # compile kernels and fill caches
             rounds = [bench.round(1 + index) for index in range(_ROUNDS)]
             bench.stop()
             return {case: [seconds[case] for seconds in rounds] for case in rounds[0]}

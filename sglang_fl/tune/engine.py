@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines, each in a process of its own with an environment of its own, that never outlive their block."""
+"""Engines, each in its own process with its own environment. They end with their ``with`` block."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ import psutil
 from ..dispatch.logger_manager import read_dispatch_log
 
 _WORKER = Path(__file__).with_name("engine_worker.py")
-#: In an engine's directory, if its environment says so.
+#: The dispatch log in an engine's directory, if its environment asks for one.
 DISPATCH_LOG = "dispatch.log"
 _STOP_SECONDS = 20
 _COMMAND_SECONDS = 240
@@ -30,7 +30,7 @@ class EngineFailed(RuntimeError):
 
 
 class CommandFailed(EngineFailed):
-    """An engine could not do what it was asked, and is there for the next command."""
+    """A command failed. The engine takes the next one."""
 
 
 class Engine:
@@ -68,15 +68,15 @@ class Engine:
         try:
             with self.log.open("wb") as output:
                 self._process = subprocess.Popen(
-                    # -P: the benchmark's own modules must not stand before those that SGLang imports.
+                    # -P: our modules must not hide those that SGLang imports.
                     [sys.executable, "-P", str(_WORKER), str(theirs)],
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=self._environ,
                     pass_fds=(theirs,),
-                    # A group that loses its parent in the session has its stopped processes continued and hung up by the kernel;
-                    # a session of its own would not, and what is stopped would outlive a benchmark that was killed.
+                    # When the parent dies, the kernel continues stopped processes of this group and sends SIGHUP. In a session
+                    # of its own it would not, and stopped engines would survive a killed benchmark.
                     process_group=0,
                 )
         finally:
@@ -84,20 +84,20 @@ class Engine:
         self._send(self._arguments)
 
     def wait_until_ready(self, deadline: float) -> None:
-        """Return once the engine serves.
+        """Wait until the engine serves.
 
         Raises:
-            EngineFailed: it does not by ``deadline`` (of ``time.perf_counter``).
+            EngineFailed: it does not serve by ``deadline`` (of ``time.perf_counter``).
         """
         self.description = self._receive(deadline, "the start")
         self.startup_seconds = time.perf_counter() - self._started
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        """Have a command executed.
+        """Execute a command.
 
         Raises:
-            CommandFailed: it could not be.
-            EngineFailed: the engine is of no use any more.
+            CommandFailed: the command failed.
+            EngineFailed: the engine is unusable.
         """
         self._send({"do": do, **values})
         return self._receive(time.perf_counter() + _COMMAND_SECONDS, do)
@@ -109,7 +109,7 @@ class Engine:
         return self._answers
 
     def pause(self) -> None:
-        """Stop its processes where they are, until it is asked something or ended."""
+        """Stop its processes (SIGSTOP) until the next command or the end."""
         if self._process is not None:
             self._paused = True  # before the signal: an interrupt between the two does no harm
             self._signal(signal.SIGSTOP)
@@ -120,13 +120,13 @@ class Engine:
             self._paused = False
 
     def request_stop(self) -> None:
-        """Ask an idle engine to end in order."""
+        """Ask an idle engine to shut down."""
         if self.ready and self.alive():
             with contextlib.suppress(EngineFailed):
                 self._send({"do": "stop"})
 
     def kill(self) -> None:
-        """End the process and everything that it started, orphans included."""
+        """End the process and all its children, orphans included."""
         if self._process is None:
             return
         self.resume()
@@ -136,13 +136,13 @@ class Engine:
                 process.kill()
         psutil.wait_procs(family, timeout=_STOP_SECONDS)
         self._process.wait()
-        with contextlib.suppress(OSError):  # what could not be written to it any more
+        with contextlib.suppress(OSError):  # data that could not be written any more
             self._process.stdin.close()  # type: ignore[union-attr]
         os.close(self._answers)
         self._process, self.description = None, None
 
     def wait(self, deadline: float) -> None:
-        """Return once the process has ended, or at the deadline."""
+        """Wait until the process has ended, or until the deadline."""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=max(0.0, deadline - time.perf_counter()))
@@ -151,7 +151,7 @@ class Engine:
         return [process.pid for process in self._family()]
 
     def host_memory(self) -> int:
-        """Bytes of the machine's memory that its processes hold, what they share counted for each."""
+        """Bytes of host memory of its processes. Shared memory counts for each."""
         total = 0
         for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -159,7 +159,7 @@ class Engine:
         return total
 
     def dispatched(self) -> list[str]:
-        """What the dispatch log says ran where, each line once."""
+        """The lines of the dispatch log, each once."""
         if not self.dispatch_log.exists():
             return []
         return [f"{name} → {destination}" for name, destination in read_dispatch_log(self.dispatch_log.read_text(errors="replace"))]
@@ -214,11 +214,11 @@ class Engine:
 
 
 class Engines:
-    """The engines of a run, in a ``with`` statement that ends all of them."""
+    """The engines of a run. Use it in a ``with`` statement, which ends them."""
 
     def __init__(self, engines: Sequence[Engine]):
         self.all = list(engines)
-        #: Why a variant is out of the run, by its name.
+        #: The name of a failed variant -> the reason.
         self.errors: dict[str, str] = {}
 
     @property
@@ -226,12 +226,12 @@ class Engines:
         return [engine for engine in self.all if engine.ready]
 
     def start(self, *, apart: bool, seconds: float, on_ready: Callable[[Engine], None]) -> None:
-        """Start all of them, together or one after the other; those that fail are out of the run.
+        """Start all engines, together or one after the other. Those that fail are left out of the run.
 
         Args:
-            apart: one is started when the one before it is up.
-            seconds: how long each may take.
-            on_ready: called for each that is up, when it is.
+            apart: start each one when the previous one is ready.
+            seconds: the time limit of each.
+            on_ready: called for each when it is ready.
         """
         for group in [[engine] for engine in self.all] if apart else [self.all]:
             deadline = time.perf_counter() + seconds
@@ -249,7 +249,7 @@ class Engines:
 
     @contextlib.contextmanager
     def dropping(self, engine: Engine) -> Any:
-        """A block in which the engine is used: if it fails, it is ended, and out of the run."""
+        """A block that uses the engine. If it fails, it is ended and left out of the run."""
         try:
             yield
         except EngineFailed as error:
@@ -258,7 +258,7 @@ class Engines:
 
     @contextlib.contextmanager
     def alone(self, engine: Engine) -> Iterator[None]:
-        """Like ``dropping``, with the other engines stopped, which stay so until they are asked something."""
+        """Like ``dropping``, with the other engines stopped until their next command."""
         for other in self.up:
             if other is not engine:
                 other.pause()
@@ -272,7 +272,7 @@ class Engines:
         # A second Ctrl-C must not leave an engine behind.
         kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
-            # Interrupted, an engine may be busy and would not hear of it.
+            # After an interrupt an engine may be busy and not answer.
             if kind is None:
                 for engine in self.all:
                     engine.request_stop()

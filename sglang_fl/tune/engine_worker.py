@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine in a process of its own, told what to do by lines of JSON. ``engine.py`` starts it:
+"""One engine in a process of its own, controlled by lines of JSON. ``engine.py`` starts it:
 
     python -P engine_worker.py FD
 
@@ -23,7 +23,7 @@ _FLUSH_SECONDS = 30
 
 
 class Worker:
-    """The commands, by name; what they return is the answer."""
+    """The commands, by name. Their return values are the answers."""
 
     def __init__(self, arguments: dict[str, Any]):
         started = time.perf_counter()
@@ -38,7 +38,7 @@ class Worker:
         self.startup = {"import_sglang": imported - started, "engine": time.perf_counter() - imported}
 
     def describe(self) -> dict[str, Any]:
-        """What the engine says of itself: parts of its start-up, memory, and the arguments that it settled on."""
+        """A description of the engine: phases of its start, memory, and its resolved arguments."""
         info = self.engine.get_server_info()
         kept = (
             "attention_backend",
@@ -63,7 +63,7 @@ class Worker:
         }
 
     def flush(self) -> dict[str, Any]:
-        """Forget every prompt: the next one is computed whole."""
+        """Clear the prefix cache, so that the next prompt is computed in full."""
         # Engine.flush_cache() refuses while the last batch is still being put away; this waits for it.
         found = self.engine.loop.run_until_complete(self.engine.tokenizer_manager.flush_cache(timeout_s=_FLUSH_SECONDS))
         if not found.success:
@@ -71,7 +71,7 @@ class Worker:
         return {}
 
     def generate(self, input_ids: list[list[int]], max_new_tokens: int) -> dict[str, Any]:
-        """Seconds for a batch, greedily, from the call to the last token; and prompt tokens that were not computed."""
+        """Seconds of a greedy batch, from the call to the last token, and the number of cached prompt tokens."""
         sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": max_new_tokens}
         started = time.perf_counter()
         outputs = self.engine.generate(input_ids=input_ids, sampling_params=sampling)
@@ -96,9 +96,9 @@ class Worker:
         }
 
     def profile(self, batches: list[list[list[int]]], max_new_tokens: int, directory: str, python: bool = False) -> dict[str, Any]:
-        """A trace of what the device does for batches, one after another, from before a prefill to after a last token.
+        """A trace of the device for batches, one after another, from before a prefill to after a last token.
 
-        With ``python``, of the Python functions that the scheduler's process calls instead.
+        With ``python``: of the Python functions in the scheduler's process instead.
 
         The engine is idle at both ends, so whole steps are in it. (SGLang's profiler by stage stops and starts inside
         a step, which has a range open; with activity CPU, torch 2.14.1 then writes to what it has freed.)
@@ -119,12 +119,12 @@ class Worker:
         return {"trace": str(trace)}
 
     def serve(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A batch of requests, whatever they ask for."""
+        """Serve a batch of requests with any sampling parameters."""
         self.engine.generate(**arguments)
         return {}
 
     def tune(self, command: str) -> dict[str, Any]:
-        """Have the processes that run the model execute a command of ``live.py``; what the first rank answers."""
+        """Run a command of ``live.py`` in the processes of the model. Returns the first rank's answer."""
         with tempfile.TemporaryDirectory(prefix="sglang-fl-tune-") as directory:
             answer = Path(directory) / "answer.json"
             self.engine.collective_rpc("sglang_fl_tune", command=command, answer=str(answer))
@@ -136,7 +136,7 @@ class Worker:
 
 
 def _profiler_activity() -> str:
-    """The name, in a profile request of SGLang, of what the device does."""
+    """The name of the device's activity in a profile request of SGLang."""
     from sglang.srt.platforms import current_platform
 
     if current_platform.is_out_of_tree():
@@ -145,7 +145,7 @@ def _profiler_activity() -> str:
 
 
 def main() -> None:
-    # Whatever becomes of the benchmark, no engine stays; SGLang's own processes end with this one in the same way.
+    # End with the parent. SGLang's own processes end with this one in the same way.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.set_inheritable(int(sys.argv[1]), False)
     replies = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8", buffering=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements as they come: a line of JSON each, so that a run that was killed loses one at most."""
+"""The journal of measurements, one line of JSON each. A run that is killed loses one at most."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,19 +11,19 @@ from ..utils.json_lines import JsonLines
 
 
 class Journal:
-    """The measurements of a run, by key. The first line says what they hold for.
+    """The measurements of a run, by key. The first line has their conditions.
 
     Args:
-        head: what must be the same for measurements to be used again.
-        resume: use those that are there. Without it the file must not exist.
+        head: the conditions, which must be equal for a resumed run.
+        resume: use the existing measurements. Without it the file must not exist.
 
     Raises:
-        SettingsError: it is there and not to be resumed, is in use, or holds for something else.
+        SettingsError: the file exists and ``resume`` is off, is in use, or has other conditions.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any], *, resume: bool):
         if path.exists() and not resume:
-            raise SettingsError(f"{path} has the measurements of an earlier run: go on with --resume, or delete it")
+            raise SettingsError(f"{path} has the measurements of an earlier run: continue it with --resume, or delete the file")
         self.path = path
         self.seconds: dict[str, list[float]] = {}
         self._found: dict[str, Any] = {}
@@ -55,7 +55,7 @@ class Journal:
         return key in self._found
 
     def measured(self, kind: str, name: str, measure: Callable[[], Any]) -> Any:
-        """What was measured under this name, or is now. ``kind`` is what such measurements take about the same time for."""
+        """The measurement of this name, made now if missing. Measurements of one ``kind`` take about the same time."""
         key = f"{kind}: {name}"
         if key not in self._found:
             begun = time.monotonic()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates, what was measured of each, and what follows from it.
+"""Candidates, their measurements, and the decision about each.
 
-The rule: something takes the place of SGLang's or PyTorch's own if it is right and can be captured on every recorded call, is nowhere
-slower by itself, faster in the median, and not slower in the served model. Ties stay with SGLang.
+The rule: a candidate replaces native code (SGLang's or PyTorch's own) if it is right and capturable on every recorded call, alone
+nowhere slower and faster in the median, and not slower in the served model. Ties stay with SGLang.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-#: A time over SGLang's own that counts as slower, and the median that counts as faster.
+#: Above the first ratio to native's time a call counts as slower. Below the second a median counts as faster.
 MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
 
-#: What became of a candidate.
+#: Statuses of a candidate.
 USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_BEST, UNDECIDED, NOT_MEASURED = (
     "used",
     "tie",
@@ -28,7 +28,7 @@ USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_B
     "undecided",
     "not measured",
 )
-#: What a profile keeps from being used where a user prefers FlagOS for everything.
+#: A profile lists functions of these statuses as broken, so that `prefer: flagos` does not use them.
 BROKEN = frozenset({WRONG, CRASHED})
 
 
@@ -38,13 +38,13 @@ class Candidate:
 
     Attributes:
         name: the operator, or the function.
-        impl: the implementation's id; None: it is a function.
-        package: that its source is in.
-        calls: the recorded calls that it would take: rows of ``Live.recorded``.
-        status, reason: what became of it, in words.
-        ratio: its time over the own one's: the calls' least, median and largest.
-        gains: case -> µs that it saves in a step.
-        served: case -> (ratio, low, high) of the speed over native's, of the last choice that had it.
+        impl: the implementation's id. None: it is a function.
+        package: the package of its source.
+        calls: the recorded calls that it would serve: rows of ``Live.recorded``.
+        status, reason: the decision, and why.
+        ratio: its time divided by native's: the smallest, median and largest of all calls.
+        gains: case -> µs that it saves per step.
+        served: case -> (ratio, low, high) of the speed to native's, for the last choice with it.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Candidate:
 
     @property
     def gain(self) -> float:
-        """µs that it saves in a step of every case together."""
+        """µs saved per step, summed over the cases."""
         return sum(self.gains.values())
 
     def settle(self, status: str, reason: str) -> None:
@@ -75,11 +75,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timed:
-    """The times of one call: the device's in a replayed graph, or the host's where no graph holds it.
+    """The times of one call: on the device in a replayed graph, or on the host outside of graphs.
 
     Attributes:
-        own_us: SGLang's own.
-        ratio: the candidate's over it: (median, low, high).
+        own_us: native's time.
+        ratio: the candidate's time divided by native's: (median, low, high).
     """
 
     call: Mapping[str, Any]
@@ -88,10 +88,10 @@ class Timed:
 
 
 def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, Any], in_graph: bool) -> Timed | str:
-    """What counts of two timings (see :class:`~sglang_fl.tune.timing.Timing`), or why there is nothing."""
+    """The relevant part of two timings (see :class:`~sglang_fl.tune.timing.Timing`), or why there is none."""
     error = theirs.get("error") or own.get("error")
     if error:
-        return f"{'its own' if theirs.get('error') else 'the own one'}: {error}"
+        return f"{'timing it' if theirs.get('error') else 'timing native'} failed: {error}"
     on_host = own.get("host_us") is not None and not in_graph
     us, ratio = ("host_us", "host_ratio") if on_host else ("us", "ratio")
     if own.get(us) is None or not theirs.get(ratio):
@@ -100,7 +100,7 @@ def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, 
 
 
 def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str]) -> bool:
-    """Whether it is nowhere slower and faster in the median by itself; its status says why not."""
+    """Whether a candidate alone is nowhere slower and faster in the median. Otherwise its status says why not."""
     ratios = [row.ratio for row in rows]
     medians = [ratio[0] for ratio in ratios]
     candidate.ratio = (min(medians), float(np.median(medians)), max(medians))
@@ -109,11 +109,11 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str
         if saved:
             candidate.gains[case] = saved
     worst = max(rows, key=lambda row: row.ratio[0])
-    figures = f"{candidate.ratio[1]:.3g} times the own one's time in the median ({min(medians):.3g} to {max(medians):.3g})"
+    figures = f"{candidate.ratio[1]:.3g} times native's time in the median ({min(medians):.3g} to {max(medians):.3g})"
     if worst.ratio[0] > MAX_RATIO and worst.ratio[1] > 1:
-        candidate.settle(SLOWER, f"{worst.ratio[0]:.3g} times the own one's time ({worst.call['call']})")
+        candidate.settle(SLOWER, f"{worst.ratio[0]:.3g} times native's time ({worst.call['call']})")
     elif candidate.ratio[1] > MAX_MEDIAN or not any(ratio[2] < 1 for ratio in ratios):
-        candidate.settle(TIE, f"{figures}, which is no gain that can be told from none")
+        candidate.settle(TIE, f"{figures}: no measurable gain")
     else:
         candidate.reason = figures
         return True
@@ -121,7 +121,7 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str
 
 
 def predicted(candidates: Sequence[Candidate], step_us: Mapping[str, float]) -> dict[str, float]:
-    """The speed over native's that candidates' times by themselves promise together, by case."""
+    """The ratio to native's speed that follows from the candidates' times alone, by case."""
     found = {}
     for case, us in step_us.items():
         saved = sum(candidate.gains.get(case, 0.0) for candidate in candidates)

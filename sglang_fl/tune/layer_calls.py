@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of a served model's layers and functions that implementations may take over: recorded, and made again with other numbers.
+"""Records a served model's calls of layers and functions that implementations may replace, and repeats them with other numbers.
 
-While they are recorded SGLang computes them itself. A bridge turns its arguments into the operator's, and gives both to what stands
-in an implementation's place, and to what takes a call that this refused.
+During recording SGLang computes them itself. The bridge converts the arguments to the operator's and passes them to a recording
+function in place of an implementation. That refuses the call, and the fallback runs SGLang's own forward.
 """
 
 import pickle
@@ -19,17 +19,17 @@ from ..dispatch.bridge.socket import Socket, mark_as_ours
 from ..dispatch.manager import is_capturing
 from .aten_calls import signature
 
-#: Of a layer, larger tensors than this are not written down for the process that checks, in numbers.
+#: A layer's tensors with more numbers than this are not saved for the checking process.
 _MOST_KEPT = 1 << 26
 
 
 class _Recorded(Exception):
-    """Raised in an implementation's place."""
+    """Raised in place of an implementation's result."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that can be made again: with its own numbers if these are no floating-point ones, which are drawn."""
+    """A reproducible tensor. Floating-point numbers are drawn at random; others are kept."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -58,10 +58,10 @@ class RecordedCall:
     """Calls of one operator with arguments of one kind.
 
     Attributes:
-        subject: the layer, or what stands for a function; the first that was called so.
-        arguments, named: the operator's, with a :class:`TensorSpec` for each tensor; the layer itself is not among them.
-        sglang_arguments: what SGLang called its layer with.
-        counts: what went on -> how many calls.
+        subject: the layer, or the hook of a function; the first with such a call.
+        arguments, named: the operator's arguments without the layer, with a :class:`TensorSpec` for each tensor.
+        sglang_arguments: SGLang's arguments of the layer.
+        counts: step -> number of calls.
     """
 
     socket: Socket
@@ -73,7 +73,7 @@ class RecordedCall:
     counts: dict[str, int] = field(default_factory=dict)
 
     def calls(self, forward: Forward, count: int, device: torch.device) -> list[Callable[[], Any]]:
-        """So many calls of a forward like SGLang's, each with tensors of its own."""
+        """This many calls of a forward like SGLang's, each with its own tensors."""
         rng = torch.Generator().manual_seed(0)
         return [
             partial(forward, self.subject, *made(self.sglang_arguments, rng, device), **made(self.named, rng, device)) for _ in range(count)
@@ -81,7 +81,7 @@ class RecordedCall:
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors."""
+        """The size of its tensors in bytes."""
         specs = [leaf for leaf in pytree.tree_leaves(self.sglang_arguments) if isinstance(leaf, TensorSpec)]
         return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
 
@@ -90,7 +90,7 @@ class RecordedCall:
         return ", ".join(map(_in_words, (*self.arguments, *self.named.values())))
 
     def pickled(self) -> bytes:
-        """For the process that checks implementations on it: the operator, its arguments, and what it reads of the layer."""
+        """Pickled for the checking process: the operator, its arguments, and the layer's attributes that it reads."""
         obj = None if self.obj is None else _state_of(self.obj)
         return pickle.dumps(
             {"op": self.socket.op, "obj": obj, "arguments": self.arguments, "named": self.named, "dtype": self.socket.dtype}
@@ -98,10 +98,10 @@ class RecordedCall:
 
 
 class LayerRecorder:
-    """Records the calls of sockets, from :meth:`start` until their forwards are bound anew.
+    """Records the calls of sockets, from :meth:`start` until their forwards are bound again.
 
     Attributes:
-        label: what goes on just now.
+        label: the current step.
         calls: by operator, class and arguments.
     """
 
@@ -136,7 +136,7 @@ class LayerRecorder:
         found = self.calls.get(key)
         if found is None:
             if is_capturing():
-                return  # an index cannot be read now; a warm-up has been seen, or nothing has
+                return  # an index cannot be read during capture; the warm-up was recorded before
             kept = [_specs(some) for some in (arguments, named, sglang_args)]
             found = self.calls[key] = RecordedCall(socket, subject, args[0] if has_layer else None, *kept)
         found.counts[self.label] = found.counts.get(self.label, 0) + 1
@@ -147,12 +147,12 @@ def _specs(some: Any) -> Any:
 
 
 def made(some: Any, rng: torch.Generator, device: torch.device) -> Any:
-    """Arguments with tensors in their specs' place."""
+    """Arguments with tensors in place of their specs."""
     return pytree.tree_map_only(TensorSpec, lambda spec: spec.make(rng, device), some)
 
 
 def _state_of(obj: Any) -> dict[str, Any]:
-    """The attributes of a layer, or of what stands for one, that can be written down. Its weights are under ``parameters``."""
+    """The attributes of a layer or a hook that can be saved. Weights are under ``parameters``."""
     tensors = {**getattr(obj, "_parameters", {}), **getattr(obj, "_buffers", {})} if isinstance(obj, torch.nn.Module) else {}
     if not isinstance(obj, torch.nn.Module) and isinstance(weight := getattr(obj, "weight", None), torch.Tensor):
         tensors = {"weight": weight}
@@ -164,17 +164,17 @@ def _state_of(obj: Any) -> dict[str, Any]:
             kept[name] = value
     parameters = {name: x.detach().cpu() for name, x in tensors.items() if x is not None}
     if any(x.numel() > _MOST_KEPT for x in parameters.values()):
-        raise ValueError("its weights are too large to be written down")
+        raise ValueError("its weights are too large to save")
     return {"attributes": kept, "parameters": parameters}
 
 
 def _is_small(value: Any) -> bool:
-    """Whether a value can be written down, and is no model."""
+    """Whether a value can be saved and is not a module."""
     if isinstance(value, (torch.nn.Module, torch.Tensor)):
         return False
     try:
         return len(pickle.dumps(value)) < 1 << 16
-    except Exception:  # whatever a layer keeps
+    except Exception:  # a layer may hold any object
         return False
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In the processes of a running engine that run the model: choices put in force, calls recorded, candidates timed.
+"""Runs in an engine's model processes: switches choices, records calls, times candidates.
 
-Named in SGLANG_FL_PLUGIN_MODULES, this module gives SGLang's scheduler a method that ``Engine.collective_rpc`` calls on all ranks.
+It is named in SGLANG_FL_PLUGIN_MODULES and adds a method to SGLang's scheduler, which ``Engine.collective_rpc`` calls on all ranks.
 """
 
 import functools
@@ -40,20 +40,20 @@ logger = logging.getLogger("sglang_fl")
 
 #: The method's name.
 METHOD = "sglang_fl_tune"
-#: Calls of one operator or function that are tried, at most.
+#: At most this many calls of one operator or function are tried.
 _MOST_CALLS = 6
 _SOURCE = Source(FILE, "sglang-fl tune")
 
 
 def register_builtins(registry: OpRegistry) -> None:
-    """Registers no implementation; the scheduler's class gets the method."""
+    """Registers no implementation, but adds the method to the scheduler's class."""
     scheduler = getattr(sys.modules.get("sglang.srt.managers.scheduler"), "Scheduler", None)
     if scheduler is not None:
         setattr(scheduler, METHOD, run)
 
 
 def run(scheduler: Any, command: str, answer: str) -> None:
-    """Run a command on this rank; the first one writes what it returns to the file ``answer``, as JSON."""
+    """Run a command on this rank. The first rank writes the result to the file ``answer``, as JSON."""
     live: Live | None = getattr(scheduler, "sglang_fl_live", None)
     if live is None:
         live = scheduler.sglang_fl_live = Live(scheduler)
@@ -90,7 +90,7 @@ class Live:
         return any(self._graphs.values())
 
     def describe(self) -> dict[str, Any]:
-        """What there is to choose from, and where."""
+        """The available implementations, and the conditions here."""
         off = why_off(replace(self._settings, flagos_whitelist=None, use_flaggems=True), self._device, captures_graphs=self._captures)
         return {
             "conditions": conditions_of(getattr(self._runner.model, "config", None), chip_name(self._device), self._ranks.count),
@@ -105,10 +105,10 @@ class Live:
         }
 
     def use(self, orders: Mapping[str, Sequence[str]], functions: Sequence[str]) -> dict[str, Any]:
-        """Have operators go by these orders and FlagGems replace these functions, from the next step on; graphs are captured anew.
+        """Use these orders and FlagGems functions from the next step on. Graphs are captured again.
 
         Returns:
-            what each operator is bound to, and which functions are replaced.
+            the binding of each operator, and the replaced functions.
         """
         report = self._bind(orders, functions)
         if self._captures:
@@ -137,7 +137,7 @@ class Live:
         return bind_model(self._runner.model, self._device)
 
     def record(self) -> dict[str, Any]:
-        """Begin to record. Graphs are put aside, so that each step's calls are seen."""
+        """Start recording. Graphs are set aside, so that each step's calls are seen."""
         model = self._runner.model
         self._passes: dict[str, int] = {}
         self._shown = ("", 0)
@@ -158,7 +158,7 @@ class Live:
         return {}
 
     def _labelled(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, under the name of what it computes."""
+        """Wrap the model's forward, so that calls get the label of their step."""
         batch = next(value for value in (*args, *kwargs.values()) if hasattr(value, "forward_mode"))
         phase, (shown, size) = "decode" if batch.forward_mode.is_decode() else "prefill", self._shown
         if phase == shown == "prefill":  # all passes together are the one that is measured
@@ -177,12 +177,11 @@ class Live:
         """End recording.
 
         Args:
-            directory: where calls of layers are written, for the process that checks.
-            labels: of what is measured; calls in it come first.
+            directory: where calls of layers are saved for the checking process.
+            labels: the measured cases; their calls come first.
 
         Returns:
-            ``passes``: what was computed -> how often; ``layers`` and ``functions``: the calls that are to be tried, by number, with
-            how many of a kind there are in a pass.
+            ``passes``: step -> how often it ran. ``layers`` and ``functions``: the calls to try, by number, with their counts per pass.
         """
         if self._forward is None:
             del self._runner.model.forward
@@ -191,7 +190,7 @@ class Live:
         self._recorder.stop()
         self._runner.decode_cuda_graph_runner, self._runner.prefill_cuda_graph_runner = self._set_aside
         _forget_seeds()
-        bind_model(self._runner.model, self._device)  # what recorded gives its places back
+        bind_model(self._runner.model, self._device)  # the recording forwards are removed
         self._layers = list(self._layer_recorder.calls.values())
         layers = [self._layer_row(number, Path(directory)) for number in range(len(self._layers))]
         return {"passes": self._passes, "layers": layers, "functions": self._function_rows(frozenset(labels))}
@@ -202,7 +201,7 @@ class Live:
         try:
             written = call.pickled()
         except Exception as error:  # whatever a layer keeps
-            logger.info("a call of %s cannot be written down: %s: %s", call.socket.op, type(error).__name__, error)
+            logger.info("a call of %s cannot be saved: %s: %s", call.socket.op, type(error).__name__, error)
             file = None
         else:
             if self.rank == 0:
@@ -212,12 +211,12 @@ class Live:
         return {**row, "per_pass": self._per_pass(call.counts), "bytes": call.nbytes, "file": file}
 
     def _per_pass(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """How many calls there are in a pass; of calls between passes, the pass before them."""
+        """The number of calls per pass. Calls between passes count for the previous one."""
         passes = {label: self._passes.get(label.removesuffix(" outside")) for label in counts}
         return {label: count / of for label, count in counts.items() if (of := passes[label])}
 
     def _function_rows(self, labels: frozenset[str]) -> list[dict[str, Any]]:
-        """The calls of ATen operators that FlagGems has a function for."""
+        """The calls of ATen operators with a FlagGems function."""
         self._pairs: dict[str, list[tuple[str, Any]]] = {}
         self._dispatch_key = ""
         off = self.describe()["functions_off"]
@@ -240,7 +239,7 @@ class Live:
         return found
 
     def time_layer(self, number: int, impl: str, rounds: int) -> dict[str, Any]:
-        """SGLang's own forward of a recorded call, and the implementation's, see :class:`~sglang_fl.tune.timing.Timing`."""
+        """Time SGLang's own forward and the implementation on a recorded call, see :class:`~sglang_fl.tune.timing.Timing`."""
         call, binder = self._layers[number], process_binder()
         implementation = get_default_manager().registry.get_implementation(call.socket.op, impl)
         assert implementation is not None
@@ -253,7 +252,7 @@ class Live:
         return {name: asdict(timing) for name, timing in timings.items()}
 
     def time_function(self, number: int, rounds: int) -> dict[str, Any]:
-        """PyTorch's own kernel on a recorded call, and FlagGems's function."""
+        """Time PyTorch's own kernel and FlagGems's function on a recorded call."""
         row = self._functions[number]
         case = aten_case.Case(row["key"], row["args"], row["kwargs"], self._pairs[row["function"]], self._dispatch_key)
         with torch.inference_mode():
@@ -261,23 +260,23 @@ class Live:
 
 
 def _sockets() -> list[Socket]:
-    """Layers and functions. Kernels are bound before the model, and nothing is known of their arguments."""
+    """The sockets of layers and functions. Kernels are bound before the model; their arguments are unknown."""
     return [socket for socket in process_binder().sockets() if socket.is_tried]
 
 
 def _forget_seeds() -> None:
-    """A layer that has run on its own forward keeps it, and would be taken for one that SGLang has pinned."""
+    """Reset layers that ran their own forward: they keep it, and would look pinned by SGLang."""
     for socket in _sockets():
         if isinstance(socket, LayerSocket) and getattr(socket.subject._forward_method, "__func__", None) is socket.own:
             socket.subject._forward_method = None
 
 
 def _implementations(op: str) -> list[dict[str, Any]]:
-    """Of an operator: those that can run here, and why the others cannot."""
+    """An operator's implementations, with the reason for those that cannot run here."""
     found: list[OpImpl] = sorted(get_default_manager().registry.get_implementations(op), key=lambda impl: (-impl.priority, impl.impl_id))
     return [{"impl": impl.impl_id, "package": package_of(impl.module), "why_not": impl.why_unavailable()} for impl in found]
 
 
 def _destinations(report: BindReport) -> list[tuple[str, str]]:
-    """(operator, what it is bound to) of each class and function."""
+    """(operator, binding) of each class and function."""
     return [*((op, to) for op, _, to in report.layers), *((op, to) for (op, _), to in report.functions.items())]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An outcome as one HTML page, with nothing outside itself."""
+"""The result as one self-contained HTML page."""
 
 import math
 from typing import Any
@@ -9,12 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .judge import USED
 from .tuning import Outcome
 
-#: A plot reaches from half of native's speed to twice as much.
+#: The axis of plots: from half to twice native's speed.
 _ENDS = 0.5, 2.0
 
 
 def _place(ratio: float) -> float:
-    """Where a ratio lies on a line of 100, by its logarithm."""
+    """The position of a ratio on a logarithmic axis of length 100."""
     low, high = map(math.log, _ENDS)
     at = math.log(min(max(ratio, _ENDS[0]), _ENDS[1]))
     return round(1 + 98 * (at - low) / (high - low), 2)
@@ -26,7 +26,7 @@ def _shares(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for case, step in outcome.step_us.items():
         saved = sum(candidate.gains.get(case, 0.0) for candidate in used)
-        # A part r of its own time is left of what takes 1 - r less.
+        # A gain of 1 - r leaves r of the native time.
         left = sum(
             gain * one.ratio[1] / (1 - one.ratio[1])
             for one in used
@@ -51,7 +51,7 @@ def as_html(outcome: Outcome) -> str:
     return environment.get_template("page.html").render(
         outcome=outcome,
         conditions=outcome.about["conditions"],
-        headline=f"{used} used instead of SGLang's own" if used else "SGLang's own everywhere",
+        headline=f"{used} replacements used" if used else "SGLang's own everywhere",
         shares=_shares(outcome),
         candidates=sorted(outcome.candidates, key=lambda one: (one.status != USED, one.impl is None, one.name)),
     )

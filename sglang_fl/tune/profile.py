@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The profile: what an outcome says of operators and FlagGems functions, with the reason and the figure of each."""
+"""The profile: the decision on each operator and FlagGems function, with reason and figure."""
 
 import datetime
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .judge import BROKEN, USED, Candidate
 from .tuning import Outcome
 
 _HEAD = """\
-# Written by sglang-fl tune; do not edit, measure again:
+# Written by sglang-fl tune. Do not edit; to measure again:
 #     sglang-fl tune --update {name} MODEL
 # {what}, on {chip}.
 # Use it with SGLANG_FL_CONFIG={name}
@@ -27,7 +27,7 @@ _HEAD = """\
 
 
 def write(path: Path, outcome: Outcome, kept: Mapping[str, Any]) -> None:
-    """Write the profile whole, or not at all.
+    """Write the profile atomically.
 
     Args:
         kept: the entries of an earlier profile that were not measured again.
@@ -64,7 +64,7 @@ def write(path: Path, outcome: Outcome, kept: Mapping[str, Any]) -> None:
 
 
 def _entries(outcome: Outcome) -> dict[str, Any]:
-    """One for each operator and each function, with the verdicts on all of its candidates."""
+    """An entry for each operator and function, with the decision on each candidate."""
     found: dict[str, Any] = {}
     for candidate in outcome.candidates:
         if candidate.impl is None:
@@ -98,10 +98,10 @@ def _rounded(value: Any) -> Any:
 
 
 def choice_in(path: Path) -> tuple[Choice, dict[str, Any]]:
-    """What a profile that tune wrote uses, and its ``measured``.
+    """The choice in a profile written by tune, and its ``measured``.
 
     Raises:
-        SettingsError: it cannot be read, or says nothing of what was measured.
+        SettingsError: it cannot be read, or has no ``measured``.
     """
     measured = measured_in(path)
     if measured is None or not isinstance(measured.get("entries"), dict):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded call as a case of ``sglang-fl check``: the model's own sizes, layouts and constants, other numbers for each seed."""
+"""Recorded calls as cases of ``sglang-fl check``, with the model's sizes, layouts and constants, and new numbers for each seed."""
 
 import math
 import pickle
@@ -21,7 +21,7 @@ _MOST_NUMBERS = 1 << 21
 
 
 class RecordedLayer(Layer):
-    """What stands for the model's layer: its constants, and weights with the same numbers in another order."""
+    """Replaces the model's layer: its constants, and its weights with their numbers shuffled."""
 
     def __init__(self, state: dict[str, Any], rng: torch.Generator, device: torch.device):
         super().__init__()
@@ -33,7 +33,7 @@ class RecordedLayer(Layer):
 
 
 def cases_of_recorded(data: bytes, name: str, device: torch.device) -> Iterator[Case]:
-    """The checks of one recorded call: its results and inputs, whether it repeats, and, where there are graphs, in one."""
+    """The checks of one recorded call: results, inputs, repeatability, and in a graph if the device has graphs."""
     recorded = pickle.loads(data)
     op, dtype = recorded["op"], str(recorded["dtype"]).removeprefix("torch.")
     parameters = parameters_of(op)
@@ -59,12 +59,12 @@ def cases_of_recorded(data: bytes, name: str, device: torch.device) -> Iterator[
 
 
 def cases_of_check(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """The cases of ``sglang-fl check --quick`` of the same kinds, for a call that could not be written down."""
+    """The cases of ``sglang-fl check --quick`` of the same kinds, for a call that could not be saved."""
     yield from (case for case in cases_of(op, frozenset({dtype}), device, quick=True) if case.check in (INPUTS, REPEATS, GRAPH))
 
 
 def _like(op: str, names: frozenset[str], device: torch.device) -> Call:
-    """A call of the operator by ``sglang-fl check`` that has most of these inputs: it says which of them may be written."""
+    """The call of ``sglang-fl check`` that shares most of these inputs. It says which of them may be written."""
     operator = OPERATORS_CHECKED[op]
     draw = Draw(torch.Generator().manual_seed(0), torch.float32, device)
     tables = (f"tokens=2 {row}" for row in operator.forms.split("|"))

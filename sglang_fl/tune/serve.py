@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the candidates that are faster by themselves are not slower in the served model: groups first, then parts of them."""
+"""Finds the candidates that are faster alone and not slower in the served model: groups first, then their parts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from .journal import Journal
 from .judge import CRASHED, SLOWER_SERVED, USED, WRONG, Candidate, predicted
 from .statistics import LOOKS, Speed, is_decided, speed
 
-#: How far a served speed may stay behind what the times alone promise, as a part of the promised gain.
+#: A group is split if its served gain falls short of the predicted gain by more than this part.
 _DEPARTS = 0.5
 
 
@@ -20,7 +20,7 @@ def choice_of(candidates: Sequence[Candidate]) -> Choice:
 
 
 class Served:
-    """Served speeds of choices, against native in the same engine.
+    """Measures choices in the served model against native in the same engine.
 
     Args:
         noise: case -> the smallest effect that this machine can show.
@@ -36,12 +36,12 @@ class Served:
         self.speeds: dict[Choice, dict[str, Speed]] = {}
 
     def settle(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that are served, with the status and the reason of each."""
+        """Return the accepted candidates. Sets the status and reason of each."""
         accepted = self._accepted(list(candidates))
         while accepted and choice_of(accepted) not in self.speeds and self._slower(accepted):
-            # Together they cost what none costs alone: the one that promises least goes.
+            # They are slower only together: drop the one with the smallest predicted gain.
             least = min(accepted, key=lambda candidate: candidate.gain)
-            least.settle(SLOWER_SERVED, f"{least.reason}; but the model is slower with it and the others together: {self._shown(accepted)}")
+            least.settle(SLOWER_SERVED, f"{least.reason}; but the model is slower with it together with others: {self._shown(accepted)}")
             accepted.remove(least)
         return accepted
 
@@ -53,7 +53,7 @@ class Served:
         except NotInForce as error:
             for candidate in group:
                 if candidate.name in error.missing:
-                    candidate.settle(WRONG, f"it cannot be put in force in the engine: {error.missing[candidate.name]}")
+                    candidate.settle(WRONG, f"it cannot be used in the engine: {error.missing[candidate.name]}")
             return self._accepted([candidate for candidate in group if candidate.name not in error.missing])
         except EngineFailed as error:
             if len(group) > 1:
@@ -74,7 +74,7 @@ class Served:
         return [*self._accepted(group[:half]), *self._accepted(group[half:])]
 
     def _slower(self, group: Sequence[Candidate]) -> str | None:
-        """Where the model is slower with a group, in words; None: nowhere."""
+        """The cases in which the model is slower with a group, as text. None: no case."""
         speeds = self.measure(choice_of(group))
         for candidate in group:
             candidate.served = {case: (found.ratio, found.low, found.high) for case, found in speeds.items()}
@@ -82,7 +82,7 @@ class Served:
         return ", ".join(slower) or None
 
     def _departs(self, group: Sequence[Candidate]) -> bool:
-        """Whether the model gains much less than the group's own times promise, and than can be chance."""
+        """Whether the model gains significantly less than the group's times alone predict."""
         promised = predicted(group, self._step_us)
         speeds = self.measure(choice_of(group))
         return any(
@@ -95,7 +95,7 @@ class Served:
         return ", ".join(f"{case} {found}" for case, found in self.measure(choice_of(group)).items())
 
     def measure(self, choice: Choice) -> dict[str, Speed]:
-        """Pairs of native and the choice until the interval decides, or the last look."""
+        """Measure pairs of native and the choice until the interval decides, or until the last look."""
         if choice in self.speeds:
             return self.speeds[choice]
         pairs: list[dict[str, dict[str, float]]] = []
@@ -115,7 +115,7 @@ class Served:
         return found
 
     def _pair(self, choice: Choice, number: int) -> dict[str, dict[str, float]]:
-        """Native and the choice, in turns native first and last, so that neighbouring pairs share what is in force."""
+        """Measure native and the choice, alternately native first and last, so that adjacent pairs need no switch."""
         sides = {"native": NATIVE, "other": choice}
         found = {}
         for side in list(sides) if number % 2 == 0 else reversed(list(sides)):
@@ -127,7 +127,7 @@ class Served:
 
 
 class NotInForce(RuntimeError):
-    """A choice could not be put in force in the engine.
+    """A choice could not be used in the engine.
 
     Attributes:
         missing: operator or function -> why.

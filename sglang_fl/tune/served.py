@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of an engine: prefill and decode at some batch sizes."""
+"""The measurements of an engine: prefill and decode at several batch sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import numpy as np
 
 from .engine import Engine
 
-#: A decode step is the difference of two runs, and this is how many tokens the shorter one makes.
+#: The time of decode steps is the difference of two runs. The shorter one generates this many tokens.
 FIRST_TOKENS = 8
-#: Per prompt; the largest pages that SGLang's attention backends have.
+#: Reserve per prompt: the largest page size of SGLang's attention backends.
 _PAGE = 64
 
 
@@ -40,21 +40,21 @@ class Case:
         return f"{self.phase}/{self.batch}"
 
     def tokens(self, lengths: Lengths) -> int:
-        """How many tokens are processed in the time that is measured."""
+        """The number of tokens processed in the measured time."""
         return self.batch * lengths.prefill if self.phase == "prefill" else self.batch
 
     def measure(
         self, engine: Engine, prompts: Sequence[Sequence[int]], others: Sequence[Sequence[int]], lengths: Lengths
     ) -> dict[str, Any]:
-        """Seconds for the prefill of a batch, or for one decode step of it.
+        """Seconds of a batch's prefill, or of one decode step.
 
         Args:
-            prompts: one for each of the batch.
-            others: as many that begin differently.
+            prompts: one for each sequence of the batch.
+            others: as many prompts with other beginnings.
         """
         if self.phase == "prefill":
             return _generate(engine, prompts, 1, before=[prompt[: lengths.decode] for prompt in others])
-        # Not timed: an engine that was stopped until now has lost the caches, which would all fall on the shorter run.
+        # Not timed: an engine that was stopped has cold caches, which would slow only the shorter run.
         _generate(engine, [prompt[: lengths.decode] for prompt in others], FIRST_TOKENS)
         short = _generate(engine, prompts, FIRST_TOKENS)
         long = _generate(engine, prompts, FIRST_TOKENS + lengths.output)
@@ -73,8 +73,8 @@ def _generate(
 ) -> dict[str, Any]:
     engine.ask("flush")
     if before is not None:
-        # SGLang gives the allocator's free memory back when it flushes; a short prefill of a batch this
-        # large gets it again, which is not what is to be measured. (In a decode step it cancels out.)
+        # SGLang returns the allocator's free memory when it flushes. A short prefill of an equally large batch
+        # allocates it again, so that this is not measured. (In a decode step it cancels out.)
         engine.ask("generate", input_ids=before, max_new_tokens=1)
     return engine.ask("generate", input_ids=prompts, max_new_tokens=max_new_tokens)
 
@@ -84,16 +84,16 @@ def cases(batches: Sequence[int]) -> list[Case]:
 
 
 def pool_tokens(batches: Sequence[int], lengths: Lengths, single: int) -> int:
-    """How many tokens an engine's KV cache must hold for all measurements.
+    """The number of tokens that an engine's KV cache must hold for all measurements.
 
     Args:
-        single: tokens of the longest sequence that is generated alone.
+        single: the tokens of the longest sequence that runs alone.
     """
     return max(max(batches) * (lengths.longest + _PAGE), single + _PAGE) + _PAGE
 
 
 def make_prompts(vocabulary: int, batch: int, length: int, seed: Sequence[int]) -> list[list[int]]:
-    """Random token ids, each prompt beginning with a token of its own, so that none is a prefix of another's."""
+    """Random token ids. Each prompt begins with another token, so that no two share a prefix."""
     generator = np.random.default_rng(list(seed))
     prompts = generator.integers(0, vocabulary, (batch, length))
     prompts[:, 0] = generator.choice(vocabulary, batch, replace=False)

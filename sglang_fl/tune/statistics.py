@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pairs of neighbouring measurements say: the median of their ratios and an interval, looked at a few times while they come."""
+"""Statistics of pairs of adjacent measurements: the median ratio and its interval, with a few interim looks."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-#: After so many pairs a result is looked at. Each look is at the level that all of them share (Bonferroni), so that together they are
-#: wrong in 5 % of the cases at most.
+#: Results are looked at after this many pairs. The looks share the error level (Bonferroni): together at most 5 %.
 LOOKS = (8, 12, 18)
 _LEVEL = 1 - 0.05 / len(LOOKS)
-#: More is a difference whatever the machine: below it nothing is claimed, however quiet the machine is.
+#: Differences below this are never claimed, however quiet the machine is.
 _LEAST = 0.01
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How often as fast as native something is: the median of the pairs' ratios and its interval. Above 1 it is faster."""
+    """A speed as a multiple of native's: the median ratio of the pairs, and its interval. Above 1 is faster."""
 
     ratio: float
     low: float
@@ -27,7 +26,7 @@ class Speed:
         return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def is_slower(self, noise: float) -> bool:
-        """Beyond the interval, and beyond what the machine can show."""
+        """Whether it is slower, by its interval and by more than the smallest effect of this machine."""
         return self.high < 1 and self.ratio < 1 - noise
 
     def is_faster(self, noise: float) -> bool:
@@ -35,12 +34,11 @@ class Speed:
 
 
 def speed(native: Sequence[float], other: Sequence[float]) -> Speed:
-    """Of pairs of times.
+    """The speed from pairs of times.
 
-    The interval is that of the median by order statistics, which assumes nothing of how times are distributed (Conover, Practical
-    Nonparametric Statistics, 3.2): with n pairs, the k-th smallest ratio and the k-th largest, for the largest k at which a binomial
-    variable of n tosses is below k with a probability of at most half of what the level leaves. With fewer than 7 pairs there is none
-    at this level, and the interval is everything. Pairs in which a time is not positive are left out.
+    The interval of the median is from order statistics, without assumptions on the distribution (Conover, Practical Nonparametric
+    Statistics, 3.2): of n pairs the k-th smallest and the k-th largest ratio, for the largest k with P(Binomial(n, 1/2) < k) at most
+    half of the error level. With fewer than 7 pairs the interval is unbounded. Pairs with a time that is not positive are left out.
     """
     ratios = sorted(a / b for a, b in zip(native, other, strict=True) if a > 0 and b > 0)
     if not ratios:
@@ -51,7 +49,7 @@ def speed(native: Sequence[float], other: Sequence[float]) -> Speed:
 
 
 def _order(count: int) -> int:
-    """The largest k for which the k-th order statistics hold the median at the level; 0: there is none."""
+    """The largest k whose k-th order statistics contain the median at this level. 0: there is none."""
     below, k = 0.5**count, 0
     while 2 * below <= 1 - _LEVEL and k < count // 2:
         k += 1
@@ -60,12 +58,12 @@ def _order(count: int) -> int:
 
 
 def smallest_effect(same: Speed) -> float:
-    """The smallest difference from 1 that can be told from none, of native against native."""
+    """The smallest difference from 1 that can be distinguished from noise, from native against native."""
     return max(_LEAST, same.high - 1, 1 - same.low)
 
 
 def is_decided(speeds: Mapping[str, Speed], noise: Mapping[str, float]) -> bool:
-    """Whether more pairs would not change what is said: each case is slower, faster, or as fast as can be told."""
+    """Whether no more pairs are needed: each case is slower, faster, or equal within the smallest effect."""
     if any(speed.is_slower(noise[case]) for case, speed in speeds.items()):
         return True
     return all(

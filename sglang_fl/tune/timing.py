@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times functions on the device against each other, and what they cost the host.
+"""Compares the time of functions on the device and on the host.
 
-On CUDA a candidate's calls are captured into one graph, as serving does, so that what is timed is the
-device alone; the graph cycles over several sets of inputs and outputs, more than twice what the L2 cache
-holds. The host's time is that of the eager call, without waiting for the device. On a CPU there is wall
-time only.
+On CUDA a candidate's calls are captured into one graph, as in serving, so that only the device is timed. The
+graph cycles over several sets of inputs and outputs, more than twice the size of the L2 cache. The host's time
+is that of the eager call, without waiting for the device. On a CPU only wall time is measured.
 
-Rounds alternate (A B C, C B A), so that clocks and other work fall on all candidates, and a ratio to the
+Rounds alternate (A B C, C B A), so that clock changes and other load affect all candidates alike. A ratio to the
 first candidate is the median of the rounds' ratios, with a 95 % bootstrap interval.
 """
 
@@ -26,23 +25,23 @@ CALLS, ROUNDS = 20, 15
 #: One timing lasts at least this long, and a graph at most about ten times it.
 _LEAST_US = 1000.0
 _WARM_UP = 3
-#: How many fp32 numbers are copied to measure the bandwidth: far more than a cache holds.
+#: The number of fp32 numbers to copy for measuring the bandwidth: far more than a cache holds.
 _COPIED_NUMBERS = {"cuda": (1 << 27, 1 << 28, 1 << 29), "cpu": (1 << 24,)}
 
 Ratio = tuple[float, float, float]
 
 
 class CaptureStateLost(RuntimeError):
-    """A capture failed in a way that leaves the process unable to capture graphs; start another."""
+    """A failed capture left the process unable to capture graphs. Start a new process."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time.
+    """A function to time.
 
     Attributes:
-        calls: the same call, one for each set of inputs.
-        active: entered around the calls, for a candidate that must be switched on.
+        calls: the same call, once for each set of inputs.
+        active: a context around the calls, for a candidate that must be switched on.
     """
 
     calls: Sequence[Callable[[], Any]]
@@ -51,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in microseconds a call, and (median, low, high) of the ratio to the first candidate's."""
+    """Medians in microseconds per call, and (median, low, high) of the ratio to the first candidate."""
 
     us: float | None = None
     ratio: Ratio | None = None
@@ -61,7 +60,7 @@ class Timing:
 
 
 def input_sets(set_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs and outputs of that size make more than twice the L2 cache, at most CALLS."""
+    """How many sets of inputs and outputs of this size exceed twice the L2 cache. At most CALLS."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -69,10 +68,10 @@ def input_sets(set_bytes: int, device: torch.device) -> int:
 
 
 def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: int = ROUNDS, *, graphs: bool = True) -> dict[str, Timing]:
-    """Time candidates against the first of them. One that fails is returned with its error.
+    """Time candidates against the first one. One that fails is returned with its error.
 
     Args:
-        graphs: False for calls that no graph can hold: the host's time alone is measured.
+        graphs: False for calls that cannot be captured: only the host's time is measured.
 
     Raises:
         CaptureStateLost: a failed capture cannot be cleaned up.
@@ -132,7 +131,7 @@ def paired_ratio(times: np.ndarray[Any, Any], baseline: np.ndarray[Any, Any]) ->
 
 
 def _rounds(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Each measure's results by round; the order turns around each time."""
+    """The results of each measure by round. The order is reversed each time."""
     times: dict[str, list[float]] = {name: [] for name in measures}
     order = list(measures)
     for _ in range(rounds):
@@ -143,10 +142,10 @@ def _rounds(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def warm_up(candidate: Candidate) -> float:
-    """Run all calls on a stream of their own, as capturing needs it.
+    """Run all calls on a separate stream, as capturing requires.
 
     Returns:
-        About how many microseconds one takes.
+        The approximate time of one call in microseconds.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -164,16 +163,16 @@ def warm_up(candidate: Candidate) -> float:
 
 
 def capture(candidate: Candidate, count: int) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of that many calls of a candidate that was warmed up, and the last call's result.
+    """A graph of this many calls of a warmed-up candidate, and the last call's result.
 
     Raises:
-        CaptureStateLost: the capture failed, and no other can follow it in this process.
-        Exception: the capture failed; the process can go on.
+        CaptureStateLost: the capture failed, and this process cannot capture any more.
+        Exception: the capture failed; the process can continue.
     """
     calls = candidate.calls
     stream = torch.cuda.current_stream()
     graph = torch.cuda.CUDAGraph()
-    # Outputs live until their inputs' turn comes again, so that they take turns in memory as inputs do.
+    # Keep outputs until their inputs are used again, so that outputs cycle through memory as inputs do.
     kept: deque[Any] = deque(maxlen=len(calls))
     try:
         with candidate.active(), torch.cuda.graph(graph):
@@ -189,7 +188,7 @@ def capture(candidate: Candidate, count: int) -> tuple[torch.cuda.CUDAGraph, Any
 
 
 def _can_capture() -> bool:
-    """Whether streams, memory and random numbers are in order again after a failed capture."""
+    """Whether streams, memory and random numbers work after a failed capture."""
     stream = torch.cuda.current_stream()
     try:
         torch.cuda.synchronize()
@@ -205,7 +204,7 @@ def _can_capture() -> bool:
 
 
 def first_error(error: BaseException) -> str:
-    """An error in one line; where ending a capture raised, the error that spoiled the capture."""
+    """An error in one line. If the end of a capture raised, the error that invalidated the capture."""
     while error.__cause__ or (error.__context__ and "captur" in str(error)):
         error = error.__cause__ or error.__context__ or error
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
@@ -218,7 +217,7 @@ def _replays(graph: torch.cuda.CUDAGraph) -> int:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, replays: int, count: int) -> float:
-    """Microseconds a call."""
+    """Microseconds per call of a replay."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(replays):
@@ -229,7 +228,7 @@ def _replay(graph: torch.cuda.CUDAGraph, replays: int, count: int) -> float:
 
 
 def _host_us(candidate: Candidate, count: int) -> float:
-    """Microseconds that the host is busy with a call; so few calls that the device's queue takes them all."""
+    """Microseconds of the host per call. There are few enough calls for the device's queue."""
     calls = candidate.calls
     with candidate.active():
         torch.cuda.synchronize()
@@ -251,10 +250,9 @@ def _wall_us(candidate: Candidate, count: int) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy on the device: the best of some sizes and of two ways.
+    """Bytes per second read and written by a large copy on the device: the best of several sizes and two methods.
 
-    A copy as such is left to the driver's copy kernel, which is not the fastest there is; one that negates runs
-    on PyTorch's element-wise kernel.
+    A plain copy uses the driver's kernel, which is not the fastest. A negating copy uses PyTorch's element-wise kernel.
     """
     reached = 0.0
     for numbers in _COPIED_NUMBERS[device.type]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that a model is recorded with: a user's file, or a mix of everything that serving does."""
+"""The requests for recording a model: from a user's file, or a mix of typical serving."""
 
 import json
 import random
@@ -16,10 +16,10 @@ _KEYS = frozenset({"prompt", "input_ids", "input_len", "output_len", "sampling_p
 
 
 def mix(vocabulary: int, longest: int) -> Requests:
-    """Prefill, decode and sampling, greedy and not, alone and in batches, with and without logprobs.
+    """Prefill, decode and sampling, greedy and random, alone and in batches, with and without logprobs.
 
     Args:
-        longest: of a prompt.
+        longest: the tokens of the longest prompt.
     """
     rng = random.Random(0)
 
@@ -39,12 +39,12 @@ def mix(vocabulary: int, longest: int) -> Requests:
 
 
 def read(path: Path, vocabulary: int) -> Requests:
-    """A user's traffic: a request a line, as JSON, sent one after the other.
+    """A user's traffic: one request per line, as JSON, sent one after the other.
 
-    A request has a ``prompt``, or ``input_ids``, or ``input_len`` (so many random tokens); ``output_len``, and ``sampling_params``.
+    A request has a ``prompt``, ``input_ids``, or ``input_len`` (random tokens). ``output_len`` and ``sampling_params`` are optional.
 
     Raises:
-        SettingsError: the file cannot be read, or a line is no request.
+        SettingsError: the file cannot be read, or a line is not a request.
     """
     rng = random.Random(0)
     try:

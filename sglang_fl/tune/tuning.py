@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of ``sglang-fl tune``: noise, what is called, what is right, what is faster alone, served, and on fresh starts."""
+"""The steps of ``sglang-fl tune``: noise, recording, checking, timing alone, serving, fresh starts."""
 
 import os
 import tempfile
@@ -39,27 +39,27 @@ from .serve import Served, choice_of
 from .statistics import LOOKS, Speed, smallest_effect, speed
 from .timing import ROUNDS
 
-#: Of an operator's recorded calls, those that are tried at most.
+#: At most this many recorded calls of an operator are tried.
 _MOST_CALLS = 16
-#: Of a limited time: what native against native may take beyond the first look, and what candidates by themselves may take.
+#: Parts of a limited budget: for native against native beyond the first look, and for candidates alone.
 _NOISE_SHARE, _ALONE_SHARE = 0.1, 0.6
-#: A call costs a device about so much however little it does, and so much for a byte, in µs. Only the order of candidates hangs on it.
+#: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
 _CALL_US, _BYTE_US = 2.0, 1e-6
 
-#: A step that takes longer says how far it is.
+#: A step that takes longer reports its progress.
 _SAY_SECONDS = 20.0
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked.
+    """What to tune.
 
     Attributes:
-        directory: for what is kept between a run and the one that resumes it.
-        deadline: of ``time.monotonic``; None: no limit.
+        directory: for files that a resumed run needs.
+        deadline: of ``time.monotonic``. None: no limit.
         traffic: the user's requests, or None.
-        only: the entries that are measured; None: all. Others keep what ``kept`` says.
+        only: the entries to measure. None: all. Others are taken from ``kept``.
         kept: the choice of an earlier profile.
     """
 
@@ -72,14 +72,14 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of it so far.
+    """The results so far.
 
     Attributes:
         noise: case -> the smallest effect that this machine can show.
         step_us: case -> native's time.
-        served: case -> the speed of what is used over native's, in one engine.
-        why_native: why nothing is used although something seemed faster; empty: it is not so.
-        incomplete: what the time did not suffice for; empty: nothing.
+        served: case -> the speed of the final choice as a multiple of native's, in one engine.
+        why_native: why nothing is used. Empty: something is used.
+        incomplete: what the budget was too small for. Empty: nothing.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -99,14 +99,14 @@ class Tuning:
 
     Args:
         write: writes the profile of an outcome to a file.
-        say: shows a line, with the time that is left.
+        say: shows a line with the remaining time.
     """
 
     def __init__(self, job: Job, bench: Bench, journal: Journal, say: Say, write: Callable[[Path, Outcome], None]):
         self._job, self._bench, self._journal, self._say, self._write = job, bench, journal, say, write
         self.outcome = Outcome()
         self.budget = Budget(job.deadline, journal.seconds)
-        #: recorded call -> its number in the engine that recorded last, which was the so-manieth
+        #: recorded call -> its number in the engine that recorded last; and which start that was
         self._numbers: dict[str, int] = {}
         self._recorded_by = 0
         self._said = time.monotonic()
@@ -121,7 +121,7 @@ class Tuning:
         return self.outcome
 
     def measure(self) -> None:
-        """All steps but the fresh starts, in one engine if none is lost. Raises BudgetOver."""
+        """Run all steps but the fresh starts, in one engine if it does not crash. Raises BudgetOver."""
         self._about()
         self._measure_noise()
         self._record()
@@ -156,7 +156,7 @@ class Tuning:
         self._bench.know(self.outcome.about)
 
     def _measure_noise(self) -> None:
-        """Native against native, as pairs of a candidate are measured."""
+        """Measure native against native, in pairs like those of a candidate."""
         self._show("native against native")
         pairs = [self._noise(number) for number in range(LOOKS[0])]
         with self.budget.part(_NOISE_SHARE), suppress(BudgetOver):
@@ -180,7 +180,7 @@ class Tuning:
         return found
 
     def _recording(self) -> dict[str, Any]:
-        """Serve the traffic and what is measured, recorded."""
+        """Serve the traffic and the measured cases while recording."""
         bench, about = self._bench, self.outcome.about
         bench.use(NATIVE)
         longest = min(about["longest"] // 2, 4000) if not about["plain_cpu"] else min(about["longest"] // 2, 256)
@@ -207,7 +207,7 @@ class Tuning:
                 if row["why_not"]:
                     candidate.settle(UNAVAILABLE, row["why_not"])
                 elif not candidate.calls:
-                    candidate.settle(NOT_CALLED, "no call of the traffic reaches the operator")
+                    candidate.settle(NOT_CALLED, "the traffic does not call the operator")
                 self.outcome.candidates.append(candidate)
         functions: dict[str, list[dict[str, Any]]] = {}
         for row in found["functions"]:
@@ -226,7 +226,7 @@ class Tuning:
 
     @property
     def _open(self) -> list[Candidate]:
-        """The candidates that nothing speaks against so far."""
+        """The candidates without a decision."""
         return [candidate for candidate in self.outcome.candidates if candidate.status == NOT_MEASURED]
 
     def _try(self) -> None:
@@ -294,7 +294,7 @@ class Tuning:
         judge_alone(candidate, times, [str(case) for case in self._bench.cases])
 
     def _timing(self, candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Of one call in the running engine; one that has not recorded it does so first."""
+        """Time one call in the running engine. A new engine records the calls first."""
         try:
             if not self._bench.is_up or self._recorded_by != self._bench.starts:
                 self._recording()
@@ -308,7 +308,7 @@ class Tuning:
             return {"crashed": str(error).splitlines()[0]}
 
     def _serve(self) -> None:
-        """Choices in the running engine; an operator's next best, where its best is slower when it is served."""
+        """Measure choices in the running engine. If an operator's best candidate is slower served, try the next best."""
         served = Served(self._bench, self._journal, self.outcome.noise, self.outcome.step_us, self.check_budget)
         queues: dict[str, list[Candidate]] = {}
         for candidate in sorted(self._open, key=lambda candidate: -candidate.gain):
@@ -335,7 +335,7 @@ class Tuning:
             self.outcome.served = served.measure(self.outcome.used)
 
     def confirm(self) -> None:
-        """The profile on fresh starts; where it is below native, SGLang's own everywhere."""
+        """Measure the profile on fresh starts. If it is slower than native, leave everything to SGLang."""
         outcome = self.outcome
         if outcome.used == NATIVE:
             outcome.why_native = "" if outcome.incomplete else "nothing was right, faster alone and not slower served"
@@ -355,7 +355,7 @@ class Tuning:
 
 
 def _case(candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
-    """What the checking process is told."""
+    """A case for the checking process."""
     if candidate.impl is None:
         return {"kind": "function", "function": candidate.name, "key": call["key"], "args": call["args"], "kwargs": call["kwargs"]}
     return {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process in which candidates are checked on recorded calls: ``python -m sglang_fl.tune.worker FD FILE``, a ``check.process.Process``.
+"""The process that checks candidates on recorded calls: ``python -m sglang_fl.tune.worker FD FILE``, a ``check.process.Process``.
 
-It answers as ``check.worker`` does.
+Its protocol is that of ``check.worker``.
 """
 
 import json
@@ -28,7 +28,7 @@ from .timing import first_error
 
 
 class Worker:
-    """The cases of a file: each a mapping with ``kind``, ``op`` and ``impl`` and ``file``, or ``function`` and a recorded ATen call."""
+    """Runs the cases of a file. Each has ``kind``, and either ``op``, ``impl`` and ``file``, or ``function`` and an ATen call."""
 
     def __init__(self, file: str, send: Callable[[Mapping[str, Any]], None]):
         self._cases, self._send = json.loads(Path(file).read_text(encoding="utf-8")), send
@@ -43,7 +43,7 @@ class Worker:
                 self._functions.setdefault(fn.__name__, []).append((key, fn))
 
     def run(self, number: int) -> dict[str, Any]:
-        """``status``, and ``message`` if it is not ok."""
+        """Return ``status``, and ``message`` if it is not ok."""
         case = self._cases[number]
         return self._layer(case) if case["kind"] == "layer" else self._function(case)
 

@@ -98,7 +98,7 @@ def test_what_is_no_search() -> None:
         Search({})
     with pytest.raises(ValueError, match="none with a weight below 0"):
         Search({"add": -1.0})
-    with pytest.raises(ValueError, match="no switches of this search: sub"):
+    with pytest.raises(ValueError, match="not switches of this search: sub"):
         Search({"add": 1.0}).record({"sub"}, True)
 
 

@@ -410,7 +410,7 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("rms_norm", writes_x, SERVING, "wrote x, which is read-only"),
         ("rms_norm", writes_the_weights, INPUTS, "wrote the layer's weight, which is read-only"),
         ("rms_norm", order_of_the_sum_by_chance, REPEATS, "not deterministic"),
-        ("rms_norm", one_result_for_two, SERVING, "gave 1 results, not 2: result, residual"),
+        ("rms_norm", one_result_for_two, SERVING, "returned 1 results, not 2: result, residual"),
         ("rms_norm", nothing_without_tokens, UNUSUAL, "raised RuntimeError: invalid configuration argument"),
         ("rms_norm", weights_taken_for_the_dtype_of_x, UNUSUAL, ""),
         ("gelu_and_mul", gelus_swapped, SERVING, "out of bounds"),

@@ -125,7 +125,7 @@ def shared_expert_of_padding(obj: Any, hidden_states: Any, router_logits: Any, *
         (after(lambda weights, ids: (weights.flip(-1), ids)), (SERVING,), "topk_weights (torch.float32)"),
         (after(lambda weights, ids: (weights, ids + 1000)), (SERVING,), "not within the 128 experts"),
         (after(lambda weights, ids: (weights[:, :-1], ids)), (SERVING,), "topk_weights has shape"),
-        (after(lambda weights, ids: weights), (SERVING,), "gave 1 results"),
+        (after(lambda weights, ids: weights), (SERVING,), "returned 1 results"),
         (after(lambda weights, ids: (weights, ids.flip(-1))), (UNUSUAL,), "the last of topk_ids is not the shared expert"),
     ],
 )

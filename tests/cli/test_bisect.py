@@ -61,7 +61,7 @@ def test_a_flaggems_function(bisect: Bisect, machine: Callable[[str], None], mon
 def test_an_operator_and_the_page_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bisect", "--run", f"{JUDGE} op:rms_norm"]) == 1
     printed = capsys.readouterr()
-    assert "op:rms_norm makes the command fail: it does with this alone on, and does not with this alone off: odds" in printed.out
+    assert "op:rms_norm makes the command fail: it fails with only this on, and passes with only this off: odds" in printed.out
     assert "op_backends:\n  rms_norm: [sglang]\n" in printed.out
     assert "No run loaded a model with sglang-fl" in printed.out
     assert "run 1: 14 of 14 on: failed (exit code 1" in printed.err and "run 2: 0 of 14 on: passed" in printed.err
@@ -73,7 +73,7 @@ def test_an_operator_and_the_page_of_it(capsys: pytest.CaptureFixture[str]) -> N
         ("exit 1", "exit code 1"),
         ("kill -SEGV $$", "signal 11 (SIGSEGV)"),
         ("(kill -ABRT $(exec sh -c 'echo $PPID')); exit $?", "exit code 134, as after signal 6 (SIGABRT)"),
-        ("sleep 60", "no end within 0.5 s"),
+        ("sleep 60", "not finished within 0.5 s"),
     ],
 )
 def test_how_a_command_fails(bisect: Bisect, fails: str, how: str) -> None:
@@ -86,7 +86,7 @@ def test_how_a_command_fails(bisect: Bisect, fails: str, how: str) -> None:
     ("command", "code", "told"),
     [
         ("true", 0, "The command does not fail with all 14 switches on: odds"),
-        ("false", 3, "It is no operator: the command fails with all of them off, too: odds"),
+        ("false", 3, "It is no operator: the command also fails with all switches off: odds"),
     ],
 )
 def test_what_is_no_switch(bisect: Bisect, command: str, code: int, told: str) -> None:
@@ -174,7 +174,7 @@ def stop_in_third_run(number: int, folder: Path) -> tuple[subprocess.Popen[str],
 def test_ctrl_c_ends_the_command_and_loses_nothing(bisect: Bisect, in_a_folder: Path) -> None:
     search, process = stop_in_third_run(signal.SIGINT, in_a_folder)
     assert search.returncode == 130
-    assert search.stderr is not None and "go on with: sglang-fl bisect --resume here/runs.jsonl" in search.stderr.read()
+    assert search.stderr is not None and "continue with: sglang-fl bisect --resume here/runs.jsonl" in search.stderr.read()
     assert not alive(process)
     before = [json.loads(line) for line in Path("here/runs.jsonl").read_text().splitlines() if '"failed"' in line]
     code, found = bisect("--resume", "here/runs.jsonl")
@@ -190,7 +190,7 @@ def test_resume_after_kill(bisect: Bisect, in_a_folder: Path, capsys: pytest.Cap
     with Path("here/runs.jsonl").open("a") as record:
         record.write('{"run": 3, "cut o')
     assert main(["bisect", "--resume", "here/runs.jsonl"]) == 2
-    assert f"seems to be running still; end it: kill -- -{process}" in capsys.readouterr().err
+    assert f"seems to be still running; end it with: kill -- -{process}" in capsys.readouterr().err
     os.killpg(process, signal.SIGKILL)
     until(lambda: not alive(process))
     code, found = bisect("--resume", "here/runs.jsonl")
@@ -203,19 +203,19 @@ def test_a_record_of_other_settings(bisect: Bisect, monkeypatch: pytest.MonkeyPa
     record = "here/runs.jsonl"
     monkeypatch.setenv("SGLANG_FL_PER_OP", "topk=sglang")
     for arguments, told in (
-        (["--resume", record], "settings changed (op_backends.topk: None then, ['sglang'] now)"),
+        (["--resume", record], "settings changed (op_backends.topk: None before, ['sglang'] now)"),
         (["--resume", "none.jsonl"], "there is no file 'none.jsonl'"),
-        (["--run", "true", "--out", "here"], f"{record} exists; --resume {record} goes on with it"),
+        (["--run", "true", "--out", "here"], f"{record} exists; --resume {record} continues it"),
     ):
         assert main(["bisect", *arguments]) == 2
         assert told in capsys.readouterr().err
     monkeypatch.delenv("SGLANG_FL_PER_OP")
     assert main(["bisect", "--resume", record, "--run", "false"]) == 2
-    assert "was begun with --run 'true'" in capsys.readouterr().err
+    assert "was started with --run 'true'" in capsys.readouterr().err
     for text, told in (
         ("no record\n", "is not a record of this version of sglang-fl bisect"),
         (Path(record).read_text() + '{"of": "another"}\n', "is not a record of this version of sglang-fl bisect"),
-        ("", "is empty; --run 'CMD' begins a search"),
+        ("", "is empty; start a search with --run 'CMD'"),
     ):
         Path(record).write_text(text)
         assert main(["bisect", "--resume", record]) == 2
@@ -224,7 +224,7 @@ def test_a_record_of_other_settings(bisect: Bisect, monkeypatch: pytest.MonkeyPa
 
 def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bisect"]) == 2
-    assert "--run 'CMD', a command that ends with 0 if all is well" in capsys.readouterr().err
+    assert "--run 'CMD', a command that exits with 0 if the answers are good" in capsys.readouterr().err
     assert main(["bisect", "--run", " "]) == 2
     assert "--run: the command is empty" in capsys.readouterr().err
 

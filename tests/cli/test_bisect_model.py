@@ -17,11 +17,11 @@ from sglang_fl.cli import main
     "arguments, message",
     [
         (["/no/such/model"], "bisect: there is no model in /no/such/model"),
-        (["m", "--run", "true"], "bisect: either MODEL or --run 'CMD'"),
-        ([], "bisect: what is to be judged? MODEL, or --run 'CMD'"),
+        (["m", "--run", "true"], "bisect: give either MODEL or --run 'CMD'"),
+        ([], "bisect: give MODEL, or --run 'CMD'"),
         (["m", "--prompts", "/no/such/file"], "--prompts: /no/such/file cannot be read"),
         (["m", "--html", "/no/such/folder/page.html"], "--html: "),
-        (["m", "--archive", "/proc/none"], "--archive: /proc/none cannot be made"),
+        (["m", "--archive", "/proc/none"], "--archive: /proc/none cannot be created"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,7 +32,7 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
 def test_a_file_without_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts").write_text("\n \n")
     assert main(["bisect", "m", "--prompts", str(tmp_path / "prompts")]) == 2
-    assert "has no prompt; one stands on each line" in capsys.readouterr().err
+    assert "has no prompt; write one per line" in capsys.readouterr().err
 
 
 def test_help_has_both_ways_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def test_without_words_it_is_a_summary_by_module(capsys: pytest.CaptureFixture[s
     text = output(capsys)
     assert f"Kernels of SGLang {installed_version()}: " in text
     assert "sglang-fl kernels WORD lists those" in text
-    assert "Left out: " in text
+    assert "Not shown: " in text
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -76,4 +76,4 @@ def test_a_communicator_error_ends_the_server_with_its_message(running: Running,
     assert not alive
     log = running.server.log.read_text()
     assert "FlagCX: flagcxAllReduce failed on rank 1 of the 2 of group 'tp:0' (cpu): " in log
-    assert "flagcxInternalError (3). The ranks are out of step, so this server cannot go on." in log
+    assert "flagcxInternalError (3). The ranks are out of step, so this server must end." in log

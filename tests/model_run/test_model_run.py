@@ -103,7 +103,7 @@ def test_a_layer_class_is_switched_alone(loaded: LoadedModel) -> None:
 
 
 def test_a_name_that_is_not_replaced_is_refused(loaded: LoadedModel) -> None:
-    with pytest.raises(CallFailed, match=r"ValueError: nothing here is RMSNorm → vendor\.other"):
+    with pytest.raises(CallFailed, match=r"ValueError: not replacements in this process: RMSNorm → vendor\.other"):
         loaded.call(logprobs, MANY, (replace(NORM, by="vendor.other"),))
 
 

@@ -136,7 +136,7 @@ class TestAlone:
 
     def test_slower_at_one_call_is_slower(self) -> None:
         found = self.judged(row(0.5), row(0.5), row(1.1))
-        assert found.status == SLOWER and "1.1 times the own one's time (1x64)" in found.reason
+        assert found.status == SLOWER and "1.1 times native's time (1x64)" in found.reason
 
     @pytest.mark.parametrize("rows", [[row(1.0)], [row(0.99)], [row(0.95, spread=0.2)]])
     def test_ties_stay_with_sglang(self, rows: list[Any]) -> None:
@@ -149,7 +149,7 @@ class TestAlone:
         )
         assert timed({}, own, theirs, in_graph=True).ratio[0] == 0.5  # type: ignore[union-attr]
         assert timed({}, own, theirs, in_graph=False).ratio[0] == 3.0  # type: ignore[union-attr]
-        assert timed({}, own, {**theirs, "error": "no"}, in_graph=True) == "its own: no"
+        assert timed({}, own, {**theirs, "error": "no"}, in_graph=True) == "timing it failed: no"
 
 
 class PlantedBench:

@@ -14,31 +14,31 @@ from .call import Call, Case, NoMemory, Operator, rows_of
 
 __all__ = ["OPERATORS_CHECKED", "Call", "Case", "NoMemory", "Operator", "cases_of"]
 
-#: operator -> what it is checked with: the ``OPERATORS`` of the files here.
+#: operator -> its inputs, from the ``OPERATORS`` of the files here.
 OPERATORS_CHECKED: Mapping[str, Operator] = {
     op: operator
     for module in iter_modules(__path__)
     for op, operator in getattr(import_module(f"{__name__}.{module.name}"), "OPERATORS", {}).items()
 }
 
-#: Numbers of tokens that are timed: on an accelerator, on a CPU (about a minute), and with --quick (some seconds).
+#: The numbers of tokens to time: on an accelerator, on a CPU (about a minute), and with --quick (a few seconds).
 _ACCELERATOR, _CPU, _QUICK = (1, 16, 64, 512, 2048, 8192), (1, 16, 64, 512, 2048), (1, 64)
 
 
 def cases_of(
     op: str, dtypes: frozenset[torch.dtype] | None, device: torch.device, *, quick: bool, batch_invariant: bool = False
 ) -> Iterator[Case]:
-    """An operator's cases, for what an implementation declares: the activation dtypes that it takes (None: all), batch invariance."""
+    """An operator's cases for an implementation that declares these dtypes (None: all) and batch invariance."""
     operator, on_cpu = OPERATORS_CHECKED[op], device.type == "cpu"
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtypes is None or dtype in dtypes]
     names.sort(key=lambda name: name != "bfloat16")  # the dtype of serving first
     served = partial(_served, operator)
     tables = [(SERVING, served(*(_QUICK if quick else _CPU if on_cpu else _ACCELERATOR)))]
     tables += [(UNUSUAL, operator.unusual), (SPECIAL, operator.special), (INPUTS, served(33))]
-    # In a batch that fills the device a race between a kernel's threads shows.
+    # A batch that fills the device reveals races between a kernel's threads.
     tables.append((REPEATS, served(256 if on_cpu or quick else 2048)))
     if batch_invariant:
-        # Kernels take other ways for larger batches.
+        # Kernels use other code paths for larger batches.
         tables.append((BATCH, served(64 if quick else 512)))
     # Kernels are compiled anew for each dtype: what is about numbers of rows and heads stands in the one of serving.
     once = [(SIZES, operator.sizes), (SIZES, operator.many), *([] if on_cpu else [(SIZES, operator.vast)])]
@@ -49,13 +49,13 @@ def cases_of(
         pairs = list(zip(rows_of(served(64)), rows_of(served(17)), strict=True))
         for check in (THREADS, GRAPH) if operator.captured else (THREADS,):
             yield from (_case(op, check, words, dtype, other) for words, other in pairs)
-        # A compilation takes seconds: the plainest call and the one with most to get wrong.
+        # Compiling takes seconds: only the simplest call and the most complex one.
         for words, other in pairs[:1] if quick else dict.fromkeys((pairs[0], pairs[-1])):
             yield _case(op, COMPILE, words, dtype, None if on_cpu else other)
 
 
 def _served(operator: Operator, *tokens: int) -> str:
-    """What serving calls an operator with, for these numbers of tokens."""
+    """The calls of serving with these numbers of tokens."""
     return " | ".join(f"tokens={max(1, count // operator.fewer)} {row}" for count in tokens for row in operator.forms.split("|"))
 
 

@@ -15,11 +15,11 @@ class Activation(Form):
     """A call of an activation.
 
     Attributes:
-        width: of the result.
-        shape: of x, in the place of tokens and width.
-        gated: x holds a gate and what it is multiplied with.
-        nan: nan must come out of nan.
-        approximate: its layer's.
+        width: the width of the result.
+        shape: the shape of x, instead of tokens and width.
+        gated: x holds the gate and the factor.
+        nan: nan must give nan.
+        approximate: the layer's attribute.
     """
 
     tokens: int = 5
@@ -38,7 +38,7 @@ class Activation(Form):
     def _extreme(self, draw: Draw, shape: tuple[int, ...]) -> torch.Tensor:
         x = draw.extreme(self.values, *shape)
         if self.values == "nan":
-            x[:, : self.width].abs_()  # what a gate of -inf makes is either of two things
+            x[:, : self.width].abs_()  # a gate of -inf may give either of two results
             x[3:, -1] = -torch.inf if self.gated else torch.inf
             x[1, -2] = torch.nan if self.gated else 1
             x = x if self.nan else x.nan_to_num(1, torch.inf)
@@ -52,7 +52,7 @@ shape=0,128 | shape=2,0,64 | shape=1,2 | shape=5,66 | shape=3,10000 | shape=4,7,
 | layout={every-other,transposed,odd-view,one-row} | shape=6,5,64 layout=view | width=9 | tokens=64 width=9 layout=transposed
 """
 _SPECIAL = "tokens=6 values={nan,largest,zeros,denormals}"
-#: Wider than models make their MLPs: as many as the largest vocabulary has.
+#: Wider than any model's MLP: the largest vocabulary.
 _SIZES = f"tokens=3 width={{{numbers('width', 'moe_width')}}} | tokens=2 width=262208 | tokens=3 layout=far"
 
 

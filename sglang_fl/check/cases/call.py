@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case's parts: a call of an operator, and its random inputs.
+"""The parts of a case: a call of an operator, and its random inputs.
 
-Inputs are drawn on the CPU, so that a seed means the same numbers on every device.
+Inputs are drawn on the CPU, so that a seed gives the same numbers on every device.
 """
 
 import math
@@ -14,18 +14,18 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-#: More numbers than this are drawn as repetitions of so many, a prime: rows differ.
+#: Larger tensors repeat this many random numbers. It is prime, so that rows differ.
 _DRAWN = 16777213
-#: Offsets beyond it do not fit into 32 bits.
+#: Larger offsets do not fit into 32 bits.
 INT32 = 2**31
 
 
 class NoMemory(RuntimeError):
-    """The device lacks the memory that a case needs."""
+    """The device has too little memory for a case."""
 
 
 class Layer(nn.Module):
-    """The layer that an operator reads its weights and constants from."""
+    """A layer with the weights and constants that an operator reads."""
 
     def __init__(self, weight: torch.Tensor | None = None, eps: float = 1e-6, bias: torch.Tensor | None = None, approximate: str = "none"):
         super().__init__()
@@ -41,10 +41,10 @@ class Call:
 
     Attributes:
         layer: its first argument.
-        inputs: the other arguments, by the names and in the order of the operator's signature.
-        may_write: the inputs that the operator's text allows writing.
-        guarded: what lies around the inputs in memory and is never the operator's to write.
-        updated: the inputs that are results, too, as the operator leaves them.
+        inputs: the other arguments by name, in the order of the operator's signature.
+        may_write: the inputs that the operator's docstring allows to write.
+        guarded: memory around the inputs, which must not be written.
+        updated: the inputs that are also results.
         takes_layer: False for operators that replace functions of SGLang.
     """
 
@@ -56,17 +56,17 @@ class Call:
     takes_layer: bool = True
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the operator is called with: (by position, by name)."""
+        """The operator's arguments: (positional, named)."""
         return (*((self.layer,) if self.takes_layer else ()), *self.inputs.values()), {}
 
     def of_tokens(self, tokens: slice | torch.Tensor, tokens_in: Mapping[str, int]) -> "Call":
-        """The call for some of its tokens."""
+        """The same call with only some of its tokens."""
         found = {name: (self.inputs[name], dim) for name, dim in tokens_in.items() if name in self.inputs}
         parts = {name: x[(..., tokens) if dim == -1 else tokens] for name, (x, dim) in found.items()}
         return replace(self, inputs={**self.inputs, **parts})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a kernel could write, by name."""
+        """All tensors that a kernel could write, by name."""
         found = {name: x for name, x in self.inputs.items() if isinstance(x, torch.Tensor)}
         return {**found, **self.guarded, **{f"the layer's {name}": x.data for name, x in self.layer.named_parameters()}}
 
@@ -91,7 +91,7 @@ class Draw:
         return torch.as_tensor(numbers).to(getattr(torch, dtype)).to(self.device)
 
     def extreme(self, values: str, *shape: int, largest: float = math.inf) -> torch.Tensor:
-        """Numbers in fp32 on the CPU, with special values among them: ``nan``, the ``largest`` of the dtype, ``zeros``, ``denormals``."""
+        """fp32 numbers on the CPU with some special values: ``nan``, the ``largest`` of the dtype, ``zeros``, ``denormals``."""
         if values == "nan":
             x = torch.randn(shape, generator=self.rng)
             x[0, ..., 3], x[1, ..., 5], x[2, ..., 7], x[3, ..., 0] = math.nan, math.inf, -math.inf, math.inf
@@ -101,7 +101,7 @@ class Draw:
         return (torch.rand(shape, generator=self.rng) * 2 - 1) * scale
 
     def laid_out(self, x: torch.Tensor, layout: str, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The numbers in another place; what is around them there goes to ``guarded``."""
+        """Copy the numbers into another memory layout. The memory around them is added to ``guarded``."""
         turned = {"transposed": (-1, -2), "turned": (0, 1)}.get(layout)
         if turned is not None:
             return x.transpose(*turned).contiguous().transpose(*turned)
@@ -112,7 +112,7 @@ class Draw:
         if layout == "every-other":
             around = self.normal(2 * len(x), *x.shape[1:], dtype=x.dtype)
             view, guarded[f"the rows between, {len(guarded)}"] = around[::2], around[1::2]
-        else:  # in the columns of a wider tensor, from one on that is aligned or from one that is not
+        else:  # in the columns of a wider tensor, with an aligned or an unaligned first column
             first = {"view": 64, "odd-view": 3}[layout]
             around = self.normal(*x.shape[:-1], x.shape[-1] + first + 61, dtype=x.dtype)
             before, view, behind = around.split([first, x.shape[-1], 61], -1)
@@ -120,22 +120,22 @@ class Draw:
         return view.copy_(x)
 
     def _far_apart(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows so far apart that the last one's offset does not fit into 32 bits; memory between them is never touched."""
+        """Rows so far apart that the last offset does not fit into 32 bits. The memory between them is never used."""
         between = INT32 // (len(x) - 1) + 64
         try:
             memory = torch.empty((len(x) - 1) * between + x[0].numel(), dtype=x.dtype, device=self.device)
         except RuntimeError as error:
-            raise NoMemory(f"{INT32 * x.itemsize >> 30} GiB are not to be had on {self.device}") from error
+            raise NoMemory(f"{INT32 * x.itemsize >> 30} GiB of memory are not available on {self.device}") from error
         return memory.as_strided(x.shape, (between, *x.stride()[1:])).copy_(x)
 
 
 @dataclass(frozen=True)
 class Form:
-    """The sizes and options of calls: an operator's subclass has them as fields, and draws.
+    """The sizes and options of a call. Subclasses add an operator's own as fields, and draw the call.
 
     Attributes:
-        layout: how the activations lie in memory, see :meth:`Draw.laid_out`.
-        values: the numbers of the activations, see :meth:`Draw.extreme`; empty: normal ones.
+        layout: the memory layout of the activations, see :meth:`Draw.laid_out`.
+        values: the special values in the activations, see :meth:`Draw.extreme`. Empty: none.
     """
 
     tokens: int = 7
@@ -146,7 +146,7 @@ class Form:
         raise NotImplementedError
 
     def of(self, words: str) -> Self:
-        """This form with what words say: ``tokens=65537 heads=7,1 residual``."""
+        """This form changed by words: ``tokens=65537 heads=7,1 residual``."""
         pairs = (word.partition("=") for word in words.split())
         return replace(self, **{name: _read(value, getattr(self, name)) for name, _, value in pairs})
 
@@ -160,7 +160,7 @@ def _read(value: str, default: Any) -> Any:
 
 
 def rows_of(table: str) -> list[str]:
-    """A table's rows in words. Rows end at ``|``; ``{a,b}`` and ``{,a}`` stand for one row each, as in a shell."""
+    """Split a table into rows. Rows end at ``|``. ``{a,b}`` and ``{,a}`` give one row for each alternative, as in a shell."""
     found: list[str] = []
     for row in table.split("|") if table else ():
         parts = [part.split(",") if number % 2 else [part] for number, part in enumerate(re.split(r"{(.*?)}", row))]
@@ -169,7 +169,7 @@ def rows_of(table: str) -> list[str]:
 
 
 def each(table: str, words: str) -> str:
-    """The table with these words at the end of each row."""
+    """Append these words to each row of a table."""
     return " | ".join(f"{row} {words}" for row in table.split("|"))
 
 
@@ -178,22 +178,22 @@ Make = Callable[[Draw], Call]
 
 @dataclass(frozen=True)
 class Operator:
-    """What an operator is checked with. Cases are rows of words for its form, as in :func:`rows_of`.
+    """The inputs of an operator. Cases are rows of words that change its form, as in :func:`rows_of`.
 
     Attributes:
-        form: what the rows change.
-        forms: the ways serving calls it, but for the number of tokens.
-        exact: its results in float64, for a call that has not run yet; inputs that are results last.
-        sizes: what models call it with, and where numbers of rows, heads and offsets leave what kernels are first tried with.
-        many: numbers of tokens, or of rows, beyond what 16 bits count and a grid has in its second and third dimension.
-        vast: rows that a CPU takes too long for; of those with most numbers, some of the tokens are judged.
-        unusual: calls that are allowed, and rare.
+        form: the default form.
+        forms: the calls of serving, except for the number of tokens.
+        exact: computes the results in float64, before the call runs. Inputs that are results come last.
+        sizes: the sizes of models, and unusual numbers of rows, heads and offsets.
+        many: numbers of tokens or rows beyond 16 bits, the limit of a grid's second and third dimension.
+        vast: rows that take too long on a CPU. In the largest ones only some tokens are judged.
+        unusual: allowed but rare calls.
         special: calls with nan, infinity, the largest and the smallest numbers.
-        whole: one of the results in float64 judges all of an implementation's.
-        fewer: it is called with so many times fewer tokens than others, which have no states.
+        whole: one float64 result judges all results together.
+        fewer: it gets this many times fewer tokens than operators without states.
         captured: whether serving calls it under graph capture.
-        tokens_in: the inputs that have a part for each token -> the dimension of the tokens, first or last; results have them
-            in the first. Empty where tokens depend on each other.
+        tokens_in: the inputs with a token dimension -> that dimension, first or last. Results have it first. Empty if tokens
+            depend on each other.
     """
 
     form: Form
@@ -215,8 +215,8 @@ class Case:
     """One check of one implementation with one call.
 
     Attributes:
-        name: the call in words; one of an operator, a kind of check and a dtype has it.
-        other: makes a call of another number of tokens.
+        name: the call in words, unique for an operator, a kind of check and a dtype.
+        other: makes a call with another number of tokens.
     """
 
     op: str

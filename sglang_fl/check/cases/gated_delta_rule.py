@@ -9,22 +9,22 @@ from ..exact import gated_delta_rule as exact
 from .call import Call, Draw, Form, Layer, Operator
 from .models import sizes
 
-#: Keys of 32 numbers of this size have a squared norm near 1e-6, which is what is added to it.
+#: Keys of 32 numbers of this size have a squared norm near 1e-6, the epsilon that is added to it.
 _NEAR_EPSILON = 2.0**-12
 
 
 @dataclass(frozen=True)
 class Delta(Form):
-    """What the operators' calls have in common.
+    """The common part of the operators' calls.
 
     Attributes:
-        layout: ``packed``: q, k and v are parts of a projection.
-        slots: the slot of each sequence, -1: padding; empty: any.
-        pool: ``view``: numbers lie between the slots; ``ordered``: nobody says which slots; ``none``: no pool.
+        layout: ``packed``: q, k and v are parts of one projection.
+        slots: the slot of each sequence. -1: padding. Empty: random.
+        pool: ``view``: other numbers lie between the slots; ``ordered``: no slots are given; ``none``: no pool.
         padded: every fourth sequence has no slot.
-        no_norm: q and k are not normed.
-        size: of q and k.
-        index, states: dtypes of slots and lengths, and of states.
+        no_norm: q and k are not normalised.
+        size: the size of the numbers of q and k.
+        index, states: the dtypes of slots and lengths, and of states.
     """
 
     slots: tuple[int, ...] = ()
@@ -73,15 +73,15 @@ class Sequences(Delta):
     """A call over whole sequences.
 
     Attributes:
-        lengths: of the sequences; empty: three of what ``tokens`` are.
-        sequences: so many of them, of one to three tokens; 0: as ``lengths`` says.
-        rows: as many sequences of ``tokens`` tokens in rows; 0: one row for all.
-        scale: 0: the operator's own.
-        decay: of the state, at most.
+        lengths: the lengths of the sequences. Empty: ``tokens`` split into three.
+        sequences: this many sequences of one to three tokens. 0: see ``lengths``.
+        rows: this many rows, each a sequence of ``tokens`` tokens. 0: one row for all.
+        scale: 0: the operator's default.
+        decay: the largest decay of the state.
         beta_as_q: beta has q's dtype.
         read_only: the pool is not updated.
-        no_last, no_beta: of the recurrent operator.
-        recurrent: it is that.
+        no_last, no_beta: options of the recurrent operator.
+        recurrent: the call is of the recurrent operator.
     """
 
     tokens: int = 78
@@ -106,7 +106,7 @@ class Sequences(Delta):
         v = v.unflatten(-1, (self.value_heads, self.value_dim))
         g, beta = (torch.rand(*shape, self.value_heads, generator=draw.rng) for _ in range(2))
         if self.values == "nan":
-            # In the first token of the second sequence: a kernel may let it reach the tokens before it in a chunk.
+            # In the first token of the second sequence: a kernel may let it leak to earlier tokens of the chunk.
             v[0, lengths[0], 1, 3] = q[0, lengths[0] + 2, 0, 0] = torch.nan
         elif self.values == "zeros":
             q, k, v = (x.zero_() for x in (q, k, v))
@@ -129,11 +129,11 @@ class Sequences(Delta):
 
 @dataclass(frozen=True)
 class Decode(Delta):
-    """A call for one token each of ``tokens`` sequences.
+    """A call with one token of each of ``tokens`` sequences.
 
     Attributes:
-        gates: the size of a and b; with ``rising`` a's go from 0 to it.
-        forgetting: A_log, where it is not drawn.
+        gates: the size of a and b. With ``rising`` a grows from 0 to it.
+        forgetting: A_log, if it is not random.
         constants: the dtype of dt_bias.
     """
 
@@ -154,7 +154,7 @@ class Decode(Delta):
             mixed.zero_()
         elif self.values == "nan":
             mixed[1, 0] = mixed[2, -1] = torch.nan
-        # As parts of one tensor, as SGLang's projection makes them.
+        # Parts of one tensor, as from SGLang's projection.
         b, a = draw.normal(batch, 2 * self.value_heads, scale=1.0 if self.rising else self.gates).chunk(2, -1)
         if self.rising:
             a.copy_(torch.linspace(0, self.gates, a.numel()).view(a.shape))

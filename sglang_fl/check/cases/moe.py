@@ -12,13 +12,13 @@ from ..exact.moe import Experts, Routed, Routing
 from .call import Call, Draw, Form, Layer, Operator
 from .models import numbers, sizes
 
-#: Two experts' choices differ by more than this at the place where one is taken and the other is not.
+#: The scores of the last chosen and the first unchosen expert differ by more than this.
 _GAP = 1e-4
 
 
 @dataclass
 class RoutingCall(Call):
-    """A call of topk, and what its options mean; not read from its configuration, which is the implementation's to understand."""
+    """A call of topk, with its routing. It is not derived from the configuration, which the implementation has to interpret."""
 
     routing: Routing | None = None
 
@@ -29,7 +29,7 @@ class RoutingCall(Call):
 
 @dataclass
 class ExpertsCall(Call):
-    """A call of fused_moe, and what its options mean."""
+    """A call of fused_moe, with the meaning of its options."""
 
     experts: Experts | None = None
 
@@ -44,12 +44,12 @@ class RoutingForm(Form):
     """A routing call: SGLang's options, and the sizes.
 
     Attributes:
-        bias, logits: their dtypes; empty: no bias, and that of the activations.
-        offset: of the bias.
-        groups: and how many of them are kept; 0: no groups.
+        bias, logits: their dtypes. Empty: no bias, and the dtype of the activations.
+        offset: added to the bias.
+        groups, topk_group: the number of groups, and how many are kept. 0: no groups.
         factor, shared_factor: 0: none.
-        real: tokens before the padding; -1: nobody says.
-        scalar: that number is no tensor of one, but of no dimension.
+        real: the tokens before the padding. -1: not given.
+        scalar: that number is a tensor without dimensions.
     """
 
     tokens: int = 9
@@ -99,7 +99,7 @@ class RoutingForm(Form):
         )
 
     def _meaning(self) -> Routing:
-        # Where the layer scales its output later, the shared expert's weight makes up for it.
+        # If the layer scales its output later, the shared expert's weight compensates for it.
         shared = (1.0 if self.on_output or not self.factor else 1 / self.factor) * (self.shared_factor or 1.0)
         return Routing(
             top_k=self.top_k,
@@ -112,7 +112,7 @@ class RoutingForm(Form):
         )
 
     def _without_ties(self, draw: Draw, bias: torch.Tensor | None) -> torch.Tensor:
-        """Logits that every dtype tells apart, and choices among them that rounding cannot change."""
+        """Logits that differ in every dtype, with choices that rounding cannot change."""
         logits = self._distinct(draw, self.tokens)
         if bias is None and not self.groups:
             return logits
@@ -122,7 +122,7 @@ class RoutingForm(Form):
             if not bool(near.any()):
                 return logits
             logits[near] = self._distinct(draw, int(near.sum()))
-        raise ValueError(f"{self} has choices that are always too near to each other")
+        raise ValueError(f"{self} always has choices too close to each other")
 
     def _distinct(self, draw: Draw, tokens: int) -> torch.Tensor:
         order = torch.rand(tokens, self.experts, generator=draw.rng).argsort(dim=-1)
@@ -133,7 +133,7 @@ def _nan(logits: torch.Tensor) -> None:
     logits[0, 3], logits[1, 5], logits[2] = torch.nan, -torch.inf, torch.nan
 
 
-#: Of logits. What the weights are divided by is a sum of 1e-9 (small), or of what fp32 takes for zero (none).
+#: Logits for which the divisor of the weights is about 1e-9 (small), or zero in fp32 (none).
 _CHANGES = {
     "nan": _nan,
     "alike": lambda logits: logits.zero_(),
@@ -172,8 +172,8 @@ class ExpertsForm(Form):
 
     Attributes:
         elsewhere: the share of choices that are experts of another rank.
-        unchosen: of every so many experts the first has no token.
-        total: what a token's weights add up to.
+        unchosen: the first of every this many experts has no token.
+        total: the sum of a token's weights.
     """
 
     tokens: int = 9
@@ -241,7 +241,7 @@ tokens=0 | tokens=1 | experts=1 top_k=1 | top_k=8 | elsewhere=1.0 | experts=60 h
 | activation={gelu,gelu_tanh,relu2} | activation={silu,gelu,gelu_tanh,relu2} not_gated
 | unchosen={2,3} tokens=40 | layout={view,every-other}
 """
-#: Weights of every expert in its full size would fill memory: models' numbers of experts, hidden sizes and experts' sizes one by one.
+#: Full weights of all experts would fill the memory. So numbers of experts, hidden sizes and experts' sizes vary one at a time.
 _EXPERTS_SIZES = f"""
 tokens=17 {{{sizes("experts", "top_k")}}} | tokens=3 hidden={{{numbers("hidden")}}} experts=4
 | tokens=3 size={{{numbers("moe_width")}}} experts=4 | tokens=17 experts=512 top_k={{9,16,22}} | tokens=3 layout=far

@@ -9,7 +9,7 @@ from ..exact.judge import Exact
 from .call import Call, Draw, Form, Layer, Operator, each
 from .models import numbers
 
-#: The squares of larger numbers leave the range of fp32, in which the arithmetic is.
+#: The squares of larger numbers overflow fp32, the dtype of the arithmetic.
 _LARGEST = 1e17
 
 
@@ -18,11 +18,11 @@ class Norm(Form):
     """A call of a norm.
 
     Attributes:
-        heads: of ``hidden`` numbers each, if not 0: as the norms of q and k see a projection.
-        shape: of x, in the place of tokens, heads and hidden.
-        scale, offset: of x.
-        weights: their dtype; empty: that of x.
-        weights_apart: with other numbers between them.
+        heads: if not 0, heads of ``hidden`` numbers each, as in the norms of q and k.
+        shape: the shape of x, instead of tokens, heads and hidden.
+        scale, offset: applied to x.
+        weights: their dtype. Empty: that of x.
+        weights_apart: the weights are strided, with other numbers between them.
         biased: the layer has a bias.
     """
 
@@ -61,7 +61,7 @@ shape=0,128 | shape=2,0,64 | shape=3,1 | shape=5,33 | shape=33,80 | shape=3,5000
 | shape=2,3,4,32 | weights={float32,bfloat16,float16} | shape=6,5,64 layout=view | tokens=14 layout=every-other
 | shape=9,5,64 layout=turned | tokens=9 heads=4 hidden=64 layout=view | tokens=9 hidden=64 layout={odd-view,transposed}
 """
-#: Where epsilon decides, and where the mean does.
+#: Calls where epsilon dominates, and where the mean does.
 _CONSTANTS = "scale=0.1 eps={1e-5,1e-2,0.0} | scale=1e-3 eps={1e-6,1e-5} | offset=100 | hidden=64 weights_apart"
 _SPECIAL = "tokens=6 hidden=64 values={nan,largest,zeros,denormals}"
 _SIZES = f"""
@@ -99,7 +99,7 @@ def _with_residual(exactly: Callable[..., tuple[Exact, ...]]) -> Operator:
 OPERATORS = {
     "gemma_rms_norm": _with_residual(exact.gemma_rms_norm),
     "layer_norm": Operator(
-        # SGLang makes LayerNorm's weights in fp32 for models of any dtype.
+        # SGLang creates LayerNorm's weights in fp32 for models of any dtype.
         Norm(biased=True, weights="float32"),
         "hidden=4096",
         _layer_norm,

@@ -15,14 +15,14 @@ class Rotary(Form):
     """A rotary call.
 
     Attributes:
-        layout: of query and key; empty: in a packed projection, before the values.
-        rotary_dim: 0: all of a head is rotated.
+        layout: of query and key. Empty: in a packed projection, before the values.
+        rotary_dim: 0: the whole head is rotated.
         copy: not in place.
-        positions, lowest: they are from here to there.
+        positions, lowest: positions are from ``lowest`` to ``positions``.
         tables: the dtype of cos and sin.
-        tables_apart: cos and sin are no halves of one table.
-        tables_far: their rows are so far apart that a position times that does not fit into 32 bits.
-        scale: of cos and sin, as YaRN has it.
+        tables_apart: cos and sin are not halves of one table.
+        tables_far: a position times their row stride does not fit into 32 bits.
+        scale: of cos and sin, as in YaRN.
     """
 
     tokens: int = 9
@@ -64,7 +64,7 @@ class Rotary(Form):
 
     def _tables(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         rotary_dim = self.rotary_dim or self.head_dim
-        # Models' bases are from 1e4 to 1e7; no two calls have the same tables, so that one's cannot pass for another's.
+        # Models' bases are from 1e4 to 1e7. Each call has its own tables, so that a stale one is found.
         base = 10 ** (4 + 3 * torch.rand((), generator=draw.rng))
         frequencies = base ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
         angles = torch.outer(torch.arange(self.positions), frequencies)
@@ -79,7 +79,7 @@ class Rotary(Form):
 
 
 class SectionsLayer(Layer):
-    """What mrotary_embedding reads of its layer."""
+    """The attributes of the layer that mrotary_embedding reads."""
 
     def __init__(self, cache: torch.Tensor, head_size: int, interleaved: bool, sections: tuple[int, ...], sections_interleaved: bool):
         super().__init__()
@@ -96,13 +96,13 @@ class SectionsLayer(Layer):
 
 @dataclass(frozen=True)
 class Sections(Rotary):
-    """A call of mrotary_embedding: ``rows`` of positions, and what the layer says of them.
+    """A call of mrotary_embedding with ``rows`` of positions.
 
     Attributes:
-        sections: empty: somewhat less for height and width than for time, as Qwen's are.
-        turns: the sections' pairs take turns.
-        by_head: query and key have a dimension of heads.
-        positions_apart: other rows lie between those of positions.
+        sections: empty: a little less for height and width than for time, as in Qwen's models.
+        turns: the sections' pairs are interleaved.
+        by_head: query and key have a head dimension.
+        positions_apart: other rows lie between those of the positions.
     """
 
     sections: tuple[int, ...] = ()
@@ -136,7 +136,7 @@ def _mrotary_embedding(call: Call) -> tuple[Exact, ...]:
     query, key = (x if x.dim() == 3 else x.unflatten(1, (-1, layer.head_size)) for x in given)
     rows = positions if positions.dim() == 2 else positions.expand(3, -1)
     results = exact.mrotary_embedding(query, key, layer.cos_sin_cache, rows, layer.axis_map, not layer.is_neox_style)
-    # In a row of many heads no place is passed on as it is, unless heads are rotated whole.
+    # In a row of several heads numbers pass through unchanged only if heads are partially rotated.
     return tuple(
         result
         if x.dim() == 3
@@ -151,7 +151,7 @@ def _mrotary_embedding(call: Call) -> tuple[Exact, ...]:
     )
 
 
-#: Multi-head, grouped and multi-query attention, and as many heads as ranks leave of them.
+#: Multi-head, grouped and multi-query attention, and the head counts under tensor parallelism.
 _HEADS = """
 tokens=3 heads={9,17,32} kv_heads={1,9,17,32} | tokens=3 heads=128 kv_heads={1,8,16} | tokens=3 heads={1,5,7} kv_heads=1
 | tokens=3 heads=64 kv_heads=32 | tokens=3 heads=8 kv_heads=5

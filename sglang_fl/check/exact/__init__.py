@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators in float64, a file a family, and how far from it an implementation may be (``judge.py``)."""
+"""The operators in float64, one file per family, and the bounds of an implementation's error (``judge.py``)."""

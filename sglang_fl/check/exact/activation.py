@@ -7,15 +7,15 @@ from .judge import TINY, Exact, exactly
 
 
 def _flushed(*numbers: torch.Tensor) -> torch.Tensor:
-    """Where one of the numbers may be taken for zero."""
+    """Where one of the numbers may be flushed to zero."""
     return torch.stack([number.abs() < TINY for number in numbers]).any(0)
 
 
 def _with_sigmoid(v: torch.Tensor, slope: float, factor: torch.Tensor, argument: int) -> tuple[Exact, ...]:
-    """``v * sigmoid(slope * v) * factor``, where exp and its argument take ``argument`` roundings of the latter."""
+    """``v * sigmoid(slope * v) * factor``, where exp and its argument cost ``argument`` roundings of the argument."""
     exponent = slope * v
     value = v / (1 + torch.exp(-exponent)) * factor
-    # From -88.7 on exp overflows in fp32, which makes a sigmoid below 2 ** -128 zero.
+    # Below -88.7 exp overflows in fp32, so that a sigmoid below 2 ** -128 becomes zero.
     lost = torch.where(exponent < 0, (v * factor).abs() * 2.0**-127, 0.0)
     lost = (lost + torch.where(_flushed(v, factor, value), value.abs(), 0.0)).nan_to_num()
     # exp in fp32 turns one rounding of its argument into |exponent| roundings of its result.
@@ -23,10 +23,10 @@ def _with_sigmoid(v: torch.Tensor, slope: float, factor: torch.Tensor, argument:
 
 
 def _gelu(v: torch.Tensor, approximate: str, factor: torch.Tensor) -> tuple[Exact, ...]:
-    """``v * p * factor``, where implementations take p as ``(1 + t) / 2`` with an erf or tanh t that may cancel the 1.
+    """``v * p * factor``, where implementations compute p as ``(1 + t) / 2`` with an erf or tanh t that may cancel the 1.
 
-    The roundings, relative to the terms ``(1 + |t|) / 2``: 2 ulp of t itself; its argument, four roundings, of which
-    erf and tanh pass on half at most (``|z| * t'(z) < 0.5``); the sum and two products.
+    The roundings, relative to the terms ``(1 + |t|) / 2``: 2 ulp of t itself; four of its argument, of which erf and
+    tanh propagate at most half (``|z| * t'(z) < 0.5``); the sum and two products.
     """
     # Neither form cancels.
     by_tanh = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gated delta rule in float64, and beside it how large the error of a right implementation may be.
+"""The gated delta rule in float64, with bounds for the error of a correct implementation.
 
-A row ``s`` of a head's state (the K numbers of one number of v) goes from token to token as
-``s <- (I - beta k k') exp(g) s + beta v k``. What it is wrong by goes the same way, and ``I - beta k k'`` has norm
-``max(1, |1 - beta |k|^2|)``; each token adds what its own roundings cost. Those of different tokens are independent:
-their squares are added, and the sum is within ``CONFIDENCE`` times its root but for a chance of
+A row ``s`` of a head's state (the K numbers for one number of v) is updated by each token:
+``s <- (I - beta k k') exp(g) s + beta v k``. Its error is propagated by the same factor, and ``I - beta k k'`` has norm
+``max(1, |1 - beta |k|^2|)``. Each token adds its own rounding errors. Those of different tokens are independent: their
+squares are added, and the sum stays within ``CONFIDENCE`` times the root, except with probability
 ``2 exp(-CONFIDENCE ** 2 / 2)`` (Higham and Mary 2019, A New Approach to Probabilistic Rounding Error Analysis).
 """
 
@@ -17,17 +17,17 @@ import torch
 from .judge import TINY, U32, Exact, exactly, u
 
 CONFIDENCE = 6.0
-#: Roundings of a sum of n numbers, beside log2(n); and of the rest of a token's arithmetic.
+#: Roundings of a sum of n numbers, in addition to log2(n); and of the rest of a token's arithmetic.
 _SUM, _REST = 8, 8
-#: How often a number that a token brings to its chunk is rounded to the activations' dtype on its way (q, k, v, the state,
-#: the solved triangle and what is multiplied with it); a model of such kernels and no proof.
+#: How often a token's contribution to its chunk is rounded to the activations' dtype (q, k, v, the state, the solved
+#: triangle and its factor). This models such kernels; it is not a proof.
 _IN_CHUNK = 8
 _CHUNK = 64
 
 
 @dataclass
 class _Rows:
-    """States ``[N, HV, V, K]`` of sequences, for each row the square of its error, and the sizes of what was summed in its chunk."""
+    """States ``[N, HV, V, K]`` of sequences, the squared error of each row, and the sizes of the terms summed in its chunk."""
 
     state: torch.Tensor
     squares: torch.Tensor
@@ -55,11 +55,11 @@ class _Tokens:
         return _Tokens(self.q[index], self.k[index], self.v[index], self.g[index], self.beta[index])
 
     def step(self, rows: _Rows, unit: float, unit_beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take each state on by a token; their ``o`` ``[N, HV, V]``, and how far an implementation's may be from it.
+        """Update each state by a token. Returns their ``o`` ``[N, HV, V]`` and the bounds of its error.
 
         Args:
-            unit: what one rounding costs.
-            unit_beta: what beta may be wrong by, besides.
+            unit: the error of one rounding.
+            unit_beta: an additional error of beta.
         """
         decay, beta = self.g.exp().unsqueeze(-1), self.beta.unsqueeze(-1)
         size_k, size_q = self.k.norm(dim=-1, keepdim=True), self.q.norm(dim=-1, keepdim=True)
@@ -68,7 +68,7 @@ class _Tokens:
         before = rows.state.norm(dim=-1)
         wrong_by = self.v - (rows.state * self.k.unsqueeze(-2)).sum(-1)
         rows.state = rows.state + (beta * wrong_by).unsqueeze(-1) * self.k.unsqueeze(-2)
-        # exp turns one rounding of g into |g| of its result, which a decay that is small makes up for.
+        # exp turns one rounding of g into |g| roundings of its result; a strong decay makes it small again.
         brought = beta * (self.v.abs() + before * size_k) * size_k
         rows.terms = torch.maximum(rows.terms * decay, before) + brought
         added = unit * rows.terms + U32 * roundings * (brought + before) + U32 * self.g.abs().unsqueeze(-1) * before + unit_beta * brought
@@ -82,7 +82,7 @@ class _Tokens:
 def _tokens(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, scale: float | None, use_qk_l2norm: bool
 ) -> _Tokens:
-    """All tokens, one after the other, heads repeated, in float64."""
+    """All tokens in order, with heads repeated, in float64."""
     q, k = exactly(q), exactly(k)
     if use_qk_l2norm:
         q, k = (x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
@@ -93,14 +93,14 @@ def _tokens(
 
 
 def _spans(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """``[N, 2]``: the first token of each sequence and how many it has."""
+    """``[N, 2]``: the first token and the number of tokens of each sequence."""
     ends = range(0, q.shape[0] * q.shape[1] + 1, max(1, q.shape[1])) if cu_seqlens is None else cu_seqlens.tolist()
     return torch.tensor([(start, end - start) for start, end in pairwise(ends)], dtype=torch.int64).view(-1, 2)
 
 
 @dataclass
 class _Result:
-    """``o`` of each token and how far one may be from it, each sequence's last state, and the states before chunks."""
+    """``o`` of each token with its bounds, each sequence's last state, and the states before chunks."""
 
     out: torch.Tensor
     error: torch.Tensor
@@ -109,7 +109,7 @@ class _Result:
 
 
 def _run(tokens: _Tokens, spans: torch.Tensor, states: torch.Tensor, unit: float, unit_beta: float = 0.0) -> _Result:
-    """All sequences at once, the longest first, so that those that have a token left are always the first."""
+    """Run all sequences at once, longest first, so that those with tokens left are always the first ones."""
     starts, lengths = spans.unbind(-1)
     of_chunks = (lengths + _CHUNK - 1) // _CHUNK
     first_chunk = of_chunks.cumsum(0) - of_chunks
@@ -224,7 +224,7 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     x = exactly(a) + exactly(dt_bias)
     g = -exactly(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x))
     tokens = _tokens(q, k, v, g, exactly(b).sigmoid(), scale, use_qk_l2norm)
-    # b in fp32, rounded to its dtype or not; a rounding of b turns into |b| of its sigmoid at most.
+    # b in fp32, rounded to its dtype or not. One rounding of b becomes at most |b| roundings of its sigmoid.
     unit_beta = u(b.dtype) + U32 * float(b.abs().max()) if b.numel() else 0.0
     slots = ssm_state_indices.cpu().long()
     real = (slots >= 0).nonzero()

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators in float64, and how far from it an implementation may be: what rounding must cost.
+"""Exact results in float64, and the bounds of an implementation's error: the unavoidable rounding.
 
 Notation: ``u(dtype)`` is the unit roundoff, half the distance from 1 to the next number. An operator
-that works in fp32 and rounds once may be wrong by ``u(dtype)`` at the size of the result, plus a few
-``u(fp32)`` at the size of the terms it summed; results below the smallest normal number may be wrong
-by half the smallest subnormal. Numbers below fp32's smallest normal one may be taken for zero, as many
-devices do.
+that computes in fp32 and rounds once may be off by ``u(dtype)`` of the result, plus a few ``u(fp32)``
+of the terms that it summed. Results below the smallest normal number may be off by half the smallest
+subnormal. Numbers below fp32's smallest normal one may be flushed to zero, as on many devices.
 """
 
 import math
@@ -38,8 +37,8 @@ class Verdict:
     """A comparison of a result with float64.
 
     Attributes:
-        error_ulp: the error of the number that comes nearest to its bound, or exceeds it most, in units of
-            the last place of the result's dtype at the size of the summed terms. None: nothing to compare.
+        error_ulp: the error of the number nearest to its bound, or furthest beyond it, in ulp of the
+            result's dtype at the size of the summed terms. None: nothing to compare.
         bound_ulp: the bound of that number, in the same unit.
         problem: what is wrong, or None.
     """
@@ -50,23 +49,23 @@ class Verdict:
 
     @property
     def used(self) -> float:
-        """The share of the bound that the error takes."""
+        """The error divided by its bound."""
         return -1.0 if self.error_ulp is None or self.bound_ulp is None else self.error_ulp / self.bound_ulp
 
 
 @dataclass(frozen=True)
 class Exact:
-    """A result in float64: an implementation's is right if, for each number,
+    """A result in float64. An implementation's result is right if, for each number,
     ``|got - value| <= u(dtype) |value| + roundings * u(fp32) * terms + lost``.
 
     Attributes:
-        name: which of the operator's results.
+        name: the name of this result of the operator.
         value: float64, computed on the CPU from the same inputs.
-        terms: float64, the sum of the sizes of the terms that make up each number.
-        roundings: how many fp32 roundings stand between the inputs and the result.
-        lost: what may be lost besides: to underflow inside, to errors that earlier numbers hand on.
-        passed_on: where in the last dimension the numbers begin that must be the input's, bit for bit.
-        dtype: the result's own, where it is not that of the activations.
+        terms: float64, the sum of the absolute values of each number's terms.
+        roundings: the number of fp32 roundings between the inputs and the result.
+        lost: additional errors: internal underflow, errors propagated from earlier numbers.
+        passed_on: numbers from this index of the last dimension on must equal the input bit for bit.
+        dtype: the result's dtype, if it is not that of the activations.
     """
 
     name: str
@@ -78,11 +77,11 @@ class Exact:
     dtype: torch.dtype | None = None
 
     def bound(self, dtype: torch.dtype) -> torch.Tensor:
-        """How far off each number may be."""
+        """The bound of each number's error."""
         return u(dtype) * self.value.abs() + self.roundings * U32 * self.terms * (1 + u(dtype)) + smallest(dtype) + self.lost
 
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
-        """Compare a result with this one; it must have ``dtype`` (unless this has its own) and ``device``."""
+        """Compare a result with this one. It must have ``dtype`` (unless this has its own) and ``device``."""
         dtype = self.dtype or dtype
         if not isinstance(got, torch.Tensor):
             return Verdict(problem=f"{self.name} is {type(got).__name__}, not a tensor")
@@ -105,7 +104,7 @@ class Exact:
         if self.passed_on is not None:
             rest = exact[..., self.passed_on :]
             right[..., self.passed_on :] &= (found[..., self.passed_on :] == rest) | rest.isnan()
-        # The distance of the numbers of this dtype where the terms are.
+        # The spacing of this dtype's numbers at the size of the terms.
         size = torch.maximum(exact.abs(), self.terms).clamp(info.smallest_normal, info.max)
         ulp = torch.exp2(torch.floor(torch.log2(size))) * info.eps
         share = torch.where(finite & found.isfinite(), error / bound, -1.0)
@@ -117,7 +116,7 @@ class Exact:
 
     def _problem(self, found: torch.Tensor, right: torch.Tensor, error: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> str:
         wrong = ~right
-        # The one that is most wrong: nan and infinity where a number should be before all others.
+        # The worst number: unexpected nan and infinity come first.
         excess = torch.where(wrong, (error / bound).nan_to_num(math.inf, math.inf), -1.0)
         where = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))  # torch's imports for seconds
         return (

@@ -7,7 +7,7 @@ import torch
 
 from .judge import TINY, U32, Exact, Verdict, exactly, smallest, u
 
-#: What an implementation may add to the sum of a softmax's weights, above which nothing can be said of the quotient.
+#: An implementation may add this epsilon to the sum of a softmax's weights. For smaller sums the quotient is not judged.
 _SOFTMAX_EPSILON = 1e-8
 
 
@@ -15,11 +15,11 @@ class Routing(NamedTuple):
     """How experts are selected and weighted; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.topk`.
 
     Attributes:
-        top_k: experts that a token is routed to, without the shared one.
+        top_k: the experts of a token, without the shared one.
         scoring: softmax or sigmoid.
-        groups, topk_group: the groups of experts and how many of them are kept; 1 and 1 without groups.
-        scale: what the weights are multiplied by in the end.
-        shared_weight: the weight of the shared expert, which is the last column; None if there is none.
+        groups, topk_group: the number of groups of experts, and how many are kept. 1 and 1 without groups.
+        scale: the final factor of the weights.
+        shared_weight: the weight of the shared expert, the last column. None: there is none.
     """
 
     top_k: int
@@ -32,12 +32,12 @@ class Routing(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """What a layer's experts compute; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.fused_moe`.
+    """The computation of a layer's experts; see :meth:`sglang_fl.dispatch.ops.FLBackendBase.fused_moe`.
 
     Attributes:
         activation: silu, gelu, gelu_tanh or relu2.
         is_gated: whether w13 holds two matrices.
-        weight_on_input: whether a token's weight multiplies what goes into the activation.
+        weight_on_input: whether a token's weight multiplies the input of the activation.
     """
 
     activation: str
@@ -52,10 +52,10 @@ class Routed:
 
     Attributes:
         scores: ``[num_tokens, num_experts]``.
-        choice: what experts are chosen by; -inf where their group is not.
-        sharpness: ``[num_tokens, 1]``, what exponentials make of one rounding of their argument.
-        gap: ``[num_tokens]``, by how much what a token gets last, expert or group, is ahead of what it does not get.
-        routing: how many, and what becomes of the weights.
+        choice: the score for choosing. -inf for experts of groups that are not chosen.
+        sharpness: ``[num_tokens, 1]``, the effect of one rounding of an exponential's argument.
+        gap: ``[num_tokens]``, the distance between the last chosen and the first unchosen expert or group.
+        routing: how many experts, and how they are weighted.
         real: the tokens before the padding.
     """
 
@@ -67,9 +67,9 @@ class Routed:
     real: int
 
     def judge(self, got: Any, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
-        """Hold ``(topk_weights, topk_ids)`` against this routing, whatever ``dtype`` the logits have."""
+        """Compare ``(topk_weights, topk_ids)`` with this routing. ``dtype`` of the logits does not matter."""
         if len(got) != 2:
-            return Verdict(problem=f"gave {len(got)} results, expected topk_weights and topk_ids")
+            return Verdict(problem=f"returned {len(got)} results, expected topk_weights and topk_ids")
         weights, ids = got
         tokens, experts = self.scores.shape
         shape = tokens, self.routing.top_k + (self.routing.shared_weight is not None)
@@ -91,7 +91,7 @@ class Routed:
         return self._judge_numbers(rows[numbers], weights[numbers], numbers)
 
     def _judge_numbers(self, ids: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor) -> Verdict:
-        """Rows without nan; where one has it, nothing but the range of its ids is asked."""
+        """Judge rows without nan. In rows with nan only the range of the ids is checked."""
         if not ids.numel():
             return Verdict()
         ordered = ids.sort(dim=-1).values
@@ -113,7 +113,7 @@ class Routed:
         value, lost = scores, torch.full_like(scores, 2.0**-126)
         if routing.renormalize:
             total = scores.sum(-1, keepdim=True) + 1e-20
-            # A score that underflows takes its part of the sum with it.
+            # A score that underflows is also missing from the sum.
             value, lost = scores / total, lost * (routing.top_k + 1) / total
             epsilon = _SOFTMAX_EPSILON / total
         else:
@@ -161,12 +161,12 @@ def topk(
 
 
 def _lead(choice: torch.Tensor, k: int) -> torch.Tensor:
-    """``[num_tokens]``: by how much the k-th best is ahead of the next."""
+    """``[num_tokens]``: the distance between the k-th best and the next."""
     best = choice.sort(dim=-1, descending=True).values
     return best[:, k - 1] - best[:, k] if k < best.shape[1] else torch.full(best.shape[:1], math.inf, dtype=torch.float64)
 
 
-#: activation -> (the function, the most that it makes of an error of its argument, but for relu2).
+#: activation -> (the function, its largest amplification of an error of its argument, except for relu2).
 _ACTIVATIONS = {
     "silu": (lambda x: x * torch.sigmoid(x), 1.1),
     "gelu": (lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2, 1.13),
@@ -185,7 +185,7 @@ def fused_moe(
     w2_bias: torch.Tensor | None,
     experts: Experts,
 ) -> tuple[Exact, ...]:
-    """First-order forward error analysis: what each rounding makes wrong is carried through all that follows."""
+    """First-order forward error analysis: each rounding error is propagated through the following steps."""
     tokens, ids, weights = exactly(x), topk_ids.cpu().long(), exactly(topk_weights)
     value, terms, lost = (torch.zeros_like(tokens) for _ in range(3))
     for expert in range(w13.shape[0]):
@@ -203,7 +203,7 @@ def fused_moe(
 def _expert(
     x: torch.Tensor, weight: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, b13: Any, b2: Any, experts: Experts, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """An expert's weighted output, the size of its terms, and how wrong rounding may have made it.
+    """An expert's weighted output, the size of its terms, and its largest rounding error.
 
     The results of both matrix products and of the activation may each be rounded to ``dtype``.
     """
@@ -231,5 +231,5 @@ def _expert(
 
 
 def _summed(n: int) -> float:
-    """Blocked summation of n products, eight numbers in a row in each block."""
+    """Roundings of a blocked summation of n products, with eight consecutive numbers in each block."""
     return U32 * (8 + math.log2(max(2, n)))

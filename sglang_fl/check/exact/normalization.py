@@ -39,10 +39,10 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     normed = centred * rstd
     value = normed * w + b
     roundings = _summed(x)
-    # The mean is wrong by a few roundings of the numbers that it sums, and all that is centred with it by as much.
+    # The mean has an error of a few roundings of the summed numbers, and so has each centred number.
     sizes = hidden.abs().mean(-1, keepdim=True)
     terms = ((2 * centred.abs() + sizes) * rstd * w).abs() + b.abs()
-    # Its square is missing from, or in excess in, the variance: to be seen where that is as small itself.
+    # The variance is off by its square, which matters if the variance is as small.
     shift = (roundings * U32 * sizes * rstd).square().clamp(max=1.0)
     lost = (normed * w).abs() * shift
     lost = lost + torch.where(centred.abs() < TINY, (normed * w).abs(), 0.0) + torch.where(value.abs() < TINY, value.abs(), 0.0)

@@ -18,7 +18,7 @@ def mrotary_embedding(
     """query and key ``[num_tokens, heads, head_size]``, positions ``[3, num_tokens]``."""
     rows, axes, table = positions.detach().cpu().long(), axis_map.detach().cpu().tolist(), exactly(cache)
     half = len(axes)
-    # Written out pair by pair, unlike any implementation.
+    # Computed pair by pair, unlike any implementation.
     c, s = (torch.stack([part[rows[axis], i] for i, axis in enumerate(axes)], -1)[:, None] for part in (table[:, :half], table[:, half:]))
     return tuple(_rotated(name, exactly(x), c, s, interleaved) for name, x in (("query", query), ("key", key)))
 
@@ -31,6 +31,6 @@ def _rotated(name: str, x: torch.Tensor, c: torch.Tensor, s: torch.Tensor, inter
     value, terms = x.clone(), x.abs()
     for place, one, other in ((first, a * c, -b * s), (second, b * c, a * s)):
         value[..., place], terms[..., place] = one + other, one.abs() + other.abs()
-    # Cosines are at most 1, or 2 where a model scales them: what flushing takes away is no more than four of the smallest normal numbers.
+    # Cosines are at most 1, or 2 if a model scales them: flushing removes at most four times the smallest normal number.
     lost = terms.clamp(max=4 * TINY)
     return Exact(name, value, terms, 4, lost, passed_on=2 * half)

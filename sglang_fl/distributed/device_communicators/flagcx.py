@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """libflagcx through ctypes, with typed signatures.
 
-Written after FlagCX's own header (``flagcx/include/flagcx.h``, 0.13). Its Python wrapper in the checkout
-is not used: it is not there where only the library was installed, it binds a hundred functions of which one
-missing makes it fail whole, and it converts a dtype by a chain of comparisons at every call.
+It follows FlagCX's header (``flagcx/include/flagcx.h``, 0.13). FlagCX's own Python wrapper is not used: it is part
+of the checkout and not of an installed library, it fails if any of a hundred functions is missing, and it converts
+a dtype through a chain of comparisons in every call.
 """
 
 import ctypes
@@ -79,8 +79,8 @@ class _Pieces(dict[torch.dtype, tuple[int, int]]):
 
 #: FlagCX's code of a dtype that can be reduced; TypeError for others.
 DTYPES = _DataTypes({getattr(torch, name.removeprefix("flagcx").lower()): code for name, code in DATA_TYPES.items()})
-#: How a dtype is moved: its own code or that of bytes, and how many such pieces an element is. FlagCX has no
-#: bool, float8 or complex; what is only copied need not have one.
+#: dtype -> the code for moving it, its own or that of bytes, and the pieces per element. FlagCX has no bool, float8
+#: or complex; data that is only copied does not need them.
 PIECES = _Pieces({dtype: (code, 1) for dtype, code in DTYPES.items()})
 #: FlagCX's code of a reduction; ValueError for others.
 OPS = _ReduceOps(
@@ -98,8 +98,8 @@ OPS = _ReduceOps(
 class Version:
     """A FlagCX version, on which ranks must agree.
 
-    ``library`` is what flagcxGetVersion says (10000 in every release up to 0.13); ``header`` the release by
-    the header beside it, None where there is none; ``interface`` how handles are made.
+    ``library``: the value of flagcxGetVersion (10000 in every release up to 0.13). ``header``: the release in the
+    header next to the library, or None. ``interface``: how handles are created.
     """
 
     library: int
@@ -110,13 +110,13 @@ class Version:
         return f"{self.header or 'of unknown release'} (flagcxGetVersion {self.library}, {self.interface})"
 
     def agrees(self, other: "Version") -> bool:
-        """Whether two ranks can talk; a rank without the header takes the other's word for the release."""
+        """Whether two ranks can communicate. A rank without a header accepts the other's release."""
         same_release = self.header is None or other.header is None or self.header == other.header
         return same_release and self.library == other.library and self.interface == other.interface
 
 
 class _StreamHandles(dict[int, int]):
-    """FlagCX's handle of each raw stream; made on the first use, kept for the life of the process."""
+    """FlagCX's handle of each raw stream, created on first use and kept for the life of the process."""
 
     def __init__(self, library: "FlagCXLibrary"):
         self._library = library
@@ -127,7 +127,7 @@ class _StreamHandles(dict[int, int]):
 
 
 class FlagCXLibrary:
-    """libflagcx, loaded and checked. ``functions`` has each function by its name, all returning a result code.
+    """libflagcx, loaded and checked. ``functions``: name -> function, which returns a result code.
 
     Raises:
         FlagCXError: the file cannot be loaded, lacks a function, or has another version's structs.
@@ -164,9 +164,9 @@ class FlagCXLibrary:
         if header is not None and header.problems:
             release = header.version or "before 0.13"
             problems = "; ".join(header.problems[:3])
-            raise FlagCXError(f"{header.path}: FlagCX {release} has another layout than sglang-fl knows (0.5 to 0.13): {problems}")
+            raise FlagCXError(f"{header.path}: FlagCX {release} has an unknown struct layout (known: 0.5 to 0.13): {problems}")
         if header is None and (reported.value != 10000 or not self._has_device_handle):
-            # Before 0.13 nothing in the library tells the layouts apart.
+            # Before 0.13 the library does not identify its layout.
             raise FlagCXError(
                 f"{self.path}: unknown FlagCX release (flagcxGetVersion says {reported.value}, {interface}), and so unknown "
                 "struct layouts: point FLAGCX_PATH at its checkout, or put its flagcx.h beside it or in ../include"
@@ -185,14 +185,14 @@ class FlagCXLibrary:
         return group.contents.devHandle.contents
 
     def make_stream_handle(self, raw: int) -> int:
-        """FlagCX's handle of a vendor's stream; use ``streams``, which makes one only once."""
+        """Create FlagCX's handle of a vendor's stream. Use ``streams``, which creates each one once."""
         handle = c_void_p()
         self._check("streamCopy", self._device_handle.streamCopy(byref(handle), raw))
         assert handle.value is not None
         return handle.value
 
     def unique_id(self) -> bytes:
-        """A new communicator's id, to be given to every rank of it."""
+        """The id of a new communicator, for all its ranks."""
         get = self.functions["flagcxGetUniqueId"]
         if self._has_device_handle:
             identity = _UniqueId()
@@ -204,7 +204,7 @@ class FlagCXLibrary:
         return ctypes.string_at(pointer.value, UNIQUE_ID_BYTES)
 
     def init_rank(self, world_size: int, identity: bytes, rank: int) -> int:
-        """A communicator on the current device; returns once all ranks have called it."""
+        """Create a communicator on the current device. Returns when all ranks have called it."""
         comm = c_void_p()
         code = self.functions["flagcxCommInitRank"](byref(comm), world_size, byref(_UniqueId.from_buffer_copy(identity)), rank)
         self._check("flagcxCommInitRank", code)
@@ -212,13 +212,13 @@ class FlagCXLibrary:
         return comm.value
 
     def async_error(self, comm: int) -> int | None:
-        """The code of an error that struck a communicator outside of any call; 0 none, None: it cannot tell."""
+        """The code of a communicator's asynchronous error. 0: none. None: FlagCX cannot tell."""
         error = c_int()
         code = self.functions["flagcxCommGetAsyncError"](comm, byref(error))
         return error.value if code == 0 else None
 
     def explain(self, code: int, comm: int | None) -> str:
-        """A result code in words, with what the vendor's library last said about a communicator."""
+        """A result code in words, with the vendor library's last message about a communicator."""
         name = RESULTS[code] if 0 <= code < len(RESULTS) else "an unknown result"
         message = f"{name} ({code})"
         if comm is not None and hasattr(self._dll, "flagcxGetLastError"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where FlagCX is on this machine, and what the header beside it says about its ABI. Light: it loads nothing."""
+"""Finds FlagCX on this machine, and reads its ABI from the header next to it. Loads no library."""
 
 import ctypes.util
 import hashlib
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARY = "libflagcx.so"
-#: Its places below FLAGCX_PATH: a checkout, an install prefix, the directory itself.
+#: Folders of the library below FLAGCX_PATH: a checkout, an install prefix, the directory itself.
 _PLACES = ("build/lib", "lib", ".")
 
-#: ``struct flagcxDeviceHandle``, as far as it is used. FlagCX 0.5 to 0.13 have it so; older ones lack
+#: The used part of ``struct flagcxDeviceHandle`` in FlagCX 0.5 to 0.13. Older releases lack
 #: hostGetDevicePointer.
 DEVICE_HANDLE = (
     "deviceSynchronize",
@@ -43,7 +43,7 @@ RESULTS = (
     "flagcxUnhandledCCLError",
     "flagcxNotSupported",
 )
-#: FlagCX's names of its codes, which count from 0.
+#: FlagCX's names of its result codes, from 0.
 _TYPES = ("Int8", "Uint8", "Int32", "Uint32", "Int64", "Uint64", "Float16", "Float32", "Float64", "Bfloat16")
 DATA_TYPES = {f"flagcx{name}": code for code, name in enumerate(_TYPES)}
 REDUCE_OPS = {f"flagcx{name}": code for code, name in enumerate(("Sum", "Prod", "Max", "Min", "Avg"))}
@@ -54,13 +54,13 @@ class FlagCXError(RuntimeError):
 
 
 def find_library(path: str | None, environ: Mapping[str, str]) -> Path:
-    """The library's file.
+    """Find the library's file.
 
     Args:
-        path: what FLAGCX_PATH says (a checkout, a directory, the file itself); None looks where the loader does.
+        path: the value of FLAGCX_PATH (a checkout, a directory, the file itself). None: search like the loader.
 
     Raises:
-        FlagCXError: it is not there; the message names what was looked for.
+        FlagCXError: it was not found. The message names what was looked for.
     """
     if path is None:
         return _on_the_loader_path(environ)
@@ -90,7 +90,7 @@ def _on_the_loader_path(environ: Mapping[str, str]) -> Path:
 
 @dataclass(frozen=True)
 class Header:
-    """What a flagcx.h says. ``version`` is None before 0.13, whose header was the first to say it; ``digest`` is its text's."""
+    """The content of a flagcx.h. ``version``: None before 0.13, whose header was the first with it. ``digest``: of its text."""
 
     path: Path
     version: str | None
@@ -118,7 +118,7 @@ def _header_places(library: Path) -> Iterator[Path]:
 
 
 def read_header(path: Path) -> Header:
-    """Read a header's version, and hold its structs and values against those that sglang-fl is written for."""
+    """Read a header's version, and compare its structs and values with those that sglang-fl expects."""
     text = path.read_text(encoding="utf-8", errors="replace")
     numbers = [re.search(rf"#define\s+FLAGCX_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
     version = ".".join(number[1] for number in numbers if number) if all(numbers) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of SGLang's in plain PyTorch."""
+"""SGLang's kernels in plain PyTorch."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ def _launched(file: str, *names: str) -> dict[str, KernelReplacement]:
     return {name: KernelReplacement(f"{_HERE}.{file}:{name}", takes_grid=True, batch_invariant=True) for name in names}
 
 
-#: module -> its names -> what runs in their place. Integers and copies are batch-invariant by nature.
+#: module -> its names -> replacement. Kernels that only compute integers or copy are batch-invariant.
 _BY_MODULE: dict[str, dict[str, KernelReplacement]] = {
     f"{_OPS}.memory.allocator": _launched("slots", "alloc_extend_kernel", "alloc_decode_kernel"),
     f"{_OPS}.memory.common": _plain("slots", "get_last_loc_triton", "get_last_loc_triton_safe", batch_invariant=True),
@@ -47,7 +47,7 @@ _BY_MODULE: dict[str, dict[str, KernelReplacement]] = {
     },
 }
 
-#: ``sglang.module:name`` -> what runs in its place where the device has no Triton, or where an order says ``reference``.
+#: ``sglang.module:name`` -> replacement, used where the device has no Triton, or an order says ``reference``.
 REFERENCES: Mapping[str, KernelReplacement] = {
     f"{module}:{name}": replacement for module, found in _BY_MODULE.items() for name, replacement in found.items()
 }

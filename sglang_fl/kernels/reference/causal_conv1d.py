@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short causal convolution of hybrid models, over sequences that lie behind one another, and over the next tokens of each.
+"""The short causal convolution of hybrid models: over concatenated sequences, and over the next tokens of each sequence.
 
-A sequence's state is the last ``width - 1`` tokens before it, [dim, width - 1], in a slot of a pool. Arithmetic is in fp32.
+A sequence's state is its previous ``width - 1`` tokens, [dim, width - 1], in a slot of a pool. Arithmetic is in fp32.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ PAD_SLOT_ID = -1
 
 
 def _convolved(window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | bool | None) -> torch.Tensor:
-    """[dim, tokens] of a window that has ``width - 1`` tokens more at its beginning."""
+    """Convolve a window that begins with ``width - 1`` extra tokens: [dim, tokens]."""
     width = weight.shape[1]
     tokens = window.shape[1] - width + 1
     window, weight = window.float(), weight.float()
@@ -38,7 +38,7 @@ def causal_conv1d_fn(
     block_table: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Of whole sequences, [dim, tokens]; each leaves its state in its slot. Those of the padding slot, and empty ones, touch nothing."""
+    """Convolve whole sequences, [dim, tokens], and save each state in its slot. Padding and empty sequences write nothing."""
     out, before = torch.zeros_like(x), weight.shape[1] - 1
     starts = query_start_loc.tolist()
     slots = list(range(len(starts) - 1)) if cache_indices is None else cache_indices.tolist()
@@ -72,11 +72,11 @@ def causal_conv1d_update(
     metadata: Any = None,
     validate_data: bool = False,
 ) -> torch.Tensor:
-    """Of each sequence's next tokens, [batch, dim] or [batch, dim, tokens].
+    """Convolve each sequence's next tokens, [batch, dim] or [batch, dim, tokens].
 
-    Tokens to be verified may form a tree (``retrieve_next_token``, ``retrieve_next_sibling``): each follows its parent, which is written
-    to ``retrieve_parent_token``. ``intermediate_conv_window``, [slots, tokens, dim, width - 1], gets the state after each token.
-    ``num_accept_tokens`` says how many of the tokens that the last call wrote into the state count.
+    Draft tokens may form a tree (``retrieve_next_token``, ``retrieve_next_sibling``). Each continues from its parent, which is
+    written to ``retrieve_parent_token``. ``intermediate_conv_window``, [slots, tokens, dim, width - 1], receives the state after each
+    token. ``num_accept_tokens``: how many of the tokens that the previous call added to the state were accepted.
     """
     tokens = x.unsqueeze(-1) if x.dim() == 2 else x
     out, before, count = torch.zeros_like(tokens), weight.shape[1] - 1, tokens.shape[2]
@@ -104,7 +104,7 @@ def causal_conv1d_update(
 def _paths(
     row: int, count: int, children: torch.Tensor | None, siblings: torch.Tensor | None, parents: torch.Tensor | None
 ) -> list[list[int]]:
-    """For each token, those that lead to it from the first, and itself."""
+    """For each token, its path from the root, itself included."""
     if children is None:
         return [list(range(token + 1)) for token in range(count)]
     assert siblings is not None and parents is not None

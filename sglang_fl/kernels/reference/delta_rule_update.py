@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gated delta rule over the next tokens of each sequence, gates included: decode, and the verification of drafts. In fp32."""
+"""The gated delta rule, gates included, over each sequence's next tokens: decode and verification of drafts. In fp32."""
 
 from itertools import pairwise
 from typing import Any
@@ -30,11 +30,10 @@ def fused_sigmoid_gating_delta_rule_update(
     retrieve_parent_token: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Of q and k [rows, tokens, H, K] and v [rows, tokens, HV, V]: [rows, tokens, HV, V].
+    """q and k [rows, tokens, H, K], v [rows, tokens, HV, V] -> [rows, tokens, HV, V].
 
-    A slot of -1 is padding: its state begins at zero and is not kept. The state after each token goes to
-    ``intermediate_states_buffer`` [slots, steps, HV, V, K]; with ``retrieve_parent_token`` [sequences, steps] a token
-    continues from its parent's there.
+    Slot -1 is padding: its state starts at zero and is not saved. ``intermediate_states_buffer`` [slots, steps, HV, V, K] receives
+    the state after each token. With ``retrieve_parent_token`` [sequences, steps] a token continues from its parent's state there.
     """
     if given := sorted(name for name, value in options.items() if value not in (None, False)):
         raise NotImplementedError(f"fused_sigmoid_gating_delta_rule_update in plain PyTorch has no {', '.join(given)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around the gated delta rule in hybrid models: projections taken apart, gates, norms. Arithmetic is in fp32."""
+"""Functions around the gated delta rule in hybrid models: splitting of projections, gates, norms. Arithmetic is in fp32."""
 
 import torch
 from torch.nn.functional import sigmoid, silu, softplus
@@ -11,7 +11,7 @@ _ACTIVATIONS = {"swish": silu, "silu": silu, "sigmoid": sigmoid}
 def fused_qkvzba_split_reshape_cat(
     mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> Parts:
-    """Projections in which each key head's q, k, v, z (and b, a) lie together: all heads' q, k, v side by side; z; b; a."""
+    """Split projections grouped by key head (q, k, v, z of a head, then b, a) into: q, k, v of all heads; z; b; a."""
     group = num_heads_v // num_heads_qk
     sizes = [head_qk, head_qk, group * head_v, group * head_v]
     q, k, v, z = mixed_qkvz.unflatten(-1, (num_heads_qk, sum(sizes))).split(sizes, -1)
@@ -23,7 +23,7 @@ def fused_qkvzba_split_reshape_cat(
 def fused_qkvzba_split_reshape_cat_contiguous(
     mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> Parts:
-    """Projections in which all heads' q, k, v, z (and b, a) lie side by side already, as new tensors."""
+    """Split projections that already have q, k, v, z (and b, a) of all heads side by side, into new tensors."""
     qkv = 2 * num_heads_qk * head_qk + num_heads_v * head_v
     z = mixed_qkvz[:, qkv : qkv + num_heads_v * head_v].contiguous()
     b, a = mixed_ba[:, :num_heads_v].contiguous(), mixed_ba[:, num_heads_v : 2 * num_heads_v].contiguous()
@@ -33,7 +33,7 @@ def fused_qkvzba_split_reshape_cat_contiguous(
 def fused_qkv_split_gdn_prefill(
     mixed_qkv: torch.Tensor, num_q_heads: int, num_k_heads: int, num_v_heads: int, head_q: int, head_k: int, head_v: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v of [tokens, all of them] as contiguous [1, tokens, heads, head_dim]."""
+    """Split [tokens, q + k + v] into contiguous [1, tokens, heads, head_dim] tensors."""
     shapes = ((num_q_heads, head_q), (num_k_heads, head_k), (num_v_heads, head_v))
     parts = mixed_qkv.split([heads * size for heads, size in shapes], -1)
     q, k, v = (part.contiguous().view(1, len(part), *shape) for part, shape in zip(parts, shapes, strict=True))
@@ -119,7 +119,7 @@ def fused_qk_gemma_rmsnorm_with_gate(
     head_dim: int,
     num_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same of a q in which each head's gate lies behind it, and the gates."""
+    """The same for a q whose heads are each followed by their gate. Also returns the gates."""
     q, gate = q_gate.reshape(-1, num_heads, 2 * head_dim).chunk(2, -1)
     q_out, k_out = fused_qk_gemma_rmsnorm(q, k, q_weight, k_weight, eps, head_dim)
     return q_out, k_out, gate.reshape(-1, head_dim)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to a token: the soft cap of Gemma's logits, and the hash behind sampling with a seed."""
+"""Functions on logits: Gemma's soft cap, and the hash of seeded sampling."""
 
 import torch
 
@@ -7,13 +7,13 @@ _MASK = 0xFFFFFFFF
 
 
 def softcap_inplace_logits(full_logits: torch.Tensor, final_logit_softcapping: float) -> torch.Tensor:
-    """``cap * tanh(logits / cap)``, written over the logits."""
+    """``cap * tanh(logits / cap)``, in place."""
     capped = torch.tanh(full_logits.float() / final_logit_softcapping) * final_logit_softcapping
     return full_logits.copy_(capped)
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3 (32 bits, seed 0) of each row's 64-bit seed and 32-bit position and each column's 32-bit number, [rows, columns]."""
+    """MurmurHash3 (32 bits, seed 0) of a row's 64-bit seed and 32-bit position and a column's 32-bit index: [rows, columns]."""
     seed = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed.long()
     positions, columns = positions.long() & _MASK, col_indices.long() & _MASK
     state = torch.zeros_like(positions)
@@ -23,7 +23,7 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
 
 
 def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Modulo 2**32, without a product that leaves int64."""
+    """The product modulo 2**32, without overflow of int64."""
     return ((x * (factor & 0xFFFF)) + (((x * (factor >> 16)) & 0xFFFF) << 16)) & _MASK
 
 

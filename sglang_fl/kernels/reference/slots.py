@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slot of the KV cache a token has: SGLang's page allocator, its table of requests, and what attention backends read of it.
+"""KV-cache slots of tokens: SGLang's page allocator, its request table, and the index lists that attention backends read.
 
-All numbers are integers and exact. A launch's first number of programs is the number of requests; tensors may be longer than that.
-Parameters have the names that SGLang's kernels give them.
+All results are exact integers. The first dimension of a launch's grid is the number of requests; tensors may be longer.
+Parameters are named as in SGLang's kernels.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ Grid = tuple[int, ...]
 
 
 def _requests(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each token of requests that lie behind one another: its request, and its place in that."""
+    """For each token of concatenated requests: its request, and its position within the request."""
     lengths = lengths.long()
     request = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     starts = lengths.cumsum(0) - lengths
@@ -34,7 +34,7 @@ def alloc_extend_kernel(
     bs_upper: int,
     page_size: int,
 ) -> None:
-    """Slots for the tokens from ``pre_lens`` to ``seq_lens``: first what is left of the request's last page, then free pages in order."""
+    """Slots for the tokens from ``pre_lens`` to ``seq_lens``: first the rest of the request's last page, then free pages in order."""
     before, after = pre_lens_ptr[: grid[0]].long(), seq_lens_ptr[: grid[0]].long()
     request, place = _requests(after - before)
     position = before[request] + place
@@ -56,7 +56,7 @@ def alloc_decode_kernel(
     bs_upper: int,
     page_size: int,
 ) -> None:
-    """A slot for one more token of each request: behind its last one, or in the next free page."""
+    """A slot for one more token of each request: after its last one, or in the next free page."""
     lengths = seq_lens_ptr[: grid[0]].long()
     is_new = (lengths - 1) % page_size == 0
     slots = last_loc_ptr[: grid[0]].long() + 1
@@ -67,20 +67,20 @@ def alloc_decode_kernel(
 def get_last_loc_triton(
     req_to_token: torch.Tensor, req_pool_indices_tensor: torch.Tensor, prefix_lens_tensor: torch.Tensor
 ) -> torch.Tensor:
-    """The slot of the last token of each request's prefix, -1 where it is empty."""
+    """The slot of the last token of each request's prefix, or -1 for an empty prefix."""
     last = (prefix_lens_tensor.long() - 1).clamp(min=0)
     slots = req_to_token[req_pool_indices_tensor.long(), last].to(prefix_lens_tensor.dtype)
     return slots.masked_fill(prefix_lens_tensor <= 0, -1)
 
 
-#: SGLang has one more kernel of it, for devices on which its first one goes wrong.
+#: SGLang has a second kernel for devices on which the first one gives wrong results.
 get_last_loc_triton_safe = get_last_loc_triton
 
 
 def compute_position_triton(
     extend_prefix_lens: torch.Tensor, extend_seq_lens: torch.Tensor, extend_seq_lens_sum: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The position of each new token, and where each request's begin. Prefixes that are not given are empty."""
+    """The position of each new token, and the start of each request. Prefixes that are not given are empty."""
     request, positions = _requests(extend_seq_lens)
     if len(extend_prefix_lens) == len(extend_seq_lens):
         positions = positions + extend_prefix_lens.long()[request]
@@ -117,7 +117,7 @@ def create_flashinfer_kv_indices_triton(
     token_mapping: torch.Tensor | None = None,
     **options: Any,
 ) -> None:
-    """The slots of each request's tokens behind one another, from ``kv_indptr`` on; of a table of pages, a page's tokens in order."""
+    """The concatenated slots of each request's tokens, at ``kv_indptr``. For a page table: the slots of each page in order."""
     request, place = _requests(page_kernel_lens_ptr[: grid[0]])
     position = place if kv_start_idx is None else place + kv_start_idx[request].long()
     entry = req_to_token_ptr[req_pool_indices_ptr[request].long(), position // ENTRY_PAGE_SIZE].long()
@@ -137,7 +137,7 @@ def create_chunked_prefix_cache_kv_indices(
     chunk_kv_indices_ptr: torch.Tensor,
     req_to_token_ptr_stride: int,
 ) -> None:
-    """The same of a chunk of each request's prefix."""
+    """The same for a chunk of each request's prefix."""
     create_flashinfer_kv_indices_triton(
         grid,
         req_to_token_ptr,
