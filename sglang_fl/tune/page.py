@@ -51,7 +51,7 @@ def as_html(outcome: Outcome) -> str:
     return environment.get_template("page.html").render(
         outcome=outcome,
         conditions=outcome.about["conditions"],
-        headline=f"{used} replacements used" if used else "SGLang's own everywhere",
+        headline=f"Replacements used: {used}" if used else "SGLang's own everywhere",
         shares=_shares(outcome),
         candidates=sorted(outcome.candidates, key=lambda one: (one.status != USED, one.impl is None, one.name)),
     )

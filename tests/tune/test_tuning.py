@@ -287,7 +287,7 @@ class TestProfile:
 
     def test_the_page_shows_what_is_used_and_why_the_rest_is_not(self) -> None:
         page = as_html(outcome())
-        assert "1 used instead of SGLang's own" in page.replace("&#39;", "'") and "it is off by 1" in page and "<svg" in page
+        assert "Replacements used: 1" in page and "it is off by 1" in page and "<svg" in page
         assert "http" not in page.replace("http-equiv", "")
         native = as_html(outcome(used=NATIVE, why_native="on fresh starts it had 0.9 of native's speed", served={}, confirmed=None))
         assert "SGLang's own everywhere" in native.replace("&#39;", "'") and "on fresh starts" in native
