@@ -12,28 +12,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..config import SettingsError, load_settings
+from ..config import SettingsError
 from ..device import probe
 from ..dispatch.logger_manager import why_unwritable
-from ..dispatch.manager import get_default_manager
-from ..dispatch.ops import OPERATORS
 from ..fingerprint.facts import versions
 from ..fingerprint.measured import changes
 from ..tune.bench import NATIVE, Bench
-from ..tune.budget import SECONDS
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
 from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
 from ..tune.page import as_html
 from ..tune.profile import choice_in, write
 from ..tune.served import Lengths
-from ..tune.statistics import LOOKS
 from ..tune.traffic import read
 from ..tune.tuning import Job, Outcome, Tuning
-from .model_layers import model_layers
-
-#: For the plan: recorded calls differ in the number of tokens, with a residual or without, and in the width of heads.
-_CALLS_OF_AN_OPERATOR = 6
+from .tune_plan import print_plan
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
     batches = args.batch or ([1, 4] if on_cpu else [1, 32])
     lengths = Lengths(args.input_len or (64 if on_cpu else 1024), 16 if on_cpu else 64, args.output_len or (16 if on_cpu else 64))
     console = Console(soft_wrap=True, highlight=False)
+    directory = args.out.with_suffix(".update" if args.update else ".tune")
     if args.dry_run:
-        _print_plan(console, Path(args.model))
+        print_plan(console, Path(args.model), argv, directory)
         return 0
     _check_files(args)
-    directory = args.out.with_suffix(".update" if args.update else ".tune")
     directory.mkdir(parents=True, exist_ok=True)
     traffic = hashlib.sha256(args.traffic.read_bytes()).hexdigest()[:12] if args.traffic and args.traffic.is_file() else str(args.traffic)
     head = {
@@ -155,33 +148,3 @@ def _print_outcome(console: Console, outcome: Outcome) -> None:
             console.print(f"{status}: {', '.join(candidate.key for candidate in candidates)}", markup=False)
     for case, found in outcome.served.items():
         console.print(f"{case}: {found} of native's speed", markup=False)
-
-
-def _print_plan(console: Console, model: Path) -> None:
-    """Print the steps of a run and about how long they take, as far as known before the model is recorded."""
-    manager = get_default_manager()
-    manager.ensure_initialized()
-    operators = set(OPERATORS)
-    if model.is_dir():
-        operators &= {row.op for row in model_layers(model, dict.fromkeys(OPERATORS, ""), load_settings()) if row.op is not None}
-    found = {op: [impl for impl in manager.registry.get_implementations(op) if impl.why_unavailable() is None] for op in sorted(operators)}
-    console.print(
-        "Implementations that can run here, of the model's operators:" if model.is_dir() else "Implementations that can run here:"
-    )
-    for op, impls in found.items():
-        console.print(f"  {op}: {', '.join(impl.impl_id for impl in impls) or 'none'}", markup=False)
-    console.print("Also the FlagGems functions for the ATen operators that the model calls, if FlagGems supports this device.")
-    checks = _CALLS_OF_AN_OPERATOR * sum(map(len, found.values()))
-    steps = [
-        ("starts of an engine", 5, "start"),
-        ("pairs of native and native", LOOKS[-1], "noise"),
-        ("checks of a recorded call", checks, "check"),
-        ("timings of a recorded call", checks, "time"),
-        ("pairs of native and a choice", 2 * LOOKS[0], "pair"),
-    ]
-    for what, count, kind in steps:
-        console.print(f"  {count:4} {what}, about {SECONDS[kind]:.0f} s each", markup=False)
-    total = sum(count * SECONDS[kind] for _, count, kind in steps)
-    console.print(
-        f"About {total / 60:.0f} min without FlagGems's functions, more if groups must be split. --budget limits the time of a run"
-    )

@@ -4,11 +4,27 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from .statistics import LOOKS
 
-#: The assumed seconds of a measurement, until one of its kind was made.
-SECONDS = {"start": 120.0, "pair": 30.0, "noise": 5.0, "check": 10.0, "time": 3.0, "record": 60.0, "about": 120.0}
+
+class Kind(NamedTuple):
+    """A kind of measurement: its name in the plural, and the seconds of one that are assumed until one was made."""
+
+    words: str
+    seconds: float
+
+
+KINDS = {
+    "about": Kind("first start of an engine", 120.0),
+    "noise": Kind("pairs of native and native", 5.0),
+    "record": Kind("recording of all calls", 60.0),
+    "check": Kind("checks of a recorded call", 10.0),
+    "time": Kind("timings of a recorded call", 3.0),
+    "pair": Kind("pairs of native and a choice", 30.0),
+    "start": Kind("fresh starts", 120.0),
+}
 
 
 class BudgetOver(Exception):
@@ -32,8 +48,8 @@ class Budget:
 
     def check(self, kind: str, count: int = 1) -> None:
         """Raise BudgetOver if this many measurements of a kind would exceed the budget."""
-        if self._deadline is not None and time.monotonic() + count * self.typical(kind) > self._deadline:
-            raise BudgetOver(f"the budget was used up before {f'{count} measurements' if count > 1 else 'a measurement'} of kind {kind!r}")
+        if self._deadline is not None and time.monotonic() + count * self.typical(kind)[0] > self._deadline:
+            raise BudgetOver(f"the budget was used up before {count if count > 1 else 'more'} {KINDS[kind].words}")
 
     @contextmanager
     def part(self, share: float) -> Iterator[None]:
@@ -52,11 +68,11 @@ class Budget:
         """Seconds until the deadline. None: no limit."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def typical(self, kind: str) -> float:
-        """The typical seconds of a measurement of this kind. A fresh start takes about as long as the first start."""
+    def typical(self, kind: str) -> tuple[float, bool]:
+        """The typical seconds of a measurement of this kind, and whether one was made. A fresh start takes about as long as the first."""
         known = self._seconds.get(kind) or (self._seconds.get("about") if kind == "start" else None)
-        return sum(known) / len(known) if known else SECONDS[kind]
+        return (sum(known) / len(known), True) if known else (KINDS[kind].seconds, False)
 
     def left(self) -> float:
         """The approximate remaining seconds of the run."""
-        return sum(count * self.typical(kind) for kind, count in self.to_come.items())
+        return sum(count * self.typical(kind)[0] for kind, count in self.to_come.items())

@@ -2,12 +2,12 @@
 """The journal of measurements, one line of JSON each. A run that is killed loses one at most."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
-from ..utils.json_lines import JsonLines
+from ..utils.json_lines import JsonLines, read_lines
 
 
 class Journal:
@@ -74,3 +74,13 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def seconds_in(path: Path, arguments: Sequence[str]) -> dict[str, list[float]]:
+    """Kind -> what its measurements in a journal took; nothing if it is one of a server with other arguments."""
+    lines = read_lines(path.read_bytes())
+    found: dict[str, list[float]] = {}
+    if lines and lines[0]["for"].get("arguments") == list(arguments):
+        for line in lines[1:]:
+            found.setdefault(line["kind"], []).append(line["seconds"])
+    return found

@@ -104,16 +104,22 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str
     ratios = [row.ratio for row in rows]
     medians = [ratio[0] for ratio in ratios]
     candidate.ratio = (min(medians), float(np.median(medians)), max(medians))
+    lost = []
     for case in cases:
-        saved = sum((1 - row.ratio[0]) * row.own_us * row.call["per_pass"].get(case, 0.0) for row in rows)
+        own = [row.own_us * row.call["per_pass"].get(case, 0.0) for row in rows]
+        saved = sum((1 - row.ratio[0]) * us for row, us in zip(rows, own, strict=True))
         if saved:
             candidate.gains[case] = saved
+        if saved < (1 - MAX_RATIO) * sum(own):
+            lost.append(f"{-saved:.3g} µs lost in a step of {case}")
     worst = max(rows, key=lambda row: row.ratio[0])
     figures = f"{candidate.ratio[1]:.3g} times native's time in the median ({min(medians):.3g} to {max(medians):.3g})"
     if worst.ratio[0] > MAX_RATIO and worst.ratio[1] > 1:
         candidate.settle(SLOWER, f"{worst.ratio[0]:.3g} times native's time ({worst.call['call']})")
     elif candidate.ratio[1] > MAX_MEDIAN or not any(ratio[2] < 1 for ratio in ratios):
         candidate.settle(TIE, f"{figures}: no measurable gain")
+    elif lost:
+        candidate.settle(TIE, f"{figures}, and {' and '.join(lost)}")
     else:
         candidate.reason = figures
         return True

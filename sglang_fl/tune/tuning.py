@@ -15,7 +15,7 @@ from ..check.constants import FAILED, OK, TOO_LONG
 from ..dispatch.ops import OPERATORS
 from . import traffic
 from .bench import NATIVE, Bench, Choice
-from .budget import Budget, BudgetOver
+from .budget import KINDS, Budget, BudgetOver
 from .checking import Checker, is_crash
 from .confirm import Confirmed, confirm
 from .engine import CommandFailed, EngineFailed
@@ -138,7 +138,7 @@ class Tuning:
         """Raises BudgetOver if a measurement of a kind would not end in time; shows how far the run is now and then."""
         self.budget.to_come[kind] = max(0, self.budget.to_come.get(kind, 0) - 1)
         if time.monotonic() - self._said > _SAY_SECONDS:
-            self._show(f"{len(self._journal.seconds.get(kind, ()))} of kind {kind!r} so far")
+            self._show(f"so far {len(self._journal.seconds.get(kind, ()))} {KINDS[kind].words}")
         self.budget.check(kind)
 
     def _show(self, text: str) -> None:

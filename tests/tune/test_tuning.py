@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglang_fl.cli import main
 from sglang_fl.config import SettingsError, load_settings
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.fingerprint.measured import changes, measured_in, warn_of_changes
 from sglang_fl.tune import profile, traffic
 from sglang_fl.tune.bench import NATIVE, Choice
+from sglang_fl.tune.budget import Budget, BudgetOver
 from sglang_fl.tune.confirm import Confirmed, confirm
 from sglang_fl.tune.engine import EngineFailed
 from sglang_fl.tune.journal import Journal
-from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, USED, WRONG, Candidate, judge_alone, timed
+from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, UNDECIDED, USED, WRONG, Candidate, judge_alone, timed
 from sglang_fl.tune.page import as_html
 from sglang_fl.tune.serve import Served, choice_of
 from sglang_fl.tune.served import cases
 from sglang_fl.tune.statistics import LOOKS, Speed, is_decided, smallest_effect, speed
-from sglang_fl.tune.tuning import Outcome
+from sglang_fl.tune.tuning import Job, Outcome, Tuning
 from sglang_fl.utils.packages import source_hash
 
 NOISE = {"prefill/1": 0.02, "decode/1": 0.02}
@@ -133,6 +136,11 @@ class TestAlone:
     def test_what_is_faster_goes_on_with_what_it_saves(self) -> None:
         found = self.judged(row(0.5), row(0.7, per_pass=0))
         assert found.status == "not measured" and found.gains == {"decode/1": pytest.approx(500)}
+
+    def test_what_loses_in_a_step_is_none(self) -> None:
+        """Faster in most calls, and in the one that is called most slower by less than can be told."""
+        found = self.judged(row(0.5, per_pass=0), row(0.5, per_pass=0), row(1.03, spread=0.05))
+        assert found.status == TIE and "30 µs lost in a step of decode/1" in found.reason
 
     def test_slower_at_one_call_is_slower(self) -> None:
         found = self.judged(row(0.5), row(0.5), row(1.1))
@@ -320,3 +328,71 @@ def test_fresh_starts_are_native_tuned_tuned_native(tmp_path: Path, saves: float
 
 def test_a_profile_that_is_slower_on_fresh_starts_is_none() -> None:
     assert Confirmed({"decode/1": 0.9, "prefill/1": 0.99}, {"decode/1": 0.05, "prefill/1": 0.05}).slower() == {"decode/1": 0.9}
+
+
+def test_a_plan_goes_by_an_earlier_run_with_the_same_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(tmp_path / "profile.tune" / "finished.jsonl", {"arguments": ["--model-path", "m"]}, resume=False)
+    for number in range(40):
+        journal.measured("check", str(number), lambda: None)
+    journal.close()
+    plan = ["tune", "m", "--dry-run", "--out", str(tmp_path / "profile.yaml")]
+    assert main(plan) == 0
+    shown = capsys.readouterr().out
+    assert "  40 checks of a recorded call, about" in shown and f"(as in {journal.path})" in shown
+    assert "4 fresh starts, about 120 s each (assumed)" in shown
+    assert main([*plan, "--", "--tp", "2"]) == 0
+    assert str(journal.path) not in capsys.readouterr().out
+
+
+class TestBudget:
+    def test_its_end_is_told_before_what_would_not_end_in_time(self) -> None:
+        budget = Budget(time.monotonic() + 100, {"pair": [40.0, 60.0]})
+        budget.check("pair")
+        with pytest.raises(BudgetOver, match="before 3 pairs of native and a choice"):
+            budget.check("pair", 3)
+        with budget.part(0.1), pytest.raises(BudgetOver, match="before more pairs"):
+            budget.check("pair")
+        budget.check("pair")
+        Budget(None, {}).check("start", 100)
+
+    def test_a_fresh_start_takes_what_the_first_took(self) -> None:
+        assert Budget(None, {"about": [7.0]}).typical("start") == (7.0, True) and Budget(None, {}).typical("start") == (120.0, False)
+
+
+class OverBefore(Budget):
+    """Its time is used up before the first measurement of a kind."""
+
+    def __init__(self, kind: str):
+        super().__init__(None, {})
+        self._kind = kind
+
+    def check(self, kind: str, count: int = 1) -> None:
+        if kind == self._kind:
+            raise BudgetOver(f"before {count} {kind}")
+
+
+@pytest.mark.parametrize("kind", ["check", "time", "pair", "start"])
+def test_what_the_time_does_not_suffice_for_stays_with_sglang(tmp_path: Path, kind: str) -> None:
+    call = {"op": "silu_and_mul", "class": "SiluAndMul", "call": "1x8", "per_pass": {"decode/1": 1}, "bytes": 8, "file": None}
+    timed_half = {"own": {"us": 2e5}, "theirs": {"us": 1e5, "ratio": (0.5, 0.5, 0.5)}}
+    known = {"check": {"status": "ok", "message": ""}, "time": timed_half}
+    journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
+    journal.measured("record", "calls", lambda: {"layers": [call | {"dtype": "float32"}], "functions": []})
+    for earlier in list(known)[: list(known).index(kind) if kind in known else None]:
+        journal.measured(earlier, "silu_and_mul: vendor.a: SiluAndMul 1x8", lambda earlier=earlier: known[earlier])
+    bench: Any = PlantedBench({"silu_and_mul": 0.1})
+    rows = [{"impl": "vendor.a", "package": "json", "why_not": None}]
+    about = {**outcome().about, "implementations": {"silu_and_mul": rows}, "graphs": {"prefill": False, "decode": False}}
+    bench.about, bench.know = lambda: about, lambda about: None
+    tuning = Tuning(Job(tmp_path), bench, journal, lambda text: None, lambda path, outcome: None)
+    tuning.budget = OverBefore(kind)
+    found = tuning.run()
+    journal.close()
+    (candidate,) = found.candidates
+    assert found.incomplete == f"before {4 if kind == 'start' else 1} {kind}" and found.confirmed is None and not found.why_native
+    if kind == "start":
+        assert candidate.status == USED and found.used == choice_of([candidate]) and found.served["decode/1"].ratio > 1.1
+    else:
+        assert (candidate.status, candidate.reason, found.used) == (UNDECIDED, found.incomplete, NATIVE)
+    profile.write(tmp_path / "profile.yaml", found, {})
+    assert (measured_in(tmp_path / "profile.yaml") or {})["incomplete"] == found.incomplete
