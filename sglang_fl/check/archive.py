@@ -23,34 +23,22 @@ _SCRIPT = '''"""{title}
 Unpack the archive, and run ``python repeat.py`` where PyTorch and the package of {module} are installed.
 """
 
-import importlib
 import pathlib
 import types
 
 import torch
+from {module} import {function} as function
 
-MODULE, FUNCTION, DEVICE = "{module}", "{function}", "{device}"
-
-
-def placed(x):
-    if isinstance(x, dict) and "storage" in x:
-        return x["storage"].to(DEVICE).as_strided(x["size"], x["stride"], x["offset"])
-    if isinstance(x, dict) and "attributes" in x:
-        return types.SimpleNamespace(**{{name: placed(value) for name, value in x["attributes"].items()}})
-    return [placed(one) for one in x] if isinstance(x, list) else x
-
-
-data = torch.load(pathlib.Path(__file__).with_name("inputs.pt"), weights_only=True)
-arguments = [placed(x) for x in data["arguments"]]
-named = {{name: placed(x) for name, x in data["named"].items()}}
-result = getattr(importlib.import_module(MODULE), FUNCTION)(*arguments, **named)
-results = [x for x in result if x is not None] if isinstance(result, (tuple, list)) else [result]
-results += [arguments[place] for place in data["updated"]]
-for name, exact, bound in data["exact"]:
-    error = (results.pop(0).cpu().double() - exact).abs()
-    wrong = ~(error <= bound) & exact.isfinite()
-    largest = float(error.nan_to_num().max()) if error.numel() else 0.0
-    print(f"{{name}}: {{int(wrong.sum())}} of {{wrong.numel()}} are out of bounds; the largest error is {{largest:.4g}}")
+torch.serialization.add_safe_globals([types.SimpleNamespace])
+here = pathlib.Path(__file__).parent
+arguments, named = torch.load(here / "inputs.pt", map_location="{device}")
+results = function(*arguments, **named)
+results = [x for x in results if x is not None] if isinstance(results, (tuple, list)) else [results]
+results += [arguments[place] for place in {updated}]
+for (name, exact, bound), result in zip(torch.load(here / "exact.pt"), results):
+    error = (result.cpu().double() - exact).abs().nan_to_num(nan=float("inf"))
+    wrong = int((exact.isfinite() & (error > bound)).sum())
+    print(f"{{name}}: {{wrong}} of {{error.numel()}} are out of bounds; the largest error is {{max([0, *error.flatten().tolist()]):.4g}}")
 '''
 
 
@@ -76,15 +64,21 @@ def write_files(
             ``exact``: for each result its name, the exact numbers, and the bound of each.
         text: a bug report for the function's maintainers.
     """
-    saved = io.BytesIO()
-    torch.save(data, saved)
     file = directory / (re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-") + ".zip")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("inputs.pt", saved.getvalue())
-        archive.writestr("repeat.py", _SCRIPT.format(title=title, module=module, function=function, device=device.type))
+        archive.writestr("inputs.pt", _saved((data["arguments"], data["named"])))
+        archive.writestr("exact.pt", _saved(data["exact"]))
+        script = _SCRIPT.format(title=title, module=module, function=function, device=device.type, updated=data["updated"])
+        archive.writestr("repeat.py", script)
         if text:
             archive.writestr("report.txt", text)
     return file
+
+
+def _saved(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def _as_data(call: Call, case: Case) -> dict[str, Any]:
@@ -100,14 +94,14 @@ def _as_data(call: Call, case: Case) -> dict[str, Any]:
 
 
 def kept(value: Any) -> Any:
-    """Convert an argument for ``torch.load`` with ``weights_only``: a tensor with its strides, an object with its attributes."""
+    """Convert an argument for an archive: a tensor keeps its strides, an object its attributes."""
     if isinstance(value, (list, tuple)):
         return [kept(one) for one in value]
     if isinstance(value, (SimpleNamespace, nn.Module)):
         held = {**vars(value), **(value._parameters if isinstance(value, nn.Module) else {})}
-        return {"attributes": {name: kept(one) for name, one in held.items() if not name.startswith("_")}}
+        return SimpleNamespace(**{name: kept(one) for name, one in held.items() if not name.startswith("_")})
     if not isinstance(value, torch.Tensor):
         return value
     size = value.untyped_storage().nbytes() // value.element_size()
-    storage = value.as_strided((size,), (1,), 0).cpu()
-    return {"storage": storage, "size": list(value.shape), "stride": list(value.stride()), "offset": value.storage_offset()}
+    storage = value.detach().as_strided((size,), (1,), 0).cpu()
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
