@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right implementations of layers, and right functions of a FlagGems for the CPU, that are wrong on demand.
+"""Right implementations of layers, and right functions of FlagGems, that are wrong on demand.
 
-Loaded through SGLANG_FL_PLUGIN_MODULES. ``plant`` chooses the fault, in a process that runs the model.
+Loaded through SGLANG_FL_PLUGIN_MODULES. ``plant`` chooses the fault, in a process that runs the model; PLANTED_FAULT does at its start.
+On a CPU, where FlagGems has no kernels, functions stand in for it. Elsewhere its own ``index`` is made wrong.
 """
 
 import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from sglang_fl.aten import layer, operators
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpRegistry
 from sglang_fl.dispatch.backends.reference.impl import activation, normalization, rotary
+from sglang_fl.dispatch.manager import is_capturing
 
 #: What is wrong just now; empty: nothing.
 fault = os.environ.get("PLANTED_FAULT", "")
@@ -76,7 +79,7 @@ def rotary_embedding(
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    found = _rounded_otherwise(activation.silu_and_mul(obj, x))
+    found = _rounded_otherwise(activation.silu_and_mul(obj, _in_graphs(x)))
     if fault == "decode only" and len(x) <= DECODE_ROWS:
         return found * 1.05
     if fault == "harmless alone":
@@ -86,13 +89,27 @@ def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def _in_graphs(x: torch.Tensor) -> torch.Tensor:
+    """What a graph reads: with a stale pointer, the memory that a pass before the capture had."""
+    if fault not in ("stale pointer", "first replay", "later replays", "stale pointer of two ranks"):
+        return x
+    kept = _kept.setdefault(("graph", x.shape), torch.empty_like(x))
+    if not (is_capturing() or planted_gems.capturing):
+        kept.copy_(x)
+        return x
+    if fault == "stale pointer of two ranks":
+        return kept if torch.distributed.get_world_size() == 2 else x
+    stale = {"stale pointer": True, "first replay": planted_gems.replays <= 1, "later replays": planted_gems.replays > 1}
+    return kept if stale[fault] else x
+
+
 def _workspace(shape: Any) -> torch.Tensor:
     """Memory that two implementations share, and each takes for its own."""
     return _kept.setdefault(("workspace", tuple(shape)), torch.empty(shape))
 
 
 def silu(self: torch.Tensor) -> torch.Tensor:
-    if fault == "crash" and len(self) == 1:
+    if (fault == "crash" and len(self) == 1) or (fault == "crash in a capture" and planted_gems.capturing):
         planted_gems.KINDS["crashes"](self)
     if fault == "hang" and len(self) == 1:
         time.sleep(3600)
@@ -100,14 +117,29 @@ def silu(self: torch.Tensor) -> torch.Tensor:
 
 
 def index(self: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
-    rows = indices[0]
-    if fault == "one gather" and len(indices) == 1 and rows is not None and rows.dim() == 1 and len(rows) > 8:
-        rows = torch.cat((rows[1:2], rows[1:]))
+    rows = _one_row_off(indices)[0]
     return (
         torch.index_select(self, 0, rows.long())
         if rows is not None and rows.dim() == 1 and len(indices) == 1
         else _own_index(self, indices)
     )
+
+
+def _one_row_off(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    rows = indices[0]
+    if fault == "one gather" and len(indices) == 1 and rows is not None and rows.dim() == 1 and len(rows) > 8:
+        return [torch.cat((rows[1:2], rows[1:]))]
+    return indices
+
+
+def _flaggems_with_a_wrong_index(own: Callable[[], Any]) -> Any:
+    """FlagGems, whose own function of ``index`` gets other rows than it is called with."""
+    gems = own()
+    (item,) = gems.FULL_CONFIG_BY_FUNC["index"]
+    if item in gems._FULL_CONFIG:
+        planted = (item[0], functools.wraps(item[1])(lambda self, indices: item[1](self, _one_row_off(indices))))
+        gems._FULL_CONFIG = tuple(planted if one is item else one for one in gems._FULL_CONFIG)
+    return gems
 
 
 def _own_index(self: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
@@ -124,9 +156,12 @@ def register_builtins(registry: OpRegistry) -> None:
     for fn in (rms_norm, rotary_embedding, silu_and_mul):
         name = fn.__name__  # type: ignore[attr-defined]
         registry.register_impl(OpImpl(name, "vendor.planted", BackendImplKind.VENDOR, fn, vendor="planted"))  # type: ignore[arg-type]
-    gems = planted_gems.gems(silu, index=("index.Tensor", index), rsqrt=("rsqrt", rsqrt))
-    operators.load = lambda: gems
-    layer.why_not_here = lambda device: None
+    if torch.accelerator.is_available():
+        operators.load = functools.partial(_flaggems_with_a_wrong_index, operators.load)
+    else:
+        gems = planted_gems.gems(silu, index=("index.Tensor", index), rsqrt=("rsqrt", rsqrt))
+        operators.load = lambda: gems
+        layer.why_not_here = lambda device: None
     if "sglang.srt.server_args" in sys.modules:
         _plant_in_sglang()
 

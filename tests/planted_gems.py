@@ -20,6 +20,8 @@ Function = Callable[..., Any]
 calls: dict[str, int] = {}
 #: Stands for the device's state: whether a graph is being captured.
 capturing = False
+#: How often this graph was replayed since its capture, this time included.
+replays = 0
 
 
 class StreamCaptureUnsupported(RuntimeError):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings
-from ..model_run import Batch, Crashed, Hung, LoadedModel, ModelRun, Replacement
+from ..model_run import Batch, CallFailed, Crashed, Hung, LoadedModel, ModelRun, Replacement
+from ..model_run.processes import ranks_of
 from ..trial import record_path
 from . import passes
 from .findings import WRONG, Finding, suspicion
+from .in_graphs import differences
 from .side_by_side import side_by_side
 from .trials import MOST_TRIALS, Cause, Effect, Trial, effect, largest, listed, search
 
@@ -20,8 +22,8 @@ from .trials import MOST_TRIALS, Cause, Effect, Trial, effect, largest, listed, 
 NO_DIFFERENCE, FOUND, NO_OPERATOR, UNDECIDED = "no difference", "found", "no operator", "undecided"
 EXIT_CODES = {NO_DIFFERENCE: 0, FOUND: 1, NO_OPERATOR: 3, UNDECIDED: 4}
 _ROUNDED_TRIALS = 2
-#: Server arguments. Without graphs replacements run from Python. The KV cache is small, since operators' inputs are copied.
-ARGUMENTS = ("--disable-cuda-graph", "--max-total-tokens", "8192")
+#: Server arguments. The KV cache is small, since operators' inputs are copied.
+ARGUMENTS = ("--max-total-tokens", "8192")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Report:
         culprits: the replacements that change the output, if ``verdict`` is FOUND. ``together``: only all of them do.
         facts: about the model in its process.
         noise, whole: the change of log-probabilities by rounding alone, and by the settings in force.
+        in_graphs: that by the settings in force where graphs are replayed. None: there are no graphs, or the settings have an effect
+            without them.
         findings: one for each layer, batch and phase.
         trials: the trials that were run.
         loads: how often the model was loaded.
@@ -67,6 +71,7 @@ class Report:
     replacements: tuple[Replacement, ...] = ()
     noise: Effect | None = None
     whole: Effect | None = None
+    in_graphs: Effect | None = None
     findings: list[Finding] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     loads: int = 0
@@ -118,11 +123,13 @@ class _Bisection:
             try:
                 with self._load(directory) as model:
                     self.measure(model, directory)
+                if self.report.verdict == FOUND and self.report.in_graphs is not None and ranks_of(self._job.arguments) > 1:
+                    self._on_one_rank(directory)
             except (Crashed, Hung) as error:
                 self._after_an_end(error, Path(directory))
         return self.report
 
-    def _load(self, directory: str) -> LoadedModel:
+    def _load(self, directory: str, *more: str) -> LoadedModel:
         """A model to load. It has a copy of the trial record: a crash in this process must not exclude anything from servers."""
         self._show("loading the model" if not self.report.loads else "loading the model again")
         self.report.loads += 1
@@ -131,11 +138,11 @@ class _Bisection:
         if kept.exists():
             shutil.copyfile(kept, record)
         environ = {"SGLANG_FL_TRIAL_RECORD": str(record), "SGLANG_FL_FLAGOS_SCOPE": "everywhere"}
-        return LoadedModel(self._job.model, [*ARGUMENTS, *self._job.arguments], environ)
+        return LoadedModel(self._job.model, [*ARGUMENTS, *self._job.arguments, *more], environ)
 
     def measure(self, model: LoadedModel, directory: str) -> None:
         report, job = self.report, self._job
-        report.replacements, report.facts, self._batches = model.call(about, list(job.prompts) or list(passes.PROMPTS), limit=job.limit)[0]
+        report.replacements, report.facts, self._batches = model.call(about, list(job.prompts), limit=job.limit)[0]
         self._show("pass 1 of 3: everything left to SGLang")
         native = self._run(model, ())
         if not report.replacements:
@@ -150,6 +157,8 @@ class _Bisection:
         again = by_rank[0][0]
         report.whole = effect(native, in_force)
         self._judge(model, native, effect(native, again))
+        if report.verdict == NO_DIFFERENCE:
+            self._in_graphs(model, directory)
 
     def _judge(self, model: LoadedModel, native: Mapping[str, Any], repeat: Effect) -> None:
         report = self.report
@@ -174,23 +183,74 @@ class _Bisection:
                 f"Rounding SGLang's own results differently changes them by up to {report.noise.worst:.2g}."
             )
         else:
-            self._find(model, native)
+            self._find(report.whole, lambda on: effect(native, self._run(model, on)))
+            if report.verdict == FOUND:
+                report.message = f"{report.message} {self._where()}".rstrip()
 
-    def _find(self, model: LoadedModel, native: Mapping[str, Any]) -> None:
+    def _in_graphs(self, model: LoadedModel, directory: str) -> None:
+        """Compare where graphs are replayed. No Python runs then, so each trial switches replacements and captures the graphs again."""
         report = self.report
-        assert report.whole is not None and report.noise is not None
+        assert report.noise is not None
+        self._show("graphs: everything left to SGLang")
+        captured, native = self._captured(model, ())
+        report.facts["graphs"] = ", ".join(captured) or "none"
+        if not captured:
+            return
+        self._show("graphs: the settings in force")
+        in_force = model.call(passes.in_graphs, self._batches, None, directory, limit=self._job.limit)[0][1]
+        report.in_graphs = effect(native, in_force)
+        again = Effect()
+        for batch in self._batches:
+            again = largest(again, effect({"": native[batch.name]}, {"": native[batch.name + passes.AGAIN]}))
+        if again.is_beyond(report.noise):
+            report.verdict = NO_OPERATOR
+            report.message = (
+                "It is no operator of sglang-fl: with everything left to SGLang, the log-probabilities of the same tokens differ "
+                f"by up to {again.worst:.2g} from replay to replay of a graph."
+            )
+        elif report.in_graphs.is_beyond(report.noise):
+            self._find(report.in_graphs, lambda on: effect(native, self._captured(model, on)[1]))
+            report.message = f"Only in graphs: {report.message}"
+            if report.verdict == FOUND:
+                self._show("graphs: which replays")
+                other = self._captured(model, report.culprits)[1]
+                report.message += " " + differences(native, other, report.noise, self._batches, captured)
+        else:
+            report.message += f" In graphs ({' and '.join(captured)}) log-probabilities change by up to {report.in_graphs.worst:.2g}."
 
-        def measure(on: frozenset[Replacement]) -> Effect:
+    def _captured(self, model: LoadedModel, on: Collection[Replacement]) -> tuple[tuple[str, ...], Any]:
+        found: tuple[tuple[str, ...], Any] = model.call(passes.in_graphs, self._batches, tuple(on), limit=self._job.limit)[0]
+        return found
+
+    def _on_one_rank(self, directory: str) -> None:
+        """Find out whether the fault needs several ranks."""
+        report = self.report
+        assert report.noise is not None
+        try:
+            with self._load(directory, "--tp", "1") as model:
+                self._show(f"graphs on one rank: trial with {listed(frozenset(report.culprits), report.replacements)}")
+                _, native = self._captured(model, ())
+                _, other = self._captured(model, report.culprits)
+        except CallFailed:
+            report.message += " Whether it needs several ranks is not known: the model does not run on one."
+            return
+        if not effect(native, other).is_beyond(report.noise):
+            report.message += " It needs several ranks: with --tp 1 the output does not change."
+
+    def _find(self, whole: Effect, measure: Callable[[frozenset[Replacement]], Effect]) -> None:
+        """Find the replacements that are necessary and sufficient for an effect."""
+        report = self.report
+        assert report.noise is not None
+
+        def shown(on: frozenset[Replacement]) -> Effect:
             self._show(f"trial with {listed(on, report.replacements)}")
-            return effect(native, self._run(model, on))
+            return measure(on)
 
-        weights = suspicion(report.findings)
         left = MOST_TRIALS - _ROUNDED_TRIALS
-        cause = search(weights, report.whole, report.noise, measure, left, report.trials.append)
+        cause = search(suspicion(report.findings), whole, report.noise, shown, left, report.trials.append)
         if cause.no_operator or not cause.replacements:
             self._undecided(cause)
             return
-        names = " and ".join(str(one) for one in cause.replacements)
         if sglangs := self._sglangs_own(cause.replacements):
             report.verdict = NO_OPERATOR
             report.message = (
@@ -201,12 +261,12 @@ class _Bisection:
         report.verdict, report.culprits = FOUND, cause.replacements
         report.together = cause.needed == len(cause.replacements) > 1
         if report.together:
-            shown = "the output changes only with both on"
+            proof = "the output changes only with both on"
         elif len(report.culprits) > 1:
-            shown = "each of them changes the output; it is right only with both off"
+            proof = "each of them changes the output; it is right only with both off"
         else:
-            shown = "the output changes with only this on, and is right with only this off"
-        report.message = f"{names}: {shown}. {self._where()}".rstrip()
+            proof = "the output changes with only this on, and is right with only this off"
+        report.message = f"{' and '.join(map(str, cause.replacements))}: {proof}."
 
     def _undecided(self, cause: Cause) -> None:
         report = self.report
@@ -248,8 +308,9 @@ class _Bisection:
         if culprit is None:
             raise error
         where = trace[1] if trace else ""
-        alone = self._ends(directory, [culprit], type(error))
-        others = self._ends(directory, [one for one in report.replacements if one != culprit], type(error))
+        run = passes.in_graphs if where.endswith(passes.CAPTURE) else passes.with_only
+        alone = self._ends(directory, run, [culprit], type(error))
+        others = self._ends(directory, run, [one for one in report.replacements if one != culprit], type(error))
         report.culprits = (culprit,)
         if alone and not others:
             report.verdict = FOUND
@@ -258,12 +319,12 @@ class _Bisection:
             report.verdict = UNDECIDED
             report.message = f"The model's process {how} while {culprit} runs ({where}), but this is not the only cause: {error}"
 
-    def _ends(self, directory: Path, on: Sequence[Replacement], kind: type[Exception]) -> bool:
+    def _ends(self, directory: Path, run: Callable[..., Any], on: Sequence[Replacement], kind: type[Exception]) -> bool:
         """Whether the model crashes or hangs in the same way with these on, in a new process."""
         with self._load(str(directory)) as model:
             self._show(f"trial with {listed(frozenset(on), self.report.replacements)}")
             try:
-                model.call(passes.with_only, self._batches, tuple(on), limit=self._job.limit)
+                model.call(run, self._batches, tuple(on), limit=self._job.limit)
             except (Crashed, Hung) as error:
                 return isinstance(error, kind)
         return False

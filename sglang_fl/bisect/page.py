@@ -12,8 +12,7 @@ from ..check.results import grouped
 from ..fingerprint import versions
 from .findings import Finding
 from .model import Report
-from .report import setting
-from .trials import listed
+from .report import effects, setting
 
 _LEFT, _RIGHT, _ROW = 300.0, 700.0, 16.0
 
@@ -28,7 +27,7 @@ def as_html(report: Report) -> str:
         setting=setting(report.culprits),
         pictures=[_picture(name, found) for name, found in grouped(report.findings, lambda one: str(one.replacement)).items()],
         facts={**report.facts, **versions()},
-        listed=listed,
+        effects=list(effects(report)),
     )
 
 

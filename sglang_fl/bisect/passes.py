@@ -2,7 +2,8 @@
 """Passes over the same tokens, in each rank: with some replacements on, traced, and with SGLang's results rounded differently."""
 
 import mmap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from ..dispatch.manager import is_capturing
 from ..model_run import Batch, ModelRun, Replacement
 from ..model_run.switches import AtenCall, LayerCall
 
@@ -21,6 +23,10 @@ _DECODED, _LONG = 4, 512
 #: Tokens are drawn from this part of the vocabulary: special tokens are at its ends.
 _DRAWN = 0.05, 0.95
 _TRACE_BYTES = 4096
+#: What runs where no batch does.
+CAPTURE = "the capture of a graph"
+#: Behind the name of a batch that ran before.
+AGAIN = ", again"
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + ",
@@ -31,8 +37,11 @@ PROMPTS = (
 def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
     """A batch of one, a large batch, and a long sequence. Random tokens follow each prompt, the same in each run.
 
+    Args:
+        prompts: texts, or token ids where there is no tokenizer; empty: some of ours, or tokens that are drawn.
+
     Raises:
-        ValueError: a prompt is longer than the model takes.
+        ValueError: a prompt is longer than the model takes, or is none.
     """
     rng = np.random.default_rng(0)
     size = int(run.runner.model_config.vocab_size)
@@ -40,9 +49,14 @@ def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
     def drawn(count: int) -> list[int]:
         return [int(token) for token in rng.integers(int(size * _DRAWN[0]), int(size * _DRAWN[1]), count)]
 
-    encoded = [list(run.tokenizer.encode(prompt)) for prompt in prompts] if run.tokenizer is not None else [drawn(24) for _ in prompts]
+    if run.tokenizer is not None:
+        encoded = [list(run.tokenizer.encode(prompt)) for prompt in prompts or PROMPTS]
+    else:
+        encoded = [_token_ids(prompt, size) for prompt in prompts] or [drawn(24) for _ in PROMPTS]
     room = run.longest - _DECODED - 2
-    for prompt, tokens in zip(prompts, encoded, strict=True):
+    for prompt, tokens in zip(prompts, encoded, strict=False):
+        if not tokens:
+            raise ValueError(f"the prompt {prompt!r} has no tokens")
         if len(tokens) > room:
             raise ValueError(f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens; at most {room} fit here")
     first = tuple(encoded[0] + drawn(_DECODED + 2))
@@ -53,6 +67,16 @@ def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
     return [Batch("one", (first,), _DECODED), Batch(f"batch of {_MANY}", tuple(many), _DECODED), Batch("long", (long,), 2)]
 
 
+def _token_ids(prompt: str, size: int) -> list[int]:
+    """``1 2 3`` or ``1,2,3``. Raises ValueError."""
+    words = prompt.replace(",", " ").split()
+    if not all(word.isascii() and word.isdigit() and int(word) < size for word in words):
+        raise ValueError(
+            f"the prompt {prompt[:40]!r} is no list of token ids below {size}, as in '1 2 3': with --skip-tokenizer-init a text is none"
+        )
+    return [int(word) for word in words]
+
+
 def with_only(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None) -> dict[str, Any]:
     """Log-probabilities by batch with these on. None: with all that the settings select."""
     with run.switches.only(run.switches.replacements if on is None else on):
@@ -61,12 +85,42 @@ def with_only(run: ModelRun, given: list[Batch], on: Collection[Replacement] | N
 
 def traced(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None, directory: str) -> dict[str, Any]:
     """The same. For each rank a file in ``directory`` names the running replacement, in case the process crashes or hangs."""
+    with _tracing(run, directory):
+        return with_only(run, given, on)
+
+
+def in_graphs(
+    run: ModelRun, given: list[Batch], on: Collection[Replacement] | None, directory: str | None = None
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Log-probabilities at the replay of SGLang's graphs, which are captured with these on.
+
+    Args:
+        directory: as in :func:`traced`. During a replay no Python runs, so nothing is traced then.
+
+    Returns:
+        which phases have graphs; if none has, no log-probabilities. These are by batch: from the first replays under the batch's name, and
+        from later replays of the same graphs under its name and AGAIN.
+    """
+    found: dict[str, Any] = {}
+    tracing = nullcontext() if directory is None else _tracing(run, directory)
+    with run.switches.only(run.switches.replacements if on is None else on), tracing:
+        try:
+            captured = run.capture_graphs(given)
+            for replays in ("", AGAIN) if captured else ():
+                found |= {f"{batch.name}{replays}": run.logprobs(batch) for batch in given}
+        finally:
+            run.drop_graphs()
+    return captured, found
+
+
+@contextmanager
+def _tracing(run: ModelRun, directory: str) -> Iterator[None]:
     trace = _Trace(Path(directory) / f"rank{run.rank}", run)
     with run.switches.observed(
         lambda call: trace.around(str(call.replacement), call.path, call.forward(None)),
         lambda call: trace.around(str(call.replacement), f"aten::{call.key}", call.registered),
     ):
-        return with_only(run, given, on)
+        yield
 
 
 class _Trace:
@@ -81,12 +135,12 @@ class _Trace:
 
     def around(self, name: str, path: str, function: Function) -> Function:
         def call(*args: Any, **kwargs: Any) -> Any:
-            batch, phase = self._run.phase
+            batch, phase = self._run.phase if self._run.phase[0] else ("no batch", CAPTURE)
             self._names.append(f"{name}\n{path}, {batch}, {phase}".encode()[: _TRACE_BYTES - 1])
             self._write()
             try:
                 result = function(*args, **kwargs)
-                if torch.accelerator.is_available():
+                if torch.accelerator.is_available() and not is_capturing():
                     torch.accelerator.synchronize()  # so that a kernel's error is raised here, and not at the next kernel
                 return result
             finally:

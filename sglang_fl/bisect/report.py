@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of ``sglang-fl bisect MODEL``: tables, JSON, and the setting to paste."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..model_run import Replacement
 from ..model_run.switches import ATEN
 from .findings import Finding
 from .model import FOUND, Report
-from .trials import listed
+from .trials import Effect, listed
 
 _COLUMNS = ("replacement", "where", "calls", "differ", "error", "SGLang's", "worst", "mean", "result")
 _LEGEND = (
@@ -45,6 +45,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "facts": report.facts,
         "noise": asdict(report.noise) if report.noise else None,
         "effect": asdict(report.whole) if report.whole else None,
+        "effect_in_graphs": asdict(report.in_graphs) if report.in_graphs else None,
         "loads": report.loads,
         "trials": [
             {"on": sorted(map(str, trial.on)), "effect": asdict(trial.effect), "reproduces": trial.reproduces} for trial in report.trials
@@ -71,11 +72,8 @@ def print_report(report: Report, console: Console) -> None:
         trials = Table(title="Change of log-probabilities", title_justify="left")
         for column in ("on", "largest", "RMS", "result"):
             trials.add_column(column, justify="right" if column in ("largest", "RMS") else "left", overflow="fold")
-        trials.add_row("nothing; SGLang's own results rounded differently", f"{report.noise.worst:.2g}", f"{report.noise.rms:.2g}", "noise")
-        trials.add_row("all that the settings select", f"{report.whole.worst:.2g}", f"{report.whole.rms:.2g}", "")
-        for trial in report.trials:
-            result = "changes" if trial.reproduces else "does not change"
-            trials.add_row(listed(trial.on, report.replacements), f"{trial.effect.worst:.2g}", f"{trial.effect.rms:.2g}", result)
+        for what, effect, result in effects(report):
+            trials.add_row(what, f"{effect.worst:.2g}", f"{effect.rms:.2g}", result)
         console.print(trials)
     console.print()
     console.print(f"{report.verdict.upper()}: {report.message}", soft_wrap=True)
@@ -84,6 +82,21 @@ def print_report(report: Report, console: Console) -> None:
         console.print(setting(report.culprits), soft_wrap=True)
         for file in report.archives:
             console.print(f"Its inputs, a script that repeats the fault, and a text for a bug report: {file}", soft_wrap=True)
+
+
+def effects(report: Report) -> Iterator[tuple[str, Effect, str]]:
+    """(what was on, the change of log-probabilities, the result in words), for all that was measured."""
+    if report.noise is not None:
+        yield "nothing; SGLang's own results rounded differently", report.noise, "noise"
+    if report.whole is not None:
+        yield "all that the settings select", report.whole, ""
+    where = ""
+    if report.in_graphs is not None:
+        where = ", in graphs"
+        yield f"all that the settings select{where}", report.in_graphs, ""
+    for trial in report.trials:
+        result = "changes" if trial.reproduces else "does not change"
+        yield listed(trial.on, report.replacements) + where, trial.effect, result
 
 
 def shown(report: Report) -> list[Finding]:

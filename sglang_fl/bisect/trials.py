@@ -22,6 +22,11 @@ _REPRODUCES = 0.5
 MOST_TRIALS = 12
 
 
+def beyond(noise: float) -> float:
+    """What a change of a log-probability must exceed to be more than noise."""
+    return BEYOND * max(noise, _LEAST)
+
+
 @dataclass(frozen=True)
 class Effect:
     """The difference of log-probabilities from SGLang's own.
@@ -35,7 +40,7 @@ class Effect:
     worst: float = 0.0
 
     def is_beyond(self, noise: "Effect") -> bool:
-        return self.rms > BEYOND * max(noise.rms, _LEAST) or self.worst > BEYOND * max(noise.worst, _LEAST)
+        return self.rms > beyond(noise.rms) or self.worst > beyond(noise.worst)
 
 
 def effect(native: Logprobs, other: Logprobs) -> Effect:

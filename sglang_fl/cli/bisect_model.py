@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
     """The prompt of ``--prompt``, or the lines of ``--prompts``."""
     if args.prompts is None:
-        return (args.prompt,) if args.prompt else ()
+        if args.prompt is not None and not args.prompt.strip():
+            raise SettingsError("--prompt: the prompt is empty")
+        return (args.prompt,) if args.prompt is not None else ()
     try:
         lines = args.prompts.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@
 ``processes.py``  LoadedModel: one worker process per rank, and function calls in them; a crash or a hang raises an error here
 ``worker.py``     a worker process
 ``run.py``        ModelRun, the first argument of these functions: forced tokens and their log-probabilities
+``graphs.py``     SGLang's graphs of the model, captured on request
 ``switches.py``   the replacements in the model: on, off, observed
 
     with LoadedModel("Qwen/Qwen3-8B", ["--tp", "2"]) as model:

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .graphs import DECODE, PREFILL, Graphs
 from .switches import Switches
 
 #: The seed of random weights, set again before each batch.
 _SEED = "1"
+#: The standard deviation of SGLang's random weights, which are drawn from -0.001 to 0.001.
+_DUMMY_STD = 1e-3 / 3**0.5
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Batch:
 class ModelRun:
     """One rank of a model that SGLang has loaded as in a server, with sglang-fl bound by the settings.
 
+    It runs without graphs until some are captured.
+
     Attributes:
         rank: the rank of this process.
         runner: SGLang's ModelRunner.
@@ -44,11 +49,12 @@ class ModelRun:
         phase: what is running: the batch's name, ``prefill`` or ``decode``, and the step from 0.
     """
 
-    def __init__(self, rank: int, bench_runner: Any, tokenizer: Any, server_args: Any):
+    def __init__(self, rank: int, bench_runner: Any, tokenizer: Any, server_args: Any, graphs: Graphs):
         self.rank, self.tokenizer, self.server_args = rank, tokenizer, server_args
-        self._bench = bench_runner
+        self._bench, self._graphs = bench_runner, graphs
         self.runner = bench_runner.torch_runner
         self.model: torch.nn.Module = self.runner.model
+        self.drop_graphs()  # for a CPU SGLang captures them all the same
         self.switches = Switches()
         self.phase: tuple[str, str] = ("", "")
         self.step = 0
@@ -81,8 +87,11 @@ class ModelRun:
         one_batch._init_process_global_configs()
         if args.skip_tokenizer_init:
             one_batch.get_tokenizer = lambda *_, **__: None
+        graphs = Graphs()
         runner, tokenizer = one_batch.load_model(args, PortArgs.init_new(args), gpu, rank)
-        return cls(rank, runner, tokenizer, args)
+        if args.load_format == "dummy":
+            _widen(runner.torch_runner.model)
+        return cls(rank, runner, tokenizer, args, graphs)
 
     @property
     def longest(self) -> int:
@@ -116,6 +125,19 @@ class ModelRun:
             yield logits
         self.phase = ("", "")
 
+    def capture_graphs(self, batches: Sequence[Batch]) -> tuple[str, ...]:
+        """Capture SGLang's graphs for these batches, with what is in force now. Until they are dropped, ``forward`` replays them.
+
+        Returns:
+            of ``prefill`` and ``decode`` those that have graphs here, as the server's arguments say.
+        """
+        prefills = {sum(len(tokens) - batch.decoded - 1 for tokens in batch.sequences) for batch in batches}
+        return self._graphs.capture(self.runner, {PREFILL: prefills, DECODE: {len(batch.sequences) for batch in batches}})
+
+    def drop_graphs(self) -> None:
+        """Run everything without graphs again."""
+        self._graphs.drop(self.runner)
+
     def _request(self, number: int, batch: Batch) -> Any:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
@@ -142,3 +164,14 @@ class ModelRun:
             total = (highest + np.log(np.exp(found - highest).sum(-1, keepdims=True)))[:, 0]
             rows.append(found[np.arange(len(found)), wanted[:, position]] - total)
         return np.stack(rows)
+
+
+def _widen(model: torch.nn.Module) -> None:
+    """SGLang's random weights are so small that all log-probabilities are the same; as large as a trained model's, they are not."""
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            continue  # quantised
+        if weight.dim() == 1:
+            weight.data.add_(float(name.endswith("weight")))
+        else:
+            weight.data.mul_(_DUMMY_STD**-1 * weight.shape[-1] ** -0.5)

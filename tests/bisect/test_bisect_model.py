@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import planted_faults
 import pytest
@@ -17,11 +18,11 @@ from rich.console import Console
 
 from sglang_fl.bisect.model import ARGUMENTS, FOUND, NO_DIFFERENCE, NO_OPERATOR, Job, Report, about, bisect, bisect_loaded
 from sglang_fl.bisect.page import as_html
-from sglang_fl.bisect.passes import read_trace, traced
+from sglang_fl.bisect.passes import batches, read_trace, traced
 from sglang_fl.bisect.report import as_data, print_report
 from sglang_fl.cli.demo_model import RECITAL, demo_model
 from sglang_fl.config import Settings
-from sglang_fl.model_run import Crashed, LoadedModel
+from sglang_fl.model_run import CallFailed, Crashed, LoadedModel, ModelRun
 
 pytestmark = pytest.mark.e2e
 
@@ -112,6 +113,37 @@ def test_the_report_and_the_archive_show_the_fault_without_us(loaded: LoadedMode
     command = [sys.executable, "-P", str(tmp_path / "repeat.py")]
     found = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert found.stdout.startswith("result 0: 128 of"), found.stdout
+    lines = (tmp_path / "repeat.py").read_text().partition("import torch")[2].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 12 and "sglang" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "prompts, tokens, message",
+    [
+        (["word " * 3000], True, "tokens; at most 2042 fit here"),
+        ([""], True, "the prompt '' has no tokens"),
+        (["5 6 512"], False, "the prompt '5 6 512' is no list of token ids below 512"),
+        (["Sonnet 18"], False, "with --skip-tokenizer-init a text is none"),
+    ],
+)
+def test_a_prompt_that_cannot_be_run(loaded: LoadedModel, prompts: list[str], tokens: bool, message: str) -> None:
+    with pytest.raises(CallFailed) as error:
+        loaded.call(batches_of, prompts, tokens)
+    assert message in str(error.value)
+
+
+def test_a_prompt_of_token_ids(loaded: LoadedModel) -> None:
+    (found,) = loaded.call(batches_of, ["5, 6 7,8"], False)
+    assert found[0].sequences[0][:4] == (5, 6, 7, 8)
+
+
+def batches_of(run: ModelRun, prompts: list[str], tokens: bool) -> Any:
+    own = run.tokenizer
+    try:
+        run.tokenizer = own if tokens else None
+        return batches(run, prompts)
+    finally:
+        run.tokenizer = own
 
 
 def test_what_runs_when_a_process_ends_is_known(loaded: LoadedModel, tmp_path: Path) -> None:

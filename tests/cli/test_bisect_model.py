@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """``sglang-fl bisect MODEL``: what is refused before a model is loaded."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import planted_faults
 import psutil
 import pytest
 
 from sglang_fl.cli import main
+from sglang_fl.cli.demo_model import RECITAL, demo_model
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,7 @@ from sglang_fl.cli import main
         (["/no/such/model"], "bisect: there is no model in /no/such/model"),
         (["m", "--run", "true"], "bisect: give either MODEL or --run 'CMD'"),
         ([], "bisect: give MODEL, or --run 'CMD'"),
+        (["m", "--prompt", " "], "--prompt: the prompt is empty"),
         (["m", "--prompts", "/no/such/file"], "--prompts: /no/such/file cannot be read"),
         (["m", "--html", "/no/such/folder/page.html"], "--html: "),
         (["m", "--archive", "/proc/none"], "--archive: /proc/none cannot be created"),
@@ -33,6 +37,23 @@ def test_a_file_without_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "prompts").write_text("\n \n")
     assert main(["bisect", "m", "--prompts", str(tmp_path / "prompts")]) == 2
     assert "has no prompt; write one per line" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_a_planted_fault_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command with SGLang's own engine: exit code, table, setting, page and archive."""
+    for name, value in {**planted_faults.ENVIRON, "OMP_NUM_THREADS": "1", "PLANTED_FAULT": "one gather"}.items():
+        monkeypatch.setenv(name, value)
+    page, archives = tmp_path / "page.html", tmp_path / "evidence"
+    (tmp_path / "prompts").write_text(f"\n{RECITAL[:84]}\n\n")
+    command = ["bisect", str(demo_model()), "--prompts", str(tmp_path / "prompts"), "--html", str(page), "--archive", str(archives)]
+    assert main([*command, "--", "--dtype", "float32"]) == 1
+    printed = capsys.readouterr()
+    assert "FOUND: index (FlagGems, index.Tensor): the output changes with only this on, and is right with only this off." in printed.out
+    assert "flagos_blacklist: [index]" in printed.out and "loads of the model: 1;" in printed.out
+    assert "pass 3 of 3: each replacement compared with SGLang's own and float64" in printed.err
+    assert "flagos_blacklist: [index]" in page.read_text()
+    assert [file.suffix for file in archives.iterdir()] == [".zip"]
 
 
 def test_help_has_both_ways_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +86,23 @@ def test_a_model_that_sglang_cannot_load_and_arguments_that_it_does_not_take(tmp
     assert main(["bisect", str(tmp_path), "--", "--no-such-argument"]) == 2
     found = capsys.readouterr().err
     assert "SGLang does not take its arguments" in found and "--no-such-argument" in found
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_prompt_that_is_too_long_says_how_long_it_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bisect", str(demo_model()), "--prompt", "word " * 3000, "--", "--dtype", "float32"]) == 2
+    said = capsys.readouterr().err
+    assert "tokens; at most 2042 fit here" in said and "The last that its process wrote" not in said
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_random_weights_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model's shape is enough to find an operator that is wrong."""
+    for name, value in {**planted_faults.ENVIRON, "OMP_NUM_THREADS": "1", "PLANTED_FAULT": "decode only"}.items():
+        monkeypatch.setenv(name, value)
+    shutil.copy(demo_model() / "config.json", tmp_path)
+    arguments = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"]
+    assert main(["bisect", str(tmp_path), "--prompt", "5 6 7, 8 9 10 11 12", "--", *arguments]) == 1
+    assert "FOUND: SiluAndMul → vendor.planted: the output changes with only this on" in capsys.readouterr().out

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where replayed graphs give other log-probabilities: in prefill or in decode, in the first replays or in later ones, in which batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..model_run import Batch
+from .passes import AGAIN
+from .trials import Effect, beyond
+
+Logprobs = Mapping[str, Any]
+
+
+def differences(native: Logprobs, other: Logprobs, noise: Effect, batches: Sequence[Batch], captured: Sequence[str]) -> str:
+    """In words, for what changes the output in graphs.
+
+    Args:
+        native, other: as :func:`.passes.in_graphs` gives them.
+        captured: of ``prefill`` and ``decode`` those that have graphs.
+    """
+    steps = {name: _changed(native[name], other[name], noise) for name in native}
+    phase = "decode" if "decode" in captured else "prefill"
+    if "prefill" in captured and any(0 in changed for changed in steps.values()):
+        phase = "prefill"
+    seen = [batch.name for batch in batches if steps[batch.name] or steps[batch.name + AGAIN]]
+    return f"It is seen in {phase}, in {' and '.join(seen)}, {_replays(steps, batches, phase)}."
+
+
+def _changed(native: Any, other: Any, noise: Effect) -> set[int]:
+    """The steps that changed; 0 is the prefill."""
+    off = np.abs(np.nan_to_num(np.asarray(other) - native, nan=np.inf, posinf=np.inf, neginf=np.inf)).max(-1)
+    return {int(step) for step in np.flatnonzero(off > beyond(noise.worst))}
+
+
+def _replays(steps: Mapping[str, set[int]], batches: Sequence[Batch], phase: str) -> str:
+    again = any(changed for name, changed in steps.items() if name.endswith(AGAIN))
+    if not again:
+        return "only in the first replays"
+    first = list(_first_replays(batches, phase))
+    return "in each replay" if any(step in steps[name] for name, step in first) else "only in later replays than the first"
+
+
+def _first_replays(batches: Sequence[Batch], phase: str) -> Iterator[tuple[str, int]]:
+    """The batches, and their steps, that replay a graph for the first time. A graph of decode serves all batches of as many sequences."""
+    sizes: set[int] = set()
+    for batch in batches:
+        if phase == "prefill":
+            yield batch.name, 0
+        elif len(batch.sequences) not in sizes:
+            yield batch.name, 1
+        sizes.add(len(batch.sequences))

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's graphs of a model: none is captured when it is loaded; later, as often as it is asked for."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+class Graphs:
+    """To be made once SGLang's arguments are published, before the model is loaded.
+
+    Which graphs there are, and of which sizes, is what the arguments say.
+    """
+
+    def __init__(self) -> None:
+        from sglang.srt.runtime_context import get_exec
+
+        config = get_exec().graph.cuda_graph_config
+        self._phases: dict[str, Any] = {PREFILL: config.prefill, DECODE: config.decode}
+        self._backends = {name: phase.backend for name, phase in self._phases.items()}
+        self._sizes = {name: tuple(phase.bs or ()) for name, phase in self._phases.items()}
+        self._disable()
+
+    def _disable(self) -> None:
+        from sglang.srt.model_executor.cuda_graph_config import Backend
+
+        for phase in self._phases.values():
+            phase.backend = Backend.DISABLED
+
+    def capture(self, runner: Any, needed: Mapping[str, Collection[int]]) -> tuple[str, ...]:
+        """Capture anew, with what is in force now.
+
+        Args:
+            runner: SGLang's ModelRunner.
+            needed: the tokens of prefills, and the sequences of decode steps. Of the sizes that a server captures, those that these
+                are padded to are captured.
+
+        Returns:
+            of PREFILL and DECODE those that have graphs here.
+        """
+        from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
+        from sglang.srt.platforms import current_platform
+
+        self.drop(runner)
+        for name, phase in self._phases.items():
+            fitting = {min((size for size in self._sizes[name] if size >= count), default=0) for count in needed[name]}
+            phase.bs = sorted(fitting - {0})
+            if phase.bs:
+                phase.backend = self._backends[name]
+        # As in SGLang's own captures after the start: prefill first.
+        runner.graph_shared_output = GraphSharedOutput.create_for_model_runner(runner)
+        runner.init_prefill_cuda_graph()
+        if current_platform.capabilities.graph_capture:
+            runner.init_decode_cuda_graph()
+        found = {PREFILL: runner.prefill_cuda_graph_runner, DECODE: runner.decode_cuda_graph_runner}
+        return tuple(name for name, graphs in found.items() if graphs is not None and graphs is not runner.eager_runner)
+
+    def drop(self, runner: Any) -> None:
+        """Run everything without graphs again."""
+        self._disable()
+        runner.prefill_cuda_graph_runner, runner.decode_cuda_graph_runner = runner.eager_runner, None

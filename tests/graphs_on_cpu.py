@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chip with decode graphs whose device is the CPU, for SGLang's own hooks. A CPU has no graphs: a replayed step is SGLang's eager one.
+
+``planted_gems.capturing`` is set in it, as in a capture. So functions see when they run in a graph, and when they warm up before it.
+"""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import planted_gems
+from installed_packages import write_package
+
+#: Of a server; SGLang asks for a CPU's graphs only with the first.
+ARGUMENTS = ("--enable-torch-compile", "--cuda-graph-bs-decode", "1", "16")
+
+_CHIP = """
+from sglang_fl.vendor_platform import VendorPlatform
+
+PLATFORM = VendorPlatform(
+    name="graphchip", device_type="cpu", is_present=lambda: True, capabilities=("graph_capture",), graph_runner="graphs_on_cpu:GraphRunner"
+)
+"""
+
+
+def install(directory: Path, environ: dict[str, str]) -> dict[str, str]:
+    """The environment of a process that finds the chip."""
+    write_package(directory, "graphchip", _CHIP, {"sglang_fl.platform": "graphchip:PLATFORM"})
+    return {**environ, "PYTHONPATH": os.pathsep.join([str(directory), environ["PYTHONPATH"]])}
+
+
+class GraphRunner:
+    """SGLang's runner of decode graphs."""
+
+    def __init__(self, model_runner: Any):
+        from sglang.srt.model_executor.runner import EagerRunner, get_batch_sizes_to_capture
+
+        self._eager = EagerRunner(model_runner, run_warmup=False)
+        model_runner.attn_backend.get_cuda_graph_seq_len_fill_value = lambda: 1  # SGLang's attention in plain PyTorch says nothing
+        self.capture_bs, _ = get_batch_sizes_to_capture(model_runner)
+        for size in self.capture_bs:
+            for planted_gems.capturing in (False, False, True):
+                self._eager._dummy_run(size, buffers=self._eager._alloc_dummy_decode_buffers(size, num_tokens_per_req=1))
+        planted_gems.capturing = False
+        self._replays: Counter[int] = Counter()
+
+    def can_run_graph(self, forward_batch: Any) -> bool:
+        return bool(forward_batch.batch_size <= max(self.capture_bs))
+
+    def execute(self, forward_batch: Any, **kwargs: Any) -> Any:
+        size = min(size for size in self.capture_bs if size >= forward_batch.batch_size)
+        self._replays[size] += 1
+        planted_gems.capturing, planted_gems.replays = True, self._replays[size]
+        try:
+            return self._eager.execute(forward_batch, **kwargs)
+        finally:
+            planted_gems.capturing = False
