@@ -128,13 +128,15 @@ class Binder:
             RuntimeError: a strict policy that a socket cannot follow; then nothing has changed.
         """
         with self._lock:
-            for socket, selection in self._select(list(self._sockets.values())).items():
+            alive = list(self._sockets.items())  # keeps the layers: one that is dropped meanwhile cannot be asked
+            for socket, selection in self._select([socket for _, socket in alive]).items():
                 self._install(socket, selection)
 
     def bound(self) -> dict[Socket, OpImpl]:
         """What the policy in force binds of the models that were loaded: layers and functions."""
         with self._lock:
-            selections = self._select([socket for socket in self._sockets.values() if not isinstance(socket, KernelSocket)])
+            alive = list(self._sockets.items())
+            selections = self._select([socket for _, socket in alive if not isinstance(socket, KernelSocket)])
         return {socket: selection.impl for socket, selection in selections.items() if selection.impl is not None}
 
     def forward(self, socket: Socket, impl: OpImpl, around: Callable[[Forward], Forward] | None = None) -> Forward:

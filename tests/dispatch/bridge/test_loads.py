@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each load of a model is bound by its own settings and mode; what is recorded is what ran."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -68,6 +69,23 @@ def test_a_layer_keeps_the_mode_of_its_load_when_the_policy_changes() -> None:
     for layer, name in ((exact, "forward_vendor.exact"), (usual, "forward_default.flagos")):
         layer(x)
         assert layer._forward_method.__name__ == name
+
+
+def test_a_layer_that_is_dropped_while_the_policy_changes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = binder()
+    layers = [norm(), norm()]
+    process.bind(Model(*layers), Settings(prefer="vendor"))
+    select = process._selector.select
+
+    def drops_layers(*args: Any) -> Any:
+        layers.clear()
+        gc.collect()
+        return select(*args)
+
+    monkeypatch.setattr(process._selector, "select", drops_layers)
+    set_global_policy(SelectionPolicy("flagos"))
+    gc.collect()
+    assert not process.sockets()
 
 
 def test_the_same_model_bound_again_gives_back_what_is_now_excluded() -> None:
