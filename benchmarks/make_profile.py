@@ -30,6 +30,9 @@ nowhere more than 1 µs slower, in every sitting that measured both:
 ``triton-<gpu>.json`` (of ``ops.py``), on any GPU of the platform.
 An ATen function that was wrong (also: in a graph that serving captured), or ended the process, is in ``flagos_broken``: it
 stays with PyTorch too where a user prefers FlagOS for everything. A name leaves that list only by results that show it right.
+``flagos_slower`` has those whose kernels took longer in a step of a served model than the kernels in whose place they were, in each
+trace of ``serving.py --profile`` in which both can be told by their names (:data:`_IN_TRACES`): ``serving-*.jsonl``, on any GPU of
+the platform. They stay with PyTorch there too.
 """
 
 import argparse
@@ -78,6 +81,8 @@ _FAMILIES = ("flagos", "triton", "vendor")
 #: The name of a further sitting's file ends so.
 _FURTHER = re.compile(r"\.[0-9]+\.json$")
 _WIDTH = 110
+#: FlagGems function -> how its kernels are called in a trace, and those of PyTorch in whose place they are.
+_IN_TRACES = {"mm": (r"^mm_kernel", r"nvjet|splitKreduce|cutlass.*gemm|ampere.*gemm|gemmk1|gemvx")}
 
 Row = Mapping[str, Any]
 
@@ -347,10 +352,66 @@ def _triton_faster(sittings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from _list("triton_faster", faster)
 
 
+@dataclass(frozen=True)
+class Traced:
+    """The GPU's time in a step, in microseconds, of a FlagGems function's kernels and of those that they replace."""
+
+    where: str
+    flagos: float
+    own: float
+
+    @property
+    def ratio(self) -> float:
+        return self.flagos / self.own
+
+
+def traced(function: str, runs: Sequence[Row]) -> Iterator[Traced]:
+    """The times of a function's kernels in the traces of served models; kernels that both engines ran do not count."""
+    names = _IN_TRACES[function]
+    for run in runs:
+        windows = (run.get("profile") or {}).get("windows", {})
+        for variant, phases in windows.items():
+            for phase, window in phases.items() if variant != run["baseline"] else ():
+                flagos, kept = (_time_of(window, name) for name in names)
+                own = _time_of(windows[run["baseline"]][phase], names[1]) - kept
+                if flagos and own > 0:
+                    yield Traced(f"{run['model']}, {phase}, {run['machine']['device']}", flagos, own)
+
+
+def _time_of(window: Mapping[str, Any], name: str) -> float:
+    return sum(float(kernel["microseconds_per_step"]) for kernel in window["top"] if re.search(name, kernel["name"]))
+
+
+def _flagos_slower(runs: Sequence[Row]) -> Iterator[str]:
+    """The lines about functions that a step takes longer with; none where none was traced."""
+    slower = {}
+    for function in _IN_TRACES:
+        found = sorted(traced(function, runs), key=lambda one: one.ratio)
+        if found and found[0].ratio > MAX_RATIO:
+            slower[function] = found
+    if not slower:
+        return
+    yield ""
+    yield from _paragraph("A step of a served model takes longer with these: they stay with PyTorch where FlagOS is preferred.")
+    for function, found in slower.items():
+        worst = found[-1]
+        yield from _comment(
+            f"{function}: its kernels took {found[0].ratio:.2f} to {worst.ratio:.2f} times as long as those in whose place they were, in "
+            f"{len(found)} traces; the worst is {worst.flagos:.0f} and {worst.own:.0f} µs a step ({worst.where})"
+        )
+    yield from _list("flagos_slower", list(slower))
+
+
 def profile(
-    ops: Mapping[str, Any], aten: Mapping[str, Any], runs: Sequence[Row], gpu: str, triton: Mapping[str, Mapping[str, Any]] | None = None
+    ops: Mapping[str, Any],
+    aten: Mapping[str, Any],
+    runs: Sequence[Row],
+    gpu: str,
+    triton: Mapping[str, Mapping[str, Any]] | None = None,
+    traces: Sequence[Row] = (),
 ) -> str:
-    """The profile's text, from what :func:`read_ops`, :func:`read_aten`, :func:`read_served` and :func:`read_triton` gave.
+    """The profile's text, from what :func:`read_ops`, :func:`read_aten`, :func:`read_served`, :func:`read_triton` and
+    :func:`read_traces` gave.
 
     Raises:
         ValueError: the two results are not of the same GPU and versions, or the forward passes were not counted.
@@ -409,6 +470,7 @@ def profile(
         for verdict in broken:
             lines += _comment(f"{verdict.name}: {verdict.reason}")
         lines += _list("flagos_broken", [verdict.name for verdict in broken])
+    lines += _flagos_slower(traces)
     return "\n".join(lines) + "\n"
 
 
@@ -487,6 +549,16 @@ def read_triton(results: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def read_traces(results: Path) -> list[Row]:
+    """The runs of ``serving.py`` on any GPU. Raises ValueError for what is no run."""
+    runs = []
+    for path in sorted(results.glob("serving-*.jsonl")):
+        for number, run in enumerate(read_runs(path), 1):
+            schemas.check(f"run {number} of {path.name}", run, schemas.Served)
+            runs.append(run)
+    return runs
+
+
 def read_aten(results: Path, gpu: str) -> dict[str, Any]:
     """FlagGems's functions on recorded calls. Raises ValueError if they are none."""
     path = results / f"aten-{gpu}.json"
@@ -561,7 +633,7 @@ def main() -> None:
         gpu = find_gpu(args.results, args.gpu)
         ops, aten = read_ops(args.results, gpu), read_aten(args.results, gpu)
         check_broken(args.profile, aten["rows"])
-        text = profile(ops, aten, read_served(args.results, ops, gpu), gpu, read_triton(args.results))
+        text = profile(ops, aten, read_served(args.results, ops, gpu), gpu, read_triton(args.results), read_traces(args.results))
     except (OSError, ValueError) as error:
         sys.exit(f"make_profile: {error}")
     if not args.check:

@@ -48,7 +48,7 @@ from serving_lib import kernels, machine, python_calls, tokens
 from serving_lib.results import Busy, Results, read
 from serving_lib.rounds import run_round
 from serving_lib.summary import LEAST_ROUNDS, against, summarize, tally
-from serving_lib.table import other_table, speed_table
+from serving_lib.table import other_table, speed_table, step_table
 from serving_lib.variants import HASH_SEED, BadVariant, Variant, choose, default_names
 from shapes import SHAPES, Shape, UnknownShape, load_shape
 
@@ -409,6 +409,12 @@ def command_without_paths(words: list[str], model: str) -> str:
     return shlex.join(["benchmarks/serving.py", *kept])
 
 
+def print_speeds(run: dict[str, Any], console: Console) -> None:
+    console.print(speed_table(run))
+    if (steps := step_table(run)) is not None:
+        console.print(steps)
+
+
 def show(file: Path, baseline: str | None, console: Console) -> None:
     """Print the speeds of a file's runs; raises OSError, or ValueError for a file or variant that is none."""
     runs = read(file)
@@ -419,7 +425,7 @@ def show(file: Path, baseline: str | None, console: Console) -> None:
     if baseline is not None:
         shown = [against(run, baseline) for run in shown]
     for run in shown:
-        console.print(speed_table(run))
+        print_speeds(run, console)
     for variant, count in tally(shown).items():
         console.print(f"{variant}: {count}", markup=False, highlight=False)
 
@@ -466,7 +472,7 @@ def main() -> int:
             run.keep()
             results.finish(run.data)
     if run.data["summary"]:
-        console.print(speed_table(run.data))
+        print_speeds(run.data, console)
     if run.data["startup"]:
         console.print(other_table(run.data))
     for name, told in run.data["errors"].items():

@@ -35,6 +35,21 @@ def _speed(phase: str, row: dict[str, Any] | None) -> str:
     return value
 
 
+def step_table(run: dict[str, Any]) -> Table | None:
+    """What the kernels of a step take, from the trace, a row for each window; None: nothing was traced."""
+    windows = (run.get("profile") or {}).get("windows", {})
+    if run["baseline"] not in windows or any(window["kind"] != "kernels" for window in windows[run["baseline"]].values()):
+        return None
+    table = Table(title=f"GPU time of a step, and as a multiple of {run['baseline']}'s", title_justify="left")
+    for name in ("step", *windows):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step, window in windows[run["baseline"]].items():
+        own = window["microseconds_per_step"]
+        times = [windows[name].get(step, {}).get("microseconds_per_step") for name in windows]
+        table.add_row(step, *("–" if us is None else f"{us:.0f} µs  {us / own:.3f}" for us in times))
+    return table
+
+
 def other_table(run: dict[str, Any]) -> Table:
     """A row for each variant: start-up, memory, tokens, kernels, Python's calls."""
     table = Table(title=f"Against {run['baseline']}", title_justify="left")

@@ -279,7 +279,9 @@ def available_functions(settings: Settings) -> tuple[list[tuple[str, Function]],
         ImportError: FlagGems is not installed.
     """
     gems = load()
-    found = _collect(gems, replace(settings, flagos_whitelist=None, flagos_blacklist=None, flagos_faster=None, flagos_broken=None))
+    found = _collect(
+        gems, replace(settings, flagos_whitelist=None, flagos_blacklist=None, flagos_faster=None, flagos_broken=None, flagos_slower=None)
+    )
     known = [(key, fn) for key, fn in found if torch._C._dispatch_has_kernel(f"aten::{key}")]
     return known, str(gems.current_work_registrar.reg_key)
 

@@ -12,7 +12,7 @@ from .ignored import ignored_variables
 from .loader import PROFILES, load_settings, platform_name, plugin_modules, profile_path
 from .options import CONFIG_FILE, OPTIONS, PLATFORM, Option
 from .process import RESOLVED, hand_down, settings_in_force, settings_of_parent
-from .settings import Settings, Source
+from .settings import FLAGOS_EXCLUDING, Settings, Source
 from .words import Words, unreachable
 from .yaml_file import read_mapping
 
@@ -49,11 +49,12 @@ def get_per_op_order() -> dict[str, list[str]] | None:
 
 
 def get_flagos_blacklist() -> list[str] | None:
-    """The FlagGems functions that a list keeps out of Layer 1 (a blacklist, or a profile's of broken ones), or None."""
+    """The FlagGems functions that a list keeps out of Layer 1 (a blacklist, or a profile's of broken or slower ones), or None."""
     settings = settings_in_force()
-    if settings.flagos_blacklist is None and settings.flagos_broken is None:
+    lists = [names for key in FLAGOS_EXCLUDING if (names := getattr(settings, key)) is not None]
+    if not lists:
         return None
-    names = dict.fromkeys((*(settings.flagos_blacklist or ()), *(settings.flagos_broken or ())))
+    names = dict.fromkeys(name for names in lists for name in names)
     return [name for name in names if settings.flagos_exclusion_reason(name)]
 
 

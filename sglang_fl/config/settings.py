@@ -10,6 +10,8 @@ from .options import OPTIONS, Options
 
 #: What a value can come from, lowest precedence first.
 DEFAULT, PROFILE, FILE, ENVIRONMENT = range(4)
+#: The settings that take FlagGems functions away; all but the first are a profile's.
+FLAGOS_EXCLUDING = ("flagos_blacklist", "flagos_broken", "flagos_slower")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class Settings(Options):
     def flagos_exclusion_reason(self, function: str) -> str | None:
         """Why a FlagGems function does not replace ATen operators: a setting and its source. None: it does.
 
-        A whitelist is exactly what replaces them, also if a function of it is known as broken.
+        A whitelist is exactly what replaces them, also if a function of it is known as broken or slower.
         """
         selecting = self.flagos_key
-        for key in () if selecting == "flagos_whitelist" else ("flagos_blacklist", "flagos_broken"):
+        for key in () if selecting == "flagos_whitelist" else FLAGOS_EXCLUDING:
             if function in (getattr(self, key) or ()):
                 return f"{key} ({self.source(key)})"
         if selecting != "prefer" and function not in getattr(self, selecting):

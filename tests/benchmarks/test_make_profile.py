@@ -318,6 +318,33 @@ def test_what_is_broken_is_listed(tmp_path: Path) -> None:
     (tmp_path / "nvidia.yaml").write_text(text)
 
 
+def window(**microseconds: float) -> dict[str, Any]:
+    return {
+        "top": [{"name": name.replace("_kernel", "_kernel of rank 2"), "microseconds_per_step": us} for name, us in microseconds.items()]
+    }
+
+
+@pytest.mark.parametrize(
+    ("times", "slower"),
+    [
+        ({"decode/1": (150, 80)}, ["mm"]),  # of 100 µs that were native's, 80 are others' now
+        ({"decode/1": (150, 80), "prefill/1": (19, 80)}, []),  # in one window it is faster
+        ({"decode/1": (20.3, 80)}, []),  # within what is no difference
+        ({"decode/1": (0, 100)}, []),  # it did not run
+    ],
+)
+def test_a_function_that_a_step_takes_longer_with_is_listed(
+    times: Mapping[str, tuple[float, float]], slower: list[str], tmp_path: Path
+) -> None:
+    native = {phase: window(nvjet_a=60, nvjet_b=40, norm=5) for phase in times}
+    flagos = {phase: window(mm_kernel_general=mine, nvjet_b=kept, norm=7) for phase, (mine, kept) in times.items()}
+    run = served() | {"baseline": "native", "profile": {"windows": {"native": native, "flagos": flagos}}}
+    ops, aten, runs = read(results(tmp_path))
+    text = profile(ops, aten, runs, "made-up", traces=[run])
+    assert yaml.safe_load(text).get("flagos_slower", []) == slower
+    assert ("7.50 times as long" in text) is bool(slower), "150 µs in the place of 20"
+
+
 def further(tmp_path: Path, number: int, ops: Sequence[str], ratio: list[float], **changes: Any) -> None:
     rows = [row for op in ops for row in op_rows(op, {FLAGOS: [ratio]})]
     result_file.write(tmp_path / f"ops-made-up.{number}.json", HEAD | {"dtype": "bfloat16", "date": f"2026-02-{number:02}"} | changes, rows)

@@ -48,6 +48,7 @@ TEXTS: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "flagos_blacklist": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
     "flagos_faster": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
     "flagos_broken": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
+    "flagos_slower": (("mul", ("mul",)), ("add,to_copy", ("add", "to_copy"))),
     "flagos_scope": (("graphs", "graphs"), ("Everywhere", "everywhere")),
     "trial_record": (("/tmp/trials.json", "/tmp/trials.json"), ("b.json", "b.json")),
     "trial_limit": (("30", 30.0), ("0.5", 0.5)),
@@ -69,7 +70,7 @@ def test_the_texts_above_are_for_every_option() -> None:
     assert TEXTS.keys() == OPTIONS.keys()
 
 
-@pytest.mark.parametrize("name", ["flagos_faster", "flagos_broken"])
+@pytest.mark.parametrize("name", ["flagos_faster", "flagos_broken", "flagos_slower"])
 def test_a_profile_has_keys_that_a_user_does_not(load: Loader, profile: Profile, name: str) -> None:
     for text, value in TEXTS[name]:
         profile(f"\n{name}: {text}\n")
@@ -101,7 +102,7 @@ def test_the_interface_of_the_field() -> None:
         ("SGLANG_FL_FLAGOS_SCOPE", "everywhere", "flagos_scope"),
         ("SGLANG_FL_TRIAL_RECORD", None, "trial_record"),
         ("SGLANG_FL_TRIAL_LIMIT", 600.0, "trial_limit"),
-        (None, None, None),  # the keys that only a profile has: flagos_faster, flagos_broken, triton_faster
+        (None, None, None),  # the keys that only a profile has: flagos_faster, flagos_broken, flagos_slower, triton_faster
         ("SGLANG_FLAGGEMS_RECORD", False, None),
         ("SGLANG_FLAGGEMS_LOG_PATH", None, None),
         ("SGLANG_FLAGGEMS_LOG_ONCE", True, None),
@@ -298,8 +299,11 @@ def test_naming_one_operator_leaves_the_others_as_a_real_profile_has_them(on_nvi
 
 
 def test_prefer_overrides_the_orders_of_a_real_profile(on_nvidia: Loader) -> None:
+    """But for this package's Triton kernels, where the profile has them as faster than FlagGems's."""
     assert on_nvidia().op_backends != ()
-    assert on_nvidia(SGLANG_FL_PREFER="flagos").op_backends == ()
+    preferred = on_nvidia(SGLANG_FL_PREFER="flagos")
+    assert {op: order[:2] for op, order in preferred.op_backends} == dict.fromkeys(preferred.triton_faster or (), ("triton", "flagos"))
+    assert on_nvidia(SGLANG_FL_PREFER="vendor").op_backends == ()
 
 
 def test_prefer_overrides_no_orders_where_there_are_none(on_nvidia: Loader) -> None:
@@ -399,6 +403,8 @@ FASTER_AND_BROKEN = "flagos_faster: [add, mul]\nflagos_broken: [mul]"
         ("flagos_faster: []", "", {}, ""),
         ("flagos_faster: [mul]", "", {}, "mul"),
         ("flagos_broken: [mul]", "", {}, "add mm"),
+        ("flagos_slower: [mul]", "", {}, "add mm"),
+        ("flagos_slower: [mul]", "flagos_whitelist: [mul]", {}, "mul"),
         (FASTER_AND_BROKEN, "", {}, "add"),
         (FASTER_AND_BROKEN, "prefer: flagos", {}, "add mm"),
         (FASTER_AND_BROKEN, "", {"SGLANG_FL_PREFER": "flagos"}, "add mm"),
@@ -521,6 +527,7 @@ TEXT = st.none() | st.text()
         flagos_blacklist=NAMES,
         flagos_faster=NAMES,
         flagos_broken=NAMES,
+        flagos_slower=NAMES,
         flagos_scope=st.text(),
         trial_record=TEXT,
         trial_limit=st.floats(0, 1e5),
@@ -581,9 +588,11 @@ def test_what_tools_of_flagos_ask(nvidia_machine: pytest.MonkeyPatch, tmp_path: 
     assert load_platform_config("metax") is None
     assert get_per_op_order() == orders
     assert get_oot_blacklist() is None
-    assert get_flagos_blacklist() == (load_platform_config() or {})["flagos_broken"]
-    nvidia_machine.setenv("SGLANG_FL_FLAGOS_BLACKLIST", "mm")
-    assert get_flagos_blacklist() == ["mm", *(load_platform_config() or {})["flagos_broken"]]
+    measured = load_platform_config() or {}
+    left_out = [*measured["flagos_broken"], *measured["flagos_slower"]]
+    assert get_flagos_blacklist() == left_out
+    nvidia_machine.setenv("SGLANG_FL_FLAGOS_BLACKLIST", "softmax")
+    assert get_flagos_blacklist() == ["softmax", *left_out]
     nvidia_machine.delenv("SGLANG_FL_FLAGOS_BLACKLIST")
     assert get_effective_config().keys() == OPTIONS.keys()
 

@@ -180,7 +180,9 @@ def test_key_of_a_setting_that_has_only_a_variable(load: Loader, name: str, vari
     assert repr(name) in problem and problem.endswith(f"variable {variable}")
 
 
-@pytest.mark.parametrize(("key", "own"), [("flagos_faster", "flagos_whitelist"), ("flagos_broken", "flagos_blacklist")])
+@pytest.mark.parametrize(
+    ("key", "own"), [("flagos_faster", "flagos_whitelist"), ("flagos_broken", "flagos_blacklist"), ("flagos_slower", "flagos_blacklist")]
+)
 def test_key_of_a_profile_in_a_users_file(load: Loader, key: str, own: str) -> None:
     for value in ("[mul]", "null"):
         (problem,) = load.problems(f"strict: 1\n{key}: {value}\n")

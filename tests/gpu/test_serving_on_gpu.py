@@ -17,6 +17,12 @@ from sglang_fl.device import Device
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 CLASSES = {"RMSNorm": "rms_norm", "RotaryEmbedding": "rotary_embedding", "SiluAndMul": "silu_and_mul"}
+KINDS = {
+    "flagos": "flagos(default.flagos)",
+    "triton": "triton(triton.sglang_fl)",
+    "vendor": "vendor(vendor.cuda)",
+    "sglang": "sglang(policy)",
+}
 #: Qwen3's query and key norms, which SGLang computes with one kernel of its own on CUDA.
 FUSED = "RMSNorm → sglang(not called: model.layers.*.self_attn.k_norm model.layers.*.self_attn.q_norm)"
 
@@ -26,10 +32,10 @@ COMPILE = ("--enable-torch-compile", "--torch-compile-max-bs", "2")
 WAYS = {
     "sglang": Way("sglang(policy)", SGLANG),
     "profile": Way("profile"),
-    "flagos": Way("flagos(default.flagos)", {**FLAGOS, "SGLANG_FLAGGEMS_RECORD": "1"}),
+    "flagos": Way("profile", {**FLAGOS, "SGLANG_FLAGGEMS_RECORD": "1"}),
     "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_STRICT": "1"}),
     "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
-    "compiled": Way("flagos(default.flagos)", FLAGOS, COMPILE),
+    "compiled": Way("profile", FLAGOS, COMPILE),
 }
 
 
@@ -67,10 +73,9 @@ def test_logprobs_are_within_what_rounding_to_bf16_may_cost(running: Running, wa
 def test_every_layer_ran_where_it_should(running: Running, way: str) -> None:
     destination = WAYS[way].destination
     if destination == "profile":
-        profile = load_settings({}, device=Device("nvidia", "cuda", "cuda", "a test"))
-        orders = dict(profile.op_backends)
-        kinds = {"flagos": "flagos(default.flagos)", "vendor": "vendor(vendor.cuda)", "sglang": "sglang(policy)"}
-        expected = {f"{name} → {kinds[orders[op][0]]}" for name, op in CLASSES.items()}
+        settings = load_settings(WAYS[way].environ, device=Device("nvidia", "cuda", "cuda", "a test"))
+        orders = dict(settings.op_backends)
+        expected = {f"{name} → {KINDS[orders[op][0] if op in orders else str(settings.prefer)]}" for name, op in CLASSES.items()}
     else:
         expected = {f"{name} → {destination}" for name in CLASSES}
     if "RMSNorm → sglang(policy)" not in expected:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import Settings, SettingsError
+from ...config.settings import FLAGOS_EXCLUDING
 from ...device import Device, describe_platforms, detect, known_vendors, probe
 from ...dispatch.backends.flaggems.library import why_not_here
 from ...dispatch.kernel_implementations import is_kernel
@@ -129,7 +130,7 @@ def _aten(settings: Settings, device: Device) -> tuple[str, str]:
         return "off", unavailable
     known, used = flaggems_functions() or frozenset(), len(used_functions(settings, device))
     state = "off" if not used else f"{used if used < len(known) else 'all'} of {len(known)} functions"
-    lists = ("flagos_blacklist", "flagos_broken") if settings.flagos_key == "prefer" else (settings.flagos_key,)
+    lists = FLAGOS_EXCLUDING if settings.flagos_key == "prefer" else (settings.flagos_key,)
     why = [f"{key} ({settings.source(key)})" for key in lists if getattr(settings, key) is not None]
     return state, ", ".join(why) or f"prefer ({settings.source('prefer')})"
 
