@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from backend_functions import reference
+from backend_functions import reference_of
 
 from sglang_fl.check.cases import cases_of
 from sglang_fl.check.check_case import check_case
@@ -78,7 +78,7 @@ def check_cases(
         dtypes: what the implementation is given; None: every dtype.
     """
     seed = secrets.randbits(31)
-    impl = Implementation(op, fn, getattr(reference, op), torch.device(device), writes_inputs=True)
+    impl = Implementation(op, fn, reference_of(op), torch.device(device), writes_inputs=True)
     count = 0
     for case in cases_of(op, dtypes, torch.device(device), quick=True):
         if case.check in checks:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend's functions by operator, as attributes: ``reference.rms_norm(layer, x)``."""
+"""A backend's functions by operator, as attributes: ``reference.rms_norm(layer, x)``; and the references of SGLang's kernels."""
 
 from collections.abc import Callable
 from typing import Any
 
 from sglang_fl.dispatch.backends import KernelTable
 from sglang_fl.dispatch.backends.reference.reference import BACKEND
+from sglang_fl.dispatch.kernel_implementations import KernelFunction, is_kernel
+from sglang_fl.kernels.reference import REFERENCES
 
 
 class Functions:
@@ -17,3 +19,12 @@ class Functions:
 
 
 reference = Functions(BACKEND)
+
+
+def reference_of(op: str) -> Callable[..., Any]:
+    """An operator's, or a kernel's, which takes the grid of a launch first."""
+    if not is_kernel(op):
+        function: Callable[..., Any] = getattr(reference, op)
+        return function
+    module, _, name = REFERENCES[op].function.partition(":")
+    return KernelFunction(module, name, takes_grid=REFERENCES[op].takes_grid).load()

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dispatch.kernel_implementations import KernelFunction
 from ..dispatch.types import LazyFunction, OpImpl
 from .cases import OPERATORS_CHECKED, Call, Case
-from .exact.judge import Exact
 
 #: Larger inputs are not written. In bytes.
 _LARGEST = 256 << 20
@@ -33,8 +33,8 @@ torch.serialization.add_safe_globals([types.SimpleNamespace])
 here = pathlib.Path(__file__).parent
 arguments, named = torch.load(here / "inputs.pt", map_location="{device}")
 results = function(*arguments, **named)
-results = [x for x in results if x is not None] if isinstance(results, (tuple, list)) else [results]
-results += [arguments[place] for place in {updated}]
+results = [x for x in results if x is not None] if isinstance(results, (tuple, list)) else [results][:{returned}]
+results += [[*arguments, *named.values()][place] for place in {updated}]
 for (name, exact, bound), result in zip(torch.load(here / "exact.pt"), results):
     error = (result.cpu().double() - exact).abs().nan_to_num(nan=float("inf"))
     wrong = int((exact.isfinite() & (error > bound)).sum())
@@ -51,7 +51,8 @@ def write_archive(directory: Path, impl: OpImpl, case: Case, seed: int, device: 
     lazy = impl.fn if isinstance(impl.fn, LazyFunction) else None
     module, function = (lazy.module, lazy.name) if lazy else (impl.function.__module__, impl.function.__qualname__)
     title = f"{impl.impl_id}: {case.op} {case.check} {case.name} {case.dtype}"
-    return str(write_files(directory, title, module, function, device, _as_data(call, case)))
+    grid = isinstance(lazy, KernelFunction) and not lazy.takes_grid
+    return str(write_files(directory, title, module, function, device, _as_data(call, case, skipped=int(grid))))
 
 
 def write_files(
@@ -60,15 +61,18 @@ def write_files(
     """Write an archive whose ``repeat.py`` calls a module's function and compares its results with the exact ones.
 
     Args:
-        data: ``arguments`` and ``named``, as :func:`kept` returns them; ``updated``: the indices of arguments that are also results;
-            ``exact``: for each result its name, the exact numbers, and the bound of each.
+        data: ``arguments`` and ``named``, as :func:`kept` returns them; ``updated``: the indices of those that are also results,
+            positional ones first; ``returned``: 0 if what it returns does not count; ``exact``: for each result its name, the exact
+            numbers, and the bound of each.
         text: a bug report for the function's maintainers.
     """
     file = directory / (re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-") + ".zip")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("inputs.pt", _saved((data["arguments"], data["named"])))
         archive.writestr("exact.pt", _saved(data["exact"]))
-        script = _SCRIPT.format(title=title, module=module, function=function, device=device.type, updated=data["updated"])
+        script = _SCRIPT.format(
+            title=title, module=module, function=function, device=device.type, updated=data["updated"], returned=data.get("returned", 1)
+        )
         archive.writestr("repeat.py", script)
         if text:
             archive.writestr("report.txt", text)
@@ -81,15 +85,18 @@ def _saved(value: Any) -> bytes:
     return file.getvalue()
 
 
-def _as_data(call: Call, case: Case) -> dict[str, Any]:
-    """Convert a value so that ``torch.load`` reads it with ``weights_only``. Strides are kept."""
+def _as_data(call: Call, case: Case, skipped: int) -> dict[str, Any]:
+    """Convert a call, without its first arguments, so that ``torch.load`` reads it. Strides are kept."""
     expected = OPERATORS_CHECKED[case.op].exact(call)
     arguments, named = call.arguments()
+    arguments = arguments[skipped:]
+    places = [*arguments, *named.values()]
     return {
         "arguments": [kept(x) for x in arguments],
         "named": {name: kept(x) for name, x in named.items()},
-        "updated": [place for name in call.updated for place, x in enumerate(arguments) if x is call.inputs[name]],
-        "exact": [(one.name, one.value, one.bound(one.dtype or getattr(torch, case.dtype))) for one in expected if isinstance(one, Exact)],
+        "updated": [place for name in call.updated for place, x in enumerate(places) if x is call.inputs[name]],
+        "returned": int(call.returns),
+        "exact": [(one.name, one.value, one.bound(getattr(torch, case.dtype))) for one in expected if hasattr(one, "bound")],
     }
 
 

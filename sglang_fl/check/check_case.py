@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from .accuracy import accuracy, speed
-from .cases import Case, NoMemory
+from .cases import OPERATORS_CHECKED, Case, NoMemory
 from .constants import BATCH, COMPILE, FAILED, GRAPH, INPUTS, NO_MEMORY, REFUSED, REPEATS, SERVING, SIZES, SKIPPED, SPEED, THREADS
 from .contract import batch_invariance, inputs_and_results, repeats, threads
 from .graphs import compilation, graph_capture
@@ -49,7 +49,7 @@ def _outcome(impl: Implementation, case: Case, seed: int) -> Outcome:
         # What serving needs must work in the dtype of serving, and nothing may raise for want of tokens.
         # Rows that far apart are no layout of a model's.
         served = case.check == SERVING or (case.check == SIZES and "far" not in case.name)
-        must = (served and case.dtype == "bfloat16") or _has_no_tokens(impl, case, seed)
+        must = (served and getattr(torch, case.dtype) == OPERATORS_CHECKED[impl.op].dtypes[0]) or _has_no_tokens(impl, case, seed)
         return Outcome(FAILED if must else REFUSED, f"refused: {refused}")
     except torch.OutOfMemoryError as error:
         return Outcome(NO_MEMORY, str(error))

@@ -176,5 +176,5 @@ def results(fn: Function, call: Call) -> Results:
         got = got[:2] if len(got) > 1 else got[0]
     # One result is a tensor, not a list of one: the caller does not unpack it.
     several = isinstance(got, (tuple, list)) and len(got) > 1
-    returned = [result for result in got if result is not None] if several else [got]
+    returned = ([result for result in got if result is not None] if several else [got]) if call.returns else []
     return (*returned, *(call.inputs[name] for name in call.updated))

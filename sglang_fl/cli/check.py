@@ -21,7 +21,6 @@ from ..check.results import PASSED, Report
 from ..check.runner import Job, WorkerFailed, check
 from ..config import SettingsError, suggest
 from ..device import canonical, probe
-from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
@@ -39,7 +38,7 @@ _EXIT_CODES = """exit codes: 0 PASSED; 1 FAILED, or a result could not be writte
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXIT_CODES
     again = "(repeatable)"
-    parser.add_argument("--op", action="append", metavar="OP", help=f"check this operator {again}; default: all")
+    parser.add_argument("--op", action="append", metavar="OP", help=f"check this operator, or kernel of SGLang's {again}; default: all")
     parser.add_argument("--impl", action="append", metavar="ID", help=f"check this implementation, as vendor.cuda {again}")
     parser.add_argument("--vendor", action="append", metavar="NAME", help=f"check this vendor's implementations {again}")
     parser.add_argument("--case", action="append", metavar="WORDS", help=f"run the cases whose names have all these words {again}")
@@ -62,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None, vendors: list[str] | None) -> list[tuple[str, str]]:
     """The selected (operator, implementation id) pairs: those of ``impls`` and of ``vendors``, or else all.
 
-    Kernels of SGLang's have no check, and are selected by their name alone.
-
     Raises:
         SettingsError: an unknown name, or names that select nothing together.
     """
     every = [impl for op in registry.list_operators() for impl in registry.get_implementations(op)]
+    # A kernel of SGLang's has its bare name, too.
+    ops = [full for name in ops for full in _named(name, registry.list_operators())] if ops else None
     wanted_vendors = {canonical(name) for name in vendors or ()}
     problems = [
         *_unknown("--op", "operator", ops, {impl.op_name for impl in every}),
@@ -79,7 +78,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
     found = [
         (impl.op_name, impl.impl_id)
         for impl in every
-        if (impl.op_name in ops if ops else not is_kernel(impl.op_name))
+        if (not ops or impl.op_name in ops)
         and (not (impls or vendors) or impl.impl_id in (impls or ()) or (impl.vendor and canonical(impl.vendor) in wanted_vendors))
     ]
     # A name that selects nothing would be missing from the report without a message.
@@ -87,9 +86,14 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
     without = [op for op in ops or () if op not in {op for op, _ in found}]
     problems = [f"check: {op} has no implementation {', '.join(names)}" for op in without]
     problems += [f"check: {impl} has no {', '.join(ops or ())}" for impl in impls or () if impl not in {impl for _, impl in found}]
-    if problems or not found:
-        raise SettingsError(problems or "check: only kernels of SGLang's were selected, which have no check")
+    if problems:
+        raise SettingsError(problems)
     return found
+
+
+def _named(name: str, ops: Iterable[str]) -> list[str]:
+    """The operators of a name; the name itself if there is none."""
+    return [op for op in ops if name in (op, op.partition(":")[2])] or [name]
 
 
 def _unknown(option: str, what: str, names: Iterable[str] | None, valid: set[str]) -> list[str]:

@@ -221,7 +221,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
     """One line an operator. Above: the orders. Below: what stays with SGLang, what is not available, and a count of kernels."""
-    kernels = Counter(row.selected.get("impl", row.picked) for row in rows if is_kernel(row.op))
+    kernels = [row for row in rows if is_kernel(row.op)]
     replaced = [row for row in rows if is_kernel(row.op) and row.selected.get("vendor")]
     rows = [row for row in rows if not is_kernel(row.op)]
     orders: dict[str, list[str]] = {}
@@ -241,10 +241,18 @@ def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
         ops = [row.op for row in rows if not row.missed.keys().isdisjoint(names)]
         console.print(f"Not available: {', '.join(names)} for {', '.join(ops)}: {why}")
     for row in replaced:
-        console.print(f"{row.op} → {row.selected['impl']}", soft_wrap=True)
+        console.print(f"{row.op} → {row.selected['impl']} ({row.certificate.partition(', ')[0]})", soft_wrap=True)
     if kernels:
-        counts = ", ".join(f"{count} on {where}" for where, count in kernels.most_common())
-        console.print(f"SGLang's own kernels: {counts}; 'sglang-fl ops --all' lists them")
+        console.print(f"SGLang's own kernels: {'; '.join(kernels_in_words(kernels))}; 'sglang-fl ops --all' lists them", soft_wrap=True)
+
+
+def kernels_in_words(rows: Sequence[OpRow]) -> tuple[str, str]:
+    """On what SGLang's kernels run, and what their last checks said."""
+    where = Counter(row.selected.get("impl", row.picked) for row in rows)
+    checked = Counter(row.certificate if row.certificate == NEVER else row.certificate.split()[0] for row in rows if row.certificate)
+    return ", ".join(f"{count} on {name}" for name, count in where.most_common()), ", ".join(
+        f"{n} {word}" for word, n in checked.most_common()
+    )
 
 
 def _by_reason(reasons: Sequence[dict[str, str]]) -> dict[str, list[str]]:

@@ -18,10 +18,12 @@ from backend_functions import reference
 from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
 from sglang_fl.check.cases.call import INT32
 from sglang_fl.check.check_case import check_case
-from sglang_fl.check.constants import COMPILE, FAILED, REPEATS, case_matches, case_name
+from sglang_fl.check.constants import FAILED, GRAPH, INPUTS, REPEATS, SERVING, SIZES, SPECIAL, THREADS, UNUSUAL, case_matches, case_name
 from sglang_fl.check.implementation import Implementation
+from sglang_fl.dispatch.kernel_implementations import is_kernel
 
 CPU = torch.device("cpu")
+CHECKS = frozenset({SERVING, SIZES, UNUSUAL, SPECIAL, INPUTS, REPEATS, THREADS, GRAPH})
 Function = Callable[..., Any]
 
 DELTA = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
@@ -222,7 +224,7 @@ def _is_far(op: str, args: tuple[Any, ...]) -> bool:
     return any(len(x) and (len(x) - 1) * x.stride(0) >= INT32 for x in activations(op, args))
 
 
-ALL = tuple(OPERATORS_CHECKED)
+ALL = tuple(op for op in OPERATORS_CHECKED if not is_kernel(op))
 ROWS = tuple(op for op in ALL if op not in DELTA)
 #: kind -> (what plants it, the operators where it can occur, the first being the one of the everyday test)
 KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
@@ -254,11 +256,15 @@ KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
 
 def caught(kind: str, op: str) -> str | None:
     """The first case of a quick check that a planted mistake fails; None: it passes."""
+    checks = frozenset({REPEATS}) if kind == "a race of two blocks" else CHECKS
+    return first_failure(op, KINDS[kind][0](op), checks)
+
+
+def first_failure(op: str, fn: Function, checks: frozenset[str] = CHECKS) -> str | None:
+    """The first case of these kinds of check, of a quick one, that an implementation fails; None: it passes."""
     seed = secrets.randbits(31)
-    impl = Implementation(op, KINDS[kind][0](op), None, CPU)
-    cases = [case for case in cases_of(op, None, CPU, quick=True) if case.check != COMPILE]
-    if kind == "a race of two blocks":
-        cases = [case for case in cases if case.check == REPEATS]
+    impl = Implementation(op, fn, None, CPU)
+    cases = [case for case in cases_of(op, None, CPU, quick=True) if case.check in checks]
     # Where models' sizes and rare calls are comes first: what is left would find it later.
     cases.sort(key=lambda case: not case_matches(case_name(op, case.check, case.name, case.dtype), "sizes"))
     for case in cases:

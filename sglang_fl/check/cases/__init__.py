@@ -9,7 +9,6 @@ from pkgutil import iter_modules
 import torch
 
 from ..constants import BATCH, COMPILE, GRAPH, INPUTS, REPEATS, SERVING, SIZES, SPECIAL, THREADS, UNUSUAL
-from ..exact.judge import DTYPES
 from .call import Call, Case, NoMemory, Operator, rows_of
 
 __all__ = ["OPERATORS_CHECKED", "Call", "Case", "NoMemory", "Operator", "cases_of"]
@@ -30,8 +29,7 @@ def cases_of(
 ) -> Iterator[Case]:
     """An operator's cases for an implementation that declares these dtypes (None: all) and batch invariance."""
     operator, on_cpu = OPERATORS_CHECKED[op], device.type == "cpu"
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtypes is None or dtype in dtypes]
-    names.sort(key=lambda name: name != "bfloat16")  # the dtype of serving first
+    names = [str(dtype).removeprefix("torch.") for dtype in operator.dtypes if dtypes is None or dtype in dtypes]
     served = partial(_served, operator)
     tables = [(SERVING, served(*(_QUICK if quick else _CPU if on_cpu else _ACCELERATOR)))]
     tables += [(UNUSUAL, operator.unusual), (SPECIAL, operator.special), (INPUTS, served(33))]
@@ -50,7 +48,8 @@ def cases_of(
         for check in (THREADS, GRAPH) if operator.captured else (THREADS,):
             yield from (_case(op, check, words, dtype, other) for words, other in pairs)
         # Compiling takes seconds: only the simplest call and the most complex one.
-        for words, other in pairs[:1] if quick else dict.fromkeys((pairs[0], pairs[-1])):
+        compiled = pairs[:1] if quick else dict.fromkeys((pairs[0], pairs[-1]))
+        for words, other in compiled if operator.compiled else ():
             yield _case(op, COMPILE, words, dtype, None if on_cpu else other)
 
 

@@ -46,6 +46,8 @@ class Call:
         guarded: memory around the inputs, which must not be written.
         updated: the inputs that are also results.
         takes_layer: False for operators that replace functions of SGLang.
+        named: the inputs that are passed by name.
+        returns: False if SGLang ignores the returned values.
     """
 
     layer: Layer
@@ -54,10 +56,13 @@ class Call:
     guarded: dict[str, torch.Tensor] = field(default_factory=dict)
     updated: tuple[str, ...] = ()
     takes_layer: bool = True
+    named: frozenset[str] = frozenset()
+    returns: bool = True
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The operator's arguments: (positional, named)."""
-        return (*((self.layer,) if self.takes_layer else ()), *self.inputs.values()), {}
+        positional = (x for name, x in self.inputs.items() if name not in self.named)
+        return (*((self.layer,) if self.takes_layer else ()), *positional), {name: self.inputs[name] for name in self.named}
 
     def of_tokens(self, tokens: slice | torch.Tensor, tokens_in: Mapping[str, int]) -> "Call":
         """The same call with only some of its tokens."""
@@ -192,6 +197,8 @@ class Operator:
         whole: one float64 result judges all results together.
         fewer: it gets this many times fewer tokens than operators without states.
         captured: whether serving calls it under graph capture.
+        compiled: whether serving calls it inside of torch.compile.
+        dtypes: of the activations, or of the indices if there are no activations. That of serving is first.
         tokens_in: the inputs with a token dimension -> that dimension, first or last. Results have it first. Empty if tokens
             depend on each other.
     """
@@ -207,6 +214,8 @@ class Operator:
     whole: bool = False
     fewer: int = 1
     captured: bool = True
+    compiled: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16)
     tokens_in: Mapping[str, int] = field(default_factory=dict)
 
 

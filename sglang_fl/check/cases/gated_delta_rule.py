@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..exact import gated_delta_rule as exact
-from .call import Call, Draw, Form, Layer, Operator
+from .call import Call, Draw, Form, Layer, Operator, inputs_of
 from .models import sizes
 
 #: Keys of 32 numbers of this size have a squared norm near 1e-6, the epsilon that is added to it.
@@ -174,6 +174,62 @@ class Decode(Delta):
         return Call(Layer(), inputs, frozenset({"initial_state", "out"}), guarded, takes_layer=False)
 
 
+@dataclass(frozen=True)
+class Update(Delta):
+    """The update for the next tokens of ``tokens`` sequences, gates included; the pool holds fp32.
+
+    Attributes:
+        lengths: tokens of each sequence; empty: one.
+        drafts: so many of each sequence, which are to be verified: the pool is only read.
+        tree: drafts form a tree.
+    """
+
+    tokens: int = 5
+    lengths: tuple[int, ...] = ()
+    drafts: int = 0
+    tree: bool = False
+    gates: float = 1.0
+
+    def __call__(self, draw: Draw) -> Call:
+        lengths = self.lengths or (self.drafts or 1,) * self.tokens
+        guarded: dict[str, torch.Tensor] = {}
+        q, k, v = self._projection(draw, 1, sum(lengths), guarded=guarded)
+        if self.values == "zeros":
+            q, k, v = (x.zero_() for x in (q, k, v))
+        b, a = draw.normal(sum(lengths), 2 * self.value_heads, scale=self.gates).chunk(2, -1)
+        named: dict[str, Any] = {
+            "A_log": draw.normal(self.value_heads, dtype=torch.float32),
+            "a": a.contiguous(),
+            "dt_bias": draw.normal(self.value_heads, dtype=torch.float32),
+            "q": q.unflatten(-1, (self.heads, self.key_dim)),
+            "k": k.unflatten(-1, (self.heads, self.key_dim)),
+            "v": v.unflatten(-1, (self.value_heads, self.value_dim)),
+            "b": b.contiguous(),
+            "initial_state_source": self._pool(draw, len(lengths) + 3, guarded),
+            "initial_state_indices": self._slots(draw, len(lengths)),
+            "cu_seqlens": draw.index([0, *accumulate(lengths)], "int32"),
+            "use_qk_l2norm_in_kernel": True,
+            "softplus_beta": 1.0,
+            "softplus_threshold": 20.0,
+        }
+        written = ["initial_state_source"]
+        if self.drafts:
+            shape = (len(lengths) + 1, self.drafts, self.value_heads, self.value_dim, self.key_dim)
+            rows = torch.randperm(len(lengths) + 1, generator=draw.rng)[: len(lengths)]
+            named |= {"is_kda": False, "disable_state_update": True, "cache_steps": self.drafts}
+            named["intermediate_states_buffer"] = draw.normal(*shape, dtype=torch.float32)
+            named["intermediate_state_indices"] = draw.index(rows, "int32")
+            named["retrieve_parent_token"] = None
+            written.append("intermediate_states_buffer")
+        if self.tree:
+            parents = [[0, *(int(torch.randint(n, (1,), generator=draw.rng)) for n in range(1, self.drafts))] for _ in lengths]
+            named["retrieve_parent_token"] = draw.index(parents, "int64")
+        return Call(Layer(), {"grid": None, **named}, frozenset(written), guarded, tuple(written), False, frozenset(named))
+
+
+_UPDATED = ("A_log", "a", "dt_bias", "q", "k", "v", "b", "initial_state_source", "initial_state_indices", "cu_seqlens")
+_DRAFTS = ("intermediate_states_buffer", "intermediate_state_indices", "retrieve_parent_token")
+
 _MODELS = f"{{{sizes('key_heads', 'value_heads', 'key_dim', 'value_dim')}}}".replace("key_heads", "heads")
 _HEADS = "heads=3 value_heads=3 | heads=1 value_heads=8 | heads=9 value_heads=9 | heads=17 value_heads=17"
 _DIMS = "key_dim=64 value_dim=128 | key_dim=48 value_dim=80 | key_dim=256 value_dim=64"
@@ -220,5 +276,17 @@ OPERATORS = {
         # Gates beyond the range of exp; from where softplus is nearly its argument to where it is that though exp overflows.
         special="""values={nan,zeros} | gates=300 | gates=20 rising forgetting=-3 | gates=150 rising forgetting=-6 | forgetting=60""",
         fewer=16,
+    ),
+    "sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent:fused_sigmoid_gating_delta_rule_update": Operator(
+        Update(),
+        f"{_SERVED} {{,padded}}",
+        lambda call: exact.fused_sigmoid_gating_delta_rule_update(*inputs_of(call, (*_UPDATED, *_DRAFTS))),
+        sizes=f"tokens=3 {_MODELS} | tokens=3 slots=0,5,2 pool=far heads=1 value_heads=1",
+        many="tokens=4097 heads=1 value_heads=1 key_dim=8 value_dim=8",
+        unusual=f"""tokens=0 | slots=-1,3,-1,0,-1 | lengths=1,0,2 | {_HEADS} | {_DIMS} | index=int64 | size={_NEAR_EPSILON}
+        | drafts=4 | drafts=6 tree | tokens=1 drafts=1""",
+        special="values=zeros | gates=20 | gates=300",
+        fewer=16,
+        compiled=False,
     ),
 }

@@ -11,9 +11,8 @@ def _flushed(*numbers: torch.Tensor) -> torch.Tensor:
     return torch.stack([number.abs() < TINY for number in numbers]).any(0)
 
 
-def _with_sigmoid(v: torch.Tensor, slope: float, factor: torch.Tensor, argument: int) -> tuple[Exact, ...]:
-    """``v * sigmoid(slope * v) * factor``, where exp and its argument cost ``argument`` roundings of the argument."""
-    exponent = slope * v
+def with_sigmoid(exponent: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, argument: int) -> tuple[Exact, ...]:
+    """``sigmoid(exponent) * v * factor``, where exp and its argument cost ``argument`` roundings of the argument."""
     value = v / (1 + torch.exp(-exponent)) * factor
     # Below -88.7 exp overflows in fp32, so that a sigmoid below 2 ** -128 becomes zero.
     lost = torch.where(exponent < 0, (v * factor).abs() * 2.0**-127, 0.0)
@@ -49,7 +48,7 @@ def new_gelu(x: torch.Tensor) -> tuple[Exact, ...]:
 
 def quick_gelu(x: torch.Tensor) -> tuple[Exact, ...]:
     wide = exactly(x)
-    return _with_sigmoid(wide, 1.702, torch.ones_like(wide), argument=3)
+    return with_sigmoid(1.702 * wide, wide, torch.ones_like(wide), argument=3)
 
 
 def relu2(x: torch.Tensor) -> tuple[Exact, ...]:
@@ -60,4 +59,4 @@ def relu2(x: torch.Tensor) -> tuple[Exact, ...]:
 
 def silu_and_mul(x: torch.Tensor) -> tuple[Exact, ...]:
     gate, up = exactly(x).chunk(2, dim=-1)
-    return _with_sigmoid(gate, 1.0, up, argument=1)
+    return with_sigmoid(gate, gate, up, argument=1)

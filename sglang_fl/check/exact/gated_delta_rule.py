@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch
 
-from .judge import TINY, U32, Exact, exactly, u
+from .judge import TINY, U32, Exact, Same, exactly, smallest, u
 
 CONFIDENCE = 6.0
 #: Roundings of a sum of n numbers, in addition to log2(n); and of the rest of a token's arithmetic.
@@ -202,6 +202,70 @@ def fused_recurrent_gated_delta_rule(
     return out, _states("the last states", found.last.state, found.last.error, roundings=1, dtype=torch.float32)
 
 
+def _gates(a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = exactly(a) + exactly(dt_bias)
+    return -exactly(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x)), exactly(b).sigmoid()
+
+
+def _unit_of_beta(b: torch.Tensor) -> float:
+    """b in fp32, rounded to its dtype or not. One rounding of b becomes at most |b| roundings of its sigmoid."""
+    return u(b.dtype) + U32 * float(b.abs().max()) if b.numel() else 0.0
+
+
+def fused_gdn_gating(A_log: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dt_bias: torch.Tensor) -> tuple[Exact, ...]:
+    """The decay's logarithm, and beta, rounded to b's dtype or not; both in fp32 with a dimension of one before."""
+    g, beta = _gates(a, b, A_log, dt_bias)
+    scale = exactly(A_log).exp()
+    # softplus in fp32 adds 1 to what may be far smaller; a rounding of exp's argument turns into as many as that is large.
+    terms = g.abs() * (1 + exactly(A_log).abs()) + scale * (1 + exactly(a).abs() + exactly(dt_bias).abs())
+    decay = Exact("the decay", g.unsqueeze(0), terms.unsqueeze(0), 8, dtype=torch.float32)
+    lost = beta * (u(b.dtype) + 8 * U32 * (1 + exactly(b).abs())) + smallest(b.dtype) + 2.0**-127
+    return decay, Exact("beta", beta.unsqueeze(0), beta.unsqueeze(0), 1, lost.unsqueeze(0), dtype=torch.float32)
+
+
+def fused_sigmoid_gating_delta_rule_update(
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    dt_bias: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    pool: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    buffer: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    parents: torch.Tensor | None = None,
+) -> tuple[Exact | Same, ...]:
+    """``o``, and the pool; or, while drafts are verified, ``o``, the pool as it was, and the buffer with the state after each of them."""
+    tokens = _tokens(q, k, v, *_gates(a, b, A_log, dt_bias), None, True)
+    slots, states = slots.cpu().long(), exactly(pool)
+    first = states[slots.clamp(min=0)]
+    first[slots < 0] = 0
+    spans = _spans(q, cu_seqlens)
+    if buffer is None or rows is None:
+        found = _run(tokens, spans, first, 0.0, _unit_of_beta(b))
+        return _output("o", found, v.shape), _pool_after(pool, slots, found.last)
+    out, error = torch.zeros_like(tokens.v), torch.zeros_like(tokens.v)
+    begin = _Rows(first, torch.zeros(first.shape[:-1], dtype=torch.float64), first.norm(dim=-1))
+    after: list[_Rows] = []
+    steps = buffer.shape[1]
+    value, wrong = exactly(buffer), torch.zeros(buffer.shape[:-1], dtype=torch.float64)
+    sequences, rows = torch.arange(len(slots)), rows.cpu().long()
+    for step in range(steps):
+        before = [step - 1] * len(slots) if parents is None else parents[:, step].tolist()
+        chosen = [begin.at(slice(n, n + 1)) if step == 0 else after[before[n]].at(slice(n, n + 1)) for n in range(len(slots))]
+        now = _Rows(*(torch.cat([getattr(one, part) for one in chosen]) for part in ("state", "squares", "terms"))) if chosen else begin
+        at = sequences * steps + step
+        out[at], error[at] = tokens.at(at).step(now, 0.0, _unit_of_beta(b))
+        value[rows, step], wrong[rows, step] = now.state, now.error
+        after.append(now)
+    written = _states("the states after drafts", value.flatten(0, 1), wrong.flatten(0, 1), roundings=0, dtype=buffer.dtype)
+    o = Exact("o", out.view(v.shape), out.view(v.shape).abs(), 1, error.nan_to_num().view(v.shape))
+    return o, Same("the pool of states", pool.cpu().clone()), written.in_shape(*value.shape)
+
+
 def fused_recurrent_gated_delta_rule_packed_decode(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
@@ -221,11 +285,8 @@ def fused_recurrent_gated_delta_rule_packed_decode(
         part.unflatten(1, (-1, dim))
         for part, dim in zip(mixed_qkv.split([width, width, value_heads * value_dim], 1), (key_dim, key_dim, value_dim), strict=True)
     )
-    x = exactly(a) + exactly(dt_bias)
-    g = -exactly(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x))
-    tokens = _tokens(q, k, v, g, exactly(b).sigmoid(), scale, use_qk_l2norm)
-    # b in fp32, rounded to its dtype or not. One rounding of b becomes at most |b| roundings of its sigmoid.
-    unit_beta = u(b.dtype) + U32 * float(b.abs().max()) if b.numel() else 0.0
+    tokens = _tokens(q, k, v, *_gates(a, b, A_log, dt_bias), scale, use_qk_l2norm)
+    unit_beta = _unit_of_beta(b)
     slots = ssm_state_indices.cpu().long()
     real = (slots >= 0).nonzero()
     spans = torch.cat((real, torch.ones_like(real)), -1)

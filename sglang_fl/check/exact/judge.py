@@ -8,7 +8,8 @@ subnormal. Numbers below fp32's smallest normal one may be flushed to zero, as o
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,41 @@ class Verdict:
         return -1.0 if self.error_ulp is None or self.bound_ulp is None else self.error_ulp / self.bound_ulp
 
 
+def _misfit(name: str, got: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device | None) -> str | None:
+    """Why something is not even a tensor to compare, or None."""
+    if not isinstance(got, torch.Tensor):
+        return f"{name} is {type(got).__name__}, not a tensor"
+    if got.shape != shape:
+        return f"{name} has shape {tuple(got.shape)}, not {tuple(shape)}"
+    if got.dtype != dtype:
+        return f"{name} is {got.dtype}, not {dtype}"
+    return f"{name} is on {got.device}, not on {device}" if device is not None and got.device.type != device.type else None
+
+
+@dataclass(frozen=True)
+class Same:
+    """A result that must be these numbers, on the CPU and in their own dtype: integers, copies, and what must be left alone."""
+
+    name: str
+    value: torch.Tensor
+
+    def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
+        problem = _misfit(self.name, got, self.value.shape, self.value.dtype, device)
+        if problem is not None:
+            return Verdict(problem=problem)
+        found, right = exactly(got), exactly(self.value)
+        wrong = (found != right) & ~(found.isnan() & right.isnan())
+        if not wrong.any():
+            return Verdict()
+        where = tuple(wrong.nonzero()[0].tolist())
+        told = f"at {where}: {got[where].item()}, not {self.value[where].item()}"
+        return Verdict(problem=f"{self.name}: {int(wrong.sum())} of {wrong.numel()} numbers are wrong; {told}")
+
+    def bound(self, dtype: torch.dtype) -> torch.Tensor:
+        """How far off each number may be."""
+        return torch.zeros(self.value.shape, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Exact:
     """A result in float64. An implementation's result is right if, for each number,
@@ -63,7 +99,7 @@ class Exact:
         value: float64, computed on the CPU from the same inputs.
         terms: float64, the sum of the absolute values of each number's terms.
         roundings: the number of fp32 roundings between the inputs and the result.
-        lost: additional errors: internal underflow, errors propagated from earlier numbers.
+        lost: additional errors: internal underflow, errors propagated from earlier numbers. Infinity: any number is right.
         passed_on: numbers from this index of the last dimension on must equal the input bit for bit.
         dtype: the result's dtype, if it is not that of the activations.
     """
@@ -76,23 +112,21 @@ class Exact:
     passed_on: int | None = None
     dtype: torch.dtype | None = None
 
+    def in_shape(self, *shape: int) -> "Exact":
+        value, terms, lost = (x.expand(self.value.shape).reshape(shape) for x in (self.value, self.terms, torch.as_tensor(self.lost)))
+        return replace(self, value=value, terms=terms, lost=lost)
+
     def bound(self, dtype: torch.dtype) -> torch.Tensor:
         """The bound of each number's error."""
+        dtype = self.dtype or dtype
         return u(dtype) * self.value.abs() + self.roundings * U32 * self.terms * (1 + u(dtype)) + smallest(dtype) + self.lost
 
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
         """Compare a result with this one. It must have ``dtype`` (unless this has its own) and ``device``."""
         dtype = self.dtype or dtype
-        if not isinstance(got, torch.Tensor):
-            return Verdict(problem=f"{self.name} is {type(got).__name__}, not a tensor")
-        if got.shape != self.value.shape:
-            return Verdict(problem=f"{self.name} has shape {tuple(got.shape)}, not {tuple(self.value.shape)}")
-        if got.dtype != dtype:
-            return Verdict(problem=f"{self.name} is {got.dtype}, not {dtype}")
-        if device is not None and got.device.type != device.type:
-            return Verdict(problem=f"{self.name} is on {got.device}, not on {device}")
-        if not got.numel():
-            return Verdict()
+        problem = _misfit(self.name, got, self.value.shape, dtype, device)
+        if problem or not got.numel():
+            return Verdict(problem=problem)
         exact, info, bound = self.value, torch.finfo(dtype), self.bound(dtype)
         found = exactly(got)
         error = (found - exact).abs()
@@ -101,6 +135,7 @@ class Exact:
         right |= finite & (found == torch.copysign(torch.tensor(math.inf, dtype=torch.float64), exact)) & (exact.abs() + bound >= info.max)
         right |= exact.isnan() & found.isnan()
         right |= exact.isinf() & (found == exact)
+        right |= torch.as_tensor(self.lost).isposinf()
         if self.passed_on is not None:
             rest = exact[..., self.passed_on :]
             right[..., self.passed_on :] &= (found[..., self.passed_on :] == rest) | rest.isnan()

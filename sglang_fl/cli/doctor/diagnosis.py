@@ -19,7 +19,7 @@ from ...platform.changes import changes_made, packages_with_changes
 from ...startup import check_settings
 from ...startup.words import flaggems_functions, used_functions
 from ...trial import record_path, settled_record
-from ..ops import OpRow, operator_rows
+from ..ops import OpRow, kernels_in_words, operator_rows
 from .checks import Machine, Problem, problems_of, why_not_importable
 
 
@@ -113,10 +113,13 @@ def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:
 
 
 def _layer_states(settings: Settings, device: Device, environ: Mapping[str, str], operators: Sequence[OpRow]) -> list[dict[str, str]]:
-    """A row with ``layer``, ``state``, ``why`` and ``checked`` for Layer 1, each operator of Layer 2, and Layer 3."""
+    """A row with ``layer``, ``state``, ``why`` and ``checked`` for Layer 1, each operator of Layer 2, SGLang's kernels, and Layer 3."""
+    kernels = [row for row in operators if is_kernel(row.op)]
+    on, checked = kernels_in_words(kernels)
     rows = [
         ("1 ATen operators", *_aten(settings, device), ""),
         *((f"2 {row.op}", row.summary(), f"{row.order} ({row.order_from})", row.certificate) for row in operators if not is_kernel(row.op)),
+        *([("2 SGLang's own kernels", on, "'sglang-fl ops --all' lists them", checked)] if kernels else []),
         ("3 collectives", *_collectives(settings, device, environ), ""),
     ]
     return [dict(zip(("layer", "state", "why", "checked"), row, strict=True)) for row in rows]

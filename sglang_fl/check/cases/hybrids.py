@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's kernels around the attentions of hybrid models: norms, gates, and projections that are taken apart."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..exact import gated_delta_rule, hybrids
+from .call import Call, Draw, Form, Layer, Operator, inputs_of
+from .models import numbers, sizes
+
+
+def _call(inputs: dict[str, Any], guarded: dict[str, torch.Tensor] | None = None, *named: str) -> Call:
+    return Call(Layer(), {"grid": None, **inputs}, guarded=guarded or {}, takes_layer=False, named=frozenset(named))
+
+
+def _writes(call: Call, name: str, *, returned: bool) -> Call:
+    """The same of a kernel that may write an input, which is its result unless that is returned."""
+    call.may_write, call.updated, call.returns = frozenset({name}), () if returned else (name,), returned
+    return call
+
+
+@dataclass(frozen=True)
+class GatedNorm(Form):
+    """Rows of ``hidden`` numbers and their gates; ``rows`` of a token.
+
+    Attributes:
+        layout: of x.
+        group: the norm is over groups of so many numbers.
+        activation: of the gate.
+        gate_first: the norm is of what is gated.
+        centred: a LayerNorm with a bias.
+        summed: with a residual, and the sum is a result. Of the fused kernel, as ``fused``.
+        ungated: no gate.
+    """
+
+    hidden: int = 128
+    rows: int = 1
+    group: int = 0
+    activation: str = "swish"
+    gate_first: bool = False
+    centred: bool = False
+    summed: bool = False
+    fused: bool = False
+    ungated: bool = False
+
+    def __call__(self, draw: Draw) -> Call:
+        shape = (self.tokens * self.rows, self.hidden)
+        guarded: dict[str, torch.Tensor] = {}
+        x = draw.place(draw.extreme(self.values, *shape, largest=1e15)) if self.values else draw.normal(*shape, scale=3)
+        x, z = draw.laid_out(x, self.layout, guarded), draw.normal(*shape, scale=2)
+        weight, bias = draw.normal(self.hidden), draw.normal(self.hidden) if self.centred else None
+        if self.fused:
+            inputs: dict[str, Any] = {"x": x, "g": z, "weight": weight, "bias": bias, "activation": self.activation}
+            named = {"residual": draw.normal(*shape, dtype=torch.float32) if self.summed else None, "eps": 1e-6, "prenorm": self.summed}
+            named["residual_in_fp32"] = False
+            return _writes(_call(inputs | named, guarded, *named), "x", returned=True)
+        inputs = {"x": x, "weight": weight, "bias": bias, "z": None if self.ungated else z, "eps": 1e-6}
+        inputs |= {"group_size": self.group or None, "norm_before_gate": not self.gate_first, "is_rms_norm": not self.centred}
+        inputs["activation"] = self.activation
+        return _call(inputs, guarded, *inputs)
+
+
+def _gated_norm(call: Call) -> tuple[Any, ...]:
+    names = ("x", "z", "weight", "bias", "eps", "group_size", "norm_before_gate", "is_rms_norm", "activation")
+    return hybrids.gated_norm(*inputs_of(call, names))
+
+
+def _fused_gated_norm(call: Call) -> tuple[Any, ...]:
+    x, g, weight, bias, eps, activation, residual = inputs_of(call, ("x", "g", "weight", "bias", "eps", "activation", "residual"))
+    return hybrids.gated_norm(x, g, weight, bias, eps, activation=activation, residual=residual)
+
+
+@dataclass(frozen=True)
+class HeadNorms(Form):
+    """q and k of each token, as parts of a projection; ``gated``: each head of q has its gate behind it."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    gated: bool = False
+
+    def __call__(self, draw: Draw) -> Call:
+        widths = [self.heads * self.head_dim * (1 + self.gated), self.kv_heads * self.head_dim]
+        q, k, behind = draw.normal(self.tokens, sum(widths) + 8, scale=2).split([*widths, 8], -1)
+        inputs = {"q": q, "k": k, "q_weight": draw.normal(self.head_dim), "k_weight": draw.normal(self.head_dim), "eps": 1e-6}
+        inputs |= {"head_dim": self.head_dim} | ({"num_heads": self.heads} if self.gated else {})
+        return _call(inputs, {"what is behind the keys": behind})
+
+
+def _head_norms(call: Call) -> tuple[Any, ...]:
+    names = ("q", "k", "q_weight", "k_weight", "eps", "head_dim")
+    return hybrids.qk_gemma_norms(*inputs_of(call, names), gated="num_heads" in call.inputs)
+
+
+@dataclass(frozen=True)
+class OutputGate(Form):
+    """The gate of an attention.
+
+    Attributes:
+        packed: each head's gate lies behind its query.
+        inplace: the result may be written over the output.
+    """
+
+    heads: int = 4
+    head_dim: int = 64
+    packed: bool = False
+    inplace: bool = False
+
+    def __call__(self, draw: Draw) -> Call:
+        guarded: dict[str, torch.Tensor] = {}
+        x = draw.laid_out(draw.normal(self.tokens, self.heads * self.head_dim), self.layout, guarded)
+        gate = draw.normal(*x.shape, scale=4)
+        if self.packed:
+            guarded["the queries"], gate = draw.normal(self.tokens, self.heads, 2 * self.head_dim, scale=4).chunk(2, -1)
+        inputs = {"attn_output": x, "gate": gate}
+        if not self.inplace:
+            return _call(inputs, guarded)
+        return _writes(_call({**inputs, "inplace": True}, guarded, "inplace"), "attn_output", returned=True)
+
+
+@dataclass(frozen=True)
+class ExpertGate(Form):
+    """The gate of a shared expert; ``added``: its output is added to the others'."""
+
+    width: int = 256
+    added: bool = False
+
+    def __call__(self, draw: Draw) -> Call:
+        guarded: dict[str, torch.Tensor] = {}
+        hidden = draw.laid_out(draw.normal(self.tokens, self.width), self.layout, guarded)
+        inputs = {"hidden_states": hidden, "gate_weight": draw.normal(self.width, scale=self.width**-0.5)}
+        inputs["shared_output"] = draw.normal(self.tokens, self.width)
+        if not self.added:
+            return _call(inputs, guarded)
+        inputs["final_hidden_states"] = draw.normal(self.tokens, self.width)
+        return _writes(_call(inputs, guarded), "final_hidden_states", returned=False)
+
+
+@dataclass(frozen=True)
+class Projection(Form):
+    """A projection that holds q, k, v and more of each token; ``split``: q, k and v alone."""
+
+    heads: int = 2
+    value_heads: int = 4
+    key_dim: int = 32
+    value_dim: int = 32
+    split: bool = False
+
+    def __call__(self, draw: Draw) -> Call:
+        width = 2 * self.heads * self.key_dim + self.value_heads * self.value_dim
+        guarded: dict[str, torch.Tensor] = {}
+        if self.split:
+            qkv = draw.laid_out(draw.normal(self.tokens, width), self.layout, guarded)
+            heads = (self.heads, self.heads, self.value_heads, self.key_dim, self.key_dim, self.value_dim)
+            return _call({"mixed_qkv": qkv, **{f"size {n}": size for n, size in enumerate(heads)}}, guarded)
+        qkvz = draw.laid_out(draw.normal(self.tokens, width + self.value_heads * self.value_dim), self.layout, guarded)
+        ba = draw.laid_out(draw.normal(self.tokens, 2 * self.value_heads), self.layout, guarded)
+        inputs = {"mixed_qkvz": qkvz, "mixed_ba": ba, "num_heads_qk": self.heads, "num_heads_v": self.value_heads}
+        return _call(inputs | {"head_qk": self.key_dim, "head_v": self.value_dim}, guarded)
+
+
+def _split(call: Call) -> tuple[Any, ...]:
+    mixed_qkv, *heads = list(call.inputs.values())[1:]
+    return hybrids.split(mixed_qkv, tuple(zip(heads[:3], heads[3:], strict=True)))
+
+
+def _taken_apart(by_head: bool) -> Callable[[Call], tuple[Any, ...]]:
+    return lambda call: hybrids.taken_apart(*list(call.inputs.values())[1:], by_head=by_head)
+
+
+@dataclass(frozen=True)
+class Gating(Form):
+    """Of ``heads`` heads; ``size`` of a and b."""
+
+    heads: int = 4
+    size: float = 1.0
+
+    def __call__(self, draw: Draw) -> Call:
+        b, a = draw.normal(self.tokens, 2 * self.heads, scale=self.size).chunk(2, -1)
+        if self.layout != "packed":
+            a, b = a.contiguous(), b.contiguous()
+        A_log, dt_bias = (draw.normal(self.heads, dtype=torch.float32) for _ in range(2))
+        return _call({"A_log": A_log, "a": a, "b": b, "dt_bias": dt_bias})
+
+
+def _operator(
+    form: Form, forms: str, exactly: Callable[[Call], tuple[Any, ...]], sizes: str, many: str, unusual: str, **more: Any
+) -> Operator:
+    return Operator(form, forms, exactly, sizes=sizes, many=many, unusual=f"tokens=0 | {unusual}", compiled=False, **more)
+
+
+_DIMS = f"{{{sizes('key_heads', 'value_heads', 'key_dim', 'value_dim')}}}".replace("key_heads", "heads")
+_HEADS = f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim')}}}"
+_WIDTHS = f"tokens=3 width={{{numbers('hidden')}}}"
+_ROWS = "tokens={4097,65537} hidden=8"
+_APART = "heads=1 value_heads=4 | heads=3 value_heads=3 | heads=2 value_heads=6 key_dim=16 value_dim=64"
+_TINY = "heads=1 value_heads=2 key_dim=4 value_dim=4"
+_SPECIAL = "tokens=6 values={nan,largest,zeros}"
+_ATTENTION, _FLA = "sglang.kernels.ops.attention", "sglang.kernels.ops.attention.fla"
+_ELEMENTWISE, _UTILS = "sglang.kernels.ops.elementwise.elementwise", "sglang.srt.models.utils"
+_BOTH = {"mixed_qkvz": 0, "mixed_ba": 0}
+
+OPERATORS = {
+    f"{_FLA}.layernorm_gated:rms_norm_gated": _operator(
+        GatedNorm(),
+        "hidden=128 rows=32 {,activation=sigmoid}",
+        _gated_norm,
+        f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}} | tokens=2 hidden=8192 group=1024 gate_first",
+        f"{_ROWS} {{,gate_first}}",
+        "group=32 | gate_first | gate_first group=64 activation=sigmoid | centred | hidden={1,96} | ungated | layout={view,every-other}",
+        special=_SPECIAL,
+    ),
+    f"{_FLA}.fused_norm_gate:rms_norm_gated": _operator(
+        GatedNorm(fused=True),
+        "hidden=128 rows=32 {,activation=sigmoid}",
+        _fused_gated_norm,
+        f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}}",
+        _ROWS,
+        "summed | hidden=96 | hidden=1 | centred",
+        special=_SPECIAL,
+    ),
+    f"{_UTILS}:fused_qk_gemma_rmsnorm": _operator(
+        HeadNorms(),
+        "heads=16 kv_heads=2 head_dim=256",
+        _head_norms,
+        _HEADS,
+        "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
+        "heads=1 kv_heads=1 | heads=7 kv_heads=7 | head_dim=96 | heads=1 kv_heads=4",
+    ),
+    f"{_UTILS}:fused_qk_gemma_rmsnorm_with_gate": _operator(
+        HeadNorms(gated=True),
+        "heads=16 kv_heads=2 head_dim=256",
+        _head_norms,
+        _HEADS,
+        "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
+        "heads=1 kv_heads=1 | heads=7 kv_heads=7 | head_dim=96 | heads=1 kv_heads=4",
+    ),
+    f"{_ELEMENTWISE}:fused_sigmoid_mul": _operator(
+        OutputGate(),
+        "heads=16 head_dim=256 {,packed inplace}",
+        lambda call: hybrids.sigmoid_mul(call.inputs["attn_output"], call.inputs["gate"]),
+        f"tokens=3 {{{sizes('heads', 'head_dim')}}} packed inplace",
+        "tokens={4097,65537} heads=2 head_dim=4 {,packed}",
+        "heads=1 head_dim=1 | heads=1 head_dim=257 packed | packed | inplace",
+    ),
+    f"{_ELEMENTWISE}:fused_gate_sigmoid_mul": _operator(
+        ExpertGate(),
+        "width=2048",
+        lambda call: hybrids.gated_expert(*list(call.inputs.values())[1:]),
+        _WIDTHS,
+        "tokens={4097,65537} width=8",
+        "width=1 | width=257",
+    ),
+    f"{_ELEMENTWISE}:fused_gate_sigmoid_mul_add": _operator(
+        ExpertGate(added=True),
+        "width=2048",
+        lambda call: hybrids.gated_expert(*list(call.inputs.values())[1:]),
+        _WIDTHS,
+        "tokens={4097,65537} width=8",
+        "width=1 | width=257",
+    ),
+    f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkvzba_split_reshape_cat": _operator(
+        Projection(), f"{_DIMS}", _taken_apart(True), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
+    ),
+    f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkvzba_split_reshape_cat_contiguous": _operator(
+        Projection(), f"{_DIMS}", _taken_apart(False), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
+    ),
+    f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkv_split_gdn_prefill": _operator(
+        Projection(split=True),
+        f"{_DIMS}",
+        _split,
+        f"tokens=5 {_DIMS}",
+        f"tokens={{4097,65537}} {_TINY}",
+        f"{_APART} | layout={{view,odd-view}}",
+        captured=False,
+    ),
+    f"{_ATTENTION}.linear.fused_gdn_gating:fused_gdn_gating": _operator(
+        Gating(),
+        "heads=32 layout=packed",
+        lambda call: gated_delta_rule.fused_gdn_gating(*list(call.inputs.values())[1:]),
+        f"tokens=5 heads={{{numbers('value_heads')}}}",
+        "tokens={4097,65537} heads=2",
+        "heads=1 | heads=7 | size=40 | layout=packed",
+        captured=False,
+    ),
+}
