@@ -69,7 +69,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
     ops = [full for name in ops for full in _named(name, registry.list_operators())] if ops else None
     wanted_vendors = {canonical(name) for name in vendors or ()}
     problems = [
-        *_unknown("--op", "operator", ops, {impl.op_name for impl in every}),
+        *_unknown("--op", "operator", ops, {name for impl in every for name in (impl.op_name, impl.op_name.partition(":")[2]) if name}),
         *_unknown("--impl", "implementation", impls, {impl.impl_id for impl in every}),
         *_unknown("--vendor", "vendor", sorted(wanted_vendors), {canonical(impl.vendor) for impl in every if impl.vendor}),
     ]

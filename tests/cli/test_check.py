@@ -19,8 +19,10 @@ from sglang_fl.check.results import CaseResult
 from sglang_fl.check.runner import Job, Progress, WorkerFailed
 from sglang_fl.cli import main
 from sglang_fl.dispatch.ops import OPERATORS
+from sglang_fl.kernels.reference import REFERENCES
 
-REFERENCE = [(op, "reference.torch") for op in OPERATORS]
+REFERENCE = [(op, "reference.torch") for op in sorted({*OPERATORS, *REFERENCES})]
+ALLOC = ("sglang.kernels.ops.memory.allocator:alloc_decode_kernel", "reference.torch")
 HEADER = {"machine": {"device": "cpu", "vendor": "cpu (a test)"}, "versions": {}, "date": "2026-01-02T03:04:05+00:00"}
 RMS_NORM, SILU_AND_MUL = ("rms_norm", "reference.torch"), ("silu_and_mul", "reference.torch")
 
@@ -57,6 +59,8 @@ def test_everything_by_default(jobs: list[Job]) -> None:
         (["--impl", "reference.torch"], REFERENCE),
         (["--op", "rms_norm", "--impl", "reference.torch"], [RMS_NORM]),
         (["--op", "rms_norm", "--op", "silu_and_mul", "--impl", "reference.torch"], [RMS_NORM, SILU_AND_MUL]),
+        (["--op", "alloc_decode_kernel"], [ALLOC]),
+        (["--op", ALLOC[0]], [ALLOC]),
         (["--vendor", "testchip"], [("rms_norm", "vendor.testchip")]),
         (["--vendor", "TestChip", "--impl", "reference.torch", "--op", "rms_norm"], [RMS_NORM, ("rms_norm", "vendor.testchip")]),
     ],
@@ -108,7 +112,7 @@ def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFi
     page = tmp_path / "report.html"
     assert main(["check", "--impl", "reference.torch", "--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5m"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == len(OPERATORS)
+    assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == len(REFERENCE)
     assert jobs[0].timeout == 90.0
     assert "PASSED" in page.read_text(encoding="utf-8")
 
