@@ -60,11 +60,12 @@ def load_plugin() -> None:
         from .platform.changes import load_vendor_folder
 
         load_vendor_folder(device.vendor)
+    from .compat import LEFT_TO_SGLANG
     from .config.process import settings_of_parent
     from .dispatch.kernel_implementations import may_be_replaced
 
     settings = settings_of_parent()  # None in the main process, which has not resolved them yet
-    if device is not None and settings is not None and may_be_replaced(settings, device):
+    if device is not None and settings is not None and LEFT_TO_SGLANG not in os.environ and may_be_replaced(settings, device):
         from .bind import bind_kernels
 
         bind_kernels(device)

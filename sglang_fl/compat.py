@@ -18,6 +18,9 @@ from packaging.version import InvalidVersion
 
 from .utils import packages
 
+#: The environment variable by which a server tells its worker processes that everything is left to SGLang.
+LEFT_TO_SGLANG = "_SGLANG_FL_LEFT_TO_SGLANG"
+
 #: The SGLang releases that sglang-fl was tested with. Others start with a warning.
 TESTED = ">=0.5.23,<0.5.24"
 
@@ -213,10 +216,13 @@ def check_groups() -> None:
         raise IncompatibleSGLang(stop_message(problems))
 
 
-def leave_everything_message(problems: Iterable[str]) -> str:
-    """What to log where everything is left to SGLang."""
+def leave_everything_message(problems: Iterable[str], kernels: Iterable[str] = ()) -> str:
+    """What to log where everything is left to SGLang, its ``kernels`` that would have been replaced among it."""
+    named = ", ".join(sorted(kernels))
     return _message(
-        problems, "sglang-fl leaves everything to SGLang: no layer is bound, no ATen operator is replaced, collectives are its own"
+        problems,
+        "sglang-fl leaves everything to SGLang: no layer is bound, no ATen operator is replaced, collectives are its own, and so are its "
+        f"kernels{f' ({named})' if named else ''}",
     )
 
 

@@ -16,9 +16,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from sglang_fl import compat, startup
+from sglang_fl import compat, load_plugin, startup
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
+from sglang_fl.dispatch.manager import get_default_manager
 from sglang_fl.platform.hooks import PlatformHooks
 
 CHECKOUT = Path(__file__).parents[1]
@@ -85,15 +86,23 @@ class Platform(PlatformHooks, Native):
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> bool:
-    """Start as a server does; whether the model was bound."""
+    """Start as a server does, and a worker of it; whether the model was bound, and with it SGLang's kernels."""
+    get_default_manager().ensure_initialized()
     monkeypatch.setattr(startup, "resolve", lambda device: Settings(**settings))
+    monkeypatch.setenv(compat.LEFT_TO_SGLANG, "")  # for its end
+    monkeypatch.delenv(compat.LEFT_TO_SGLANG)
     bound: list[Any] = []
-    bind = SimpleNamespace(bind_model=lambda model, device: bound.append(model), bind_kernels=lambda device: {})
+    kernels: list[Device] = []
+    bind = SimpleNamespace(bind_model=lambda model, device: bound.append(model), bind_kernels=lambda device: kernels.append(device) or {})
     monkeypatch.setitem(sys.modules, "sglang_fl.bind", bind)  # type: ignore[arg-type]
     platform = Platform()
     platform.apply_server_args_defaults(None)
     platform.post_load_model(None)  # type: ignore[arg-type]
     assert platform.calls == ["arguments", "model"], "SGLang's own come in any case"
+    monkeypatch.setattr("sglang.srt.platforms.current_platform", platform)
+    monkeypatch.setattr("sglang_fl.config.process.settings_of_parent", lambda: Settings(**settings))
+    load_plugin()
+    assert len(kernels) == 2 * len(bound), "in the main process and in the worker"
     return bool(bound)
 
 
@@ -120,6 +129,7 @@ def test_if_any_shape_differs_everything_is_left_to_sglang(
     assert "leaves everything to SGLang" in warning and f"SGLang {compat.installed_version()}" in warning and compat.TESTED in warning
     expected = "is missing" if change is remove else r"takes \(tomorrow\), not \("
     assert re.search(rf"^  - {re.escape(path)} {expected}", warning, re.M), warning
+    assert re.search(r"and so are its kernels \(.*alloc_decode_kernel.*\)\.", warning)
 
 
 @pytest.mark.usefixtures("relied_on")

@@ -86,6 +86,12 @@ def may_be_replaced(settings: Settings, device: Device) -> bool:
     return ordered or not has_triton(device) or bool(declaration and declaration.sglang_kernels)
 
 
+def replaceable(registry: OpRegistry, settings: Settings, device: Device) -> list[str]:
+    """The kernels for which something can run on this device."""
+    kernels = filter(is_kernel, registry.list_operators())
+    return [op for op in kernels if any(impl.is_available(settings, device) for impl in registry.get_implementations(op))]
+
+
 def exclusion_reason(settings: Settings, target: str) -> str | None:
     """Why a kernel stays with SGLang whatever the policy says, or None. A whitelist is of layers: it says nothing of kernels."""
     return replace(settings, oot_whitelist=None).exclusion_reason({target.partition(":")[2]})

@@ -2,6 +2,7 @@
 """PlatformHooks: what SGLang calls on its platform while a server starts, and what sglang-fl does there."""
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -39,10 +40,17 @@ class PlatformHooks:
         if problems and settings.strict:
             raise compat.IncompatibleSGLang(compat.stop_message(problems))
         if problems:
-            logger.warning(compat.leave_everything_message(problems))
+            from ..dispatch.kernel_implementations import replaceable
+            from ..dispatch.manager import get_default_manager
+
+            os.environ[compat.LEFT_TO_SGLANG] = "1"
+            kernels = replaceable(get_default_manager().registry, settings, self.device)
+            logger.warning(compat.leave_everything_message(problems, (target.partition(":")[2] for target in kernels)))
         elif warning := compat.version_warning():
             logger.warning("%s; all interfaces that sglang-fl needs are there, so it is active", warning)
         super().apply_server_args_defaults(server_args)  # type: ignore[misc]
+        if problems:
+            return
         from ..bind import bind_kernels
 
         for destination, kernels in bind_kernels(self.device).items():

@@ -12,7 +12,7 @@ import torch
 
 from ...device import Device
 from ...kernels.places import KernelHook, put_in_place
-from ..kernel_implementations import exclusion_reason, is_kernel
+from ..kernel_implementations import exclusion_reason, replaceable
 from ..registry import OpRegistry
 from .base import Bridge, Forward, Routes
 from .socket import Load, Socket, mark_as_ours
@@ -104,9 +104,8 @@ class KernelSocket(Socket):
 
 def kernel_sockets(registry: OpRegistry, device: Device, known: dict[str, KernelSocket], load: Load) -> Iterator[KernelSocket]:
     """A socket for each kernel for which something can run on this device; ``known`` are those of an earlier time."""
-    for op in filter(is_kernel, registry.list_operators()):
+    here = replaceable(registry, load.settings, device)
+    for op in dict.fromkeys((*known, *here)):
         if op in known:
             known[op].load = load
-            yield known[op]
-        elif any(impl.is_available(load.settings, device) for impl in registry.get_implementations(op)):
-            yield KernelSocket(op, load)
+        yield known.get(op) or KernelSocket(op, load)
