@@ -279,11 +279,14 @@ def available_functions(settings: Settings) -> tuple[list[tuple[str, Function]],
         ImportError: FlagGems is not installed.
     """
     gems = load()
-    found = _collect(
-        gems, replace(settings, flagos_whitelist=None, flagos_blacklist=None, flagos_faster=None, flagos_broken=None, flagos_slower=None)
-    )
+    found = _collect(gems, unlisted(settings))
     known = [(key, fn) for key, fn in found if torch._C._dispatch_has_kernel(f"aten::{key}")]
     return known, str(gems.current_work_registrar.reg_key)
+
+
+def unlisted(settings: Settings) -> Settings:
+    """Settings that select all functions."""
+    return replace(settings, flagos_whitelist=None, flagos_blacklist=None, flagos_faster=None, flagos_broken=None, flagos_slower=None)
 
 
 def _collect(gems: ModuleType, settings: Settings) -> list[tuple[str, Function]]:

@@ -58,12 +58,14 @@ def run(args: argparse.Namespace) -> int:
         with Bench(argv, directory, lengths, batches) as bench:
             only = None
             if args.update:
-                found = changes(measured, bench.about()["conditions"])
-                only = frozenset([*(name for change in found for name in change.entries), *_with_new(measured, bench.about())])
+                about = journal.measured("about", "the engine", bench.about)
+                found = changes(measured, about["conditions"])
+                only = frozenset([*(name for change in found for name in change.entries), *_with_new(measured, about)])
                 for change in found:
                     console.print(f"{change}", markup=False)
                 if not only:
                     console.print(f"{args.update} is up to date: nothing that it was measured with has changed", markup=False)
+                    journal.path.unlink()
                     return 0
             entries = {name: entry for name, entry in measured.get("entries", {}).items() if only is None or name not in only}
             tuning = Tuning(

@@ -14,6 +14,8 @@ from ..check.process import Lost, Process
 #: The time limits of a call and of a first call, in seconds.
 _LIMIT, _COMPILE_LIMIT = 60.0, 300.0
 _POLL_SECONDS = 0.5
+#: For float64 on the host: more than the machine grants cost seconds a call, and a container is often granted less than it sees.
+_MOST_THREADS = 4
 
 
 class Checker:
@@ -40,7 +42,8 @@ class Checker:
         """``status`` and ``message`` of a case, as in ``sglang-fl check``."""
         try:
             if self._process is None:
-                self._process = Process(str(self._file), os.environ, _LIMIT, self._compile_limit, "sglang_fl.tune.worker")
+                threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(min(_MOST_THREADS, os.cpu_count() or 1)))}
+                self._process = Process(str(self._file), threads, _LIMIT, self._compile_limit, "sglang_fl.tune.worker")
                 self._answer()
             self._process.ask(number)
             return self._answer()

@@ -17,7 +17,7 @@ import torch
 
 from .. import startup
 from ..aten import in_force, why_off
-from ..aten.operators import available_functions
+from ..aten.operators import available_functions, unlisted
 from ..bind import bind_model, chip_name, process_binder
 from ..compat import IncompatibleSGLang, stop_message, tune_problems
 from ..config.settings import FILE, Source
@@ -91,7 +91,7 @@ class Live:
 
     def describe(self) -> dict[str, Any]:
         """The available implementations, and the conditions here."""
-        off = why_off(replace(self._settings, flagos_whitelist=None, use_flaggems=True), self._device, captures_graphs=self._captures)
+        off = why_off(replace(unlisted(self._settings), use_flaggems=True), self._device, captures_graphs=self._captures)
         return {
             "conditions": conditions_of(getattr(self._runner.model, "config", None), chip_name(self._device), self._ranks.count),
             "vocabulary": int(self._runner.model_config.vocab_size),

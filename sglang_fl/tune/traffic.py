@@ -15,27 +15,27 @@ Requests = Sequence[dict[str, Any]]
 _KEYS = frozenset({"prompt", "input_ids", "input_len", "output_len", "sampling_params"})
 
 
-def mix(vocabulary: int, longest: int) -> Requests:
-    """Prefill, decode and sampling, greedy and random, alone and in batches, with and without logprobs.
+def mix(vocabulary: int, longest: int, *, sampled: bool) -> Requests:
+    """Prefill and decode, alone and in batches.
 
     Args:
         longest: the tokens of the longest prompt.
+        sampled: also random sampling of several kinds, and logprobs. The kernels for it are compiled the first time, for up to two minutes.
     """
     rng = random.Random(0)
 
     def prompts(*lengths: int) -> list[list[int]]:
         return [[rng.randrange(3, vocabulary) for _ in range(max(1, min(length, longest)))] for length in lengths]
 
-    sampled = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "max_new_tokens": 6, "ignore_eos": True}
     greedy = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
-    mixed = [greedy, sampled, sampled | {"min_p": 0.05}, sampled | {"frequency_penalty": 0.5, "presence_penalty": 0.5}]
-    return [
-        {"input_ids": prompts(7), "sampling_params": greedy},
-        {"input_ids": prompts(*range(20, 340, 40)), "sampling_params": sampled},
-        {"input_ids": prompts(50, 60, 70, 80), "sampling_params": mixed},
-        {"input_ids": prompts(40, 50), "sampling_params": sampled, "return_logprob": True, "top_logprobs_num": 2},
-        {"input_ids": prompts(longest), "sampling_params": greedy},
-    ]
+    batches = [prompts(7), prompts(*range(20, 340, 40)), prompts(50, 60, 70, 80), prompts(longest)]
+    found: list[dict[str, Any]] = [{"input_ids": batch, "sampling_params": greedy} for batch in batches]
+    if sampled:
+        plain = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "max_new_tokens": 6, "ignore_eos": True}
+        mixed = [greedy, plain, plain | {"min_p": 0.05}, plain | {"frequency_penalty": 0.5, "presence_penalty": 0.5}]
+        found[1]["sampling_params"], found[2]["sampling_params"] = plain, mixed
+        found.append({"input_ids": prompts(40, 50), "sampling_params": plain, "return_logprob": True, "top_logprobs_num": 2})
+    return found
 
 
 def read(path: Path, vocabulary: int) -> Requests:

@@ -4,7 +4,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,8 +39,8 @@ from .serve import Served, choice_of
 from .statistics import LOOKS, Speed, smallest_effect, speed
 from .timing import ROUNDS
 
-#: At most this many recorded calls of an operator are tried.
-_MOST_CALLS = 16
+#: At most this many recorded calls of an operator are tried in what is measured, and beside it.
+_MOST_CALLS, _MOST_OTHERS = 12, 4
 #: Parts of a limited budget: for native against native beyond the first look, and for candidates alone.
 _NOISE_SHARE, _ALONE_SHARE = 0.1, 0.6
 #: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
@@ -184,7 +184,10 @@ class Tuning:
         bench, about = self._bench, self.outcome.about
         bench.use(NATIVE)
         longest = min(about["longest"] // 2, 4000) if not about["plain_cpu"] else min(about["longest"] // 2, 256)
-        requests = traffic.read(self._job.traffic, about["vocabulary"]) if self._job.traffic else traffic.mix(about["vocabulary"], longest)
+        if self._job.traffic:
+            requests = traffic.read(self._job.traffic, about["vocabulary"])
+        else:  # no graph has sampling in it
+            requests = traffic.mix(about["vocabulary"], longest, sampled=about["scope"] == "everywhere")
         bench.ask("record")
         bench.send(requests)
         bench.show()
@@ -199,11 +202,11 @@ class Tuning:
         found = self._measured("record", "calls", self._recording)
         about, cases = self.outcome.about, {str(case) for case in self._bench.cases}
         layers: dict[str, list[dict[str, Any]]] = {}
-        for row in sorted(found["layers"], key=lambda row: (not cases & row["per_pass"].keys(), -row["bytes"])):
+        for row in sorted(found["layers"], key=lambda row: -row["bytes"]):
             layers.setdefault(row["op"], []).append(row)
         for op, implementations in about["implementations"].items():
             for row in implementations:
-                candidate = Candidate(op, row["impl"], row["package"], layers.get(op, [])[:_MOST_CALLS])
+                candidate = Candidate(op, row["impl"], row["package"], _telling(layers.get(op, []), cases))
                 if row["why_not"]:
                     candidate.settle(UNAVAILABLE, row["why_not"])
                 elif not candidate.calls:
@@ -366,6 +369,15 @@ def _case(candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
         "file": call["file"],
         "dtype": call["dtype"],
     }
+
+
+def _telling(calls: list[dict[str, Any]], cases: Set[str]) -> list[dict[str, Any]]:
+    """Of an operator's calls, the largest first: those of what is measured, and some of the others, from the largest to the smallest."""
+    measured = [call for call in calls if cases & call["per_pass"].keys()]
+    others = [call for call in calls if call not in measured]
+    count = min(_MOST_OTHERS, len(others))
+    chosen = sorted({round(number * (len(others) - 1) / max(1, count - 1)) for number in range(count)})
+    return [*measured[:_MOST_CALLS], *(others[place] for place in chosen)]
 
 
 def _name(call: Mapping[str, Any]) -> str:

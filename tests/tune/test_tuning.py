@@ -7,12 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sglang_fl.aten.operators import unlisted
 from sglang_fl.cli import main
 from sglang_fl.config import SettingsError, load_settings
 from sglang_fl.dispatch.ops import OPERATORS
@@ -28,7 +30,7 @@ from sglang_fl.tune.page import as_html
 from sglang_fl.tune.serve import Served, choice_of
 from sglang_fl.tune.served import cases
 from sglang_fl.tune.statistics import LOOKS, Speed, is_decided, smallest_effect, speed
-from sglang_fl.tune.tuning import Job, Outcome, Tuning
+from sglang_fl.tune.tuning import Job, Outcome, Tuning, _telling
 from sglang_fl.utils.packages import source_hash
 
 NOISE = {"prefill/1": 0.02, "decode/1": 0.02}
@@ -117,7 +119,7 @@ class TestTraffic:
             traffic.read(file, 100)
 
     def test_the_mix_fits_the_model(self) -> None:
-        prompts = [prompt for batch in traffic.mix(50, 40) for prompt in batch["input_ids"]]
+        prompts = [prompt for batch in traffic.mix(50, 40, sampled=True) for prompt in batch["input_ids"]]
         assert max(map(len, prompts)) == 40 and max(map(max, prompts)) < 50
 
 
@@ -357,6 +359,20 @@ class TestBudget:
 
     def test_a_fresh_start_takes_what_the_first_took(self) -> None:
         assert Budget(None, {"about": [7.0]}).typical("start") == (7.0, True) and Budget(None, {}).typical("start") == (120.0, False)
+
+
+def test_functions_are_tried_whatever_the_settings_select_today() -> None:
+    """The profile of a chip may use none of FlagGems's functions: that is no reason to measure none."""
+    settings = replace(load_settings({}), flagos_faster=(), flagos_broken=("mm",))
+    assert settings.flagos_functions == ()
+    assert unlisted(settings).flagos_functions is None and unlisted(settings).flagos_exclusion_reason("mm") is None
+
+
+@pytest.mark.parametrize(("others", "expected"), [(0, []), (1, [8]), (2, [9, 8]), (9, [16, 13, 11, 8])])
+def test_of_the_calls_beside_what_is_measured_some_are_tried(others: int, expected: list[int]) -> None:
+    calls = [{"bytes": 8 + number, "per_pass": {"prefill/traffic": 1}} for number in reversed(range(others))]
+    measured = {"bytes": 1, "per_pass": {"decode/1": 1}}
+    assert [call["bytes"] for call in _telling([*calls, measured], {"decode/1"})] == [1, *expected]
 
 
 class OverBefore(Budget):
