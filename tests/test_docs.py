@@ -4,6 +4,7 @@
 import ast
 import doctest
 import io
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,9 @@ MAX_README, MAX_WORDS = 8192, 30
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 #: A comment that says where the block or table after it comes from.
-_SOURCE = re.compile(r"^<!-- (output|figures|ranges) of: ([^\n]+) -->\n(.*?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+_SOURCE = re.compile(
+    r"^<!-- (output of|figures of|ranges of|transcript of|held by): ([^\n]+) -->\n(.*?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL
+)
 _LINK = re.compile(r"\]\(([^()\s]+(?:\([^()]*\))?[^()\s]*)\)")
 _VARIABLE = re.compile(r"\b(?:SGLANG_FL|SGLANG_FLAGGEMS)_[A-Z_]+\b")
 
@@ -256,8 +259,29 @@ def test_private_names_of_sglang_are_listed() -> None:
     assert used - defined - _NOT_SGLANGS <= listed, "list them, with what would replace them"
 
 
+#: What a line of commands begins with; others are output, and say which test holds it.
+_COMMAND = re.compile(r"([A-Za-z_]+=\S* *)*((sglang-fl|make|uv|pip|python|bash|git|export|mkdir|for|do) .*|[-#].*|SGLANG_FL_.*|[A-Za-z]+=.*|done|)$")
+
+
+def is_output(block: str) -> bool:
+    lines = block.replace("\\\n", " ").splitlines()
+    return block.startswith("$ ") or not all(_COMMAND.match(line.strip()) for line in lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_output_says_which_test_holds_it(page: Path) -> None:
+    text = _filled(text_of(page))
+    held = {block.strip() for _, _, block in _SOURCE.findall(text)}
+    outputs = [match[0] for match in _FENCE.finditer(text) if match[2] != "python" and is_output(match[3])]
+    assert [block for block in outputs if block.strip() not in held] == []
+    named = [what for kind, what, _ in _SOURCE.findall(text) if kind == "held by"]
+    assert all((CHECKOUT / file).exists() for file in named)
+
+
 def sources(kind: str) -> list[tuple[Path, str, str]]:
-    return [(page, what, block) for page in PAGES for found, what, block in _SOURCE.findall(_filled(text_of(page))) if found == kind]
+    return [
+        (page, what, block) for page in PAGES for found, what, block in _SOURCE.findall(_filled(text_of(page))) if found == f"{kind} of"
+    ]
 
 
 def _filled(text: str) -> str:
@@ -269,22 +293,26 @@ def _filled(text: str) -> str:
     ("page", "command", "block"), sources("output"), ids=lambda value: name_of(value) if isinstance(value, Path) else ""
 )
 def test_outputs_are_what_the_commands_print(page: Path, command: str, block: str, tmp_path: Path) -> None:
-    """Line by line; … stands for lines that are left out."""
+    """Line by line, but for times; … stands for lines that are left out."""
     if probe().vendor != "cpu":
         pytest.skip("the outputs are of a plain CPU")
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES | {"GEMS_VENDOR"}}
     environ = {**clean, "COLUMNS": "100", "XDG_DATA_HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "sglang_fl", *shlex.split(command)[1:]], env=environ, capture_output=True, text=True, check=True
-    )
-    printed = [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
-    shown = [line.rstrip() for line in block.splitlines()[1:-1] if line.strip()]
+    words = shlex.split(command)
+    environ |= dict(word.split("=", 1) for word in itertools.takewhile(lambda word: word != "sglang-fl", words))
+    arguments = words[words.index("sglang-fl") + 1 :]
+    done = subprocess.run([sys.executable, "-m", "sglang_fl", *arguments], env=environ, capture_output=True, text=True)
+    printed, shown = without_seconds(done.stdout), without_seconds(block)[1:-1]
     at = 0
     for line in shown:
         if line != "…":
             assert line in printed[at:], f"{name_of(page)}: {command} does not print {line!r}"
             at = printed.index(line, at) + 1
     assert len(shown) > 3
+
+
+def without_seconds(text: str) -> list[str]:
+    return [re.sub(r" *\b\d+ s\b", " N s", line).rstrip() for line in text.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize(

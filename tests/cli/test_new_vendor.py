@@ -3,6 +3,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,24 @@ def test_its_own_test_of_the_check_can_fail(installed: tuple[Path, Path], tmp_pa
     kernel.write_text(kernel.read_text().replace("    hidden =", "    raise NotImplementedError('no kernel')\n    hidden ="))
     done = own_tests(package, installed[1], "-k", "check")
     assert done.returncode == 1 and "refused: NotImplementedError: no kernel" in done.stdout
+
+
+def test_the_wrong_kernel_of_the_page_fails_and_the_right_one_passes(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    page = (ROOT / "docs/vendors.md").read_text(encoding="utf-8")
+    kernel, right = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[:2]
+    row = re.search(r'"silu_and_mul": Kernel\(.*?\),', page)
+    shown = re.search(r"^(FAILED: silu_and_mul .*?) \(and .*\n  again: sglang-fl (check .*)$", page, re.MULTILINE)
+    assert row and shown
+    site = tmp_path / "site"
+    shutil.copytree(installed[1], site)
+    package = site / "sglang_fl_fastchip"
+    backend = (package / "backend.py").read_text()
+    assert backend.count('"rms_norm": Kernel(') == 1
+    (package / "backend.py").write_text(backend.replace('"rms_norm": Kernel(', f'{row[0]}\n        "rms_norm": Kernel('))
+    for code, found in ((kernel, shown[1]), (kernel.rpartition("    return")[0] + right, "PASSED")):
+        (package / "impl" / "activation.py").write_text(code)
+        done = python("-m", "sglang_fl", *shlex.split(shown[2]), path=site, cwd=tmp_path)
+        assert found in done.stdout, done.stdout + done.stderr
 
 
 def test_the_doctor_knows_the_chip(installed: tuple[Path, Path], tmp_path: Path) -> None:

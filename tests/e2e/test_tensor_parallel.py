@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks on a plain CPU, with no more said than ``--tp 2``, and a file with settings."""
+"""Two ranks on a plain CPU with ``--tp 2``, and the settings file and the dispatch log of docs/settings.md."""
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,9 @@ from .conftest import Prompt, Running, off_by, serving
 
 pytestmark = pytest.mark.e2e
 
-SETTINGS = """
-strict: true
-op_backends:
-  rms_norm: [sglang]
-oot_blacklist: [SiluAndMul]
-"""
-AS_SET = {"RMSNorm → sglang(policy)", "SiluAndMul → sglang(oot_blacklist)", "RotaryEmbedding → reference(reference.torch)"}
+PAGE = (Path(__file__).parents[2] / "docs/settings.md").read_text(encoding="utf-8")
+SETTINGS, *_ = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+LOG, *_ = re.findall(r"^```\n(# [^\n]*, process .*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +31,15 @@ def running(model: Path, native_logprobs: list[list[float]], tmp_path_factory: p
 
 def test_the_recital_is_exact(running: Running) -> None:
     assert running.recite().json()["choices"][0]["message"]["content"] == RECITAL
-    assert running.dispatched() == AS_SET, "per operator, and a blacklist"
+    # Both ranks write it, each its own lines.
+    assert lines_of(running.dispatch_log.read_text(encoding="utf-8")) == lines_of(LOG), "docs/settings.md shows something else"
     assert running.server.log.read_text().count("layers bound") == 1, "one rank speaks for all"
     assert len(running.info()) == 1, "the ranks run the same, and show as one"
+
+
+def lines_of(log: str) -> set[str]:
+    """A dispatch log's lines, without its date and process."""
+    return {re.sub(r"^# \S+, process \d+:", "# DATE, process N:", line) for line in log.splitlines()}
 
 
 def test_logprobs_agree_with_one_rank(running: Running, prompts: list[Prompt], native_logprobs: list[list[float]]) -> None:

@@ -4,6 +4,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -106,10 +107,13 @@ def _killed_in_a_measurement(path: Path, head: Mapping[str, Any]) -> None:
 class TestTraffic:
     def test_a_users_requests_are_sent_as_they_are(self, tmp_path: Path) -> None:
         file = tmp_path / "requests.jsonl"
-        file.write_text('{"input_len": 3, "output_len": 2}\n\n{"prompt": "a", "sampling_params": {"temperature": 0.5}}\n')
+        page = (Path(__file__).parents[2] / "docs/tune.md").read_text(encoding="utf-8")
+        lines = re.findall(r"^{.*}$", page.partition("## Traffic")[2], re.MULTILINE)
+        file.write_text("\n\n".join(lines) + "\n")
         first, second = traffic.read(file, 100)
-        assert len(first["input_ids"][0]) == 3 and first["sampling_params"]["max_new_tokens"] == 2
-        assert second == {"prompt": ["a"], "sampling_params": {"ignore_eos": True, "max_new_tokens": 16, "temperature": 0.5}}
+        assert len(first["input_ids"][0]) == 900 and first["sampling_params"]["max_new_tokens"] == 200
+        sampling = {"ignore_eos": True, "max_new_tokens": 16, "temperature": 0.7}
+        assert second == {"prompt": ["What is a monad?"], "sampling_params": sampling}
 
     @pytest.mark.parametrize(("text", "told"), [("{", ":1: not valid JSON"), ('{"inputlen": 3}', ":1: expected"), ("", "has no request")])
     def test_what_is_no_request_is_named_with_its_line(self, tmp_path: Path, text: str, told: str) -> None:
