@@ -260,7 +260,8 @@ def test_private_names_of_sglang_are_listed() -> None:
 
 
 #: What a line of commands begins with; others are output, and say which test holds it.
-_COMMAND = re.compile(r"([A-Za-z_]+=\S* *)*((sglang-fl|make|uv|pip|python|bash|git|export|mkdir|for|do) .*|[-#].*|SGLANG_FL_.*|[A-Za-z]+=.*|done|)$")
+_PROGRAMS = "sglang-fl|make|uv|pip|python|bash|git|export|mkdir|for|do"
+_COMMAND = re.compile(rf"([A-Za-z_]+=\S* *)*(({_PROGRAMS}) .*|[-#].*|SGLANG_FL_.*|[A-Za-z]+=.*|done|)$")
 
 
 def is_output(block: str) -> bool:
