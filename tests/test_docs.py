@@ -21,6 +21,7 @@ from sglang_fl.config.options import OPTIONS, VARIABLES
 from sglang_fl.device import probe
 from sglang_fl.dispatch import OpImpl, Refusal, SelectionPolicy, reset_global_policy
 from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD
+from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.vendor_platform import VendorPlatform
 
 CHECKOUT = Path(__file__).parents[1]
@@ -208,6 +209,11 @@ def test_classes_that_stay_are_listed() -> None:
     text = text_of(CHECKOUT / "docs/support.md")
     paragraph = text.partition("always stay with SGLang: ")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", paragraph)) == CUSTOM_FORWARD
+
+
+def test_every_operator_has_a_row() -> None:
+    section = text_of(CHECKOUT / "docs/support.md").partition("## Operators")[2].partition("## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(OPERATORS)
 
 
 #: Private names that are not SGLang's: Python's, PyTorch's, FlagGems's and our own attributes on others' objects.
