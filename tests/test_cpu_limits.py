@@ -18,6 +18,7 @@ QWEN3 |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads
 MLA = QWEN3 | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 32, "q_lora_rank": None}
 MLA |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4, "moe_intermediate_size": 32}
 QUANTISED = QWEN3 | {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}
+CAPPED = QWEN3 | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0}
 HYBRID = QWEN3 | {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "num_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -46,6 +47,7 @@ def resolve(tmp_path: Path) -> Any:
         ({"decode_attention_backend": "triton"}, "--decode-attention-backend triton: "),
         ({"config": MLA}, "--model-path: the model has latent attention (MLA)"),
         ({"config": QUANTISED}, "--model-path: the model's weights are quantised (fp8)"),
+        ({"config": CAPPED}, "--model-path: the model caps its attention logits"),
     ],
 )
 def test_an_argument_is_refused_by_name(resolve: Any, arguments: dict[str, Any], named: str) -> None:

@@ -51,6 +51,8 @@ def problems(given: Callable[[str], Any], model_config: Any) -> Iterator[str]:
         yield f"--model-path: the model's weights are quantised ({model_config.quantization}): {_TRITON}"
     if model_config.attention_arch.name == "MLA":
         yield "--model-path: the model has latent attention (MLA), which SGLang's torch_native does not have"
+    if getattr(model_config.hf_text_config, "attn_logit_softcapping", None) and all(given(name) in (None, *_ON_CPU) for name in _ATTENTION):
+        yield "--model-path: the model caps its attention logits (attn_logit_softcapping), which SGLang's torch_native ignores"
 
 
 def _spelled(name: str, value: Any) -> str:
