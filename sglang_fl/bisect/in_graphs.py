@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where replayed graphs give other log-probabilities: in prefill or in decode, in the first replays or in later ones, in which batches."""
+"""Finds where graph replays change log-probabilities: in prefill or decode, in first or later replays, in which batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,11 +14,11 @@ Logprobs = Mapping[str, Any]
 
 
 def differences(native: Logprobs, other: Logprobs, noise: Effect, batches: Sequence[Batch], captured: Sequence[str]) -> str:
-    """In words, for what changes the output in graphs.
+    """The differences as text.
 
     Args:
-        native, other: as :func:`.passes.in_graphs` gives them.
-        captured: of ``prefill`` and ``decode`` those that have graphs.
+        native, other: results of :func:`.passes.in_graphs`.
+        captured: those of ``prefill`` and ``decode`` that have graphs.
     """
     steps = {name: _changed(native[name], other[name], noise) for name in native}
     phase = "decode" if "decode" in captured else "prefill"
@@ -29,7 +29,7 @@ def differences(native: Logprobs, other: Logprobs, noise: Effect, batches: Seque
 
 
 def _changed(native: Any, other: Any, noise: Effect) -> set[int]:
-    """The steps that changed; 0 is the prefill."""
+    """The steps with a change. 0 is the prefill."""
     off = np.abs(np.nan_to_num(np.asarray(other) - native, nan=np.inf, posinf=np.inf, neginf=np.inf)).max(-1)
     return {int(step) for step in np.flatnonzero(off > beyond(noise.worst))}
 
@@ -39,7 +39,7 @@ def _replays(steps: Mapping[str, set[int]], batches: Sequence[Batch], phase: str
     if not again:
         return "only in the first replays"
     first = list(_first_replays(batches, phase))
-    return "in each replay" if any(step in steps[name] for name, step in first) else "only in later replays than the first"
+    return "in every replay" if any(step in steps[name] for name, step in first) else "only in replays after the first"
 
 
 def _first_replays(batches: Sequence[Batch], phase: str) -> Iterator[tuple[str, int]]:

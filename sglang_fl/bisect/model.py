@@ -188,7 +188,7 @@ class _Bisection:
                 report.message = f"{report.message} {self._where()}".rstrip()
 
     def _in_graphs(self, model: LoadedModel, directory: str) -> None:
-        """Compare where graphs are replayed. No Python runs then, so each trial switches replacements and captures the graphs again."""
+        """Compare graph replays. No Python runs in them, so each trial switches replacements and captures the graphs again."""
         report = self.report
         assert report.noise is not None
         self._show("graphs: everything left to SGLang")

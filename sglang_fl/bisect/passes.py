@@ -23,9 +23,9 @@ _DECODED, _LONG = 4, 512
 #: Tokens are drawn from this part of the vocabulary: special tokens are at its ends.
 _DRAWN = 0.05, 0.95
 _TRACE_BYTES = 4096
-#: What runs where no batch does.
+#: What runs outside of batches.
 CAPTURE = "the capture of a graph"
-#: Behind the name of a batch that ran before.
+#: Suffix of the name of a batch that runs again.
 AGAIN = ", again"
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is",
@@ -72,7 +72,7 @@ def _token_ids(prompt: str, size: int) -> list[int]:
     words = prompt.replace(",", " ").split()
     if not all(word.isascii() and word.isdigit() and int(word) < size for word in words):
         raise ValueError(
-            f"the prompt {prompt[:40]!r} is no list of token ids below {size}, as in '1 2 3': with --skip-tokenizer-init a text is none"
+            f"the prompt {prompt[:40]!r} is not a list of token ids below {size} such as '1 2 3', which --skip-tokenizer-init needs"
         )
     return [int(word) for word in words]
 

@@ -23,7 +23,7 @@ MOST_TRIALS = 12
 
 
 def beyond(noise: float) -> float:
-    """What a change of a log-probability must exceed to be more than noise."""
+    """A change of a log-probability beyond this is more than noise."""
     return BEYOND * max(noise, _LEAST)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sglang-fl tune --dry-run``: what a run does, as far as it is known before the model was recorded, and about how long it takes."""
+"""``sglang-fl tune --dry-run``: the steps of a run and about how long they take, as far as known before the model is recorded."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..tune.journal import seconds_in
 from ..tune.statistics import LOOKS
 from .model_layers import model_layers
 
-#: Recorded calls differ in the number of tokens, with a residual or without, and in the width of heads.
+#: The assumed number of recorded calls of an operator: by tokens, with and without a residual, by head size.
 _CALLS_OF_AN_OPERATOR = 6
 
 
@@ -22,7 +22,7 @@ def print_plan(console: Console, model: Path, argv: Sequence[str], directory: Pa
     """
     Args:
         argv: the server's arguments.
-        directory: where an earlier run with the same ``--out`` has left its measurements.
+        directory: the folder with the measurements of an earlier run with the same ``--out``.
     """
     manager = get_default_manager()
     manager.ensure_initialized()
@@ -35,7 +35,7 @@ def print_plan(console: Console, model: Path, argv: Sequence[str], directory: Pa
     )
     for op, impls in found.items():
         console.print(f"  {op}: {', '.join(impl.impl_id for impl in impls) or 'none'}", markup=False)
-    console.print("And the FlagGems functions for the ATen operators that the model calls, where FlagGems serves this device.")
+    console.print("Also the FlagGems functions for the ATen operators that the model calls, if FlagGems supports this device.")
     checks = _CALLS_OF_AN_OPERATOR * sum(map(len, found.values()))
     counts = {"about": 1, "noise": LOOKS[-1], "record": 1, "check": checks, "time": checks, "pair": 2 * LOOKS[0], "start": 4}
     record = next((path for name in ("finished", "journal") if (path := directory / f"{name}.jsonl").is_file()), None)
@@ -43,7 +43,7 @@ def print_plan(console: Console, model: Path, argv: Sequence[str], directory: Pa
 
 
 def _print_times(console: Console, counts: dict[str, int], record: Path | None, earlier: Mapping[str, Sequence[float]]) -> None:
-    """Of each kind of measurement: how many, how long each, and where that is from."""
+    """Print the number and the time of each kind of measurement, and the source of the time."""
     total, times = 0.0, Budget(None, earlier)
     for kind, count in counts.items():
         seconds, measured = times.typical(kind)
@@ -52,5 +52,5 @@ def _print_times(console: Console, counts: dict[str, int], record: Path | None, 
         total += count * seconds
         source = f"as in {record}" if measured else "assumed"
         console.print(f"  {count:4} {KINDS[kind].words}, about {seconds:.3g} s each ({source})", markup=False)
-    and_more = "" if earlier.get("check") else " without FlagGems's functions, and more where choices must be taken apart"
-    console.print(f"About {max(1, total / 60):.0f} min{and_more}. --budget ends a run in time")
+    and_more = "" if earlier.get("check") else " without FlagGems's functions, more if groups must be split"
+    console.print(f"About {max(1, total / 60):.0f} min{and_more}. --budget limits the time of a run")

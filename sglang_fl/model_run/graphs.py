@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's graphs of a model: none is captured when it is loaded; later, as often as it is asked for."""
+"""SGLang's graphs of a model: not captured at loading, but later and repeatedly on request."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,9 +8,9 @@ PREFILL, DECODE = "prefill", "decode"
 
 
 class Graphs:
-    """To be made once SGLang's arguments are published, before the model is loaded.
+    """Create it after SGLang's arguments are published, and before the model is loaded.
 
-    Which graphs there are, and of which sizes, is what the arguments say.
+    SGLang's arguments decide which graphs exist, and their sizes.
     """
 
     def __init__(self) -> None:
@@ -29,15 +29,15 @@ class Graphs:
             phase.backend = Backend.DISABLED
 
     def capture(self, runner: Any, needed: Mapping[str, Collection[int]]) -> tuple[str, ...]:
-        """Capture anew, with what is in force now.
+        """Capture again, with the replacements that are on now.
 
         Args:
             runner: SGLang's ModelRunner.
-            needed: the tokens of prefills, and the sequences of decode steps. Of the sizes that a server captures, those that these
-                are padded to are captured.
+            needed: the tokens of prefills, and the sequences of decode steps. Only the sizes of a server's graphs that these are
+                padded to are captured.
 
         Returns:
-            of PREFILL and DECODE those that have graphs here.
+            those of PREFILL and DECODE that have graphs here.
         """
         from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
         from sglang.srt.platforms import current_platform
@@ -57,6 +57,6 @@ class Graphs:
         return tuple(name for name, graphs in found.items() if graphs is not None and graphs is not runner.eager_runner)
 
     def drop(self, runner: Any) -> None:
-        """Run everything without graphs again."""
+        """Run without graphs again."""
         self._disable()
         runner.prefill_cuda_graph_runner, runner.decode_cuda_graph_runner = runner.eager_runner, None

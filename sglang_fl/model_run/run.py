@@ -54,7 +54,7 @@ class ModelRun:
         self._bench, self._graphs = bench_runner, graphs
         self.runner = bench_runner.torch_runner
         self.model: torch.nn.Module = self.runner.model
-        self.drop_graphs()  # for a CPU SGLang captures them all the same
+        self.drop_graphs()  # SGLang captures them for a CPU nevertheless
         self.switches = Switches()
         self.phase: tuple[str, str] = ("", "")
         self.step = 0
@@ -126,7 +126,7 @@ class ModelRun:
         self.phase = ("", "")
 
     def capture_graphs(self, batches: Sequence[Batch]) -> tuple[str, ...]:
-        """Capture SGLang's graphs for these batches, with what is in force now. Until they are dropped, ``forward`` replays them.
+        """Capture SGLang's graphs for these batches, with the present replacements. Until they are dropped, ``forward`` replays them.
 
         Returns:
             of ``prefill`` and ``decode`` those that have graphs here, as the server's arguments say.
@@ -135,7 +135,7 @@ class ModelRun:
         return self._graphs.capture(self.runner, {PREFILL: prefills, DECODE: {len(batch.sequences) for batch in batches}})
 
     def drop_graphs(self) -> None:
-        """Run everything without graphs again."""
+        """Run without graphs again."""
         self._graphs.drop(self.runner)
 
     def _request(self, number: int, batch: Batch) -> Any:
@@ -167,7 +167,7 @@ class ModelRun:
 
 
 def _widen(model: torch.nn.Module) -> None:
-    """SGLang's random weights are so small that all log-probabilities are the same; as large as a trained model's, they are not."""
+    """Scale SGLang's random weights to the size of a trained model's. They are so small that all log-probabilities are equal."""
     for name, weight in model.named_parameters():
         if not weight.is_floating_point() or weight.element_size() == 1:
             continue  # quantised

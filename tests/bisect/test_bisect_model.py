@@ -122,7 +122,7 @@ def test_the_report_and_the_archive_show_the_fault_without_us(loaded: LoadedMode
     [
         (["word " * 3000], True, "tokens; at most 2042 fit here"),
         ([""], True, "the prompt '' has no tokens"),
-        (["5 6 512"], False, "the prompt '5 6 512' is no list of token ids below 512"),
+        (["5 6 512"], False, "the prompt '5 6 512' is not a list of token ids below 512"),
         (["Sonnet 18"], False, "with --skip-tokenizer-init a text is none"),
     ],
 )

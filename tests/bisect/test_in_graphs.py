@@ -47,9 +47,9 @@ def test_right_implementations_are_right_in_graphs(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize(
     "fault, replays",
     [
-        ("stale pointer", "in one and batch of 12 and long, in each replay"),
+        ("stale pointer", "in one and batch of 12 and long, in every replay"),
         ("first replay", "only in the first replays"),
-        pytest.param("later replays", "only in later replays than the first", marks=pytest.mark.slow),
+        pytest.param("later replays", "only in replays after the first", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_that_is_only_in_graphs_is_named(loaded: LoadedModel, fault: str, replays: str) -> None:
@@ -95,11 +95,11 @@ def logprobs(*changed: tuple[str, int]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ([("one", 1), ("one, again", 1)], "in decode, in one, in each replay"),
-        ([("one", 0), ("one, again", 0)], "in prefill, in one, in each replay"),
+        ([("one", 1), ("one, again", 1)], "in decode, in one, in every replay"),
+        ([("one", 0), ("one, again", 0)], "in prefill, in one, in every replay"),
         ([("many", 1)], "in decode, in many, only in the first replays"),
-        ([("long", 1), ("one, again", 1)], "in decode, in one and long, only in later replays than the first"),
-        ([("many", 2), ("many, again", 1)], "in decode, in many, only in later replays than the first"),
+        ([("long", 1), ("one, again", 1)], "in decode, in one and long, only in replays after the first"),
+        ([("many", 2), ("many, again", 1)], "in decode, in many, only in replays after the first"),
     ],
 )
 def test_which_replays_and_batches(changed: list[tuple[str, int]], said: str) -> None:
