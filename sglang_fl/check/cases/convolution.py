@@ -161,7 +161,7 @@ _FILE = "sglang.kernels.ops.mamba.causal_conv1d_triton"
 OPERATORS = {
     f"{_FILE}:causal_conv1d_fn": Operator(
         Sequences(),
-        "channels=2048 {,padded}",
+        "channels=512 {,padded}",
         _sequences,
         sizes=f"tokens=9 {_MODELS} | tokens=8192 channels=16 | sequences=300 | lengths=3,2,4 layout=far",
         many="sequences=4097 channels=4 | lengths=65537,1 channels=4",
@@ -174,7 +174,7 @@ OPERATORS = {
     ),
     f"{_FILE}:causal_conv1d_update": Operator(
         NextTokens(),
-        "channels=2048 {,padded}",
+        "channels=512 {,padded}",
         _next_tokens,
         sizes=f"tokens=3 {_MODELS} | tokens=3 layout=far",
         many="tokens=4097 channels=4",

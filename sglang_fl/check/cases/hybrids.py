@@ -196,6 +196,7 @@ _DIMS = f"{{{sizes('key_heads', 'value_heads', 'key_dim', 'value_dim')}}}".repla
 _HEADS = f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim')}}}"
 _WIDTHS = f"tokens=3 width={{{numbers('hidden')}}}"
 _ROWS = "tokens={4097,65537} hidden=8"
+_PROJECTED = "heads=2 value_heads=4 key_dim=128 value_dim=128"
 _APART = "heads=1 value_heads=4 | heads=3 value_heads=3 | heads=2 value_heads=6 key_dim=16 value_dim=64"
 _TINY = "heads=1 value_heads=2 key_dim=4 value_dim=4"
 _SPECIAL = "tokens=6 values={nan,largest,zeros}"
@@ -206,7 +207,7 @@ _BOTH = {"mixed_qkvz": 0, "mixed_ba": 0}
 OPERATORS = {
     f"{_FLA}.layernorm_gated:rms_norm_gated": _operator(
         GatedNorm(),
-        "hidden=128 rows=32 {,activation=sigmoid}",
+        "hidden=128 rows=8 {,activation=sigmoid}",
         _gated_norm,
         f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}} | tokens=2 hidden=8192 group=1024 gate_first",
         f"{_ROWS} {{,gate_first}}",
@@ -215,7 +216,7 @@ OPERATORS = {
     ),
     f"{_FLA}.fused_norm_gate:rms_norm_gated": _operator(
         GatedNorm(fused=True),
-        "hidden=128 rows=32 {,activation=sigmoid}",
+        "hidden=128 rows=8 {,activation=sigmoid}",
         _fused_gated_norm,
         f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}}",
         _ROWS,
@@ -224,7 +225,7 @@ OPERATORS = {
     ),
     f"{_UTILS}:fused_qk_gemma_rmsnorm": _operator(
         HeadNorms(),
-        "heads=16 kv_heads=2 head_dim=256",
+        "heads=8 kv_heads=2 head_dim=128",
         _head_norms,
         _HEADS,
         "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
@@ -232,7 +233,7 @@ OPERATORS = {
     ),
     f"{_UTILS}:fused_qk_gemma_rmsnorm_with_gate": _operator(
         HeadNorms(gated=True),
-        "heads=16 kv_heads=2 head_dim=256",
+        "heads=8 kv_heads=2 head_dim=128",
         _head_norms,
         _HEADS,
         "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
@@ -240,7 +241,7 @@ OPERATORS = {
     ),
     f"{_ELEMENTWISE}:fused_sigmoid_mul": _operator(
         OutputGate(),
-        "heads=16 head_dim=256 {,packed inplace}",
+        "heads=8 head_dim=128 {,packed inplace}",
         lambda call: hybrids.sigmoid_mul(call.inputs["attn_output"], call.inputs["gate"]),
         f"tokens=3 {{{sizes('heads', 'head_dim')}}} packed inplace",
         "tokens={4097,65537} heads=2 head_dim=4 {,packed}",
@@ -248,7 +249,7 @@ OPERATORS = {
     ),
     f"{_ELEMENTWISE}:fused_gate_sigmoid_mul": _operator(
         ExpertGate(),
-        "width=2048",
+        "width=1024",
         lambda call: hybrids.gated_expert(*list(call.inputs.values())[1:]),
         _WIDTHS,
         "tokens={4097,65537} width=8",
@@ -256,21 +257,21 @@ OPERATORS = {
     ),
     f"{_ELEMENTWISE}:fused_gate_sigmoid_mul_add": _operator(
         ExpertGate(added=True),
-        "width=2048",
+        "width=1024",
         lambda call: hybrids.gated_expert(*list(call.inputs.values())[1:]),
         _WIDTHS,
         "tokens={4097,65537} width=8",
         "width=1 | width=257",
     ),
     f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkvzba_split_reshape_cat": _operator(
-        Projection(), f"{_DIMS}", _taken_apart(True), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
+        Projection(), _PROJECTED, _taken_apart(True), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
     ),
     f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkvzba_split_reshape_cat_contiguous": _operator(
-        Projection(), f"{_DIMS}", _taken_apart(False), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
+        Projection(), _PROJECTED, _taken_apart(False), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
     ),
     f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkv_split_gdn_prefill": _operator(
         Projection(split=True),
-        f"{_DIMS}",
+        _PROJECTED,
         _split,
         f"tokens=5 {_DIMS}",
         f"tokens={{4097,65537}} {_TINY}",

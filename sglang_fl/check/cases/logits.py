@@ -47,7 +47,7 @@ class Hash(Form):
 OPERATORS = {
     "sglang.kernels.ops.activation.softcap:softcap_inplace_logits": Operator(
         SoftCap(),
-        "vocabulary=4096",
+        "vocabulary=1024",
         lambda call: exact.softcap(call.inputs["full_logits"], call.inputs["final_logit_softcapping"]),
         sizes=f"tokens=2 vocabulary={{{numbers('vocabulary')}}} | layout=far",
         many="tokens={4097,65537} vocabulary=8 | tokens=65537 vocabulary=8 layout=view",
@@ -59,7 +59,7 @@ OPERATORS = {
     ),
     "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32": Operator(
         Hash(),
-        "columns=4096",
+        "columns=1024",
         lambda call: exact.murmur_hash(call.inputs["seed"], call.inputs["positions"], call.inputs["col_indices"]),
         sizes=f"tokens=2 columns={{{numbers('vocabulary')}}}",
         many="tokens={4097,65537} columns=8",
