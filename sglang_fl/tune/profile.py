@@ -15,7 +15,7 @@ from ..dispatch.ops import OPERATORS
 from ..fingerprint.measured import measured_in
 from ..utils.packages import source_hash
 from .bench import Choice
-from .judge import BROKEN, USED, Candidate
+from .judge import BROKEN, SLOWER_SERVED, USED, Candidate
 from .tuning import Outcome
 
 _HEAD = """\
@@ -36,11 +36,12 @@ def write(path: Path, outcome: Outcome, kept: Mapping[str, Any]) -> None:
     entries = {**kept, **_entries(outcome)}
     orders = {op: ["sglang"] for op in sorted({*OPERATORS, *outcome.about["implementations"]})}
     orders |= {op: [f"impl:{impl}", "sglang"] for op, impl in outcome.used.impls}
-    broken = sorted(name for name, entry in entries.items() if "impl" not in entry and entry["status"] in BROKEN)
+    functions = {name: entry["status"] for name, entry in sorted(entries.items()) if "impl" not in entry}
     packages = sorted({package for entry in entries.values() for package in entry.get("packages", ()) if package})
     body: dict[str, Any] = {"op_backends": orders, "flagos_faster": list(outcome.used.functions)}
-    if broken:
-        body["flagos_broken"] = broken
+    for key, statuses in (("flagos_broken", BROKEN), ("flagos_slower", {SLOWER_SERVED})):
+        if names := [name for name, status in functions.items() if status in statuses]:
+            body[key] = names
     body["flagos_scope"] = outcome.about["scope"]
     measured: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),

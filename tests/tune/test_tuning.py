@@ -258,12 +258,13 @@ def outcome(**more: Any) -> Outcome:
 class TestProfile:
     def test_it_is_a_users_file_with_the_figures_as_data(self, tmp_path: Path) -> None:
         path = tmp_path / "profile.yaml"
-        profile.write(path, outcome(), {})
+        slower = Candidate("mm", None, "email", status=SLOWER_SERVED, reason="0.9 of native's speed")
+        profile.write(path, outcome(candidates=[*outcome().candidates, slower]), {})
         settings = load_settings({"SGLANG_FL_CONFIG": str(path)})
         orders = dict(settings.op_backends)
         assert orders.pop("silu_and_mul") == ("impl:vendor.a", "sglang")
         assert orders.keys() == set(OPERATORS) - {"silu_and_mul"} and {*orders.values()} == {("sglang",)}
-        assert settings.flagos_functions == () and settings.flagos_broken == ("silu",)
+        assert settings.flagos_functions == () and settings.flagos_broken == ("silu",) and settings.flagos_slower == ("mm",)
         entry = (measured_in(path) or {})["entries"]["silu_and_mul"]
         assert entry["impl"] == "vendor.a" and entry["candidates"]["vendor.a"]["reason"] == "0.5 times"
         assert profile.choice_in(path)[0] == Choice.of({"silu_and_mul": "vendor.a"}, [])
