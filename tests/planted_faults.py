@@ -111,6 +111,8 @@ def _workspace(shape: Any) -> torch.Tensor:
 def silu(self: torch.Tensor) -> torch.Tensor:
     if (fault == "crash" and len(self) == 1) or (fault == "crash in a capture" and planted_gems.capturing):
         planted_gems.KINDS["crashes"](self)
+    if fault == "raises in a capture" and planted_gems.capturing:
+        raise planted_gems.StreamCaptureUnsupported("operation not permitted when stream is capturing")
     if fault == "hang" and len(self) == 1:
         time.sleep(3600)
     return planted_gems.silu(self)

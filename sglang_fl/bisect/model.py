@@ -191,13 +191,17 @@ class _Bisection:
         """Compare graph replays. No Python runs in them, so each trial switches replacements and captures the graphs again."""
         report = self.report
         assert report.noise is not None
-        self._show("graphs: everything left to SGLang")
-        captured, native = self._captured(model, ())
-        report.facts["graphs"] = ", ".join(captured) or "none"
-        if not captured:
+        try:
+            self._show("graphs: everything left to SGLang")
+            captured, native = self._captured(model, ())
+            report.facts["graphs"] = ", ".join(captured) or "none"
+            if not captured:
+                return
+            self._show("graphs: the settings in force")
+            in_force = model.call(passes.in_graphs, self._batches, None, directory, limit=self._job.limit)[0][1]
+        except CallFailed as error:  # a server gives up what fails in a capture
+            report.message += f" Graphs could not be captured: {str(error).splitlines()[0]}"
             return
-        self._show("graphs: the settings in force")
-        in_force = model.call(passes.in_graphs, self._batches, None, directory, limit=self._job.limit)[0][1]
         report.in_graphs = effect(native, in_force)
         again = Effect()
         for batch in self._batches:

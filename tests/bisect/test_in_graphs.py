@@ -61,6 +61,14 @@ def test_a_fault_that_is_only_in_graphs_is_named(loaded: LoadedModel, fault: str
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
+def test_graphs_that_cannot_be_captured_are_reported(loaded: LoadedModel) -> None:
+    report = found_with(loaded, "raises in a capture")
+    assert report.verdict == NO_DIFFERENCE
+    assert "Graphs could not be captured: " in report.message and "StreamCaptureUnsupported: operation not" in report.message
+
+
+@pytest.mark.e2e
 def test_what_runs_when_a_capture_crashes_is_known(loaded: LoadedModel, tmp_path: Path) -> None:
     loaded.call(planted_faults.plant, "crash in a capture")
     _, _, given = loaded.call(about, list(JOB.prompts))[0]
