@@ -9,8 +9,8 @@ from ..model_run import Replacement
 
 #: Native errors below this many ulp are not used as a divisor.
 _LEAST_ULP = 0.5
-#: SGLang's own result counts as wrong beyond this many times the bound. Below, it may only round more often.
-WRONG = 10.0
+#: SGLang's own result counts as wrong beyond this many times the bound, and this many ulp. Below, it may only round more often.
+_WRONG, _ROUNDED = 10.0, 4.0
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Finding:
         error_ulp, native_ulp: both errors, in ulp, in the call with our largest error.
         used: that error divided by its bound.
         worst, mean: our error divided by native's.
-        native_used: native's largest error divided by its bound.
+        native_used, native_largest: native's largest error, divided by its bound and in ulp.
         problem, call: what is wrong in the first wrong call, and its number, from 0.
         rank: the rank that made the calls.
         archive: the file with the inputs of the wrong call, if one was written.
@@ -42,6 +42,7 @@ class Finding:
     used: float = 0.0
     worst: float = 0.0
     native_used: float = 0.0
+    native_largest: float = 0.0
     problem: str | None = None
     call: int | None = None
     archive: str | None = None
@@ -50,6 +51,10 @@ class Finding:
     @property
     def mean(self) -> float:
         return sum(self.ratios) / len(self.ratios) if self.ratios else 0.0
+
+    @property
+    def native_is_wrong(self) -> bool:
+        return self.native_used > _WRONG and self.native_largest > _ROUNDED
 
     @property
     def where(self) -> str:
@@ -63,6 +68,7 @@ class Finding:
         self.differ += differs
         if native is not None:
             self.native_used = max(self.native_used, native.used)
+            self.native_largest = max(self.native_largest, native.error_ulp or 0.0)
         if ours.error_ulp is None:
             return
         native_ulp = native.error_ulp if native is not None else None
@@ -80,3 +86,17 @@ def suspicion(findings: Iterable[Finding]) -> dict[Replacement, float]:
         weight = 50.0 if finding.problem is not None else 1.0 + finding.used if finding.differ else 0.1
         found[finding.replacement] = max(found.get(finding.replacement, 0.0), weight)
     return found
+
+
+def rounding(findings: Iterable[Finding]) -> dict[Replacement, float]:
+    """For each replacement that differs from native: how far two right results are apart, in ulp. At least one.
+
+    SGLang's own kernels may round several times, in bfloat16 more than once per element, where the replacement rounds once.
+    """
+    found: dict[Replacement, float] = {}
+    for finding in findings:
+        if finding.differ:
+            errors = (finding.native_largest, finding.error_ulp or 0.0) if finding.problem is None else ()
+            largest = max((error for error in errors if error <= _ROUNDED), default=0.0)
+            found[finding.replacement] = max(found.get(finding.replacement, 1.0), largest)
+    return dict(sorted(found.items()))

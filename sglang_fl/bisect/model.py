@@ -13,7 +13,7 @@ from ..model_run import Batch, CallFailed, Crashed, Hung, LoadedModel, ModelRun,
 from ..model_run.processes import ranks_of
 from ..trial import record_path
 from . import passes
-from .findings import WRONG, Finding, suspicion
+from .findings import Finding, rounding, suspicion
 from .in_graphs import differences
 from .side_by_side import side_by_side
 from .trials import MOST_TRIALS, Cause, Effect, Trial, effect, largest, listed, search
@@ -163,11 +163,11 @@ class _Bisection:
     def _judge(self, model: LoadedModel, native: Mapping[str, Any], repeat: Effect) -> None:
         report = self.report
         assert report.whole is not None
-        differing = sorted({finding.replacement for finding in report.findings if finding.differ})
+        ulps = rounding(report.findings)
         rounded = [Effect()]
-        for number in range(_ROUNDED_TRIALS if differing else 0):
+        for number in range(_ROUNDED_TRIALS if ulps else 0):
             self._show(f"measuring the effect of rounding: {number + 1} of {_ROUNDED_TRIALS}")
-            moved = model.call(passes.rounded_otherwise, self._batches, differing, number, limit=self._job.limit)[0]
+            moved = model.call(passes.rounded_otherwise, self._batches, ulps, number, limit=self._job.limit)[0]
             rounded.append(effect(native, moved))
         report.noise = largest(*rounded, repeat)
         if repeat.is_beyond(largest(*rounded)):
@@ -288,7 +288,7 @@ class _Bisection:
         found = [finding for finding in self.report.findings if finding.replacement in culprits]
         if any(finding.problem is not None for finding in found):
             return None
-        wrong = [finding for finding in found if finding.native_used > WRONG]
+        wrong = [finding for finding in found if finding.native_is_wrong]
         return max(wrong, key=lambda finding: finding.native_used, default=None)
 
     def _where(self) -> str:

@@ -2,7 +2,7 @@
 """Passes over the same tokens, in each rank: with some replacements on, traced, and with SGLang's results rounded differently."""
 
 import mmap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -162,17 +162,17 @@ def read_trace(directory: Path) -> tuple[str, str] | None:
     return None
 
 
-def rounded_otherwise(run: ModelRun, given: list[Batch], moved: Collection[Replacement], seed: int) -> dict[str, Any]:
-    """Everything left to SGLang and PyTorch, with up to one ulp added to the results of the functions that these replace."""
+def rounded_otherwise(run: ModelRun, given: list[Batch], ulps: Mapping[Replacement, float], seed: int) -> dict[str, Any]:
+    """Everything left to SGLang and PyTorch, with up to so many ulp added to the results of the functions that these replace."""
     generator = torch.Generator().manual_seed(seed)
 
-    def move(x: torch.Tensor) -> torch.Tensor:
+    def move(x: torch.Tensor, most: float) -> torch.Tensor:
         drawn = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-        return (x.double() * (1 + torch.finfo(x.dtype).eps * (2 * drawn - 1)).to(x.device)).to(x.dtype)
+        return (x.double() * (1 + most * torch.finfo(x.dtype).eps * (2 * drawn - 1)).to(x.device)).to(x.dtype)
 
     quiet = False
 
-    def moving(function: Function) -> Function:
+    def moving(function: Function, most: float) -> Function:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal quiet
             if quiet:
@@ -185,7 +185,7 @@ def rounded_otherwise(run: ModelRun, given: list[Batch], moved: Collection[Repla
                 def each(x: torch.Tensor) -> torch.Tensor:
                     if not x.is_floating_point():
                         return x
-                    return x.copy_(move(x)) if id(x) in given else move(x)
+                    return x.copy_(move(x, most)) if id(x) in given else move(x, most)
 
                 return pytree.tree_map_only(torch.Tensor, each, result)
             finally:
@@ -194,10 +194,10 @@ def rounded_otherwise(run: ModelRun, given: list[Batch], moved: Collection[Repla
         return call
 
     def layer(call: LayerCall) -> Function:
-        return moving(call.socket.own)
+        return moving(call.socket.own, ulps[call.replacement])
 
     def aten(call: AtenCall) -> Function:
-        return moving(call.kernel) if call.kernel is not None else call.registered
+        return moving(call.kernel, ulps[call.replacement]) if call.kernel is not None else call.registered
 
-    with run.switches.only(moved), run.switches.observed(layer, aten):
+    with run.switches.only(ulps), run.switches.observed(layer, aten):
         return {batch.name: run.logprobs(batch) for batch in given}

@@ -42,6 +42,13 @@ class Effect:
     def is_beyond(self, noise: "Effect") -> bool:
         return self.rms > beyond(noise.rms) or self.worst > beyond(noise.worst)
 
+    def share(self, whole: "Effect", noise: "Effect") -> float:
+        """What part of an effect this is, by the measure in which that one stands out most from the noise."""
+        if math.isinf(self.rms):
+            return 1.0
+        by_rms = whole.rms / beyond(noise.rms) > whole.worst / beyond(noise.worst)
+        return self.rms / whole.rms if by_rms else self.worst / whole.worst
+
 
 def effect(native: Logprobs, other: Logprobs) -> Effect:
     rms, worst = 0.0, 0.0
@@ -105,10 +112,8 @@ def search(
     while (verdict := found.verdict()) is None and len(trials) < trials_left:
         on = found.next()
         one = measure(frozenset(names[name] for name in on))
-        # Without the culprit the effect is within the noise. With it alone, most of the effect remains.
-        reproduces = one.is_beyond(noise) and (
-            one.rms >= _REPRODUCES * whole.rms or one.worst >= _REPRODUCES * whole.worst or _is_cure(on, names)
-        )
+        # A cause has most of the effect. With most on, anything beyond the noise shows that those that are off are not all of the cause.
+        reproduces = one.share(whole, noise) >= _REPRODUCES or (one.is_beyond(noise) and 2 * len(on) > len(names))
         trials.append(Trial(frozenset(names[name] for name in on), one, reproduces))
         show(trials[-1])
         found.record(on, reproduces)
@@ -116,11 +121,6 @@ def search(
     if cause is None or not cause.switches:
         return Cause((), 0, tuple(trials), no_operator=cause == NO_OPERATOR)
     return _cause(cause, names, trials)
-
-
-def _is_cure(on: frozenset[str], names: Mapping[str, Replacement]) -> bool:
-    """Whether most are on. Then any effect beyond the noise shows that those that are off are not the whole cause."""
-    return 2 * len(on) > len(names)
 
 
 def _cause(cause: Hypothesis, names: Mapping[str, Replacement], trials: list[Trial]) -> Cause:

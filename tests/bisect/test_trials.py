@@ -51,6 +51,25 @@ def test_three_are_not_taken_for_two() -> None:
     assert found(lambda on: float({EVERY[3], EVERY[5], EVERY[8]} <= set(on)), [EVERY[3], EVERY[5], EVERY[8]]).replacements == ()
 
 
+def test_rounding_beside_a_small_fault_does_not_make_a_pair() -> None:
+    """As measured of a model in bfloat16: the fault alone is within three times the noise, and beyond it with another that rounds."""
+    fault, rounds = EVERY[3], EVERY[5]
+
+    def measure(on: Collection[Replacement]) -> Effect:
+        parts = {fault: (0.0430, 0.0665), rounds: (0.0161, 0.025)}
+        squares = [(parts[one][0] ** 2, parts[one][1] ** 2) for one in on if one in parts]
+        return Effect(sum(rms for rms, _ in squares) ** 0.5, sum(worst for _, worst in squares) ** 0.5)
+
+    weights = dict.fromkeys(EVERY, 1.0) | {fault: 50.0}
+    cause = search(weights, measure(EVERY), Effect(0.0145, 0.0372), measure, MOST_TRIALS - 2, lambda trial: None)
+    assert cause.replacements == (fault,)
+
+
+def test_a_fault_that_gives_nan_is_all_of_the_effect() -> None:
+    cause = found(lambda on: float("inf") if EVERY[3] in on else 0.0, [EVERY[3]])
+    assert cause.replacements == (EVERY[3],)
+
+
 def test_effects_are_those_of_the_batch_in_which_they_are_largest_and_nan_is_one() -> None:
     native = {"one": np.zeros((4, 1)), "many": np.zeros((4, 12))}
     changed = {"one": np.full((4, 1), 0.5), "many": np.zeros((4, 12))}
