@@ -62,7 +62,7 @@ def _operator(form: Activation, exactly: Callable[[torch.Tensor], tuple[Exact, .
         "width=3072",
         lambda call: exactly(call.inputs["x"]),
         sizes=_SIZES,
-        many="tokens={4097,65537} width=8 | shape=300,257,8",
+        many="tokens={4097,65537} width=8 | shape=300,257,16",
         vast="tokens=8192 width=14336 | tokens=1048577 width=1024" if form.gated else "tokens=8192 width=14336 | tokens=1048577 width=2048",
         unusual=_UNUSUAL,
         special=_SPECIAL,
