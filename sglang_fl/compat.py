@@ -117,13 +117,27 @@ TUNE: Shapes = {
 }
 #: What the server's metric relies on; checked when a model was bound.
 METRICS: Shapes = {"sglang.srt.runtime_context:get_observability": ""}
-#: What the bridges of the gated delta rule rely on; checked where a model has such layers.
+#: What the bridges of the functions of hybrid models rely on; checked where a model has such layers.
 GATED_DELTA_RULE: Shapes = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
         "q k v g beta scale initial_state initial_state_indices cu_seqlens head_first use_qk_l2norm_in_kernel inplace_update"
     ),
     "sglang.kernels.ops.attention.fla.fused_recurrent:fused_recurrent_gated_delta_rule_packed_decode": (
         "mixed_qkv a b A_log dt_bias scale initial_state out ssm_state_indices use_qk_l2norm_in_kernel"
+    ),
+    "sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent:fused_sigmoid_gating_delta_rule_update": (
+        "A_log a dt_bias softplus_beta softplus_threshold q k v b initial_state_source initial_state_indices scale "
+        "use_qk_l2norm_in_kernel cu_seqlens is_kda lower_bound disable_state_update intermediate_states_buffer "
+        "intermediate_state_indices cache_steps retrieve_parent_token cache_ring replayssm_rawv replayssm_rawk replayssm_g replayssm_beta "
+        "match_cutedsl_decode"
+    ),
+    "sglang.kernels.ops.mamba.causal_conv1d_triton:causal_conv1d_fn": (
+        "x weight bias conv_states query_start_loc seq_lens_cpu cache_indices has_initial_state activation pad_slot_id validate_data "
+        "block_table kwargs"
+    ),
+    "sglang.kernels.ops.mamba.causal_conv1d_triton:causal_conv1d_update": (
+        "x conv_state weight bias activation cache_seqlens conv_state_indices num_accept_tokens intermediate_conv_window "
+        "intermediate_state_indices retrieve_next_token retrieve_next_sibling retrieve_parent_token pad_slot_id metadata validate_data"
     ),
     "sglang.srt.configs.mamba_utils:mamba2_state_dtype": "config",
     "sglang.srt.layers.attention.linear.gdn_backend:GDNKernelDispatcher.__init__": "self decode_backend prefill_backend verify_backend",

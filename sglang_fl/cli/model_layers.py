@@ -40,7 +40,7 @@ _MODELS = "sglang.srt.models."
 _MODULES_OF = {name: module for layers in LAYERS.values() for module, name in layers}
 #: SGLang's layer of linear attention, and the functions that it calls if it is a gated delta rule.
 _LINEAR_ATTENTION = "RadixLinearAttention"
-_GATED_DELTA_RULE = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_packed_decode")
+_GATED_DELTA_RULE = tuple(name for _, name in FUNCTIONS.values())
 _KNOWN = {name: op for op, layers in LAYERS.items() for _, name in layers} | {name: op for op, (_, name) in FUNCTIONS.items()}
 
 

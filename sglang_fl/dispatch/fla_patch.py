@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The name under which backends of FlagOS reach SGLang's own functions of the gated delta rule."""
+"""The name under which backends of FlagOS reach SGLang's own functions of hybrid models."""
 
 import inspect
 from collections.abc import Callable
@@ -7,13 +7,10 @@ from importlib import import_module
 from typing import Any
 
 from ..utils.suggest import suggest
+from .bridge.catalog import FUNCTIONS
 
-_FLA = "sglang.kernels.ops.attention.fla"
-_MODULES = {
-    "chunk_gated_delta_rule": f"{_FLA}.chunk",
-    "fused_recurrent_gated_delta_rule": f"{_FLA}.fused_recurrent",
-    "fused_recurrent_gated_delta_rule_packed_decode": f"{_FLA}.fused_recurrent",
-}
+_MODULES = {name: module for module, name in FUNCTIONS.values()}
+_MODULES["fused_recurrent_gated_delta_rule"] = "sglang.kernels.ops.attention.fla.fused_recurrent"
 
 
 def get_original(name: str) -> Callable[..., Any]:

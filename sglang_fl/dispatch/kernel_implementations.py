@@ -41,7 +41,7 @@ def is_kernel(op: str) -> bool:
 def register_builtins(registry: OpRegistry) -> None:
     """Register the references, and what each installed package declares of its chip."""
     for target, given in REFERENCES.items():
-        _register(registry, target, given, "reference.torch", None, partial(_why_no_reference, target))
+        _register(registry, target, given, "reference.torch", None, partial(why_left_to_triton, target))
     for vendor, platform in declared().platforms.items():
         for target, given in platform.kernels().items():
             _register(registry, target, given, f"vendor.{vendor}", vendor, partial(_why_not_this_chip, vendor))
@@ -97,8 +97,9 @@ def exclusion_reason(settings: Settings, target: str) -> str | None:
     return replace(settings, oot_whitelist=None).exclusion_reason({target.partition(":")[2]})
 
 
-def _why_no_reference(target: str, settings: Settings, device: Device) -> str | None:
-    if target in dict(settings.op_backends) or not has_triton(device):
+def why_left_to_triton(op: str, settings: Settings, device: Device) -> str | None:
+    """Why a reference is not used where it would replace a Triton kernel of SGLang's, or None: its operator's own order names it."""
+    if op in dict(settings.op_backends) or not has_triton(device):
         return None
     return "SGLang's own kernel runs on this device"
 

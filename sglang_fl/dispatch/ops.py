@@ -35,13 +35,14 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from .ops_causal_conv1d import CausalConv1dOps
 from .ops_gated_delta_rule import GatedDeltaRuleOps
 
 if TYPE_CHECKING:
     import torch
 
 
-class FLBackendBase(GatedDeltaRuleOps, ABC):
+class FLBackendBase(GatedDeltaRuleOps, CausalConv1dOps, ABC):
     """A backend: the operators that one source of kernels implements.
 
     A backend overrides the operators it has, and registers an

@@ -122,3 +122,55 @@ class GatedDeltaRuleOps:
             ``(out, initial_state)``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no fused_recurrent_gated_delta_rule_packed_decode")
+
+    def fused_sigmoid_gating_delta_rule_update(
+        self,
+        A_log: torch.Tensor,
+        a: torch.Tensor,
+        dt_bias: torch.Tensor,
+        softplus_beta: float,
+        softplus_threshold: float,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        b: torch.Tensor,
+        initial_state_source: torch.Tensor,
+        initial_state_indices: torch.Tensor,
+        scale: float | None = None,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: torch.Tensor | None = None,
+        disable_state_update: bool = False,
+        intermediate_states_buffer: torch.Tensor | None = None,
+        intermediate_state_indices: torch.Tensor | None = None,
+        cache_steps: int | None = None,
+        retrieve_parent_token: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The next tokens of each sequence by the gated delta rule, gates included: decode, and the verification of drafts.
+
+        See :meth:`fused_recurrent_gated_delta_rule_packed_decode` for the gates, which are not rounded here.
+
+        Args:
+            A_log, dt_bias: ``[HV]``, possibly of other dtypes.
+            a, b: ``[B * T, HV]`` or ``[B, T, HV]``, the last dimension contiguous.
+            softplus_beta, softplus_threshold: 1 and 20: ``softplus(x)`` may be ``x`` above 20.
+            q, k: ``[B, T, H, K]``, heads and K contiguous.
+            v: ``[B, T, HV, V]``, likewise, HV a multiple of H; q's dtype.
+            initial_state_source: ``[num_slots, HV, V, K]``, the pool of states, fp32 or of 16 bits, the slots possibly further apart
+                than their size.
+            initial_state_indices: ``[N]``, int32 or int64: the slot of each sequence, no slot twice. -1 is padding: its state begins
+                at zero and is not kept.
+            scale: of q; ``K ** -0.5`` if None.
+            use_qk_l2norm_in_kernel: whether q and k are divided by their norms.
+            cu_seqlens: ``[N + 1]``, int32 or int64, and B is 1: sequence ``i`` is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``,
+                possibly none. None: each of B rows is a sequence.
+            disable_state_update: the pool is only read.
+            intermediate_states_buffer: ``[rows, steps, HV, V, K]``: gets the state behind each token. With
+                ``intermediate_state_indices``, ``[N]``: the row of each sequence, not written where it is -1.
+            cache_steps: steps of that buffer.
+            retrieve_parent_token: ``[N, steps]`` or longer, with a buffer of fp32: the token that each token of a sequence follows,
+                instead of the one before it. The first token is the root.
+
+        Returns:
+            ``o`` ``[B, T, HV, V]`` in q's dtype, a new tensor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fused_sigmoid_gating_delta_rule_update")

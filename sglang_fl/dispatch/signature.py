@@ -23,7 +23,19 @@ CONSTANTS: Mapping[str, Mapping[str, Any]] = {
     "fused_recurrent_gated_delta_rule": {"ssm_state_indices": None, "num_accepted_tokens": None},
 }
 #: Arguments that FlagOS's plugins do not pass. A function may lack them; calls that need another value than the default are refused.
-OURS: Mapping[str, frozenset[str]] = {"chunk_gated_delta_rule": frozenset({"inplace_update"})}
+OURS: Mapping[str, frozenset[str]] = {
+    "chunk_gated_delta_rule": frozenset({"inplace_update"}),
+    # The verification of drafts: a function may be for decode alone.
+    "fused_sigmoid_gating_delta_rule_update": frozenset(
+        {"disable_state_update", "intermediate_states_buffer", "intermediate_state_indices", "cache_steps", "retrieve_parent_token"}
+    ),
+    "causal_conv1d_update": frozenset(
+        {
+            *("intermediate_conv_window", "intermediate_state_indices"),
+            *("retrieve_next_token", "retrieve_next_sibling", "retrieve_parent_token"),
+        }
+    ),
+}
 
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 

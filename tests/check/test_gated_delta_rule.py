@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the gated delta rule that the checks find."""
+"""Mistakes in the gated delta rule and the convolution before it that the checks find."""
 
 import secrets
 from collections.abc import Callable
@@ -23,6 +23,7 @@ CHUNK, RECURRENT, PACKED = (
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_packed_decode",
 )
+STATES, CONVOLUTION, NEXT_CONVOLUTION = "fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update"
 #: Arguments of SGLang's functions by place.
 Q, K, V, G, BETA, SCALE, STATE, SLOTS, NORM, UPDATE = 0, 1, 2, 3, 4, 5, 6, 7, 9, 10
 
@@ -88,6 +89,19 @@ def next_slot_touched(*args: Any) -> Any:
     return result
 
 
+def state_a_token_late(*args: Any) -> Any:
+    pool = args[3]
+    result = reference.causal_conv1d_fn(*args)
+    if pool is not None:
+        pool.copy_(pool.roll(1, -1))
+    return result
+
+
+def padding_in_the_last_slot(*args: Any) -> Any:
+    slots = args[5]
+    return reference.causal_conv1d_update(*args[:5], None if slots is None else slots % len(args[1]), *args[6:])
+
+
 def with_part(op: str, name: str, part: Any) -> Callable[..., Any]:
     """The reference with another function or module in the place of one that it is made of."""
 
@@ -130,6 +144,18 @@ MISTAKES: list[tuple[str, Callable[..., Any], str, str]] = [
     (PACKED, padding_left_as_it_was, SERVING, "out of bounds"),
     (PACKED, next_slot_touched, SERVING, "the pool of states"),
     (PACKED, with_argument(PACKED, 4, lambda bias: bias + 1e-3), SERVING, "out of bounds"),
+    (STATES, with_argument(STATES, 8, lambda b: torch.logit(b.float().clamp(0.01, 0.99))), SERVING, "out of bounds"),
+    (STATES, with_argument(STATES, 10, lambda slots: slots.flip(0)), SERVING, "out of bounds"),
+    (STATES, with_argument(STATES, 14, lambda only_read: False), UNUSUAL, "the pool of states"),
+    (STATES, with_argument(STATES, 16, lambda rows: rows.flip(0)), UNUSUAL, "the states after drafts"),
+    (STATES, with_argument(STATES, 18, lambda parents: None), UNUSUAL, "out of bounds"),
+    (CONVOLUTION, with_argument(CONVOLUTION, 1, lambda weight: weight.flip(1)), SERVING, "y (torch.bfloat16)"),
+    (CONVOLUTION, with_argument(CONVOLUTION, 2, lambda bias: None), SERVING, "y (torch.bfloat16)"),
+    (CONVOLUTION, with_argument(CONVOLUTION, 7, lambda goes_on: None), SERVING, "y (torch.bfloat16)"),
+    (CONVOLUTION, with_argument(CONVOLUTION, 8, lambda activation: None), SERVING, "y (torch.bfloat16)"),
+    (CONVOLUTION, state_a_token_late, SERVING, "the pool of states"),
+    (NEXT_CONVOLUTION, padding_in_the_last_slot, UNUSUAL, "the pool of states"),
+    (NEXT_CONVOLUTION, with_argument(NEXT_CONVOLUTION, 8, lambda children: None), UNUSUAL, "out of bounds"),
 ]
 
 

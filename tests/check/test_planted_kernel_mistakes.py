@@ -88,22 +88,6 @@ def page_in_32_bits(right: Right) -> Function:
     return fn
 
 
-def padding_written(pool: str, slots: str) -> Callable[[Right], Function]:
-    """A slot of -1 is the last one."""
-
-    def plant(right: Right) -> Function:
-        def fn(grid: Any, *args: Any, **named: Any) -> Any:
-            got = right(grid, *args, **named)
-            given = args[1] if pool == "conv_state" else named[pool]
-            if (named[slots] == -1).any():
-                given[-1] += 1
-            return got
-
-        return fn
-
-    return plant
-
-
 def changed(**to: Any) -> Callable[[Right], Function]:
     """Some named arguments are taken for others."""
 
@@ -114,15 +98,6 @@ def changed(**to: Any) -> Callable[[Right], Function]:
         return fn
 
     return plant
-
-
-def siblings_forgotten(right: Right) -> Function:
-    def fn(grid: Any, *args: Any, **named: Any) -> Any:
-        if "retrieve_next_sibling" in named:
-            named["retrieve_next_sibling"] = torch.full_like(named["retrieve_next_sibling"], -1)
-        return right(grid, *args, **named)
-
-    return fn
 
 
 def heads_taken_for_others(right: Right) -> Function:
@@ -186,15 +161,8 @@ MISTAKES: list[tuple[str, Callable[[Right], Function]]] = [
     ("create_flashinfer_kv_indices_triton", offset_in_32_bits),
     ("get_last_loc_triton_safe", offset_in_32_bits),
     ("alloc_extend_kernel", page_in_32_bits),
-    ("causal_conv1d_update", padding_written("conv_state", "conv_state_indices")),
-    ("causal_conv1d_fn", padding_written("conv_states", "cache_indices")),
-    ("fused_sigmoid_gating_delta_rule_update", padding_written("initial_state_source", "initial_state_indices")),
-    ("causal_conv1d_fn", changed(activation=None)),
-    ("fused_sigmoid_gating_delta_rule_update", changed(retrieve_parent_token=None)),
-    ("fused_sigmoid_gating_delta_rule_update", changed(use_qk_l2norm_in_kernel=False)),
     ("layernorm_gated:rms_norm_gated", changed(group_size=None)),
     ("fused_norm_gate:rms_norm_gated", changed(eps=1e-5)),
-    ("causal_conv1d_update", siblings_forgotten),
     ("fused_qkvzba_split_reshape_cat", heads_taken_for_others),
     ("murmur_hash32", half_of_the_seed),
     ("fused_sigmoid_mul", wrong_from_row(65535)),

@@ -14,14 +14,14 @@ from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-CHUNK, PACKED = FUNCTIONS
+CHUNK, PACKED, _, CONVOLUTION, _ = FUNCTIONS
 # SGLang keeps the convolution's states in bf16, and fails where it has to write fp16 there.
 _FP16_STATES = {"SGLANG_MAMBA_CONV_DTYPE": "float16"}
 
 
 def _way(destination: str, kind: str, **environ: str) -> Way:
     """The functions with one kind of implementation; all else is SGLang's."""
-    return Way(destination, {**_FP16_STATES, "SGLANG_FL_PER_OP": ";".join(f"{op}={kind}" for op in FUNCTIONS), **environ})
+    return Way(destination, {**_FP16_STATES, "SGLANG_FL_PER_OP": ";".join(f"{op}={kind}" for op in (CHUNK, PACKED)), **environ})
 
 
 WAYS = {
@@ -29,6 +29,7 @@ WAYS = {
     "flagos": _way("flagos(default.flagos)", "flagos", SGLANG_FL_STRICT="1"),
     "vendor": _way("vendor(vendor.cuda)", "vendor", SGLANG_FL_STRICT="1"),
     "reference": _way("reference(reference.torch)", "reference"),
+    "all of vendor's": Way("vendor(vendor.cuda)", {**_FP16_STATES, "SGLANG_FL_PER_OP": ";".join(f"{op}=vendor" for op in FUNCTIONS)}),
 }
 
 
@@ -66,6 +67,7 @@ def test_logprobs_are_within_what_rounding_to_fp16_may_cost(running: Running, wa
 def test_both_functions_ran_where_they_should(running: Running, way: str) -> None:
     destination = WAYS[way].destination
     told = {line for line in running.dispatched() if "gated_delta_rule" in line}
+    assert (f"{CONVOLUTION} → {destination}" in running.dispatched()) is (way == "all of vendor's")
     assert {f"{CHUNK} → {destination}", f"{PACKED} → {destination}"} <= told
     assert not [line for line in told if "not called: " in line], "heads of 32 are none that FlashInfer's kernel takes"
     printed = running.server.log.read_text()

@@ -22,6 +22,8 @@ from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
 from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import OK, UNUSUAL
 from sglang_fl.check.implementation import Implementation
+from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
+from sglang_fl.dispatch.signature import parameters_of
 from sglang_fl.kernels.reference import REFERENCES
 
 #: SGLang's looks at the device, and takes another way on a CPU; libdevice has no form for the interpreter; writes fp16 or bf16 only,
@@ -29,8 +31,16 @@ from sglang_fl.kernels.reference import REFERENCES
 NOT_HERE = ("murmur_hash32", "softcap_inplace_logits", "fused_qk_gemma_rmsnorm", "fused_qk_gemma_rmsnorm_with_gate")
 
 
+#: Operators that stand for a kernel of SGLang's, whose arguments have the same names.
+OPERATORS = ("fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update")
+
+
 def own(target: str) -> Callable[..., Any]:
-    """SGLang's kernel, called with the grid first."""
+    """SGLang's kernel, called with the grid first, or as the operator is."""
+    if target in OPERATORS:
+        module, name = FUNCTIONS[target]
+        function, names = getattr(importlib.import_module(module), name), [one.name for one in parameters_of(target) or ()]
+        return lambda *args: function(**dict(zip(names, args, strict=False)))
     module, _, name = target.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     if REFERENCES[target].takes_grid:
@@ -43,7 +53,7 @@ def main() -> None:
     interpret()
     torch.set_num_threads(1)
     found = {}
-    for target in REFERENCES:
+    for target in (*REFERENCES, *OPERATORS):
         if target.rpartition(":")[2] in NOT_HERE:
             continue
         impl = Implementation(target, own(target), None, torch.device("cpu"))

@@ -10,7 +10,6 @@ from sglang_fl.check.cases import OPERATORS_CHECKED
 from sglang_fl.check.constants import INPUTS, SERVING, SIZES, SPECIAL, UNUSUAL
 from sglang_fl.dispatch.kernel_implementations import is_kernel
 from sglang_fl.kernels.reference import REFERENCES
-from sglang_fl.kernels.reference.delta_rule_update import fused_sigmoid_gating_delta_rule_update
 from sglang_fl.kernels.reference.gates import fused_sigmoid_mul
 
 
@@ -18,7 +17,11 @@ def test_check_has_cases_of_every_reference() -> None:
     assert set(filter(is_kernel, OPERATORS_CHECKED)) == set(REFERENCES)
 
 
-@pytest.mark.parametrize("target", REFERENCES)
+#: Operators whose references stand for Triton kernels of SGLang's likewise.
+OPERATORS = ("fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update")
+
+
+@pytest.mark.parametrize("target", [*REFERENCES, *OPERATORS])
 def test_a_reference(target: str) -> None:
     check_cases(target, reference_of(target), SERVING, SIZES, UNUSUAL, SPECIAL, INPUTS)
 
@@ -27,5 +30,3 @@ def test_what_it_has_no_word_for_is_refused() -> None:
     x = torch.zeros(1, 4)
     with pytest.raises(NotImplementedError, match="does not quantise"):
         fused_sigmoid_mul(x, x, quant=True)
-    with pytest.raises(NotImplementedError, match="in plain PyTorch has no is_kda"):
-        fused_sigmoid_gating_delta_rule_update(*[x] * 3, 1.0, 20.0, *[x] * 6, is_kda=True)  # type: ignore[arg-type]

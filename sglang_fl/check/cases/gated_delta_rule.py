@@ -197,34 +197,35 @@ class Update(Delta):
         if self.values == "zeros":
             q, k, v = (x.zero_() for x in (q, k, v))
         b, a = draw.normal(sum(lengths), 2 * self.value_heads, scale=self.gates).chunk(2, -1)
-        named: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             "A_log": draw.normal(self.value_heads, dtype=torch.float32),
             "a": a.contiguous(),
             "dt_bias": draw.normal(self.value_heads, dtype=torch.float32),
+            "softplus_beta": 1.0,
+            "softplus_threshold": 20.0,
             "q": q.unflatten(-1, (self.heads, self.key_dim)),
             "k": k.unflatten(-1, (self.heads, self.key_dim)),
             "v": v.unflatten(-1, (self.value_heads, self.value_dim)),
             "b": b.contiguous(),
             "initial_state_source": self._pool(draw, len(lengths) + 3, guarded),
             "initial_state_indices": self._slots(draw, len(lengths)),
-            "cu_seqlens": draw.index([0, *accumulate(lengths)], "int32"),
+            "scale": None,
             "use_qk_l2norm_in_kernel": True,
-            "softplus_beta": 1.0,
-            "softplus_threshold": 20.0,
+            "cu_seqlens": draw.index([0, *accumulate(lengths)], "int32"),
         }
         written = ["initial_state_source"]
         if self.drafts:
             shape = (len(lengths) + 1, self.drafts, self.value_heads, self.value_dim, self.key_dim)
             rows = torch.randperm(len(lengths) + 1, generator=draw.rng)[: len(lengths)]
-            named |= {"is_kda": False, "disable_state_update": True, "cache_steps": self.drafts}
-            named["intermediate_states_buffer"] = draw.normal(*shape, dtype=torch.float32)
-            named["intermediate_state_indices"] = draw.index(rows, "int32")
-            named["retrieve_parent_token"] = None
+            inputs["disable_state_update"] = True
+            inputs["intermediate_states_buffer"] = draw.normal(*shape, dtype=torch.float32)
+            inputs["intermediate_state_indices"] = draw.index(rows, "int32")
+            inputs |= {"cache_steps": self.drafts, "retrieve_parent_token": None}
             written.append("intermediate_states_buffer")
         if self.tree:
             parents = [[0, *(int(torch.randint(n, (1,), generator=draw.rng)) for n in range(1, self.drafts))] for _ in lengths]
-            named["retrieve_parent_token"] = draw.index(parents, "int64")
-        return Call(Layer(), {"grid": None, **named}, frozenset(written), guarded, tuple(written), False, frozenset(named))
+            inputs["retrieve_parent_token"] = draw.index(parents, "int64")
+        return Call(Layer(), inputs, frozenset(written), guarded, tuple(written), takes_layer=False)
 
 
 _UPDATED = ("A_log", "a", "dt_bias", "q", "k", "v", "b", "initial_state_source", "initial_state_indices", "cu_seqlens")
@@ -277,7 +278,7 @@ OPERATORS = {
         special="""values={nan,zeros} | gates=300 | gates=20 rising forgetting=-3 | gates=150 rising forgetting=-6 | forgetting=60""",
         fewer=16,
     ),
-    "sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent:fused_sigmoid_gating_delta_rule_update": Operator(
+    "fused_sigmoid_gating_delta_rule_update": Operator(
         Update(),
         f"{_SERVED} {{,padded}}",
         lambda call: exact.fused_sigmoid_gating_delta_rule_update(*inputs_of(call, (*_UPDATED, *_DRAFTS))),

@@ -24,6 +24,7 @@ class Kernel:
     Attributes:
         function: ``"module:function"``, with the module's name within the backend's package. It takes what the operator's
             method of :class:`sglang_fl.dispatch.ops.FLBackendBase` takes, and is imported at its first use.
+        why_unavailable: as that of the table, for this operator alone.
         writes_inputs, dtypes, min_arch, batch_invariant: as in :class:`~sglang_fl.dispatch.types.OpImpl`.
     """
 
@@ -32,6 +33,7 @@ class Kernel:
     dtypes: Iterable[Any] | str | None = None
     min_arch: Any = None
     batch_invariant: bool = False
+    why_unavailable: Callable[[Settings, Device], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ class KernelTable:
     why_unavailable: Callable[[Settings, Device], str | None] | None = None
 
     def function(self, op: str) -> LazyFunction:
-        module, _, name = self.kernels[op].function.partition(":")
-        return LazyFunction(f"{self.package}.{module}", name, self.why_unavailable)
+        kernel = self.kernels[op]
+        module, _, name = kernel.function.partition(":")
+        return LazyFunction(f"{self.package}.{module}", name, kernel.why_unavailable or self.why_unavailable)
 
     def implementations(self) -> list[OpImpl]:
         """What a registry takes, one for each operator."""

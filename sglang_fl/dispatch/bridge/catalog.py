@@ -71,6 +71,12 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
         "sglang.kernels.ops.attention.fla.fused_recurrent",
         "fused_recurrent_gated_delta_rule_packed_decode",
     ),
+    "fused_sigmoid_gating_delta_rule_update": (
+        "sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent",
+        "fused_sigmoid_gating_delta_rule_update",
+    ),
+    "causal_conv1d_fn": ("sglang.kernels.ops.mamba.causal_conv1d_triton", "causal_conv1d_fn"),
+    "causal_conv1d_update": ("sglang.kernels.ops.mamba.causal_conv1d_triton", "causal_conv1d_update"),
 }
 
 #: Every class and function that the lists may name.

@@ -3,7 +3,7 @@
 
 They are called by SGLang's Triton kernel class for this attention, in prefill and in decode. SGLang has other kernel
 classes, and takes FlashInfer's by itself for some sizes on some GPUs; then these functions are not called, and the log
-says so. What drafts' verification calls (``fused_sigmoid_gating_delta_rule_update``) is another function, and stays.
+says so.
 """
 
 import sys
@@ -50,8 +50,25 @@ class GatedDeltaContext:
         return self.scratch32(slots, self.value_heads, self.value_dim, self.key_dim).to(self.state_dtype)
 
 
-class GatedDeltaRuleBridge(FunctionBridge):
-    """What the two functions have in common."""
+class HybridBridge(FunctionBridge):
+    """What all functions of hybrid models have in common."""
+
+    def exclusion_reason(self) -> str | None:
+        problems = self._problems()
+        return f"SGLang differs from what sglang-fl needs: {'; '.join(problems)}" if problems else None
+
+    def _problems(self) -> list[str]:
+        """What differs in SGLang from what this bridge relies on: the other functions are no matter of its."""
+        others = {f"{module}:{name}" for op, (module, name) in FUNCTIONS.items() if op != self.op}
+        return [problem for problem in gated_delta_rule_problems() if problem.split(" ")[0] not in others]
+
+    def _state_dtypes(self, model: nn.Module) -> Any:
+        """Of SGLang's pools of states for a model: ``conv`` and ``temporal``."""
+        return import_module("sglang.srt.configs.mamba_utils").mamba2_state_dtype(getattr(model, "config", None))
+
+
+class GatedDeltaRuleBridge(HybridBridge):
+    """What the three functions have in common."""
 
     #: The attribute of SGLang's dispatcher with the kernel class that calls the function.
     kernel: ClassVar[str]
@@ -64,18 +81,9 @@ class GatedDeltaRuleBridge(FunctionBridge):
         state_dtype = torch.float32
         if not self._problems():
             import_module(_CALLER)  # SGLang does so a moment later, when it makes its attention backend
-            state_dtype = import_module("sglang.srt.configs.mamba_utils").mamba2_state_dtype(getattr(model, "config", None)).temporal
+            state_dtype = self._state_dtypes(model).temporal
         dtype, device = activation_dtype(model), device_of(model)
         return {GatedDeltaContext(x.num_k_heads, x.num_v_heads, x.head_k_dim, x.head_v_dim, dtype, state_dtype, device) for x in layers}
-
-    def exclusion_reason(self) -> str | None:
-        problems = self._problems()
-        return f"SGLang differs from what sglang-fl needs: {'; '.join(problems)}" if problems else None
-
-    def _problems(self) -> list[str]:
-        """What differs in SGLang from what this bridge relies on: the other functions are no matter of its."""
-        others = {f"{module}:{name}" for op, (module, name) in FUNCTIONS.items() if op != self.op}
-        return [problem for problem in gated_delta_rule_problems() if problem.split(" ")[0] not in others]
 
     def hooked(self, log_level: int) -> None:
         """Say so if SGLang's dispatcher takes a kernel class that does not call the function."""

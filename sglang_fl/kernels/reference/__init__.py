@@ -26,16 +26,12 @@ _BY_MODULE: dict[str, dict[str, KernelReplacement]] = {
     f"{_OPS}.attention.kv_indices": _launched("slots", "create_flashinfer_kv_indices_triton", "create_chunked_prefix_cache_kv_indices"),
     f"{_OPS}.activation.softcap": _plain("logits", "softcap_inplace_logits", writes_inputs=True, batch_invariant=True),
     f"{_OPS}.sampling.murmur_hash": _plain("logits", "murmur_hash32", batch_invariant=True),
-    f"{_OPS}.mamba.causal_conv1d_triton": _plain("causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update", writes_inputs=True),
     f"{_OPS}.attention.triton_gdn_fused_proj": _plain(
         "gated_delta_net",
         *("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous", "fused_qkv_split_gdn_prefill"),
         batch_invariant=True,
     ),
     f"{_OPS}.attention.linear.fused_gdn_gating": _plain("gated_delta_net", "fused_gdn_gating"),
-    f"{_OPS}.attention.linear.fused_sigmoid_gating_recurrent": _plain(
-        "delta_rule_update", "fused_sigmoid_gating_delta_rule_update", writes_inputs=True
-    ),
     f"{_OPS}.attention.fla.layernorm_gated": _plain("gated_delta_net", "rms_norm_gated"),
     f"{_OPS}.attention.fla.fused_norm_gate": {
         "rms_norm_gated": KernelReplacement(f"{_HERE}.gated_delta_net:fla_rms_norm_gated", writes_inputs=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from backend_functions import reference
 from e2e import field_backend
+from sglang.srt.layers.attention.linear import gdn_backend
 from sglang.srt.layers.attention.linear.gdn_backend import GDNKernelDispatcher
 from sglang.srt.layers.attention.linear.kernels import gdn_triton
 from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
@@ -42,7 +43,7 @@ from sglang_fl.dispatch.logger_manager import open_dispatch_log
 from sglang_fl.dispatch.policy import overrides
 
 H, HV, K, V = 2, 4, 8, 16
-CHUNK, PACKED = FUNCTIONS
+CHUNK, PACKED, UPDATE, PREFILL_CONV, UPDATE_CONV = FUNCTIONS
 
 
 class Hybrid(nn.Module):
@@ -70,9 +71,9 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     GDNKernelDispatcher.__init__ = made  # type: ignore[method-assign]
     gated_delta_rule._watching.clear()
     for op, (module, name) in FUNCTIONS.items():
-        setattr(sys.modules[module], name, own[op])
-        if hasattr(gdn_triton, name):
-            setattr(gdn_triton, name, own[op])
+        for place in (sys.modules[module], gdn_triton, gdn_backend):
+            if hasattr(place, name):
+                setattr(place, name, own[op])
     assert overrides.active == 0
 
 
@@ -131,6 +132,26 @@ def decode() -> tuple[torch.Tensor, torch.Tensor]:
     return out, pool
 
 
+def verify() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SGLang's own call to verify drafts: its result, the pool, and the states behind each draft."""
+    torch.manual_seed(5)
+    pool, states = torch.randn(4, HV, V, K), torch.zeros(3, 2, HV, V, K)
+    out = gdn_triton.TritonGDNKernel().target_verify(
+        torch.randn(HV),
+        torch.randn(HV),
+        *(torch.randn(1, 4, H, K), torch.randn(1, 4, H, K), torch.randn(1, 4, HV, V)),
+        *(torch.randn(4, HV), torch.randn(4, HV)),
+        ssm_states=pool,
+        cache_indices=torch.tensor([3, 1]),
+        query_start_loc=torch.tensor([0, 2, 4]),
+        intermediate_states_buffer=states,
+        intermediate_state_indices=torch.tensor([2, 0]),
+        cache_steps=2,
+        retrieve_parent_token=None,
+    )
+    return out, pool, states
+
+
 def untouched() -> bool:
     return not HookRegistry._hooks and not hasattr(gdn_triton.fused_recurrent_gated_delta_rule_packed_decode, "__wrapped__")
 
@@ -145,6 +166,7 @@ def test_sglangs_calls_run_on_the_reference(tmp_path: Path) -> None:
     assert report.functions == {
         (CHUNK, CHUNK): "reference(reference.torch)",
         (PACKED, PACKED): "reference(reference.torch)",
+        (UPDATE, UPDATE): "reference(reference.torch)",
     }
     out, chunks, pool = prefill()
     assert out.shape == (1, 70, HV, V) and chunks.shape == (1, 3, HV, V, K)
@@ -167,7 +189,7 @@ def test_functions_with_flagos_parameters_and_results() -> None:
     """``(o, None, h)`` and ``head_first`` in prefill; in decode, parameters that cannot be read."""
     fns = {CHUNK: field_backend.chunk_gated_delta_rule, PACKED: field_backend.fused_recurrent_gated_delta_rule_packed_decode}
     report = bind(**fns)
-    assert set(report.functions.values()) == {"flagos(default.flagos)"}
+    assert report.functions[CHUNK, CHUNK] == report.functions[PACKED, PACKED] == "flagos(default.flagos)"
     got = *prefill(), *decode()
     set_global_policy(SelectionPolicy("reference"))
     assert all(torch.equal(x, y) for x, y in zip(got, (*prefill(), *decode()), strict=True))
@@ -368,13 +390,15 @@ def test_a_kernel_class_that_does_not_call_it_is_named(caplog: pytest.LogCapture
     bind()
     caplog.set_level(logging.INFO)
     triton = LinearAttnKernelBackend.TRITON
-    dispatcher = GDNKernelDispatcher(triton, triton)
+    triton_kernel = GDNKernelDispatcher(triton, triton).decode_kernel
     assert "does not call" not in caplog.text
 
     class FlashInferGDNKernel:
         pass
 
-    gated_delta_rule._dispatcher_made(None, SimpleNamespace(extend_kernel=FlashInferGDNKernel(), decode_kernel=dispatcher.decode_kernel))
+    gated_delta_rule._dispatcher_made(
+        None, SimpleNamespace(extend_kernel=FlashInferGDNKernel(), decode_kernel=triton_kernel, verify_kernel=triton_kernel)
+    )
     assert "sglang-fl: SGLang runs FlashInferGDNKernel, which does not call chunk_gated_delta_rule" in caplog.text
     assert f"{CHUNK} → sglang(not called: FlashInferGDNKernel is used)" in (tmp_path / "log").read_text()
     assert PACKED not in (tmp_path / "log").read_text()
@@ -441,3 +465,66 @@ def test_a_model_that_cannot_be_bound_leaves_no_mark() -> None:
     set_global_policy(SelectionPolicy())
     set_global_policy(SelectionPolicy(strict=True))
     assert prefill()[0].isfinite().all()
+
+
+def test_drafts_are_verified_on_the_reference() -> None:
+    """The pool is only read; the states behind a sequence's drafts are those that decoding them one by one leaves."""
+    bind()
+    out, pool, states = verify()
+    torch.manual_seed(5)
+    assert torch.equal(pool, torch.randn(4, HV, V, K))
+    assert out.shape == (1, 4, HV, V) and out.isfinite().all()
+    assert not states[1].any() and states[2].any() and states[0].any() and not torch.equal(states[2, 0], states[2, 1])
+
+
+def test_the_gates_of_another_attention_go_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name = FUNCTIONS[UPDATE]
+
+    @functools.wraps(getattr(sys.modules[module], name))
+    def sglangs(*args: Any, **named: Any) -> Any:
+        return named or args[14:16]
+
+    monkeypatch.setattr(sys.modules[module], name, sglangs)
+    monkeypatch.setattr(gdn_triton, name, sglangs)
+    bind()
+    x = torch.zeros(1, 1, H, K)
+    call = functools.partial(getattr(gdn_triton, name), *[x] * 3, 1.0, 20.0, *[x] * 6)
+    assert call(is_kda=True) == (True, None)
+    assert call(lower_bound=-5.0) == (False, -5.0)
+    assert call(cache_ring=True) == {"cache_ring": True}
+
+
+def convolved(width: int = 4) -> Hybrid:
+    model = Hybrid()
+    for layer in model.layers:
+        layer.conv_weights = torch.zeros(6, width)
+    return model
+
+
+def test_convolutions_run_on_the_reference() -> None:
+    """A sequence in one piece is the same as its beginning, and then token after token."""
+    report = bind(model=convolved())
+    assert report.functions[PREFILL_CONV, PREFILL_CONV] == report.functions[UPDATE_CONV, UPDATE_CONV] == "reference(reference.torch)"
+    torch.manual_seed(6)
+    x, weight, bias, slot = torch.randn(6, 7), torch.randn(6, 4), torch.randn(6), torch.tensor([1])
+    whole = gdn_backend.causal_conv1d_fn(x, weight, bias, torch.zeros(2, 6, 3), torch.tensor([0, 7]), [7], slot, activation="swish")
+    pool = torch.zeros(2, 6, 3)
+    parts = [gdn_backend.causal_conv1d_fn(x[:, :5], weight, bias, pool, torch.tensor([0, 5]), [5], slot)]
+    for token in (5, 6):
+        parts.append(gdn_backend.causal_conv1d_update(x[:, token][None], pool, weight, bias, "silu", conv_state_indices=slot).T)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    torch.testing.assert_close(pool[1], x[:, 4:])
+    assert not pool[0].any()
+
+
+@pytest.mark.parametrize("op", [PREFILL_CONV, UPDATE_CONV])
+def test_a_convolution_that_touches_another_slot_is_passed_over(op: str) -> None:
+    def fn(*args: Any) -> Any:
+        pool = args[3] if op == PREFILL_CONV else args[1]
+        result = getattr(reference, op)(*args)
+        pool[1] += 1
+        return result
+
+    with pytest.raises(RuntimeError, match=rf"{op}: default.flagos failed its trial on {op}.*it wrote \[0, 1, 2\]"):
+        bind(SelectionPolicy(strict=True), model=convolved(), **{op: fn})
+    assert bind(model=convolved(), **{op: fn}).functions[op, op] == "reference(reference.torch)"

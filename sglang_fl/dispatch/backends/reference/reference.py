@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference: every operator in plain PyTorch, fp32 inside, one rounding at the end, inputs never written."""
 
+from functools import partial
+
+from ...kernel_implementations import why_left_to_triton
 from ...types import BackendImplKind
 from .. import Kernel, KernelTable
 
@@ -21,10 +24,17 @@ _FUNCTIONS = {
     "fused_recurrent_gated_delta_rule": "impl.gated_delta_rule:fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_packed_decode": "impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode",
 }
+#: They are called beside SGLang's Triton kernels only where an order says so: without them a hybrid serves on SGLang's.
+_WITHOUT_TRITON = {
+    "fused_sigmoid_gating_delta_rule_update": "impl.gated_delta_rule:fused_sigmoid_gating_delta_rule_update",
+    "causal_conv1d_fn": "impl.causal_conv1d:causal_conv1d_fn",
+    "causal_conv1d_update": "impl.causal_conv1d:causal_conv1d_update",
+}
 
 BACKEND = KernelTable(
     __package__,
     "reference.torch",
     BackendImplKind.REFERENCE,
-    {op: Kernel(function, writes_inputs=False) for op, function in _FUNCTIONS.items()},
+    {op: Kernel(function, writes_inputs=False) for op, function in _FUNCTIONS.items()}
+    | {op: Kernel(function, why_unavailable=partial(why_left_to_triton, op)) for op, function in _WITHOUT_TRITON.items()},
 )

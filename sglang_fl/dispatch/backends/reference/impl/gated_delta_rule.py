@@ -171,3 +171,52 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     state_pool.write(initial_state, ssm_state_indices, states)
     out.copy_(o.unsqueeze(1))
     return out, initial_state
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def fused_sigmoid_gating_delta_rule_update(
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    dt_bias: torch.Tensor,
+    softplus_beta: float,
+    softplus_threshold: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    initial_state_source: torch.Tensor,
+    initial_state_indices: torch.Tensor,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: torch.Tensor | None = None,
+    intermediate_state_indices: torch.Tensor | None = None,
+    cache_steps: int | None = None,
+    retrieve_parent_token: torch.Tensor | None = None,
+) -> torch.Tensor:
+    sequences = _sequences(q, cu_seqlens)
+    slots = slots_of("fused_sigmoid_gating_delta_rule_update", initial_state_indices, len(sequences), q.device)
+    states = state_pool.read(initial_state_source, slots, torch.float32)
+    rows = [-1] * len(sequences) if intermediate_state_indices is None else intermediate_state_indices.tolist()
+    parents = None if retrieve_parent_token is None else retrieve_parent_token.tolist()
+    out = q.new_zeros(v.shape)
+    q, k, v = _heads(q, k, v, k.shape[-1] ** -0.5 if scale is None else scale, use_qk_l2norm_in_kernel)
+    gate = functional.softplus(a.float() + dt_bias.float(), softplus_beta, softplus_threshold)
+    decay, beta = (x.reshape(v.shape[:3]) for x in (torch.exp(-A_log.float().exp() * gate), b.float().sigmoid()))
+    last = []
+    for number, (row, start, end) in enumerate(sequences):
+        state = states[number]
+        behind: list[torch.Tensor] = []
+        for index, token in enumerate(range(start, end)):
+            if parents is not None and index:
+                state = behind[parents[number][index]]
+            at = row, token
+            state, out[at] = step(state, q[at], k[at], v[at], decay[at], beta[at])
+            behind.append(state)
+        if intermediate_states_buffer is not None and rows[number] >= 0 and behind:
+            intermediate_states_buffer[rows[number], : len(behind)] = torch.stack(behind).to(intermediate_states_buffer.dtype)
+        last.append(state)
+    if not disable_state_update and last:
+        state_pool.write(initial_state_source, slots, torch.stack(last))
+    return out

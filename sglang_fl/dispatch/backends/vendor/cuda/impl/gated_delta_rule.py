@@ -7,12 +7,14 @@ from inspect import unwrap
 import torch
 from sglang.kernels.ops.attention.fla import fused_recurrent
 from sglang.kernels.ops.attention.fla.chunk import ChunkGatedDeltaRuleFunction
+from sglang.kernels.ops.attention.linear import fused_sigmoid_gating_recurrent
 
-from ....checks import check_chunk_kernel, slots_of
+from ....checks import check_chunk_kernel, check_heads, slots_of
 from ....state_pool import read, write
 
 # In a partial: a hook is put wherever a module holds the function itself.
 _packed_decode = partial(unwrap(fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode))
+_update = partial(unwrap(fused_sigmoid_gating_recurrent.fused_sigmoid_gating_delta_rule_update))
 
 
 def chunk_gated_delta_rule(
@@ -66,3 +68,41 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     if not mixed_qkv.numel():
         return out, initial_state
     return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel)
+
+
+def fused_sigmoid_gating_delta_rule_update(
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    dt_bias: torch.Tensor,
+    softplus_beta: float,
+    softplus_threshold: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    initial_state_source: torch.Tensor,
+    initial_state_indices: torch.Tensor,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: torch.Tensor | None = None,
+    intermediate_state_indices: torch.Tensor | None = None,
+    cache_steps: int | None = None,
+    retrieve_parent_token: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_heads("fused_sigmoid_gating_delta_rule_update", q.shape[2], v.shape[2])
+    if not q.numel():
+        return v.new_empty(v.shape)
+    result: torch.Tensor = _update(
+        *(A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source, initial_state_indices),
+        scale=scale,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        disable_state_update=disable_state_update,
+        intermediate_states_buffer=intermediate_states_buffer,
+        intermediate_state_indices=intermediate_state_indices,
+        cache_steps=cache_steps,
+        retrieve_parent_token=retrieve_parent_token,
+    )
+    return result

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short causal convolution of hybrid models: functions that SGLang's linear attention and its short convolutions call.
+
+Mamba's layers may call them, too. Where a model has none but those, they stay with SGLang.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import ModelContext, activation_dtype, device_of, scratch
+from .gated_delta_rule import HybridBridge
+
+#: SGLang's layers have the weights, [dim, width], under one of these names.
+_WEIGHTS = ("conv_weights", "conv_weight")
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class ConvolutionContext:
+    """The sizes of a model's convolutions on this rank."""
+
+    dim: int
+    width: int
+    activation: str | None
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    device: torch.device
+
+    def scratch(self, *shape: int) -> torch.Tensor:
+        return scratch(ModelContext(self.dtype, self.device), *shape)
+
+    def pool(self) -> torch.Tensor:
+        return self.scratch(3, self.dim, self.width - 1).to(self.state_dtype)
+
+    def slots(self, *slots: int) -> torch.Tensor:
+        return torch.tensor(slots, dtype=torch.int32, device=self.device)
+
+
+class CausalConv1dBridge(HybridBridge):
+    """What both functions have in common."""
+
+    def contexts(self, model: nn.Module) -> set[ConvolutionContext]:
+        layers = [(layer, weight) for layer in model.modules() for weight in _weights(layer)]
+        if not layers:
+            return set()
+        dtype, device = activation_dtype(model), device_of(model)
+        state_dtype = dtype if self._problems() else self._state_dtypes(model).conv
+        return {
+            ConvolutionContext(len(weight), weight.shape[1], activation(getattr(layer, "activation", None)), dtype, state_dtype, device)
+            for layer, weight in layers
+        }
+
+
+def _weights(layer: nn.Module) -> Iterable[torch.Tensor]:
+    found = (getattr(layer, name, None) for name in _WEIGHTS)
+    return (weight for weight in found if isinstance(weight, torch.Tensor) and weight.dim() == 2)
+
+
+def activation(given: Any) -> str | None:
+    """What SGLang's functions take for an activation, as the operators do. Raises KeyError for another one."""
+    return {None: None, False: None, True: "silu", "silu": "silu", "swish": "silu"}[given]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+
+from .base import Forward, Routes, check_result
+from .causal_conv1d import PADDING, CausalConv1dBridge, ConvolutionContext, activation
+from .gated_delta_rule import check_pool
+
+
+class CausalConv1dFnBridge(CausalConv1dBridge):
+    """The convolution in prefill."""
+
+    op = "causal_conv1d_fn"
+
+    def trial(self, subject: Any, context: ConvolutionContext, fn: Forward) -> None:
+        """Three sequences, one without a slot, one shorter than the kernel."""
+        x, weight = context.scratch(8, context.dim).T, context.scratch(context.dim, context.width)
+        pool, slots, ends = context.pool(), context.slots(2, PADDING, 0), context.slots(0, 5, 7, 8)
+        go_on = torch.tensor([True, False, True], device=context.device)
+        out = fn(x, weight, weight[:, 0], pool, ends, [5, 2, 1], slots, go_on, context.activation)
+        real = [0, 1, 2, 3, 4, 7]
+        check_result("the result", out[:, real] if isinstance(out, torch.Tensor) and out.shape == x.shape else out, x[:, real])
+        check_pool(pool, context.pool(), written=[0, 2])
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own, contexts, divert, failed = routes
+        silu = activation
+
+        def forward(
+            self: Any,
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            conv_states: torch.Tensor | None,
+            query_start_loc: torch.Tensor,
+            seq_lens_cpu: list[int],
+            cache_indices: torch.Tensor | None = None,
+            has_initial_state: torch.Tensor | None = None,
+            activation: Any = "silu",
+            pad_slot_id: int | None = PADDING,
+            validate_data: bool = False,
+            block_table: torch.Tensor | None = None,
+            **others: Any,
+        ) -> Any:
+            first = (x, weight, bias, conv_states, query_start_loc, seq_lens_cpu, cache_indices, has_initial_state)
+            sglang_args = (*first, activation, pad_slot_id, validate_data, block_table)
+            if contexts.active:
+                return divert(self, *sglang_args, **others)
+            if block_table is not None or pad_slot_id != PADDING or (dtypes is not None and x.dtype not in dtypes):
+                return own(self, *sglang_args, **others)
+            args = (*first, silu(activation))
+            try:
+                return fn(*args)
+            except Exception as error:
+                return failed(self, error, args, sglang_args, **others)
+
+        return forward

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+
+from .base import Forward, Routes, check_result
+from .causal_conv1d import PADDING, CausalConv1dBridge, ConvolutionContext, activation
+from .gated_delta_rule import check_pool
+
+
+class CausalConv1dUpdateBridge(CausalConv1dBridge):
+    """The convolution in decode, and where drafts are verified."""
+
+    op = "causal_conv1d_update"
+
+    def trial(self, subject: Any, context: ConvolutionContext, fn: Forward) -> None:
+        """A token each of three sequences, one without a slot."""
+        x, weight = context.scratch(3, context.dim), context.scratch(context.dim, context.width)
+        pool = context.pool()
+        out = fn(x, pool, weight, weight[:, 0], context.activation, context.slots(2, PADDING, 0))
+        check_result("the result", out[::2] if isinstance(out, torch.Tensor) and out.shape == x.shape else out, x[::2])
+        check_pool(pool, context.pool(), written=[0, 2])
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own, contexts, divert, failed = routes
+        silu = activation
+
+        def forward(
+            self: Any,
+            x: torch.Tensor,
+            conv_state: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None = None,
+            activation: Any = None,
+            cache_seqlens: torch.Tensor | None = None,
+            conv_state_indices: torch.Tensor | None = None,
+            num_accept_tokens: torch.Tensor | None = None,
+            intermediate_conv_window: torch.Tensor | None = None,
+            intermediate_state_indices: torch.Tensor | None = None,
+            retrieve_next_token: torch.Tensor | None = None,
+            retrieve_next_sibling: torch.Tensor | None = None,
+            retrieve_parent_token: torch.Tensor | None = None,
+            pad_slot_id: int | None = PADDING,
+            metadata: Any = None,
+            validate_data: bool = False,
+        ) -> Any:
+            drafts = (
+                intermediate_conv_window,
+                intermediate_state_indices,
+                retrieve_next_token,
+                retrieve_next_sibling,
+                retrieve_parent_token,
+            )
+            first = (x, conv_state, weight, bias, activation)
+            sglang_args = (*first, cache_seqlens, conv_state_indices, num_accept_tokens, *drafts, pad_slot_id, metadata, validate_data)
+            if contexts.active:
+                return divert(self, *sglang_args)
+            left = cache_seqlens is not None or num_accept_tokens is not None or pad_slot_id != PADDING
+            if left or (dtypes is not None and x.dtype not in dtypes):
+                return own(self, *sglang_args)
+            args = (x, conv_state, weight, bias, silu(activation), conv_state_indices, *drafts)
+            try:
+                return fn(*args)
+            except Exception as error:
+                return failed(self, error, args, sglang_args)
+
+        return forward
