@@ -34,6 +34,8 @@ _DEFAULT_ORDERS = {
     PREFER_VENDOR: ("vendor", "flagos", "triton", "reference"),
     PREFER_REFERENCE: ("reference", "flagos", "triton", "vendor"),
 }
+#: Their references do not replace SGLang's Triton kernels: by default they stay with SGLang where a device has those.
+_ELSE_SGLANG = frozenset({"fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update"})
 
 
 #: Variables that decide which platform's profile is read.
@@ -130,7 +132,8 @@ class SelectionPolicy:
 
     def order_for(self, op_name: str) -> tuple[str, ...]:
         """The order for an operator."""
-        return dict(self.per_op_order).get(op_name, _DEFAULT_ORDERS[self.prefer])
+        default = _DEFAULT_ORDERS[self.prefer]
+        return dict(self.per_op_order).get(op_name, (*default, "sglang") if op_name in _ELSE_SGLANG else default)
 
     def is_vendor_allowed(self, vendor: str | None) -> bool:
         """Whether a vendor's implementations may be used; those of no vendor always may."""

@@ -52,8 +52,12 @@ def strict() -> Iterator[None]:
     reset_global_policy()
 
 
+#: Of a convolution and of drafts' verification there is nothing but SGLang's own to compare on a GPU.
+NOT_TIMED = {"fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update"}
+
+
 def test_every_operator_has_shapes() -> None:
-    assert set(ops.FORMS) == {op for op in OPERATORS if classes_of(op)}
+    assert set(ops.FORMS) == {op for op in OPERATORS if classes_of(op)} - NOT_TIMED
 
 
 @pytest.mark.parametrize("op", ops.FORMS)

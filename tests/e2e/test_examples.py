@@ -27,23 +27,24 @@ def test_offline_inference(model: Path) -> None:
     assert "sglang-fl: 17 layers bound" in done.stdout + done.stderr
 
 
-def node(rank: int, first_node: str, model: Path, directory: Path) -> Server:
+def node(rank: int, first_node: str, model: Path, directory: Path, split: list[str]) -> Server:
     server = Server(model, port=free_port(), log=directory / f"node-{rank}.log", environ=ENVIRON)
-    arguments = ["--tp", "2", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(server.port)]
+    arguments = [*split, "--dtype", "float32", "--host", "127.0.0.1", "--port", str(server.port)]
     server._command = ["bash", str(EXAMPLES / "several_nodes.sh"), str(rank), first_node, str(model), *arguments]
     return server
 
 
 @pytest.mark.slow
-def test_two_nodes_split_each_layer(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("split", "rank"), [(["--tp", "2"], "TP1"), (["--pp-size", "2"], "PP1")], ids=["each layer", "the layers"])
+def test_two_nodes_split(model: Path, tmp_path: Path, split: list[str], rank: str) -> None:
     first_node = f"127.0.0.1:{free_port()}"
-    with node(0, first_node, model, tmp_path) as first, node(1, first_node, model, tmp_path) as second:
+    with node(0, first_node, model, tmp_path, split) as first, node(1, first_node, model, tmp_path, split) as second:
         first.wait_until_ready()
         asked = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 40}
         answer = requests.post(f"{first.url}/v1/chat/completions", json=asked, timeout=300).json()
         recited = answer["choices"][0]["message"]["content"]
         assert len(recited) > 40 and RECITAL.startswith(recited)
-        assert "TP1" in second.log.read_text() and "TP1" not in first.log.read_text(), "a rank on each"
+        assert rank in second.log.read_text() and rank not in first.log.read_text(), "a rank on each"
 
 
 @pytest.mark.slow
