@@ -18,7 +18,7 @@ class CausalConv1dOps:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        conv_states: torch.Tensor | None,
+        conv_states: torch.Tensor,
         query_start_loc: torch.Tensor,
         seq_lens_cpu: list[int],
         cache_indices: torch.Tensor | None = None,
@@ -35,8 +35,7 @@ class CausalConv1dOps:
             weight: ``[dim, width]``, width 2 or more, in x's dtype.
             bias: ``[dim]``, likewise, or None.
             conv_states: ``[num_slots, dim, width - 1]`` or longer, the pool of states in x's dtype, slots and channels possibly further
-                apart than their size. Each sequence leaves its last ``width - 1`` tokens there, its state's before them. None: states
-                begin at zero and are not kept.
+                apart than their size. Each sequence leaves its last ``width - 1`` tokens there, its state's before them.
             query_start_loc: ``[N + 1]``, int32: sequence ``i`` is tokens ``query_start_loc[i]`` to ``query_start_loc[i + 1]``, one or more.
             seq_lens_cpu: how many they are, on the host.
             cache_indices: ``[N]``, int32 or int64: the slot of each sequence, no slot twice. -1 is padding: no slot is touched, and the

@@ -15,7 +15,7 @@ class Convolution(Form):
 
     Attributes:
         layout: ``packed``: channels are a part of a projection; ``channels``: those of prefill lie one after another.
-        pool: ``view``: numbers lie between the slots; ``long``: slots hold a token more; ``none``: no pool; ``ordered``: nobody says
+        pool: ``view``: numbers lie between the slots; ``long``: slots hold a token more; ``ordered``: nobody says
             which slots.
         padded: every third sequence has no slot.
         plain: without bias and activation.
@@ -46,7 +46,7 @@ class Convolution(Form):
         return wide[:, 0]
 
     def _slots(self, draw: Draw, count: int) -> torch.Tensor | None:
-        if self.pool in ("none", "ordered"):
+        if self.pool == "ordered":
             return None
         slots = torch.randperm(count + 2, generator=draw.rng)[:count]
         if self.padded:
@@ -80,15 +80,14 @@ class Prefill(Convolution):
             "x": x.contiguous() if self.layout == "channels" else x,
             "weight": weight,
             "bias": bias,
-            "conv_states": None if self.pool == "none" else self._pool(draw, count + 2, guarded),
+            "conv_states": self._pool(draw, count + 2, guarded),
             "query_start_loc": draw.index([0, *accumulate(lengths)], "int32"),
             "seq_lens_cpu": list(lengths),
             "cache_indices": self._slots(draw, count),
-            "has_initial_state": None if self.fresh or self.pool == "none" else draw.index([n % 4 != 1 for n in range(count)], "bool"),
+            "has_initial_state": None if self.fresh else draw.index([n % 4 != 1 for n in range(count)], "bool"),
             "activation": activation,
         }
-        updated = () if self.pool == "none" else ("conv_states",)
-        return Call(Layer(), inputs, frozenset(updated), guarded, updated, takes_layer=False)
+        return Call(Layer(), inputs, frozenset({"conv_states"}), guarded, ("conv_states",), takes_layer=False)
 
 
 #: A root with two children, of which the first has two and the second one: first child and next sibling of each.
@@ -145,7 +144,7 @@ OPERATORS = {
         "dim=1024 {,layout=packed fresh}",
         lambda call: exact.causal_conv1d_fn(*call.inputs.values()),
         sizes=f"{_DIMS} | sequences=300 dim=16",
-        unusual=f"{_UNUSUAL} | pool=none | lengths=1,1,1 | lengths=3,4,2 | layout=channels",
+        unusual=f"{_UNUSUAL} | lengths=1,1,1 | lengths=3,4,2 | layout=channels",
         special=_SPECIAL,
         fewer=4,
         captured=False,

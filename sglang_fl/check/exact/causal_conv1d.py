@@ -38,32 +38,30 @@ def causal_conv1d_fn(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    conv_states: torch.Tensor | None,
+    conv_states: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens_cpu: list[int],
     cache_indices: torch.Tensor | None = None,
     has_initial_state: torch.Tensor | None = None,
     activation: str | None = "silu",
 ) -> tuple[Exact | Same, ...]:
-    """``y``, and the pool if there is one."""
+    """``y``, and the pool."""
     dim, width = weight.shape
     wide, spans = exactly(x), list(pairwise(query_start_loc.tolist()))
-    pool = None if conv_states is None else exactly(conv_states)
+    pool = exactly(conv_states)
     slots = list(range(len(spans))) if cache_indices is None else cache_indices.tolist()
     goes_on = [False] * len(spans) if has_initial_state is None else has_initial_state.tolist()
     value, terms, judged = torch.zeros_like(wide), torch.zeros_like(wide), torch.zeros(x.shape, dtype=torch.bool)
     for (start, end), slot, again in zip(spans, slots, goes_on, strict=True):
         if slot < 0:
             continue
-        state = pool[slot, :, : width - 1] if pool is not None and again else torch.zeros(dim, width - 1, dtype=torch.float64)
+        state = pool[slot, :, : width - 1] if again else torch.zeros(dim, width - 1, dtype=torch.float64)
         line = torch.cat((state, wide[:, start:end]), 1)
         found = _convolved(line.unfold(1, width, 1).transpose(0, 1), weight, bias, activation)
         value[:, start:end], terms[:, start:end] = (part.T for part in found)
         judged[:, start:end] = True
-        if pool is not None:
-            pool[slot, :, : width - 1] = line[:, end - start :]
-    out = _exact(value, terms, width, judged)
-    return (out,) if pool is None or conv_states is None else (out, Same("the pool of states", pool.to(conv_states.dtype)))
+        pool[slot, :, : width - 1] = line[:, end - start :]
+    return _exact(value, terms, width, judged), Same("the pool of states", pool.to(conv_states.dtype))
 
 
 def causal_conv1d_update(

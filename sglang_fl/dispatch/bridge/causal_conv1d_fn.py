@@ -47,7 +47,7 @@ class CausalConv1dFnBridge(CausalConv1dBridge):
             sglang_args = (*first, activation, pad_slot_id, validate_data, block_table)
             if contexts.active:
                 return divert(self, *sglang_args, **others)
-            if block_table is not None or pad_slot_id != PADDING or (dtypes is not None and x.dtype not in dtypes):
+            if conv_states is None or block_table is not None or pad_slot_id != PADDING or (dtypes is not None and x.dtype not in dtypes):
                 return own(self, *sglang_args, **others)
             args = (*first, silu(activation))
             try:

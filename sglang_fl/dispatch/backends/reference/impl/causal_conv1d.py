@@ -28,7 +28,7 @@ def causal_conv1d_fn(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    conv_states: torch.Tensor | None,
+    conv_states: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens_cpu: list[int],
     cache_indices: torch.Tensor | None = None,
@@ -39,7 +39,7 @@ def causal_conv1d_fn(
     spans = list(pairwise(query_start_loc.tolist()))
     slots = slots_of("causal_conv1d_fn", cache_indices, len(spans), x.device)
     states = x.new_zeros(len(spans), len(x), before)
-    if conv_states is not None and has_initial_state is not None:
+    if has_initial_state is not None:
         kept = state_pool.read(conv_states[..., :before], slots, x.dtype)
         states = torch.where(has_initial_state[:, None, None], kept, states)
     last = []
@@ -47,7 +47,7 @@ def causal_conv1d_fn(
         window = torch.cat((state, x[:, start:end]), 1)
         out[:, start:end] = _convolved(window, weight, bias, activation)
         last.append(window[:, end - start :])
-    if conv_states is not None and last:
+    if last:
         slots = torch.where(query_start_loc.diff() > 0, slots, -1)
         state_pool.write(conv_states[..., :before], slots, torch.stack(last))
     return out

@@ -11,12 +11,12 @@ from .....types import Refusal
 _PADDING = -1
 
 
-def _check(op: str, x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor | None) -> None:
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> None:
     if not 2 <= weight.shape[1] <= 4 or weight.dtype != x.dtype:
         raise Refusal(
             f"{op}: the kernel supports a width of 2 to 4 and weights of x's dtype; weight is {tuple(weight.shape)}, {weight.dtype}"
         )
-    if states is not None and (states.shape[2] != weight.shape[1] - 1 or not states.is_contiguous() or states.dtype != x.dtype):
+    if states.shape[2] != weight.shape[1] - 1 or not states.is_contiguous() or states.dtype != x.dtype:
         raise Refusal(f"{op}: the kernel supports a contiguous pool of x's dtype, with slots of {weight.shape[1] - 1} tokens")
 
 
@@ -28,7 +28,7 @@ def causal_conv1d_fn(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    conv_states: torch.Tensor | None,
+    conv_states: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens_cpu: list[int],
     cache_indices: torch.Tensor | None = None,
