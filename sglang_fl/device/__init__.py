@@ -12,7 +12,7 @@ Nothing here imports PyTorch or SGLang when it is imported.
 """
 
 from .declaration import CAPABILITIES, ENTRY_POINT_GROUP, KV_POOL_KINDS, OUT_OF_TREE_ONLY, VendorPlatform, name_problem
-from .evidence import Device, detect, probe, vendor_problems, why_unusable
+from .evidence import Device, detect, has_triton, probe, vendor_problems, why_unusable
 from .installed import declared, describe_platforms, known_vendors, platform_here
 from .kernels import KernelReplacement, target_problem
 from .vendors import ALIASES, VENDORS, Vendor, canonical

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from .drivers import command, hardware_evidence, torch_builds, why_unusable_by_torch
-from .installed import known_vendors, platform_here, platform_problems
+from .installed import declared, known_vendors, platform_here, platform_problems
 from .vendors import VENDORS, Vendor, canonical
 
 
@@ -90,9 +90,9 @@ def why_unusable(torch: ModuleType, device_type: str) -> str | None:
 def _find(environ: Mapping[str, str], ask: Callable[[], tuple[Vendor, str]]) -> Device:
     if environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return Device("cpu", "cpu", "cpu", "SGLANG_USE_CPU_ENGINE=1")
-    declared = platform_here(environ)
-    if declared is not None:
-        return _device(declared[0].row(), declared[1])
+    package = platform_here(environ)
+    if package is not None:
+        return _device(package[0].row(), package[1])
     found, evidence = ask()
     forced = _forced_vendor(environ)
     if forced is not None and forced != found and _look_alike(forced, found):
@@ -176,3 +176,11 @@ def _ask_drivers(environ: Mapping[str, str]) -> tuple[Vendor, str]:
             return vendor, evidence
         unusable.append(f"{vendor.chip} ({evidence}): {reason}")
     return VENDORS["cpu"], "; ".join(["no accelerator that PyTorch can use", *unusable[:1]])
+
+
+def has_triton(device: Device) -> bool:
+    """Whether SGLang's Triton kernels run on a device. A package that stands in for Triton has none for its chip."""
+    declaration = declared().platforms.get(device.vendor)
+    if declaration is not None and "triton" in declaration.stand_ins:
+        return False
+    return device.in_tree not in (None, "cpu") or "supports_triton" in known_vendors()[device.vendor].capabilities

@@ -7,10 +7,16 @@ from importlib import import_module
 from typing import Any
 
 from ..utils.suggest import suggest
-from .bridge.catalog import FUNCTIONS
 
-_MODULES = {name: module for module, name in FUNCTIONS.values()}
-_MODULES["fused_recurrent_gated_delta_rule"] = "sglang.kernels.ops.attention.fla.fused_recurrent"
+_OPS = "sglang.kernels.ops"
+_MODULES = {
+    "chunk_gated_delta_rule": f"{_OPS}.attention.fla.chunk",
+    "fused_recurrent_gated_delta_rule": f"{_OPS}.attention.fla.fused_recurrent",
+    "fused_recurrent_gated_delta_rule_packed_decode": f"{_OPS}.attention.fla.fused_recurrent",
+    "fused_sigmoid_gating_delta_rule_update": f"{_OPS}.attention.linear.fused_sigmoid_gating_recurrent",
+    "causal_conv1d_fn": f"{_OPS}.mamba.causal_conv1d_triton",
+    "causal_conv1d_update": f"{_OPS}.mamba.causal_conv1d_triton",
+}
 
 
 def get_original(name: str) -> Callable[..., Any]:

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from ..config import Settings
-from ..device import Device, KernelReplacement, declared, known_vendors, target_problem
+from ..device import Device, KernelReplacement, declared, has_triton, target_problem
 from ..kernels.reference import REFERENCES
 from .registry import OpRegistry
-from .types import BackendImplKind, BackendPriority, LazyFunction, OpImpl
+from .types import BackendImplKind, BackendPriority, LazyFunction, OpImpl, why_left_to_triton
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,6 @@ def _register(
     )
 
 
-def has_triton(device: Device) -> bool:
-    """Whether SGLang's Triton kernels run on a device. A package that stands in for Triton has none for its chip."""
-    declaration = declared().platforms.get(device.vendor)
-    if declaration is not None and "triton" in declaration.stand_ins:
-        return False
-    return device.in_tree not in (None, "cpu") or "supports_triton" in known_vendors()[device.vendor].capabilities
-
-
 def may_be_replaced(settings: Settings, device: Device) -> bool:
     """Whether it is worth to look for what replaces SGLang's kernels in a process that runs no model; imports nothing."""
     declaration = declared().platforms.get(device.vendor)
@@ -95,13 +87,6 @@ def replaceable(registry: OpRegistry, settings: Settings, device: Device) -> lis
 def exclusion_reason(settings: Settings, target: str) -> str | None:
     """Why a kernel stays with SGLang whatever the policy says, or None. A whitelist is of layers: it says nothing of kernels."""
     return replace(settings, oot_whitelist=None).exclusion_reason({target.partition(":")[2]})
-
-
-def why_left_to_triton(op: str, settings: Settings, device: Device) -> str | None:
-    """Why a reference is not used where it would replace a Triton kernel of SGLang's, or None: its operator's own order names it."""
-    if op in dict(settings.op_backends) or not has_triton(device):
-        return None
-    return "SGLang's own kernel runs on this device"
 
 
 def _why_not_this_chip(vendor: str, settings: Settings, device: Device) -> str | None:

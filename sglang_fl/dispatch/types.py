@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from ..config import Settings, settings_in_force
-from ..device import Device, canonical, detect, probe
+from ..device import Device, canonical, detect, has_triton, probe
 from ..utils.suggest import suggest
 from .ops import FLBackendBase
 
@@ -269,3 +269,10 @@ def match_token(impl: OpImpl, token: str) -> bool:
     if head == "vendor":
         return impl.kind is BackendImplKind.VENDOR and (canonical(impl.vendor or "") == canonical(tail) or impl.impl_id == f"vendor.{tail}")
     return head == "impl" and impl.impl_id == tail
+
+
+def why_left_to_triton(op: str, settings: Settings, device: Device) -> str | None:
+    """Why a reference is not used where it would replace a Triton kernel of SGLang's, or None: its operator's own order names it."""
+    if op in dict(settings.op_backends) or not has_triton(device):
+        return None
+    return "SGLang's own kernel runs on this device"

@@ -3,8 +3,7 @@
 
 from functools import partial
 
-from ...kernel_implementations import why_left_to_triton
-from ...types import BackendImplKind
+from ...types import BackendImplKind, why_left_to_triton
 from .. import Kernel, KernelTable
 
 _FUNCTIONS = {
