@@ -141,7 +141,7 @@ _SPECIAL = "values={nan,zeros}"
 OPERATORS = {
     "causal_conv1d_fn": Operator(
         Prefill(),
-        "dim=1024 {,layout=packed fresh}",
+        "dim=512 {,layout=packed fresh}",
         lambda call: exact.causal_conv1d_fn(*call.inputs.values()),
         sizes=f"{_DIMS} | sequences=300 dim=16",
         unusual=f"{_UNUSUAL} | lengths=1,1,1 | lengths=3,4,2 | layout=channels",
@@ -151,7 +151,7 @@ OPERATORS = {
     ),
     "causal_conv1d_update": Operator(
         Update(),
-        "dim=1024 {,layout=packed}",
+        "dim=512 {,layout=packed}",
         lambda call: exact.causal_conv1d_update(*call.inputs.values()),
         sizes=_DIMS,
         many="tokens=4097 dim=16",
