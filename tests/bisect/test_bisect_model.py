@@ -123,7 +123,7 @@ def test_the_report_and_the_archive_show_the_fault_without_us(loaded: LoadedMode
         (["word " * 3000], True, "tokens; at most 2042 fit here"),
         ([""], True, "the prompt '' has no tokens"),
         (["5 6 512"], False, "the prompt '5 6 512' is not a list of token ids below 512"),
-        (["Sonnet 18"], False, "with --skip-tokenizer-init a text is none"),
+        (["Sonnet 18"], False, "the prompt 'Sonnet 18' is not a list of token ids below 512"),
     ],
 )
 def test_a_prompt_that_cannot_be_run(loaded: LoadedModel, prompts: list[str], tokens: bool, message: str) -> None:

@@ -16,7 +16,11 @@ from typing import Any
 import pytest
 
 from sglang_fl.cli import main
+from sglang_fl.dispatch.bridge.catalog import classes_of
+from sglang_fl.dispatch.ops import OPERATORS
 
+#: On a plain CPU: the operators that SGLang calls.
+SWITCHES = sum(bool(classes_of(op)) for op in OPERATORS)
 JUDGE = shlex.join([sys.executable, str(Path(__file__).parents[1] / "bisect/judge.py")])
 #: Fails where op:topk is on.
 TOPK = 'case "$SGLANG_FL_PER_OP" in *topk=sglang*) exit 0;; *) {};; esac'
@@ -64,7 +68,7 @@ def test_an_operator_and_the_page_of_it(capsys: pytest.CaptureFixture[str]) -> N
     assert "op:rms_norm makes the command fail: it fails with only this on, and passes with only this off: odds" in printed.out
     assert "op_backends:\n  rms_norm: [sglang]\n" in printed.out
     assert "No run loaded a model with sglang-fl" in printed.out
-    assert "run 1: 14 of 14 on: failed (exit code 1" in printed.err and "run 2: 0 of 14 on: passed" in printed.err
+    assert f"run 1: {SWITCHES} of {SWITCHES} on: failed (exit code 1" in printed.err and f"run 2: 0 of {SWITCHES} on: passed" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_how_a_command_fails(bisect: Bisect, fails: str, how: str) -> None:
 @pytest.mark.parametrize(
     ("command", "code", "told"),
     [
-        ("true", 0, "The command does not fail with all 14 switches on: odds"),
+        ("true", 0, f"The command does not fail with all {SWITCHES} switches on: odds"),
         ("false", 3, "It is no operator: the command also fails with all switches off: odds"),
     ],
 )
@@ -232,6 +236,6 @@ def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_dry_run(capsys: pytest.CaptureFixture[str], in_a_folder: Path) -> None:
     assert main(["bisect", "--run", "touch ran", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("14 switches: op:chunk_gated_delta_rule ")
-    assert "all off: SGLANG_FL_PER_OP='chunk_gated_delta_rule=sglang;" in printed
+    assert printed.startswith(f"{SWITCHES} switches: op:causal_conv1d_fn ")
+    assert "all off: SGLANG_FL_PER_OP='" in printed and "chunk_gated_delta_rule=sglang;" in printed
     assert not list(in_a_folder.iterdir())

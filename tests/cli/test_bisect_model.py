@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``sglang-fl bisect MODEL``: what is refused before a model is loaded."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -39,19 +40,23 @@ def test_a_file_without_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "has no prompt; write one per line" in capsys.readouterr().err
 
 
+def run(fault: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: what is planted stays there."""
+    environ = {**os.environ, **planted_faults.ENVIRON, "OMP_NUM_THREADS": "1", "PLANTED_FAULT": fault, "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-P", "-m", "sglang_fl", "bisect", *arguments], env=environ, capture_output=True, text=True)
+
+
 @pytest.mark.e2e
-def test_a_planted_fault_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_planted_fault_by_the_command_line(tmp_path: Path) -> None:
     """The whole command with SGLang's own engine: exit code, table, setting, page and archive."""
-    for name, value in {**planted_faults.ENVIRON, "OMP_NUM_THREADS": "1", "PLANTED_FAULT": "one gather"}.items():
-        monkeypatch.setenv(name, value)
     page, archives = tmp_path / "page.html", tmp_path / "evidence"
     (tmp_path / "prompts").write_text(f"\n{RECITAL[:84]}\n\n")
-    command = ["bisect", str(demo_model()), "--prompts", str(tmp_path / "prompts"), "--html", str(page), "--archive", str(archives)]
-    assert main([*command, "--", "--dtype", "float32"]) == 1
-    printed = capsys.readouterr()
-    assert "FOUND: index (FlagGems, index.Tensor): the output changes with only this on, and is right with only this off." in printed.out
-    assert "flagos_blacklist: [index]" in printed.out and "loads of the model: 1;" in printed.out
-    assert "pass 3 of 3: each replacement compared with SGLang's own and float64" in printed.err
+    command = [str(demo_model()), "--prompts", str(tmp_path / "prompts"), "--html", str(page), "--archive", str(archives)]
+    done = run("one gather", *command, "--", "--dtype", "float32")
+    assert done.returncode == 1, done.stderr
+    assert "FOUND: index (FlagGems, index.Tensor): the output changes with only this on, and is right with only this off." in done.stdout
+    assert "flagos_blacklist: [index]" in done.stdout and "loads of the model: 1;" in done.stdout
+    assert "pass 3 of 3: each replacement compared with SGLang's own and float64" in done.stderr
     assert "flagos_blacklist: [index]" in page.read_text()
     assert [file.suffix for file in archives.iterdir()] == [".zip"]
 
@@ -98,11 +103,9 @@ def test_a_prompt_that_is_too_long_says_how_long_it_may_be(capsys: pytest.Captur
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_random_weights_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_weights_without_a_tokenizer(tmp_path: Path) -> None:
     """A model's shape is enough to find an operator that is wrong."""
-    for name, value in {**planted_faults.ENVIRON, "OMP_NUM_THREADS": "1", "PLANTED_FAULT": "batch > 8 only"}.items():
-        monkeypatch.setenv(name, value)
     shutil.copy(demo_model() / "config.json", tmp_path)
     arguments = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"]
-    assert main(["bisect", str(tmp_path), "--prompt", "5 6 7, 8 9 10 11 12", "--", *arguments]) == 1
-    assert "FOUND: RMSNorm → vendor.planted: the output changes with only this on" in capsys.readouterr().out
+    done = run("batch > 8 only", str(tmp_path), "--prompt", "5 6 7, 8 9 10 11 12", "--", *arguments)
+    assert "FOUND: RMSNorm → vendor.planted: the output changes with only this on" in done.stdout, done.stderr

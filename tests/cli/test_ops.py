@@ -18,6 +18,8 @@ from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.trial import TrialRecord, environment
 
 Ops = Callable[..., dict[str, Any]]
+#: Where Triton runs, these stay with SGLang.
+LEFT_TO_SGLANG = {"causal_conv1d_fn", "causal_conv1d_update", "fused_sigmoid_gating_delta_rule_update"}
 REFERENCE, TESTCHIP = "reference(reference.torch)", "vendor(vendor.testchip)"
 
 
@@ -26,7 +28,8 @@ def test_every_operator_with_its_implementations(ops: Ops) -> None:
     assert set(OPERATORS) <= found.keys()
     assert (found["device"], found["evidence"], found["layers"]) == ("cpu", "a test", None)
     for op in filter(classes_of, OPERATORS):
-        assert found[op]["order"] == "reference | flagos | triton | vendor"
+        left = " | sglang" if op in LEFT_TO_SGLANG else ""
+        assert found[op]["order"] == "reference | flagos | triton | vendor" + left
         assert found[op]["order_from"] == "profile cpu:2"
         assert found[op]["picked"] == REFERENCE
         reference = {"impl": "reference.torch", "kind": "reference", "vendor": None, "available": True, "why": ""}
