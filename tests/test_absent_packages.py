@@ -40,15 +40,44 @@ for call in (top_k_top_p_sampling_from_probs, get_last_loc_kernel[(1,)], sgl_ker
     except NotImplementedError as error:
         print(error)
 """
+SERVERS = """
+import sys
+from pathlib import Path
+
+from sglang_fl.cli import demo, kernel_trace, main
+from sglang_fl.utils import server
+
+class Ends(server.Server):
+    def __enter__(self):
+        print(*self._command[1:3])
+        raise server.ServerFailed("by the test")
+
+server.Server = kernel_trace.Server = Ends
+demo._model = lambda console: Path("model")
+main(["demo"])
+main(["kernels", "--model", sys.argv[1], "--trace"])
+"""
+
+
+def run(directory: Path, code: str, *arguments: str) -> list[str]:
+    """What code prints, with the package installed and the others hidden."""
+    write_package(directory, "fastchip", PLATFORM, {"sglang_fl.platform": "fastchip:PLATFORM"})
+    (directory / "fastchip_sgl_kernel.py").write_text("def of_fastchip():\n    return 'provided'\n")
+    hide(directory, HIDDEN, DISTRIBUTIONS)
+    site = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {**os.environ, "PYTHONPATH": site, "XDG_STATE_HOME": str(directory / "state")}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environ)
+    return done.stdout.splitlines() or [done.stderr] * 9
+
+
+def test_the_servers_of_our_commands_have_them_in_time(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    printed = run(tmp_path, SERVERS, str(tmp_path))
+    assert [line for line in printed if line.startswith("-m ")] == ["-m sglang_fl.platform.serve"] * 2, printed
 
 
 def test_what_is_not_given_says_so_when_it_is_called(tmp_path: Path) -> None:
-    write_package(tmp_path, "fastchip", PLATFORM, {"sglang_fl.platform": "fastchip:PLATFORM"})
-    (tmp_path / "fastchip_sgl_kernel.py").write_text("def of_fastchip():\n    return 'provided'\n")
-    hide(tmp_path, HIDDEN, DISTRIBUTIONS)
-    site = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": site})
-    provided, sampling, kernel, norm, compiles = done.stdout.splitlines() or [done.stderr] * 5
+    provided, sampling, kernel, norm, compiles = run(tmp_path, CALLS)[:5]
     assert provided == "provided 4 False"
     assert sampling.startswith("SGLang called flashinfer.sampling.top_k_top_p_sampling_from_probs, and flashinfer is not installed")
     target = "sglang.kernels.ops.memory.common:get_last_loc_kernel"

@@ -18,6 +18,7 @@ from ..config.options import PREFERENCES
 from ..device import probe
 from ..dispatch.logger_manager import read_dispatch_log
 from ..dispatch.manager import get_default_manager
+from ..platform.absent_packages import server_module
 from ..startup import check_settings
 from .arguments import number
 from .demo_model import QUESTION, RECITAL, cache_directory, demo_model
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     if args.port is not None and not port_is_free(args.port):
         console.print(f"Port {args.port} is in use; choose another, or omit --port to use any free one.")
         return 2
-    settings = check_settings({**os.environ, **environ}, probe(), get_default_manager())
+    device = probe()
+    settings = check_settings({**os.environ, **environ}, device, get_default_manager())
 
     with ExitStack() as leftovers:
         directory = Path(tempfile.mkdtemp(prefix="sglang-fl-demo-"))
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"Cannot use the model cache: {error}. Set XDG_CACHE_HOME to another directory.", markup=False)
             return 1
         arguments = ["--tp", str(args.tp)] if args.tp > 1 else []
-        server = Server(model, port=args.port or free_port(), log=directory / "server.log", arguments=arguments, environ=environ)
+        log, command = directory / "server.log", (server_module(device),)
+        server = Server(model, port=args.port or free_port(), log=log, arguments=arguments, environ=environ, command=command)
         try:
             with server:
                 server.keep = args.keep
@@ -96,7 +99,7 @@ def _wait(console: Console, server: "Server") -> None:
         progress.add_task("starting the SGLang server (most of a minute: it imports SGLang in three processes)")
         started = time.monotonic()
         server.wait_until_ready()
-    console.print(f"Server: python -m sglang.launch_server, ready after {time.monotonic() - started:.0f} s at {server.url}", markup=False)
+    console.print(f"Server: python -m {server.module}, ready after {time.monotonic() - started:.0f} s at {server.url}", markup=False)
 
 
 def _ask(console: Console, server: "Server") -> bool:

@@ -21,6 +21,7 @@ from ..compat import installed_version
 from ..config import SettingsError
 from ..device import probe
 from ..kernels import trace
+from ..platform.absent_packages import server_module
 from ..utils.server import Server, ServerFailed, free_port
 from .model_layers import read_config
 
@@ -58,8 +59,14 @@ def trace_model(model: Path, arguments: Sequence[str]) -> bool:
     given = [] if _has(model, _WEIGHTS) else ["--load-format", "dummy"]
     given += [] if _has(model, _TOKENIZERS) else ["--skip-tokenizer-init"]
     folder = Path(tempfile.mkdtemp(prefix="sglang-fl-kernels-"))
+    device = probe()
     server = Server(
-        model, port=free_port(), log=folder / "server.log", arguments=[*given, *arguments], environ={trace.VARIABLE: str(folder)}
+        model,
+        port=free_port(),
+        log=folder / "server.log",
+        arguments=[*given, *arguments],
+        environ={trace.VARIABLE: str(folder)},
+        command=(server_module(device),),
     )
     console, failed = Console(stderr=True, markup=False, emoji=False), ""
     try:
@@ -72,7 +79,7 @@ def trace_model(model: Path, arguments: Sequence[str]) -> bool:
         console.print(f"The server failed: {server.last_lines()}\nIts log: {server.log}", soft_wrap=True)
     record = {
         "model": str(model.resolve()),
-        "device": probe().vendor,
+        "device": device.vendor,
         "sglang": installed_version(),
         "date": datetime.date.today().isoformat(),
         "arguments": list(arguments),

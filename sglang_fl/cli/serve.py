@@ -5,7 +5,7 @@ import argparse
 import os
 import sys
 
-_MODULE = "sglang_fl.platform.serve"
+from ..platform.absent_packages import SERVE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,4 +16,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Replace this process with the server."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", _MODULE, *args.arguments])
+    os.execv(sys.executable, [sys.executable, "-m", SERVE, *args.arguments])

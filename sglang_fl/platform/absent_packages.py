@@ -36,6 +36,8 @@ _PRESENT: Mapping[str, Any] = {
     "sgl_kernel.utils.is_arch_support_pdl": lambda: False,
     **TRITON,
 }
+#: The module that puts all of this in place before SGLang is imported.
+SERVE = "sglang_fl.platform.serve"
 #: What SGLang imports where it is there, calls at once, and does without where it is not.
 _LEFT_OUT = frozenset({"triton.knobs"})
 #: The modules of ``sgl_kernel`` that SGLang imports without asking whether they are there. Of others it can do without.
@@ -154,6 +156,13 @@ def stand_in_for_absent_packages(device: Device) -> list[str]:
         # SGLang compares the version of what is installed, of which there is none.
         os.environ["SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK"] = "1"
     return sorted(_finder.providers)
+
+
+def server_module(device: Device) -> str:
+    """The module that starts a server here: SGLang's own, or ours where there is no Triton, which SGLang imports before it asks us."""
+    declaration = declared().platforms.get(device.vendor)
+    needs_ours = declaration is not None and "triton" in declaration.stand_ins and (stands_in_for("triton") or is_absent("triton"))
+    return SERVE if needs_ours else "sglang.launch_server"
 
 
 def stands_in_for(package: str) -> bool:

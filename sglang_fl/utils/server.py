@@ -60,6 +60,7 @@ class Server:
         self.port = port
         self.log = log
         self.keep = False
+        self.module = command[0]
         self._command = [
             sys.executable,
             "-m",
