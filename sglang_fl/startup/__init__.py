@@ -4,13 +4,15 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 
 from ..config import Settings, SettingsError, Words, hand_down, ignored_variables, load_settings, plugin_modules, settings_of_parent
-from ..device import Device, vendor_problems
+from ..device import Device, declared, vendor_problems
 from ..dispatch.logger_manager import open_dispatch_log, why_unwritable
 from ..dispatch.manager import OpManager, get_default_manager
 from ..dispatch.policy import PolicyManager
 from ..distributed.device_communicators.flagcx_files import FlagCXError, find_library
+from ..kernels.places import problem_with
 from .words import settings_words
 
 logger = logging.getLogger("sglang_fl")
@@ -42,7 +44,7 @@ def check_names(environ: Mapping[str, str], device: Device, manager: OpManager) 
 
 
 def _check(environ: Mapping[str, str], device: Device, words: Words, problems: Sequence[str] = ()) -> Settings:
-    problems = [*problems, *vendor_problems(environ, device)]
+    problems = [*problems, *vendor_problems(environ, device), *_kernel_problems(device)]
     try:
         settings = load_settings(environ, device=device, words=words)
     except SettingsError as error:
@@ -51,6 +53,16 @@ def _check(environ: Mapping[str, str], device: Device, words: Words, problems: S
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def _kernel_problems(device: Device) -> Iterator[str]:
+    """What is wrong with the names of SGLang's kernels that the chip's package declares. Nothing of SGLang is imported."""
+    platforms, origins, _ = declared()
+    if device.vendor in platforms and find_spec("sglang") is not None:
+        for target, given in platforms[device.vendor].kernels().items():
+            if problem := problem_with(target, given.takes_grid):
+                origin = origins[device.vendor]
+                yield f"the platform {device.vendor} that {origin} declares cannot be used: sglang_kernels: {problem}"
 
 
 def _file_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:

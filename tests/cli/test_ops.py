@@ -210,3 +210,20 @@ def test_a_kernel_of_sglangs_that_a_package_replaces(
     monkeypatch.setenv("SGLANG_FL_PER_OP", f"{kernel}s=sglang")
     assert main(["ops"]) == 2
     assert f"did you mean '{kernel}'?" in capsys.readouterr().err
+
+
+def test_a_kernel_that_this_sglang_does_not_have_is_not_listed_as_replaced(
+    packages: Packages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = "sglang.kernels.ops.memory.common:get_last_loc_tritn"
+    code = "from sglang_fl.vendor_platform import VendorPlatform\n" + (
+        f"PLATFORM = VendorPlatform(name='fastchip', device_type='cpu', is_present=lambda: True, sglang_kernels={{{kernel!r}: 'm:f'}})"
+    )
+    packages.install(code, {ENTRY_POINT_GROUP: "{module}:PLATFORM"})
+    for module in ("ops", "doctor.diagnosis"):
+        monkeypatch.setattr(f"sglang_fl.cli.{module}.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
+    told = "this SGLang has no 'get_last_loc_tritn' in sglang.kernels.ops.memory.common; did you mean 'get_last_loc_triton'?"
+    assert main(["ops"]) == 2
+    assert told in capsys.readouterr().err
+    assert main(["doctor"]) == 1, "without --deep"
+    assert capsys.readouterr().out.count(told) == 1

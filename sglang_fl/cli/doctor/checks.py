@@ -53,7 +53,7 @@ def problems_of(machine: Machine) -> list[Problem]:
         found += [problem for check in _CHECKS_OF_SETTINGS for problem in check(machine, machine.settings)]
     if machine.deep:
         found += [problem for check in _DEEP_CHECKS for problem in check(machine)]
-    return found
+    return list({problem.what: problem for problem in found}.values())  # two checks may find the same
 
 
 def sglang_release(machine: Machine) -> Iterator[Problem]:
