@@ -58,6 +58,20 @@ main(["demo"])
 main(["kernels", "--model", sys.argv[1], "--trace"])
 """
 
+BROKEN = PLATFORM.replace('"fastchip"', '"broken"').replace(
+    '"flashinfer": None, "deep_gemm": None, "triton": None', '"flashinfer": "fastchip_flashinfr", "triton": "fastchip_triton"'
+)
+DOCTOR = """
+import os
+import sys
+
+os.environ["GEMS_VENDOR"] = "broken"
+from sglang_fl.cli import main
+
+sys.stderr = sys.stdout
+main(["doctor", "--deep"])
+"""
+
 
 def run(directory: Path, code: str, *arguments: str) -> list[str]:
     """What code prints, with the package installed and the others hidden."""
@@ -83,3 +97,12 @@ def test_what_is_not_given_says_so_when_it_is_called(tmp_path: Path) -> None:
     target = "sglang.kernels.ops.memory.common:get_last_loc_kernel"
     assert kernel.startswith(f"SGLang launched its Triton kernel {target}") and f"sglang_kernels={{'{target}': " in kernel
     assert norm.startswith("SGLang called sgl_kernel.rmsnorm") and compiles.startswith("SGLang called triton.compile")
+
+
+def test_a_module_that_cannot_stand_in_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fastchip_triton.py").write_text("import a_module_that_is_not_there")
+    write_package(tmp_path, "broken", BROKEN, {"sglang_fl.platform": "broken:PLATFORM"})
+    printed = "\n".join(run(tmp_path, DOCTOR))
+    assert "fastchip_triton, which stands in for triton, cannot be imported: ModuleNotFoundError: No module named 'a_module" in printed
+    assert "stand_ins['flashinfer']: there is no module 'fastchip_flashinfr'" in printed
+    assert "Traceback" not in printed

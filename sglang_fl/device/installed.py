@@ -112,7 +112,8 @@ def _chips_here() -> tuple[dict[str, str], dict[str, str]]:
 def _missing_modules(platform: VendorPlatform) -> list[str]:
     """The modules that a declaration names and that are not installed. None is imported to find out."""
     problems = []
-    for name, path in platform.classes().items():
+    stand_ins = {f"stand_ins[{name!r}]": module for name, module in platform.stand_ins.items() if module is not None}
+    for name, path in (platform.classes() | stand_ins).items():
         module = path.partition(":")[0]
         try:
             installed = importlib.util.find_spec(module) is not None

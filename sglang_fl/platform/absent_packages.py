@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..device import Device, declared
+from ..utils.packages import last_line
 from .absent_triton import PRESENT as TRITON
 from .absent_triton import NoTriton
 
@@ -128,7 +129,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             # The part of the provider that stands for this module; without one, nothing is provided here.
             name = f"{provider}.{rest}" if rest else provider
             if not rest or _is_there(name):
-                module._provider = importlib.import_module(name)  # type: ignore[attr-defined]
+                try:
+                    module._provider = importlib.import_module(name)  # type: ignore[attr-defined]
+                except Exception as error:
+                    raise ImportError(f"{name}, which stands in for {module.__name__}, cannot be imported: {last_line(error)}") from error
 
 
 _finder = _Finder()

@@ -181,8 +181,12 @@ def sglang_interfaces(machine: Machine) -> Iterator[Problem]:
 
 def declared_platform(machine: Machine) -> Iterator[Problem]:
     """Problems of the package that brings up this chip."""
-    from ...platform import platform_class
-    from ...platform.declared import DeclaredHooks
+    try:
+        from ...platform import platform_class
+        from ...platform.declared import DeclaredHooks
+    except ImportError as error:  # a module that stands in for a package
+        yield Problem(f"SGLang cannot be imported: {error}", "fix or uninstall that package", fatal=True)
+        return
 
     platform = platform_class(machine.device)
     for message in platform.declaration_problems() if issubclass(platform, DeclaredHooks) else []:

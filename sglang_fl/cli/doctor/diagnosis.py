@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collects what the doctor shows."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
 
 def _changes_to_sglang(deep: bool) -> list[str]:
     """Packages that change SGLang; ``deep`` applies the changes in this process, and lists the functions."""
-    if not deep or why_not_importable():
+    if not deep or why_not_importable() or "sglang" not in sys.modules:  # the deep checks have imported it, if that can be done
         return packages_with_changes()
     from sglang.srt.plugins import load_plugins
 
