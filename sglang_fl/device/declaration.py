@@ -190,6 +190,9 @@ class VendorPlatform:
                 return f"sglang_kernels: {problem}"
             if not _is_path(given.function if isinstance(given, KernelReplacement) else given):
                 return f"sglang_kernels[{target!r}] must be 'module:function' or KernelReplacement('module:function', …), not {given!r}"
+            for name in ("takes_grid", "writes_inputs", "batch_invariant"):
+                if not isinstance(value := getattr(replacement(given), name), bool):
+                    return f"sglang_kernels[{target!r}]: {name} must be True or False, not {value!r}"
         for package, provider in self.stand_ins.items():
             if package not in STAND_INS:
                 return f"stand_ins: unknown package {package!r}{suggest(str(package), STAND_INS)}"

@@ -22,6 +22,7 @@ from sglang_fl.device import (
     ENTRY_POINT_GROUP,
     KV_POOL_KINDS,
     Device,
+    KernelReplacement,
     VendorPlatform,
     declared,
     describe_platforms,
@@ -75,6 +76,10 @@ def test_the_words_are_sglangs() -> None:
         ({"quantization": {"fp8": "a"}}, "quantization['fp8'] must be written 'module:Class', not 'a'"),
         ({"sglang_kernels": {"triton.x:f": "a:b"}}, "a kernel of SGLang's is written 'sglang.module:name', not 'triton.x:f'"),
         ({"sglang_kernels": {"sglang.x:f": "a.b"}}, "sglang_kernels['sglang.x:f'] must be 'module:function' or KernelReplacement("),
+        (
+            {"sglang_kernels": {"sglang.x:f": KernelReplacement("a:b", writes_inputs="no")}},  # type: ignore[arg-type]
+            "sglang_kernels['sglang.x:f']: writes_inputs must be True or False, not 'no'",
+        ),
         ({"stand_ins": {"sgl_kernels": None}}, "stand_ins: unknown package 'sgl_kernels'; did you mean 'sgl_kernel'?"),
         ({"stand_ins": {"sgl_kernel": "a:b"}}, "stand_ins['sgl_kernel'] must be the name of a module or None, not 'a:b'"),
         ({"stand_ins": ["triton"]}, "stand_ins must map names to a module or None"),
