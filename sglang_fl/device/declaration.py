@@ -198,6 +198,8 @@ class VendorPlatform:
                 return f"stand_ins: unknown package {package!r}{suggest(str(package), STAND_INS)}"
             if provider is not None and not _is_path(f"{provider}:x"):
                 return f"stand_ins[{package!r}] must be the name of a module or None, not {provider!r}"
+            if provider is not None and provider.partition(".")[0] == package:
+                return f"stand_ins[{package!r}] must be a module of the chip's package, not {provider!r} itself"
         return None
 
     def kernels(self) -> dict[str, KernelReplacement]:
