@@ -33,8 +33,10 @@ from flashinfer.sampling import top_k_top_p_sampling_from_probs
 from sglang.kernels.ops.memory.common import get_last_loc_kernel
 from torch.utils._triton import has_triton
 
+from sgl_kernel import imported, spatial
+print(imported.f(), spatial.f())
 print(sgl_kernel.of_fastchip(), triton.cdiv(7, 2), has_triton())
-for call in (top_k_top_p_sampling_from_probs, get_last_loc_kernel[(1,)], sgl_kernel.rmsnorm, triton.compile):
+for call in (top_k_top_p_sampling_from_probs, get_last_loc_kernel[(1,)], sgl_kernel.rmsnorm, triton.compile, imported.g):
     try:
         call(1)
     except NotImplementedError as error:
@@ -76,7 +78,10 @@ main(["doctor", "--deep"])
 def run(directory: Path, code: str, *arguments: str) -> list[str]:
     """What code prints, with the package installed and the others hidden."""
     write_package(directory, "fastchip", PLATFORM, {"sglang_fl.platform": "fastchip:PLATFORM"})
-    (directory / "fastchip_sgl_kernel.py").write_text("def of_fastchip():\n    return 'provided'\n")
+    (directory / "fastchip_sgl_kernel").mkdir()
+    (directory / "fastchip_sgl_kernel" / "__init__.py").write_text("from . import imported\n\ndef of_fastchip():\n    return 'provided'\n")
+    for part in ("imported", "spatial"):
+        (directory / "fastchip_sgl_kernel" / f"{part}.py").write_text(f"def f():\n    return 'of {part}'\n")
     hide(directory, HIDDEN, DISTRIBUTIONS)
     site = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {**os.environ, "PYTHONPATH": site, "XDG_STATE_HOME": str(directory / "state")}
@@ -91,12 +96,14 @@ def test_the_servers_of_our_commands_have_them_in_time(tmp_path: Path) -> None:
 
 
 def test_what_is_not_given_says_so_when_it_is_called(tmp_path: Path) -> None:
-    provided, sampling, kernel, norm, compiles = run(tmp_path, CALLS)[:5]
+    parts, provided, sampling, kernel, norm, compiles, of_a_part = run(tmp_path, CALLS)[:7]
+    assert parts == "of imported of spatial"
     assert provided == "provided 4 False"
     assert sampling.startswith("SGLang called flashinfer.sampling.top_k_top_p_sampling_from_probs, and flashinfer is not installed")
     target = "sglang.kernels.ops.memory.common:get_last_loc_kernel"
     assert kernel.startswith(f"SGLang launched its Triton kernel {target}") and f"sglang_kernels={{'{target}': " in kernel
     assert norm.startswith("SGLang called sgl_kernel.rmsnorm") and compiles.startswith("SGLang called triton.compile")
+    assert of_a_part.startswith("SGLang called sgl_kernel.imported.g")
 
 
 def test_a_module_that_cannot_stand_in_is_named(tmp_path: Path) -> None:

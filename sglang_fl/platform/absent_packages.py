@@ -90,6 +90,8 @@ class _AbsentModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         path = f"{self.__name__}.{name}"
         provided = getattr(self._provider, name, None)
+        if self._is_part(name, provided):
+            return importlib.import_module(path)
         if provided is not None:
             return provided
         if path in _PRESENT:
@@ -97,6 +99,13 @@ class _AbsentModule(ModuleType):
         if name.startswith("__"):
             raise AttributeError(path)
         return Absent(path)
+
+    def _is_part(self, name: str, provided: Any) -> bool:
+        """Whether a name is that of a module of the provider's: ``from sgl_kernel import part`` asks for it as for a function."""
+        if self._provider is None or name.startswith("__"):
+            return False
+        part = f"{self._provider.__name__}.{name}"
+        return _is_there(part) if provided is None else isinstance(provided, ModuleType) and provided.__name__ == part
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
