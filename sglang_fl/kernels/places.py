@@ -64,8 +64,11 @@ class _Loader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        before = set(sys.modules)
         self._own.exec_module(module)
-        _put(module, self._hooks)
+        # What the module has under a second name, and what it imports that imports from it in turn, has the kernel by now.
+        others = [found for name, found in list(sys.modules.items()) if name not in before]
+        _rebind(_put(module, self._hooks), [module, *others])
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like
         return getattr(self._own, name)
@@ -106,7 +109,7 @@ def put_in_place(hooks: Mapping[str, KernelHook]) -> None:
         _places.hooks.setdefault(module, {})[name] = hook
         if module in sys.modules:
             replaced += _put(sys.modules[module], {name: hook})
-    _rebind({id(hook.own): hook for hook in replaced})
+    _rebind(replaced, list(sys.modules.values()))
 
 
 def _put(module: ModuleType, hooks: Mapping[str, KernelHook]) -> list[KernelHook]:
@@ -121,9 +124,10 @@ def _put(module: ModuleType, hooks: Mapping[str, KernelHook]) -> list[KernelHook
     return put
 
 
-def _rebind(hooks: Mapping[int, KernelHook]) -> None:
-    """Set hooks in modules that imported a kernel before."""
-    for module in list(sys.modules.values()) if hooks else ():
+def _rebind(placed: Sequence[KernelHook], modules: Sequence[ModuleType]) -> None:
+    """Set hooks in modules that have a kernel under another name, or imported it before."""
+    hooks = {id(hook.own): hook for hook in placed}
+    for module in modules if hooks else ():
         if isinstance(module, ModuleType):
             for name, value in list(vars(module).items()):
                 if id(value) in hooks:

@@ -71,6 +71,17 @@ def test_modules_that_are_imported_later_have_it_too_and_nothing_was_imported_fo
     check_use(importlib.reload(importlib.reload(sys.modules["home_of_a_test"]) and sys.modules["user_of_a_test"]))
 
 
+def test_a_second_name_and_a_module_that_imports_in_a_circle_have_it_whenever_they_were_imported(home: Path) -> None:
+    (home / "home_of_a_test.py").write_text(f"{HOME}\nsame = function\nimport user_of_a_test\n")
+    replaced()
+    check_use(importlib.import_module("user_of_a_test"))
+    for name in ("home_of_a_test", "user_of_a_test"):
+        del sys.modules[name]
+    module = importlib.import_module("home_of_a_test")
+    check_use(sys.modules["user_of_a_test"])
+    assert module.same(1) == ("ours", None, (1,), {})
+
+
 def test_what_is_taken_away_is_sglangs_own_again(home: Path) -> None:
     user = importlib.import_module("user_of_a_test")
     kernel = user.launched
