@@ -187,8 +187,12 @@ def _modules_near(module: str) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _names(file: Path) -> Mapping[str, ast.AST]:
-    """The names that a module's source defines or imports at its top level, in any branch, each with its last statement."""
-    return dict(_defined(ast.parse(file.read_text(encoding="utf-8")).body))
+    """The names that a module's source defines or imports at its top level, in any branch, each with its last statement.
+
+    A definition goes before an import: on some devices it is the one, on others the other.
+    """
+    found = list(_defined(ast.parse(file.read_text(encoding="utf-8")).body))
+    return dict(sorted(found, key=lambda pair: not isinstance(pair[1], ast.ImportFrom)))
 
 
 def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
