@@ -243,7 +243,9 @@ def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
     for row in replaced:
         console.print(f"{row.op} → {row.selected['impl']} ({row.certificate.partition(', ')[0]})", soft_wrap=True)
     if kernels:
-        console.print(f"SGLang's own kernels: {'; '.join(kernels_in_words(kernels))}; 'sglang-fl ops --all' lists them", soft_wrap=True)
+        console.print(
+            f"SGLang's own kernels: {'; '.join(filter(None, kernels_in_words(kernels)))}; 'sglang-fl ops --all' lists them", soft_wrap=True
+        )
 
 
 def kernels_in_words(rows: Sequence[OpRow]) -> tuple[str, str]:

@@ -207,6 +207,10 @@ def test_a_kernel_of_sglangs_that_a_package_replaces(
     assert f"{kernel} → vendor.fastchip" in capsys.readouterr().out
     assert ops(SGLANG_FL_PER_OP=f"{kernel}=sglang")[kernel]["picked"] == "sglang"
     assert ops(SGLANG_FL_OOT_BLACKLIST="get_last_loc_triton")[kernel]["picked"] == "sglang (oot_blacklist)"
+    monkeypatch.setenv("SGLANG_FL_OOT_ENABLED", "0")
+    assert main(["ops"]) == 0
+    assert "on sglang (Layer 2 is off); 'sglang-fl ops --all' lists them" in capsys.readouterr().out
+    monkeypatch.delenv("SGLANG_FL_OOT_ENABLED")
     monkeypatch.setenv("SGLANG_FL_PER_OP", f"{kernel}s=sglang")
     assert main(["ops"]) == 2
     assert f"did you mean '{kernel}'?" in capsys.readouterr().err
