@@ -90,7 +90,11 @@ class KernelSocket(Socket):
 
         @mark_as_ours
         def first(hook: KernelHook, grid: Any, /, *args: Any, **kwargs: Any) -> Any:
-            forward = build()
+            try:
+                forward = build()
+            except Exception as error:
+                error.add_note(f"sglang-fl: raised while the function for {self.op} was imported")
+                raise
             self.replace(hook, first, forward)
             return forward(hook, grid, *args, **kwargs)
 

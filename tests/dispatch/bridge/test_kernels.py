@@ -175,6 +175,13 @@ def test_what_one_raises_names_the_kernel_and_whose_it_is(packages: Packages, ca
     assert f"{KERNEL}: vendor.fastchip raised IndexError: no such row" in caplog.messages
 
 
+def test_what_cannot_be_imported_at_the_first_call_names_the_kernel(packages: Packages) -> None:
+    bind(packages, LAST, '"MODULE:caled"')
+    with pytest.raises(AttributeError, match="caled") as raised:
+        last_locations()
+    assert raised.value.__notes__ == [f"sglang-fl: raised while the function for {LAST} was imported"]
+
+
 def test_one_of_another_chip_is_not_there(packages: Packages) -> None:
     bind(packages, LAST, '"MODULE:called"')
     manager = OpManager()
