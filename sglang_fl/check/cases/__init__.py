@@ -47,7 +47,7 @@ def cases_of(
         pairs = list(zip(rows_of(served(64)), rows_of(served(17)), strict=True))
         for check in (THREADS, GRAPH) if operator.captured else (THREADS,):
             yield from (_case(op, check, words, dtype, other) for words, other in pairs)
-        # Compiling takes seconds: only the simplest call and the most complex one. Of recurrences it takes minutes.
+        # Compiling takes seconds, so only the first and the last form are compiled. Recurrences take minutes: never with --quick.
         compiled = pairs[:1] if quick else dict.fromkeys((pairs[0], pairs[-1]))
         for words, other in compiled if operator.compiled and (operator.tokens_in or not quick) else ():
             yield _case(op, COMPILE, words, dtype, None if on_cpu else other)

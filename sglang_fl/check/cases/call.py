@@ -198,7 +198,7 @@ class Operator:
         fewer: it gets this many times fewer tokens than operators without states.
         captured: whether serving calls it under graph capture.
         compiled: whether serving calls it inside of torch.compile.
-        dtypes: of the activations, or of the indices if there are no activations. That of serving is first.
+        dtypes: the dtypes of the activations, or of the indices if there are no activations. The one used in serving is first.
         tokens_in: the inputs with a token dimension -> that dimension, first or last. Results have it first. Empty if tokens
             depend on each other.
     """

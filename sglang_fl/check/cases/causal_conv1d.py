@@ -11,15 +11,15 @@ from .call import Call, Draw, Form, Layer, Operator
 
 @dataclass(frozen=True)
 class Convolution(Form):
-    """What both calls have in common.
+    """The common part of the operators' calls.
 
     Attributes:
-        layout: ``packed``: channels are a part of a projection; ``channels``: those of prefill lie one after another.
-        pool: ``view``: numbers lie between the slots; ``long``: slots hold a token more; ``ordered``: nobody says
-            which slots.
+        layout: ``packed``: x is a view of a wider projection; ``channels``: in prefill each channel is contiguous.
+        pool: ``view``: other numbers lie between the slots; ``long``: slots are one token longer than needed;
+            ``ordered``: no slots are given.
         padded: every third sequence has no slot.
-        plain: without bias and activation.
-        index: dtype of slots.
+        plain: no bias and no activation.
+        index: the dtype of the slots.
     """
 
     dim: int = 48
@@ -59,9 +59,9 @@ class Prefill(Convolution):
     """A call over whole sequences.
 
     Attributes:
-        lengths: of the sequences; empty: three of what ``tokens`` are.
-        sequences: so many of them, of one to three tokens; 0: as ``lengths`` says.
-        fresh: all begin at zero.
+        lengths: the lengths of the sequences. Empty: ``tokens`` split into three.
+        sequences: this many sequences of one to three tokens. 0: see ``lengths``.
+        fresh: all states start at zero.
     """
 
     tokens: int = 78
@@ -90,7 +90,7 @@ class Prefill(Convolution):
         return Call(Layer(), inputs, frozenset({"conv_states"}), guarded, ("conv_states",), takes_layer=False)
 
 
-#: A root with two children, of which the first has two and the second one: first child and next sibling of each.
+#: For each of six tokens: its first child and its next sibling. The root has two children, which have two and one.
 _CHILDREN, _SIBLINGS = (1, 3, 5, -1, -1, -1), (-1, 2, -1, 4, -1, -1)
 
 
@@ -99,8 +99,8 @@ class Update(Convolution):
     """A call for the next tokens of ``tokens`` sequences.
 
     Attributes:
-        drafts: so many of each, whose states are kept, 0: one token, without that dimension.
-        tree: the six drafts of a sequence form a tree.
+        drafts: the number of drafted tokens of each sequence; the state after each is kept. 0: one token, x is ``[batch, dim]``.
+        tree: each sequence has six drafted tokens that form a tree.
     """
 
     drafts: int = 0
@@ -133,7 +133,7 @@ class Update(Convolution):
         return Call(Layer(), inputs, frozenset(updated), guarded, updated, takes_layer=False)
 
 
-#: Of Qwen3.5 and Qwen3-Next on one to eight ranks, and beyond a power of two.
+#: Of Qwen3.5 and Qwen3-Next on one to eight ranks, one above a power of two, and one channel.
 _DIMS = "dim=8192 | dim=1024 | dim=513 | dim=1"
 _UNUSUAL = "width=2 | width=3 | plain | index=int64 | padded | pool={ordered,view,long}"
 _SPECIAL = "values={nan,zeros}"

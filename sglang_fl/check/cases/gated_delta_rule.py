@@ -176,12 +176,13 @@ class Decode(Delta):
 
 @dataclass(frozen=True)
 class Update(Delta):
-    """The update for the next tokens of ``tokens`` sequences, gates included; the pool holds fp32.
+    """A call for the next tokens of ``tokens`` sequences. It also computes the gates. The pool is fp32.
 
     Attributes:
-        lengths: tokens of each sequence; empty: one.
-        drafts: so many of each sequence, which are to be verified: the pool is only read.
-        tree: drafts form a tree.
+        lengths: the number of tokens of each sequence. Empty: one each.
+        drafts: this many drafted tokens of each sequence are verified; the pool is not updated. 0: decode.
+        tree: the drafted tokens form a tree.
+        gates: the size of a and b.
     """
 
     tokens: int = 5

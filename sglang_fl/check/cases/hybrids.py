@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's kernels around the attentions of hybrid models: norms, gates, and projections that are taken apart."""
+"""SGLang's kernels around the attention of hybrid models: norms, gates, and splits of fused projections."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +17,24 @@ def _call(inputs: dict[str, Any], guarded: dict[str, torch.Tensor] | None = None
 
 
 def _writes(call: Call, name: str, *, returned: bool) -> Call:
-    """The same of a kernel that may write an input, which is its result unless that is returned."""
+    """Let the kernel write the input ``name``. Unless ``returned``, that input is the result."""
     call.may_write, call.updated, call.returns = frozenset({name}), () if returned else (name,), returned
     return call
 
 
 @dataclass(frozen=True)
 class GatedNorm(Form):
-    """Rows of ``hidden`` numbers and their gates; ``rows`` of a token.
+    """A norm of ``[tokens * rows, hidden]``, with a gate of the same shape.
 
     Attributes:
-        layout: of x.
-        group: the norm is over groups of so many numbers.
-        activation: of the gate.
-        gate_first: the norm is of what is gated.
-        centred: a LayerNorm with a bias.
-        summed: with a residual, and the sum is a result. Of the fused kernel, as ``fused``.
+        layout: the layout of x.
+        rows: rows per token, one for each head.
+        group: the norm is over groups of this many numbers. 0: over ``hidden``.
+        activation: the activation of the gate.
+        gate_first: x is gated before the norm.
+        centred: a LayerNorm with a bias, not an RMSNorm.
+        fused: the call is of the fused kernel.
+        summed: with a residual; the sum is also a result. Only with ``fused``.
         ungated: no gate.
     """
 
@@ -75,7 +77,7 @@ def _fused_gated_norm(call: Call) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class HeadNorms(Form):
-    """q and k of each token, as parts of a projection; ``gated``: each head of q has its gate behind it."""
+    """q and k as views of one projection. ``gated``: each head of q is followed by its gate."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -87,7 +89,7 @@ class HeadNorms(Form):
         q, k, behind = draw.normal(self.tokens, sum(widths) + 8, scale=2).split([*widths, 8], -1)
         inputs = {"q": q, "k": k, "q_weight": draw.normal(self.head_dim), "k_weight": draw.normal(self.head_dim), "eps": 1e-6}
         inputs |= {"head_dim": self.head_dim} | ({"num_heads": self.heads} if self.gated else {})
-        return _call(inputs, {"what is behind the keys": behind})
+        return _call(inputs, {"the numbers after k": behind})
 
 
 def _head_norms(call: Call) -> tuple[Any, ...]:
@@ -97,11 +99,11 @@ def _head_norms(call: Call) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class OutputGate(Form):
-    """The gate of an attention.
+    """The output gate of an attention layer.
 
     Attributes:
-        packed: each head's gate lies behind its query.
-        inplace: the result may be written over the output.
+        packed: the gate is a view; each head's query is followed by its gate.
+        inplace: the result may be written over ``attn_output``.
     """
 
     heads: int = 4
@@ -123,7 +125,7 @@ class OutputGate(Form):
 
 @dataclass(frozen=True)
 class ExpertGate(Form):
-    """The gate of a shared expert; ``added``: its output is added to the others'."""
+    """The gate of a shared expert. ``added``: the gated output is added to the output of the routed experts."""
 
     width: int = 256
     added: bool = False
@@ -141,7 +143,7 @@ class ExpertGate(Form):
 
 @dataclass(frozen=True)
 class Projection(Form):
-    """A projection that holds q, k, v and more of each token; ``split``: q, k and v alone."""
+    """The fused projections of q, k, v and z, and of b and a. ``split``: of q, k and v only."""
 
     heads: int = 2
     value_heads: int = 4
@@ -173,7 +175,7 @@ def _taken_apart(by_head: bool) -> Callable[[Call], tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Gating(Form):
-    """Of ``heads`` heads; ``size`` of a and b."""
+    """The gates of ``heads`` heads. ``size``: the size of a and b. ``layout=packed``: a and b are views of one tensor."""
 
     heads: int = 4
     size: float = 1.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's kernels between logits and a token."""
+"""SGLang's kernels between the logits and the sampled token."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from .models import numbers
 
 @dataclass(frozen=True)
 class SoftCap(Form):
-    """``vocabulary`` logits of each token; with ``layout`` view or odd-view some of wider rows."""
+    """Logits ``[tokens, vocabulary]``. With ``layout`` view or odd-view they are a slice of wider rows."""
 
     vocabulary: int = 300
     cap: float = 30.0
@@ -27,7 +27,7 @@ class SoftCap(Form):
 
 @dataclass(frozen=True)
 class Hash(Form):
-    """Of a seed of 64 bits and a position for each token, and each column; ``seeds``: dtype."""
+    """A hash of each token's 64-bit seed and position, and each column. ``seeds``: the dtype of the seeds."""
 
     columns: int = 300
     seeds: str = "uint64"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's kernels that hand out and look up slots of the KV cache. The dtype of a case is that of its indices."""
+"""SGLang's kernels that allocate and look up slots of the KV cache. The dtype of a case is that of its indices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import torch
 from ..exact import slots as exact
 from .call import Call, Draw, Form, Layer, Operator
 
-#: Pages, and slots that a table names, are below this.
+#: Page numbers, and the slots in a table, are below this.
 _PAGES = 10_000
-#: Numbers before and behind what a kernel writes.
+#: This many guarded numbers lie before and after what a kernel writes.
 _AROUND = 5
 
 
@@ -22,12 +22,12 @@ class Requests(Form):
     """A batch of ``tokens`` requests, each with a prefix and new tokens.
 
     Attributes:
-        layout: ``far``: of the table of requests.
-        lengths: the numbers of new tokens; empty: up to ``most``, some of them none.
-        prefix: the longest.
-        page: tokens in a page.
-        large: slots do not fit into 32 bits.
-        longer: tensors have more numbers than the launch has programs.
+        layout: the layout of the request table; ``far`` or the default.
+        lengths: the number of new tokens of each request. Empty: random, from 0 to ``most``.
+        prefix: the largest prefix length.
+        page: the number of tokens in a page.
+        large: slot numbers exceed 32 bits.
+        longer: the index tensors have one number more than the launch has programs.
     """
 
     lengths: tuple[int, ...] = ()
@@ -38,7 +38,7 @@ class Requests(Form):
     longer: bool = False
 
     def _lengths(self, draw: Draw) -> tuple[list[int], list[int]]:
-        """Of prefixes and of new tokens; all calls of a form have the same number of new ones."""
+        """The lengths of the prefixes, and the numbers of new tokens. The sum of the latter is the same in all calls of a form."""
         rng = torch.Generator().manual_seed(self.tokens)
         drawn = torch.randint(self.most + 1, (self.tokens,), generator=rng)[torch.randperm(self.tokens, generator=draw.rng)]
         new = list(self.lengths) or drawn.tolist()
@@ -48,12 +48,12 @@ class Requests(Form):
         return draw.place(torch.tensor([*numbers, *([999] if self.longer else [])]))
 
     def _pages(self, draw: Draw, count: int) -> list[int]:
-        """Different ones, in no order."""
+        """Distinct page numbers in random order."""
         first = 2**31 // self.page if self.large else 1
         return (first + torch.randperm(count + _PAGES, generator=draw.rng)[:count]).tolist()
 
     def _last(self, draw: Draw, lengths: Sequence[int]) -> list[int]:
-        """The slot of each prefix's last token, which lies in its page where the token's position does."""
+        """The slot of each prefix's last token: a random page, and the token's position modulo the page size. No prefix: -1."""
         pages = self._pages(draw, len(lengths))
         return [page * self.page + (n - 1) % self.page if n else -1 for page, n in zip(pages, lengths, strict=True)]
 
@@ -64,15 +64,15 @@ class Requests(Form):
         return draw.laid_out(draw.place(numbers, torch.int32), self.layout, guarded)
 
     def _rows(self, draw: Draw, count: int) -> list[int]:
-        """Of a table that has three more; the last one is among them."""
+        """Distinct rows of a table with ``count + 3`` rows; the last row is one of them."""
         rows: list[int] = torch.randperm(count + 3, generator=draw.rng)[:count].tolist()
         return rows if not rows or count + 2 in rows else [count + 2, *rows[1:]]
 
 
 def _out(draw: Draw, count: int, guarded: dict[str, torch.Tensor], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Numbers to be written, in the middle of others."""
+    """The kernel's output, a slice of a longer tensor whose other numbers are guarded."""
     around = draw.place(torch.randint(-99, -1, (count + 2 * _AROUND,), generator=draw.rng), dtype)
-    guarded["the numbers before"], out, guarded["the numbers behind"] = around.split([_AROUND, count, _AROUND])
+    guarded["the numbers before"], out, guarded["the numbers after"] = around.split([_AROUND, count, _AROUND])
     return out
 
 
@@ -85,13 +85,13 @@ def _power_of_2(count: int) -> int:
 
 
 def _of(call: Call, *names: str) -> list[list[int]]:
-    """Inputs as lists, without what the launch has no programs for."""
+    """Inputs as lists, cut to the number of programs of the launch."""
     return [call.inputs[name].tolist()[: call.inputs["grid"][0]] for name in names]
 
 
 @dataclass(frozen=True)
 class Allocation(Requests):
-    """Slots for new tokens; ``one``: for one more token of each request, which the lengths have counted."""
+    """Slots for new tokens. ``one``: for one new token of each request; ``seq_lens`` already count it."""
 
     one: bool = False
 
@@ -127,7 +127,7 @@ class LastSlots(Requests):
 
 @dataclass(frozen=True)
 class Positions(Requests):
-    """``no_prefixes``: an empty tensor stands for them."""
+    """The positions of new tokens. ``no_prefixes``: the tensor of prefix lengths is empty."""
 
     no_prefixes: bool = False
 
@@ -160,15 +160,15 @@ class WriteTable(Requests):
 
 @dataclass(frozen=True)
 class ReadTable(Requests):
-    """The slots of each request's tokens, behind one another.
+    """The slots of each request's tokens, concatenated.
 
     Attributes:
-        page: of a table of pages.
-        starts: not from the first token on.
-        mapped: each slot stands for another one.
-        blocks: programs for each request.
-        chunked: for the kernel that is called with chunks of prefixes.
-        wide: slots are written in 64 bits.
+        page: above 1, the table holds pages of this many tokens.
+        starts: each request starts at a given token, not at its first.
+        mapped: each slot is translated by ``token_mapping``; -1 stays -1.
+        blocks: the number of programs per request. 0: a one-dimensional grid.
+        chunked: the call is of the kernel for chunks of prefixes.
+        wide: slots are written as int64, not int32.
     """
 
     starts: bool = False

@@ -8,28 +8,28 @@ import torch
 
 from .judge import Exact, Same, exactly
 
-#: fp32 roundings of silu, relative to what goes into it, beside the ``width`` of the sum.
+#: The number of fp32 roundings of silu, relative to its input. The sum has ``width`` more.
 _SILU = 12
 
 
 def _convolved(
     windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[..., dim]`` of windows ``[..., dim, width]``, and the sizes of the terms."""
+    """The results ``[..., dim]`` of windows ``[..., dim, width]``, and the sums of the absolute terms."""
     products = windows * exactly(weight)
     total, terms = products.sum(-1), products.abs().sum(-1)
     if bias is not None:
         total, terms = total + exactly(bias), terms + exactly(bias).abs()
     if activation is None:
         return total, terms
-    # silu's slope is below 1.1, and a rounding of its exponent turns into as many of its result.
+    # silu's slope is below 1.1. One rounding of its exponent becomes |exponent| roundings of its result.
     value = total * torch.sigmoid(total)
     return value, 1.1 * terms + value.abs() * (1 + total.abs())
 
 
 def _exact(value: torch.Tensor, terms: torch.Tensor, width: int, judged: torch.Tensor) -> Exact:
-    """``judged``: where a number is not just any."""
-    # Where exp overflows in fp32 a sigmoid below 2 ** -128 is zero.
+    """``judged``: where results are compared. Elsewhere any number is right."""
+    # exp overflows in fp32 where the sigmoid is below 2 ** -128, which then becomes zero.
     lost = torch.where(judged, (terms * 2.0**-127).nan_to_num(), math.inf)
     return Exact("y", value, terms.nan_to_num(), _SILU + width, lost)
 
@@ -45,7 +45,7 @@ def causal_conv1d_fn(
     has_initial_state: torch.Tensor | None = None,
     activation: str | None = "silu",
 ) -> tuple[Exact | Same, ...]:
-    """``y``, and the pool."""
+    """``y``, and the updated pool."""
     dim, width = weight.shape
     wide, spans = exactly(x), list(pairwise(query_start_loc.tolist()))
     pool = exactly(conv_states)
@@ -77,7 +77,7 @@ def causal_conv1d_update(
     retrieve_next_sibling: torch.Tensor | None = None,
     retrieve_parent_token: torch.Tensor | None = None,
 ) -> tuple[Exact | Same, ...]:
-    """``y``, the pool, and the states behind tokens if they are wanted."""
+    """``y``, the updated pool; with drafts also the state after each token, and with trees the parents."""
     wide, width = exactly(x if x.dim() == 3 else x.unsqueeze(-1)), weight.shape[1]
     pool, count = exactly(conv_state), wide.shape[2]
     slots = list(range(len(wide))) if conv_state_indices is None else conv_state_indices.tolist()
@@ -105,14 +105,14 @@ def causal_conv1d_update(
     results: list[Exact | Same] = [_exact(value.view(x.shape), terms.view(x.shape), width, judged.view(x.shape))]
     results.append(Same("the pool of states", pool.to(conv_state.dtype)))
     if behind is not None and intermediate_conv_window is not None:
-        results.append(Same("the states behind tokens", behind.to(intermediate_conv_window.dtype)))
+        results.append(Same("the states after tokens", behind.to(intermediate_conv_window.dtype)))
     if parents is not None:
         results.append(Same("retrieve_parent_token", parents))
     return tuple(results)
 
 
 def _parent(token: int, row: int, children: torch.Tensor | None, siblings: torch.Tensor | None) -> int:
-    """The token that has this one for a child, or for a sibling of one."""
+    """The parent of a token. Without trees it is the token before it."""
     if children is None or siblings is None:
         return token - 1
     of_children, of_siblings = children[row].tolist(), siblings[row].tolist()

@@ -208,15 +208,15 @@ def _gates(a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch
 
 
 def _unit_of_beta(b: torch.Tensor) -> float:
-    """b in fp32, rounded to its dtype or not. One rounding of b becomes at most |b| roundings of its sigmoid."""
+    """The relative error of beta, which may be rounded to b's dtype. One fp32 rounding of b becomes at most |b| of its sigmoid."""
     return u(b.dtype) + U32 * float(b.abs().max()) if b.numel() else 0.0
 
 
 def fused_gdn_gating(A_log: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dt_bias: torch.Tensor) -> tuple[Exact, ...]:
-    """The decay's logarithm, and beta, rounded to b's dtype or not; both in fp32 with a dimension of one before."""
+    """The logarithm of the decay, and beta: fp32, ``[1, tokens, heads]``. Beta may be rounded to b's dtype."""
     g, beta = _gates(a, b, A_log, dt_bias)
     scale = exactly(A_log).exp()
-    # softplus in fp32 adds 1 to what may be far smaller; a rounding of exp's argument turns into as many as that is large.
+    # softplus adds 1 to a possibly far smaller number. One rounding of exp's argument becomes |argument| roundings of its result.
     terms = g.abs() * (1 + exactly(A_log).abs()) + scale * (1 + exactly(a).abs() + exactly(dt_bias).abs())
     decay = Exact("the decay", g.unsqueeze(0), terms.unsqueeze(0), 8, dtype=torch.float32)
     lost = beta * (u(b.dtype) + 8 * U32 * (1 + exactly(b).abs())) + smallest(b.dtype) + 2.0**-127
@@ -238,7 +238,7 @@ def fused_sigmoid_gating_delta_rule_update(
     rows: torch.Tensor | None = None,
     parents: torch.Tensor | None = None,
 ) -> tuple[Exact | Same, ...]:
-    """``o``, and the pool; or, while drafts are verified, ``o``, the pool as it was, and the buffer with the state after each of them."""
+    """``o``, and the updated pool. With drafts: ``o``, the unchanged pool, and the buffer with the state after each drafted token."""
     tokens = _tokens(q, k, v, *_gates(a, b, A_log, dt_bias), None, True)
     slots, states = slots.cpu().long(), exactly(pool)
     first = states[slots.clamp(min=0)]

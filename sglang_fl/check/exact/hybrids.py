@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hybrid models do around their attentions, in float64, and in copies head by head."""
+"""The functions around the attention of hybrid models, in float64. Splits of projections are copies, head by head."""
 
 from dataclasses import replace
 
@@ -28,13 +28,13 @@ def gated_norm(
     activation: str = "swish",
     residual: torch.Tensor | None = None,
 ) -> tuple[Exact, ...]:
-    """``norm(x + residual) * gate(z)`` or ``norm(x * gate(z))``, and the sum where there is a residual."""
+    """``norm(x + residual) * gate(z)``, or ``norm(x * gate(z))``. With a residual also ``x + residual``."""
     gate = None if z is None else _gate(z.reshape(x.shape), activation)
     hidden, terms = exactly(x), torch.zeros(())
     if residual is not None:
         hidden = hidden + exactly(residual)
     if gate is not None and not norm_before_gate:
-        # The norm's numbers are wrong by as many roundings as the worst of what goes into it.
+        # Each result of the norm may have as many roundings as the worst of its inputs.
         hidden, terms = hidden * gate.value, (gate.terms / gate.value.abs()).nan_to_num().clamp(max=1 / U32).amax(-1, keepdim=True)
     size = group_size or x.shape[-1]
     groups, weights = (part.unflatten(-1, (-1, size)) for part in (hidden, exactly(weight)))
@@ -58,7 +58,7 @@ def gated_norm(
 def qk_gemma_norms(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, head_dim: int, *, gated: bool
 ) -> tuple[Exact | Same, ...]:
-    """The norm of each head; of a gated q the second half of each head is its gate, which is handed on."""
+    """The norm of each head. With ``gated`` the second half of each head of q is its gate, which is copied."""
     heads = q.reshape(-1, (1 + gated) * head_dim)
     pairs = (("q", heads[:, :head_dim], q_weight), ("k", k.reshape(-1, head_dim), k_weight))
     norms = [replace(gemma_rms_norm(x, weight, eps, None)[0], name=name) for name, x, weight in pairs]
@@ -73,10 +73,10 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> tuple[Exact, ...]:
 def gated_expert(
     hidden_states: torch.Tensor, weight: torch.Tensor, shared: torch.Tensor, added_to: torch.Tensor | None = None
 ) -> tuple[Exact, ...]:
-    """``shared * sigmoid(hidden_states @ weight)``, added to something or not."""
+    """``shared * sigmoid(hidden_states @ weight)``, plus ``added_to`` if given."""
     products = exactly(hidden_states) * exactly(weight)
     gate = products.sum(-1, keepdim=True).sigmoid()
-    # What the sum is wrong by, the gate is at its slope.
+    # An error of the sum changes the gate by that error times the sigmoid's slope.
     terms = exactly(shared).abs() * (gate + gate * (1 - gate) * products.abs().sum(-1, keepdim=True))
     value, roundings = exactly(shared) * gate, 16 + len(weight).bit_length()
     if added_to is not None:
@@ -87,7 +87,7 @@ def gated_expert(
 def taken_apart(
     mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, by_head: bool
 ) -> tuple[Same, ...]:
-    """q, k and v of all heads side by side, z, b and a: copied head by head."""
+    """qkv ``[tokens, q + k + v]``, z ``[tokens, value_heads, value_dim]``, b and a ``[tokens, value_heads]``, copied head by head."""
     group, qkvz, ba = value_heads // key_heads, mixed_qkvz.cpu(), mixed_ba.cpu()
     if not by_head:
         qkv, z = qkvz.split([qkvz.shape[1] - value_heads * value_dim, value_heads * value_dim], 1)
@@ -106,7 +106,7 @@ def taken_apart(
 
 
 def split(mixed_qkv: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> tuple[Same, ...]:
-    """q, k and v as [1, tokens, heads, head_dim]."""
+    """q, k and v, each ``[1, tokens, heads, head_dim]``."""
     found, at = [], 0
     for name, (heads, size) in zip("qkv", shapes, strict=True):
         found.append(Same(name, mixed_qkv.cpu()[:, at : at + heads * size].reshape(1, -1, heads, size)))

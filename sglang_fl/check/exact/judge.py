@@ -55,7 +55,7 @@ class Verdict:
 
 
 def _misfit(name: str, got: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device | None) -> str | None:
-    """Why something is not even a tensor to compare, or None."""
+    """Why a result cannot be compared: its type, shape, dtype or device. None if it can."""
     if not isinstance(got, torch.Tensor):
         return f"{name} is {type(got).__name__}, not a tensor"
     if got.shape != shape:
@@ -67,7 +67,7 @@ def _misfit(name: str, got: Any, shape: torch.Size, dtype: torch.dtype, device: 
 
 @dataclass(frozen=True)
 class Same:
-    """A result that must be these numbers, on the CPU and in their own dtype: integers, copies, and what must be left alone."""
+    """A result that must equal ``value`` (on the CPU, in the result's dtype): integers, copies, and memory that must not change."""
 
     name: str
     value: torch.Tensor
@@ -85,7 +85,7 @@ class Same:
         return Verdict(problem=f"{self.name}: {int(wrong.sum())} of {wrong.numel()} numbers are wrong; {told}")
 
     def bound(self, dtype: torch.dtype) -> torch.Tensor:
-        """How far off each number may be."""
+        """The bound of each number's error: zero."""
         return torch.zeros(self.value.shape, dtype=torch.float64)
 
 

@@ -15,12 +15,12 @@ def softcap(logits: torch.Tensor, cap: float) -> tuple[Exact, ...]:
     wide = exactly(logits)
     value = cap * torch.tanh(wide / cap)
     lost = torch.where((wide / cap).abs() < TINY, value.abs(), 0.0)
-    # A rounding of tanh's argument is less than one of its result.
+    # One rounding of tanh's argument becomes less than one rounding of its result.
     return (Exact("logits", value, value.abs(), 10, lost),)
 
 
 def murmur_hash(seed: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> tuple[Same, ...]:
-    """MurmurHash3_x86_32 of sixteen bytes (seed, position, column), as its author wrote it down; products of 32 bits fit into 64."""
+    """MurmurHash3_x86_32 of 16 bytes: seed (8), position (4), column (4). uint32 ``[tokens, columns]``. uint64 holds each product."""
 
     def word(x: torch.Tensor) -> Words:
         return x.cpu().numpy().astype(np.uint64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slot of the KV cache a token has: loops over requests and tokens, in Python's own integers."""
+"""The KV cache slot of each token: loops over requests and tokens, in Python integers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from .judge import Same
 
 
 def _written(name: str, before: torch.Tensor, numbers: Iterable[int]) -> Same:
-    """A tensor whose first numbers are these, and whose others stay."""
+    """``before`` with its first numbers replaced; the others must not change."""
     value, new = before.cpu().clone(), torch.tensor(list(numbers), dtype=torch.int64)
     value[: len(new)] = new
     return Same(name, value)
@@ -18,7 +18,7 @@ def _written(name: str, before: torch.Tensor, numbers: Iterable[int]) -> Same:
 def alloc_extend(
     before: Sequence[int], after: Sequence[int], last: Sequence[int], free: Sequence[int], out: torch.Tensor, page_size: int
 ) -> tuple[Same, ...]:
-    """Token by token: the next slot, or where a page begins the next free page's first."""
+    """Token by token: the slot after the last one. Where a page begins: the first slot of the next free page."""
     slots, pages = [], iter(free)
     for start, end, slot in zip(before, after, last, strict=True):
         for position in range(start, end):
@@ -63,7 +63,7 @@ def read_table(
     page_size: int,
     mapping: torch.Tensor | None,
 ) -> tuple[Same, ...]:
-    """Each request's slots from its place in ``out`` on; ``mapping`` hands -1 on."""
+    """Write each request's slots to ``out`` from ``begin`` on. ``mapping`` leaves -1 unchanged."""
     table, value = table.cpu(), out.cpu().clone()
     mapped = None if mapping is None else mapping.tolist()
     for row, count, first, start in zip(rows, counts, begin, starts, strict=True):
