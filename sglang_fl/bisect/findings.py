@@ -9,7 +9,7 @@ from ..model_run import Replacement
 
 #: Native errors below this many ulp are not used as a divisor.
 _LEAST_ULP = 0.5
-#: SGLang's own result counts as wrong beyond this many times the bound, and this many ulp. Below, it may only round more often.
+#: SGLang's own result counts as wrong beyond this many times the bound and this many ulp. Smaller errors may be repeated rounding.
 _WRONG, _ROUNDED = 10.0, 4.0
 
 
@@ -24,7 +24,8 @@ class Finding:
         error_ulp, native_ulp: both errors, in ulp, in the call with our largest error.
         used: that error divided by its bound.
         worst, mean: our error divided by native's.
-        native_used, native_largest: native's largest error, divided by its bound and in ulp.
+        native_used: native's error divided by its bound, the largest of all calls.
+        native_largest: native's error in ulp, the largest of all calls.
         problem, call: what is wrong in the first wrong call, and its number, from 0.
         rank: the rank that made the calls.
         archive: the file with the inputs of the wrong call, if one was written.
@@ -89,9 +90,9 @@ def suspicion(findings: Iterable[Finding]) -> dict[Replacement, float]:
 
 
 def rounding(findings: Iterable[Finding]) -> dict[Replacement, float]:
-    """For each replacement that differs from native: how far two right results are apart, in ulp. At least one.
+    """For each replacement that differs from native: by how many ulp two right results may differ. At least 1.
 
-    SGLang's own kernels may round several times, in bfloat16 more than once per element, where the replacement rounds once.
+    SGLang's own kernel may round each element several times in bfloat16 where the replacement rounds once.
     """
     found: dict[Replacement, float] = {}
     for finding in findings:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds where graph replays change log-probabilities: in prefill or decode, in first or later replays, in which batches."""
+"""Finds where graph replays change log-probabilities: in prefill or decode, in the first or later replays, and in which batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,22 +14,23 @@ Logprobs = Mapping[str, Any]
 
 
 def differences(native: Logprobs, other: Logprobs, noise: Effect, batches: Sequence[Batch], captured: Sequence[str]) -> str:
-    """The differences as text.
+    """Describe the differences in one sentence.
 
     Args:
         native, other: results of :func:`.passes.in_graphs`.
-        captured: those of ``prefill`` and ``decode`` that have graphs.
+        noise: differences within it are ignored.
+        captured: the phases that have graphs: ``prefill``, ``decode``, or both.
     """
     steps = {name: _changed(native[name], other[name], noise) for name in native}
     phase = "decode" if "decode" in captured else "prefill"
     if "prefill" in captured and any(0 in changed for changed in steps.values()):
         phase = "prefill"
     seen = [batch.name for batch in batches if steps[batch.name] or steps[batch.name + AGAIN]]
-    return f"It is seen in {phase}, in {' and '.join(seen)}, {_replays(steps, batches, phase)}."
+    return f"It is seen in {phase}, {_replays(steps, batches, phase)} (batches: {', '.join(seen)})."
 
 
 def _changed(native: Any, other: Any, noise: Effect) -> set[int]:
-    """The steps with a change. 0 is the prefill."""
+    """The steps that differ by more than the noise, or by inf or nan. 0 is the prefill."""
     off = np.abs(np.nan_to_num(np.asarray(other) - native, nan=np.inf, posinf=np.inf, neginf=np.inf)).max(-1)
     return {int(step) for step in np.flatnonzero(off > beyond(noise.worst))}
 
@@ -43,7 +44,7 @@ def _replays(steps: Mapping[str, set[int]], batches: Sequence[Batch], phase: str
 
 
 def _first_replays(batches: Sequence[Batch], phase: str) -> Iterator[tuple[str, int]]:
-    """The batches, and their steps, that replay a graph for the first time. A graph of decode serves all batches of as many sequences."""
+    """(batch, step) of each first replay of a graph. All batches with the same number of sequences share a decode graph."""
     sizes: set[int] = set()
     for batch in batches:
         if phase == "prefill":

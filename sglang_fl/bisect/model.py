@@ -55,8 +55,7 @@ class Report:
         culprits: the replacements that change the output, if ``verdict`` is FOUND. ``together``: only all of them do.
         facts: about the model in its process.
         noise, whole: the change of log-probabilities by rounding alone, and by the settings in force.
-        in_graphs: that by the settings in force where graphs are replayed. None: there are no graphs, or the settings have an effect
-            without them.
+        in_graphs: the change by the settings in force in graph replays. None: no graphs, or a difference was found without them.
         findings: one for each layer, batch and phase.
         trials: the trials that were run.
         loads: how often the model was loaded.
@@ -199,7 +198,7 @@ class _Bisection:
                 return
             self._show("graphs: the settings in force")
             in_force = model.call(passes.in_graphs, self._batches, None, directory, limit=self._job.limit)[0][1]
-        except CallFailed as error:  # a server gives up what fails in a capture
+        except CallFailed as error:  # a server captures again without what failed
             report.message += f" Graphs could not be captured: {str(error).splitlines()[0]}"
             return
         report.in_graphs = effect(native, in_force)
@@ -210,7 +209,7 @@ class _Bisection:
             report.verdict = NO_OPERATOR
             report.message = (
                 "It is no operator of sglang-fl: with everything left to SGLang, the log-probabilities of the same tokens differ "
-                f"by up to {again.worst:.2g} from replay to replay of a graph."
+                f"by up to {again.worst:.2g} between replays of a graph."
             )
         elif report.in_graphs.is_beyond(report.noise):
             self._find(report.in_graphs, lambda on: effect(native, self._captured(model, on)[1]))
@@ -236,7 +235,7 @@ class _Bisection:
                 _, native = self._captured(model, ())
                 _, other = self._captured(model, report.culprits)
         except CallFailed:
-            report.message += " Whether it needs several ranks is not known: the model does not run on one."
+            report.message += " Whether it needs several ranks is unknown: the model does not run with --tp 1."
             return
         if not effect(native, other).is_beyond(report.noise):
             report.message += " It needs several ranks: with --tp 1 the output does not change."

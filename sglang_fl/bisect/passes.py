@@ -23,9 +23,9 @@ _DECODED, _LONG = 4, 512
 #: Tokens are drawn from this part of the vocabulary: special tokens are at its ends.
 _DRAWN = 0.05, 0.95
 _TRACE_BYTES = 4096
-#: What runs outside of batches.
+#: Named in a trace where no batch runs.
 CAPTURE = "the capture of a graph"
-#: Suffix of the name of a batch that runs again.
+#: The suffix of a batch's name when it runs again.
 AGAIN = ", again"
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is",
@@ -38,10 +38,10 @@ def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
     """A batch of one, a large batch, and a long sequence. Random tokens follow each prompt, the same in each run.
 
     Args:
-        prompts: texts, or token ids where there is no tokenizer; empty: some of ours, or tokens that are drawn.
+        prompts: texts, or token ids if there is no tokenizer. Empty: PROMPTS, or random tokens if there is no tokenizer.
 
     Raises:
-        ValueError: a prompt is longer than the model takes, or is none.
+        ValueError: a prompt is too long for the model, is empty, or is not a list of token ids.
     """
     rng = np.random.default_rng(0)
     size = int(run.runner.model_config.vocab_size)
@@ -68,7 +68,7 @@ def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
 
 
 def _token_ids(prompt: str, size: int) -> list[int]:
-    """``1 2 3`` or ``1,2,3``. Raises ValueError."""
+    """Parse ``1 2 3`` or ``1,2,3``. Raises ValueError unless all are token ids below ``size``."""
     words = prompt.replace(",", " ").split()
     if not all(word.isascii() and word.isdigit() and int(word) < size for word in words):
         raise ValueError(
@@ -98,8 +98,8 @@ def in_graphs(
         directory: as in :func:`traced`. During a replay no Python runs, so nothing is traced then.
 
     Returns:
-        which phases have graphs; if none has, no log-probabilities. These are by batch: from the first replays under the batch's name, and
-        from later replays of the same graphs under its name and AGAIN.
+        The phases that have graphs, and log-probabilities by batch; none if no phase has graphs. Those of a batch's first run have its
+        name. Those of its second run, with the same graphs, have its name and AGAIN.
     """
     found: dict[str, Any] = {}
     tracing = nullcontext() if directory is None else _tracing(run, directory)
@@ -163,7 +163,7 @@ def read_trace(directory: Path) -> tuple[str, str] | None:
 
 
 def rounded_otherwise(run: ModelRun, given: list[Batch], ulps: Mapping[Replacement, float], seed: int) -> dict[str, Any]:
-    """Everything left to SGLang and PyTorch, with up to so many ulp added to the results of the functions that these replace."""
+    """Log-probabilities on SGLang's and PyTorch's own functions. Up to ``ulps`` are added at random to the results of those replaced."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(x: torch.Tensor, most: float) -> torch.Tensor:

@@ -85,7 +85,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def effects(report: Report) -> Iterator[tuple[str, Effect, str]]:
-    """(what was on, the change of log-probabilities, the result as text) of each measurement."""
+    """The rows of the table: what was on, the change of log-probabilities, and the result."""
     if report.noise is not None:
         yield "nothing; SGLang's own results rounded differently", report.noise, "noise"
     if report.whole is not None:

@@ -23,7 +23,7 @@ MOST_TRIALS = 12
 
 
 def beyond(noise: float) -> float:
-    """A change of a log-probability beyond this is more than noise."""
+    """The largest change of a log-probability that still counts as noise."""
     return BEYOND * max(noise, _LEAST)
 
 
@@ -43,7 +43,7 @@ class Effect:
         return self.rms > beyond(noise.rms) or self.worst > beyond(noise.worst)
 
     def share(self, whole: "Effect", noise: "Effect") -> float:
-        """What part of an effect this is, by the measure in which that one stands out most from the noise."""
+        """This effect divided by ``whole``, by the measure (RMS or largest) in which ``whole`` is further beyond the noise."""
         if math.isinf(self.rms):
             return 1.0
         by_rms = whole.rms / beyond(noise.rms) > whole.worst / beyond(noise.worst)
@@ -112,7 +112,7 @@ def search(
     while (verdict := found.verdict()) is None and len(trials) < trials_left:
         on = found.next()
         one = measure(frozenset(names[name] for name in on))
-        # A cause has most of the effect. With most on, anything beyond the noise shows that those that are off are not all of the cause.
+        # A cause has at least half of the effect. If most are on, any effect beyond the noise means that part of the cause is on.
         reproduces = one.share(whole, noise) >= _REPRODUCES or (one.is_beyond(noise) and 2 * len(on) > len(names))
         trials.append(Trial(frozenset(names[name] for name in on), one, reproduces))
         show(trials[-1])

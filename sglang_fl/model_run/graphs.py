@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's graphs of a model: not captured at loading, but later and repeatedly on request."""
+"""SGLang's graphs of a model. They are captured on request, any number of times, not when the model is loaded."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,10 +8,7 @@ PREFILL, DECODE = "prefill", "decode"
 
 
 class Graphs:
-    """Create it after SGLang's arguments are published, and before the model is loaded.
-
-    SGLang's arguments decide which graphs exist, and their sizes.
-    """
+    """The graphs that the server's arguments ask for. Create it after SGLang has published them, and before it loads the model."""
 
     def __init__(self) -> None:
         from sglang.srt.runtime_context import get_exec
@@ -29,15 +26,15 @@ class Graphs:
             phase.backend = Backend.DISABLED
 
     def capture(self, runner: Any, needed: Mapping[str, Collection[int]]) -> tuple[str, ...]:
-        """Capture again, with the replacements that are on now.
+        """Drop the graphs and capture them with the replacements that are on now.
 
         Args:
             runner: SGLang's ModelRunner.
-            needed: the tokens of prefills, and the sequences of decode steps. Only the sizes of a server's graphs that these are
-                padded to are captured.
+            needed: PREFILL -> the numbers of tokens, DECODE -> the numbers of sequences. Only the graph sizes that these are padded
+                to are captured.
 
         Returns:
-            those of PREFILL and DECODE that have graphs here.
+            the phases that have graphs: PREFILL, DECODE, or both.
         """
         from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
         from sglang.srt.platforms import current_platform
@@ -48,7 +45,7 @@ class Graphs:
             phase.bs = sorted(fitting - {0})
             if phase.bs:
                 phase.backend = self._backends[name]
-        # As in SGLang's own captures after the start: prefill first.
+        # In SGLang's order: prefill first.
         runner.graph_shared_output = GraphSharedOutput.create_for_model_runner(runner)
         runner.init_prefill_cuda_graph()
         if current_platform.capabilities.graph_capture:

@@ -15,7 +15,7 @@ from .switches import Switches
 
 #: The seed of random weights, set again before each batch.
 _SEED = "1"
-#: The standard deviation of SGLang's random weights, which are drawn from -0.001 to 0.001.
+#: The standard deviation of SGLang's random weights, which are uniform in [-0.001, 0.001].
 _DUMMY_STD = 1e-3 / 3**0.5
 
 
@@ -37,7 +37,7 @@ class Batch:
 class ModelRun:
     """One rank of a model that SGLang has loaded as in a server, with sglang-fl bound by the settings.
 
-    It runs without graphs until some are captured.
+    It runs without graphs until ``capture_graphs``.
 
     Attributes:
         rank: the rank of this process.
@@ -54,7 +54,7 @@ class ModelRun:
         self._bench, self._graphs = bench_runner, graphs
         self.runner = bench_runner.torch_runner
         self.model: torch.nn.Module = self.runner.model
-        self.drop_graphs()  # SGLang captures them for a CPU nevertheless
+        self.drop_graphs()  # for a CPU, SGLang has captured them regardless
         self.switches = Switches()
         self.phase: tuple[str, str] = ("", "")
         self.step = 0
@@ -129,7 +129,7 @@ class ModelRun:
         """Capture SGLang's graphs for these batches, with the present replacements. Until they are dropped, ``forward`` replays them.
 
         Returns:
-            of ``prefill`` and ``decode`` those that have graphs here, as the server's arguments say.
+            the phases that have graphs by the server's arguments: ``prefill``, ``decode``, or both.
         """
         prefills = {sum(len(tokens) - batch.decoded - 1 for tokens in batch.sequences) for batch in batches}
         return self._graphs.capture(self.runner, {PREFILL: prefills, DECODE: {len(batch.sequences) for batch in batches}})

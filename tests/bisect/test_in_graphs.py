@@ -47,7 +47,7 @@ def test_right_implementations_are_right_in_graphs(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize(
     "fault, replays",
     [
-        ("stale pointer", "in one and batch of 12 and long, in every replay"),
+        ("stale pointer", "in every replay (batches: one, batch of 12, long)"),
         ("first replay", "only in the first replays"),
         pytest.param("later replays", "only in replays after the first", marks=pytest.mark.slow),
     ],
@@ -103,11 +103,11 @@ def logprobs(*changed: tuple[str, int]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ([("one", 1), ("one, again", 1)], "in decode, in one, in every replay"),
-        ([("one", 0), ("one, again", 0)], "in prefill, in one, in every replay"),
-        ([("many", 1)], "in decode, in many, only in the first replays"),
-        ([("long", 1), ("one, again", 1)], "in decode, in one and long, only in replays after the first"),
-        ([("many", 2), ("many, again", 1)], "in decode, in many, only in replays after the first"),
+        ([("one", 1), ("one, again", 1)], "in decode, in every replay (batches: one)"),
+        ([("one", 0), ("one, again", 0)], "in prefill, in every replay (batches: one)"),
+        ([("many", 1)], "in decode, only in the first replays (batches: many)"),
+        ([("long", 1), ("one, again", 1)], "in decode, only in replays after the first (batches: one, long)"),
+        ([("many", 2), ("many, again", 1)], "in decode, only in replays after the first (batches: many)"),
     ],
 )
 def test_which_replays_and_batches(changed: list[tuple[str, int]], said: str) -> None:
