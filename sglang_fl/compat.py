@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion
 
 from .utils import packages
 
-#: The environment variable by which a server tells its worker processes that everything is left to SGLang.
+#: The environment variable that tells a server's worker processes that everything is left to SGLang.
 LEFT_TO_SGLANG = "_SGLANG_FL_LEFT_TO_SGLANG"
 
 #: The SGLang releases that sglang-fl was tested with. Others start with a warning.
@@ -117,7 +117,7 @@ TUNE: Shapes = {
 }
 #: What the server's metric relies on; checked when a model was bound.
 METRICS: Shapes = {"sglang.srt.runtime_context:get_observability": ""}
-#: What the bridges of the functions of hybrid models rely on; checked where a model has such layers.
+#: What the bridges of hybrid models' functions rely on. Checked if a model has such layers.
 GATED_DELTA_RULE: Shapes = {
     "sglang.kernels.ops.attention.fla.chunk:chunk_gated_delta_rule": (
         "q k v g beta scale initial_state initial_state_indices cu_seqlens head_first use_qk_l2norm_in_kernel inplace_update"
@@ -231,7 +231,7 @@ def check_groups() -> None:
 
 
 def leave_everything_message(problems: Iterable[str], kernels: Iterable[str] = ()) -> str:
-    """What to log where everything is left to SGLang, its ``kernels`` that would have been replaced among it."""
+    """The warning when everything is left to SGLang. ``kernels``: those that would have been replaced."""
     named = ", ".join(sorted(kernels))
     return _message(
         problems,

@@ -49,7 +49,7 @@ def get_per_op_order() -> dict[str, list[str]] | None:
 
 
 def get_flagos_blacklist() -> list[str] | None:
-    """The FlagGems functions that a list keeps out of Layer 1 (a blacklist, or a profile's of broken or slower ones), or None."""
+    """The FlagGems functions that a blacklist, or a profile's list of broken or slower ones, excludes from Layer 1. None: no list."""
     settings = settings_in_force()
     lists = [names for key in FLAGOS_EXCLUDING if (names := getattr(settings, key)) is not None]
     if not lists:

@@ -10,7 +10,7 @@ from .options import OPTIONS, Options
 
 #: What a value can come from, lowest precedence first.
 DEFAULT, PROFILE, FILE, ENVIRONMENT = range(4)
-#: The settings that take FlagGems functions away; all but the first are a profile's.
+#: The settings that exclude FlagGems functions. Only profiles have the second and the third.
 FLAGOS_EXCLUDING = ("flagos_blacklist", "flagos_broken", "flagos_slower")
 
 
@@ -64,7 +64,7 @@ class Settings(Options):
     def flagos_exclusion_reason(self, function: str) -> str | None:
         """Why a FlagGems function does not replace ATen operators: a setting and its source. None: it does.
 
-        A whitelist is exactly what replaces them, also if a function of it is known as broken or slower.
+        A whitelist is used as it is, with functions that are known to be broken or slower too.
         """
         selecting = self.flagos_key
         for key in () if selecting == "flagos_whitelist" else FLAGOS_EXCLUDING:

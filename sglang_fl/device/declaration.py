@@ -73,8 +73,8 @@ class VendorPlatform:
         graph_runner: SGLang's ``get_graph_runner_cls``: the decode graph runner, needed with ``graph_capture`` unless
             ``device_type`` is ``cuda``, where SGLang's own captures.
         graph_backend: ``get_full_graph_backend_cls``: what captures and replays a whole graph.
-        piecewise_backend: ``get_piecewise_backend_cls``, for ``piecewise_graph``. SGLang 0.5.23 never asks for it in a server: its
-            prefill graphs are its own breakable ones.
+        piecewise_backend: ``get_piecewise_backend_cls``, for ``piecewise_graph``. Servers of SGLang 0.5.23 never call it: they use
+            SGLang's own breakable prefill graphs.
         kv_pools: ``get_kv_pool_cls``: ``mha``, ``mla`` or ``dsa`` -> a subclass of SGLang's pool of that kind.
         paged_allocator: ``get_paged_allocator_cls``.
         mamba_extra_buffer: ``support_mamba_cache_extra_buffer``: hybrid models may keep snapshots of their state.

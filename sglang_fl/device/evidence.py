@@ -179,7 +179,7 @@ def _ask_drivers(environ: Mapping[str, str]) -> tuple[Vendor, str]:
 
 
 def has_triton(device: Device) -> bool:
-    """Whether SGLang's Triton kernels run on a device. A package that stands in for Triton has none for its chip."""
+    """Whether SGLang's Triton kernels run on a device. Not if a package declares a stand-in for Triton."""
     declaration = declared().platforms.get(device.vendor)
     if declaration is not None and "triton" in declaration.stand_ins:
         return False

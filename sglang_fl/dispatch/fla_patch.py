@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The name under which backends of FlagOS reach SGLang's own functions of hybrid models."""
+"""``get_original``: FlagOS's backends get SGLang's own functions of hybrid models from this module."""
 
 import inspect
 from collections.abc import Callable

@@ -79,7 +79,7 @@ def may_be_replaced(settings: Settings, device: Device) -> bool:
 
 
 def replaceable(registry: OpRegistry, settings: Settings, device: Device) -> list[str]:
-    """The kernels for which something can run on this device."""
+    """SGLang's kernels that have an available implementation on this device."""
     kernels = filter(is_kernel, registry.list_operators())
     return [op for op in kernels if any(impl.is_available(settings, device) for impl in registry.get_implementations(op))]
 

@@ -145,32 +145,32 @@ class GatedDeltaRuleOps:
         cache_steps: int | None = None,
         retrieve_parent_token: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The next tokens of each sequence by the gated delta rule, gates included: decode, and the verification of drafts.
+        """The gated delta rule for the next tokens of each sequence, with its gates: decode, and the verification of drafted tokens.
 
-        See :meth:`fused_recurrent_gated_delta_rule_packed_decode` for the gates, which are not rounded here.
+        The gates are those of :meth:`fused_recurrent_gated_delta_rule_packed_decode`, without rounding.
 
         Args:
-            A_log, dt_bias: ``[HV]``, possibly of other dtypes.
+            A_log, dt_bias: ``[HV]``; their dtypes may differ from q's.
             a, b: ``[B * T, HV]`` or ``[B, T, HV]``, the last dimension contiguous.
-            softplus_beta, softplus_threshold: 1 and 20: ``softplus(x)`` may be ``x`` above 20.
+            softplus_beta, softplus_threshold: always 1 and 20; above 20 ``softplus(x)`` may be ``x``.
             q, k: ``[B, T, H, K]``, heads and K contiguous.
-            v: ``[B, T, HV, V]``, likewise, HV a multiple of H; q's dtype.
-            initial_state_source: ``[num_slots, HV, V, K]``, the pool of states, fp32 or of 16 bits, the slots possibly further apart
-                than their size.
-            initial_state_indices: ``[N]``, int32 or int64: the slot of each sequence, no slot twice. -1 is padding: its state begins
-                at zero and is not kept.
-            scale: of q; ``K ** -0.5`` if None.
+            v: ``[B, T, HV, V]``, heads and V contiguous, HV a multiple of H; q's dtype.
+            initial_state_source: ``[num_slots, HV, V, K]``, fp32, bf16 or fp16: the pool of states. Slots may be further apart than
+                their size.
+            initial_state_indices: ``[N]``, int32 or int64: the slot of each sequence, no slot twice. -1 is padding: its state starts
+                at zero and is not stored.
+            scale: q is multiplied by it. None: ``K ** -0.5``.
             use_qk_l2norm_in_kernel: whether q and k are divided by their norms.
-            cu_seqlens: ``[N + 1]``, int32 or int64, and B is 1: sequence ``i`` is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``,
-                possibly none. None: each of B rows is a sequence.
-            disable_state_update: the pool is only read.
-            intermediate_states_buffer: ``[rows, steps, HV, V, K]``: gets the state behind each token. With
-                ``intermediate_state_indices``, ``[N]``: the row of each sequence, not written where it is -1.
-            cache_steps: steps of that buffer.
-            retrieve_parent_token: ``[N, steps]`` or longer, with a buffer of fp32: the token that each token of a sequence follows,
-                instead of the one before it. The first token is the root.
+            cu_seqlens: ``[N + 1]``, int32 or int64, with B = 1: sequence ``i`` is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``,
+                possibly none. None: each of the B rows is a sequence.
+            disable_state_update: the pool is not updated.
+            intermediate_states_buffer: ``[rows, steps, HV, V, K]``: receives the state after each token.
+            intermediate_state_indices: ``[N]``: each sequence's row of ``intermediate_states_buffer``. -1: nothing is written.
+            cache_steps: ``steps`` of ``intermediate_states_buffer``.
+            retrieve_parent_token: ``[N, steps]`` or longer, with an fp32 buffer: the parent of each token in a tree of drafted
+                tokens, whose root is the first. None: each token follows the one before it.
 
         Returns:
-            ``o`` ``[B, T, HV, V]`` in q's dtype, a new tensor.
+            ``o`` ``[B, T, HV, V]``, a new tensor of q's dtype.
         """
         raise NotImplementedError(f"{type(self).__name__} has no fused_sigmoid_gating_delta_rule_update")

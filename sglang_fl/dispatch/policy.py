@@ -34,7 +34,7 @@ _DEFAULT_ORDERS = {
     PREFER_VENDOR: ("vendor", "flagos", "triton", "reference"),
     PREFER_REFERENCE: ("reference", "flagos", "triton", "vendor"),
 }
-#: Their references do not replace SGLang's Triton kernels: by default they stay with SGLang where a device has those.
+#: Their references do not replace SGLang's Triton kernels: on a device with Triton they stay with SGLang by default.
 _ELSE_SGLANG = frozenset({"fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update"})
 
 

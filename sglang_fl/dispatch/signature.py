@@ -25,7 +25,7 @@ CONSTANTS: Mapping[str, Mapping[str, Any]] = {
 #: Arguments that FlagOS's plugins do not pass. A function may lack them; calls that need another value than the default are refused.
 OURS: Mapping[str, frozenset[str]] = {
     "chunk_gated_delta_rule": frozenset({"inplace_update"}),
-    # The verification of drafts: a function may be for decode alone.
+    # For the verification of drafted tokens; a function may support decode only.
     "fused_sigmoid_gating_delta_rule_update": frozenset(
         {"disable_state_update", "intermediate_states_buffer", "intermediate_state_indices", "cache_steps", "retrieve_parent_token"}
     ),

@@ -272,7 +272,7 @@ def match_token(impl: OpImpl, token: str) -> bool:
 
 
 def why_left_to_triton(op: str, settings: Settings, device: Device) -> str | None:
-    """Why a reference is not used where it would replace a Triton kernel of SGLang's, or None: its operator's own order names it."""
+    """Why a reference does not replace a Triton kernel of SGLang's. None: the device has no Triton, or the operator has an order."""
     if op in dict(settings.op_backends) or not has_triton(device):
         return None
     return "SGLang's own kernel runs on this device"

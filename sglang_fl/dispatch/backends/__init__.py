@@ -24,7 +24,7 @@ class Kernel:
     Attributes:
         function: ``"module:function"``, with the module's name within the backend's package. It takes what the operator's
             method of :class:`sglang_fl.dispatch.ops.FLBackendBase` takes, and is imported at its first use.
-        why_unavailable: as that of the table, for this operator alone.
+        why_unavailable: as in :class:`KernelTable`, for this operator only.
         writes_inputs, dtypes, min_arch, batch_invariant: as in :class:`~sglang_fl.dispatch.types.OpImpl`.
     """
 

@@ -128,7 +128,7 @@ class Binder:
             RuntimeError: a strict policy that a socket cannot follow; then nothing has changed.
         """
         with self._lock:
-            alive = list(self._sockets.items())  # keeps the layers: one that is dropped meanwhile cannot be asked
+            alive = list(self._sockets.items())  # holds references, so that no layer is collected during the loop
             for socket, selection in self._select([socket for _, socket in alive]).items():
                 self._install(socket, selection)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short causal convolution of hybrid models: functions that SGLang's linear attention and its short convolutions call.
+"""The short causal convolution of hybrid models: the functions that SGLang's linear attention and short convolutions call.
 
-Mamba's layers may call them, too. Where a model has none but those, they stay with SGLang.
+SGLang's Mamba layers call them too. A model that has only those keeps SGLang's functions.
 """
 
 from collections.abc import Iterable
@@ -14,14 +14,21 @@ from torch import nn
 from .base import ModelContext, activation_dtype, device_of, scratch
 from .gated_delta_rule import HybridBridge
 
-#: SGLang's layers have the weights, [dim, width], under one of these names.
+#: The names of the weights ``[dim, width]`` in SGLang's layers.
 _WEIGHTS = ("conv_weights", "conv_weight")
 PADDING = -1
 
 
 @dataclass(frozen=True)
 class ConvolutionContext:
-    """The sizes of a model's convolutions on this rank."""
+    """The sizes of a model's convolutions on this rank.
+
+    Attributes:
+        dim: the number of channels.
+        width: the length of the kernel.
+        activation: ``"silu"`` or None.
+        state_dtype: the dtype of SGLang's pool of states.
+    """
 
     dim: int
     width: int
@@ -41,7 +48,7 @@ class ConvolutionContext:
 
 
 class CausalConv1dBridge(HybridBridge):
-    """What both functions have in common."""
+    """The common part of both functions."""
 
     def contexts(self, model: nn.Module) -> set[ConvolutionContext]:
         layers = [(layer, weight) for layer in model.modules() for weight in _weights(layer)]
@@ -61,5 +68,5 @@ def _weights(layer: nn.Module) -> Iterable[torch.Tensor]:
 
 
 def activation(given: Any) -> str | None:
-    """What SGLang's functions take for an activation, as the operators do. Raises KeyError for another one."""
+    """Convert SGLang's activation argument to the operators': ``"silu"`` or None. Raises KeyError for an unknown one."""
     return {None: None, False: None, True: "silu", "silu": "silu", "swish": "silu"}[given]

@@ -14,7 +14,7 @@ class CausalConv1dFnBridge(CausalConv1dBridge):
     op = "causal_conv1d_fn"
 
     def trial(self, subject: Any, context: ConvolutionContext, fn: Forward) -> None:
-        """Three sequences, one without a slot, one shorter than the kernel."""
+        """Three sequences: one has no slot, and one is shorter than the kernel."""
         x, weight = context.scratch(8, context.dim).T, context.scratch(context.dim, context.width)
         pool, slots, ends = context.pool(), context.slots(2, PADDING, 0), context.slots(0, 5, 7, 8)
         go_on = torch.tensor([True, False, True], device=context.device)

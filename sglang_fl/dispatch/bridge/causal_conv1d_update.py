@@ -9,12 +9,12 @@ from .gated_delta_rule import check_pool
 
 
 class CausalConv1dUpdateBridge(CausalConv1dBridge):
-    """The convolution in decode, and where drafts are verified."""
+    """The convolution in decode, and in the verification of drafted tokens."""
 
     op = "causal_conv1d_update"
 
     def trial(self, subject: Any, context: ConvolutionContext, fn: Forward) -> None:
-        """A token each of three sequences, one without a slot."""
+        """One token each of three sequences, one without a slot."""
         x, weight = context.scratch(3, context.dim), context.scratch(context.dim, context.width)
         pool = context.pool()
         out = fn(x, pool, weight, weight[:, 0], context.activation, context.slots(2, PADDING, 0))

@@ -6,18 +6,18 @@ import torch
 from .base import Forward, Routes, check_result
 from .gated_delta_rule import GatedDeltaContext, GatedDeltaRuleBridge, check_pool
 
-#: What softplus is called with by SGLang's layers.
+#: softplus's beta and threshold in SGLang's layers.
 _SOFTPLUS = (1.0, 20.0)
 
 
 class SigmoidGatingUpdateBridge(GatedDeltaRuleBridge):
-    """Verification of drafts by SGLang's linear attention, and decode where it has no packed one."""
+    """Verifies drafted tokens in SGLang's linear attention, and decodes where the packed decode kernel is not used."""
 
     op = "fused_sigmoid_gating_delta_rule_update"
     kernel = "verify_kernel"
 
     def trial(self, subject: Any, context: GatedDeltaContext, fn: Forward) -> None:
-        """A token each of three sequences, one without a slot, and two drafted tokens of two, whose pool is only read."""
+        """One token each of three sequences, one without a slot. Then two drafted tokens each of two sequences; the pool is not updated."""
         heads, value_heads = context.heads, context.value_heads
         tokens = 4
         q, v = context.scratch(1, tokens, heads, context.key_dim), context.scratch(1, tokens, value_heads, context.value_dim)
@@ -70,7 +70,7 @@ class SigmoidGatingUpdateBridge(GatedDeltaRuleBridge):
             sglang_args = (*first, *middle, is_kda, lower_bound, *last)
             if contexts.active:
                 return divert(self, *sglang_args, **others)
-            # Kimi's delta attention has other gates, and what is not named here is of other ways to keep states.
+            # Kimi's delta attention has other gates. Arguments that are not named above select other ways to store states.
             left = is_kda or lower_bound is not None or others or (softplus_beta, softplus_threshold) != _SOFTPLUS
             if left or (dtypes is not None and q.dtype not in dtypes):
                 return own(self, *sglang_args, **others)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule of hybrid models (Qwen3-Next, Qwen3.5): functions that SGLang's linear attention calls.
 
-They are called by SGLang's Triton kernel class for this attention, in prefill and in decode. SGLang has other kernel
-classes, and takes FlashInfer's by itself for some sizes on some GPUs; then these functions are not called, and the log
-says so.
+SGLang's Triton kernel class for this attention calls them, in prefill and in decode. SGLang has other kernel classes, and
+selects FlashInfer's by itself for some sizes on some GPUs. Then these functions are not called, and the log names the class.
 """
 
 import sys
@@ -51,24 +50,24 @@ class GatedDeltaContext:
 
 
 class HybridBridge(FunctionBridge):
-    """What all functions of hybrid models have in common."""
+    """The common part of all functions of hybrid models."""
 
     def exclusion_reason(self) -> str | None:
         problems = self._problems()
         return f"SGLang differs from what sglang-fl needs: {'; '.join(problems)}" if problems else None
 
     def _problems(self) -> list[str]:
-        """What differs in SGLang from what this bridge relies on: the other functions are no matter of its."""
+        """What differs in SGLang from what this bridge relies on. Differences in the other functions do not count."""
         others = {f"{module}:{name}" for op, (module, name) in FUNCTIONS.items() if op != self.op}
         return [problem for problem in gated_delta_rule_problems() if problem.split(" ")[0] not in others]
 
     def _state_dtypes(self, model: nn.Module) -> Any:
-        """Of SGLang's pools of states for a model: ``conv`` and ``temporal``."""
+        """The dtypes of SGLang's pools of states for a model, as attributes ``conv`` and ``temporal``."""
         return import_module("sglang.srt.configs.mamba_utils").mamba2_state_dtype(getattr(model, "config", None))
 
 
 class GatedDeltaRuleBridge(HybridBridge):
-    """What the three functions have in common."""
+    """The common part of the gated-delta-rule functions."""
 
     #: The attribute of SGLang's dispatcher with the kernel class that calls the function.
     kernel: ClassVar[str]

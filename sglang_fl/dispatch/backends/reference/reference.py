@@ -23,7 +23,7 @@ _FUNCTIONS = {
     "fused_recurrent_gated_delta_rule": "impl.gated_delta_rule:fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_packed_decode": "impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode",
 }
-#: They are called beside SGLang's Triton kernels only where an order says so: without them a hybrid serves on SGLang's.
+#: On a device with Triton these are used only if the operator has an order. By default SGLang's Triton kernels run.
 _WITHOUT_TRITON = {
     "fused_sigmoid_gating_delta_rule_update": "impl.gated_delta_rule:fused_sigmoid_gating_delta_rule_update",
     "causal_conv1d_fn": "impl.causal_conv1d:causal_conv1d_fn",

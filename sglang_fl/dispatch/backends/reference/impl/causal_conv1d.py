@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short causal convolution, in fp32. Pools are written when all else is done."""
+"""The short causal convolution, in fp32. Pools are written last."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from ...checks import slots_of
 
 
 def _convolved(windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-    """``[..., dim, tokens]`` of windows that have ``width - 1`` tokens more at their beginning, in their dtype."""
+    """The results ``[..., dim, tokens]``, in the dtype of ``windows``, which have ``width - 1`` more tokens at their start."""
     width = weight.shape[1]
     tokens = windows.shape[-1] - width + 1
     wide, weight = windows.float(), weight.float()
@@ -66,7 +66,7 @@ def causal_conv1d_update(
     retrieve_next_sibling: torch.Tensor | None = None,
     retrieve_parent_token: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Without a word to the host, so that graphs can hold it, but for trees."""
+    """Graphs can capture it, since it does not synchronise with the host, except for trees."""
     tokens = x.unsqueeze(-1) if x.dim() == 2 else x
     before, count = weight.shape[1] - 1, tokens.shape[2]
     slots = slots_of("causal_conv1d_update", conv_state_indices, len(tokens), x.device)
@@ -91,7 +91,7 @@ def causal_conv1d_update(
 
 
 def _parents(count: int, children: torch.Tensor, siblings: torch.Tensor) -> torch.Tensor:
-    """``[batch, count]``: the token that each follows, 0 for the root."""
+    """The parent of each token, ``[batch, count]``, 0 for the root."""
     found = []
     for row in torch.stack((children[:, :count], siblings[:, :count]), 2).tolist():
         parent = [0] * count
@@ -105,7 +105,7 @@ def _parents(count: int, children: torch.Tensor, siblings: torch.Tensor) -> torc
 
 
 def _along_the_tree(window: torch.Tensor, before: int, parents: torch.Tensor) -> list[torch.Tensor]:
-    """For each token its ancestors' last ``before`` tokens, and itself: ``[batch, dim, before + 1]``."""
+    """For each token the last ``before`` tokens on its path from the root, and itself: ``[batch, dim, before + 1]``."""
     rows = torch.arange(len(window), device=window.device)
     behind = [window[..., 1 : before + 1]]
     found = [window[..., : before + 1]]

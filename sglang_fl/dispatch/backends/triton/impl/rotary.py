@@ -35,7 +35,7 @@ def _rotated(
     sections: tuple[Any, ...] = _NO_SECTIONS,
 ) -> Rotated:
     if inplace and torch.compiler.is_compiling():
-        # PyTorch 2.14's inductor loses what a Triton kernel writes to the second of two views of one tensor.
+        # PyTorch 2.14's Inductor drops what a Triton kernel writes to the second of two views of one tensor.
         turned = _rotated(op, query, key, cos, sin, positions, interleaved, False, sections)
         return query.copy_(turned[0]), key.copy_(turned[1])
     tokens, query_heads, head_dim = query.shape

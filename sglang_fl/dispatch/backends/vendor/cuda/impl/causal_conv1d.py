@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's own CUDA kernels of the causal convolution, compiled at their first use. They sum in fp32, where its Triton kernels, which
-hybrid models call, multiply in 16 bits. They write to their input, so they get a copy, and know no trees.
+"""SGLang's CUDA kernels of the causal convolution, compiled at their first use.
+
+They sum in fp32. SGLang's Triton kernels, which hybrid models call by default, multiply in 16 bits. The CUDA kernels overwrite
+their input, so they get a copy. They do not support trees.
 """
 
 import torch
@@ -61,7 +63,7 @@ def causal_conv1d_update(
 ) -> torch.Tensor:
     _check("causal_conv1d_update", x, weight, conv_state)
     if intermediate_conv_window is not None or retrieve_next_token is not None:
-        raise Refusal("causal_conv1d_update: the kernel keeps no states between tokens, and knows no trees")
+        raise Refusal("causal_conv1d_update: the kernel does not store the state after each token, and does not support trees")
     out = x.clone(memory_format=torch.contiguous_format)
     if x.numel():
         slots = None if conv_state_indices is None else conv_state_indices.int()
