@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from ..config.loader import PROFILES
 from ..device import OUT_OF_TREE_ONLY, VENDORS, Vendor, declared, name_problem
 from ..dispatch.manager import OpManager
 
-#: Placeholders of the template: the vendor's name, and the chip's in the names of classes.
+#: Placeholders of the template: the vendor's name, and the chip's name, alone and in names of classes.
 _NAME, _CLASS = "mychip", "MyChip"
 _TEMPLATE = Path(__file__).parents[1] / "dispatch" / "backends" / "vendor" / "template"
-#: Of its files; tools leave others.
+#: The template's files have these suffixes. Others are left there by tools.
 _SUFFIXES = (".py", ".toml", ".md", ".yaml")
 #: Fields that a declaration leaves out where SGLang has a platform of its own for the chip.
 _NOT_IN_TREE = ("device_type", "device_files", *OUT_OF_TREE_ONLY)
+#: What the template says of a chip that neither SGLang nor our table knows.
+_ELSE_ATTENTION = "without either it is torch_native."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +66,10 @@ def why_taken(name: str) -> str | None:
 
 
 def write(name: str, directory: Path) -> list[Path]:
-    """Write the package; nothing that is there is overwritten.
+    """Write the package. Existing files are not overwritten.
 
     Raises:
-        SettingsError: the directory has something in it.
+        SettingsError: the directory is not empty.
         OSError: it cannot be written.
     """
     if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
@@ -91,18 +94,20 @@ def _named(text: str, name: str) -> str:
 
 
 def _filled(source: Path, name: str, row: Vendor | None) -> str:
-    """A file's text for this vendor; what our table knows of the chip is put in."""
+    """A file's text for this vendor, filled with what our table knows of the chip."""
     text = source.read_text(encoding="utf-8")
+    if row is not None:
+        text = re.sub(rf"\b{_CLASS}\b", row.chip, text)
     if row is not None and row.in_tree is not None:
         text = _in_tree(source.name, text, row)
     elif row is not None:
         capabilities = ", ".join(f'"{item}"' for item in row.capabilities) + "," * (len(row.capabilities) == 1)
         known = {
-            'chip="MyChip",': f'chip="{row.chip}",',
             'device_type="mychip",': f'device_type="{row.device_type}",',
             'device_files=("/dev/mychip[0-9]*",),': _traces(row),
             '# collective="gloo",': f'collective="{row.collective}",',
             '# attention="mychip_attention",': f'attention="{row.attention}",',
+            _ELSE_ATTENTION: f"without either it is {row.attention}.",
             "# capabilities=": f"capabilities=({capabilities}),\n    # capabilities=",
             "# flaggems=True,": f"flaggems={row.flaggems},",
         }
@@ -114,20 +119,20 @@ def _filled(source: Path, name: str, row: Vendor | None) -> str:
 
 
 def _in_tree(file: str, text: str, row: Vendor) -> str:
-    """A file for a chip that SGLang has a platform for: what that platform settles is left out, and SGLang's operators stay."""
+    """A file for a chip that SGLang has a platform for: without the fields that its platform decides; SGLang's operators stay."""
     if file == "platform.py":
         between = "    #\n"
-        choices = text.replace('chip="MyChip"', f'chip="{row.chip}"').split(between)
+        choices = text.replace(_ELSE_ATTENTION, "without either SGLang chooses it, as it does without this package.").split(between)
         return between.join(choice for choice in choices if not any(f" {field}=" in choice for field in _NOT_IN_TREE))
     if file == "profile.yaml":
         orders = (PROFILES / "in_tree.yaml").read_text(encoding="utf-8").partition("op_backends:")[2]
-        head = "# The settings on MyChip when the user gives none: this package's operators, and SGLang's own for all else.\nop_backends:"
+        head = f"# The settings on {row.chip} when the user gives none: this package's operators, else SGLang's own.\nop_backends:"
         return head + orders.replace("[sglang]", "[vendor:mychip, sglang]")
     return text
 
 
 def _traces(row: Vendor) -> str:
-    """How a chip of our table is known, as lines of a declaration."""
+    """How a chip of our table is detected, as lines of a declaration."""
     fields = {"device_files": row.device_files, "commands": row.commands}
     tuples = {field: ", ".join(f'"{item}"' for item in items) + "," * (len(items) == 1) for field, items in fields.items() if items}
     return "\n    ".join(f"{field}=({items})," for field, items in tuples.items())

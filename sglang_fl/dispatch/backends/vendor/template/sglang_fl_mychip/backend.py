@@ -4,8 +4,8 @@
 from sglang_fl.dispatch import BackendImplKind
 from sglang_fl.dispatch.backends import Kernel, KernelTable
 
-# Without this the backend runs everywhere, as plain PyTorch does. Say when your kernels can run, and name it below. Import
-# nothing heavy: the command line asks too.
+# Without this function the backend is available on every device, as plain PyTorch is. Say when your kernels can run, and name
+# the function below. Import nothing heavy: the command line calls it too.
 #
 # def why_unavailable(settings, device):
 #     """None if the backend can run on this device, else the reason in words."""
@@ -26,17 +26,17 @@ BACKEND = KernelTable(
     kernels={
         "rms_norm": Kernel(
             "impl.normalization:rms_norm",
-            # The activation dtypes that it takes; None: fp32, bf16 and fp16. A layer of another dtype goes to the next in order.
+            # The supported activation dtypes. None: fp32, bf16 and fp16. Layers of other dtypes use the next one in the order.
             # dtypes=("bfloat16", "float16"),
             #
-            # False only if a call that raises has never written its inputs: then another implementation may take the call over.
+            # False only if a call that raises has never written its inputs. Then another implementation may repeat the call.
             writes_inputs=False,
             #
-            # The least device capability that it needs.
+            # The lowest device capability that it supports.
             # min_arch="9.0",
             #
-            # True if a row's result is the same, bit for bit, whatever else is in the batch: it then serves under
-            # --enable-deterministic-inference, too.
+            # True if a row's result is the same, bit for bit, for any other rows in the batch. Then it is also used with
+            # --enable-deterministic-inference.
             # batch_invariant=True,
         ),
     },

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to SGLang that no declaration can express. Not in use until the entry point in ``pyproject.toml`` is no comment any more.
+"""Changes to SGLang that no declaration can express. To use it, uncomment the entry point in ``pyproject.toml``.
 
-SGLang calls :func:`register` in each of its processes and then puts the hooks in place. Name the narrowest function that does it, and
-remove the hook when SGLang has a better place: a start logs each, and SGLANG_FL_PATCHES=0 starts without any.
+SGLang calls :func:`register` in each of its processes and then installs the hooks. Hook the narrowest function, and remove the hook
+when SGLang has a public interface for it. Each start logs the hooks; SGLANG_FL_PATCHES=0 starts without them.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chip MyChip, for SGLang. It is read during ``import sglang``: do not import PyTorch, SGLang or your driver's library here.
+"""Declares MyChip to SGLang.
 
-The commented lines are optional; ``sglang_fl.vendor_platform.VendorPlatform`` documents each. Classes are written
-"module:Class" and loaded when they are needed.
+This is imported during ``import sglang``: do not import PyTorch, SGLang or your driver's library here.
+
+The commented lines are optional. ``sglang_fl.vendor_platform.VendorPlatform`` documents each. Write classes as
+"module:Class"; they are loaded when they are needed.
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ PLATFORM = VendorPlatform(
     # The torch.device type that MyChip's PyTorch extension registers.
     device_type="mychip",
     #
-    # How the chip is detected: its device files, its driver's tools, or a function of your own.
+    # How the chip is detected: its device files, its driver's tools, or your own function.
     device_files=("/dev/mychip[0-9]*",),
     # commands=("mychip-smi",),
     # is_present=lambda: Path("/sys/class/mychip").exists(),
@@ -27,12 +29,12 @@ PLATFORM = VendorPlatform(
     # The device type of SGLang's groups of ranks, if it is not the chip's own.
     # group_device="cpu",
     #
-    # Attention: backends of your own, registered under SGLang's register_attention_backend (each is made with SGLang's model
-    # runner), and the one to use when the user names none; without either it is torch_native.
+    # Attention: your own backends, registered with SGLang's register_attention_backend and created with SGLang's model runner,
+    # and the backend to use when the user names none; without either it is torch_native.
     # attention_backends={"mychip_attention": "sglang_fl_mychip.attention:MyChipAttention"},
     # attention="mychip_attention",
     #
-    # What the chip can do, of SGLang's PlatformCapabilities: Triton kernels, graphs of decode steps, piecewise graphs of
+    # What the chip supports, of SGLang's PlatformCapabilities: Triton kernels, graphs of decode steps, piecewise graphs of
     # prefill, SGLang's own kernels for the hierarchical cache, a PyNccl communicator.
     # capabilities=("supports_triton", "graph_capture", "piecewise_graph", "hicache_device_kernels", "supports_pynccl"),
     #
@@ -58,28 +60,28 @@ PLATFORM = VendorPlatform(
     # draft_attention=("triton",),
     # draft_graph_runners={"draft_decode": "sglang_fl_mychip.graphs:MyChipDraftRunner"},
     #
-    # Quantisation methods of your own, or in the place of SGLang's: subclasses of its QuantizationConfig.
+    # Your own quantisation methods, or replacements of SGLang's: subclasses of its QuantizationConfig.
     # quantization={"mychip_int8": "sglang_fl_mychip.quantization:MyChipInt8Config"},
     #
-    # Kernels that SGLang launches or calls outside of its layers (sglang-fl kernels lists them): your functions in their place,
+    # Kernels that SGLang launches or calls outside of its layers (sglang-fl kernels lists them): your functions replace them,
     # called with SGLang's arguments. KernelReplacement("module:function", takes_grid=True) gets a launch's grid first.
     # sglang_kernels={"sglang.kernels.ops.memory.common:get_last_loc_triton": "sglang_fl_mychip.kv_cache:last_locations"},
     #
-    # Packages that SGLang imports and that MyChip has no build of: what you provide of each, a module, or None. All else in it
-    # can be imported, and says its name when it is called. For triton, start servers with sglang-fl serve.
+    # Packages that SGLang imports and that have no build for MyChip: for each a module with what you provide, or None. All other
+    # names can be imported, and raise an error with their name when called. With triton, start servers with sglang-fl serve.
     # stand_ins={"sgl_kernel": "sglang_fl_mychip.sgl_kernel", "flashinfer": None, "deep_gemm": None, "triton": None},
     #
-    # Defaults of SGLang's server arguments; what the user gives goes before.
+    # Defaults of SGLang's server arguments. The user's arguments override them.
     # server_args={"page_size": 128},
     #
-    # Environment variables that your code reads: a name that is nearly one of them is reported as a misspelling.
+    # Environment variables that your code reads. Similar names are reported as misspellings.
     # variables=("MYCHIP_FUSE_ATTENTION",),
     #
     # Whether FlagGems supports the chip: its Triton kernels are then used for operators and for PyTorch's own.
     # flaggems=True,
     #
-    # Whatever else SGLang asks its platform: a class with some of the methods of sglang.srt.platforms.interface.SRTPlatform.
-    # Its module may not import sglang.srt.utils or anything heavy: it is imported with SGLang, too.
+    # Anything else that SGLang asks its platform: a class with some of the methods of sglang.srt.platforms.interface.SRTPlatform.
+    # Its module is imported with SGLang, so it must not import sglang.srt.utils or anything heavy.
     # platform_class="sglang_fl_mychip.sglang_platform:MyChipPlatform",
     #
     # The settings to use on the chip when the user gives none.
