@@ -30,9 +30,9 @@ nowhere more than 1 µs slower, in every sitting that measured both:
 ``triton-<gpu>.json`` (of ``ops.py``), on any GPU of the platform.
 An ATen function that was wrong (also: in a graph that serving captured), or ended the process, is in ``flagos_broken``: it
 stays with PyTorch too where a user prefers FlagOS for everything. A name leaves that list only by results that show it right.
-``flagos_slower`` has those whose kernels took longer in a step of a served model than the kernels in whose place they were, in each
-trace of ``serving.py --profile`` in which both can be told by their names (:data:`_IN_TRACES`): ``serving-*.jsonl``, on any GPU of
-the platform. They stay with PyTorch there too.
+``flagos_slower`` has those whose kernels took longer in a step of a served model than the kernels that they replaced, in each trace
+of ``serving.py --profile`` where both are known by name (:data:`_IN_TRACES`): ``serving-*.jsonl``, on any GPU of the platform. They
+stay with PyTorch too where a user prefers FlagOS for everything.
 """
 
 import argparse
@@ -81,7 +81,7 @@ _FAMILIES = ("flagos", "triton", "vendor")
 #: The name of a further sitting's file ends so.
 _FURTHER = re.compile(r"\.[0-9]+\.json$")
 _WIDTH = 110
-#: FlagGems function -> how its kernels are called in a trace, and those of PyTorch in whose place they are.
+#: FlagGems function -> patterns of the names in a trace: of its kernels, and of the PyTorch kernels that they replace.
 _IN_TRACES = {"mm": (r"^mm_kernel", r"nvjet|splitKreduce|cutlass.*gemm|ampere.*gemm|gemmk1|gemvx")}
 
 Row = Mapping[str, Any]
@@ -354,7 +354,7 @@ def _triton_faster(sittings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Traced:
-    """The GPU's time in a step, in microseconds, of a FlagGems function's kernels and of those that they replace."""
+    """GPU time per step, in microseconds: of a FlagGems function's kernels, and of the kernels that they replace."""
 
     where: str
     flagos: float
@@ -366,7 +366,7 @@ class Traced:
 
 
 def traced(function: str, runs: Sequence[Row]) -> Iterator[Traced]:
-    """The times of a function's kernels in the traces of served models; kernels that both engines ran do not count."""
+    """The times of a function's kernels in the traces of served models. Kernels that both engines ran are not counted."""
     names = _IN_TRACES[function]
     for run in runs:
         windows = (run.get("profile") or {}).get("windows", {})
@@ -383,7 +383,7 @@ def _time_of(window: Mapping[str, Any], name: str) -> float:
 
 
 def _flagos_slower(runs: Sequence[Row]) -> Iterator[str]:
-    """The lines about functions that a step takes longer with; none where none was traced."""
+    """The profile's lines about functions that make a step slower. No lines if none does or none was traced."""
     slower = {}
     for function in _IN_TRACES:
         found = sorted(traced(function, runs), key=lambda one: one.ratio)
@@ -392,12 +392,12 @@ def _flagos_slower(runs: Sequence[Row]) -> Iterator[str]:
     if not slower:
         return
     yield ""
-    yield from _paragraph("A step of a served model takes longer with these: they stay with PyTorch where FlagOS is preferred.")
+    yield from _paragraph("These make a step of a served model slower. They stay with PyTorch where FlagOS is preferred.")
     for function, found in slower.items():
         worst = found[-1]
         yield from _comment(
-            f"{function}: its kernels took {found[0].ratio:.2f} to {worst.ratio:.2f} times as long as those in whose place they were, in "
-            f"{len(found)} traces; the worst is {worst.flagos:.0f} and {worst.own:.0f} µs a step ({worst.where})"
+            f"{function}: its kernels took {found[0].ratio:.2f} to {worst.ratio:.2f} times as long as the kernels that they replaced, in "
+            f"{len(found)} traces; the worst took {worst.flagos:.0f} instead of {worst.own:.0f} µs a step ({worst.where})"
         )
     yield from _list("flagos_slower", list(slower))
 
@@ -410,8 +410,8 @@ def profile(
     triton: Mapping[str, Mapping[str, Any]] | None = None,
     traces: Sequence[Row] = (),
 ) -> str:
-    """The profile's text, from what :func:`read_ops`, :func:`read_aten`, :func:`read_served`, :func:`read_triton` and
-    :func:`read_traces` gave.
+    """The profile's text, from the results of :func:`read_ops`, :func:`read_aten`, :func:`read_served`, :func:`read_triton` and
+    :func:`read_traces`.
 
     Raises:
         ValueError: the two results are not of the same GPU and versions, or the forward passes were not counted.
@@ -550,7 +550,7 @@ def read_triton(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_traces(results: Path) -> list[Row]:
-    """The runs of ``serving.py`` on any GPU. Raises ValueError for what is no run."""
+    """The runs of ``serving.py`` on any GPU. Raises ValueError if a line is not a run."""
     runs = []
     for path in sorted(results.glob("serving-*.jsonl")):
         for number, run in enumerate(read_runs(path), 1):

@@ -36,7 +36,7 @@ def _speed(phase: str, row: dict[str, Any] | None) -> str:
 
 
 def step_table(run: dict[str, Any]) -> Table | None:
-    """What the kernels of a step take, from the trace, a row for each window; None: nothing was traced."""
+    """The GPU time of a step by engine, one row for each traced window. None if nothing was traced."""
     windows = (run.get("profile") or {}).get("windows", {})
     if run["baseline"] not in windows or any(window["kind"] != "kernels" for window in windows[run["baseline"]].values()):
         return None

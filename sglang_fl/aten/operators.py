@@ -285,7 +285,7 @@ def available_functions(settings: Settings) -> tuple[list[tuple[str, Function]],
 
 
 def unlisted(settings: Settings) -> Settings:
-    """Settings that select all functions."""
+    """The same settings without the lists of FlagGems functions, so that all are selected."""
     return replace(settings, flagos_whitelist=None, flagos_blacklist=None, flagos_faster=None, flagos_broken=None, flagos_slower=None)
 
 

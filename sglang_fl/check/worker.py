@@ -82,7 +82,7 @@ class Worker:
     def _cases_of(self, impl: OpImpl) -> tuple[str | None, Sequence[Case]]:
         """An implementation's cases, or none and the reason."""
         if impl.op_name not in OPERATORS_CHECKED:
-            return f"sglang-fl {__version__} does not know what {impl.op_name} must do, so there is no check for it", []
+            return f"sglang-fl {__version__} has no cases for {impl.op_name}", []
         why = impl.why_unavailable()
         if why is not None:
             return why, []
@@ -93,7 +93,7 @@ class Worker:
         except ValueError as error:
             return str(error), []
         if not cases:
-            return f"it takes none of {', '.join(map(str, OPERATORS_CHECKED[impl.op_name].dtypes))}", []
+            return f"it supports none of {', '.join(map(str, OPERATORS_CHECKED[impl.op_name].dtypes))}", []
         return None, [case for name, case in cases.items() if not asked or any(case_matches(name, words) for words in asked)]
 
     def _made(self, impl: OpImpl, quick: bool) -> Iterator[Case]:

@@ -38,7 +38,7 @@ _EXIT_CODES = """exit codes: 0 PASSED; 1 FAILED, or a result could not be writte
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXIT_CODES
     again = "(repeatable)"
-    parser.add_argument("--op", action="append", metavar="OP", help=f"check this operator, or kernel of SGLang's {again}; default: all")
+    parser.add_argument("--op", action="append", metavar="OP", help=f"check this operator or SGLang kernel {again}; default: all")
     parser.add_argument("--impl", action="append", metavar="ID", help=f"check this implementation, as vendor.cuda {again}")
     parser.add_argument("--vendor", action="append", metavar="NAME", help=f"check this vendor's implementations {again}")
     parser.add_argument("--case", action="append", metavar="WORDS", help=f"run the cases whose names have all these words {again}")
@@ -65,7 +65,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
         SettingsError: an unknown name, or names that select nothing together.
     """
     every = [impl for op in registry.list_operators() for impl in registry.get_implementations(op)]
-    # A kernel of SGLang's has its bare name, too.
+    # A SGLang kernel is also found by its bare name, without its module.
     ops = [full for name in ops for full in _named(name, registry.list_operators())] if ops else None
     wanted_vendors = {canonical(name) for name in vendors or ()}
     problems = [
@@ -92,7 +92,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
 
 
 def _named(name: str, ops: Iterable[str]) -> list[str]:
-    """The operators of a name; the name itself if there is none."""
+    """The operators and kernels of this name, or the name itself if there are none."""
     return [op for op in ops if name in (op, op.partition(":")[2])] or [name]
 
 

@@ -249,7 +249,7 @@ def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
 
 
 def kernels_in_words(rows: Sequence[OpRow]) -> tuple[str, str]:
-    """On what SGLang's kernels run, and what their last checks said."""
+    """How many of SGLang's kernels run on each implementation, and how many have each result of the last check."""
     where = Counter(row.selected.get("impl", row.picked) for row in rows)
     checked = Counter(row.certificate if row.certificate == NEVER else row.certificate.split()[0] for row in rows if row.certificate)
     return ", ".join(f"{count} on {name}" for name, count in where.most_common()), ", ".join(

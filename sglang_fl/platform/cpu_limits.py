@@ -52,7 +52,7 @@ def problems(given: Callable[[str], Any], model_config: Any) -> Iterator[str]:
     if model_config.attention_arch.name == "MLA":
         yield "--model-path: the model has latent attention (MLA), which SGLang's torch_native does not have"
     if getattr(model_config.hf_text_config, "attn_logit_softcapping", None) and all(given(name) in (None, *_ON_CPU) for name in _ATTENTION):
-        yield "--model-path: the model caps its attention logits (attn_logit_softcapping), which SGLang's torch_native ignores"
+        yield "--model-path: the model caps its attention logits (attn_logit_softcapping), and SGLang's torch_native ignores the cap"
 
 
 def _spelled(name: str, value: Any) -> str:

@@ -10,7 +10,12 @@ from .statistics import LOOKS
 
 
 class Kind(NamedTuple):
-    """A kind of measurement: its name in the plural, and the seconds of one that are assumed until one was made."""
+    """A kind of measurement.
+
+    Attributes:
+        words: its name in the plural.
+        seconds: the assumed seconds of one, used until one was made.
+    """
 
     words: str
     seconds: float
@@ -18,11 +23,11 @@ class Kind(NamedTuple):
 
 KINDS = {
     "about": Kind("first start of an engine", 120.0),
-    "noise": Kind("pairs of native and native", 5.0),
+    "noise": Kind("pairs of native and itself", 5.0),
     "record": Kind("recording of all calls", 60.0),
     "check": Kind("checks of a recorded call", 10.0),
     "time": Kind("timings of a recorded call", 3.0),
-    "pair": Kind("pairs of native and a choice", 30.0),
+    "pair": Kind("pairs of native and candidates", 30.0),
     "start": Kind("fresh starts", 120.0),
 }
 

@@ -14,7 +14,7 @@ from ..check.process import Lost, Process
 #: The time limits of a call and of a first call, in seconds.
 _LIMIT, _COMPILE_LIMIT = 60.0, 300.0
 _POLL_SECONDS = 0.5
-#: For float64 on the host: more than the machine grants cost seconds a call, and a container is often granted less than it sees.
+#: Threads for float64 on the host. More than the process may use cost seconds per call, and a container often sees too many.
 _MOST_THREADS = 4
 
 

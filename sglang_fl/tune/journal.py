@@ -77,7 +77,7 @@ class Journal:
 
 
 def seconds_in(path: Path, arguments: Sequence[str]) -> dict[str, list[float]]:
-    """Kind -> what its measurements in a journal took; nothing if it is one of a server with other arguments."""
+    """Kind of measurement -> the seconds of each in a journal. Empty if the journal is of a server with other arguments."""
     lines = read_lines(path.read_bytes())
     found: dict[str, list[float]] = {}
     if lines and lines[0]["for"].get("arguments") == list(arguments):

@@ -111,7 +111,7 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str
         if saved:
             candidate.gains[case] = saved
         if saved < (1 - MAX_RATIO) * sum(own):
-            lost.append(f"{-saved:.3g} µs lost in a step of {case}")
+            lost.append(f"{-saved:.3g} µs slower in a step of {case}")
     worst = max(rows, key=lambda row: row.ratio[0])
     figures = f"{candidate.ratio[1]:.3g} times native's time in the median ({min(medians):.3g} to {max(medians):.3g})"
     if worst.ratio[0] > MAX_RATIO and worst.ratio[1] > 1:

@@ -20,7 +20,7 @@ def mix(vocabulary: int, longest: int, *, sampled: bool) -> Requests:
 
     Args:
         longest: the tokens of the longest prompt.
-        sampled: also random sampling of several kinds, and logprobs. The kernels for it are compiled the first time, for up to two minutes.
+        sampled: also several kinds of random sampling, and logprobs. The first time, compiling their kernels takes up to two minutes.
     """
     rng = random.Random(0)
 

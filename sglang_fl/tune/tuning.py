@@ -39,7 +39,7 @@ from .serve import Served, choice_of
 from .statistics import LOOKS, Speed, smallest_effect, speed
 from .timing import ROUNDS
 
-#: At most this many recorded calls of an operator are tried in what is measured, and beside it.
+#: The most recorded calls of an operator that are tried: of those in the measured cases, and of the others.
 _MOST_CALLS, _MOST_OTHERS = 12, 4
 #: Parts of a limited budget: for native against native beyond the first look, and for candidates alone.
 _NOISE_SHARE, _ALONE_SHARE = 0.1, 0.6
@@ -138,7 +138,7 @@ class Tuning:
         """Raises BudgetOver if a measurement of a kind would not end in time; shows how far the run is now and then."""
         self.budget.to_come[kind] = max(0, self.budget.to_come.get(kind, 0) - 1)
         if time.monotonic() - self._said > _SAY_SECONDS:
-            self._show(f"so far {len(self._journal.seconds.get(kind, ()))} {KINDS[kind].words}")
+            self._show(f"{len(self._journal.seconds.get(kind, ()))} {KINDS[kind].words} done")
         self.budget.check(kind)
 
     def _show(self, text: str) -> None:
@@ -186,7 +186,7 @@ class Tuning:
         longest = min(about["longest"] // 2, 4000) if not about["plain_cpu"] else min(about["longest"] // 2, 256)
         if self._job.traffic:
             requests = traffic.read(self._job.traffic, about["vocabulary"])
-        else:  # no graph has sampling in it
+        else:  # sampling is outside of graphs, so it is recorded only if FlagGems runs everywhere
             requests = traffic.mix(about["vocabulary"], longest, sampled=about["scope"] == "everywhere")
         bench.ask("record")
         bench.send(requests)
@@ -372,7 +372,7 @@ def _case(candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _telling(calls: list[dict[str, Any]], cases: Set[str]) -> list[dict[str, Any]]:
-    """Of an operator's calls, the largest first: those of what is measured, and some of the others, from the largest to the smallest."""
+    """The calls to try, of an operator's calls sorted by size: the largest of the measured cases, and others of all sizes."""
     measured = [call for call in calls if cases & call["per_pass"].keys()]
     others = [call for call in calls if call not in measured]
     count = min(_MOST_OTHERS, len(others))

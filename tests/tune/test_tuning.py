@@ -146,7 +146,7 @@ class TestAlone:
     def test_what_loses_in_a_step_is_none(self) -> None:
         """Faster in most calls, and in the one that is called most slower by less than can be told."""
         found = self.judged(row(0.5, per_pass=0), row(0.5, per_pass=0), row(1.03, spread=0.05))
-        assert found.status == TIE and "30 µs lost in a step of decode/1" in found.reason
+        assert found.status == TIE and "30 µs slower in a step of decode/1" in found.reason
 
     def test_slower_at_one_call_is_slower(self) -> None:
         found = self.judged(row(0.5), row(0.5), row(1.1))
@@ -355,7 +355,7 @@ class TestBudget:
     def test_its_end_is_told_before_what_would_not_end_in_time(self) -> None:
         budget = Budget(time.monotonic() + 100, {"pair": [40.0, 60.0]})
         budget.check("pair")
-        with pytest.raises(BudgetOver, match="before 3 pairs of native and a choice"):
+        with pytest.raises(BudgetOver, match="before 3 pairs of native and candidates"):
             budget.check("pair", 3)
         with budget.part(0.1), pytest.raises(BudgetOver, match="before more pairs"):
             budget.check("pair")

@@ -114,7 +114,7 @@ def _device_facts(device: Device, deep: bool) -> dict[str, str | None]:
 
 
 def _layer_states(settings: Settings, device: Device, environ: Mapping[str, str], operators: Sequence[OpRow]) -> list[dict[str, str]]:
-    """A row with ``layer``, ``state``, ``why`` and ``checked`` for Layer 1, each operator of Layer 2, SGLang's kernels, and Layer 3."""
+    """Rows with ``layer``, ``state``, ``why`` and ``checked``: Layer 1, each operator of Layer 2, SGLang's kernels, Layer 3."""
     kernels = [row for row in operators if is_kernel(row.op)]
     on, checked = kernels_in_words(kernels)
     rows = [
