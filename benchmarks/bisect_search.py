@@ -36,7 +36,7 @@ class Scenario:
 
     Attributes:
         false_failures, false_successes: how often a run fails that should not, and the other way round.
-        cause: None: one switch, drawn for each seed; "pair": two, both needed; "coin": the answers are a coin's.
+        cause: None: one switch, drawn for each seed; "pair": two, both needed; "coin": the answers are random.
         options: of the search.
     """
 

@@ -90,7 +90,7 @@ def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _in_graphs(x: torch.Tensor) -> torch.Tensor:
-    """What a graph reads: with a stale pointer, the memory that a pass before the capture had."""
+    """What a graph reads. With a stale pointer: memory of a pass before the capture."""
     if fault not in ("stale pointer", "first replay", "later replays", "stale pointer of two ranks"):
         return x
     kept = _kept.setdefault(("graph", x.shape), torch.empty_like(x))

@@ -52,7 +52,7 @@ def test_three_are_not_taken_for_two() -> None:
 
 
 def test_rounding_beside_a_small_fault_does_not_make_a_pair() -> None:
-    """As measured of a model in bfloat16: the fault alone is within three times the noise, and beyond it with another that rounds."""
+    """As measured on a model in bfloat16: the fault alone is within three times the noise. With another replacement it is beyond."""
     fault, rounds = EVERY[3], EVERY[5]
 
     def measure(on: Collection[Replacement]) -> Effect:

@@ -261,7 +261,7 @@ def caught(kind: str, op: str) -> str | None:
 
 
 def first_failure(op: str, fn: Function, checks: frozenset[str] = CHECKS) -> str | None:
-    """The first case of these kinds of check, of a quick one, that an implementation fails; None: it passes."""
+    """The first case of a quick check, of these kinds, that an implementation fails. None if it passes."""
     seed = secrets.randbits(31)
     impl = Implementation(op, fn, None, CPU)
     cases = [case for case in cases_of(op, None, CPU, quick=True) if case.check in checks]

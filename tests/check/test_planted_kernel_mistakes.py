@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes of kernels that run in place of SGLang's, planted into the references: ``sglang-fl check --quick`` catches each."""
+"""Mistakes planted into the references of SGLang's kernels. ``sglang-fl check --quick`` finds each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,7 @@ def one_not_written(out: int, at: int = -1) -> Callable[[Right], Function]:
 
 
 def neighbour_overwritten(out: int) -> Callable[[Right], Function]:
-    """Blocks are written whole."""
+    """One number past the end is written, as by a kernel that writes whole blocks."""
 
     def plant(right: Right) -> Function:
         def fn(*args: Any, **named: Any) -> None:
@@ -89,7 +89,7 @@ def page_in_32_bits(right: Right) -> Function:
 
 
 def changed(**to: Any) -> Callable[[Right], Function]:
-    """Some named arguments are taken for others."""
+    """Some named arguments are replaced."""
 
     def plant(right: Right) -> Function:
         def fn(grid: Any, *args: Any, **named: Any) -> Any:
@@ -127,7 +127,7 @@ def wrong_from_row(first: int) -> Callable[[Right], Function]:
 
 
 def one_buffer_for_all(right: Right) -> Function:
-    """The result lives in memory that the next call writes."""
+    """The result is in memory that the next call overwrites."""
     kept: dict[Any, torch.Tensor] = {}
 
     def fn(*args: Any, **named: Any) -> Any:
@@ -138,7 +138,7 @@ def one_buffer_for_all(right: Right) -> Function:
 
 
 def rounded_on_the_way(right: Right) -> Function:
-    """Numbers go through bf16."""
+    """Numbers are rounded to bf16."""
 
     def fn(*args: Any, **named: Any) -> Any:
         return tuple(x.bfloat16().to(x.dtype) for x in right(*args, **named))

@@ -151,7 +151,7 @@ def decode(running: Running, batch: int) -> float:
 def test_flagos_kernels_run_in_the_graphs(servers: dict[str, Future[Running]], way: str, tmp_path: Path) -> None:
     """They are among the GPU's kernels while a prompt is answered, and no Python of FlagGems or of ours runs in a step.
 
-    The prompt is a new one, and as long as a graph's size: SGLang runs a prefill without a graph if that would be more than half padding.
+    The prompt is new, and as long as a graph's size. SGLang prefills without a graph if more than half of it would be padding.
     """
     running = servers[way].result()
     what = {"output_dir": str(tmp_path), "activities": ["CPU", "GPU"], "with_stack": True, "record_shapes": False, "profile_id": "step"}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds SGLang's own kernels, in Triton's interpreter, to the cases of ``sglang-fl check``; prints JSON.
+"""Runs the cases of ``sglang-fl check`` on SGLang's own kernels, in Triton's interpreter. Prints JSON.
 
-For each kernel: how many small cases ran, and the outcomes of those that failed. So what ``check`` says that a kernel must do is
-what SGLang's does.
+For each kernel: how many small cases ran, and the outcomes of those that failed. This shows that ``check``
+expects what SGLang's kernels do.
 """
 
 import importlib
@@ -31,12 +31,12 @@ from sglang_fl.kernels.reference import REFERENCES
 NOT_HERE = ("murmur_hash32", "softcap_inplace_logits", "fused_qk_gemma_rmsnorm", "fused_qk_gemma_rmsnorm_with_gate")
 
 
-#: Operators that stand for a kernel of SGLang's, whose arguments have the same names.
+#: Operators that replace a SGLang kernel, with arguments of the same names.
 OPERATORS = ("fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update")
 
 
 def own(target: str) -> Callable[..., Any]:
-    """SGLang's kernel, called with the grid first, or as the operator is."""
+    """SGLang's kernel, called with the grid first, or like the operator."""
     if target in OPERATORS:
         module, name = FUNCTIONS[target]
         function, names = getattr(importlib.import_module(module), name), [one.name for one in parameters_of(target) or ()]
@@ -44,7 +44,7 @@ def own(target: str) -> Callable[..., Any]:
     module, _, name = target.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     if REFERENCES[target].takes_grid:
-        # SGLang does not launch a kernel without programs.
+        # SGLang does not launch a kernel with an empty grid.
         return lambda grid, *args, **named: kernel[grid](*args, **named) if all(grid) else None
     return lambda grid, *args, **named: kernel(*args, **named)
 

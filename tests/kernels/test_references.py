@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The references of SGLang's kernels: each does what ``sglang-fl check`` says that the kernel must do."""
+"""The references of SGLang's kernels pass ``sglang-fl check``."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_check_has_cases_of_every_reference() -> None:
     assert set(filter(is_kernel, OPERATORS_CHECKED)) == set(REFERENCES)
 
 
-#: Operators whose references stand for Triton kernels of SGLang's likewise.
+#: Operators whose references replace Triton kernels of SGLang's too.
 OPERATORS = ("fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``sglang-fl check`` says that kernels must do is what SGLang's own do, in Triton's interpreter, on arguments drawn anew."""
+"""SGLang's own kernels, in Triton's interpreter, pass the cases of ``sglang-fl check`` on new random arguments."""
 
 import json
 import secrets

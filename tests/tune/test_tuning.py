@@ -144,7 +144,7 @@ class TestAlone:
         assert found.status == "not measured" and found.gains == {"decode/1": pytest.approx(500)}
 
     def test_what_loses_in_a_step_is_none(self) -> None:
-        """Faster in most calls, and in the one that is called most slower by less than can be told."""
+        """Faster in most calls. In the most frequent one it is slower by less than the noise."""
         found = self.judged(row(0.5, per_pass=0), row(0.5, per_pass=0), row(1.03, spread=0.05))
         assert found.status == TIE and "30 µs slower in a step of decode/1" in found.reason
 
@@ -367,7 +367,7 @@ class TestBudget:
 
 
 def test_functions_are_tried_whatever_the_settings_select_today() -> None:
-    """The profile of a chip may use none of FlagGems's functions: that is no reason to measure none."""
+    """FlagGems functions are measured even if the chip's profile uses none."""
     settings = replace(load_settings({}), flagos_faster=(), flagos_broken=("mm",))
     assert settings.flagos_functions == ()
     assert unlisted(settings).flagos_functions is None and unlisted(settings).flagos_exclusion_reason("mm") is None

@@ -133,7 +133,7 @@ def decode() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def verify() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SGLang's own call to verify drafts: its result, the pool, and the states behind each draft."""
+    """SGLang's own call to verify drafts: its result, the pool, and the state after each draft."""
     torch.manual_seed(5)
     pool, states = torch.randn(4, HV, V, K), torch.zeros(3, 2, HV, V, K)
     out = gdn_triton.TritonGDNKernel().target_verify(
@@ -468,7 +468,7 @@ def test_a_model_that_cannot_be_bound_leaves_no_mark() -> None:
 
 
 def test_drafts_are_verified_on_the_reference() -> None:
-    """The pool is only read; the states behind a sequence's drafts are those that decoding them one by one leaves."""
+    """The pool is not updated. The states after drafts are those after decoding them one by one."""
     bind()
     out, pool, states = verify()
     torch.manual_seed(5)
@@ -502,7 +502,7 @@ def convolved(width: int = 4) -> Hybrid:
 
 
 def test_convolutions_run_on_the_reference() -> None:
-    """A sequence in one piece is the same as its beginning, and then token after token."""
+    """A whole sequence gives the same as its first part followed by single tokens."""
     report = bind(model=convolved())
     assert report.functions[PREFILL_CONV, PREFILL_CONV] == report.functions[UPDATE_CONV, UPDATE_CONV] == "reference(reference.torch)"
     torch.manual_seed(6)
