@@ -235,8 +235,8 @@ def leave_everything_message(problems: Iterable[str], kernels: Iterable[str] = (
     named = ", ".join(sorted(kernels))
     return _message(
         problems,
-        "sglang-fl leaves everything to SGLang: no layer is bound, no ATen operator is replaced, collectives are its own, and so are its "
-        f"kernels{f' ({named})' if named else ''}",
+        "sglang-fl leaves everything to SGLang: no layer is bound, no ATen operator is replaced, and SGLang uses its own collectives "
+        f"and kernels{f' ({named})' if named else ''}",
     )
 
 

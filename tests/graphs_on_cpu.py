@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chip with decode graphs whose device is the CPU, for SGLang's own hooks. A CPU has no graphs: a replayed step is SGLang's eager one.
+"""A stand-in for a chip with decode graphs, on the CPU, through SGLang's own hooks. A replay runs SGLang's eager step.
 
-``planted_gems.capturing`` is set in it, as in a capture. So functions see when they run in a graph, and when they warm up before it.
+During captures and replays ``planted_gems.capturing`` is true. So functions can tell a graph from the warm-up before it.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import planted_gems
 from installed_packages import write_package
 
-#: Of a server; SGLang asks for a CPU's graphs only with the first.
+#: Server arguments. SGLang asks for a CPU's graphs only with --enable-torch-compile.
 ARGUMENTS = ("--enable-torch-compile", "--cuda-graph-bs-decode", "1", "16")
 
 _CHIP = """
@@ -37,7 +37,7 @@ class GraphRunner:
         from sglang.srt.model_executor.runner import EagerRunner, get_batch_sizes_to_capture
 
         self._eager = EagerRunner(model_runner, run_warmup=False)
-        model_runner.attn_backend.get_cuda_graph_seq_len_fill_value = lambda: 1  # SGLang's attention in plain PyTorch says nothing
+        model_runner.attn_backend.get_cuda_graph_seq_len_fill_value = lambda: 1  # SGLang's torch_native attention does not define it
         self.capture_bs, _ = get_batch_sizes_to_capture(model_runner)
         for size in self.capture_bs:
             for planted_gems.capturing in (False, False, True):

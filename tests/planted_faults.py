@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right implementations of layers, and right functions of FlagGems, that are wrong on demand.
+"""Implementations of layers, and FlagGems functions, that are right unless a fault is planted.
 
-Loaded through SGLANG_FL_PLUGIN_MODULES. ``plant`` chooses the fault, in a process that runs the model; PLANTED_FAULT does at its start.
-On a CPU, where FlagGems has no kernels, functions stand in for it. Elsewhere its own ``index`` is made wrong.
+Loaded through SGLANG_FL_PLUGIN_MODULES. In a process that runs the model ``plant`` chooses the fault; PLANTED_FAULT is the first one.
+On a CPU, where FlagGems has no kernels, functions stand in for it. Elsewhere the fault is in FlagGems's own ``index``.
 """
 
 import functools
@@ -22,7 +22,7 @@ from sglang_fl.dispatch import BackendImplKind, OpImpl, OpRegistry
 from sglang_fl.dispatch.backends.reference.impl import activation, normalization, rotary
 from sglang_fl.dispatch.manager import is_capturing
 
-#: What is wrong just now; empty: nothing.
+#: The present fault. Empty: none.
 fault = os.environ.get("PLANTED_FAULT", "")
 #: For a process to be started.
 ENVIRON = {

@@ -129,7 +129,7 @@ def test_if_any_shape_differs_everything_is_left_to_sglang(
     assert "leaves everything to SGLang" in warning and f"SGLang {compat.installed_version()}" in warning and compat.TESTED in warning
     expected = "is missing" if change is remove else r"takes \(tomorrow\), not \("
     assert re.search(rf"^  - {re.escape(path)} {expected}", warning, re.M), warning
-    assert re.search(r"and so are its kernels \(.*alloc_decode_kernel.*\)\.", warning)
+    assert re.search(r"its own collectives and kernels \(.*alloc_decode_kernel.*\)\.", warning)
 
 
 @pytest.mark.usefixtures("relied_on")

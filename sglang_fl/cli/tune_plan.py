@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sglang-fl tune --dry-run``: the steps of a run and about how long they take, as far as known before the model is recorded."""
+"""``sglang-fl tune --dry-run``: the measurements of a run and their estimated time, as far as known before the recording."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +14,13 @@ from ..tune.journal import seconds_in
 from ..tune.statistics import LOOKS
 from .model_layers import model_layers
 
-#: The assumed number of recorded calls of an operator: by tokens, with and without a residual, by head size.
+#: The assumed number of recorded calls of an operator, which differ in tokens, residual and head size.
 _CALLS_OF_AN_OPERATOR = 6
 
 
 def print_plan(console: Console, model: Path, argv: Sequence[str], directory: Path) -> None:
-    """
+    """Print what would be measured, and about how long it takes.
+
     Args:
         argv: the server's arguments.
         directory: the folder with the measurements of an earlier run with the same ``--out``.
