@@ -10,13 +10,14 @@ from pathlib import Path
 
 from ... import compat
 from ...config import Settings
-from ...device import Device, known_vendors
+from ...device import Device, declared, known_vendors
 from ...dispatch.backends.flaggems.library import TESTED, changed_signatures
 from ...dispatch.bridge.catalog import classes_of
 from ...dispatch.manager import OpManager
 from ...dispatch.ops import OPERATORS
 from ...dispatch.policy import SelectionPolicy
 from ...distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
+from ...platform.absent_packages import stands_in_for
 from ...utils.packages import installed_version
 from ..ops import OpRow
 
@@ -193,6 +194,15 @@ def declared_platform(machine: Machine) -> Iterator[Problem]:
         yield Problem(message, "fix or uninstall that package", fatal=True)
 
 
-_CHECKS = (sglang_release, sglang_imports, platform_plugins, unusable_settings, broken_backends)
+def unused_stand_ins(machine: Machine) -> Iterator[Problem]:
+    """Where a package is installed, what the chip's package provides of it is not used."""
+    declaration = declared().platforms.get(machine.device.vendor)
+    for package in declaration.stand_ins if declaration is not None else ():
+        if not stands_in_for(package):
+            what = f"{package} is installed, so nothing stands in for it, though {declared().origins[machine.device.vendor]} declares that"
+            yield Problem(what, f"uninstall {package} if that build of it is not for this chip")
+
+
+_CHECKS = (unused_stand_ins, sglang_release, sglang_imports, platform_plugins, unusable_settings, broken_backends)
 _CHECKS_OF_SETTINGS = (orders, flaggems, flagcx)
 _DEEP_CHECKS = (sglang_interfaces, declared_platform)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed_packages import Packages
 
 from sglang_fl import __version__
 from sglang_fl.cli import main
 from sglang_fl.cli.doctor.diagnosis import diagnose
-from sglang_fl.device import VENDORS
+from sglang_fl.device import ENTRY_POINT_GROUP, VENDORS, Device
 from sglang_fl.dispatch.bridge.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.startup.words import flaggems_functions
@@ -204,3 +205,19 @@ def test_the_command_that_starts_a_server(
     monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.stand_in_for_absent_packages", lambda device: stood_in)
     main(["doctor"])
     assert f"Start a server with: {told}" in capsys.readouterr().out
+
+
+def test_a_package_that_is_installed_so_that_nothing_stands_in_for_it(
+    packages: Packages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = "name='fastchip', device_type='cpu', is_present=lambda: True, stand_ins={'deep_gemm': None}"
+    packages.install(
+        f"from sglang_fl.vendor_platform import VendorPlatform\nPLATFORM = VendorPlatform({fields})",
+        {ENTRY_POINT_GROUP: "{module}:PLATFORM"},
+    )
+    monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
+    monkeypatch.setattr("sglang_fl.platform.absent_packages.is_absent", lambda package: False)
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "warning: deep_gemm is installed, so nothing stands in for it, though chip_" in told
+    assert "→ uninstall deep_gemm if that build of it is not for this chip" in told
