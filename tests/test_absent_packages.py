@@ -74,6 +74,15 @@ sys.stderr = sys.stdout
 main(["doctor", "--deep"])
 """
 
+MODEL_RUN = """
+import sys
+
+from sglang_fl.model_run.run import ModelRun
+
+sys.stderr = sys.stdout
+ModelRun.load("model", ["--no-such-argument"], 0, 1, 1)
+"""
+
 
 def run(directory: Path, code: str, *arguments: str) -> list[str]:
     """What code prints, with the package installed and the others hidden."""
@@ -113,3 +122,8 @@ def test_a_module_that_cannot_stand_in_is_named(tmp_path: Path) -> None:
     assert "fastchip_triton, which stands in for triton, cannot be imported: ModuleNotFoundError: No module named 'a_module" in printed
     assert "stand_ins['flashinfer']: there is no module 'fastchip_flashinfr'" in printed
     assert "Traceback" not in printed
+
+
+def test_the_process_of_a_model_run_has_them_in_time(tmp_path: Path) -> None:
+    """Otherwise it would not come to SGLang's arguments."""
+    assert "unrecognized arguments: --no-such-argument" in "\n".join(run(tmp_path, MODEL_RUN))

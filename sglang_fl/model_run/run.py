@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..device import probe
+from ..platform.absent_packages import stand_in_for_absent_packages
 from .graphs import DECODE, PREFILL, Graphs
 from .switches import Switches
 
@@ -68,6 +70,7 @@ class ModelRun:
             port: the ranks' rendezvous.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        stand_in_for_absent_packages(probe())  # before SGLang imports Triton, which may not be there
         from sglang.benchmark import one_batch
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import PortArgs, prepare_server_args
