@@ -19,7 +19,15 @@ PLATFORM = VendorPlatform(
     device_type="cpu",
     is_present=lambda: True,
     stand_ins={"sgl_kernel": "fastchip_sgl_kernel", "flashinfer": None, "deep_gemm": None, "triton": None},
+    sglang_kernels={"sglang.kernels.ops.memory.allocator:alloc_decode_kernel": "fastchip_kernels:decode"},
 )
+"""
+KERNELS = """
+import sglang.srt.utils
+
+
+def decode(*args):
+    raise ValueError("reached")
 """
 CALLS = """
 from sglang_fl.device import probe
@@ -83,17 +91,24 @@ sys.stderr = sys.stdout
 ModelRun.load("model", ["--no-such-argument"], 0, 1, 1)
 """
 
+CHECK = """
+from sglang_fl.cli import main
+
+main(["check", "--vendor", "fastchip", "--op", "alloc_decode_kernel", "--quick"])
+"""
+
 
 def run(directory: Path, code: str, *arguments: str) -> list[str]:
     """What code prints, with the package installed and the others hidden."""
     write_package(directory, "fastchip", PLATFORM, {"sglang_fl.platform": "fastchip:PLATFORM"})
     (directory / "fastchip_sgl_kernel").mkdir()
     (directory / "fastchip_sgl_kernel" / "__init__.py").write_text("from . import imported\n\ndef of_fastchip():\n    return 'provided'\n")
+    (directory / "fastchip_kernels.py").write_text(KERNELS)
     for part in ("imported", "spatial"):
         (directory / "fastchip_sgl_kernel" / f"{part}.py").write_text(f"def f():\n    return 'of {part}'\n")
     hide(directory, HIDDEN, DISTRIBUTIONS)
     site = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = {**os.environ, "PYTHONPATH": site, "XDG_STATE_HOME": str(directory / "state")}
+    environ = {**os.environ, "PYTHONPATH": site, "XDG_STATE_HOME": str(directory / "state"), "XDG_DATA_HOME": str(directory)}
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environ)
     return done.stdout.splitlines() or [done.stderr] * 9
 
@@ -127,3 +142,8 @@ def test_a_module_that_cannot_stand_in_is_named(tmp_path: Path) -> None:
 def test_the_process_of_a_model_run_has_them_in_time(tmp_path: Path) -> None:
     """Otherwise it would not come to SGLang's arguments."""
     assert "unrecognized arguments: --no-such-argument" in "\n".join(run(tmp_path, MODEL_RUN))
+
+
+def test_a_kernel_that_imports_sglang_can_be_checked(tmp_path: Path) -> None:
+    printed = "\n".join(run(tmp_path, CHECK))
+    assert "ValueError: reached" in printed and "No module named 'triton'" not in printed

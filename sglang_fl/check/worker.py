@@ -26,6 +26,7 @@ from .. import __version__
 from ..device import Device, detect, why_unusable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
+from ..platform.absent_packages import stand_in_for_absent_packages
 from ..utils.packages import installed_version
 from .archive import write_archive
 from .cases import OPERATORS_CHECKED, Case, cases_of
@@ -49,6 +50,7 @@ class Worker:
 
     def __init__(self, job: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]):
         self.found: Device = detect()
+        stand_in_for_absent_packages(self.found)  # for kernels that import SGLang
         unusable = why_unusable(torch, self.found.device_type)
         if unusable is not None:
             sys.exit(f"{self.found.vendor} ({self.found.evidence}): {unusable}")
