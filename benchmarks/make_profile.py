@@ -549,14 +549,16 @@ def read_triton(results: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _runs_in(path: Path) -> Iterator[tuple[int, Row]]:
+    """The numbered runs of a file of ``serving.py``. Raises ValueError if a line is not a run."""
+    for number, run in enumerate(read_runs(path), 1):
+        schemas.check(f"run {number} of {path.name}", run, schemas.Served)
+        yield number, run
+
+
 def read_traces(results: Path) -> list[Row]:
     """The runs of ``serving.py`` on any GPU. Raises ValueError if a line is not a run."""
-    runs = []
-    for path in sorted(results.glob("serving-*.jsonl")):
-        for number, run in enumerate(read_runs(path), 1):
-            schemas.check(f"run {number} of {path.name}", run, schemas.Served)
-            runs.append(run)
-    return runs
+    return [run for path in sorted(results.glob("serving-*.jsonl")) for _, run in _runs_in(path)]
 
 
 def read_aten(results: Path, gpu: str) -> dict[str, Any]:
@@ -573,11 +575,9 @@ def read_served(results: Path, ops: Mapping[str, Any], gpu: str) -> list[dict[st
     Others are left out, which standard error says. Raises ValueError for what is no run.
     """
     path = results / f"serving-{gpu}.jsonl"
-    runs = read_runs(path) if path.exists() else []
     wanted = {name: ops["versions"].get(name) for name in result_file.PACKAGES if name in ops["versions"]}
     mine = []
-    for number, run in enumerate(runs, 1):
-        schemas.check(f"run {number} of {path.name}", run, schemas.Served)
+    for number, run in _runs_in(path) if path.exists() else ():
         found = {name: run["versions"].get(name) for name in wanted}
         if run["machine"]["device"] == ops["machine"]["gpu"] and found == wanted:
             mine.append(run)

@@ -20,8 +20,9 @@ _ROUNDS, _LEAST = 5, 2e-3
 
 def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
     call = case.draw(seed, impl.device)
-    if (some := _some_tokens(call, OPERATORS_CHECKED[impl.op].tokens_in)) is not None:
-        expected = impl.exact(call.of_tokens(some, OPERATORS_CHECKED[impl.op].tokens_in))
+    tokens_in = OPERATORS_CHECKED[impl.op].tokens_in
+    if (some := _some_tokens(call, tokens_in)) is not None:
+        expected = impl.exact(call.of_tokens(some, tokens_in))
         return impl.compare(tuple(result[some] for result in impl.run(call)), expected, case)
     expected = impl.exact(call)
     outcome = impl.compare(impl.run(call), expected, case)
