@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from flagcx_stand_in import REAL_FLAGCX, remove_leftovers
 from installed_packages import Packages, forget_platforms
+
+from sglang_fl.dispatch.policy import PolicyManager
 
 _PREFIXES = ("SGLANG_FL_", "SGLANG_FLAGGEMS_", "_SGLANG_FL_")
 _NAMES = ("USE_FLAGGEMS", "FLAGCX_PATH", "GEMS_VENDOR", "SGLANG_PLATFORM", "SGLANG_PLUGINS", "SGLANG_USE_CPU_ENGINE")
@@ -77,6 +80,15 @@ def no_settings_of_other_tests() -> Iterator[None]:
     yield
     for variable in _settings_in_environment():
         del os.environ[variable]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_layers_of_other_files() -> Iterator[None]:
+    """Layers that a file's tests bound are told of no policy that another's set, also where they wait for Python to collect them."""
+    yield
+    PolicyManager.get_instance()._listeners.clear()
+    if bind := sys.modules.get("sglang_fl.bind"):
+        bind._binder = None
 
 
 @pytest.fixture
