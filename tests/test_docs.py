@@ -334,6 +334,13 @@ def test_figures_are_what_the_data_give(page: Path, command: str, block: str) ->
     assert [figure for figure in figures if figure not in done.stdout] == []
 
 
+@pytest.mark.parametrize("page", READMES, ids=name_of)
+def test_the_speed_in_the_readme_is_that_of_the_page_about_performance(page: Path) -> None:
+    """Which the test above compares with the data."""
+    shown = re.findall(r"\d\.\d+ \[[^]]*\]", text_of(page))
+    assert len(shown) > 8 and set(shown) <= set(re.findall(r"\d\.\d+ \[[^]]*\]", text_of(CHECKOUT / "docs/performance.md")))
+
+
 @pytest.mark.parametrize(("page", "files", "table"), sources("ranges"), ids=lambda value: name_of(value) if isinstance(value, Path) else "")
 def test_ranges_are_those_of_the_data(page: Path, files: str, table: str) -> None:
     """``1.15 to 1.97`` is the best and the worst median of an operator's implementation, in one variant, of a sitting."""
