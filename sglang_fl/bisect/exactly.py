@@ -37,6 +37,11 @@ def alike(value: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, copy, value)
 
 
+def float64_place(device: torch.device) -> torch.device:
+    """Where to compute in float64: on the device if it has float64, else on the CPU (slow for matrix products)."""
+    return device if device.type == _HAS_FLOAT64 else torch.device("cpu")
+
+
 def overload_of(key: str) -> Any:
     name, _, overload = key.partition(".")
     return getattr(getattr(torch.ops.aten, name), overload or "default")
@@ -62,15 +67,15 @@ class AtenJudge:
         return positional, {name: alike(x) if name in written else x for name, x in kwargs.items()}
 
     def wide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The arguments in float64, on the device if it has float64, else on the CPU (slow for matrix products)."""
+        """The arguments in float64."""
 
         def widened(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                here = value.detach() if value.device.type == _HAS_FLOAT64 else value.detach().cpu()
+                here = value.detach().to(float64_place(value.device))
                 return here.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
             if isinstance(value, torch.dtype):
                 return torch.float64 if value.is_floating_point else value
-            return torch.device("cpu") if isinstance(value, torch.device) and value.type != _HAS_FLOAT64 else value
+            return float64_place(value) if isinstance(value, torch.device) else value
 
         return pytree.tree_map(widened, (args, kwargs))
 
@@ -142,10 +147,11 @@ class AtenJudge:
 
     @staticmethod
     def _exact(name: str, native: torch.Tensor, exact: torch.Tensor) -> Exact:
-        off = (exactly(native) - exact.cpu()).abs().nan_to_num(posinf=0.0)
+        exact = exact.cpu()
+        size, off = exact.abs(), (exactly(native) - exact).abs().nan_to_num(posinf=0.0)
         worst = float(off.max()) if off.numel() else 0.0
-        rounding = u(native.dtype) * exact.abs().nan_to_num(posinf=0.0) if native.is_floating_point() else 0.0
-        return Exact(name, exact.cpu(), exact.abs().cpu(), _ROUNDINGS, rounding + _OF_NATIVE * worst)
+        rounding = u(native.dtype) * size.nan_to_num(posinf=0.0) if native.is_floating_point() else 0.0
+        return Exact(name, exact, size, _ROUNDINGS, rounding + _OF_NATIVE * worst)
 
     def _wrong_integers(self, name: str, ours: torch.Tensor, native: torch.Tensor, given: Any) -> str | None:
         wrong = int((ours != native).sum())

@@ -24,6 +24,8 @@ EXIT_CODES = {NO_DIFFERENCE: 0, FOUND: 1, NO_OPERATOR: 3, UNDECIDED: 4}
 _ROUNDED_TRIALS = 2
 #: Server arguments. The KV cache is small, since operators' inputs are copied.
 ARGUMENTS = ("--max-total-tokens", "8192")
+#: glibc keeps freed memory. Else each large float64 array would be mapped anew, which takes longer than the computation.
+_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class _Bisection:
         kept = record_path(self._job.settings)
         if kept.exists():
             shutil.copyfile(kept, record)
-        environ = {"SGLANG_FL_TRIAL_RECORD": str(record), "SGLANG_FL_FLAGOS_SCOPE": "everywhere"}
+        environ = {"SGLANG_FL_TRIAL_RECORD": str(record), "SGLANG_FL_FLAGOS_SCOPE": "everywhere", **_KEEP_MEMORY}
         return LoadedModel(self._job.model, [*ARGUMENTS, *self._job.arguments, *more], environ)
 
     def measure(self, model: LoadedModel, directory: str) -> None:

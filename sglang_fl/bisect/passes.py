@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..dispatch.manager import is_capturing
 from ..model_run import Batch, ModelRun, Replacement
 from ..model_run.switches import AtenCall, LayerCall
+from .exactly import float64_place
 
 Function = Callable[..., Any]
 
@@ -164,11 +165,13 @@ def read_trace(directory: Path) -> tuple[str, str] | None:
 
 def rounded_otherwise(run: ModelRun, given: list[Batch], ulps: Mapping[Replacement, float], seed: int) -> dict[str, Any]:
     """Log-probabilities on SGLang's and PyTorch's own functions. Up to ``ulps`` are added at random to the results of those replaced."""
-    generator = torch.Generator().manual_seed(seed)
+    place = float64_place(torch.device(run.runner.device))
+    generator = torch.Generator(place).manual_seed(seed)
 
     def move(x: torch.Tensor, most: float) -> torch.Tensor:
-        drawn = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-        return (x.double() * (1 + most * torch.finfo(x.dtype).eps * (2 * drawn - 1)).to(x.device)).to(x.dtype)
+        drawn = torch.rand(x.shape, generator=generator, dtype=torch.float64, device=place)
+        moved = x.to(place).double() * (1 + most * torch.finfo(x.dtype).eps * (2 * drawn - 1))
+        return moved.to(x.dtype).to(x.device)
 
     quiet = False
 

@@ -76,7 +76,8 @@ class Observer:
                     differs = problem is not None or _differ(result, native)
                     verdict = Verdict(problem=problem) if problem else watched.verdict()
                     finding = self._finding(call.replacement, call.path)
-                    finding.add(verdict, watched.of_native(result, native), differs)
+                    same = not differs and verdict.problem is None
+                    finding.add(verdict, watched.of_native(native, verdict if same else None), differs)
                     self._archive(finding, verdict, call.impl.function, watched.data)
             return native
 
@@ -238,14 +239,18 @@ class _Operator:
         verdicts = [right.judge(result, self._dtype) for result, right in zip(got, self._exact, strict=True)]
         return max(verdicts, key=lambda verdict: (verdict.problem is not None, verdict.used))
 
-    def of_native(self, ours: Any, native: Any) -> Verdict | None:
-        """The verdict on SGLang's own result, if it has the same parts as the operator's."""
+    def of_native(self, native: Any, same: Verdict | None) -> Verdict | None:
+        """The verdict on SGLang's own result, if it has the same parts as the operator's.
+
+        Args:
+            same: the verdict on the same numbers, if the implementation returned them.
+        """
         leaves = [x for x in pytree.tree_leaves(native) if isinstance(x, torch.Tensor)]
         if self._checked is None or self._checked.whole or len(leaves) != len(self._exact):
             return None
         if any(x.numel() != right.value.numel() for x, right in zip(leaves, self._exact, strict=True)):
             return None
-        return self._worst(tuple(x.reshape(right.value.shape) for x, right in zip(leaves, self._exact, strict=True)))
+        return same or self._worst(tuple(x.reshape(right.value.shape) for x, right in zip(leaves, self._exact, strict=True)))
 
 
 def _plain(layer: Any) -> SimpleNamespace:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import math
 
 import torch
@@ -8,7 +9,7 @@ from .judge import TINY, Exact, exactly
 
 def _flushed(*numbers: torch.Tensor) -> torch.Tensor:
     """Where one of the numbers may be flushed to zero."""
-    return torch.stack([number.abs() < TINY for number in numbers]).any(0)
+    return functools.reduce(torch.logical_or, (number.abs() < TINY for number in numbers))
 
 
 def with_sigmoid(exponent: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, argument: int) -> tuple[Exact, ...]:

@@ -7,7 +7,9 @@ of the terms that it summed. Results below the smallest normal number may be off
 subnormal. Numbers below fp32's smallest normal one may be flushed to zero, as on many devices.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 U32 = torch.finfo(torch.float32).eps / 2
 TINY = torch.finfo(torch.float32).smallest_normal
+#: Numbers in a block: a float64 array of them takes 2 MiB.
+_BLOCK = 1 << 18
 
 
 def u(dtype: torch.dtype) -> float:
@@ -52,6 +56,10 @@ class Verdict:
     def used(self) -> float:
         """The error divided by its bound."""
         return -1.0 if self.error_ulp is None or self.bound_ulp is None else self.error_ulp / self.bound_ulp
+
+
+def _place_of_largest(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(int(x.argmax()), x.shape))  # torch's imports for seconds
 
 
 def _misfit(name: str, got: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device | None) -> str | None:
@@ -119,7 +127,7 @@ class Exact:
     def bound(self, dtype: torch.dtype) -> torch.Tensor:
         """The bound of each number's error."""
         dtype = self.dtype or dtype
-        return u(dtype) * self.value.abs() + self.roundings * U32 * self.terms * (1 + u(dtype)) + smallest(dtype) + self.lost
+        return u(dtype) * self.value.abs() + self.terms * (self.roundings * U32 * (1 + u(dtype))) + (smallest(dtype) + self.lost)
 
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
         """Compare a result with this one. It must have ``dtype`` (unless this has its own) and ``device``."""
@@ -127,33 +135,57 @@ class Exact:
         problem = _misfit(self.name, got, self.value.shape, dtype, device)
         if problem or not got.numel():
             return Verdict(problem=problem)
+        got = got.cpu()
+        verdicts = [part._compare(numbers, dtype) for part, numbers in self._blocks(got)]
+        if len(verdicts) > 1 and any(verdict.problem for verdict in verdicts):
+            return self._compare(got, dtype)  # which counts all of them
+        return max(verdicts, key=lambda verdict: verdict.used)
+
+    def _blocks(self, got: torch.Tensor) -> Iterator[tuple["Exact", torch.Tensor]]:
+        """This result and an implementation's in blocks of rows that fit in a processor's cache."""
+        shape = got.shape
+        if got.numel() <= _BLOCK:
+            yield self, got
+            return
+
+        def split(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x.expand(shape).reshape(-1, shape[-1]).split(max(1, _BLOCK // shape[-1]))
+
+        lost = split(self.lost) if isinstance(self.lost, torch.Tensor) else itertools.repeat(self.lost)
+        for value, terms, one, numbers in zip(split(self.value), split(self.terms), lost, split(got), strict=False):
+            yield replace(self, value=value, terms=terms, lost=one), numbers
+
+    def _compare(self, got: torch.Tensor, dtype: torch.dtype) -> Verdict:
         exact, info, bound = self.value, torch.finfo(dtype), self.bound(dtype)
         found = exactly(got)
         error = (found - exact).abs()
         finite = exact.isfinite()
         right = finite & (error <= bound)
-        right |= finite & (found == torch.copysign(torch.tensor(math.inf, dtype=torch.float64), exact)) & (exact.abs() + bound >= info.max)
-        right |= exact.isnan() & found.isnan()
-        right |= exact.isinf() & (found == exact)
-        right |= torch.as_tensor(self.lost).isposinf()
+        if not right.all():
+            right |= (
+                finite & (found == torch.copysign(torch.tensor(math.inf, dtype=torch.float64), exact)) & (exact.abs() + bound >= info.max)
+            )
+            right |= exact.isnan() & found.isnan()
+            right |= exact.isinf() & (found == exact)
+            right |= torch.as_tensor(self.lost).isposinf()
         if self.passed_on is not None:
             rest = exact[..., self.passed_on :]
             right[..., self.passed_on :] &= (found[..., self.passed_on :] == rest) | rest.isnan()
-        # The spacing of this dtype's numbers at the size of the terms.
-        size = torch.maximum(exact.abs(), self.terms).clamp(info.smallest_normal, info.max)
-        ulp = torch.exp2(torch.floor(torch.log2(size))) * info.eps
         share = torch.where(finite & found.isfinite(), error / bound, -1.0)
-        where = share.argmax()
-        compared = float(share.flatten()[where]) >= 0
-        error_ulp = float((error / ulp).flatten()[where]) if compared else None
-        bound_ulp = float((bound / ulp).flatten()[where]) if compared else None
-        return Verdict(error_ulp, bound_ulp, None if right.all() else self._problem(found, right, error, bound, dtype))
+        where = _place_of_largest(share)
+        problem = None if right.all() else self._problem(found, right, error, bound, dtype)
+        if share[where] < 0:
+            return Verdict(problem=problem)
+        # The spacing of this dtype's numbers at the size of the terms.
+        size = torch.maximum(exact[where].abs(), self.terms.expand(exact.shape)[where]).clamp(info.smallest_normal, info.max)
+        ulp = torch.exp2(torch.floor(torch.log2(size))) * info.eps
+        return Verdict(float(error[where] / ulp), float(bound[where] / ulp), problem)
 
     def _problem(self, found: torch.Tensor, right: torch.Tensor, error: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> str:
         wrong = ~right
         # The worst number: unexpected nan and infinity come first.
         excess = torch.where(wrong, (error / bound).nan_to_num(math.inf, math.inf), -1.0)
-        where = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))  # torch's imports for seconds
+        where = _place_of_largest(excess)
         return (
             f"{self.name} ({dtype}): {int(wrong.sum())} of {wrong.numel()} are out of bounds; at {where}: {found[where].item():.9g}, "
             f"exact {self.value[where].item():.9g}, error {error[where].item():.3g}, bound {bound[where].item():.3g}"
