@@ -2,10 +2,12 @@
 """What is within a bound and what is not."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sglang_fl.check.exact import judge
 from sglang_fl.check.exact.activation import silu_and_mul
 from sglang_fl.check.exact.judge import DTYPES, Exact, smallest, u
 
@@ -90,3 +92,19 @@ def test_nothing_to_compare() -> None:
     verdict = Exact("result", torch.zeros(0, 4).double(), torch.zeros(0, 4).double(), 1).judge(torch.zeros(0, 4), torch.float32)
     assert (verdict.problem, verdict.error_ulp) == (None, None)
     assert of(1.0).judge(None, torch.float32).problem == "result is NoneType, not a tensor"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lost", ["a number", "of each"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_result_of_several_blocks_is_judged_as_in_one(lost: str, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = torch.linspace(-9, 9, 7 * 5 * 6, dtype=torch.float64).reshape(7, 5, 6)
+    right = Exact("result", value, value.abs(), 1, 0.0 if lost == "a number" else value.abs() * 1e-9, passed_on=5)
+    got = value.float()
+    right = replace(right, value=torch.cat((right.value[..., :5], got[..., 5:].double()), -1))
+    if wrong:
+        got[3, 2, 1] += 1
+        got[6, 4, 5] = got[6, 4, 5].nextafter(torch.tensor(10.0))
+    whole = right.judge(got, torch.float32)
+    monkeypatch.setattr(judge, "_BLOCK", 20)
+    assert right.judge(got, torch.float32) == whole
+    assert ("2 of 210 are out of bounds; at (3, 2, 1)" in str(whole.problem)) == wrong

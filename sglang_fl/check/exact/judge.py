@@ -9,7 +9,7 @@ subnormal. Numbers below fp32's smallest normal one may be flushed to zero, as o
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,7 +151,7 @@ class Exact:
         def split(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return x.expand(shape).reshape(-1, shape[-1]).split(max(1, _BLOCK // shape[-1]))
 
-        lost = split(self.lost) if isinstance(self.lost, torch.Tensor) else itertools.repeat(self.lost)
+        lost: Iterable[torch.Tensor | float] = split(self.lost) if isinstance(self.lost, torch.Tensor) else itertools.repeat(self.lost)
         for value, terms, one, numbers in zip(split(self.value), split(self.terms), lost, split(got), strict=False):
             yield replace(self, value=value, terms=terms, lost=one), numbers
 
@@ -162,9 +162,8 @@ class Exact:
         finite = exact.isfinite()
         right = finite & (error <= bound)
         if not right.all():
-            right |= (
-                finite & (found == torch.copysign(torch.tensor(math.inf, dtype=torch.float64), exact)) & (exact.abs() + bound >= info.max)
-            )
+            overflows = exact.abs() + bound >= info.max
+            right |= finite & overflows & (found == torch.copysign(torch.tensor(math.inf, dtype=torch.float64), exact))
             right |= exact.isnan() & found.isnan()
             right |= exact.isinf() & (found == exact)
             right |= torch.as_tensor(self.lost).isposinf()
