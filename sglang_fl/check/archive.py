@@ -4,6 +4,7 @@
 import io
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,22 +24,16 @@ _SCRIPT = '''"""{title}
 Unpack the archive, and run ``python repeat.py`` where PyTorch and the package of {module} are installed.
 """
 
-import pathlib
 import types
-
 import torch
 from {module} import {function} as function
-
 torch.serialization.add_safe_globals([types.SimpleNamespace])
-here = pathlib.Path(__file__).parent
-arguments, named = torch.load(here / "inputs.pt", map_location="{device}")
-results = function(*arguments, **named)
-results = [x for x in results if x is not None] if isinstance(results, (tuple, list)) else [results][:{returned}]
-results += [[*arguments, *named.values()][place] for place in {updated}]
-for (name, exact, bound), result in zip(torch.load(here / "exact.pt"), results):
-    error = (result.cpu().double() - exact).abs().nan_to_num(nan=float("inf"))
-    wrong = int((exact.isfinite() & (error > bound)).sum())
-    print(f"{{name}}: {{wrong}} of {{error.numel()}} are out of bounds; the largest error is {{max([0, *error.flatten().tolist()]):.4g}}")
+arguments, named = torch.load(__file__.replace("repeat.py", "inputs.pt"), map_location="{device}")
+returned = function(*arguments, **named)
+results = {results}
+for (name, exact, bound), result in zip(torch.load(__file__.replace("repeat.py", "exact.pt")), results):
+    off = (result.cpu().double() - exact).abs().nan_to_num(nan=float("inf")).flatten()
+    print(f"{{name}}: {{(off > bound).sum()}} of {{len(off)}} are out of bounds; the largest error is {{max([0, *off.tolist()]):.4g}}")
 '''
 
 
@@ -69,14 +64,24 @@ def write_files(
     file = directory / (re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-") + ".zip")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("inputs.pt", _saved((data["arguments"], data["named"])))
-        archive.writestr("exact.pt", _saved(data["exact"]))
-        script = _SCRIPT.format(
-            title=title, module=module, function=function, device=device.type, updated=data["updated"], returned=data.get("returned", 1)
-        )
+        # What must be nan or infinite is not counted.
+        exact = [(name, value, bound.where(value.isfinite(), torch.inf).flatten()) for name, value, bound in data["exact"]]
+        archive.writestr("exact.pt", _saved(exact))
+        script = _SCRIPT.format(title=title, module=module, function=function, device=device.type, results=_results(data))
         archive.writestr("repeat.py", script)
         if text:
             archive.writestr("report.txt", text)
     return file
+
+
+def _results(data: Mapping[str, Any]) -> str:
+    """An expression for the results: what the function returned, and the arguments that it wrote."""
+    places = [f"arguments[{place}]" for place in range(len(data["arguments"]))] + [f"named[{name!r}]" for name in data["named"]]
+    written = f"[{', '.join(places[place] for place in data['updated'])}]"
+    if not data.get("returned", 1):
+        return written
+    returned = "[x for x in (returned if isinstance(returned, (tuple, list)) else [returned]) if x is not None]"
+    return f"{returned} + {written}" if data["updated"] else returned
 
 
 def _saved(value: Any) -> bytes:

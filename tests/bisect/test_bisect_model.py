@@ -110,11 +110,12 @@ def test_the_report_and_the_archive_show_the_fault_without_us(loaded: LoadedMode
         archive.extractall(tmp_path)
     assert "- torch " in (tmp_path / "report.txt").read_text() and "are out of bounds" in (tmp_path / "report.txt").read_text()
     environ = {**os.environ, **planted_faults.ENVIRON, "PLANTED_FAULT": "one gather"}
-    command = [sys.executable, "-P", str(tmp_path / "repeat.py")]
+    without_sglang = f"import runpy, sys; sys.modules['sglang'] = None; runpy.run_path({str(tmp_path / 'repeat.py')!r})"
+    command = [sys.executable, "-P", "-c", without_sglang]
     found = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert found.stdout.startswith("result 0: 128 of"), found.stdout
-    lines = (tmp_path / "repeat.py").read_text().partition("import torch")[2].splitlines()
-    assert len([line for line in lines if line.strip()]) <= 12 and "sglang" not in "\n".join(lines)
+    script = (tmp_path / "repeat.py").read_text().rpartition('"""')[2].strip()
+    assert len(script.splitlines()) == 10 and "sglang" not in script
 
 
 @pytest.mark.parametrize(
