@@ -49,6 +49,7 @@ from typing import Any
 import result_file
 import schemas
 import yaml
+from machine import PACKAGES
 from serving_lib.results import read as read_runs
 from serving_lib.summary import LEAST_ROUNDS
 
@@ -575,7 +576,7 @@ def read_served(results: Path, ops: Mapping[str, Any], gpu: str) -> list[dict[st
     Others are left out, which standard error says. Raises ValueError for what is no run.
     """
     path = results / f"serving-{gpu}.jsonl"
-    wanted = {name: ops["versions"].get(name) for name in result_file.PACKAGES if name in ops["versions"]}
+    wanted = {name: ops["versions"].get(name) for name in PACKAGES if name in ops["versions"]}
     mine = []
     for number, run in _runs_in(path) if path.exists() else ():
         found = {name: run["versions"].get(name) for name in wanted}

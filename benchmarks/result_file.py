@@ -3,7 +3,6 @@
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Those whose versions must be the same for figures to be compared.
-PACKAGES = ("sglang", "sglang-kernel", "torch", "triton", "flag_gems", "flashinfer-python")
+from machine import versions
 
 _EXACT = ("args", "kwargs")
 
@@ -23,14 +21,7 @@ def header(**more: Any) -> dict[str, Any]:
     """What was run, where and when; ``more`` is what else the reader of the rows must know."""
     import torch
 
-    from sglang_fl import __version__
-
-    found = {"sglang-fl": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **versions()}
     machine: dict[str, Any] = {"gpu": None, "cpu": platform.machine(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
@@ -82,6 +73,11 @@ def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
     table = '"rows": [\n' + ",\n".join(f"  {line}" for line in lines) + "\n ]" if lines else place
     text = json.dumps(rounded(head) | {"rows": []}, indent=1).replace(place, table) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, text)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole, or leave it as it is."""
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)

@@ -39,13 +39,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import machine
 import psutil
 import result_file
 import yaml
 from arguments import not_negative, positive, seconds
 from rich.console import Console
-from serving_lib import kernels, machine, python_calls, tokens
-from serving_lib.results import Busy, Results, read
+from serving_lib import kernels, python_calls, tokens
+from serving_lib.results import Results, read
 from serving_lib.rounds import run_round
 from serving_lib.summary import LEAST_ROUNDS, against, summarize, tally
 from serving_lib.table import other_table, speed_table, step_table
@@ -458,7 +459,9 @@ def main() -> int:
             command.error(str(error))
         try:
             results = Results(args.out)
-        except (Busy, OSError) as error:
+        except BlockingIOError:
+            command.error(f"--out {args.out}: another run writes to it; give this one a file of its own")
+        except (OSError, ValueError) as error:
             command.error(f"--out {args.out}: {error}")
         if results.recovered:
             console.print("The run before this one was cut off; what it had is in the results.", markup=False)
@@ -471,6 +474,7 @@ def main() -> int:
         finally:
             run.keep()
             results.finish(run.data)
+            results.close()
     if run.data["summary"]:
         print_speeds(run.data, console)
     if run.data["startup"]:

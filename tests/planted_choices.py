@@ -10,15 +10,17 @@ import sys
 import time
 from typing import Any
 
+import graphs_on_cpu
 import planted_gems
 import torch
 
 from sglang_fl.aten import layer, operators
+from sglang_fl.check import graphs
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpRegistry
 from sglang_fl.dispatch.backends.reference.impl import activation
 
 #: Of SGLang's own SiluAndMul here, in seconds.
-PAUSE = 0.002
+PAUSE = 0.004
 
 
 def _right(x: torch.Tensor) -> torch.Tensor:
@@ -91,8 +93,18 @@ KINDS = {
     "faster_and_wrong": faster_and_wrong,
     "slower_served": SlowerServed(),
     "not_deterministic": not_deterministic,
+    "capture_unsafe": capture_unsafe,
     "crashing": crashing,
 }
+
+
+class Graph(graphs_on_cpu.Graph):
+    """While it is captured, no number can be read."""
+
+    def __torch_dispatch__(self, func: Any, *args: Any) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise planted_gems.StreamCaptureUnsupported("operation not permitted when stream is capturing")
+        return super().__torch_dispatch__(func, *args)
 
 
 def register_builtins(registry: OpRegistry) -> None:
@@ -104,6 +116,9 @@ def register_builtins(registry: OpRegistry) -> None:
     gems = planted_gems.gems(lambda self: self, rsqrt=("rsqrt", slow_rsqrt))  # a silu that computes nothing
     operators.load = lambda: gems
     layer.why_not_here = lambda device: None
+    checking: Any = sys.modules.get("sglang_fl.tune.recorded")
+    if checking is not None:  # the process that checks has a device with graphs
+        checking.graphs_of = graphs.graphs_of = lambda device: (Graph, graphs_on_cpu.capture)
     layers = sys.modules.get("sglang.srt.layers.activation")
     if layers is not None:
         own = layers.SiluAndMul.forward_native

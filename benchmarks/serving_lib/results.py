@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file of results, one run a line, and what a run has so far in a file beside it."""
 
-import fcntl
 import json
 import os
 import sys
@@ -11,9 +10,7 @@ from typing import Any
 
 import result_file
 
-
-class Busy(ValueError):
-    """Another run writes to the file."""
+from sglang_fl.utils.json_lines import JsonLines
 
 
 class Results:
@@ -22,46 +19,38 @@ class Results:
     A run that was killed left its FILE.partial: the next one puts it into FILE.
 
     Raises:
-        Busy: another process has the file.
+        BlockingIOError: another process has the file.
         OSError: it cannot be written.
+        ValueError: it has lines that are no JSON.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self._partial = path.with_name(path.name + ".partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another run writes to {path}; give this one a file of its own") from None
-        self.recovered = self.partial.exists()
+        self._file = JsonLines(path)
+        self.recovered = self._partial.exists()
         if self.recovered:
             self._append()
 
     def save(self, run: dict[str, Any]) -> None:
-        scratch = self.partial.with_name(self.partial.name + ".new")
-        scratch.write_text(json.dumps(without_paths(run), ensure_ascii=False) + "\n", encoding="utf-8")
-        scratch.replace(self.partial)
+        result_file.replace(self._partial, json.dumps(without_paths(run), ensure_ascii=False))
 
     def finish(self, run: dict[str, Any]) -> None:
         self.save(run)
         self._append()
 
+    def close(self) -> None:
+        self._file.close()
+
     def _append(self) -> None:
-        """Add the line; if that was cut off before, its beginning, or all of it, is there already."""
-        line = self.partial.read_bytes()
-        self._file.seek(0)
-        *_, last = [b"", *self._file.read().splitlines(keepends=True)]
-        if last == line:
-            line = b""
-        elif last and line.startswith(last):
-            self._file.truncate(self._file.seek(0, os.SEEK_END) - len(last))
-        elif last and not last.endswith(b"\n"):
-            line = b"\n" + line
-        self._file.write(line)
-        self._file.flush()
-        self.partial.unlink()
+        """Add the line, unless a process that ended before it could say so has done that."""
+        run = json.loads(self._partial.read_text(encoding="utf-8"))
+        if self._file.found[-1:] != [run]:
+            self._file.append(run)
+        if self._file.error is not None:
+            raise self._file.error
+        self._partial.unlink()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -83,19 +72,16 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
     if isinstance(value, str):
-        for path, name in _PLACES:
+        for path, name in _PLACES.items():
             value = value.replace(path, name)
     return value
 
 
-_PLACES = [
-    (path, name)
-    for path, name in (
-        (sys.prefix, "<python>"),
-        (sys.base_prefix, "<python>"),
-        (str(Path(__file__).resolve().parents[2]), "<checkout>"),
-        (os.path.expanduser("~"), "~"),
-        (tempfile.gettempdir(), "<tmp>"),
-    )
-    if len(path) > 1
-]
+_PLACES = {
+    sys.prefix: "<python>",
+    sys.base_prefix: "<python>",
+    str(Path(__file__).resolve().parents[2]): "<checkout>",
+    os.path.expanduser("~"): "~",
+    tempfile.gettempdir(): "<tmp>",
+}
+_PLACES.pop("/", None)  # a home directory may be the root

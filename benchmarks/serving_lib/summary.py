@@ -6,22 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from sglang_fl.tune.timing import paired_ratio
 
-_RESAMPLES, _SEED = 10_000, 0
 #: With fewer the bootstrap's 95 % intervals are far from holding 95 %.
 LEAST_ROUNDS = 6
-
-
-def ratio_with_interval(baseline: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """The median of the paired ratios of times, baseline over other, and its 95 % bootstrap interval.
-
-    Above 1 the other one is faster. Pairs, because what else the machine does in a round falls on both.
-    """
-    ratios = np.asarray(baseline, dtype=float) / np.asarray(other, dtype=float)
-    chosen = np.random.default_rng(_SEED).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[chosen], axis=1), (2.5, 97.5))
-    return float(np.median(ratios)), float(low), float(high)
 
 
 def against(run: Mapping[str, Any], baseline: str) -> dict[str, Any]:
@@ -85,7 +73,7 @@ def summarize(
             row["tokens_per_second"] = count / median if median > 0 else None
             pairs = [(a, b) for a, b in both if a is not None and b is not None and a > 0 and b > 0]
             if variant != baseline and pairs:
-                row["ratio"], row["low"], row["high"] = ratio_with_interval(*zip(*pairs, strict=True))
+                row["ratio"], row["low"], row["high"] = paired_ratio(*zip(*pairs, strict=True))
                 row["pairs"] = len(pairs)
             rows.append(row)
     return rows

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time budget of a run, and the estimated remaining time from the measurements so far."""
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ class Budget:
     def typical(self, kind: str) -> tuple[float, bool]:
         """The typical seconds of a measurement of this kind, and whether one was made. A fresh start takes about as long as the first."""
         known = self._seconds.get(kind) or (self._seconds.get("about") if kind == "start" else None)
-        return (sum(known) / len(known), True) if known else (KINDS[kind].seconds, False)
+        return (statistics.median(known), True) if known else (KINDS[kind].seconds, False)
 
     def left(self) -> float:
         """The approximate remaining seconds of the run."""

@@ -5,6 +5,7 @@ It is named in SGLANG_FL_PLUGIN_MODULES and adds a method to SGLang's scheduler,
 """
 
 import functools
+import gc
 import json
 import logging
 import sys
@@ -72,6 +73,9 @@ class Live:
 
         if problems := tune_problems():
             raise IncompatibleSGLang(stop_message(problems))
+        # On a CPU SGLang collects garbage whenever it flushes its cache, in half a second with all that was imported.
+        gc.collect()
+        gc.freeze()
         self._scheduler, self._runner = scheduler, scheduler.tp_worker.model_runner
         self._platform: Any = current_platform
         self._device: Device = self._platform.device

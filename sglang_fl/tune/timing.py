@@ -19,12 +19,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 CALLS, ROUNDS = 20, 15
 #: One timing lasts at least this long, and a graph at most about ten times it.
 _LEAST_US = 1000.0
 _WARM_UP = 3
+_RESAMPLES = 10_000
 #: The number of fp32 numbers to copy for measuring the bandwidth: far more than a cache holds.
 _COPIED_NUMBERS = {"cuda": (1 << 27, 1 << 28, 1 << 29), "cpu": (1 << 24,)}
 
@@ -122,10 +124,10 @@ def _timing(name: str, baseline: str, device_us: Mapping[str, np.ndarray[Any, An
     return Timing(median(device_us), ratio(device_us), median(host_us), ratio(host_us))
 
 
-def paired_ratio(times: np.ndarray[Any, Any], baseline: np.ndarray[Any, Any]) -> Ratio:
-    """The median of the rounds' ratios, and its 95 % bootstrap interval."""
-    ratios = times / baseline
-    medians = np.median(np.random.default_rng(0).choice(ratios, (1000, len(ratios))), axis=1)
+def paired_ratio(times: npt.ArrayLike, baseline: npt.ArrayLike) -> Ratio:
+    """The median of the rounds' ratios, and its 95 % bootstrap interval. In pairs, because other load in a round affects both."""
+    ratios = np.asarray(times) / np.asarray(baseline)
+    medians = np.median(np.random.default_rng(0).choice(ratios, (_RESAMPLES, len(ratios))), axis=1)
     low, high = np.percentile(medians, (2.5, 97.5))
     return float(np.median(ratios)), float(low), float(high)
 

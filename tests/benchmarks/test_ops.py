@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/ops.py, timing.py and result_file.py, on the CPU and at small shapes."""
+"""benchmarks/ops.py and result_file.py, on the CPU and at small shapes."""
 
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ops
 import pytest
 import result_file
@@ -22,7 +19,6 @@ from sglang_fl.dispatch import SelectionPolicy, get_default_manager, reset_globa
 from sglang_fl.dispatch.bridge.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
-from sglang_fl.tune.timing import Candidate, compare, copy_bandwidth, first_error, paired_ratio
 
 CPU = torch.device("cpu")
 #: Bytes to be moved at 3 tokens of hidden size 256 in bf16, one head_dim of 128; cos and sin, and a layer norm's weights, in fp32.
@@ -149,43 +145,6 @@ def test_the_fastest_is_the_one_that_is_faster_beyond_measurement() -> None:
     rows = [row("sglang", None), row("a", [0.9, 0.8, 1.01]), row("b", [0.95, 0.93, 0.97])]
     assert ops._cell(rows).splitlines()[2].startswith("[bold green]b")
     assert ops._cell(rows[:2]).splitlines()[0].startswith("[bold green]sglang")
-
-
-def test_a_candidate_that_fails_leaves_the_others() -> None:
-    def slow() -> None:
-        time.sleep(0.001)
-
-    timings = compare(
-        {"slow": Candidate([slow]), "broken": Candidate([partial(_failing, None, None)]), "slower": Candidate([slow, slow])}, CPU, 3
-    )
-    assert timings["broken"].error == "ZeroDivisionError: out of luck"
-    assert timings["slow"].us is not None and timings["slow"].us > 900
-    assert timings["slower"].ratio is not None
-
-
-def test_the_interval_of_a_paired_ratio_holds_the_true_one() -> None:
-    rng = np.random.default_rng(1)
-    clock = rng.uniform(1, 2, 15)
-    median, low, high = paired_ratio(3 * clock * rng.normal(1, 0.01, 15), 2 * clock)
-    assert low <= median <= high
-    assert low <= 1.5 <= high and high - low < 0.06
-    assert paired_ratio(clock, clock) == (1.0, 1.0, 1.0)
-
-
-def test_the_error_that_spoiled_a_capture_is_told() -> None:
-    def capturing() -> None:
-        try:
-            raise ValueError("a pinned allocation")
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    with pytest.raises(RuntimeError) as caught:
-        capturing()
-    assert first_error(caught.value) == "ValueError: a pinned allocation"
-
-
-def test_a_copy_moves_bytes() -> None:
-    assert 1e8 < copy_bandwidth(CPU) < 1e13
 
 
 def test_result_files_have_a_line_for_each_row(tmp_path: Path) -> None:

@@ -103,22 +103,6 @@ class TestVariants:
 
 
 class TestSummary:
-    def test_the_ratio_is_of_neighbours(self) -> None:
-        drift = np.linspace(1, 3, 9)  # a machine that gets slower
-        ratio, low, high = summary.ratio_with_interval(list(2 * drift), list(drift))
-        assert (ratio, low, high) == pytest.approx((2, 2, 2))
-
-    def test_the_interval_covers_the_truth_and_narrows(self) -> None:
-        generator = np.random.default_rng(1)
-        widths = []
-        for count in (10, 160):
-            ratio, low, high = summary.ratio_with_interval(
-                list(1.1 * generator.normal(1, 0.02, count)), list(generator.normal(1, 0.02, count))
-            )
-            assert low <= ratio <= high and low < 1.1 < high
-            widths.append(high - low)
-        assert widths[1] < widths[0] / 2
-
     def test_intervals_are_counted_over_runs(self) -> None:
         rows = [("off", 0.9, 1.1), ("off", 1.0, 1.2), ("off", 1.01, 1.2), ("default", 0.8, 0.99)]
         run = {"summary": [{"variant": name, "ratio": 1.0, "low": low, "high": high} for name, low, high in rows]}
@@ -218,31 +202,36 @@ class TestRounds:
         assert served.pool_tokens([1], served.Lengths(8, 8, 8), single=320) >= 320
 
 
+def cut_off(out: Path, run: dict[str, Any]) -> None:
+    """A run that ends before it comes to its end."""
+    found = results.Results(out)
+    found.save(run)
+    found.close()
+
+
 class TestResults:
     def test_a_run_that_was_cut_off_is_kept(self, tmp_path: Path) -> None:
         out = tmp_path / "r.jsonl"
-        results.Results(out).save({"run": 1})
+        cut_off(out, {"run": 1})
         after = results.Results(out)
         assert after.recovered
         after.finish({"run": 2})
-        assert results.read(out) == [{"run": 1}, {"run": 2}] and not after.partial.exists()
+        assert results.read(out) == [{"run": 1}, {"run": 2}] and list(tmp_path.iterdir()) == [out]
 
-    @pytest.mark.parametrize("there", ["", '{"run": 1}\n', '{"run": 1}\n{"ru', '{"run": 1}\n{"run": 2}\n', '{"run": 1}\n{"xx'])
+    @pytest.mark.parametrize("there", ["", '{"run": 1}\n', '{"run": 1}\n{"ru', '{"run": 1}\n{"run": 2}\n'])
     def test_a_line_that_was_cut_off_is_written_once(self, tmp_path: Path, there: str) -> None:
         """The process may end before, in the middle of, and after appending."""
         out = tmp_path / "r.jsonl"
-        results.Results(out).save({"run": 2})
+        cut_off(out, {"run": 2})
         out.write_text(there)
         results.Results(out)
-        lines = out.read_text().splitlines()
-        assert lines[-1] == '{"run": 2}' and lines.count('{"run": 2}') == 1 and '{"ru' not in lines
-        assert ('{"run": 1}' in lines) == ('{"run": 1}' in there) and ('{"xx' in lines) == ('{"xx' in there), "nothing else is lost"
+        assert results.read(out) == [*([{"run": 1}] if '{"run": 1}' in there else []), {"run": 2}], "nothing else is lost"
 
     def test_two_runs_do_not_share_a_file(self, tmp_path: Path) -> None:
         out = tmp_path / "r.jsonl"
         first = results.Results(out)
         first.save({"run": 1})
-        with pytest.raises(results.Busy, match="another run writes"):
+        with pytest.raises(BlockingIOError):
             results.Results(out)
         first.finish({"run": 1})
         assert results.read(out) == [{"run": 1}]

@@ -5,13 +5,12 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from backend_functions import reference
-from torch.utils._python_dispatch import TorchDispatchMode
+from graphs_on_cpu import Graph, capture
 
 from sglang_fl.check import graphs
 from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
@@ -40,32 +39,6 @@ from sglang_fl.dispatch.ops import OPERATORS
 
 CPU = torch.device("cpu")
 Found = dict[str, list[Outcome]]
-
-
-class Graph(TorchDispatchMode):
-    """A graph for the CPU: what PyTorch runs inside it runs again, on the same tensors, and nothing else does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(*(x if isinstance(x, (tuple, list)) else (x,) for x in (out, again)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-@contextmanager
-def capture(graph: Graph) -> Iterator[None]:
-    with graph:
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,16 +15,16 @@ import torch
 
 from sglang_fl.config import load_settings
 from sglang_fl.fingerprint.measured import measured_in
-from sglang_fl.tune import profile
+from sglang_fl.tune import profile, served
 from sglang_fl.tune.bench import NATIVE, Bench
 from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, NOT_BEST, SLOWER, SLOWER_SERVED, TIE, USED, WRONG, Candidate
 from sglang_fl.tune.served import Lengths
 from sglang_fl.tune.tuning import Job, Outcome, Tuning
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # five minutes
+pytestmark = pytest.mark.e2e
 
-LAYERS = 3
+LAYERS = 2
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -67,11 +67,14 @@ def outcome(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Of all steps in one engine."""
     directory = tmp_path_factory.mktemp("tune")
     journal = Journal(directory / "journal.jsonl", {}, resume=False)
-    lengths = Lengths(prefill=16, decode=8, output=8)
+    lengths = Lengths(prefill=8, decode=4, output=4)
+    traffic = directory / "requests.jsonl"
+    traffic.write_text('{"input_len": 8, "output_len": 2}\n')
     with pytest.MonkeyPatch.context() as patch, Bench(["--model-path", str(model), *SERVER], directory, lengths, [1]) as bench:
+        patch.setattr(served, "FIRST_TOKENS", 2)
         for name, value in environ().items():
             patch.setenv(name, value)
-        tuning = Tuning(Job(directory), bench, journal, print, lambda path, outcome: None)
+        tuning = Tuning(Job(directory, traffic=traffic), bench, journal, print, lambda path, outcome: None)
         tuning.measure()
         assert bench.starts == 1
     journal.close()
@@ -92,6 +95,7 @@ def test_each_kind_is_told_from_the_others(outcome: Outcome) -> None:
         "faster_and_wrong": WRONG,
         "slower_served": SLOWER_SERVED,
         "not_deterministic": WRONG,
+        "capture_unsafe": WRONG,
         "crashing": CRASHED,
     }
     (reference,) = (one for one in outcome.candidates if one.impl == "reference.torch")
@@ -120,27 +124,51 @@ def test_the_profile_has_the_reason_and_the_figure_of_each(outcome: Outcome, tmp
     assert all(one["reason"] for one in found.values())
 
 
+def command(model: Path, out: Path, *options: str) -> list[str]:
+    lengths = ("--batch", "1", "--input-len", "16", "--output-len", "8")
+    return [sys.executable, "-m", "sglang_fl", "tune", str(model), "--out", str(out), *options, *lengths, "--", *SERVER]
+
+
+@pytest.mark.slow  # six engines
 def test_a_run_that_is_killed_goes_on_and_is_confirmed_on_fresh_starts(model: Path, tmp_path: Path) -> None:
-    """The whole command: killed in the middle, resumed, confirmed; then its profile is asked again, and nothing has changed."""
     out, journal = tmp_path / "profile.yaml", tmp_path / "profile.tune" / "journal.jsonl"
-    options = ["--out", str(out), "--html", str(tmp_path / "page.html"), "--batch", "1", "--input-len", "16", "--output-len", "8"]
-    command = [sys.executable, "-m", "sglang_fl", "tune", str(model), *options]
     given = {**os.environ, **environ()}
-    with subprocess.Popen([*command, "--", *SERVER], start_new_session=True, env=given) as killed:
+    with subprocess.Popen(command(model, out), start_new_session=True, env=given) as killed:
         deadline = time.monotonic() + 600
         while not (journal.exists() and b'"kind": "check"' in journal.read_bytes()):
             assert time.monotonic() < deadline and killed.poll() is None
             time.sleep(0.2)
         os.killpg(killed.pid, signal.SIGKILL)
     before = journal.read_bytes()
-    subprocess.run([*command, "--resume", "--", *SERVER], check=True, timeout=1200, env=given)
+    subprocess.run(command(model, out, "--resume", "--html", str(tmp_path / "page.html")), check=True, timeout=2400, env=given)
     assert journal.with_name("finished.jsonl").read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     measured = measured_in(out) or {}
     assert measured["confirmed"]["decode/1"] > 1 and measured["entries"]["silu_and_mul"]["impl"] == "vendor.right_and_faster"
     assert "<svg" in (tmp_path / "page.html").read_text()
-    again = [*command[:4], str(model), "--update", str(out), "--out", str(tmp_path / "again.yaml"), "--", *SERVER]
-    printed = subprocess.run(again, check=True, timeout=600, capture_output=True, text=True, env=given).stdout
-    assert "nothing that it was measured with has changed" in printed and not (tmp_path / "again.yaml").exists()
+
+
+@pytest.mark.slow  # six engines
+def test_only_what_a_change_touches_is_measured_again(model: Path, outcome: Outcome, tmp_path: Path) -> None:
+    out, again = tmp_path / "profile.yaml", tmp_path / "again.yaml"
+    profile.write(out, outcome, {})
+
+    def update() -> str:
+        found = subprocess.run(command(model, again, "--update", str(out)), timeout=2400, capture_output=True, text=True, env=given)
+        assert found.returncode == 0, found.stdout + found.stderr
+        return found.stdout
+
+    given = {**os.environ, **environ()}
+    assert "nothing that it was measured with has changed" in update() and not again.exists()
+    measured = measured_in(out) or {}
+    now = measured["with"]["sources"]["planted_choices"]
+    out.write_text(out.read_text().replace(now, "another"))
+    assert f"the source of planted_choices was another and is {now}: silu_and_mul" in update()
+    lines = again.with_suffix(".update").joinpath("finished.jsonl").read_text().splitlines()
+    tried = {line["key"].split(": ")[1] for line in map(json.loads, lines[1:]) if line["kind"] in ("check", "time")}
+    found = measured_in(again) or {}
+    assert tried == {"silu_and_mul"} and found["with"] == measured["with"]
+    assert found["entries"].pop("silu_and_mul")["impl"] == "vendor.right_and_faster"
+    assert measured["entries"].pop("silu_and_mul") and found["entries"] == measured["entries"]
 
 
 def test_a_choice_is_what_an_engine_starts_with() -> None:
