@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules in the place of packages that are not installed: what a chip's package provides of them, and what it does not."""
+"""Modules in the place of packages that cannot be used: what a chip's package provides of them, and what it does not."""
 
 import os
 import subprocess
@@ -68,6 +68,47 @@ main(["demo"])
 main(["kernels", "--model", sys.argv[1], "--trace"])
 """
 
+#: Installed: one that cannot be imported, two that can, one of which is hidden; and Triton, which finds no driver.
+INSTALLED = """
+import triton
+from torch.utils._triton import has_triton
+
+from sglang_fl.device import probe
+from sglang_fl.platform.absent_packages import stand_in_for_absent_packages
+
+for package, why in stand_in_for_absent_packages(probe()).items():
+    print(package, why)
+import deep_gemm, flashinfer, sgl_kernel
+import triton as stand_in
+from sglang.kernels.ops.memory.common import get_last_loc_kernel
+
+print(sgl_kernel.of_fastchip(), deep_gemm.own, stand_in is triton, has_triton())
+for call in (sgl_kernel.rmsnorm, flashinfer.own, get_last_loc_kernel[(1,)]):
+    try:
+        call(1)
+    except NotImplementedError as error:
+        print(error)
+"""
+DRIVERLESS = """
+class backends:
+    class fast:
+        class driver:
+            is_active = staticmethod(lambda: False)
+
+    backends = {"fast": fast}
+"""
+
+ENGINE = """
+import sys
+from pathlib import Path
+
+from sglang_fl.tune.bench import Bench
+from sglang_fl.tune.served import Lengths
+
+sys.stderr = sys.stdout
+Bench(["--model-path", "model", "--no-such-argument"], Path(sys.argv[1]), Lengths(8, 2, 2), (1,)).start()
+"""
+
 BROKEN = PLATFORM.replace('"fastchip"', '"broken"').replace(
     '"flashinfer": None, "deep_gemm": None, "triton": None', '"flashinfer": "fastchip_flashinfr", "triton": "fastchip_triton"'
 )
@@ -98,15 +139,15 @@ main(["check", "--vendor", "fastchip", "--op", "alloc_decode_kernel", "--quick"]
 """
 
 
-def run(directory: Path, code: str, *arguments: str) -> list[str]:
+def run(directory: Path, code: str, *arguments: str, platform: str = PLATFORM, hidden: bool = True) -> list[str]:
     """What code prints, with the package installed and the others hidden."""
-    write_package(directory, "fastchip", PLATFORM, {"sglang_fl.platform": "fastchip:PLATFORM"})
+    write_package(directory, "fastchip", platform, {"sglang_fl.platform": "fastchip:PLATFORM"})
     (directory / "fastchip_sgl_kernel").mkdir()
     (directory / "fastchip_sgl_kernel" / "__init__.py").write_text("from . import imported\n\ndef of_fastchip():\n    return 'provided'\n")
     (directory / "fastchip_kernels.py").write_text(KERNELS)
     for part in ("imported", "spatial"):
         (directory / "fastchip_sgl_kernel" / f"{part}.py").write_text(f"def f():\n    return 'of {part}'\n")
-    hide(directory, HIDDEN, DISTRIBUTIONS)
+    hide(directory, HIDDEN if hidden else (), DISTRIBUTIONS)
     site = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {**os.environ, "PYTHONPATH": site, "XDG_STATE_HOME": str(directory / "state"), "XDG_DATA_HOME": str(directory)}
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environ)
@@ -147,3 +188,29 @@ def test_the_process_of_a_model_run_has_them_in_time(tmp_path: Path) -> None:
 def test_a_kernel_that_imports_sglang_can_be_checked(tmp_path: Path) -> None:
     printed = "\n".join(run(tmp_path, CHECK))
     assert "ValueError: reached" in printed and "No module named 'triton'" not in printed
+
+
+def test_packages_that_are_installed(tmp_path: Path) -> None:
+    """They are used if they can be, and if nobody hides them."""
+    for package, code in (
+        ("sgl_kernel", "import libfast"),
+        ("flashinfer", "own = print"),
+        ("deep_gemm", "own = 1"),
+        ("triton", DRIVERLESS),
+    ):
+        (tmp_path / f"{package}.py").write_text(code)
+    platform = PLATFORM.replace("    sglang_kernels", '    hide_installed=("flashinfer",),\n    sglang_kernels')
+    no_driver, not_loaded, hides, used, norm, hidden, kernel = run(tmp_path, INSTALLED, platform=platform, hidden=False)[:7]
+    assert no_driver == "triton is installed and finds no driver for this chip"
+    why = "sgl_kernel is installed and cannot be imported (ModuleNotFoundError: No module named 'libfast' ("
+    assert not_loaded.startswith(why) and norm.startswith(f"SGLang called sgl_kernel.rmsnorm, and {why}")
+    assert hides == "flashinfer is hidden by the chip's package" and hidden.startswith(
+        "SGLang called flashinfer.own, and flashinfer is hid"
+    )
+    assert used == "provided 1 False False"
+    assert kernel.startswith("SGLang launched its Triton kernel sglang.kernels.ops.memory.common:get_last_loc_kernel")
+
+
+def test_tunes_engine_has_them_in_time(tmp_path: Path) -> None:
+    """Otherwise it would not come to SGLang's arguments."""
+    assert "unrecognized arguments: --no-such-argument" in "\n".join(run(tmp_path, ENGINE, str(tmp_path)))

@@ -5,7 +5,7 @@ import argparse
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -16,8 +16,10 @@ from rich.table import Table
 
 from ..compat import installed_version
 from ..config import SettingsError
+from ..device import declared, probe
 from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS
 from ..kernels.listing import GRID, PLAIN, Kernel, remembered_kernels
+from ..kernels.reference import REFERENCES
 from .kernel_trace import read_record, trace_model
 
 #: What can take over a layer, or a function.
@@ -49,11 +51,20 @@ def run(args: argparse.Namespace) -> int:
     with Console(stderr=True).status("reading SGLang's source (once per version)"):
         found = [kernel for kernel in remembered_kernels(root, _OPERATORS) if _has(kernel, args.word)]
     shown = [kernel for kernel in found if args.all or kernel.operator is None]
+    impl, replaced = _replaced_here()
     counts = _reached(shown, record["counts"]) if record else None
     if counts is not None:
         shown = [kernel for kernel in shown if counts[kernel.target]]
     if args.json:
-        rows = [{**asdict(kernel), **({"reached": counts[kernel.target]} if counts is not None else {})} for kernel in shown]
+        rows = [
+            {
+                **asdict(kernel),
+                "reference": kernel.target in REFERENCES,
+                "replaced_by": impl if kernel.target in replaced else None,
+                **({"reached": counts[kernel.target]} if counts is not None else {}),
+            }
+            for kernel in shown
+        ]
         about = {name: value for name, value in record.items() if name != "counts"} if record else None
         print(json.dumps({"sglang": installed_version(), "trace": about, "kernels": rows}, indent=2, ensure_ascii=False))
         return int(failed)
@@ -64,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
         console.print("None." if not args.word else f"None has {' and '.join(map(repr, args.word))}.")
     elif record or args.word:
         for module, group in groupby(shown, key=lambda kernel: kernel.module):
-            console.print(_table(module, list(group), counts))
+            console.print(_table(module, list(group), counts, dict.fromkeys(replaced, impl)))
     else:
-        console.print(_summary(shown))
+        console.print(_summary(shown, replaced))
         console.print("sglang-fl kernels WORD lists those that have the word in their module, name or call sites.")
     if hidden := 0 if record else len(found) - len(shown):
         console.print(f"Not shown: {hidden} that sglang-fl's operators replace (--all shows them).", style="dim")
@@ -78,6 +89,13 @@ def _sglang() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError("SGLang is not installed: reinstall sglang-fl with its dependencies")
     return Path(spec.submodule_search_locations[0])
+
+
+def _replaced_here() -> tuple[str, Collection[str]]:
+    """The implementation that the package of this chip brings, and the kernels that it replaces."""
+    vendor = probe().vendor
+    declaration = declared().platforms.get(vendor)
+    return f"vendor.{vendor}", declaration.sglang_kernels if declaration is not None else ()
 
 
 def _has(kernel: Kernel, words: Sequence[str]) -> bool:
@@ -113,22 +131,27 @@ def _about(record: dict[str, Any]) -> str:
     return about + (f". The server failed: {record['failed'].splitlines()[-1]}" if record["failed"] else "")
 
 
-def _summary(kernels: Sequence[Kernel]) -> Table:
+def _summary(kernels: Sequence[Kernel], replaced: Collection[str]) -> Table:
     table = Table(title=f"Kernels of SGLang {installed_version()}: {len(kernels)} to replace", title_justify="left")
     table.add_column("module", overflow="fold")
     table.add_column("launched", justify="right")
     table.add_column("called", justify="right")
+    table.add_column("reference", justify="right")
+    if replaced:
+        table.add_column("replaced", justify="right")
     table.add_column("from", overflow="fold")
     for module, group in groupby(kernels, key=lambda kernel: kernel.module):
         members = list(group)
         launched = sum(kernel.call != PLAIN for kernel in members)
         files = Counter(site.file.removeprefix("sglang/srt/") for kernel in members for site in kernel.sites)
         first, *others = (file for file, _ in files.most_common())
-        table.add_row(module, str(launched or ""), str(len(members) - launched or ""), f"{first} (+{len(others)})" if others else first)
+        counts = [launched, len(members) - launched, *(sum(kernel.target in some for kernel in members) for some in (REFERENCES, replaced))]
+        row = [str(count or "") for count in counts[: 4 if replaced else 3]]
+        table.add_row(module, *row, f"{first} (+{len(others)})" if others else first)
     return table
 
 
-def _table(module: str, kernels: Sequence[Kernel], counts: dict[str, int] | None) -> Table:
+def _table(module: str, kernels: Sequence[Kernel], counts: dict[str, int] | None, replaced: Mapping[str, str]) -> Table:
     table = Table(title=f"{module}:", title_justify="left", expand=True)
     table.add_column("name", ratio=4, overflow="fold")
     table.add_column("", width=8)
@@ -137,17 +160,21 @@ def _table(module: str, kernels: Sequence[Kernel], counts: dict[str, int] | None
     table.add_column("from sglang/srt/ → kernels", ratio=6, overflow="fold")
     for kernel in kernels:
         reached = [str(counts[kernel.target])] if counts is not None else []
-        table.add_row(kernel.name, _HOW[kernel.call], *reached, "\n".join(_lines(kernel)))
+        table.add_row(kernel.name, _HOW[kernel.call], *reached, "\n".join(_lines(kernel, replaced)))
     return table
 
 
-def _lines(kernel: Kernel) -> Iterator[str]:
+def _lines(kernel: Kernel, replaced: Mapping[str, str]) -> Iterator[str]:
     sites = [str(site).removeprefix("sglang/srt/") for site in kernel.sites]
     yield from sites[:_SHOWN_SITES]
     if len(sites) > _SHOWN_SITES:
         yield f"and {len(sites) - _SHOWN_SITES} more"
     if _is_class(kernel):  # only what it calls can be replaced
         yield "through " + ", ".join(name.partition(":")[2] for name in kernel.through)
+    if kernel.target in replaced:
+        yield f"replaced by {replaced[kernel.target]}"
+    if kernel.target in REFERENCES:
+        yield "has a reference in plain PyTorch"
     names = [name.partition(":")[2] or name for name in kernel.launches]
     if names:
         yield f"→ {', '.join(names[:_SHOWN_KERNELS])}" + (f" and {len(names) - _SHOWN_KERNELS} more" if names[_SHOWN_KERNELS:] else "")

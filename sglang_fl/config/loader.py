@@ -305,7 +305,7 @@ def _unknown_names(option: Option, value: Any, words: Words) -> Iterator[tuple[s
             meant = words.operator_of.get(op, op)
             if meant != op and meant in given:
                 yield op, f"{op!r} and {meant!r} mean the same operator; give one of them"
-            elif problem := words.problem_with("operators", meant):
+            elif problem := words.problem_with_operator(meant, order):
                 yield op, problem
             yield from ((op, f"{op}: {problem}") for problem in map(words.problem_with_token, order) if problem)
     elif option.names:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that settings may use, as a plain value that the caller fills."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..device import canonical
@@ -31,6 +31,7 @@ class Words:
         flaggems: the FlagGems functions that replace ATen operators.
         operator_of: SGLang's layer class -> the operator that it runs on; an order may be given under either name.
         not_covered: operators and classes that exist, but that this version leaves to SGLang. They may stand in a blacklist.
+        has_kernel: whether SGLang has a kernel of this name, ``sglang.module:name``.
     """
 
     operators: frozenset[str] | None = None
@@ -40,6 +41,7 @@ class Words:
     flaggems: frozenset[str] | None = None
     not_covered: frozenset[str] = frozenset()
     operator_of: Mapping[str, str] = field(default_factory=dict)
+    has_kernel: Callable[[str], bool] = field(default=lambda name: False, compare=False)
 
     def problem_with(self, kind: str, word: str) -> str | None:
         """What is wrong with a name, or None.
@@ -53,8 +55,14 @@ class Words:
         what = _WHAT[kind]
         if word in self.not_covered:
             return f"{what} {word!r} is not covered by this version of sglang-fl; it stays with SGLang, so leave it out here"
+        if kind == "operators" and self.has_kernel(word):
+            return f"nothing replaces SGLang's kernel {word} here, so it runs itself: leave it out, or give the order 'sglang'"
         hint = " (sglang-fl ops lists the classes)" if kind == "classes" else ""
         return f"unknown {what} {word!r}{suggest(word, valid)}{hint}"
+
+    def problem_with_operator(self, name: str, order: Sequence[str]) -> str | None:
+        """What is wrong with an operator's name, or None. A kernel that nothing replaces may be left to SGLang, too."""
+        return None if tuple(order) == ("sglang",) and self.has_kernel(name) else self.problem_with("operators", name)
 
     def problem_with_token(self, token: str) -> str | None:
         """What is wrong with a token of an order, such as ``"vendor:ascend"``, or None."""

@@ -27,7 +27,7 @@ CAPABILITIES = ("supports_triton", "graph_capture", "piecewise_graph", "hicache_
 KV_POOL_KINDS = ("mha", "mla", "dsa")
 #: The phases of a draft model for which SGLang asks for a graph runner.
 DRAFT_PHASES = ("draft_decode", "draft_extend")
-#: Packages that SGLang imports, and that a package may stand in for where they are not installed.
+#: Packages that SGLang imports, and that a package may stand in for where they cannot be used.
 STAND_INS = ("sgl_kernel", "flashinfer", "deep_gemm", "triton")
 #: What SGLang asks of out-of-tree platforms only: it would have no effect on a chip that SGLang has a platform for.
 OUT_OF_TREE_ONLY = (
@@ -91,10 +91,12 @@ class VendorPlatform:
         sglang_kernels: what runs in the place of kernels that SGLang calls outside of its layers, ``"sglang.module:name"`` ->
             ``"module:function"`` or a :class:`KernelReplacement`. They are implementations ``vendor.<name>`` like those of operators:
             orders and lists of vendors hold for them.
-        stand_ins: what stands in for packages that are not installed, a name of :data:`STAND_INS` -> the module that has what the
-            chip's package provides of it, or None: nothing. Where ``"fastpkg.sglk"`` stands in for ``sgl_kernel``, SGLang finds
-            ``fastpkg.sglk.f`` as ``sgl_kernel.f``, and ``fastpkg.sglk.part.f`` as ``sgl_kernel.part.f``. All else can be imported,
-            and raises an error with its name when it is called. For ``triton`` a server is started with ``sglang-fl serve``.
+        stand_ins: what stands in for packages that are not installed or cannot be imported (``triton``: or has no driver), a name of
+            :data:`STAND_INS` -> the module that has what the chip's package provides of it, or None: nothing. Where ``"fastpkg.sglk"``
+            stands in for ``sgl_kernel``, SGLang finds ``fastpkg.sglk.f`` as ``sgl_kernel.f``, and ``fastpkg.sglk.part.f`` as
+            ``sgl_kernel.part.f``. All else can be imported, and raises an error with its name when it is called. For ``triton`` a
+            server is started with ``sglang-fl serve``.
+        hide_installed: those of ``stand_ins`` that are stood in for even where they can be imported, as builds for another chip can.
         server_args: defaults of SGLang's server arguments on the chip, as in ``{"page_size": 128}``; what the user gives goes before.
         variables: environment variables that the package reads. A name that is nearly one of them is reported as a misspelling.
         flaggems: whether FlagGems serves the chip. None: what the table knows, or else no.
@@ -135,6 +137,7 @@ class VendorPlatform:
     quantization: Mapping[str, str] = field(default_factory=dict)
     sglang_kernels: Mapping[str, str | KernelReplacement] = field(default_factory=dict)
     stand_ins: Mapping[str, str | None] = field(default_factory=dict)
+    hide_installed: tuple[str, ...] = ()
     server_args: Mapping[str, Any] = field(default_factory=dict)
     variables: tuple[str, ...] = ()
     flaggems: bool | None = None
@@ -160,7 +163,15 @@ class VendorPlatform:
         return known.in_tree if known is not None else None
 
     def _shape_problem(self) -> str | None:
-        for name in ("device_files", "commands", "capabilities", "speculative_algorithms", "draft_attention", "variables"):
+        for name in (
+            "device_files",
+            "commands",
+            "capabilities",
+            "speculative_algorithms",
+            "draft_attention",
+            "variables",
+            "hide_installed",
+        ):
             value = getattr(self, name)
             if name == "capabilities" and value is None:
                 continue
@@ -200,6 +211,9 @@ class VendorPlatform:
                 return f"stand_ins[{package!r}] must be the name of a module or None, not {provider!r}"
             if provider is not None and provider.partition(".")[0] == package:
                 return f"stand_ins[{package!r}] must be a module of the chip's package, not {provider!r} itself"
+        for package in self.hide_installed:
+            if package not in self.stand_ins:
+                return f"hide_installed: {package!r} is not one of stand_ins{suggest(package, self.stand_ins.keys())}"
         return None
 
     def kernels(self) -> dict[str, KernelReplacement]:

@@ -19,7 +19,9 @@ from typing import Any
 
 from ..config import Words
 from ..device import ALIASES, known_vendors
+from ..kernels.places import problem_with
 from ..utils.packages import entries, importing, last_line, origin_of
+from .kernel_implementations import is_kernel
 from .kernel_implementations import register_builtins as register_kernels
 from .logger_manager import get_logger
 from .ops import OPERATOR_OF_CLASS, OPERATORS
@@ -92,6 +94,7 @@ def known_words(registry: OpRegistry | None = None) -> Words:
         vendors=frozenset(known_vendors().keys() | ALIASES.keys()).union(impl.vendor for impl in impls if impl.vendor),
         impls=frozenset(impl.impl_id for impl in impls),
         operator_of=OPERATOR_OF_CLASS,
+        has_kernel=lambda name: is_kernel(name) and problem_with(name) is None,
     )
 
 

@@ -150,7 +150,7 @@ class OpManager:
         words = self.words()
         vendors = (*policy.deny_vendors, *(policy.allow_vendors or ()))
         problems = [
-            *(words.problem_with("operators", op) for op, _ in policy.per_op_order),
+            *(words.problem_with_operator(op, order) for op, order in policy.per_op_order),
             *(words.problem_with_token(token) for _, order in policy.per_op_order for token in order),
             *(words.problem_with("vendors", vendor) for vendor in sorted(vendors)),
         ]
@@ -264,11 +264,14 @@ class OpManager:
                 return result
         else:
             if plan.to_sglang and call_sglang is not None and self._may_retry(*failures[-1], policy):
-                return call_sglang()
+                try:
+                    return call_sglang()
+                except Exception as own_error:
+                    own_error.add_note(f"sglang-fl: SGLang's own was called since {_in_words(failures)}")
+                    raise
         if len(failures) == 1:
             raise error
-        reasons = "; ".join(f"{impl.impl_id}: {type(e).__name__}: {e}" for impl, e in failures)
-        raise RuntimeError(f"All implementations failed for op={plan.op!r}: {reasons}") from failures[-1][1]
+        raise RuntimeError(f"All implementations failed for op={plan.op!r}: {_in_words(failures)}") from failures[-1][1]
 
     def _may_retry(self, failed: OpImpl, error: Exception, policy: SelectionPolicy) -> bool:
         if policy.strict or isinstance(error, Refusal):
@@ -291,6 +294,10 @@ class OpManager:
             self._plans_version = self.registry.version
         if changed:
             PolicyManager.get_instance().notify()
+
+
+def _in_words(failures: Sequence[tuple[OpImpl, Exception]]) -> str:
+    return "; ".join(f"{impl.impl_id}: {type(error).__name__}: {error}" for impl, error in failures)
 
 
 _default: OpManager | None = None

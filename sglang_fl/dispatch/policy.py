@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CONFIG_FILE, Settings, SettingsError, Words, load_settings, plugin_modules, settings_in_force, unreachable
-from ..device import canonical
+from ..device import canonical, target_problem
 from ..utils.suggest import suggest
 from .builtin_ops import discover, known_words
 from .locks import ForkSafeLock
@@ -34,7 +34,8 @@ _DEFAULT_ORDERS = {
     PREFER_VENDOR: ("vendor", "flagos", "triton", "reference"),
     PREFER_REFERENCE: ("reference", "flagos", "triton", "vendor"),
 }
-#: Their references do not replace SGLang's Triton kernels: on a device with Triton they stay with SGLang by default.
+#: Their references do not replace SGLang's Triton kernels: on a device with Triton they stay with SGLang by default. So do kernels of
+#: SGLang's that have a name of their own, ``sglang.module:name``.
 _ELSE_SGLANG = frozenset({"fused_sigmoid_gating_delta_rule_update", "causal_conv1d_fn", "causal_conv1d_update"})
 
 
@@ -132,8 +133,11 @@ class SelectionPolicy:
 
     def order_for(self, op_name: str) -> tuple[str, ...]:
         """The order for an operator."""
+        given = dict(self.per_op_order).get(op_name)
+        if given is not None:
+            return given
         default = _DEFAULT_ORDERS[self.prefer]
-        return dict(self.per_op_order).get(op_name, (*default, "sglang") if op_name in _ELSE_SGLANG else default)
+        return (*default, "sglang") if op_name in _ELSE_SGLANG or target_problem(op_name) is None else default
 
     def is_vendor_allowed(self, vendor: str | None) -> bool:
         """Whether a vendor's implementations may be used; those of no vendor always may."""

@@ -10,6 +10,7 @@ import ast
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -142,15 +143,39 @@ def problem_with(target: str, takes_grid: bool = False) -> str | None:
         return f"this SGLang has no module {module}{suggest(module, _modules_near(module))}"
     names = _names(file)
     if name not in names:
-        kernels = [other for other, node in names.items() if not isinstance(node, ast.ImportFrom)]
-        return f"this SGLang has no {name!r} in {module}{suggest(name, kernels)}"
-    node = names[name]
+        return f"this SGLang has no {name!r} in {module}{suggest(name, _kernels(names))}"
+    node = names[name][0]
     if isinstance(node, ast.ImportFrom):
         home = importlib.util.resolve_name("." * node.level + (node.module or ""), _package_of(module, file))
         return f"{target} is imported from {home}" + ("; name it there" if home.startswith("sglang.") else ", which is not SGLang's")
+    if all(map(_no_kernel, names[name])):
+        return f"{target} is {_no_kernel(node)}, and no kernel{suggest(name, _kernels(names))}"
     if takes_grid and isinstance(node, ast.FunctionDef) and not any(map(_is_launched, node.decorator_list)):
         return f"{target} is called, and not launched with a grid: leave out takes_grid"
     return None
+
+
+def problems_with_objects(functions: Mapping[str, str]) -> Iterator[str]:
+    """What only the imported modules show: a name that stands for no kernel, and two names of one kernel with two replacements.
+
+    Args:
+        functions: ``sglang.module:name`` -> the function that replaces it. A kernel that this device does not have is left out.
+    """
+    first: dict[int, str] = {}
+    for target, function in functions.items():
+        try:
+            own = pkgutil.resolve_name(target)
+        except Exception:  # a module of other devices
+            continue
+        own = own.own if isinstance(own, KernelHook) else own
+        if isinstance(own, type) or not (callable(own) or hasattr(own, "run")):  # Triton's autotuner has no __call__
+            what = "a class" if isinstance(own, type) else f"of type {type(own).__name__}"
+            module, _, name = target.partition(":")
+            file = _file(module)
+            yield f"{target} is {what}, and no kernel{suggest(name, _kernels(_names(file))) if file else ''}"
+        other = first.setdefault(id(own), target)
+        if functions[other] != function:
+            yield f"{other} and {target} are two names of one kernel: {functions[other]!r} and {function!r} cannot both replace it"
 
 
 def _roots(package: str) -> Iterator[Path]:
@@ -186,13 +211,15 @@ def _modules_near(module: str) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _names(file: Path) -> Mapping[str, ast.AST]:
-    """The names that a module's source defines or imports at its top level, in any branch, each with its last statement.
+def _names(file: Path) -> Mapping[str, Sequence[ast.AST]]:
+    """The names that a module's source defines or imports at its top level, in any branch, each with its statements.
 
-    A definition goes before an import: on some devices it is the one, on others the other.
+    The last goes first, and a definition before an import: on some devices it is the one, on others the other.
     """
-    found = list(_defined(ast.parse(file.read_text(encoding="utf-8")).body))
-    return dict(sorted(found, key=lambda pair: not isinstance(pair[1], ast.ImportFrom)))
+    names: dict[str, list[ast.AST]] = {}
+    for name, node in _defined(ast.parse(file.read_text(encoding="utf-8")).body):
+        names.setdefault(name, []).insert(0, node)
+    return {name: sorted(nodes, key=lambda node: isinstance(node, ast.ImportFrom)) for name, nodes in names.items()}
 
 
 def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
@@ -203,12 +230,26 @@ def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
             yield from ((alias.asname or alias.name, node) for alias in node.names)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from ((target.id, node) for target in targets if isinstance(target, ast.Name))
+            yield from ((target.id, node.value or node) for target in targets if isinstance(target, ast.Name))
         else:
             for field in ("body", "orelse", "finalbody"):
                 yield from _defined(getattr(node, field, []))
             for handler in getattr(node, "handlers", []):
                 yield from _defined(handler.body)
+
+
+def _kernels(names: Mapping[str, Sequence[ast.AST]]) -> list[str]:
+    """The names that may be kernels, of those that a module defines itself."""
+    return [name for name, nodes in names.items() if not isinstance(nodes[0], ast.ImportFrom) and not all(map(_no_kernel, nodes))]
+
+
+def _no_kernel(node: ast.AST) -> str | None:
+    """What a name's statement makes of it, if that is certainly no kernel."""
+    if isinstance(node, ast.ClassDef):
+        return "a class"
+    if isinstance(node, (ast.Constant, ast.JoinedStr, ast.Dict, ast.List, ast.Set, ast.Tuple, ast.Compare, ast.BinOp)):
+        return f"the value {ast.unparse(node)[:40]}"
+    return None
 
 
 def _is_launched(decorator: ast.expr) -> bool:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that SGLang imports and that are not there: a module in the place of each.
+"""Packages that SGLang imports and that cannot be used: a module in the place of each.
 
 SGLang imports names of ``sgl_kernel``, ``triton`` and others also for models and modes that never call them. A module in a
-package's place lets it: what the chip's package does not provide there says at a call that it is missing. Nothing is replaced where
-the package is installed. On a chip that imitates CUDA this is so for ``sgl_kernel``, which SGLang imports wherever PyTorch is built
-for CUDA or ROCm; of every other chip its package says what it stands in for (``VendorPlatform.stand_ins``).
+package's place lets it: what the chip's package does not provide there says at a call that it is missing. A package that can be
+imported is left alone, unless it is declared otherwise (``VendorPlatform.hide_installed``). On a chip that imitates CUDA this is so
+for ``sgl_kernel``, which SGLang imports wherever PyTorch is built for CUDA or ROCm; of every other chip its package says what it
+stands in for (``VendorPlatform.stand_ins``).
 """
 
 import importlib
@@ -46,7 +47,7 @@ _SGL_KERNEL = frozenset(f"sgl_kernel{part}" for part in ("", ".elementwise", ".f
 
 
 class Absent:
-    """A name of a package that is not there. It can be imported, annotated with and derived from."""
+    """A name of a package that cannot be used. It can be imported, annotated with and derived from."""
 
     def __init__(self, path: str):
         self._path = path
@@ -56,9 +57,9 @@ class Absent:
         if package == "triton":
             raise NoTriton(f"SGLang called {self._path}, and there is no Triton for this chip")
         raise NotImplementedError(
-            f"SGLang called {self._path}, and {package} is not installed: install the chip vendor's build of it, have the vendor's package "
-            f"provide the function (VendorPlatform.stand_ins), or serve without what needs it (sglang-fl ops lists what there is for an "
-            "operator)"
+            f"SGLang called {self._path}, and {package} {_finder.reasons[package]}: install the chip vendor's build of it, have the "
+            "vendor's package provide the function (VendorPlatform.stand_ins), or serve without what needs it (sglang-fl ops lists what "
+            "there is for an operator)"
         )
 
     def __getattr__(self, name: str) -> "Absent":
@@ -78,11 +79,12 @@ class Absent:
     __ror__ = __or__
 
     def __repr__(self) -> str:
-        return f"<{self._path}, which is not installed>"
+        package = self._path.partition(".")[0]
+        return f"<{self._path}; {package} {_finder.reasons[package]}>"
 
 
 class _AbsentModule(ModuleType):
-    """A module of a package that is not there, with what is provided for it."""
+    """A module of a package that cannot be used, with what is provided for it."""
 
     #: The module that has what the chip's package provides, or None.
     _provider: ModuleType | None = None
@@ -109,15 +111,17 @@ class _AbsentModule(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of packages that are not there.
+    """Finds the modules of packages that cannot be used.
 
     Attributes:
         providers: package -> the module that has what is provided for it, or None.
+        reasons: package -> why it is stood in for, as in "is not installed".
         only: package -> the modules of it that are found; all of those that it does not name.
     """
 
     def __init__(self) -> None:
         self.providers: dict[str, str | None] = {}
+        self.reasons: dict[str, str] = {}
         self.only: dict[str, frozenset[str]] = {}
 
     def find_spec(
@@ -147,34 +151,42 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 _finder = _Finder()
 
 
-def stand_in_for_absent_packages(device: Device) -> list[str]:
+def stand_in_for_absent_packages(device: Device) -> Mapping[str, str]:
     """Before SGLang's layers are imported, and for Triton before SGLang itself is; in each process.
 
     Returns:
-        The packages that modules stand in for now.
+        Each package that modules stand in for now, and why, as in "is not installed".
     """
     declaration = declared().platforms.get(device.vendor)
     wanted = dict(declaration.stand_ins) if declaration is not None else {}
     if device.device_type == "cuda" and device.in_tree is None and "sgl_kernel" not in wanted:
         wanted["sgl_kernel"] = None
         _finder.only["sgl_kernel"] = _SGL_KERNEL
-    for package, provider in wanted.items():
-        if package not in _finder.providers and is_absent(package):
+    if wanted and _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    for package in sorted(wanted, key=lambda package: package != "triton"):  # which others import
+        if package in _finder.providers or (package == "triton" and package in sys.modules and "sglang.srt.utils" in sys.modules):
+            continue
+        reason = _why_not_used(package, device)
+        if reason is not None:
+            _forget(package)
             if package == "triton":
                 _settle_pytorch()
-            _finder.providers[package] = provider
-    if _finder.providers and _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
+            _finder.providers[package], _finder.reasons[package] = wanted[package], reason
     if "sgl_kernel" in _finder.providers:
-        # SGLang compares the version of what is installed, of which there is none.
+        # SGLang compares the version of what is installed with the one that it needs.
         os.environ["SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK"] = "1"
-    return sorted(_finder.providers)
+    return dict(_finder.reasons)
 
 
 def server_module(device: Device) -> str:
     """The module that starts a server here: SGLang's own, or ours where there is no Triton, which SGLang imports before it asks us."""
     declaration = declared().platforms.get(device.vendor)
-    needs_ours = declaration is not None and "triton" in declaration.stand_ins and (stands_in_for("triton") or is_absent("triton"))
+    needs_ours = (
+        declaration is not None
+        and "triton" in declaration.stand_ins
+        and (stands_in_for("triton") or _why_not_used("triton", device) is not None)
+    )
     return SERVE if needs_ours else "sglang.launch_server"
 
 
@@ -183,18 +195,31 @@ def stands_in_for(package: str) -> bool:
     return package in _finder.providers
 
 
-def is_absent(package: str) -> bool:
-    """Whether a package is not installed; of Triton, which some install without a build for the chip, whether it cannot be imported."""
+def _why_not_used(package: str, device: Device) -> str | None:
+    """Why SGLang is not to use a package: it is missing or broken, or the chip's package hides it. Or None."""
     if not _is_there(package):
-        return True
-    if package == "triton" and package not in sys.modules:
-        try:
-            importlib.import_module(package)
-        except Exception:  # whatever its driver's library raises
-            for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-                del sys.modules[name]
-            return True
-    return False
+        return "is not installed"
+    declaration = declared().platforms.get(device.vendor)
+    if declaration is not None and package in declaration.hide_installed:
+        return "is hidden by the chip's package"
+    try:
+        module = importlib.import_module(package)
+        if package == "triton" and not _has_driver(module):
+            return "is installed and finds no driver for this chip"
+    except Exception as error:  # whatever a library of it raises
+        _forget(package)
+        return f"is installed and cannot be imported ({last_line(error)})"
+    return None
+
+
+def _has_driver(triton: ModuleType) -> bool:
+    backends = getattr(getattr(triton, "backends", None), "backends", None)
+    return backends is None or any(backend.driver.is_active() for backend in backends.values())
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
 
 
 def _is_there(module: str) -> bool:
@@ -205,8 +230,10 @@ def _is_there(module: str) -> bool:
 
 
 def _settle_pytorch() -> None:
-    """Have PyTorch find out that there is no Triton, while there is none: it asks once, and would take a module of that name for it."""
+    """Have PyTorch find out that there is no Triton, before there is a module of that name: it asks once."""
     from torch.utils._triton import has_triton_package
 
+    sys.modules["triton"] = None  # type: ignore[assignment]  # Python's way to let an import fail
     has_triton_package()
     importlib.import_module("torch._inductor.runtime.triton_compat")
+    del sys.modules["triton"]

@@ -12,7 +12,7 @@ from .. import compat
 from ..config.errors import SettingsError
 from ..device import VendorPlatform, why_unusable
 from ..device import declared as installed
-from ..kernels.places import problem_with
+from ..kernels.places import problem_with, problems_with_objects
 from ..utils.packages import last_line
 from ..utils.suggest import suggest
 from .absent_packages import stands_in_for
@@ -211,6 +211,8 @@ def _problems(declaration: VendorPlatform) -> list[str]:
         problem = problem_with(target, given.takes_grid) or _load_problem(given.function)
         if problem is not None:
             problems.append(describe(declaration, f"sglang_kernels: {problem}"))
+    functions = {target: given.function for target, given in declaration.kernels().items()}
+    problems += [describe(declaration, f"sglang_kernels: {problem}") for problem in problems_with_objects(functions)]
     for package, provider in declaration.stand_ins.items():
         if provider is not None and stands_in_for(package) and (problem := _load_problem(provider)):
             problems.append(describe(declaration, f"stand_ins[{package!r}]: {problem}"))

@@ -5,7 +5,7 @@
 
 It reads the engine's arguments and then commands from its standard input, and answers on the file descriptor
 FD, a line for each; standard output and error are left to the engine's log. It ends when its
-standard input does. It imports nothing of this package: SGLang's processes import it again.
+standard input does. SGLang's processes import it again, so they have what stands in for missing packages, too.
 """
 
 import ctypes
@@ -17,6 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from sglang_fl.device import probe
+from sglang_fl.platform.absent_packages import stand_in_for_absent_packages
+
+if __name__ in ("__main__", "__mp_main__"):
+    stand_in_for_absent_packages(probe())  # before SGLang imports Triton, which may not be there
 
 _PR_SET_PDEATHSIG = 1
 _FLUSH_SECONDS = 30

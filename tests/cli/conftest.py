@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed_packages import Packages
 
 from sglang_fl.cli import main
-from sglang_fl.device import VENDORS, Device
+from sglang_fl.device import ENTRY_POINT_GROUP, VENDORS, Device
 from sglang_fl.dispatch.manager import reset_default_manager
 
 Ops = Callable[..., dict[str, Any]]
+#: Called with the command line, the exit code that is expected (0) and further variables.
+Cli = Callable[..., "pytest.CaptureResult[str]"]
 
 _BACKEND = """
 from sglang_fl.dispatch import BackendImplKind, OpImpl
@@ -78,16 +81,27 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
 
 
 @pytest.fixture
-def ops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ops:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command; returns what it prints."""
+
+    def run(*argv: str, code: int = 0, **environ: str) -> "pytest.CaptureResult[str]":
+        capsys.readouterr()
+        for variable, value in environ.items():
+            monkeypatch.setenv(variable, value)
+        assert main(argv) == code
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def ops(cli: Cli) -> Ops:
     """Runs ``sglang-fl ops --json`` with further arguments and variables; returns the operators by name, and the layers."""
 
     def run(*arguments: str, **environ: str) -> dict[str, Any]:
-        for variable, value in environ.items():
-            monkeypatch.setenv(variable, value)
-        assert main(["ops", "--json", *arguments]) == 0
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        data = json.loads(captured.out)
+        printed = cli("ops", "--json", *arguments, **environ)
+        assert printed.err == ""
+        data = json.loads(printed.out)
         return {
             **{row["op"]: row for row in data["operators"]},
             "layers": data.get("layers"),
@@ -95,6 +109,21 @@ def ops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         }
 
     return run
+
+
+@pytest.fixture
+def fastchip(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Installs a package that brings up a chip, seen by the command line, with further fields of its declaration."""
+
+    def install(fields: str) -> None:
+        code = f"VendorPlatform(name='fastchip', device_type='cpu', is_present=lambda: True, {fields})"
+        packages.install(
+            f"from sglang_fl.vendor_platform import VendorPlatform\nPLATFORM = {code}", {ENTRY_POINT_GROUP: "{module}:PLATFORM"}
+        )
+        for module in ("doctor.diagnosis", "kernels", "ops"):
+            monkeypatch.setattr(f"sglang_fl.cli.{module}.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
+
+    return install
 
 
 @pytest.fixture

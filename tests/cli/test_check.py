@@ -21,6 +21,7 @@ from sglang_fl.cli import main
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.kernels.reference import REFERENCES
 
+Cli = Callable[..., "pytest.CaptureResult[str]"]
 REFERENCE = [(op, "reference.torch") for op in sorted({*OPERATORS, *REFERENCES})]
 ALLOC = ("sglang.kernels.ops.memory.allocator:alloc_decode_kernel", "reference.torch")
 HEADER = {"machine": {"device": "cpu", "vendor": "cpu (a test)"}, "versions": {}, "date": "2026-01-02T03:04:05+00:00"}
@@ -85,45 +86,32 @@ def test_what_is_asked_for(
         (["--html", "/nowhere/at/all.html"], "--html: '/nowhere/at/all.html' cannot be written"),
     ],
 )
-def test_names_that_nothing_has(
-    jobs: list[Job],
-    backend: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    argv: list[str],
-    told: str,
-) -> None:
-    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
-    assert main(["check", *argv]) == 2
-    captured = capsys.readouterr()
-    assert told in captured.err and captured.out == ""
+def test_names_that_nothing_has(jobs: list[Job], cli: Cli, backend: Callable[..., str], argv: list[str], told: str) -> None:
+    printed = cli("check", *argv, code=2, SGLANG_FL_PLUGIN_MODULES=backend())
+    assert told in printed.err and printed.out == ""
     assert jobs == []
 
 
-def test_a_failure_is_exit_code_1(
-    jobs: list[Job], backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
-    assert main(["check", "--vendor", "testchip"]) == 1
-    assert "rms_norm vendor.testchip, serving, bfloat16: 1 × 8: a message" in capsys.readouterr().out
+def test_a_failure_is_exit_code_1(jobs: list[Job], cli: Cli, backend: Callable[..., str]) -> None:
+    printed = cli("check", "--vendor", "testchip", code=1, SGLANG_FL_PLUGIN_MODULES=backend())
+    assert "rms_norm vendor.testchip, serving, bfloat16: 1 × 8: a message" in printed.out
 
 
-def test_json_and_page(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_page(jobs: list[Job], tmp_path: Path, cli: Cli) -> None:
     page = tmp_path / "report.html"
-    assert main(["check", "--impl", "reference.torch", "--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5m"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    options = ("--json", "--html", str(page), "--seed", "9", "--quick", "--timeout", "1.5m")
+    data = json.loads(cli("check", "--impl", "reference.torch", *options).out)
     assert data["ok"] is True and data["seed"] == 9 and data["quick"] is True and len(data["cases"]) == len(REFERENCE)
     assert jobs[0].timeout == 90.0
     assert "PASSED" in page.read_text(encoding="utf-8")
 
 
-def test_a_page_that_cannot_be_written_costs_nothing_else(jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--op", "rms_norm", "--impl", "reference.torch", "--html", "/dev/full"]) == 1
-    captured = capsys.readouterr()
+def test_a_page_that_cannot_be_written_costs_nothing_else(jobs: list[Job], cli: Cli) -> None:
+    captured = cli("check", "--op", "rms_norm", "--impl", "reference.torch", "--html", "/dev/full", code=1)
     assert "PASSED" in captured.out and "--html: [Errno 28] No space left on device" in captured.err
 
 
-def test_what_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cli: Cli) -> None:
     """Messages are the implementation's: a file's name in one may be any bytes."""
     message = "no file lib\udcff.so"
 
@@ -134,9 +122,8 @@ def test_what_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
         return True
 
     monkeypatch.setattr("sglang_fl.cli.check.check", check)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["check", "--json", "--html", "~/report.html"]) == 1
-    assert json.loads(capsys.readouterr().out.encode())["cases"][0]["message"] == message
+    printed = cli("check", "--json", "--html", "~/report.html", code=1, HOME=str(tmp_path))
+    assert json.loads(printed.out.encode())["cases"][0]["message"] == message
     assert "no file lib\\udcff.so" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -154,23 +141,19 @@ def test_seeds_that_no_generator_takes(seed: str, jobs: list[Job], capsys: pytes
     assert f"--seed: expected an integer from 0 to 2**62 - 1, found '{seed}'" in capsys.readouterr().err and jobs == []
 
 
-def test_the_process_that_checks_does_not_come_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_process_that_checks_does_not_come_up(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     def check(job: Job, record: Record, progress: object) -> bool:
         raise WorkerFailed("the checking process did not start: crashed: exit code 1")
 
     monkeypatch.setattr("sglang_fl.cli.check.check", check)
-    assert main(["check"]) == 1
-    assert "sglang-fl: the checking process did not start" in capsys.readouterr().err
+    assert "sglang-fl: the checking process did not start" in cli("check", code=1).err
 
 
-def test_what_is_not_available_is_not_checked(
-    backend: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_available_is_not_checked(backend: Callable[..., str], tmp_path: Path, cli: Cli) -> None:
     """With a real worker."""
-    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend("rms_norm._is_available = lambda: False"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    assert main(["check", "--vendor", "testchip"]) == 1
-    told = capsys.readouterr().out
+    module = backend("rms_norm._is_available = lambda: False")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = cli("check", "--vendor", "testchip", code=1, SGLANG_FL_PLUGIN_MODULES=module, PYTHONPATH=path).out
     assert "its availability check returned False" in told
     assert "nothing was checked: its availability check returned False" in told
 
@@ -214,43 +197,38 @@ def test_no_worker_is_left(sent: signal.Signals, backend: Callable[..., str], tm
     assert alive == []
 
 
-def test_a_run_in_slices(jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_slices(jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cli: Cli) -> None:
     """The budget ends the first; the second has the options of the first, the third only shows what was found."""
     file = tmp_path / "run.jsonl"
-    command = ["check", "--resume", str(file), "--budget", "9m", "--json"]
+    command = ("check", "--resume", str(file), "--budget", "9m", "--json")
     add = Record.add
     monkeypatch.setattr(Record, "add", lambda *arguments: None)
-    assert main([*command, "--op", "rms_norm", "--impl", "reference.torch", "--quick", "--seed", "4"]) == 3
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(cli(*command, "--op", "rms_norm", "--impl", "reference.torch", "--quick", "--seed", "4", code=3).out)
     assert (found["verdict"], found["ok"], found["not_reached"], found["cases"]) == ("INCOMPLETE", False, 1, [])
     monkeypatch.setattr(Record, "add", add)
-    assert main(command) == 0
+    cli(*command)
     assert jobs[0] == jobs[1] and jobs[1].budget == 540.0
-    assert main(command) == 0 and len(jobs) == 2
-    capsys.readouterr()
-    assert main([*command, "--seed", "5"]) == 2
-    assert "--resume: the file is of another run (seed was 4 then, and is 5 now); name another file" in capsys.readouterr().err
+    cli(*command)
+    assert len(jobs) == 2
+    told = "--resume: the file is of another run (seed was 4 then, and is 5 now); name another file"
+    assert told in cli(*command, "--seed", "5", code=2).err
 
 
-def test_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     monkeypatch.setattr("sglang_fl.cli.check.check", lambda job, record, progress: True)
-    assert main(["check", "--budget", "1s"]) == 3
-    assert "the budget was used up before the first case" in capsys.readouterr().err
+    assert "the budget was used up before the first case" in cli("check", "--budget", "1s", code=3).err
 
 
-def test_the_result_is_kept_where_doctor_and_ops_look(jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["check", "--op", "rms_norm", "--impl", "reference.torch"]
-    assert main([*command, "--resume", str(tmp_path / "run.jsonl"), "--out"]) == 0
+def test_the_result_is_kept_where_doctor_and_ops_look(jobs: list[Job], tmp_path: Path, cli: Cli) -> None:
+    command = ("check", "--op", "rms_norm", "--impl", "reference.torch")
+    told = cli(*command, "--resume", str(tmp_path / "run.jsonl"), "--out").err
     (kept,) = (tmp_path / "data/sglang-fl/checks").iterdir()
     assert kept.read_bytes() == (tmp_path / "run.jsonl").read_bytes()
-    assert f"result saved in {kept}" in capsys.readouterr().err
-    assert main(["ops"]) == 0
-    assert re.search("rms_norm +reference.torch +PASSED on 2026-01-02 +\n", capsys.readouterr().out)
-    assert main([*command, "--resume", str(tmp_path / "run.jsonl"), "--out", "/dev/full"]) == 1
-    captured = capsys.readouterr()
+    assert f"result saved in {kept}" in told
+    assert re.search("rms_norm +reference.torch +PASSED on 2026-01-02 +\n", cli("ops").out)
+    captured = cli(*command, "--resume", str(tmp_path / "run.jsonl"), "--out", "/dev/full", code=1)
     assert "PASSED" in captured.out and "--out: [Errno 28] No space left on device" in captured.err
-    assert main([*command, "--out", str(kept)]) == 2
-    assert f"--out: {kept} exists; --resume {kept} continues it" in capsys.readouterr().err
+    assert f"--out: {kept} exists; --resume {kept} continues it" in cli(*command, "--out", str(kept), code=2).err
 
 
 def _checking(module: str, directory: Path, *words: str) -> subprocess.Popen[str]:

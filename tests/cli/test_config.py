@@ -8,19 +8,19 @@ import pytest
 import yaml
 
 import sglang_fl.config
-from sglang_fl.cli import main
 from sglang_fl.config import OPTIONS, Settings, load_settings
 from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch.manager import reset_default_manager
 from sglang_fl.startup.words import flaggems_functions
 
 Run = Callable[..., str]
+Cli = Callable[..., "pytest.CaptureResult[str]"]
 IN_FILES = [name for name, option in OPTIONS.items() if option.yaml]
 SAMPLE = Path(sglang_fl.config.__file__).parent / "sample.yaml"
 
 
 @pytest.fixture
-def config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def config(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs ``sglang-fl config`` under some variables, and those only; returns what it prints."""
 
     def run(**environ: str) -> str:
@@ -28,10 +28,9 @@ def config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
             for variable, value in environ.items():
                 patch.setenv(variable, value)
             reset_default_manager()
-            assert main(["config"]) == 0
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        return captured.out
+            printed = cli("config")
+        assert printed.err == ""
+        return printed.out
 
     return run
 
@@ -165,34 +164,33 @@ def test_orders_may_name_what_plugin_modules_bring(config: Run, backend: Callabl
     assert "op_backends: {rms_norm: ['impl:vendor.testchip']}  # SGLANG_FL_PER_OP" in config(**environ).splitlines()
 
 
-def failing_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environ: str) -> str:
-    for variable, value in environ.items():
-        monkeypatch.setenv(variable, value)
-    assert main(["config"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err
+@pytest.fixture
+def failing_config(cli: Cli) -> Run:
+    """What it prints as errors."""
+
+    def run(**environ: str) -> str:
+        printed = cli("config", code=2, **environ)
+        assert printed.out == ""
+        return printed.err
+
+    return run
 
 
-def test_a_mistake_elsewhere_does_not_make_names_of_plugin_modules_unknown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str]
-) -> None:
-    told = failing_config(
-        monkeypatch, capsys, SGLANG_FL_PLUGIN_MODULES=backend(), SGLANG_FL_PER_OP="rms_norm=impl:vendor.testchip", SGLANG_FL_PREFER="vendr"
-    )
+def test_a_mistake_elsewhere_does_not_make_names_of_plugin_modules_unknown(failing_config: Run, backend: Callable[..., str]) -> None:
+    order = "rms_norm=impl:vendor.testchip"
+    told = failing_config(SGLANG_FL_PLUGIN_MODULES=backend(), SGLANG_FL_PER_OP=order, SGLANG_FL_PREFER="vendr")
     assert "'vendr'" in told and "testchip" not in told
 
 
-def test_problems_of_names_and_of_modules_are_told_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    told = failing_config(
-        monkeypatch, capsys, SGLANG_FL_PLUGIN_MODULES="no.such.module.at.all", SGLANG_FL_OOT_BLACKLIST="RMSNrm", SGLANG_FL_PREFER="vendr"
-    )
-    assert "no.such.module.at.all" in told and "RMSNorm" in told and "'vendr'" in told
+def test_problems_of_names_and_of_modules_are_told_together(failing_config: Run) -> None:
+    module = "no.such.module.at.all"
+    told = failing_config(SGLANG_FL_PLUGIN_MODULES=module, SGLANG_FL_OOT_BLACKLIST="RMSNrm", SGLANG_FL_PREFER="vendr")
+    assert module in told and "RMSNorm" in told and "'vendr'" in told
 
 
-def test_dispatch_log_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dispatch_log_that_cannot_be_written(failing_config: Run, tmp_path: Path) -> None:
     path = tmp_path / "none" / "dispatch.log"
-    told = failing_config(monkeypatch, capsys, SGLANG_FL_DISPATCH_LOG=str(path))
+    told = failing_config(SGLANG_FL_DISPATCH_LOG=str(path))
     assert "SGLANG_FL_DISPATCH_LOG: " in told and str(path) in told
 
 
@@ -202,15 +200,12 @@ def test_looking_at_the_settings_makes_no_files(config: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("backend", [{}, {"SGLANG_FL_DIST_BACKEND": "flagcx"}])
-def test_flagcx_that_is_not_where_its_path_says(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, backend: dict[str, str]
-) -> None:
-    told = failing_config(monkeypatch, capsys, FLAGCX_PATH=str(tmp_path / "gone"), **backend)
-    assert f"FLAGCX_PATH: there is no '{tmp_path}/gone'" in told
-    told = failing_config(monkeypatch, capsys, FLAGCX_PATH=str(tmp_path), **backend)
+def test_flagcx_that_is_not_where_its_path_says(failing_config: Run, tmp_path: Path, backend: dict[str, str]) -> None:
+    assert f"FLAGCX_PATH: there is no '{tmp_path}/gone'" in failing_config(FLAGCX_PATH=str(tmp_path / "gone"), **backend)
+    told = failing_config(FLAGCX_PATH=str(tmp_path), **backend)
     assert f"FLAGCX_PATH: no libflagcx.so in '{tmp_path}' (looked for {tmp_path}/build/lib/libflagcx.so, " in told
 
 
-def test_flagcx_that_the_loader_does_not_find(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    told = failing_config(monkeypatch, capsys, SGLANG_FL_DIST_BACKEND="flagcx", LD_LIBRARY_PATH=str(tmp_path))
+def test_flagcx_that_the_loader_does_not_find(failing_config: Run, tmp_path: Path) -> None:
+    told = failing_config(SGLANG_FL_DIST_BACKEND="flagcx", LD_LIBRARY_PATH=str(tmp_path))
     assert f"SGLANG_FL_DIST_BACKEND: no libflagcx.so in LD_LIBRARY_PATH ({tmp_path})" in told

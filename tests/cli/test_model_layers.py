@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
-from sglang_fl.cli import main
 from sglang_fl.cli import model_layers as layers_of_models
 from sglang_fl.cli.model_layers import model_layers
 from sglang_fl.config import Settings
 from sglang_fl.dispatch.ops import OPERATORS
 
 Ops = Callable[..., dict[str, Any]]
+Cli = Callable[..., "pytest.CaptureResult[str]"]
+Model = Callable[[Any], str]
+Destinations = Callable[..., dict[str, str]]
 REFERENCE, TESTCHIP = "reference(reference.torch)", "vendor(vendor.testchip)"
 
 
@@ -58,6 +60,16 @@ QWEN3_MOE = {
 }
 
 
+@pytest.fixture
+def destinations(ops: Ops, model: Model) -> Destinations:
+    """Layer class of a model -> what it runs on."""
+
+    def run(config: Any, **environ: str) -> dict[str, str]:
+        return {layer["class_name"]: layer["destination"] for layer in ops("--model", model(config), **environ)["layers"]}
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("config", "layers"),
     [
@@ -98,7 +110,7 @@ QWEN3_MOE = {
     ],
     ids=["qwen3", "llama3", "qwen2", "qwen3-moe"],
 )
-def test_layers_of_a_model(ops: Ops, model: Callable[[Any], str], config: dict[str, Any], layers: set[tuple[str, str, str]]) -> None:
+def test_layers_of_a_model(ops: Ops, model: Model, config: dict[str, Any], layers: set[tuple[str, str, str]]) -> None:
     directory = model(config)
     for place in (directory, f"{directory}/config.json"):
         found = ops("--model", place)["layers"]
@@ -146,17 +158,14 @@ GEMMA3 = {
     ],
     ids=["gemma3", "gpt2", "phi", "cohere"],
 )
-def test_layers_of_further_models(ops: Ops, model: Callable[[Any], str], config: Any, layers: set[tuple[str, str, str]]) -> None:
+def test_layers_of_further_models(ops: Ops, model: Model, config: Any, layers: set[tuple[str, str, str]]) -> None:
     found = ops("--model", model(config))["layers"]
     assert {(layer["class_name"], layer["op"], layer["size"]) for layer in found} == layers
 
 
-def test_a_list_that_names_an_operators_first_class_leaves_those_beside_it(ops: Ops, model: Callable[[Any], str]) -> None:
+def test_a_list_that_names_an_operators_first_class_leaves_those_beside_it(destinations: Destinations) -> None:
     for listed, expected in (("GemmaRMSNorm", REFERENCE), ("Gemma3RMSNorm", "sglang (oot_blacklist)")):
-        found = {
-            layer["class_name"]: layer["destination"] for layer in ops("--model", model(GEMMA3), SGLANG_FL_OOT_BLACKLIST=listed)["layers"]
-        }
-        assert found["Gemma3RMSNorm"] == expected
+        assert destinations(GEMMA3, SGLANG_FL_OOT_BLACKLIST=listed)["Gemma3RMSNorm"] == expected
 
 
 @pytest.mark.parametrize(
@@ -171,29 +180,25 @@ def test_a_list_that_names_an_operators_first_class_leaves_those_beside_it(ops: 
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "MRotaryEmbedding"),
     ],
 )
-def test_class_of_the_rotary_embedding(ops: Ops, model: Callable[[Any], str], rope: dict[str, Any], class_name: str) -> None:
-    found = ops("--model", model({key: value for key, value in QWEN3.items() if key != "rope_scaling"} | rope))["layers"]
-    layers = {layer["class_name"]: layer["destination"] for layer in found}
+def test_class_of_the_rotary_embedding(destinations: Destinations, rope: dict[str, Any], class_name: str) -> None:
+    layers = destinations({key: value for key, value in QWEN3.items() if key != "rope_scaling"} | rope)
     assert layers.keys() == {"RMSNorm", "SiluAndMul", class_name}
     assert layers[class_name] == REFERENCE
 
 
-def test_a_list_that_names_a_class_means_those_that_derive_from_it(
-    ops: Ops, model: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SGLANG_FL_OOT_BLACKLIST", "RotaryEmbedding")
+def test_a_list_that_names_a_class_means_those_that_derive_from_it(destinations: Destinations) -> None:
     rope = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
-    found = ops("--model", model(QWEN3 | rope))["layers"]
-    assert {"MRotaryEmbedding": "sglang (oot_blacklist)"}.items() <= {row["class_name"]: row["destination"] for row in found}.items()
+    found = destinations(QWEN3 | rope, SGLANG_FL_OOT_BLACKLIST="RotaryEmbedding")
+    assert found["MRotaryEmbedding"] == "sglang (oot_blacklist)"
 
 
-def test_sizes_of_a_model_that_has_a_text_config(ops: Ops, model: Callable[[Any], str]) -> None:
+def test_sizes_of_a_model_that_has_a_text_config(ops: Ops, model: Model) -> None:
     found = ops("--model", model({"architectures": ["Qwen3ForCausalLM"], "hidden_size": 7, "text_config": QWEN3}))["layers"]
     assert "hidden_size 1024, eps 1e-06" in [layer["size"] for layer in found]
 
 
 @pytest.mark.parametrize(
-    ("environ", "destinations"),
+    ("environ", "wanted"),
     [
         ({"SGLANG_FL_OOT_BLACKLIST": "RMSNorm"}, {"RMSNorm": "sglang (oot_blacklist)", "SiluAndMul": REFERENCE}),
         ({"SGLANG_FL_OOT_BLACKLIST": "RotaryEmbedding"}, {"Llama3RotaryEmbedding": "sglang (oot_blacklist)"}),
@@ -206,21 +211,17 @@ def test_sizes_of_a_model_that_has_a_text_config(ops: Ops, model: Callable[[Any]
         ({"SGLANG_FL_OOT_ENABLED": "0"}, {"RMSNorm": "sglang (Layer 2 is off)"}),
     ],
 )
-def test_settings_decide_where_layers_go(
-    ops: Ops, model: Callable[[Any], str], environ: dict[str, str], destinations: dict[str, str]
-) -> None:
-    found = {layer["class_name"]: layer["destination"] for layer in ops("--model", model(LLAMA), **environ)["layers"]}
-    assert destinations.items() <= found.items()
+def test_settings_decide_where_layers_go(destinations: Destinations, environ: dict[str, str], wanted: dict[str, str]) -> None:
+    assert wanted.items() <= destinations(LLAMA, **environ).items()
 
 
-def test_quantised_experts_stay_with_sglang(ops: Ops, model: Callable[[Any], str]) -> None:
-    quantised = {**QWEN3_MOE, "quantization_config": {"quant_method": "fp8"}}
-    found = {layer["class_name"]: layer["destination"] for layer in ops("--model", model(quantised))["layers"]}
+def test_quantised_experts_stay_with_sglang(destinations: Destinations) -> None:
+    found = destinations({**QWEN3_MOE, "quantization_config": {"quant_method": "fp8"}})
     assert found["FusedMoE"] == "sglang (quantized experts)"
     assert found["TopK"] == REFERENCE and "UnquantizedFusedMoEMethod" not in found
 
 
-def test_layers_that_no_operator_is_for(ops: Ops, model: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_no_operator_is_for(ops: Ops, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {name: op for name, op in layers_of_models._KNOWN.items() if name != "GeluAndMul"}
     monkeypatch.setattr(layers_of_models, "_KNOWN", known)
     monkeypatch.setattr(layers_of_models, "NOT_COVERED_CLASSES", {"GeluAndMul"})
@@ -230,38 +231,31 @@ def test_layers_that_no_operator_is_for(ops: Ops, model: Callable[[Any], str], m
     assert found["GeluAndMul"]["destination"] == "sglang (sglang-fl has no operator for it)"
 
 
-def test_table_of_layers(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str]) -> None:
-    assert main(["ops", "--model", model(LLAMA)]) == 0
-    told = capsys.readouterr().out
+def test_table_of_layers(cli: Cli, model: Model) -> None:
+    told = cli("ops", "--model", model(LLAMA)).out
     for text in ("Layers of ", "Llama3RotaryEmbedding", "head_dim 128, 32 heads, 8 kv heads", REFERENCE):
         assert text in told
 
 
-def failing_ops(capsys: pytest.CaptureFixture[str], directory: str) -> str:
-    assert main(["ops", "--model", directory]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err
+def failing_ops(cli: Cli, directory: str) -> str:
+    printed = cli("ops", "--model", directory, code=2)
+    assert printed.out == ""
+    return printed.err
 
 
 @pytest.mark.parametrize("architectures", [["FooForCausalLM"], [], None])
-def test_unknown_architecture(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str], architectures: Any) -> None:
+def test_unknown_architecture(cli: Cli, model: Model, architectures: Any) -> None:
     directory = model({"architectures": architectures})
-    told = failing_ops(capsys, directory)
-    assert (
-        directory in told
-        and "no model of its own for the architecture" in told
-        and "Transformers backend" in told
-        and str(architectures) in told
-    )
+    told = failing_ops(cli, directory)
+    words = (directory, "no model of its own for the architecture", "Transformers backend", str(architectures))
+    assert all(word in told for word in words)
 
 
-def test_a_model_without_such_layers_is_said_to_have_none(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str]) -> None:
-    assert main(["ops", "--model", model({"architectures": ["OPTForCausalLM"]})]) == 0
-    assert "has an operator in sglang-fl" in capsys.readouterr().out
+def test_a_model_without_such_layers_is_said_to_have_none(cli: Cli, model: Model) -> None:
+    assert "has an operator in sglang-fl" in cli("ops", "--model", model({"architectures": ["OPTForCausalLM"]})).out
 
 
-def test_sizes_that_a_configuration_does_not_have_are_left_out(ops: Ops, model: Callable[[Any], str]) -> None:
+def test_sizes_that_a_configuration_does_not_have_are_left_out(ops: Ops, model: Model) -> None:
     """Mixtral has no moe_intermediate_size: all of its experts are of the one size."""
     config = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
     found = {layer["op"]: layer["size"] for layer in ops("--model", model({"architectures": ["MixtralForCausalLM"], **config}))["layers"]}
@@ -276,17 +270,13 @@ def test_sizes_that_a_configuration_does_not_have_are_left_out(ops: Ops, model: 
 
 
 @pytest.mark.parametrize("architecture", ["OPTForCausalLM", "MiniCPMV", "LlavaForConditionalGeneration"])
-def test_architecture_that_sglang_has_and_no_layer_of_which_is_known(
-    capsys: pytest.CaptureFixture[str], model: Callable[[Any], str], architecture: str
-) -> None:
-    main(["ops", "--model", model({"architectures": [architecture]})])
-    assert "SGLang has no model" not in capsys.readouterr().err
+def test_architecture_that_sglang_has_and_no_layer_of_which_is_known(cli: Cli, model: Model, architecture: str) -> None:
+    assert "SGLang has no model" not in cli("ops", "--model", model({"architectures": [architecture]})).err
 
 
-def test_no_config_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    told = failing_ops(capsys, str(tmp_path))
-    assert told == f"sglang-fl: --model: there is no file '{tmp_path}/config.json'\n"
-    assert str(tmp_path / "none") in failing_ops(capsys, str(tmp_path / "none"))
+def test_no_config_json(cli: Cli, tmp_path: Path) -> None:
+    assert failing_ops(cli, str(tmp_path)) == f"sglang-fl: --model: there is no file '{tmp_path}/config.json'\n"
+    assert str(tmp_path / "none") in failing_ops(cli, str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -304,10 +294,10 @@ def test_no_config_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         '{"architectures": ["Qwen3ForCausalLM"], "hidden_size": "1024", "num_attention_heads": 16}',
     ],
 )
-def test_broken_config_json(capsys: pytest.CaptureFixture[str], model: Callable[[Any], str], text: str) -> None:
+def test_broken_config_json(cli: Cli, model: Model, text: str) -> None:
     """An error that names the file, not a traceback."""
     directory = model(text)
-    assert f"{directory}/config.json" in failing_ops(capsys, directory)
+    assert f"{directory}/config.json" in failing_ops(cli, directory)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installed_packages import Packages
 from rich.console import Console
 
-from sglang_fl.cli import main
 from sglang_fl.cli.ops import operator_rows, print_operators
 from sglang_fl.config import Settings
-from sglang_fl.device import ENTRY_POINT_GROUP, Device
+from sglang_fl.device import Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry
 from sglang_fl.dispatch.bridge.catalog import CLASSES, classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.trial import TrialRecord, environment
 
 Ops = Callable[..., dict[str, Any]]
+Cli = Callable[..., "pytest.CaptureResult[str]"]
 #: Where Triton runs, these stay with SGLang.
 LEFT_TO_SGLANG = {"causal_conv1d_fn", "causal_conv1d_update", "fused_sigmoid_gating_delta_rule_update"}
 REFERENCE, TESTCHIP = "reference(reference.torch)", "vendor(vendor.testchip)"
@@ -102,14 +101,8 @@ def test_no_implementation_can_run(ops: Ops) -> None:
 
 @pytest.mark.parametrize("environ", [{}, {"SGLANG_FL_PER_OP": "rms_norm=vendor:metax|sglang", "SGLANG_FL_PREFER": "flagos"}])
 @pytest.mark.parametrize("verb", ["ops", "doctor"])
-def test_one_line_an_operator(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, environ: dict[str, str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    for variable, value in environ.items():
-        monkeypatch.setenv(variable, value)
-    assert main([verb]) == 0
-    printed = capsys.readouterr().out.splitlines()
+def test_one_line_an_operator(cli: Cli, verb: str, environ: dict[str, str]) -> None:
+    printed = cli(verb, COLUMNS="100", **environ).out.splitlines()
     lines = {line.split()[0]: line.split()[1:] for line in printed if line.startswith("  ") and "─" not in line and line.strip()}
     assert lines.keys() >= set(OPERATORS)
     assert lines["silu_and_mul"] == ["reference.torch", "never"]
@@ -122,10 +115,8 @@ def test_one_line_an_operator(
         assert "Not available" not in "".join(printed), "what would run comes first in the order"
 
 
-def test_a_class_that_stays_with_sglang_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("SGLANG_FL_OOT_BLACKLIST", "BeamSiluAndMul")
-    assert main(["ops"]) == 0
-    assert "Stays with SGLang (oot_blacklist): BeamSiluAndMul\n" in capsys.readouterr().out
+def test_a_class_that_stays_with_sglang_is_listed(cli: Cli) -> None:
+    assert "Stays with SGLang (oot_blacklist): BeamSiluAndMul\n" in cli("ops", SGLANG_FL_OOT_BLACKLIST="BeamSiluAndMul").out
 
 
 def test_sglangs_kernels_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,10 +130,8 @@ def test_sglangs_kernels_are_counted(capsys: pytest.CaptureFixture[str]) -> None
     assert "sglang.srt.module" not in printed
 
 
-def test_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str]) -> None:
-    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", backend())
-    assert main(["ops", "--all"]) == 0
-    printed = re.sub(" +", " ", capsys.readouterr().out)
+def test_all(cli: Cli, backend: Callable[..., str]) -> None:
+    printed = re.sub(" +", " ", cli("ops", "--all", SGLANG_FL_PLUGIN_MODULES=backend()).out)
     assert "--deep asks PyTorch, as a server does" in printed
     assert "default.flagos not available: FlagGems does not support cpu" in printed
     for text in ("Operators on cpu (a test)", *OPERATORS, "vendor.testchip available", "(profile cpu:2)"):
@@ -151,23 +140,16 @@ def test_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("word", ["[red]", "[/dev/chip0]", "[x]", ":warning:"])
-def test_reasons_are_printed_as_they_are(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: Callable[..., str], word: str
-) -> None:
+def test_reasons_are_printed_as_they_are(cli: Cli, backend: Callable[..., str], word: str) -> None:
     """Square brackets are markup to Rich, and a closing tag without an opening one is an error."""
     module = backend(f"def check(): raise OSError('no device {word}')\nrms_norm._is_available = check")
-    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", module)
-    assert main(["ops", "--all"]) == 0
-    assert f"OSError: no device {word}" in capsys.readouterr().out
+    assert f"OSError: no device {word}" in cli("ops", "--all", SGLANG_FL_PLUGIN_MODULES=module).out
 
 
 @pytest.mark.parametrize("argv", [["ops"], ["ops", "--json"]])
-def test_settings_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
-    monkeypatch.setenv("SGLANG_FL_PER_OP", "rms_nrm=vendor")
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "sglang-fl: SGLANG_FL_PER_OP: unknown operator 'rms_nrm'; did you mean 'rms_norm'?\n"
+def test_settings_that_cannot_be_used(cli: Cli, argv: list[str]) -> None:
+    told = "sglang-fl: SGLANG_FL_PER_OP: unknown operator 'rms_nrm'; did you mean 'rms_norm'?\n"
+    assert cli(*argv, code=2, SGLANG_FL_PER_OP="rms_nrm=vendor") == ("", told)
 
 
 def test_deep_asks_pytorch(monkeypatch: pytest.MonkeyPatch, ops: Ops) -> None:
@@ -194,40 +176,22 @@ def test_what_ended_an_earlier_start_here_is_left_out(ops: Ops, tmp_path: Path) 
 
 
 def test_a_kernel_of_sglangs_that_a_package_replaces(
-    ops: Ops, packages: Packages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ops: Ops, cli: Cli, fastchip: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = "sglang.kernels.ops.memory.common:get_last_loc_triton"
-    code = "from sglang_fl.vendor_platform import VendorPlatform\n" + (
-        f"PLATFORM = VendorPlatform(name='fastchip', device_type='cpu', is_present=lambda: True, sglang_kernels={{{kernel!r}: 'm:f'}})"
-    )
-    packages.install(code, {ENTRY_POINT_GROUP: "{module}:PLATFORM"})
-    monkeypatch.setattr("sglang_fl.cli.ops.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
-    assert ops()[kernel]["picked"] == "vendor(vendor.fastchip)"
-    assert main(["ops"]) == 0
-    assert f"{kernel} → vendor.fastchip" in capsys.readouterr().out
+    fastchip(f"sglang_kernels={{{kernel!r}: 'm:f'}}")
+    row = ops()[kernel]
+    assert row["picked"] == "vendor(vendor.fastchip)" and row["order"].endswith("vendor | reference | sglang")
+    assert f"{kernel} → vendor.fastchip" in cli("ops").out
     assert ops(SGLANG_FL_PER_OP=f"{kernel}=sglang")[kernel]["picked"] == "sglang"
     assert ops(SGLANG_FL_OOT_BLACKLIST="get_last_loc_triton")[kernel]["picked"] == "sglang (oot_blacklist)"
-    monkeypatch.setenv("SGLANG_FL_OOT_ENABLED", "0")
-    assert main(["ops"]) == 0
-    assert "on sglang (Layer 2 is off); 'sglang-fl ops --all' lists them" in capsys.readouterr().out
+    assert "on sglang (Layer 2 is off); 'sglang-fl ops --all' lists them" in cli("ops", SGLANG_FL_OOT_ENABLED="0").out
     monkeypatch.delenv("SGLANG_FL_OOT_ENABLED")
-    monkeypatch.setenv("SGLANG_FL_PER_OP", f"{kernel}s=sglang")
-    assert main(["ops"]) == 2
-    assert f"did you mean '{kernel}'?" in capsys.readouterr().err
+    assert f"did you mean '{kernel}'?" in cli("ops", code=2, SGLANG_FL_PER_OP=f"{kernel}s=sglang").err
 
 
-def test_a_kernel_that_this_sglang_does_not_have_is_not_listed_as_replaced(
-    packages: Packages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kernel = "sglang.kernels.ops.memory.common:get_last_loc_tritn"
-    code = "from sglang_fl.vendor_platform import VendorPlatform\n" + (
-        f"PLATFORM = VendorPlatform(name='fastchip', device_type='cpu', is_present=lambda: True, sglang_kernels={{{kernel!r}: 'm:f'}})"
-    )
-    packages.install(code, {ENTRY_POINT_GROUP: "{module}:PLATFORM"})
-    for module in ("ops", "doctor.diagnosis"):
-        monkeypatch.setattr(f"sglang_fl.cli.{module}.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
+def test_a_kernel_that_this_sglang_does_not_have_is_not_listed_as_replaced(cli: Cli, fastchip: Callable[[str], None]) -> None:
+    fastchip("sglang_kernels={'sglang.kernels.ops.memory.common:get_last_loc_tritn': 'm:f'}")
     told = "this SGLang has no 'get_last_loc_tritn' in sglang.kernels.ops.memory.common; did you mean 'get_last_loc_triton'?"
-    assert main(["ops"]) == 2
-    assert told in capsys.readouterr().err
-    assert main(["doctor"]) == 1, "without --deep"
-    assert capsys.readouterr().out.count(told) == 1
+    assert told in cli("ops", code=2).err
+    assert cli("doctor", code=1).out.count(told) == 1, "without --deep"

@@ -84,6 +84,7 @@ def test_the_words_are_sglangs() -> None:
         ({"stand_ins": {"sgl_kernel": "a:b"}}, "stand_ins['sgl_kernel'] must be the name of a module or None, not 'a:b'"),
         ({"stand_ins": {"triton": "triton"}}, "stand_ins['triton'] must be a module of the chip's package, not 'triton' itself"),
         ({"stand_ins": ["triton"]}, "stand_ins must map names to a module or None"),
+        ({"hide_installed": ("tritn",), "stand_ins": {"triton": None}}, "'tritn' is not one of stand_ins; did you mean 'triton'?"),
         ({"server_args": ("page_size",)}, "server_args must map names to values"),
         ({"speculative_algorithms": "EAGLE"}, "speculative_algorithms must be a tuple of strings"),
         ({"variables": "MYCHIP_FUSE"}, "variables must be a tuple of strings"),

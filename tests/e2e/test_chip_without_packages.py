@@ -7,9 +7,11 @@ a hybrid needs beside them runs in plain PyTorch.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hide_packages import hide
 from installed_packages import write_package
@@ -140,6 +142,18 @@ def test_its_logprobs_are_right(running: Running, prompts: list[Prompt], native_
     for prompt, native in zip(prompts, native_logprobs, strict=True):
         got = running.logprobs(prompt)
         assert off_by(got, native, prompt.bounds) <= 1 and off_by(got, prompt.exact, prompt.bounds) <= 0.5
+
+
+def test_ctrl_c_ends_all_that_serve_started(running: Running) -> None:
+    """As in a terminal: the signal goes to every process of the group. The last test of this server."""
+    process = running.server.process
+    assert process is not None
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) > 2
+    os.killpg(process.pid, signal.SIGINT)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    assert "Traceback" not in running.server.last_lines(5), "nothing crashed"
 
 
 @pytest.mark.slow

@@ -12,9 +12,10 @@ import triton
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_fl.kernels import places
-from sglang_fl.kernels.places import KernelHook, problem_with, put_in_place
+from sglang_fl.kernels.places import KernelHook, problem_with, problems_with_objects, put_in_place
 
 COMMON = "sglang.kernels.ops.memory.common"
+FLA = "sglang.kernels.ops.attention.fla"
 WRITE = f"{COMMON}:write_req_to_token_pool_triton"
 
 HOME = """
@@ -123,11 +124,24 @@ def test_kernels_of_the_installed_sglang_are_found_in_its_source() -> None:
         (f"{COMMON}:write_req_to_token_pool_tritn", "did you mean 'write_req_to_token_pool_triton'?"),
         ("sglang.kernels.ops.memory.comon:write", f"has no module sglang.kernels.ops.memory.comon; did you mean '{COMMON}'?"),
         ("sglang.kernel.ops:write", "did you mean 'sglang.kernels'?"),
+        ("sglang.srt.utils.common:HIP_FP8_E4M3_FNUZ_MAX", "is the value 224.0, and no kernel; did you mean "),
+        (f"{FLA}.layernorm_gated:RMSNorm", "is a class, and no kernel; did you mean 'rms_norm_ref'?"),
         ("sglang.srt.mem_cache.allocation:write_req_to_token_pool_triton", f"is imported from {COMMON}; name it there"),
     ],
 )
 def test_one_that_is_not_there_is_told_with_the_nearest(target: str, told: str) -> None:
     assert told in (problem_with(target) or "")
+
+
+def test_what_stands_behind_a_name_is_a_kernel_and_has_one_replacement() -> None:
+    """Of this device: what its modules hold once they are imported."""
+    rule, other_name = f"{FLA}.fused_recurrent:fused_recurrent_gated_delta_rule", f"{FLA}.fused_recurrent:fused_recurrent_gdn"
+    logger = "sglang.srt.mem_cache.allocation:logger"
+    assert problem_with(rule) is problem_with(other_name) is problem_with(logger) is None, "the source alone does not say"
+    assert list(problems_with_objects({rule: "a:b", other_name: "a:b", WRITE: "a:c", f"{COMMON}:of_another_device": "a:d"})) == []
+    of_no_kernel, of_two_names = problems_with_objects({logger: "a:b", rule: "a:b", other_name: "a:c"})
+    assert of_no_kernel.startswith(f"{logger} is of type Logger, and no kernel; ")
+    assert of_two_names == f"{rule} and {other_name} are two names of one kernel: 'a:b' and 'a:c' cannot both replace it"
 
 
 def test_what_is_called_has_no_grid() -> None:

@@ -46,6 +46,21 @@ def test_a_name_that_only_a_package_has(package: str, environ: dict[str, str]) -
         assert package in sys.modules
 
 
+def test_a_kernel_that_nothing_replaces_may_be_left_to_sglang() -> None:
+    """And stays so in a policy of the process: no warning."""
+    kernel = "sglang.kernels.ops.quantization.fp8_kernel:_static_quant_fp8"
+    manager = OpManager()
+    settings = startup.check_settings({"SGLANG_FL_PER_OP": f"{kernel}=sglang"}, CPU, manager)
+    assert settings.op_backends == ((kernel, ("sglang",)),)
+    told = {}
+    for order in (f"{kernel}=vendor", f"{kernel}s=sglang"):
+        with pytest.raises(SettingsError) as raised:
+            startup.check_settings({"SGLANG_FL_PER_OP": order}, CPU, manager)
+        told[order] = str(raised.value)
+    assert f"nothing replaces SGLang's kernel {kernel} here, so it runs itself: leave it out" in told[f"{kernel}=vendor"]
+    assert f"unknown operator '{kernel}s'" in told[f"{kernel}s=sglang"]
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [

@@ -195,12 +195,14 @@ def declared_platform(machine: Machine) -> Iterator[Problem]:
 
 
 def unused_stand_ins(machine: Machine) -> Iterator[Problem]:
-    """Where a package is installed, what the chip's package provides of it is not used."""
+    """Where a package can be used, what the chip's package provides of it is not."""
     declaration = declared().platforms.get(machine.device.vendor)
     for package in declaration.stand_ins if declaration is not None else ():
         if not stands_in_for(package):
-            what = f"{package} is installed, so nothing stands in for it, though {declared().origins[machine.device.vendor]} declares that"
-            yield Problem(what, f"uninstall {package} if that build of it is not for this chip")
+            origin = declared().origins[machine.device.vendor]
+            what = f"{package} can be imported, so nothing stands in for it, though {origin} declares that"
+            remedy = f"if that build is not for this chip, uninstall {package}, or have the package name it in hide_installed"
+            yield Problem(what, remedy)
 
 
 _CHECKS = (unused_stand_ins, sglang_release, sglang_imports, platform_plugins, unusable_settings, broken_backends)

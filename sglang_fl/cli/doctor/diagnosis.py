@@ -83,19 +83,20 @@ def _changes_to_sglang(deep: bool) -> list[str]:
     return changes_made()
 
 
-def start_command(device: Device, stood_in: Sequence[str]) -> str:
+def start_command(device: Device, stood_in: Mapping[str, str]) -> str:
     """The command that starts a server here, and why.
 
     Args:
-        stood_in: the packages that modules stand in for.
+        stood_in: each package that modules stand in for, and why.
     """
     if "triton" in stood_in:
         return (
-            "sglang-fl serve (python -m sglang.launch_server cannot: SGLang imports triton before it asks for platforms, and the package "
-            f"of {device.vendor} stands in for it)"
+            f"sglang-fl serve (triton {stood_in['triton']}; the package of {device.vendor} stands in for it, and python -m "
+            "sglang.launch_server imports triton before it asks for platforms)"
         )
     if stood_in:
-        return f"python -m sglang.launch_server (what stands in for {', '.join(stood_in)} is there in time)"
+        why = "; ".join(f"{package} {reason}" for package, reason in stood_in.items())
+        return f"python -m sglang.launch_server ({why}: what stands in is there in time)"
     return "python -m sglang.launch_server"
 
 

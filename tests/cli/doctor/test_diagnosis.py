@@ -194,20 +194,26 @@ def test_what_ended_earlier_starts(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("stood_in", "told"),
     [
-        ([], "python -m sglang.launch_server"),
-        (["flashinfer"], "python -m sglang.launch_server (what stands in for flashinfer is there in time)"),
-        (["sgl_kernel", "triton"], "sglang-fl serve (python -m sglang.launch_server cannot: SGLang imports triton before"),
+        ({}, "python -m sglang.launch_server"),
+        (
+            {"flashinfer": "is not installed"},
+            "python -m sglang.launch_server (flashinfer is not installed: what stands in is there in time)",
+        ),
+        (
+            {"sgl_kernel": "is not installed", "triton": "is not installed"},
+            "sglang-fl serve (triton is not installed; the package of cpu stands in for it, and python -m sglang.launch_server imports",
+        ),
     ],
 )
 def test_the_command_that_starts_a_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stood_in: list[str], told: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stood_in: dict[str, str], told: str
 ) -> None:
     monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.stand_in_for_absent_packages", lambda device: stood_in)
     main(["doctor"])
     assert f"Start a server with: {told}" in capsys.readouterr().out
 
 
-def test_a_package_that_is_installed_so_that_nothing_stands_in_for_it(
+def test_a_package_that_can_be_imported_so_that_nothing_stands_in_for_it(
     packages: Packages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = "name='fastchip', device_type='cpu', is_present=lambda: True, stand_ins={'deep_gemm': None}"
@@ -216,8 +222,8 @@ def test_a_package_that_is_installed_so_that_nothing_stands_in_for_it(
         {ENTRY_POINT_GROUP: "{module}:PLATFORM"},
     )
     monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
-    monkeypatch.setattr("sglang_fl.platform.absent_packages.is_absent", lambda package: False)
+    monkeypatch.setattr("sglang_fl.platform.absent_packages._why_not_used", lambda package, device: None)
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
-    assert "warning: deep_gemm is installed, so nothing stands in for it, though chip_" in told
-    assert "→ uninstall deep_gemm if that build of it is not for this chip" in told
+    assert "warning: deep_gemm can be imported, so nothing stands in for it, though chip_" in told
+    assert "→ if that build is not for this chip, uninstall deep_gemm, or have the package name it in hide_installed" in told

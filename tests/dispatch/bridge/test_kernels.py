@@ -42,6 +42,9 @@ def launched_with_grid(grid, *args):
     calls.append(grid)
     launched(*args)
 
+def refuses(*args, **options):
+    raise Refusal("not these")
+
 def wrong(*args, **options):
     raise IndexError("no such row")
 
@@ -173,6 +176,15 @@ def test_what_one_raises_names_the_kernel_and_whose_it_is(packages: Packages, ca
         last_locations()
     assert raised.value.__notes__ == [f"sglang-fl: raised by vendor.fastchip for {KERNEL}"]
     assert f"{KERNEL}: vendor.fastchip raised IndexError: no such row" in caplog.messages
+
+
+def test_what_one_refuses_comes_to_sglangs_own_and_its_error_says_so(packages: Packages) -> None:
+    """By the default order, which ends with sglang."""
+    bind(packages, LAST, '"MODULE:refuses"')
+    assert _alive[-1].manager.plan(LAST).order[-2:] == ("reference", "sglang")
+    with pytest.raises(RuntimeError, match="driver") as raised:
+        last_locations()
+    assert raised.value.__notes__ == ["sglang-fl: SGLang's own was called since vendor.fastchip: Refusal: not these"]
 
 
 def test_what_cannot_be_imported_at_the_first_call_names_the_kernel(packages: Packages) -> None:

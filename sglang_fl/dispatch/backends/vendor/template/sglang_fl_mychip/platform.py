@@ -69,7 +69,9 @@ PLATFORM = VendorPlatform(
     #
     # Packages that SGLang imports and that have no build for MyChip: for each a module with what you provide, or None. All other
     # names can be imported, and raise an error with their name when called. With triton, start servers with sglang-fl serve.
+    # Builds for other chips that can be imported, but do not run on MyChip, are hidden.
     # stand_ins={"sgl_kernel": "sglang_fl_mychip.sgl_kernel", "flashinfer": None, "deep_gemm": None, "triton": None},
+    # hide_installed=("flashinfer",),
     #
     # Defaults of SGLang's server arguments. The user's arguments override them.
     # server_args={"page_size": 128},
