@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from rich.table import Table
 
 from sglang_fl.dispatch.logger_manager import why_unwritable
 from sglang_fl.distributed.device_communicators.flagcx_files import FlagCXError, find_library
-from sglang_fl.tune.timing import first_error, paired_ratio
+from sglang_fl.tune.timing import first_error, paired_ratio, rounds_of
 from sglang_fl.utils.server import free_port
 from sglang_fl.utils.signals import interrupt_on_termination
 
@@ -187,20 +188,15 @@ class Rank:
         for mode in ("graph", "eager") if self.device.type == "cuda" else ("eager",):
             count = self._count(next(iter(calls.values())))
             timers, errors = self._timers(calls, count, mode)
-            times: dict[str, list[float]] = {name: [] for name in timers}
-            order = list(timers)
-            for _ in range(rounds):
-                for name in order:
-                    times[name].append(self._slowest(timers[name]))
-                order.reverse()
+            times = rounds_of({name: partial(self._slowest, timer) for name, timer in timers.items()}, rounds)
             baseline = times.get(next(iter(calls)))
             for name in calls:
                 row = {"op": operation, "bytes": b.bytes, "mode": mode, "candidate": name, "error": errors.get(name)}
                 if name in times:
                     us = float(np.median(times[name]))
                     row |= {"us": us, "bus_gb_s": b.bytes * bus_factor(operation, self.ranks) / us / 1000}
-                    row["speed"] = None if baseline is None else paired_ratio(np.array(baseline), np.array(times[name]))
-                    row["rounds_us"] = times[name]
+                    row["speed"] = None if baseline is None else paired_ratio(baseline, times[name])
+                    row["rounds_us"] = times[name].tolist()
                 rows.append(row)
         return rows
 

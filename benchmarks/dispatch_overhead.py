@@ -4,7 +4,7 @@
 
 Both sides are SGLang's real layer objects, called as a model calls them, and both end in the same
 Python function, which does nothing: what is left is dispatch. Rounds alternate (A B B A), so that what
-else the machine does falls on both sides; the ratio is of the medians, with a bootstrap interval.
+else the machine does falls on both sides; the ratio is the median of the rounds' ratios, with a bootstrap interval.
 
     python benchmarks/dispatch_overhead.py            # prints a table
     python benchmarks/dispatch_overhead.py --json     # and the data
@@ -13,10 +13,8 @@ else the machine does falls on both sides; the ratio is of the medians, with a b
 import argparse
 import json
 import platform
-import random
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -34,9 +32,10 @@ from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.policy import SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.registry import OpRegistry
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
+from sglang_fl.tune.timing import Candidate, compare
 
-CALLS, ROUNDS = 2000, 60
-
+#: Each takes both, one right after the other.
+ROUNDS = 120
 
 #: What the binder's trial of silu_and_mul expects of an implementation: [2, 256] -> [2, 128].
 GATE_AND_UP, ACTIVATED = torch.zeros(2, 256), torch.zeros(2, 128)
@@ -87,33 +86,14 @@ class Holder(nn.Module):
         self.layer = layer
 
 
-def measure(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-    """Nanoseconds a call."""
-    start = time.perf_counter_ns()
-    for _ in range(CALLS):
-        layer(*inputs)
-    return (time.perf_counter_ns() - start) / CALLS
-
-
-def compare(native: nn.Module, bound: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+def measure(native: nn.Module, bound: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     """Medians, their difference and ratio."""
-    times: dict[nn.Module, list[float]] = {native: [], bound: []}
-    for layer in (native, bound) * 3:
-        measure(layer, inputs)
-    for _ in range(ROUNDS // 2):
-        for layer in (native, bound, bound, native):
-            times[layer].append(measure(layer, inputs))
-    a, b = statistics.median(times[native]), statistics.median(times[bound])
-    return {"sglang_ns": a, "sglang_fl_ns": b, "added_ns": b - a, "ratio": b / a, "interval": interval(times[native], times[bound])}
-
-
-def interval(native: list[float], bound: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the ratio of the medians."""
-    rng = random.Random(0)
-    ratios = sorted(
-        statistics.median(rng.choices(bound, k=len(bound))) / statistics.median(rng.choices(native, k=len(native))) for _ in range(1000)
-    )
-    return ratios[25], ratios[974]
+    layers = {"native": native, "bound": bound}
+    found = compare({name: Candidate([partial(layer, *inputs)]) for name, layer in layers.items()}, torch.device("cpu"), ROUNDS)
+    native_us, bound_us = (found[name].us for name in layers)
+    assert native_us is not None and bound_us is not None, found
+    row = {"sglang_ns": 1000 * native_us, "sglang_fl_ns": 1000 * bound_us, "added_ns": 1000 * (bound_us - native_us)}
+    return row | {"ratio": found["bound"].ratio}
 
 
 def main() -> None:
@@ -141,7 +121,7 @@ def main() -> None:
         native._forward_method = MethodType(as_sglang_forward(functions[op], op), native)
         report = binder.bind(Holder(bound), Settings())
         assert report.bound == 1, report.summary()
-        rows.append({"case": name} | compare(native, bound, inputs))
+        rows.append({"case": name} | measure(native, bound, inputs))
 
     table = Table(
         title=f"A call, on {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}", title_justify="left"
@@ -149,8 +129,7 @@ def main() -> None:
     for column in ("layer", "SGLang's dispatch, ns", "bound by sglang-fl, ns", "added, ns", "ratio [95 %]"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in rows:
-        low, high = row["interval"]
-        ratio = f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+        ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*row["ratio"])
         table.add_row(row["case"], f"{row['sglang_ns']:.0f}", f"{row['sglang_fl_ns']:.0f}", f"{row['added_ns']:+.0f}", ratio)
     Console().print(table)
     if args.json:

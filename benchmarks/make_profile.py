@@ -44,7 +44,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import result_file
 import schemas
@@ -118,10 +118,6 @@ def _vague(rows: Sequence[Row], name: str) -> str | None:
     return None
 
 
-def _median(rows: Sequence[Row]) -> float:
-    return statistics.median(row["ratio"][0] for row in rows)
-
-
 # Layer 2
 
 
@@ -146,10 +142,13 @@ def judge_implementation(impl: str, rows: Sequence[Row], shapes: int) -> Verdict
     return _by_gain(impl, timed, "SGLang's time")
 
 
+def _in_the_median(ratios: Sequence[float], what: str) -> tuple[float, str]:
+    median = statistics.median(ratios)
+    return median, f"{median:.3f} times {what} in the median ({_times(min(ratios))} to {_times(max(ratios))})"
+
+
 def _by_gain(name: str, timed: Sequence[Row], what: str) -> Verdict:
-    median = _median(timed)
-    best, worst = (pick(row["ratio"][0] for row in timed) for pick in (min, max))
-    figures = f"{median:.3f} times {what} in the median ({_times(best)} to {_times(worst)})"
+    median, figures = _in_the_median([row["ratio"][0] for row in timed], what)
     if median > MAX_MEDIAN:
         return Verdict(name, False, f"{figures}, which is no gain of 2 %", median)
     return Verdict(name, True, figures, median)
@@ -206,7 +205,7 @@ def order_of(op: str, rows: Sequence[Row], runs: Sequence[Row]) -> tuple[list[st
         runs: of ``serving.py``.
     """
     mine = [row for row in rows if row["op"] == op]
-    shapes = len({(row.get("variant"), row["hidden"], row["tokens"]) for row in mine})
+    shapes = len(set(map(_place, mine)))
     impls: dict[str, list[Row]] = {}
     for row in mine:
         if row["kind"] in _FAMILIES:
@@ -224,11 +223,7 @@ def order_of(op: str, rows: Sequence[Row], runs: Sequence[Row]) -> tuple[list[st
 
 def judge_triton(op: str, rows: Sequence[Row]) -> Verdict | None:
     """This package's Triton kernel of an operator against FlagGems's; None where they were not both measured."""
-    by_kind: dict[str, dict[Any, Row]] = {
-        kind: {(row.get("variant"), row["hidden"], row["tokens"]): row for row in rows if (row["op"], row["kind"]) == (op, kind)}
-        for kind in ("triton", "flagos")
-    }
-    ours, theirs = by_kind["triton"], by_kind["flagos"]
+    ours, theirs = ({_place(row): row for row in rows if (row["op"], row["kind"]) == (op, kind)} for kind in ("triton", "flagos"))
     if not ours or not theirs:
         return None
     failed = next((row for row in ours.values() if not row.get("ratio")), None)
@@ -243,8 +238,7 @@ def judge_triton(op: str, rows: Sequence[Row]) -> Verdict | None:
         row, more = ours[shape], ours[shape]["us"] - theirs[shape]["us"]
         if ratio > MAX_OF_FLAGGEMS if row["tokens"] >= FROM_TOKENS else more > MAX_MORE_US:
             return Verdict(op, False, f"{_times(ratio)} times FlagGems's time at {_shape(row)} ({row['us']:.2f} µs)")
-    median = statistics.median(ratios.values())
-    figures = f"{median:.3f} times FlagGems's time in the median ({_times(min(ratios.values()))} to {_times(max(ratios.values()))})"
+    median, figures = _in_the_median(list(ratios.values()), "FlagGems's time")
     own = [row["ratio"][0] for row in ours.values()]
     figures += f", {_times(statistics.median(own))} times SGLang's ({_times(min(own))} to {_times(max(own))})"
     return Verdict(op, median <= MAX_MEDIAN, figures, median)
@@ -315,25 +309,27 @@ def judge_functions(rows: Sequence[Row]) -> list[Verdict]:
 # The file
 
 
-def _comment(text: str, indent: str = "") -> Iterator[str]:
-    prefix = f"{indent}# "
-    yield from textwrap.wrap(
-        " ".join(text.split()),
-        _WIDTH,
-        initial_indent=prefix,
-        subsequent_indent=f"{prefix}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _wrap(text: str, first: str, then: str) -> list[str]:
+    """Lines that begin so."""
+    words = " ".join(text.split())
+    return textwrap.wrap(words, _WIDTH, initial_indent=first, subsequent_indent=then, break_long_words=False, break_on_hyphens=False)
+
+
+def _comment(text: str, indent: str = "") -> list[str]:
+    return _wrap(text, f"{indent}# ", f"{indent}#   ")
+
+
+def _paragraph(text: str) -> list[str]:
+    return _wrap(text, "# ", "# ")
+
+
+def _list(key: str, names: Sequence[str]) -> list[str]:
+    return _wrap(f"{key}: [{', '.join(names)}]", "", "  ")
 
 
 def _told(error: str) -> str:
     """An error as it is shown: of a failed assertion in C++, not where that was compiled."""
     return re.sub(r"\S+: \S+\.cc:\d+: .*?: (?=Assertion )", "", error)
-
-
-def _paragraph(text: str) -> Iterator[str]:
-    yield from textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
 def _triton_faster(sittings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -353,17 +349,13 @@ def _triton_faster(sittings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from _list("triton_faster", faster)
 
 
-@dataclass(frozen=True)
-class Traced:
+class Traced(NamedTuple):
     """GPU time per step, in microseconds: of a FlagGems function's kernels, and of the kernels that they replace."""
 
-    where: str
+    ratio: float
     flagos: float
     own: float
-
-    @property
-    def ratio(self) -> float:
-        return self.flagos / self.own
+    where: str
 
 
 def traced(function: str, runs: Sequence[Row]) -> Iterator[Traced]:
@@ -376,7 +368,7 @@ def traced(function: str, runs: Sequence[Row]) -> Iterator[Traced]:
                 flagos, kept = (_time_of(window, name) for name in names)
                 own = _time_of(windows[run["baseline"]][phase], names[1]) - kept
                 if flagos and own > 0:
-                    yield Traced(f"{run['model']}, {phase}, {run['machine']['device']}", flagos, own)
+                    yield Traced(flagos / own, flagos, own, f"{run['model']}, {phase}, {run['machine']['device']}")
 
 
 def _time_of(window: Mapping[str, Any], name: str) -> float:
@@ -385,11 +377,8 @@ def _time_of(window: Mapping[str, Any], name: str) -> float:
 
 def _flagos_slower(runs: Sequence[Row]) -> Iterator[str]:
     """The profile's lines about functions that make a step slower. No lines if none does or none was traced."""
-    slower = {}
-    for function in _IN_TRACES:
-        found = sorted(traced(function, runs), key=lambda one: one.ratio)
-        if found and found[0].ratio > MAX_RATIO:
-            slower[function] = found
+    measured = {function: sorted(traced(function, runs)) for function in _IN_TRACES}
+    slower = {function: found for function, found in measured.items() if found and found[0].ratio > MAX_RATIO}
     if not slower:
         return
     yield ""
@@ -475,10 +464,6 @@ def profile(
     return "\n".join(lines) + "\n"
 
 
-def _list(key: str, names: Sequence[str]) -> list[str]:
-    return textwrap.wrap(f"{key}: [{', '.join(names)}]", _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-
-
 def read_ops(results: Path, gpu: str) -> dict[str, Any]:
     """The results of all sittings on a GPU as one: each operator's rows are those of the last file that has it.
 
@@ -488,66 +473,59 @@ def read_ops(results: Path, gpu: str) -> dict[str, Any]:
     """
     further = [path for path in results.glob(f"ops-{gpu}.*.json") if _FURTHER.search(path.name)]
     paths = [results / f"ops-{gpu}.json", *sorted(further, key=lambda path: int(path.name.split(".")[-2]))]
-    found = [result_file.read(path) for path in paths]
-    for path, result in zip(paths, found, strict=True):
-        schemas.check(path.name, result, schemas.Ops)
-        _check_operators(path, result["rows"])
+    found = [_read_sitting(path) for path in paths]
     first = found[0]
     for path, other in zip(paths[1:], found[1:], strict=True):
-        for what, one, two in (
-            ("GPU", first["machine"]["gpu"], other["machine"]["gpu"]),
-            ("versions", first["versions"], other["versions"]),
-            ("dtype", first["dtype"], other["dtype"]),
-        ):
+        for what in ("machine", "versions", "dtype"):
+            one, two = (result[what]["gpu"] if what == "machine" else result[what] for result in (first, other))
             if one != two:
-                raise ValueError(f"{path.name} and {paths[0].name} are not alike: {what} {two} and {one}; measure both again")
-    last: dict[str, int] = {}
-    for number, result in enumerate(found):
-        for op in dict.fromkeys(row["op"] for row in result["rows"]):
-            if op in last and not _shapes(found[last[op]]["rows"], op) <= _shapes(result["rows"], op):
+                name = "GPU" if what == "machine" else what
+                raise ValueError(f"{path.name} and {paths[0].name} are not alike: {name} {two} and {one}; measure both again")
+    rows: dict[str, list[Row]] = {}
+    for path, result in zip(paths, found, strict=True):
+        by_op: dict[str, list[Row]] = {}
+        for row in result["rows"]:
+            by_op.setdefault(row["op"], []).append(row)
+        for op, mine in by_op.items():
+            before, now = (set(map(_place, some)) for some in (rows.get(op, ()), mine))
+            if not before <= now:
                 raise ValueError(
-                    f"{paths[number].name} has {op} at {len(_shapes(result['rows'], op))} shapes, without some of the "
-                    f"{len(_shapes(found[last[op]]['rows'], op))} of {paths[last[op]].name}; measure it at all of them"
+                    f"{path.name} has {op} at {len(now)} shapes, without some of the {len(before)} before; measure it at all of them"
                 )
-            last[op] = number
-    rows = [row for number, result in enumerate(found) for row in result["rows"] if last[row["op"]] == number]
+        rows |= by_op
     notes = " ".join(dict.fromkeys(result["note"] for result in found if result.get("note")))
     joined = {
         **first,
-        "rows": rows,
+        "rows": [row for mine in rows.values() for row in mine],
         "dates": sorted({result["date"] for result in found}),
         "files": [f"{path.name} ({result['date']})" for path, result in zip(paths, found, strict=True)],
     }
     return joined | ({"note": notes} if notes else {})
 
 
-def _shapes(rows: Sequence[Row], op: str) -> set[tuple[str | None, int, int]]:
-    return {(row.get("variant"), row["hidden"], row["tokens"]) for row in rows if row["op"] == op}
+def _place(row: Row) -> tuple[str | None, int, int]:
+    """Its operator's form, and its shape."""
+    return row.get("variant"), row["hidden"], row["tokens"]
 
 
-def _check_operators(path: Path, rows: Sequence[Row]) -> None:
-    """Raises ValueError for rows of an operator that there is not, and for two of the same."""
+def _read_sitting(path: Path) -> dict[str, Any]:
+    """A file of ``ops.py``. Raises ValueError if it is none, has an operator that there is not, or two of the same rows."""
+    found = result_file.read(path)
+    schemas.check(path.name, found, schemas.Ops)
     seen = set()
-    for row in rows:
+    for row in found["rows"]:
         if row["op"] not in OPERATORS:
             raise ValueError(f"{path.name}: there is no operator {row['op']!r}{suggest(row['op'], OPERATORS)}")
-        what = (row["op"], row["impl"], row.get("variant"), row["hidden"], row["tokens"])
+        what = (row["op"], row["impl"], *_place(row))
         if what in seen:
             raise ValueError(f"{path.name} has {row['op']} of {row['impl']} at {_shape(row)} twice")
         seen.add(what)
+    return found
 
 
 def read_triton(results: Path) -> dict[str, dict[str, Any]]:
-    """The sittings in which this package's Triton kernels were measured beside FlagGems's, by file name.
-
-    Raises:
-        ValueError: a file is not as ops.py writes it.
-    """
-    found = {path.name: result_file.read(path) for path in sorted(results.glob("triton-*.json"))}
-    for name, result in found.items():
-        schemas.check(name, result, schemas.Ops)
-        _check_operators(results / name, result["rows"])
-    return found
+    """The sittings in which this package's Triton kernels were measured beside FlagGems's, by file name. Raises ValueError."""
+    return {path.name: _read_sitting(path) for path in sorted(results.glob("triton-*.json"))}
 
 
 def _runs_in(path: Path) -> Iterator[tuple[int, Row]]:

@@ -96,7 +96,7 @@ def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: i
             raise
         except Exception as error:
             errors[name] = first_error(error)
-    device_us, host_us = _rounds(on_device, rounds), _rounds(on_host, rounds)
+    device_us, host_us = rounds_of(on_device, rounds), rounds_of(on_host, rounds)
     baseline = next(iter(candidates))
     return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, device_us, host_us) for name in candidates}
 
@@ -109,7 +109,7 @@ def _compare_on_host(candidates: Mapping[str, Candidate], rounds: int) -> dict[s
             measures[name] = partial(_wall_us, candidate, math.ceil(_LEAST_US / max(1.0, _wall_us(candidate, _WARM_UP))))
         except Exception as error:
             errors[name] = first_error(error)
-    wall_us = _rounds(measures, rounds)
+    wall_us = rounds_of(measures, rounds)
     baseline = next(iter(candidates))
     return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, wall_us, {}) for name in candidates}
 
@@ -132,7 +132,7 @@ def paired_ratio(times: npt.ArrayLike, baseline: npt.ArrayLike) -> Ratio:
     return float(np.median(ratios)), float(low), float(high)
 
 
-def _rounds(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray[Any, Any]]:
+def rounds_of(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray[Any, Any]]:
     """The results of each measure by round. The order is reversed each time."""
     times: dict[str, list[float]] = {name: [] for name in measures}
     order = list(measures)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks/make_profile.py: its rules on made-up results, and the profile in the repository against the measured ones."""
 
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +372,7 @@ def test_a_later_sitting_at_fewer_shapes_is_refused(tmp_path: Path) -> None:
     result_file.write(tmp_path / "ops-made-up.2.json", HEAD | {"dtype": "bfloat16"}, whole)
     make_profile.read_ops(tmp_path, "made-up")
     further(tmp_path, 3, ["relu2"], FASTER)
-    with pytest.raises(ValueError, match=r"ops-made-up\.3\.json has relu2 at 1 shapes, without some of the 3 of ops-made-up\.2\.json"):
+    with pytest.raises(ValueError, match=r"ops-made-up\.3\.json has relu2 at 1 shapes, without some of the 3 before"):
         make_profile.read_ops(tmp_path, "made-up")
 
 
@@ -394,7 +396,7 @@ def test_a_file_that_is_not_whole_is_refused_by_name(file: str, change: Any, tol
     change(found)
     path.write_text(json.dumps(found))
     failed = run("--results", str(tmp_path), "--profile", str(tmp_path / "p.yaml"))
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert failed.returncode == 1
     assert file in failed.stderr and told in failed.stderr
 
 
@@ -405,7 +407,7 @@ def test_a_file_that_is_not_whole_is_refused_by_name(file: str, change: Any, tol
 def test_a_run_that_is_none_is_refused_by_its_line(text: str, told: str, tmp_path: Path) -> None:
     (results(tmp_path) / "serving-made-up.jsonl").write_text(text + "\n")
     failed = run("--results", str(tmp_path), "--profile", str(tmp_path / "p.yaml"))
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert failed.returncode == 1
     assert "serving-made-up.jsonl" in failed.stderr and told in failed.stderr
 
 
@@ -450,7 +452,16 @@ def test_sittings_that_differ_are_refused(what: str, changes: dict[str, Any], tm
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, make_profile.__file__, *args], capture_output=True, text=True)
+    """The command, in this process."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["make_profile.py", *args])
+        try:
+            make_profile.main()
+        except SystemExit as ended:
+            code = 1
+            print(ended.code, file=errors)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), errors.getvalue())
 
 
 def test_check_compares_and_writes_nothing(tmp_path: Path) -> None:
@@ -477,5 +488,5 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 def test_the_profile_in_the_repository_is_what_the_results_say() -> None:
     if not list(make_profile.RESULTS.glob("ops-*.json")) or not list(make_profile.RESULTS.glob("aten-*.json")):
         pytest.skip("benchmarks/results has no measured ops-<gpu>.json and aten-<gpu>.json")
-    checked = run("--check")
+    checked = subprocess.run([sys.executable, make_profile.__file__, "--check"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
