@@ -23,9 +23,15 @@ def settings_words(manager: OpManager, plugin_modules: Sequence[str] = (), *, wi
     return replace(words, classes=CLASSES | kernels, flaggems=flaggems_functions(), not_covered=NOT_COVERED_CLASSES)
 
 
-@lru_cache(maxsize=1)
 def flaggems_functions() -> frozenset[str] | None:
-    """The names of the functions with which FlagGems replaces ATen operators; None: not installed.
+    """The names of the functions with which FlagGems replaces ATen operators; None: not installed."""
+    rows = flaggems_table()
+    return None if rows is None else frozenset(function for _, function in rows)
+
+
+@lru_cache(maxsize=1)
+def flaggems_table() -> tuple[tuple[str, str], ...] | None:
+    """(ATen operator, FlagGems function that replaces it); None: not installed.
 
     Read from its source: importing FlagGems takes seconds and needs its device.
     """
@@ -35,8 +41,12 @@ def flaggems_functions() -> frozenset[str] | None:
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "_FULL_CONFIG" for t in node.targets):
-            rows = [row for row in ast.walk(node.value) if isinstance(row, ast.Tuple) and len(row.elts) >= 2]
-            return frozenset(row.elts[1].id for row in rows if isinstance(row.elts[1], ast.Name))
+            rows = [row.elts for row in ast.walk(node.value) if isinstance(row, ast.Tuple) and len(row.elts) >= 2]
+            return tuple(
+                (str(key.value), function.id)
+                for key, function, *_ in rows
+                if isinstance(key, ast.Constant) and isinstance(function, ast.Name)
+            )
     return None
 
 

@@ -4,16 +4,15 @@
 Calls that an operator makes internally are recorded too, since they also reach a registered FlagGems function.
 """
 
-import ast
-import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..startup.words import flaggems_table
 
 DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -61,7 +60,7 @@ class Recorder(TorchDispatchMode):
         Without a kernel they would be decomposed before a mode sees them.
         """
         self._library = torch.library.Library("aten", "IMPL")
-        for key in flaggems_operators():
+        for key, _ in flaggems_table() or ():
             operator = f"aten::{key}"
             if torch._C._dispatch_has_kernel(operator) and torch._C._dispatch_has_kernel_for_dispatch_key(
                 operator, "CompositeImplicitAutograd"
@@ -148,24 +147,6 @@ def _numbers_as_tensors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         torch.tensor(value) if isinstance(value, bool | int | float) and isinstance(argument.type, torch.TensorType) else value
         for value, argument in zip(args, declared, strict=False)
     )
-
-
-def flaggems_operators() -> list[str]:
-    """The ATen operators that FlagGems has functions for, from its source."""
-    spec = importlib.util.find_spec("flag_gems")
-    if spec is None or spec.origin is None:
-        return []
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    config = next(
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "_FULL_CONFIG" for t in node.targets)
-    )
-    return [
-        str(row.elts[0].value)
-        for row in ast.walk(config)
-        if isinstance(row, ast.Tuple) and row.elts and isinstance(row.elts[0], ast.Constant)
-    ]
 
 
 def signature(value: Any) -> Any:

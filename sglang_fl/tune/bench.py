@@ -51,6 +51,11 @@ class Choice:
 NATIVE = Choice()
 
 
+def _changeable(choice: Choice) -> dict[str, str]:
+    """The environment of an engine that starts with this choice, and can be told another one."""
+    return {_MODULES: ",".join(filter(None, (os.environ.get(_MODULES), _LIVE))), **choice.environ()}
+
+
 class Bench:
     """Starts engines and measures them. Use it in a ``with`` statement, which ends them.
 
@@ -90,9 +95,7 @@ class Bench:
         self.starts += 1
         kept = {name: value for name, value in os.environ.items() if not _CHOSEN.fullmatch(name)}
         kept |= {"PYTHONHASHSEED": "0", "SGLANG_FL_TRIAL_RECORD": str(self._directory / "trials.json")}
-        if environ is None:
-            modules = ",".join(filter(None, (os.environ.get(_MODULES), _LIVE)))
-            environ = {_MODULES: modules, **NATIVE.environ()}
+        environ = _changeable(NATIVE) if environ is None else environ
         directory = self._directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{self.starts}"
         self._engine = Engine("engine", {"argv": self._argv}, directory, {**kept, **environ})
         self._engine.start()
@@ -142,16 +145,15 @@ class Bench:
         if choice == self._choice:
             return {}
         if self.about()["draft"]:  # whose graphs cannot be captured again in a running engine
-            modules = ",".join(filter(None, (os.environ.get(_MODULES), _LIVE)))
-            self.start({_MODULES: modules, **choice.environ()})
-            self._choice = choice
-            return {}
-        self._choice = None
-        found = self.ask("use", orders=choice.orders(), functions=choice.functions)
+            self.start(_changeable(choice))
+            found = self.ask("in_force")
+        else:
+            self._choice = None
+            found = self.ask("use", orders=choice.orders(), functions=choice.functions)
         self._choice = choice
         bound: dict[str, list[str]] = found["bound"]
         missing = {
-            op: "; ".join(bound.get(op, ["the model does not have it"]))
+            op: "; ".join(bound.get(op, ["nothing in the model runs on it"]))
             for op, impl in choice.impls
             if not any(f"({impl})" in to for to in bound.get(op, ()))
         }

@@ -117,12 +117,11 @@ class Live:
         report = self._bind(orders, functions)
         if self._captures:
             self._scheduler.tp_worker.init_cuda_graphs()
-        operators = in_force()
-        bound: dict[str, set[str]] = {}
-        for op, destination in _destinations(report):
-            bound.setdefault(op, set()).add(destination)
-        replaced = [] if operators is None else sorted({function for _, function in operators.report.replaced})
-        return {"bound": {op: sorted(to) for op, to in bound.items()}, "functions": replaced}
+        return _found([*((op, to) for op, _, to in report.layers), *((op, to) for (op, _), to in report.functions.items())])
+
+    def in_force(self) -> dict[str, Any]:
+        """The same of a choice that the engine was started with; operators that SGLang computes are not in it."""
+        return _found([(socket.op, f"({impl.impl_id})") for socket, impl in process_binder().bound().items()])
 
     def _bind(self, orders: Mapping[str, Sequence[str]], functions: Sequence[str]) -> BindReport:
         chosen = tuple((op, tuple(order)) for op, order in orders.items())
@@ -281,6 +280,11 @@ def _implementations(op: str) -> list[dict[str, Any]]:
     return [{"impl": impl.impl_id, "package": package_of(impl.module), "why_not": impl.why_unavailable()} for impl in found]
 
 
-def _destinations(report: BindReport) -> list[tuple[str, str]]:
-    """(operator, binding) of each class and function."""
-    return [*((op, to) for op, _, to in report.layers), *((op, to) for (op, _), to in report.functions.items())]
+def _found(destinations: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The bindings of each operator, and the replaced functions."""
+    bound: dict[str, set[str]] = {}
+    for op, destination in destinations:
+        bound.setdefault(op, set()).add(destination)
+    operators = in_force()
+    replaced = [] if operators is None else sorted({function for _, function in operators.report.replaced})
+    return {"bound": {op: sorted(to) for op, to in bound.items()}, "functions": replaced}

@@ -21,7 +21,7 @@ from sglang_fl.config import SettingsError, load_settings
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.fingerprint.measured import changes, measured_in, warn_of_changes
 from sglang_fl.tune import profile, traffic
-from sglang_fl.tune.bench import NATIVE, Choice
+from sglang_fl.tune.bench import NATIVE, Bench, Choice
 from sglang_fl.tune.budget import Budget, BudgetOver
 from sglang_fl.tune.confirm import Confirmed, confirm
 from sglang_fl.tune.engine import EngineFailed
@@ -29,7 +29,7 @@ from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, UNDECIDED, USED, WRONG, Candidate, judge_alone, timed
 from sglang_fl.tune.page import as_html
 from sglang_fl.tune.serve import Served, choice_of
-from sglang_fl.tune.served import cases
+from sglang_fl.tune.served import Lengths, cases
 from sglang_fl.tune.statistics import LOOKS, Speed, is_decided, smallest_effect, speed
 from sglang_fl.tune.tuning import Job, Outcome, Tuning, _telling
 from sglang_fl.utils.packages import source_hash
@@ -229,6 +229,30 @@ class TestServed:
         found, used = settle(tmp_path, bench, {"a": 0.1, "b": 0.1, "c": 0.1})
         assert used == ["a"] and found["b"].status == CRASHED
         assert found["c"].status == WRONG and "failed its trial" in found["c"].reason
+
+
+def test_a_model_with_a_draft_model_is_started_again_for_each_choice(tmp_path: Path) -> None:
+    started: list[Mapping[str, str]] = []
+
+    class Starting(Bench):
+        is_up = True
+
+        def start(self, environ: Mapping[str, str] | None = None) -> None:
+            started.append(environ or {})
+
+        def ask(self, do: str, **values: Any) -> Any:
+            assert do == "in_force"
+            return {"bound": {"silu_and_mul": ["(vendor.a)"]}, "functions": []}
+
+    bench = Starting([], tmp_path, Lengths(8, 8, 8), [1])
+    bench.know({"draft": True})
+    choice = Choice.of({"silu_and_mul": "vendor.a", "rms_norm": "vendor.b"}, ["mul"])
+    missing = bench.use(choice)
+    assert bench.use(choice) == bench.use(NATIVE) == {}, "it is started once for each"
+    assert missing == {"rms_norm": "nothing in the model runs on it", "mul": "it is left to PyTorch"}
+    assert [environ["SGLANG_FL_PLUGIN_MODULES"] for environ in started] == ["sglang_fl.tune.live"] * 2
+    assert "rms_norm=impl:vendor.b|sglang" in started[0]["SGLANG_FL_PER_OP"] and started[0]["SGLANG_FL_FLAGOS_WHITELIST"] == "mul"
+    assert "rms_norm=sglang" in started[1]["SGLANG_FL_PER_OP"] and started[1]["USE_FLAGGEMS"] == "0"
 
 
 def outcome(**more: Any) -> Outcome:
