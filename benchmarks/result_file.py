@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -26,17 +27,20 @@ def header(**more: Any) -> dict[str, Any]:
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         machine["gpu"] = torch.cuda.get_device_name()
-    # A path outside the working directory says nothing to others.
-    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
     return {
         "machine": machine,
         "versions": found,
         "source": source_hash(),
         "date": datetime.date.today().isoformat(),
-        "command": command,
+        "command": command(),
         **more,
     }
+
+
+def command() -> str:
+    """What was run, without where things lie outside of the working directory: that says nothing to others."""
+    arguments = [re.sub(r"^(--[\w-]+=)?/.*/(?=.)", r"\1", argument) for argument in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
 def source_hash() -> str:

@@ -31,7 +31,6 @@ import argparse
 import contextlib
 import datetime
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -69,6 +68,8 @@ _MEM_FRACTION_STATIC = 0.9
 _STATES_PER_REQUEST = 5
 _GIB = 1 << 30
 Found = TypeVar("Found")
+#: The baseline's, another's -> how they differ.
+Comparison = Callable[[Any, Any], dict[str, Any]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,7 +193,7 @@ class Run:
         self.engines = Engines([variant.engine(arguments, self.logs / variant.name, os.environ) for variant in variants])
         self.data: dict[str, Any] = {
             "date": now.isoformat(timespec="seconds"),
-            "command": command_without_paths(sys.argv[1:], args.model),
+            "command": result_file.command(),
             "model": shape.name,
             "config": shape.config,
             "machine": machine.machine(),
@@ -243,8 +244,8 @@ class Run:
         if self.args.tokens:
             self._compare_tokens()
         if self.args.profile:
-            self._compare_windows("kernels", self._profile, kernels.compare, self.data["profile"]["windows"])
-            self._compare_windows("python", self._profile_python, python_calls.compare, {})
+            self._compare("kernels", self._profile, of_each_window(kernels.compare), self.data["profile"]["windows"])
+            self._compare("python", self._profile_python, of_each_window(python_calls.compare), {})
         for engine in self.engines.up:
             self.data["memory"][engine.name]["host_gib_at_end"] = engine.host_memory() / _GIB
 
@@ -305,21 +306,11 @@ class Run:
 
         self._compare("tokens", greedy, tokens.compare, self.data["greedy"])
 
-    def _compare_windows(
-        self,
-        what: str,
-        collect: Callable[[Engine], dict[str, Any]],
-        compare: Callable[[Any, Any], dict[str, Any]],
-        collected: dict[str, Any],
-    ) -> None:
-        """Like :meth:`_compare`, of windows of steps, each by itself."""
-        self._compare(what, collect, lambda ours, theirs: {window: compare(ours[window], theirs[window]) for window in ours}, collected)
-
     def _compare(
         self,
         what: str,
         collect: Callable[[Engine], dict[str, Any]],
-        compare: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+        compare: Comparison,
         collected: dict[str, Any],
     ) -> None:
         """Collect something from each engine and compare it with the baseline's, the baseline's own a second time."""
@@ -395,19 +386,9 @@ class Run:
                 self._say(f"out of the run: {error}")
 
 
-def command_without_paths(words: list[str], model: str) -> str:
-    """The command line, without where things lie on this machine."""
-    kept, skip = [], False
-    for word in words:
-        if skip or word.startswith("--out="):
-            skip = False
-        elif word == "--out":
-            skip = True
-        elif word == model and "/" in word:
-            kept.append(Path(word).resolve().name)
-        else:
-            kept.append(word)
-    return shlex.join(["benchmarks/serving.py", *kept])
+def of_each_window(compare: Comparison) -> Comparison:
+    """The same of windows of steps, each by itself."""
+    return lambda ours, theirs: {window: compare(ours[window], theirs[window]) for window in ours}
 
 
 def print_speeds(run: dict[str, Any], console: Console) -> None:

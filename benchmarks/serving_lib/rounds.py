@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill and decode at some batch sizes, on all engines in turn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sglang_fl.tune.engine import Engine, Engines
-from sglang_fl.tune.served import Lengths, cases, make_prompts
+from sglang_fl.tune.engine import Engines
+from sglang_fl.tune.served import Lengths, cases
 
 
 def run_round(engines: Engines, number: int, batches: Sequence[int], lengths: Lengths, vocabulary: int, seed: int) -> dict[str, Any]:
@@ -16,15 +16,12 @@ def run_round(engines: Engines, number: int, batches: Sequence[int], lengths: Le
     """
     found: dict[str, Any] = {"seconds": {}, "cached_tokens": 0}
     for index, case in enumerate(cases(batches)):
-        prompts = make_prompts(vocabulary, 2 * case.batch, getattr(lengths, case.phase), (seed, number, index))
+        prompts = case.prompts(vocabulary, lengths, (seed, number, index))
         seconds = found["seconds"][str(case)] = {}
-        for engine in _turning(engines.up, number + index):
+        turn = 1 if (number + index) % 2 == 0 else -1
+        for engine in engines.up[::turn]:
             with engines.alone(engine):
-                measured = case.measure(engine, prompts[: case.batch], prompts[case.batch :], lengths)
+                measured = case.measure(engine, prompts, lengths)
                 seconds[engine.name] = measured["seconds"]
                 found["cached_tokens"] += measured["cached_tokens"]
     return found
-
-
-def _turning(engines: Sequence[Engine], turn: int) -> Iterator[Engine]:
-    return iter(engines) if turn % 2 == 0 else reversed(engines)

@@ -14,7 +14,7 @@ from typing import Any
 from ..config.options import CONFIG_FILE
 from ..dispatch.ops import OPERATORS
 from .engine import CommandFailed, Engine, EngineFailed
-from .served import Lengths, cases, make_prompts
+from .served import Lengths, cases
 from .traffic import Requests
 
 #: Settings that tune chooses itself.
@@ -163,18 +163,17 @@ class Bench:
         """Seconds of each case: the prefill of a batch, or one decode step. Rounds with the same number have the same prompts."""
         found, vocabulary = {}, self.about()["vocabulary"]
         for index, case in enumerate(self.cases):
-            prompts = make_prompts(vocabulary, 2 * case.batch, getattr(self._lengths, case.phase), (number, index))
             with self._watched() as engine:
-                found[str(case)] = case.measure(engine, prompts[: case.batch], prompts[case.batch :], self._lengths)["seconds"]
+                prompts = case.prompts(vocabulary, self._lengths, (number, index))
+                found[str(case)] = case.measure(engine, prompts, self._lengths)["seconds"]
         return found
 
     def show(self) -> None:
         """Have each case computed once, and the recorder told which it is."""
         for index, case in enumerate(self.cases):
-            prompts = make_prompts(self.about()["vocabulary"], case.batch, getattr(self._lengths, case.phase), (0, index))
             self.ask("label", phase=case.phase, batch=case.batch)
             with self._watched() as engine:
-                case.show(engine, prompts)
+                case.show(engine, case.prompts(self.about()["vocabulary"], self._lengths, (0, index)))
 
     def send(self, requests: Requests) -> None:
         """Serve requests, one batch after the other."""

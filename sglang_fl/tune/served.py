@@ -43,15 +43,13 @@ class Case:
         """The number of tokens processed in the measured time."""
         return self.batch * lengths.prefill if self.phase == "prefill" else self.batch
 
-    def measure(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], others: Sequence[Sequence[int]], lengths: Lengths
-    ) -> dict[str, Any]:
+    def measure(self, engine: Engine, prompts: Sequence[Sequence[int]], lengths: Lengths) -> dict[str, Any]:
         """Seconds of a batch's prefill, or of one decode step.
 
         Args:
-            prompts: one for each sequence of the batch.
-            others: as many prompts with other beginnings.
+            prompts: one for each sequence of the batch, and as many with other beginnings.
         """
+        prompts, others = prompts[: self.batch], prompts[self.batch :]
         if self.phase == "prefill":
             return _generate(engine, prompts, 1, before=[prompt[: lengths.decode] for prompt in others])
         # Not timed: an engine that was stopped has cold caches, which would slow only the shorter run.
@@ -63,9 +61,13 @@ class Case:
             "cached_tokens": short["cached_tokens"] + long["cached_tokens"],
         }
 
+    def prompts(self, vocabulary: int, lengths: Lengths, seed: Sequence[int]) -> list[list[int]]:
+        """What :meth:`measure` needs."""
+        return make_prompts(vocabulary, 2 * self.batch, getattr(lengths, self.phase), seed)
+
     def show(self, engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
         """What is measured, once and untimed."""
-        _generate(engine, prompts, 1 if self.phase == "prefill" else FIRST_TOKENS)
+        _generate(engine, prompts[: self.batch], 1 if self.phase == "prefill" else FIRST_TOKENS)
 
 
 def _generate(

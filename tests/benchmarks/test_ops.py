@@ -160,7 +160,7 @@ def test_result_files_have_a_line_for_each_row(tmp_path: Path) -> None:
 
 
 def test_the_header_names_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/ops.py", "--out", "/tmp/x/ops.json", "--quick"])
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/ops.py", "/a/model", "--out", "/tmp/x/ops.json", "--quick", "--out=/x/y"])
     head = result_file.header(dtype="bfloat16")
-    assert head["command"] == "python benchmarks/ops.py --out ops.json --quick"
+    assert head["command"] == "python benchmarks/ops.py model --out ops.json --quick --out=y"
     assert head["dtype"] == "bfloat16" and head["versions"]["torch"] == torch.__version__.split("+")[0]

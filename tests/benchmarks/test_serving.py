@@ -180,13 +180,13 @@ class TestRounds:
 
     def test_a_prefill_comes_after_a_short_one_of_as_many_other_prompts(self) -> None:
         log: list[Any] = []
-        served.Case("prefill", 2).measure(Answering("a", 0.1, log), [[1] * 16, [2] * 16], [[3] * 16, [4] * 16], self.LENGTHS)  # type: ignore[arg-type]
+        served.Case("prefill", 2).measure(Answering("a", 0.1, log), [[n] * 16 for n in (1, 2, 3, 4)], self.LENGTHS)  # type: ignore[arg-type]
         assert [asked["input_ids"] for _, asked in log] == [[[3] * 4, [4] * 4], [[1] * 16, [2] * 16]]
 
     def test_before_decode_an_engine_runs_untimed(self) -> None:
         """It was stopped until now."""
         log: list[Any] = []
-        found = served.Case("decode", 1).measure(Answering("a", 0.1, log), [[1] * 4], [[3] * 4], self.LENGTHS)  # type: ignore[arg-type]
+        found = served.Case("decode", 1).measure(Answering("a", 0.1, log), [[1] * 4, [3] * 4], self.LENGTHS)  # type: ignore[arg-type]
         asked = [(values["input_ids"], values["max_new_tokens"]) for _, values in log]
         assert asked == [([[3] * 4], 8), ([[1] * 4], 8), ([[1] * 4], 16)]
         assert found["seconds"] == pytest.approx(0.1)
@@ -333,7 +333,3 @@ class TestCommand:
         states = serving.least_memory(shape, arguments) - serving.least_memory(shape, {**arguments, "max_mamba_cache_size": 0})
         assert states == pytest.approx(320 * shape.state_bytes() / 2**30)
         assert "max_mamba_cache_size" not in serving.engine_arguments(args, shapes.load_shape("tiny"), tmp_path, plain_cpu=True)
-
-    def test_the_command_is_kept_without_paths(self, tmp_path: Path) -> None:
-        words = [f"{tmp_path}/m", "--out", "/x/y.jsonl", "--batch", "1"]
-        assert serving.command_without_paths(words, words[0]) == "benchmarks/serving.py m --batch 1"
