@@ -18,6 +18,7 @@ once) over its time, as a share of what a large copy reaches.
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,13 +142,9 @@ def rows_of(
             "tokens": tokens,
             "impl": impl_id,
             "kind": kinds[impl_id],
-            "us": timing.us,
-            "ratio": None if impl_id == SGLANG else timing.ratio,
             "bytes": moved,
             "bandwidth_share": moved / (timing.us * 1e-6) / bandwidth if moved and timing.us else None,
-            "host_us": timing.host_us,
-            "host_ratio": None if impl_id == SGLANG else timing.host_ratio,
-            "error": timing.error,
+            **asdict(replace(timing, ratio=None, host_ratio=None) if impl_id == SGLANG else timing),
         }
 
 

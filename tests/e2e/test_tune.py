@@ -62,15 +62,13 @@ def environ() -> dict[str, str]:
     return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **planted}
 
 
-@pytest.fixture(scope="module")
-def outcome(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Of all steps in one engine."""
-    directory = tmp_path_factory.mktemp("tune")
+def tuned(model: Path, directory: Path, *options: str) -> Outcome:
+    """All steps but the fresh starts, in one engine."""
     journal = Journal(directory / "journal.jsonl", {}, resume=False)
     lengths = Lengths(prefill=8, decode=4, output=4)
     traffic = directory / "requests.jsonl"
     traffic.write_text('{"input_len": 8, "output_len": 2}\n')
-    with pytest.MonkeyPatch.context() as patch, Bench(["--model-path", str(model), *SERVER], directory, lengths, [1]) as bench:
+    with pytest.MonkeyPatch.context() as patch, Bench(["--model-path", str(model), *SERVER, *options], directory, lengths, [1]) as bench:
         patch.setattr(served, "FIRST_TOKENS", 2)
         for name, value in environ().items():
             patch.setenv(name, value)
@@ -79,6 +77,11 @@ def outcome(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         assert bench.starts == 1
     journal.close()
     return tuning.outcome
+
+
+@pytest.fixture(scope="module")
+def outcome(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return tuned(model, tmp_path_factory.mktemp("tune"))
 
 
 def candidate(outcome: Outcome, kind: str) -> Candidate:
@@ -122,6 +125,13 @@ def test_the_profile_has_the_reason_and_the_figure_of_each(outcome: Outcome, tmp
     assert "of native's speed in" in found["vendor.slower_served"]["reason"] and found["vendor.slower_served"]["served"]
     assert "not deterministic" in found["vendor.not_deterministic"]["reason"]
     assert all(one["reason"] for one in found.values())
+
+
+@pytest.mark.slow  # an engine of two ranks
+def test_two_ranks_are_measured_with_their_halves_of_a_layer(model: Path, tmp_path: Path) -> None:
+    found = tuned(model, tmp_path, "--tp", "2")
+    assert found.about["conditions"]["tp"] == 2 and dict(found.used.impls) == {"silu_and_mul": "vendor.right_and_faster"}
+    assert "1x256 float32" in {call["call"] for call in candidate(found, "right_and_faster").calls}
 
 
 def command(model: Path, out: Path, *options: str) -> list[str]:
