@@ -54,7 +54,7 @@ from serving_lib.results import read as read_runs
 from serving_lib.summary import LEAST_ROUNDS
 
 from sglang_fl.config.errors import suggest
-from sglang_fl.dispatch.bridge.catalog import FUNCTIONS, LAYERS
+from sglang_fl.dispatch.catalog import FUNCTIONS, LAYERS
 from sglang_fl.dispatch.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from sglang_fl.cli import make_parser
 from sglang_fl.config.options import OPTIONS, VARIABLES
 from sglang_fl.device import probe
 from sglang_fl.dispatch import OpImpl, Refusal, SelectionPolicy, reset_global_policy
-from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD
+from sglang_fl.dispatch.catalog import CUSTOM_FORWARD
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.vendor_platform import VendorPlatform
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config import OPTIONS, PROFILES, Settings, read_mapping
 from ..device import Device, has_triton
-from ..dispatch.bridge.catalog import classes_of, names_in_lists
+from ..dispatch.catalog import classes_of, names_in_lists
 from ..dispatch.kernel_implementations import exclusion_reason, is_kernel
 from ..dispatch.manager import OpManager
 from ..dispatch.policy import SelectionPolicy

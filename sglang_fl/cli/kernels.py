@@ -17,7 +17,7 @@ from rich.table import Table
 from ..compat import installed_version
 from ..config import SettingsError
 from ..device import declared, probe
-from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS
+from ..dispatch.catalog import FUNCTIONS, LAYERS
 from ..kernels.listing import GRID, PLAIN, Kernel, remembered_kernels
 from ..kernels.reference import REFERENCES
 from .kernel_trace import read_record, trace_model

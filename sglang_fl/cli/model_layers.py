@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, SettingsError
-from ..dispatch.bridge.catalog import CUSTOM_FORWARD, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, names_in_lists
+from ..dispatch.catalog import CUSTOM_FORWARD, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, names_in_lists
 
 #: The config's rope type -> the class that ``get_rope`` creates.
 _ROPE_CLASSES = {

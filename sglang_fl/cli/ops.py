@@ -17,7 +17,7 @@ from rich.table import Table
 from ..check.certificates import NEVER, Certificates, certificates
 from ..config import Settings
 from ..device import Device, detect, probe
-from ..dispatch.bridge.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
+from ..dispatch.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.kernel_implementations import exclusion_reason as kernel_exclusion
 from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.manager import OpManager, Plan, get_default_manager

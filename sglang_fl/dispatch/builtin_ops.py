@@ -21,10 +21,11 @@ from ..config import Words
 from ..device import ALIASES, known_vendors
 from ..kernels.places import problem_with
 from ..utils.packages import entries, importing, last_line, origin_of
+from .catalog import OPERATOR_OF_CLASS
 from .kernel_implementations import is_kernel
 from .kernel_implementations import register_builtins as register_kernels
 from .logger_manager import get_logger
-from .ops import OPERATOR_OF_CLASS, OPERATORS
+from .ops import OPERATORS
 from .registry import OpRegistry
 
 ENTRY_POINT_GROUP = "sglang_fl.plugin"

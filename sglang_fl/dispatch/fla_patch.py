@@ -7,15 +7,10 @@ from importlib import import_module
 from typing import Any
 
 from ..utils.suggest import suggest
+from .catalog import FUNCTIONS
 
-_OPS = "sglang.kernels.ops"
-_MODULES = {
-    "chunk_gated_delta_rule": f"{_OPS}.attention.fla.chunk",
-    "fused_recurrent_gated_delta_rule": f"{_OPS}.attention.fla.fused_recurrent",
-    "fused_recurrent_gated_delta_rule_packed_decode": f"{_OPS}.attention.fla.fused_recurrent",
-    "fused_sigmoid_gating_delta_rule_update": f"{_OPS}.attention.linear.fused_sigmoid_gating_recurrent",
-    "causal_conv1d_fn": f"{_OPS}.mamba.causal_conv1d_triton",
-    "causal_conv1d_update": f"{_OPS}.mamba.causal_conv1d_triton",
+_MODULES = {op: module for op, (module, _) in FUNCTIONS.items()} | {
+    "fused_recurrent_gated_delta_rule": FUNCTIONS["fused_recurrent_gated_delta_rule_packed_decode"][0]
 }
 
 

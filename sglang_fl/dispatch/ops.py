@@ -335,20 +335,5 @@ def _operators() -> tuple[str, ...]:
     return tuple(name for name, _ in methods if name not in _NOT_OPERATORS and not name.startswith("_"))
 
 
-#: SGLang's layer class -> its operator. Orders may be given under its name.
-OPERATOR_OF_CLASS = {
-    "GeluAndMul": "gelu_and_mul",
-    "GemmaRMSNorm": "gemma_rms_norm",
-    "LayerNorm": "layer_norm",
-    "MRotaryEmbedding": "mrotary_embedding",
-    "NewGELU": "new_gelu",
-    "QuickGELU": "quick_gelu",
-    "ReLU2": "relu2",
-    "RMSNorm": "rms_norm",
-    "RotaryEmbedding": "rotary_embedding",
-    "SiluAndMul": "silu_and_mul",
-    "TopK": "topk",
-    "UnquantizedFusedMoEMethod": "fused_moe",
-}
 #: The operators' names.
 OPERATORS: tuple[str, ...] = _operators()

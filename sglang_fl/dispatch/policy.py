@@ -20,8 +20,8 @@ from ..config import CONFIG_FILE, Settings, SettingsError, Words, load_settings,
 from ..device import canonical, target_problem
 from ..utils.suggest import suggest
 from .builtin_ops import discover, known_words
+from .catalog import OPERATOR_OF_CLASS
 from .locks import ForkSafeLock
-from .ops import OPERATOR_OF_CLASS
 from .registry import OpRegistry
 from .types import device_here
 

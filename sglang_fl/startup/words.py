@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config import Settings, Words
 from ..device import Device
 from ..dispatch.backends.flaggems.library import why_not_here
-from ..dispatch.bridge.catalog import CLASSES, NOT_COVERED_CLASSES
+from ..dispatch.catalog import CLASSES, NOT_COVERED_CLASSES
 from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.manager import OpManager
 

@@ -16,7 +16,7 @@ import torch
 from backend_functions import reference
 
 from sglang_fl.dispatch import SelectionPolicy, get_default_manager, reset_global_policy, set_global_policy
-from sglang_fl.dispatch.bridge.catalog import classes_of
+from sglang_fl.dispatch.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sglang_fl.cli import main
-from sglang_fl.dispatch.bridge.catalog import classes_of
+from sglang_fl.dispatch.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 
 #: On a plain CPU: the operators that SGLang calls.

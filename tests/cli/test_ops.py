@@ -11,7 +11,7 @@ from sglang_fl.cli.ops import operator_rows, print_operators
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry
-from sglang_fl.dispatch.bridge.catalog import CLASSES, classes_of
+from sglang_fl.dispatch.catalog import CLASSES, classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.trial import TrialRecord, environment
 

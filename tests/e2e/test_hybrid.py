@@ -17,7 +17,7 @@ import torch
 from backend_functions import reference
 
 from sglang_fl.cli.demo_model import RECITAL
-from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
+from sglang_fl.dispatch.catalog import FUNCTIONS
 
 from .conftest import Prompt, Running, off_by, serving
 from .hybrid_model import hybrid_model, make_prompts

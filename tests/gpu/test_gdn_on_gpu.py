@@ -10,7 +10,7 @@ from e2e.conftest import Prompt, Running
 from e2e.hybrid_model import hybrid_model, make_prompts
 from served_on_gpu import SHARE, Way, check_logprobs, check_the_recital, side_by_side
 
-from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
+from sglang_fl.dispatch.catalog import FUNCTIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -22,7 +22,7 @@ from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
 from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import OK, UNUSUAL
 from sglang_fl.check.implementation import Implementation
-from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
+from sglang_fl.dispatch.catalog import FUNCTIONS
 from sglang_fl.dispatch.signature import parameters_of
 from sglang_fl.kernels.reference import REFERENCES
 

@@ -12,8 +12,8 @@ from sglang_fl import startup
 from sglang_fl.cli import main
 from sglang_fl.config import SettingsError
 from sglang_fl.dispatch import OpManager, policy_from_config, reset_default_manager
-from sglang_fl.dispatch.bridge.catalog import NOT_COVERED_CLASSES
 from sglang_fl.dispatch.builtin_ops import ENTRY_POINT_GROUP
+from sglang_fl.dispatch.catalog import NOT_COVERED_CLASSES
 
 NOT_COVERED = sorted(NOT_COVERED_CLASSES)[0]
 BACKEND = f"""

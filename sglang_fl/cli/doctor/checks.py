@@ -12,7 +12,7 @@ from ... import compat
 from ...config import Settings
 from ...device import Device, declared, known_vendors
 from ...dispatch.backends.flaggems.library import TESTED, changed_signatures
-from ...dispatch.bridge.catalog import classes_of
+from ...dispatch.catalog import classes_of
 from ...dispatch.manager import OpManager
 from ...dispatch.ops import OPERATORS
 from ...dispatch.policy import SelectionPolicy

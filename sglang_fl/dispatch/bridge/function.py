@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from ...compat import hook as place_hook
+from ..catalog import FUNCTIONS
 from .base import Bridge, Forward
-from .catalog import FUNCTIONS
 from .socket import Load, Socket
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ...compat import gated_delta_rule_problems, hook
+from ..catalog import FUNCTIONS
 from ..logger_manager import dispatch_log, get_logger
 from .base import ModelContext, activation_dtype, device_of, scratch
-from .catalog import FUNCTIONS
 from .function import FunctionBridge
 
 logger = get_logger()

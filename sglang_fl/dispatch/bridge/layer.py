@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..catalog import LAYERS
 from .base import Bridge, Forward, ModelContext, activation_dtype, device_of
-from .catalog import LAYERS
 from .first_passes import FirstPasses
 from .socket import Load, Socket, is_ours
 

@@ -12,7 +12,7 @@ from sglang_fl import __version__
 from sglang_fl.cli import main
 from sglang_fl.cli.doctor.diagnosis import diagnose
 from sglang_fl.device import ENTRY_POINT_GROUP, VENDORS, Device
-from sglang_fl.dispatch.bridge.catalog import classes_of
+from sglang_fl.dispatch.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.startup.words import flaggems_functions
 from sglang_fl.trial import TrialRecord

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_fl.dispatch.bridge.catalog import LAYERS
+from sglang_fl.dispatch.catalog import LAYERS
 
 HEAD, ROTARY, MAX_POSITION, BASE = 64, 64, 256, 10000
 HIDDEN = 64

@@ -28,8 +28,8 @@ from sglang_fl.dispatch import (
     set_global_policy,
 )
 from sglang_fl.dispatch.bridge.binder import Binder
-from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD, LAYERS, STANDALONE_CLASSES
 from sglang_fl.dispatch.bridge.report import BindReport
+from sglang_fl.dispatch.catalog import CUSTOM_FORWARD, LAYERS, STANDALONE_CLASSES
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 
 from .sglang_layers import (

@@ -36,9 +36,9 @@ from sglang_fl.dispatch import (
 )
 from sglang_fl.dispatch.bridge import gated_delta_rule
 from sglang_fl.dispatch.bridge.binder import Binder
-from sglang_fl.dispatch.bridge.catalog import FUNCTIONS
 from sglang_fl.dispatch.bridge.function import FunctionSocket
 from sglang_fl.dispatch.bridge.report import BindReport
+from sglang_fl.dispatch.catalog import FUNCTIONS
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 from sglang_fl.dispatch.policy import overrides
 

@@ -16,7 +16,7 @@ from sglang_fl.check.exact import normalization as exact
 from sglang_fl.config import Settings
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
-from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD
+from sglang_fl.dispatch.catalog import CUSTOM_FORWARD
 
 from .sglang_layers import ACTIVATION_LAYERS, HIDDEN, NORM_LAYERS, OP_OF, Model, sglang_class
 from .test_bridges import CALLS, bind, counted, reference, reference_policy, rng

@@ -15,7 +15,7 @@ from dispatch.backends.test_cuda import backend as cuda
 from sglang.kernels.fused_op import BaseFusedOp
 from torch import nn
 
-from sglang_fl.dispatch.bridge.catalog import CUSTOM_FORWARD, STANDALONE_CLASSES
+from sglang_fl.dispatch.catalog import CUSTOM_FORWARD, STANDALONE_CLASSES
 
 from .sglang_layers import ACTIVATION_LAYERS, HEAD, HIDDEN, MAX_POSITION, NORM_LAYERS, OP_OF, ROTARY_LAYERS, sglang_class
 from .test_bridges import CALLS, bind, reference_policy, rng

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang 0.5.23's layer classes by operator, as names: this file imports nothing of SGLang.
+"""SGLang 0.5.23's layer classes and functions by operator, as names: this file imports nothing of SGLang.
 
 The first class of each operator is the one whose forward the operator's signature describes; the
 others are its subclasses, or have a bridge of their own (:data:`STANDALONE_CLASSES`). Which of them a bridge takes over is the
 bridge's to say; all of them may stand in ``oot_whitelist`` and ``oot_blacklist``. A test holds the lists against the installed SGLang.
 """
 
-from ..kernel_implementations import is_kernel
+from .kernel_implementations import is_kernel
 
 #: operator -> (module, class), the class described by the operator's signature first.
 LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -59,6 +59,8 @@ LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
     "topk": (("sglang.srt.layers.moe.topk", "TopK"),),
 }
 
+#: SGLang's layer class -> its operator. Orders may be given under its name.
+OPERATOR_OF_CLASS = {layers[0][1]: op for op, layers in LAYERS.items()}
 #: Operators whose class derives from another operator's class: naming that one in a list means both.
 DERIVED = {"mrotary_embedding": "rotary_embedding"}
 #: Classes that do an operator's work under a bridge of their own, and derive from none of its other classes.
