@@ -26,8 +26,8 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from torch import nn
 
-from sglang_fl.config import Settings
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.policy import SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.registry import OpRegistry
@@ -119,7 +119,7 @@ def main() -> None:
         op = name.split(",")[0]
         native, bound = cls(*arguments), cls(*arguments)
         native._forward_method = MethodType(as_sglang_forward(functions[op], op), native)
-        report = binder.bind(Holder(bound), Settings())
+        report = binder.bind(Holder(bound), Load())
         assert report.bound == 1, report.summary()
         rows.append({"case": name} | measure(native, bound, inputs))
 

@@ -32,9 +32,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
-from sglang_fl.config import Settings
 from sglang_fl.dispatch import SelectionPolicy, get_default_manager, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.dispatch.registry import OpRegistry
@@ -72,7 +72,7 @@ def bound_layer(impl: OpImpl, form: Form, dtype: torch.dtype, device: torch.devi
     registry = OpRegistry()
     registry.register_impl(impl)
     layer = form.layer().to(device)
-    report = Binder(OpManager(registry)).bind(Model(layer, form, dtype, device), Settings())
+    report = Binder(OpManager(registry)).bind(Model(layer, form, dtype, device), Load())
     if report.bound != 1:
         raise RuntimeError(f"{impl.impl_id} was not bound: {report.summary()}")
     return layer

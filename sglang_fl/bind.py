@@ -17,7 +17,7 @@ from .config import Settings
 from .device import Device
 from .dispatch.bridge.binder import Binder
 from .dispatch.bridge.report import BindReport
-from .dispatch.bridge.socket import Load, TrialConditions
+from .dispatch.bridge.socket import Load
 from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
 from .distributed.ranks import Ranks, tensor_parallel_ranks
@@ -55,11 +55,9 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     )
     operators = in_force()
     kernels = bind_kernels(device, deterministic=deterministic)
-    conditions = TrialConditions(operators, _in_graphs(captures_graphs), excluded)
+    load = Load(settings, deterministic, level, operators, _in_graphs(captures_graphs), excluded)
     try:
-        report = process_binder().bind(
-            model, settings, deterministic=deterministic, log_level=level, trials=conditions, exchange=ranks.exchange
-        )
+        report = process_binder().bind(model, load, ranks.exchange)
         if operators is not None:  # functions whose first calls were in these trials
             agree(operators, ranks)
             replaced = operators.report

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_fl.dispatch.bridge.base import NoContexts, Routes
+from sglang_fl.dispatch.bridge.base import Routes
 from sglang_fl.dispatch.bridge.bridges import FUNCTION_BRIDGES
 from sglang_fl.dispatch.bridge.function import FunctionBridge
 from sglang_fl.dispatch.bridge.gated_delta_rule import GatedDeltaContext
+from sglang_fl.dispatch.policy import Overrides
 from sglang_fl.dispatch.types import BackendImplKind, OpImpl
 
 from .form import Form, Forms, Tensors, nbytes
@@ -45,7 +46,7 @@ def _bound(bridge: FunctionBridge, site: GatedDeltaContext, prepare: Prepare, im
     def failed(error: Exception, *_: Any) -> Any:
         raise error
 
-    routes = Routes(impl.function, impl.dtypes(), failed, NoContexts(), failed, failed)
+    routes = Routes(impl.function, impl.dtypes(), failed, Overrides(), failed, failed)
     return Called(partial(bridge.forward(routes), None), prepare)
 
 

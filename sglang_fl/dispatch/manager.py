@@ -300,25 +300,18 @@ def _in_words(failures: Sequence[tuple[OpImpl, Exception]]) -> str:
     return "; ".join(f"{impl.impl_id}: {type(error).__name__}: {error}" for impl, error in failures)
 
 
-_default: OpManager | None = None
-_default_lock = ForkSafeLock()
+_default = OpManager()
 
 
 def get_default_manager() -> OpManager:
     """The process's manager."""
-    global _default
-    if _default is None:
-        with _default_lock:
-            if _default is None:
-                _default = OpManager()
     return _default
 
 
 def reset_default_manager() -> None:
-    """Discard the process's manager; the next use makes a new one."""
+    """Put a new manager in the place of the process's."""
     global _default
-    with _default_lock:
-        _default = None
+    _default = OpManager()
 
 
 def call_op(op_name: str, *args: Any, **kwargs: Any) -> Any:

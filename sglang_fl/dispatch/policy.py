@@ -9,12 +9,12 @@ import hashlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import CONFIG_FILE, Settings, SettingsError, Words, load_settings, plugin_modules, settings_in_force, unreachable
 from ..device import canonical, target_problem
@@ -154,20 +154,22 @@ class SelectionPolicy:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __enter__(self) -> "SelectionPolicy":
-        _entered.set((*_entered.get(), _push(self)))
+        context = policy_context(self)
+        context.__enter__()
+        _entered.set((*_entered.get(), context))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        *rest, token = _entered.get()
+    def __exit__(self, *error: Any) -> None:
+        *rest, context = _entered.get()
         _entered.set(tuple(rest))
-        _pop(token)
+        context.__exit__(*error)
 
 
-class _Overrides:
+class Overrides:
     """How many ``policy_context`` blocks are open in the process.
 
     Bound layers read ``active`` on every call, and look at the context variable only when it is not
-    zero: an attribute read costs a fraction of ``ContextVar.get``.
+    zero: an attribute read costs a fraction of ``ContextVar.get``. A forward that an open context selected itself reads another one.
     """
 
     __slots__ = ("active",)
@@ -176,18 +178,17 @@ class _Overrides:
         self.active = 0
 
 
-overrides = _Overrides()
-_override: ContextVar[SelectionPolicy | None] = ContextVar("sglang_fl_policy", default=None)
-#: Contexts open in this thread or task.
-_depth: ContextVar[int] = ContextVar("sglang_fl_policy_depth", default=0)
-_entered: ContextVar[tuple[Token[SelectionPolicy | None], ...]] = ContextVar("sglang_fl_policies_entered", default=())
+overrides = Overrides()
+#: The policies of the contexts that are open in this thread or task, the innermost last.
+_open: ContextVar[tuple[SelectionPolicy, ...]] = ContextVar("sglang_fl_policies", default=())
+#: The contexts of the policies that a ``with`` statement has entered itself.
+_entered: ContextVar[tuple[AbstractContextManager[SelectionPolicy], ...]] = ContextVar("sglang_fl_policies_entered", default=())
 
 
 class PolicyManager:
     """The policy of the process. One instance; see :meth:`get_instance`."""
 
-    _instance: "PolicyManager | None" = None
-    _instance_lock = ForkSafeLock()
+    _instance: ClassVar["PolicyManager"]
 
     def __init__(self) -> None:
         self._global: SelectionPolicy | None = None
@@ -200,15 +201,12 @@ class PolicyManager:
 
     @classmethod
     def get_instance(cls) -> "PolicyManager":
-        if cls._instance is None:
-            with cls._instance_lock:
-                if cls._instance is None:
-                    cls._instance = cls()
         return cls._instance
 
     def get_policy(self) -> SelectionPolicy:
         """The policy in force here: the innermost context's, else the global one, else the settings'."""
-        return _override.get() or self.get_global_policy()
+        here = _open.get()
+        return here[-1] if here else self.get_global_policy()
 
     def get_global_policy(self) -> SelectionPolicy:
         """The policy in force outside of context managers."""
@@ -302,24 +300,7 @@ def _check_policy(policy: SelectionPolicy) -> None:
         raise TypeError(f"expected a SelectionPolicy, such as SelectionPolicy(prefer='vendor'), and got {policy!r}")
 
 
-def _push(policy: SelectionPolicy) -> Token[SelectionPolicy | None]:
-    _check_policy(policy)
-    token = _override.set(policy)
-    _depth.set(_depth.get() + 1)
-    try:
-        PolicyManager.get_instance().count_override(+1)
-    except Exception:
-        _pop(token)
-        raise
-    return token
-
-
-def _pop(token: Token[SelectionPolicy | None]) -> None:
-    try:
-        _override.reset(token)
-        _depth.set(_depth.get() - 1)
-    finally:
-        PolicyManager.get_instance().count_override(-1)
+PolicyManager._instance = PolicyManager()
 
 
 def get_policy() -> SelectionPolicy:
@@ -340,11 +321,16 @@ def reset_global_policy() -> None:
 @contextmanager
 def policy_context(policy: SelectionPolicy) -> Iterator[SelectionPolicy]:
     """Put a policy in force inside the block, in this thread or task only."""
-    token = _push(policy)
+    _check_policy(policy)
+    manager, token = PolicyManager.get_instance(), _open.set((*_open.get(), policy))
     try:
+        manager.count_override(+1)
         yield policy
     finally:
-        _pop(token)
+        try:
+            _open.reset(token)
+        finally:
+            manager.count_override(-1)
 
 
 def policy_from_config(path: str | Path) -> SelectionPolicy:
@@ -394,7 +380,7 @@ def with_denied_vendors(*vendors: str) -> SelectionPolicy:
 
 def _count_in_child() -> None:
     # The contexts that other threads had open are not in the child.
-    overrides.active = _depth.get()
+    overrides.active = len(_open.get())
 
 
 if hasattr(os, "register_at_fork"):

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..dispatch.bridge.base import Forward, NoContexts, Routes
+from ..dispatch.bridge.base import Forward, Routes
 from ..dispatch.bridge.socket import Socket, mark_as_ours
 from ..dispatch.manager import is_capturing
+from ..dispatch.policy import Overrides
 from .aten_calls import signature
 
 #: A layer's tensors with more numbers than this are not saved for the checking process.
@@ -127,7 +128,7 @@ class LayerRecorder:
             self._count(socket, subject, args, sglang_args, named)
             return own(subject, *sglang_args, **named)
 
-        return mark_as_ours(socket.bridge.forward(Routes(refuse, None, own, NoContexts(), own, record)))
+        return mark_as_ours(socket.bridge.forward(Routes(refuse, None, own, Overrides(), own, record)))
 
     def _count(self, socket: Socket, subject: Any, args: tuple[Any, ...], sglang_args: tuple[Any, ...], named: dict[str, Any]) -> None:
         has_layer = bool(args) and not isinstance(args[0], torch.Tensor)

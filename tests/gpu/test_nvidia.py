@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from sglang_fl.config import Settings
 from sglang_fl.dispatch import SelectionPolicy, get_default_manager, reset_global_policy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.socket import Load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -29,7 +29,7 @@ def test_a_bound_layer_replays_in_a_graph_with_new_data() -> None:
     try:
         layer = RMSNorm(256).cuda().bfloat16()
         binder = Binder(get_default_manager())
-        assert binder.bind(torch.nn.Sequential(layer), Settings()).bound == 1
+        assert binder.bind(torch.nn.Sequential(layer), Load()).bound == 1
         x = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16)
         layer(x)
         torch.cuda.synchronize()
@@ -52,7 +52,7 @@ def test_a_rotary_embedding_is_written_in_place_as_sglangs_own_is(form: str) -> 
     try:
         layer, own = (RotaryEmbedding(64, 64, 256, 10000, True, torch.bfloat16).cuda() for _ in range(2))
         binder = Binder(get_default_manager())
-        assert binder.bind(torch.nn.Sequential(layer), Settings()).bound == 1
+        assert binder.bind(torch.nn.Sequential(layer), Load()).bound == 1
         packed = torch.randn(5, 6 * 64, device="cuda", dtype=torch.bfloat16)
         positions = torch.randint(0, 256, (5,), device="cuda")
         results = []

@@ -18,7 +18,7 @@ CPU = Device("cpu", "cpu", None, "test")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(startup, "_current", None)
-    monkeypatch.setattr(PolicyManager, "_instance", None)
+    monkeypatch.setattr(PolicyManager, "_instance", PolicyManager())
     monkeypatch.setenv(RESOLVED, "")  # so that it is put back
     monkeypatch.delenv(RESOLVED)
     reset_default_manager()

@@ -11,7 +11,7 @@ from settings_loader import CPU
 from sglang_fl import startup
 from sglang_fl.cli import main
 from sglang_fl.config import SettingsError
-from sglang_fl.dispatch import OpManager, policy_from_config, reset_default_manager
+from sglang_fl.dispatch import OpManager, PolicyManager, policy_from_config, reset_default_manager
 from sglang_fl.dispatch.builtin_ops import ENTRY_POINT_GROUP
 from sglang_fl.dispatch.catalog import NOT_COVERED_CLASSES
 
@@ -110,7 +110,7 @@ def test_the_order_of_such_an_operator_is_what_its_calls_follow(packages: Packag
         packages.install(f"name = {name!r}\n{code}", {ENTRY_POINT_GROUP: "{module}:register"}, name=name)
     monkeypatch.setenv("SGLANG_FL_PER_OP", "chip_sort=vendor:bchip|vendor")
     monkeypatch.setattr(startup, "_current", None)
-    monkeypatch.setattr("sglang_fl.dispatch.policy.PolicyManager._instance", None)
+    monkeypatch.setattr(PolicyManager, "_instance", PolicyManager())
     reset_default_manager()
     startup.resolve(CPU)
     from sglang_fl.dispatch import call_op

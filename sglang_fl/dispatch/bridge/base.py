@@ -34,12 +34,6 @@ class ModelContext:
     heads: tuple[int, int] | None = None
 
 
-class NoContexts:
-    """Replaces ``policy.overrides`` in a forward that an open policy context selected itself."""
-
-    active = 0
-
-
 class Routes(NamedTuple):
     """Where a bound forward may send a call. ``subject`` is the layer, or the hook of a function.
 

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Binds a model's call sites to implementations, and follows changes of the policy."""
 
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ...config import Settings
 from ...device import Device
 from ..locks import ForkSafeLock
 from ..logger_manager import dispatch_log
 from ..manager import OpManager
-from ..policy import PolicyManager, get_policy, overrides
+from ..policy import Overrides, PolicyManager, get_policy, overrides
 from ..types import OpImpl
-from .base import Forward, NoContexts, Routes
+from .base import Forward, Routes
 from .bridges import FUNCTION_BRIDGES, LAYER_BRIDGES
 from .function import FunctionSocket, function_sockets
 from .kernel import KernelSocket, kernel_sockets
@@ -26,10 +24,11 @@ from .layer import LayerSocket, layer_sockets
 from .recording import MAX_RECORDED_FALLBACKS, RecordingFunction, call_and_record
 from .report import BindReport
 from .selector import Selection, Selector
-from .socket import OUTSIDE_OF_GRAPHS, Load, Socket, TrialConditions, mark_as_ours
+from .socket import Load, Socket, mark_as_ours
 
 #: Returns what each rank gave, by rank.
 Exchange = Callable[[Any], list[Any]]
+SomeSocket = TypeVar("SomeSocket", bound=Socket)
 
 
 class Binder:
@@ -49,48 +48,25 @@ class Binder:
         self._divert = mark_as_ours(self._diverting())
         PolicyManager.get_instance().subscribe(self.refresh)
 
-    def bind(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        *,
-        deterministic: bool = False,
-        log_level: int = logging.INFO,
-        trials: TrialConditions = OUTSIDE_OF_GRAPHS,
-        exchange: Exchange = lambda value: [value],
-    ) -> BindReport:
+    def bind(self, model: nn.Module, load: Load, exchange: Exchange = lambda value: [value]) -> BindReport:
         """Bind a model's layers, and the functions that it calls, where the settings and the policy say so.
 
         Args:
-            settings: those of this load; of the policy, the one in force counts.
-            deterministic: only implementations declared batch-invariant may be used.
-            log_level: of what is logged once the model has run.
-            trials: what implementations are tried under.
             exchange: what each rank gives, by rank; all of them bind the same model.
 
         Raises:
             RuntimeError: under ``strict``, an implementation failed its trial, there is none, or SGLang did not take a hook.
                 Nothing is bound then that was not bound before.
         """
-        load = Load(settings, deterministic, log_level, trials)
         report = BindReport()
         with self._lock:
-            known = {socket.op: socket for socket in self._sockets.values() if isinstance(socket, FunctionSocket)}
-            sockets: list[Socket] = [
-                *layer_sockets(model, LAYER_BRIDGES, load),
-                *function_sockets(model, FUNCTION_BRIDGES, known, load),
-            ]
-            reasons = {socket: settings.exclusion_reason(socket.names) or socket.exclusion_reason() for socket in sockets}
+            known = self._known(FunctionSocket)
+            sockets: list[Socket] = [*layer_sockets(model, LAYER_BRIDGES, load), *function_sockets(model, FUNCTION_BRIDGES, known, load)]
+            reasons = {socket: load.settings.exclusion_reason(socket.names) or socket.exclusion_reason() for socket in sockets}
             selections = self._select_together([socket for socket in sockets if reasons[socket] is None], exchange)
+            self._settle(sockets, selections)
             for socket in sockets:
-                selection = selections.get(socket)
-                if selection is not None:
-                    self._sockets[socket.subject] = socket
-                    self._install(socket, selection)
-                else:
-                    selection = Selection(None, reasons[socket] or "")
-                    if self._sockets.pop(socket.subject, None) is not None:  # an earlier load of the same model bound it
-                        socket.install(None)
+                selection = selections.get(socket) or Selection(None, reasons[socket] or "")
                 report.add(socket, selection.destination)
                 if selection.impl is None:
                     dispatch_log().record(socket.name, selection.destination)
@@ -106,20 +82,27 @@ class Binder:
             RuntimeError: under ``strict``, no implementation can run.
         """
         with self._lock:
-            known = {socket.op: socket for socket in self._sockets.values() if isinstance(socket, KernelSocket)}
-            sockets: list[Socket] = [*kernel_sockets(self.manager.registry, device, known, load)]
+            sockets: list[Socket] = [*kernel_sockets(self.manager.registry, device, self._known(KernelSocket), load)]
             selections = self._select([socket for socket in sockets if socket.exclusion_reason() is None])
-            for socket in sockets:
-                if socket in selections:
-                    self._sockets[socket.subject] = socket
-                    self._install(socket, selections[socket])
-                elif self._sockets.pop(socket.subject, None) is not None:
-                    socket.install(None)
+            self._settle(sockets, selections)
         bound: dict[str, list[str]] = {}
         for socket, selection in selections.items():
             if selection.impl is not None:
                 bound.setdefault(selection.destination, []).append(socket.op)
         return bound
+
+    def _known(self, kind: type[SomeSocket]) -> dict[str, SomeSocket]:
+        """The sockets of a kind that earlier loads have made, by operator."""
+        return {socket.op: socket for socket in self._sockets.values() if isinstance(socket, kind)}
+
+    def _settle(self, sockets: list[Socket], selections: dict[Socket, Selection]) -> None:
+        """Install what was selected; a socket without a selection goes back to SGLang, if an earlier load bound it."""
+        for socket in sockets:
+            if socket in selections:
+                self._sockets[socket.subject] = socket
+                self._install(socket, selections[socket])
+            elif self._sockets.pop(socket.subject, None) is not None:
+                socket.install(None)
 
     def refresh(self) -> None:
         """Follow a change of the global policy, or of whether any policy context is open.
@@ -205,7 +188,7 @@ class Binder:
             return socket.own
         key = (socket.bridge, socket.own, impl, "direct")
         if key not in self._forwards:
-            self._forwards[key] = _named(socket.bridge.forward(self._routes(socket, impl)._replace(contexts=NoContexts())), impl)
+            self._forwards[key] = _named(socket.bridge.forward(self._routes(socket, impl)._replace(contexts=Overrides())), impl)
         return self._forwards[key]
 
     def _routes(self, socket: Socket, impl: OpImpl) -> Routes:

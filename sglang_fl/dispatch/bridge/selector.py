@@ -125,7 +125,7 @@ def trial_name(impl: OpImpl) -> str:
 
 def _key(impl: OpImpl, socket: Socket) -> tuple[Any, ...]:
     """Equal if one trial is valid for both; includes the conditions that it runs under."""
-    return impl, socket.op, socket.trial_key, socket.load.trials.operators, socket.load.trials.in_graphs
+    return impl, socket.op, socket.trial_key, socket.load.operators, socket.load.in_graphs
 
 
 def _run(impl: OpImpl, socket: Socket) -> None:
@@ -133,7 +133,7 @@ def _run(impl: OpImpl, socket: Socket) -> None:
     module = torch.get_device_module(socket.device)
     socket.trial(impl.function)
     module.synchronize()
-    if socket.load.trials.in_graphs is None:
+    if socket.load.in_graphs is None:
         return
 
     def captured(*args: Any, **kwargs: Any) -> Any:
@@ -141,15 +141,15 @@ def _run(impl: OpImpl, socket: Socket) -> None:
         capture_and_discard(lambda: impl.function(*args, **kwargs), socket.device)
         return result
 
-    with socket.load.trials.in_graphs():
+    with socket.load.in_graphs():
         socket.trial(captured)
         module.synchronize()
 
 
 def _unfit(impl: OpImpl, socket: Socket) -> str | None:
     """Why an implementation may not be tried at a call site, or None."""
-    if trial_name(impl) in socket.load.trials.excluded:
-        return f"it crashed or hung in an earlier start: {socket.load.trials.excluded[trial_name(impl)]}"
+    if trial_name(impl) in socket.load.excluded:
+        return f"it crashed or hung in an earlier start: {socket.load.excluded[trial_name(impl)]}"
     if socket.load.deterministic and not impl.batch_invariant:
         return "it is not declared batch-invariant"
     dtypes = impl.dtypes()

@@ -15,38 +15,24 @@ from .base import Bridge, Forward
 
 
 @dataclass(frozen=True)
-class TrialConditions:
-    """The conditions of a trial: those of serving.
+class Load:
+    """How a model is loaded; all of its sockets are bound by it, and implementations are tried under it.
 
     Attributes:
+        settings: of the policy, the one in force counts.
+        deterministic: only implementations declared batch-invariant may be used.
+        log_level: of what is logged once the model runs.
         operators: what replaces PyTorch's own operators in this process; a trial speaks for one of them.
         in_graphs: puts in force what is in force while a graph of the model is captured; None: none is captured.
         excluded: a trial's name -> why that implementation is left out: it ended an earlier start.
     """
 
+    settings: Settings = field(default_factory=Settings)
+    deterministic: bool = False
+    log_level: int = logging.INFO
     operators: Any = None
     in_graphs: Callable[[], AbstractContextManager[Any]] | None = None
     excluded: Mapping[str, str] = field(default_factory=dict)
-
-
-#: Those of a model of which no graph is captured.
-OUTSIDE_OF_GRAPHS = TrialConditions()
-
-
-@dataclass(frozen=True)
-class Load:
-    """How a model is loaded; all of its sockets are bound by it.
-
-    Attributes:
-        deterministic: only implementations declared batch-invariant may be used.
-        log_level: of what is logged once the model runs.
-        trials: what implementations are tried under.
-    """
-
-    settings: Settings
-    deterministic: bool = False
-    log_level: int = logging.INFO
-    trials: TrialConditions = OUTSIDE_OF_GRAPHS
 
 
 class Socket(ABC):

@@ -124,7 +124,7 @@ def bind(
 ) -> BindReport:
     binder = Binder(manager)
     _alive.append(binder)
-    return binder.bind(Model(layer, dtype=dtype), settings or Settings(), **options)
+    return binder.bind(Model(layer, dtype=dtype), Load(settings or Settings(), **options))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_summary_counts() -> None:
     set_global_policy(SelectionPolicy("reference"))
     shared = norm()
     model = Model(shared, norm(), nn.Sequential(shared), norm(fp32_residual=True), rotary("RotaryEmbedding"))
-    report = Binder(manager()).bind(model, Settings())
+    report = Binder(manager()).bind(model, Load())
     assert report.bound == 2
     assert report.left == 2
     assert report.summary().splitlines()[0] == "sglang-fl: 2 layers bound, 2 left to SGLang"
@@ -232,7 +232,7 @@ def test_what_fails_its_trial_is_passed_over_with_one_warning(broken: Any, told:
         set_global_policy(SelectionPolicy())
         layers = [norm(), norm()]
         binder = Binder(manager(flagos=broken))
-        report = binder.bind(Model(*layers), Settings())
+        report = binder.bind(Model(*layers), Load())
     assert {ran(layer) for layer in layers} == {VENDOR}
     assert report.bound == 2
     assert len(caplog.records) == 1
@@ -271,7 +271,7 @@ def test_the_trial_has_the_layers_real_size_and_dtype_and_leaves_random_numbers_
     set_global_policy(SelectionPolicy())
     layers = [norm() for _ in range(30)]
     state = torch.random.get_rng_state()
-    Binder(manager(flagos=fn)).bind(Model(*layers, dtype=torch.bfloat16), Settings())
+    Binder(manager(flagos=fn)).bind(Model(*layers, dtype=torch.bfloat16), Load())
     assert torch.equal(state, torch.random.get_rng_state())
     assert seen == [((2, HIDDEN), torch.bfloat16, False), ((2, HIDDEN), torch.bfloat16, True)], "one trial speaks for all"
 
@@ -285,7 +285,7 @@ def test_the_trial_of_a_rotary_embedding_has_the_attentions_heads(attributes: di
     attention = nn.Module()
     attention.rotary_emb = rotary("RotaryEmbedding", head=64, rotary_dim=64)
     vars(attention).update(attributes)
-    (socket,) = layer_sockets(Model(attention), LAYER_BRIDGES, Load(Settings()))
+    (socket,) = layer_sockets(Model(attention), LAYER_BRIDGES, Load())
     seen = []
 
     def fn(layer: Any, query: torch.Tensor, key: torch.Tensor, *more: Any) -> Any:
@@ -301,7 +301,7 @@ def test_the_width_of_a_gated_mlp_comes_from_its_first_matrix() -> None:
     mlp.gate_up_proj = nn.Module()
     mlp.gate_up_proj.output_size_per_partition = 96
     mlp.act_fn = sglang_class("SiluAndMul")()
-    assert [socket.context for socket in layer_sockets(Model(mlp), LAYER_BRIDGES, Load(Settings()))] == [
+    assert [socket.context for socket in layer_sockets(Model(mlp), LAYER_BRIDGES, Load())] == [
         ModelContext(torch.float32, torch.device("cpu"), 48)
     ]
 
@@ -315,7 +315,7 @@ def test_an_activation_that_sglang_fuses_with_fp8_quantisation_stays_its_own(ena
     mlp.act_fn = sglang_class("SiluAndMul")()
     mlp.activation_quant = DenseSiluAndMulQuant.__new__(DenseSiluAndMulQuant)  # which asks for Blackwell
     mlp.activation_quant.enabled = enabled
-    report = Binder(get_default_manager()).bind(Model(mlp), Settings())
+    report = Binder(get_default_manager()).bind(Model(mlp), Load())
     assert report.bound == (not enabled)
     assert ("SGLang fuses it with the FP8 quantisation that follows" in report.summary()) is enabled
     for model in ("llama", "qwen2"):
@@ -336,7 +336,7 @@ def test_pinned_and_compiled_layers_are_left_alone_after_a_context_that_gave_a_l
     with policy_context(order("sglang")):
         assert ran(layer) == "sglang"
     pinned = norm(force_native=True)
-    assert "SGLang pinned it" in _alive[-1].bind(Model(pinned), Settings()).summary()
+    assert "SGLang pinned it" in _alive[-1].bind(Model(pinned), Load()).summary()
     layer.enter_torch_compile(num_tokens=1)
     set_global_policy(SelectionPolicy("vendor"))
     assert layer._forward_method == layer.forward_native

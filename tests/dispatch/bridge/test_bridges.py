@@ -29,6 +29,7 @@ from sglang_fl.dispatch import (
 )
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.report import BindReport
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.catalog import CUSTOM_FORWARD, LAYERS, STANDALONE_CLASSES
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 
@@ -69,7 +70,7 @@ def bind(
     binder = Binder(OpManager(registry))
     for layer in layers:
         layer.test_keeps_alive = binder  # type: ignore[assignment]
-    report = binder.bind(Model(*layers, dtype=dtype), settings or Settings())
+    report = binder.bind(Model(*layers, dtype=dtype), Load(settings or Settings()))
     CALLS.clear()
     return report
 
@@ -298,7 +299,7 @@ def test_after_a_refusal_the_next_takes_the_call(rng: torch.Generator) -> None:
     set_global_policy(SelectionPolicy("vendor"))
     layer = rotary("RotaryEmbedding")
     binder = Binder(OpManager(registry))
-    assert binder.bind(Model(layer), Settings()).bound == 1
+    assert binder.bind(Model(layer), Load()).bound == 1
     query, positions = torch.randn(3, HEAD, generator=rng), torch.tensor([3, 5, 7])
     CALLS.clear()
     layer(positions, query, query.clone())
@@ -319,7 +320,7 @@ def test_a_call_in_a_dtype_that_is_not_supported_goes_to_sglang(rng: torch.Gener
         rotary("RotaryEmbedding", dtype=torch.bfloat16),
     )
     binder = Binder(OpManager(registry))
-    assert binder.bind(Model(norm, activation, embedding, dtype=torch.bfloat16), Settings()).bound == 3
+    assert binder.bind(Model(norm, activation, embedding, dtype=torch.bfloat16), Load()).bound == 3
     CALLS.clear()
     for dtype, expected in ((torch.float32, []), (torch.bfloat16, ["rms_norm", "rms_norm", "silu_and_mul", "rotary_embedding"])):
         x = torch.randn(3, HIDDEN, generator=rng).to(dtype)

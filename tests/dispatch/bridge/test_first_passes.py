@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from sglang_fl.config import Settings
 from sglang_fl.dispatch import OpManager, SelectionPolicy, policy_context, reset_global_policy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.first_passes import _PASSES
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 
 from .sglang_layers import HIDDEN, rotary, sglang_class
@@ -71,7 +71,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
 def bound(level: int = logging.INFO) -> Decoder:
     set_global_policy(SelectionPolicy("reference"))
     model = Decoder()
-    Binder(OpManager()).bind(model, Settings(), log_level=level)
+    Binder(OpManager()).bind(model, Load(log_level=level))
     return model
 
 
@@ -132,7 +132,7 @@ def test_a_layer_that_is_called_later_is_taken_back(log: Path, caplog: pytest.Lo
 def test_layers_left_to_sglang_are_not_waited_for(log: Path) -> None:
     set_global_policy(SelectionPolicy("reference", per_op_order=(("silu_and_mul", ("sglang",)),)))
     model = Decoder()
-    Binder(OpManager()).bind(model, Settings())
+    Binder(OpManager()).bind(model, Load())
     model.run(ENOUGH, qk_norm=True, act=False)
     assert not_called(log) == []
 
@@ -141,7 +141,7 @@ def test_layers_that_a_policy_moves_later_are_waited_for(log: Path) -> None:
     set_global_policy(SelectionPolicy(per_op_order=(("rms_norm", ("sglang",)), ("silu_and_mul", ("reference",)))))
     model = Decoder()
     binder = Binder(OpManager())
-    binder.bind(model, Settings())
+    binder.bind(model, Load())
     set_global_policy(SelectionPolicy("reference"))
     model.run(ENOUGH, qk_norm=False)
     assert len(not_called(log)) == 1

@@ -38,6 +38,7 @@ from sglang_fl.dispatch.bridge import gated_delta_rule
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.function import FunctionSocket
 from sglang_fl.dispatch.bridge.report import BindReport
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.catalog import FUNCTIONS
 from sglang_fl.dispatch.logger_manager import open_dispatch_log
 from sglang_fl.dispatch.policy import overrides
@@ -92,7 +93,7 @@ def bind(
     set_global_policy(policy or SelectionPolicy())
     binder = Binder(OpManager(registry))
     _alive.append(binder)
-    return binder.bind(model or Hybrid(), settings or Settings())
+    return binder.bind(model or Hybrid(), Load(settings or Settings()))
 
 
 def prefill(kernel: Any = None, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -334,7 +335,7 @@ def test_a_dtype_that_the_implementation_does_not_take_goes_to_sglang(monkeypatc
         )
     )
     binder = Binder(OpManager(registry))
-    report = binder.bind(Hybrid(dtype=torch.bfloat16), Settings())
+    report = binder.bind(Hybrid(dtype=torch.bfloat16), Load())
     assert report.functions[CHUNK, CHUNK] == "reference(reference.torch)"
     assert prefill()[0] == "o", "an fp32 call in a bf16 model"
 
@@ -423,13 +424,13 @@ def test_a_model_loaded_with_other_settings_decides_anew() -> None:
         OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False) for op in FUNCTIONS
     )
     binder = Binder(OpManager(registry))
-    assert binder.bind(Hybrid(), Settings()).functions[CHUNK, CHUNK] == "reference(reference.torch)"
-    report = binder.bind(Hybrid(), Settings(oot_blacklist=(CHUNK,)))
+    assert binder.bind(Hybrid(), Load()).functions[CHUNK, CHUNK] == "reference(reference.torch)"
+    report = binder.bind(Hybrid(), Load(Settings(oot_blacklist=(CHUNK,))))
     assert report.functions[CHUNK, CHUNK] == "sglang(oot_blacklist)"
     assert report.functions[PACKED, PACKED] == "reference(reference.torch)"
     with pytest.raises(Exception, match=r"."):
         prefill()  # SGLang's Triton kernel, which has no device here
-    assert binder.bind(Hybrid(), Settings(), deterministic=True).functions[PACKED, PACKED] == "sglang(deterministic mode)"
+    assert binder.bind(Hybrid(), Load(deterministic=True)).functions[PACKED, PACKED] == "sglang(deterministic mode)"
 
 
 def test_a_function_of_another_sglang_stays_with_it_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +461,7 @@ def test_a_model_that_cannot_be_bound_leaves_no_mark() -> None:
     (chunk,) = (socket for socket in binder._sockets.values() if socket.op == CHUNK)
     set_global_policy(SelectionPolicy(strict=True))
     with pytest.raises(RuntimeError, match="no bf16"):
-        binder.bind(Hybrid(dtype=torch.bfloat16), Settings())
+        binder.bind(Hybrid(dtype=torch.bfloat16), Load())
     assert next(socket for socket in binder._sockets.values() if socket.op == CHUNK) is chunk and chunk.dtype is torch.float32
     set_global_policy(SelectionPolicy())
     set_global_policy(SelectionPolicy(strict=True))

@@ -17,6 +17,7 @@ from sglang_fl.device import Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.recording import RecordingFunction
+from sglang_fl.dispatch.bridge.socket import Load
 
 from .sglang_layers import HIDDEN, Model, sglang_class
 
@@ -27,7 +28,7 @@ CPU = Device("cpu", "cpu", None, "a test")
 def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(startup, "_current", None)
     monkeypatch.setattr(bind, "_binder", None)
-    monkeypatch.setattr(PolicyManager, "_instance", None)
+    monkeypatch.setattr(PolicyManager, "_instance", PolicyManager())
     yield
 
 
@@ -52,17 +53,17 @@ def norm() -> nn.Module:
 
 def test_a_second_load_is_bound_by_its_own_settings_and_mode() -> None:
     process = binder()
-    assert "flagos(default.flagos), 1 layer" in process.bind(Model(norm()), Settings()).summary()
-    assert "sglang(oot_blacklist), 1 layer" in process.bind(Model(norm()), Settings(oot_blacklist=("RMSNorm",))).summary()
-    assert "vendor(vendor.exact), 1 layer" in process.bind(Model(norm()), Settings(), deterministic=True).summary()
-    assert "flagos(default.flagos), 1 layer" in process.bind(Model(norm()), Settings()).summary()
+    assert "flagos(default.flagos), 1 layer" in process.bind(Model(norm()), Load()).summary()
+    assert "sglang(oot_blacklist), 1 layer" in process.bind(Model(norm()), Load(Settings(oot_blacklist=("RMSNorm",)))).summary()
+    assert "vendor(vendor.exact), 1 layer" in process.bind(Model(norm()), Load(deterministic=True)).summary()
+    assert "flagos(default.flagos), 1 layer" in process.bind(Model(norm()), Load()).summary()
 
 
 def test_a_layer_keeps_the_mode_of_its_load_when_the_policy_changes() -> None:
     process = binder()
     exact, usual = norm(), norm()
-    process.bind(Model(exact), Settings(), deterministic=True)
-    process.bind(Model(usual), Settings())
+    process.bind(Model(exact), Load(deterministic=True))
+    process.bind(Model(usual), Load())
     set_global_policy(SelectionPolicy("vendor"))
     set_global_policy(SelectionPolicy("flagos"))
     x = torch.ones(2, HIDDEN)
@@ -74,7 +75,7 @@ def test_a_layer_keeps_the_mode_of_its_load_when_the_policy_changes() -> None:
 def test_a_layer_that_is_dropped_while_the_policy_changes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     process = binder()
     layers = [norm(), norm()]
-    process.bind(Model(*layers), Settings(prefer="vendor"))
+    process.bind(Model(*layers), Load(Settings(prefer="vendor")))
     select = process._selector.select
 
     def drops_layers(*args: Any) -> Any:
@@ -90,8 +91,8 @@ def test_a_layer_that_is_dropped_while_the_policy_changes_is_no_error(monkeypatc
 
 def test_the_same_model_bound_again_gives_back_what_is_now_excluded() -> None:
     process, layer = binder(), norm()
-    process.bind(Model(layer), Settings())
-    process.bind(Model(layer), Settings(oot_enabled=False))
+    process.bind(Model(layer), Load())
+    process.bind(Model(layer), Load(Settings(oot_enabled=False)))
     assert layer._forward_method is None
     set_global_policy(SelectionPolicy("vendor"))
     assert layer._forward_method is None, "and follows no policy any more"

@@ -13,7 +13,6 @@ from backend_functions import reference
 from e2e import field_backend
 from torch import nn
 
-from sglang_fl.config import Settings
 from sglang_fl.dispatch import (
     BackendImplKind,
     OpImpl,
@@ -25,6 +24,7 @@ from sglang_fl.dispatch import (
 )
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.layer import LayerSocket
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.manager import OpManager
 from sglang_fl.dispatch.registry import OpRegistry
 
@@ -80,7 +80,7 @@ def test_a_models_modules_reach_the_method_of_its_experts() -> None:
     assert dict(layer.named_modules())["quant_method"] is layer.quant_method
     block = nn.ModuleDict({"topk": router(), "experts": layer})
     binder = Binder(OpManager())
-    report = binder.bind(Model(block), Settings())
+    report = binder.bind(Model(block), Load())
     assert report.bound == 2, report.summary()
     names = {socket.path: socket.context.num_experts for socket in binder._sockets.values() if isinstance(socket, LayerSocket)}
     assert names == {"layers.0.topk": EXPERTS, "layers.0.experts.quant_method": None}
@@ -524,7 +524,7 @@ def bind_block(block: nn.Module, **wrong: Callable[..., Any]) -> Any:
         registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, wrong.get(op) or getattr(reference, op)))
     binder = Binder(OpManager(registry))
     block.test_keeps_alive = binder  # type: ignore[assignment]
-    return binder.bind(Model(block), Settings())
+    return binder.bind(Model(block), Load())
 
 
 @pytest.mark.parametrize(
@@ -572,7 +572,7 @@ def test_an_implementation_that_fails_in_service_is_retried_elsewhere(
         binder = Binder(OpManager(registry))
         layer, owner = router(), experts()
         state.broken = False
-        assert binder.bind(Model(nn.ModuleDict({"topk": layer, "experts": owner})), Settings()).bound == 1
+        assert binder.bind(Model(nn.ModuleDict({"topk": layer, "experts": owner})), Load()).bound == 1
         x, logits = tokens(rng)
         wanted = owner(x, layer(x, logits))
         state.broken = True

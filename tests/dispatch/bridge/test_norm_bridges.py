@@ -13,9 +13,9 @@ from accuracy import Norm, assert_within
 from torch import nn
 
 from sglang_fl.check.exact import normalization as exact
-from sglang_fl.config import Settings
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.catalog import CUSTOM_FORWARD
 
 from .sglang_layers import ACTIVATION_LAYERS, HIDDEN, NORM_LAYERS, OP_OF, Model, sglang_class
@@ -238,7 +238,7 @@ def test_a_failing_norm_gives_way_to_one_that_reads_the_same_weights(rng: torch.
     set_global_policy(SelectionPolicy("flagos"))
     layer: Any = NORM_LAYERS["Gemma3RMSNorm"]()
     binder = Binder(OpManager(registry))
-    assert binder.bind(Model(layer), Settings()).bound == 1
+    assert binder.bind(Model(layer), Load()).bound == 1
     broken = True
     CALLS.clear()
     norms_agree(layer, torch.randn(4, HIDDEN, generator=rng), torch.randn(4, HIDDEN, generator=rng))
@@ -259,7 +259,7 @@ def test_the_width_behind_an_mlps_first_matrix_is_tried(rng: torch.Generator) ->
         mlp = nn.Module()
         mlp.act, mlp.embedding = ACTIVATION_LAYERS["ReLU2"](), nn.Parameter(torch.zeros(1))
         setattr(mlp, name, SimpleNamespace(output_size_per_partition=200))
-        Binder(OpManager(registry)).bind(mlp, Settings())
+        Binder(OpManager(registry)).bind(mlp, Load())
     assert widths == [200, 200, 200, 128]
 
 

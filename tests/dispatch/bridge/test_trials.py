@@ -12,14 +12,13 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_fl.config import Settings
 from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.base import Bridge, ModelContext
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.bridges import LAYER_BRIDGES
 from sglang_fl.dispatch.bridge.chunk_gated_delta_rule import ChunkGatedDeltaRuleBridge
 from sglang_fl.dispatch.bridge.gated_delta_rule import GatedDeltaContext
-from sglang_fl.dispatch.bridge.socket import TrialConditions
+from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.trial import Guard, TrialRecord
 
 from .sglang_layers import HIDDEN, Model, rotary, sglang_class
@@ -50,7 +49,7 @@ def fails_inside(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = No
 
 @pytest.fixture(autouse=True)
 def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PolicyManager, "_instance", None)
+    monkeypatch.setattr(PolicyManager, "_instance", PolicyManager())
     calls.clear()
 
 
@@ -68,16 +67,16 @@ def model() -> Model:
 
 def test_a_trial_is_made_outside_and_inside_of_the_scope() -> None:
     process = binder()
-    assert "flagos(default.flagos)" in process.bind(model(), Settings()).summary()
+    assert "flagos(default.flagos)" in process.bind(model(), Load()).summary()
     assert calls and not any(calls)
     calls.clear()
-    assert "flagos(default.flagos)" in process.bind(model(), Settings(), trials=TrialConditions(in_graphs=in_graphs)).summary()
+    assert "flagos(default.flagos)" in process.bind(model(), Load(in_graphs=in_graphs)).summary()
     assert calls == sorted(calls) and set(calls) == {False, True}, "a trial made under other conditions does not speak for these"
 
 
 def test_what_fails_inside_of_the_scope_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
-    assert "flagos(default.flagos)" in binder(fails_inside).bind(model(), Settings()).summary()
-    report = binder(fails_inside).bind(model(), Settings(), trials=TrialConditions(in_graphs=in_graphs))
+    assert "flagos(default.flagos)" in binder(fails_inside).bind(model(), Load()).summary()
+    report = binder(fails_inside).bind(model(), Load(in_graphs=in_graphs))
     assert "reference(reference.torch)" in report.summary()
     assert "default.flagos failed its trial on RMSNorm: ArithmeticError: ATen operators are others here" in caplog.text
 
@@ -89,14 +88,14 @@ def test_what_failed_on_another_rank_is_passed_over_here(caplog: pytest.LogCaptu
         rounds.append(value)
         return [value, {(0, "default.flagos"): "ArithmeticError: on that rank"}]
 
-    assert "reference(reference.torch)" in binder().bind(model(), Settings(), exchange=exchange).summary()
+    assert "reference(reference.torch)" in binder().bind(model(), Load(), exchange).summary()
     assert len(rounds) == 2 and rounds[0] == {} and set(rounds[1]) == {(0, "default.flagos")}
     assert "default.flagos failed its trial on RMSNorm: RuntimeError: rank 1: ArithmeticError: on that rank" in caplog.text
 
 
 def test_what_ended_an_earlier_start_is_passed_over() -> None:
-    conditions = TrialConditions(excluded={"rms_norm: default.flagos": "its process ended with 'Aborted'"})
-    assert "reference(reference.torch)" in binder().bind(model(), Settings(), trials=conditions).summary()
+    load = Load(excluded={"rms_norm: default.flagos": "its process ended with 'Aborted'"})
+    assert "reference(reference.torch)" in binder().bind(model(), load).summary()
     assert not [name for name in calls if name]
 
 
@@ -109,7 +108,7 @@ def test_its_name_is_written_down_before_its_first_run(monkeypatch: pytest.Monke
         noted.append(os.pread(record.file, 1000, 0).decode().splitlines()[-1])
         return exact(layer, x, residual)
 
-    binder(reads).bind(model(), Settings())
+    binder(reads).bind(model(), Load())
     assert set(noted) == {"rms_norm: default.flagos"}
     assert len(os.pread(record.file, 1000, 0).splitlines()) == 1, "and nothing stays"
     record.close()
