@@ -166,22 +166,20 @@ def version_warning() -> str | None:
     return f"SGLang {installed} is outside the range that sglang-fl was tested with ({TESTED})"
 
 
-@cache
-def platform_problems() -> tuple[str, ...]:
-    """What differs in SGLang from what the platform relies on."""
-    return (*_differences(PLATFORM), *argument_problems())
+def differences_from(*groups: Shapes) -> Callable[[], tuple[str, ...]]:
+    """A function that says what differs in SGLang from these shapes. It imports what they name, and looks once."""
+    return cache(lambda: tuple(difference for shapes in groups for difference in _differences(shapes)))
 
 
-@cache
-def argument_problems() -> tuple[str, ...]:
-    """What differs in how SGLang keeps the user's arguments."""
-    return tuple(_differences(ARGUMENTS))
-
-
-@cache
-def hybrid_problems() -> tuple[str, ...]:
-    """What differs in how SGLang chooses the prefix cache of hybrid models."""
-    return (*argument_problems(), *_differences(HYBRIDS))
+platform_problems = differences_from(PLATFORM, ARGUMENTS)
+#: In how SGLang keeps the user's arguments.
+argument_problems = differences_from(ARGUMENTS)
+#: In how SGLang chooses the prefix cache of hybrid models.
+hybrid_problems = differences_from(ARGUMENTS, HYBRIDS)
+gated_delta_rule_problems = differences_from(GATED_DELTA_RULE)
+graph_problems = differences_from(GRAPHS)
+metrics_problems = differences_from(METRICS)
+tune_problems = differences_from(TUNE)
 
 
 @cache
@@ -193,29 +191,6 @@ def layer_problems() -> tuple[str, ...]:
 def binding_problems() -> tuple[str, ...]:
     """What differs in SGLang from what it takes to bind a model. If anything does, everything is left to SGLang."""
     return platform_problems() + layer_problems()
-
-
-@cache
-def gated_delta_rule_problems() -> tuple[str, ...]:
-    """What differs in SGLang from what the bridges of the gated delta rule rely on. Imports its kernels."""
-    return tuple(_differences(GATED_DELTA_RULE))
-
-
-@cache
-def graph_problems() -> tuple[str, ...]:
-    """What differs in SGLang from what the hooks around the capture of graphs rely on."""
-    return tuple(_differences(GRAPHS))
-
-
-@cache
-def metrics_problems() -> tuple[str, ...]:
-    """What differs in SGLang from what the server's metric relies on."""
-    return tuple(_differences(METRICS))
-
-
-def tune_problems() -> tuple[str, ...]:
-    """What differs in SGLang from what ``sglang-fl tune`` relies on."""
-    return tuple(_differences(TUNE))
 
 
 def group_problems() -> tuple[str, ...]:

@@ -51,6 +51,10 @@ class Gelu:
         self.approximate = approximate
 
 
+def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=rng) * scale).to(dtype)
+
+
 def assert_within(what: str, got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor, roundings: float) -> None:
     """See :class:`sglang_fl.check.exact.judge.Exact`; the result's dtype may be any."""
     _assert(what, (got,), (Exact("result", exact, terms, roundings),), got.dtype)

@@ -66,7 +66,7 @@ def _form(op: str, site: GatedDeltaContext, inputs: Callable[[int], Tensors], pr
 
 def _site(hidden: int, dtype: torch.dtype, device: torch.device) -> GatedDeltaContext:
     heads = hidden // _DIM
-    return GatedDeltaContext(heads, 2 * heads, _DIM, _DIM, dtype, torch.float32, device)
+    return GatedDeltaContext(dtype, torch.float32, device, heads, 2 * heads, _DIM, _DIM)
 
 
 @lru_cache

@@ -30,16 +30,14 @@ def get_config_path() -> str | None:
     asked = os.environ.get(CONFIG_FILE, "").strip()
     if asked:
         return str(Path(asked).expanduser())
-    name, in_tree = platform_name(os.environ, probe())
-    path = profile_path(name, in_tree=in_tree)
+    path = profile_path(*platform_name(os.environ, probe()))
     return str(path) if path else None
 
 
 def load_platform_config(platform: str | None = None) -> dict[str, Any] | None:
     """What a platform's profile says, or None where there is no profile."""
     environ = dict(os.environ) if platform is None else {**os.environ, PLATFORM: platform}
-    name, in_tree = platform_name(environ, probe())
-    path = profile_path(name, in_tree=in_tree)
+    path = profile_path(*platform_name(environ, probe()))
     return {key: entry.value for key, entry in read_mapping(path, what=CONFIG_FILE, problems=[]).items()} if path else None
 
 

@@ -43,7 +43,7 @@ def load_settings(environ: Mapping[str, str] | None = None, *, device: Device | 
         platform, in_tree = device.vendor, device.is_in_tree
         problems += error.problems
     problems += _unknown_variables(environ)
-    profile = profile_path(platform, in_tree=in_tree)
+    profile = profile_path(platform, in_tree)
     layers = (
         _read_profile(profile, words, problems) if profile else {},
         _read_users_file(environ, words, problems),
@@ -71,7 +71,7 @@ def plugin_modules(environ: Mapping[str, str]) -> tuple[str, ...]:
     return modules
 
 
-def profile_path(name: str, *, in_tree: bool = False) -> Path | None:
+def profile_path(name: str, in_tree: bool = False) -> Path | None:
     """The profile's file, or None where a platform has none.
 
     A package that brings up a chip may bring its profile too. A platform that SGLang knows and nobody has

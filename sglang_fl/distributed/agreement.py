@@ -177,7 +177,8 @@ def _judge(answers: dict[int, Answer], world_size: int, limit: float) -> Decisio
     failed = {rank: answer for rank, answer in answers.items() if answer.problem is not None}
     reasons = []
     if silent:
-        chosen = "; ".join(f"{format_ranks(ranks)} by {setting}" for setting, ranks in _by_setting(answers).items())
+        settings = _ranks_by({rank: answer.chosen_by for rank, answer in answers.items()})
+        chosen = "; ".join(f"{format_ranks(ranks)} by {setting}" for setting, ranks in settings.items())
         reasons.append(
             f"{format_ranks(silent)} did not answer within {limit:.0f} s, so FlagCX was not chosen there or the process is stuck "
             f"(chosen on {chosen}; set SGLANG_FL_DIST_BACKEND=flagcx or FLAGCX_PATH on every node, or on none)"
@@ -205,10 +206,9 @@ def _different_versions(versions: dict[int, Version], answers: dict[int, Answer]
 
 def _different_variables(answers: dict[int, Answer]) -> list[str]:
     differences = []
-    for name in sorted({name for answer in answers.values() for name in answer.variables}):
-        values: dict[str | None, list[int]] = {}
-        for rank, answer in answers.items():
-            values.setdefault(answer.variables.get(name), []).append(rank)
+    given = {rank: answer.variables for rank, answer in answers.items()}
+    for name in sorted({name for variables in given.values() for name in variables}):
+        values = _ranks_by({rank: variables.get(name) for rank, variables in given.items()})
         if len(values) > 1:
             where = []
             for value, ranks in values.items():
@@ -218,11 +218,12 @@ def _different_variables(answers: dict[int, Answer]) -> list[str]:
     return differences
 
 
-def _by_setting(answers: dict[int, Answer]) -> dict[str, list[int]]:
-    settings: dict[str, list[int]] = {}
-    for rank, answer in answers.items():
-        settings.setdefault(answer.chosen_by, []).append(rank)
-    return settings
+def _ranks_by(values: dict[int, Any]) -> dict[Any, list[int]]:
+    """Value -> the ranks that have it."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(value, []).append(rank)
+    return ranks
 
 
 def format_ranks(ranks: list[int]) -> str:

@@ -12,7 +12,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 
 from .. import compat
 from . import cpu_limits
-from .out_of_tree import OutOfTree
+from .out_of_tree import OutOfTree, record
 
 _USUAL_TOKENS = 32768
 _BIND, _BOUND_BY_US = "SGLANG_CPU_OMP_THREADS_BIND", "_SGLANG_FL_CPU_OMP_THREADS_BIND"
@@ -48,9 +48,7 @@ class PlainCpu(OutOfTree, CpuDeviceMixin):
 
 def _refuse_what_cannot_be_served(server_args: Any) -> None:
     """Raises ValueError with all that a plain CPU cannot serve."""
-    from sglang.srt.arg_groups.overrides import model_config_of, record_of
-
-    found = list(cpu_limits.problems(partial(_given, server_args), model_config_of(record_of(server_args._cfg))))
+    found = list(cpu_limits.problems(partial(_given, server_args), _model_config(server_args)))
     if found:
         raise ValueError("\n".join(["a plain CPU cannot serve (docs/support.md has the list):", *(f"  - {problem}" for problem in found)]))
     cpu_limits.refuse_requests()
@@ -58,10 +56,13 @@ def _refuse_what_cannot_be_served(server_args: Any) -> None:
 
 def _given(server_args: Any, name: str) -> Any:
     """What the user gave for an argument, None if nothing: SGLang has filled some in by now."""
-    from sglang.srt.arg_groups.overrides import record_of
+    return record(server_args)._raw_input.get(name)
 
-    raw = record_of(server_args._cfg)._raw_input
-    return raw.get(name)
+
+def _model_config(server_args: Any) -> Any:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return model_config_of(record(server_args))
 
 
 def _limit_kv_cache(server_args: Any) -> None:
@@ -70,11 +71,8 @@ def _limit_kv_cache(server_args: Any) -> None:
     SGLang gives it most of a device's memory. A CPU's memory is also everyone else's, and zeroing
     most of it takes half a minute.
     """
-    from sglang.srt.arg_groups.overrides import model_config_of, record_of
-
     if _given(server_args, "max_total_tokens") is None and _given(server_args, "mem_fraction_static") is None:
-        context = model_config_of(record_of(server_args._cfg)).context_len
-        server_args.max_total_tokens = max(context, _USUAL_TOKENS)
+        server_args.max_total_tokens = max(_model_config(server_args).context_len, _USUAL_TOKENS)
 
 
 def _share_cores(server_args: Any) -> None:

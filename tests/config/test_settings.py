@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -505,45 +505,20 @@ def test_without_words_names_are_taken_as_they_are(load: Loader) -> None:
     assert settings.op_backends == (("any_op", ("impl:any.thing",)),)
 
 
-NAMES = st.none() | st.lists(st.text(), max_size=3).map(tuple)
-TEXT = st.none() | st.text()
+NAMES = st.lists(st.text(), max_size=3).map(tuple)
+BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    str: st.text(),
+    str | None: st.none() | st.text(),
+    float: st.floats(0, 1e5),
+    tuple[str, ...] | None: st.none() | NAMES,
+    tuple[tuple[str, tuple[str, ...]], ...]: st.lists(st.tuples(st.text(), NAMES), max_size=3).map(tuple),
+    Mapping[str, Source]: st.dictionaries(st.sampled_from(list(OPTIONS)), st.builds(Source, st.integers(0, 3), st.text())),
+}
 
 
 @given(
-    st.builds(
-        Settings,
-        oot_enabled=st.booleans(),
-        prefer=st.text(),
-        op_backends=st.lists(st.tuples(st.text(), st.lists(st.text(), max_size=3).map(tuple)), max_size=3).map(tuple),
-        triton_faster=NAMES,
-        strict=st.booleans(),
-        oot_whitelist=NAMES,
-        oot_blacklist=NAMES,
-        allow_vendors=NAMES,
-        deny_vendors=NAMES,
-        dispatch_log=TEXT,
-        use_flaggems=st.booleans(),
-        flagos_whitelist=NAMES,
-        flagos_blacklist=NAMES,
-        flagos_faster=NAMES,
-        flagos_broken=NAMES,
-        flagos_slower=NAMES,
-        flagos_scope=st.text(),
-        trial_record=TEXT,
-        trial_limit=st.floats(0, 1e5),
-        flaggems_record=st.booleans(),
-        flaggems_log_path=TEXT,
-        flaggems_log_once=st.booleans(),
-        dist_backend=TEXT,
-        flagcx_path=TEXT,
-        plugin_modules=NAMES,
-        log_level=st.text(),
-        dispatch_debug=st.booleans(),
-        patches=st.booleans(),
-        platform=st.text(),
-        profile_file=TEXT,
-        sources=st.dictionaries(st.sampled_from(list(OPTIONS)), st.builds(Source, st.integers(0, 3), st.text())),
-    )
+    st.fixed_dictionaries({name: BY_TYPE[hint] for name, hint in get_type_hints(Settings).items()}).map(lambda values: Settings(**values))
 )
 def test_json_round_trip(settings: Settings) -> None:
     text = settings.to_json()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from implementations import manager_of
 from installed_packages import Packages
 
 from sglang_fl.config import Settings
@@ -20,7 +21,6 @@ from sglang_fl.dispatch import (
     BackendImplKind,
     OpImpl,
     OpManager,
-    OpRegistry,
     Refusal,
     SelectionPolicy,
     call_op,
@@ -54,12 +54,6 @@ def say(word: str, fails: bool = False) -> Callable[[], str]:
         return word
 
     return fn
-
-
-def manager_of(*impls: OpImpl) -> OpManager:
-    registry = OpRegistry()
-    registry.register_many(impls)
-    return OpManager(registry)
 
 
 def standard(fails: tuple[str, ...] = (), **more: Any) -> OpManager:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ def known_policy() -> Iterator[None]:
     yield
     reset_global_policy()
     assert overrides.active == 0
+
+
+class Listener:
+    """Is told of each change of the policy, and raises an error at those that it refuses."""
+
+    def __init__(
+        self, refuses: Callable[[SelectionPolicy], bool] = lambda policy: False, why: str = "", error: type[BaseException] = RuntimeError
+    ) -> None:
+        self.seen: list[str] = []
+        self.refuses, self.why, self.error = refuses, why, error  # a class: an error would keep the listener alive, in its traceback
+        PolicyManager.get_instance().subscribe(self.look)
+
+    def look(self) -> None:
+        policy = get_policy()
+        self.seen.append(policy.prefer)
+        if self.refuses(policy):
+            raise self.error(self.why)
 
 
 def test_default_orders() -> None:
@@ -176,17 +193,7 @@ def test_another_task_never_sees_a_context() -> None:
 
 
 def test_a_listener_that_refuses_keeps_the_old_policy() -> None:
-    class Listener:
-        def __init__(self) -> None:
-            self.seen: list[str] = []
-
-        def look(self) -> None:
-            self.seen.append(get_policy().prefer)
-            if self.seen[-1] == "vendor":
-                raise RuntimeError("no vendor here")
-
-    listener = Listener()
-    PolicyManager.get_instance().subscribe(listener.look)
+    listener = Listener(lambda policy: policy.prefer == "vendor", "no vendor here")
     with pytest.raises(RuntimeError, match="no vendor here"):
         set_global_policy(SelectionPolicy("vendor"))
     assert get_policy().prefer == "flagos"
@@ -194,16 +201,10 @@ def test_a_listener_that_refuses_keeps_the_old_policy() -> None:
 
 
 def test_a_context_that_a_listener_refuses_was_never_entered() -> None:
-    class Listener:
-        def look(self) -> None:
-            if overrides.active:
-                raise RuntimeError("not now")
-
-    listener = Listener()
-    PolicyManager.get_instance().subscribe(listener.look)
+    listener = Listener(lambda policy: overrides.active > 0, "not now")
     with pytest.raises(RuntimeError, match="not now"), with_preference("vendor"):
         pytest.fail("entered")
-    assert get_policy().prefer == "flagos"
+    assert get_policy().prefer == "flagos" and listener.seen
     assert overrides.active == 0
 
 
@@ -314,44 +315,20 @@ def test_the_hash_of_a_policy_from_another_process_is_this_ones() -> None:
 
 
 def test_an_interrupt_of_a_listener_keeps_the_old_policy_everywhere() -> None:
-    class Listener:
-        def __init__(self) -> None:
-            self.seen: list[str] = []
-
-        def look(self) -> None:
-            self.seen.append(get_policy().prefer)
-            if self.seen[-1] == "vendor":
-                raise KeyboardInterrupt
-
-    first, second = Listener(), Listener()
-    for listener in (first, second):
-        PolicyManager.get_instance().subscribe(listener.look)
+    first, _second = (Listener(lambda policy: policy.prefer == "vendor", error=KeyboardInterrupt) for _ in range(2))
     with pytest.raises(KeyboardInterrupt):
         set_global_policy(SelectionPolicy("vendor"))
     assert get_policy().prefer == "flagos" and first.seen[-1] == "flagos"
 
 
 def test_settings_that_a_listener_refuses_are_not_in_force() -> None:
-    class Listener:
-        def look(self) -> None:
-            if get_policy().strict:
-                raise RuntimeError("not strict")
-
-    class Other:
-        seen = ""
-
-        def look(self) -> None:
-            self.seen = get_policy().prefer
-
-    listener, other = Listener(), Other()
     manager = PolicyManager.get_instance()
     reset_global_policy()
     manager.use_settings(Settings())
-    manager.subscribe(listener.look)
-    manager.subscribe(other.look)
+    refuses, other = Listener(lambda policy: policy.strict, "not strict"), Listener()
     with pytest.raises(RuntimeError, match="not strict"):
         manager.use_settings(Settings(strict=True, prefer="vendor"))
-    assert get_policy() == SelectionPolicy() and other.seen == "flagos"
+    assert get_policy() == SelectionPolicy() and refuses.seen[-1] == other.seen[-1] == "flagos"
 
 
 def test_policy_from_config(tmp_path: Path) -> None:

@@ -91,23 +91,16 @@ class Experts(NamedTuple):
         activation: silu, gelu, gelu_tanh or relu2.
         is_gated: whether w13 holds two matrices.
         weight_on_input: whether a token's weight multiplies what goes into the activation.
-        all_here: whether no other rank has experts of this layer.
     """
 
     activation: str
     is_gated: bool
     weight_on_input: bool
-    all_here: bool
 
     @classmethod
     def of(cls, config: Any) -> Experts:
         """Read off SGLang's MoeRunnerConfig."""
-        return cls(
-            config.activation,
-            config.is_gated,
-            config.apply_router_weight_on_input,
-            config.num_experts is not None and config.num_experts == config.num_local_experts,
-        )
+        return cls(config.activation, config.is_gated, config.apply_router_weight_on_input)
 
     def check(
         self,

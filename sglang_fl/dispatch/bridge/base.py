@@ -2,7 +2,7 @@
 """Bridges: which of SGLang's layers an operator can replace, and the forward that does it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 Forward = Callable[..., Any]
+#: How many tokens a layer's trial has.
+TRIAL_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model lies."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def first_difference(of: Any, standard: Mapping[str, Any]) -> str | None:
+    """``name=value`` of the first attribute with another value than the standard one, or None."""
+    return next((f"{name}={getattr(of, name)}" for name, value in standard.items() if getattr(of, name) != value), None)
 
 
 def scratch(context: ModelContext, *shape: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import ModelContext, activation_dtype, device_of, scratch
-from .gated_delta_rule import HybridBridge
+from .base import activation_dtype, device_of
+from .gated_delta_rule import HybridBridge, HybridContext
 
 #: The names of the weights ``[dim, width]`` in SGLang's layers.
 _WEIGHTS = ("conv_weights", "conv_weight")
@@ -20,31 +20,21 @@ PADDING = -1
 
 
 @dataclass(frozen=True)
-class ConvolutionContext:
+class ConvolutionContext(HybridContext):
     """The sizes of a model's convolutions on this rank.
 
     Attributes:
         dim: the number of channels.
         width: the length of the kernel.
         activation: ``"silu"`` or None.
-        state_dtype: the dtype of SGLang's pool of states.
     """
 
     dim: int
     width: int
     activation: str | None
-    dtype: torch.dtype
-    state_dtype: torch.dtype
-    device: torch.device
-
-    def scratch(self, *shape: int) -> torch.Tensor:
-        return scratch(ModelContext(self.dtype, self.device), *shape)
 
     def pool(self) -> torch.Tensor:
         return self.scratch(3, self.dim, self.width - 1).to(self.state_dtype)
-
-    def slots(self, *slots: int) -> torch.Tensor:
-        return torch.tensor(slots, dtype=torch.int32, device=self.device)
 
 
 class CausalConv1dBridge(HybridBridge):
@@ -57,7 +47,7 @@ class CausalConv1dBridge(HybridBridge):
         dtype, device = activation_dtype(model), device_of(model)
         state_dtype = dtype if self._problems() else self._state_dtypes(model).conv
         return {
-            ConvolutionContext(len(weight), weight.shape[1], activation(getattr(layer, "activation", None)), dtype, state_dtype, device)
+            ConvolutionContext(dtype, state_dtype, device, len(weight), weight.shape[1], activation(getattr(layer, "activation", None)))
             for layer, weight in layers
         }
 

@@ -19,7 +19,7 @@ class ChunkGatedDeltaRuleBridge(GatedDeltaRuleBridge):
         tokens, heads, value_heads = 69, context.heads, context.value_heads
         q, v = context.scratch(1, tokens, heads, context.key_dim), context.scratch(1, tokens, value_heads, context.value_dim)
         gate = context.scratch32(1, tokens, value_heads).abs()
-        slots, ends = (torch.tensor(x, dtype=torch.int32, device=context.device) for x in ([2, 0, -1], [0, 66, 68, tokens]))
+        slots, ends = context.integers(2, 0, -1), context.integers(0, 66, 68, tokens)
         pool = context.pool(3)
         scale = context.key_dim**-0.5
         result = fn(q, q.flip(1), v, -gate, 1 - gate / 2, scale, pool, slots, ends, True, True)

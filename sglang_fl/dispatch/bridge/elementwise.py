@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Forward, ModelContext, Routes, check_result, scratch
+from .base import TRIAL_TOKENS, Forward, ModelContext, Routes, check_result, scratch
 from .layer import Layer, LayerBridge
 
-_TRIAL_TOKENS = 2
 _UNKNOWN_SIZE = 128
 
 
@@ -23,8 +22,8 @@ class ElementwiseBridge(LayerBridge):
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         size = context.intermediate_size or _UNKNOWN_SIZE
-        x = scratch(context, _TRIAL_TOKENS, 2 * size if self.gated else size)
-        check_result("its result", fn(layer, x), x, (_TRIAL_TOKENS, size))
+        x = scratch(context, TRIAL_TOKENS, 2 * size if self.gated else size)
+        check_result("its result", fn(layer, x), x, (TRIAL_TOKENS, size))
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own, contexts, divert, failed = routes

@@ -18,7 +18,7 @@ from torch import nn
 from ...compat import hook as place_hook
 from ..catalog import FUNCTIONS
 from .base import Bridge, Forward
-from .socket import Load, Socket
+from .socket import HookSocket, Load
 
 
 class FunctionBridge(Bridge):
@@ -60,10 +60,11 @@ class FunctionHook:
         return own(*args, **kwargs) if forward is None else forward(self, *args, **kwargs)
 
 
-class FunctionSocket(Socket):
-    """A function that models call. Its forwards are called with its hook first."""
+class FunctionSocket(HookSocket):
+    """A function that models call."""
 
     bridge: FunctionBridge
+    hook: FunctionHook
 
     def __init__(self, bridge: FunctionBridge, contexts: set[Any], load: Load):
         super().__init__(bridge, bridge.name, load)
@@ -78,10 +79,6 @@ class FunctionSocket(Socket):
         socket._contexts = tuple({*self._contexts, *contexts})
         socket.load = load
         return socket
-
-    @property
-    def subject(self) -> FunctionHook:
-        return self.hook
 
     @property
     def trial_key(self) -> tuple[Any, ...]:
@@ -115,11 +112,6 @@ class FunctionSocket(Socket):
 
     def install(self, forward: Forward | None) -> None:
         self.hook.forward = forward if self.hook.is_placed else None
-
-    @staticmethod
-    def replace(subject: FunctionHook, installed: Forward, forward: Forward) -> None:
-        if subject.forward is installed:
-            subject.forward = forward
 
 
 def function_sockets(

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from .base import Forward, ModelContext, Routes, check_result, scratch
+from .base import TRIAL_TOKENS, Forward, ModelContext, Routes, check_result, first_difference, scratch
 from .layer import Layer, LayerBridge
 from .moe import server_reason, sglang_topk
 
-_TRIAL_TOKENS = 2
 #: (activation, is_gated) that the operator's text knows.
 _ACTIVATIONS = frozenset((name, gated) for name in ("silu", "gelu", "gelu_tanh", "relu2") for gated in (True, False))
 #: Options of SGLang's MoeRunnerConfig that change the result, and the value that does not.
 _STANDARD = {"gemm1_alpha": None, "gemm1_clamp_limit": None, "swiglu_limit": None, "no_combine": False, "silu_mul_keep_fp32": False}
+_computation = attrgetter("num_experts", "top_k", "activation", "is_gated", "apply_router_weight_on_input")
 #: SGLang's forwards by whether they multiply with routed_scaling_factor; after the others the model does.
 _SCALES = {"forward_cuda": True, "forward_musa": True, "forward_cpu": False, "forward_native": False}
 
@@ -54,9 +55,8 @@ class FusedMoEBridge(LayerBridge):
     def _reason_in_config(self, layer: Layer, config: Any, owner: Any) -> str | None:
         if (config.activation, config.is_gated) not in _ACTIVATIONS:
             return f"activation={config.activation}, is_gated={config.is_gated}"
-        for name, standard in _STANDARD.items():
-            if getattr(config, name) != standard:
-                return f"{name}={getattr(config, name)}"
+        if difference := first_difference(config, _STANDARD):
+            return difference
         if layer.w13_swiglu_interleaved or layer.load_up_proj_weight_first or layer.use_triton_kernels:
             return "its weights have another layout"
         if getattr(owner, "use_intel_amx_backend", False):
@@ -74,26 +74,17 @@ class FusedMoEBridge(LayerBridge):
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         config, owner = layer.moe_runner_config, layer.moe_runner_config.layer
-        return (
-            owner.w13_weight.dtype,
-            owner.w13_weight.shape,
-            config.num_experts,
-            config.top_k,
-            config.activation,
-            config.is_gated,
-            config.apply_router_weight_on_input,
-            layer.with_bias,
-        )
+        return owner.w13_weight.dtype, owner.w13_weight.shape, layer.with_bias, *_computation(config)
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         config, owner = layer.moe_runner_config, layer.moe_runner_config.layer
         experts, _, hidden_size = owner.w13_weight.shape
         top_k = min(config.top_k or 1, experts)
-        x = scratch(context, _TRIAL_TOKENS, hidden_size)
-        ids = torch.arange(top_k, dtype=torch.int32, device=context.device).repeat(_TRIAL_TOKENS, 1)
+        x = scratch(context, TRIAL_TOKENS, hidden_size)
+        ids = torch.arange(top_k, dtype=torch.int32, device=context.device).repeat(TRIAL_TOKENS, 1)
         ids[-1, -1] = -1
         weights = torch.full(ids.shape, 1 / top_k, device=context.device)
-        logits = x.new_zeros(_TRIAL_TOKENS, experts)
+        logits = x.new_zeros(TRIAL_TOKENS, experts)
         given = _dispatch_output()(x.clone(), None, sglang_topk().StandardTopKOutput(weights, ids, logits))
         result = fn(layer, owner, given)
         check_result("its result", result.hidden_states if isinstance(result, _combine_input()) else result, x)

@@ -18,7 +18,7 @@ class PackedDecodeBridge(GatedDeltaRuleBridge):
         value_heads, value_dim = context.value_heads, context.value_dim
         mixed = context.scratch(3, 2 * context.heads * context.key_dim + value_heads * value_dim)
         gate, constants = context.scratch(3, value_heads), context.scratch32(value_heads)
-        slots = torch.tensor([2, -1, 0], dtype=torch.int32, device=context.device)
+        slots = context.integers(2, -1, 0)
         pool, out = context.pool(3), context.scratch(3, 1, value_heads, value_dim)
         result = fn(mixed, gate, -gate, constants, -constants, context.key_dim**-0.5, pool, out, slots, True)
         for what, got, wanted in zip(("out", "the pool"), check_pair(result, "(out, initial_state)"), (out, pool), strict=True):

@@ -16,7 +16,7 @@ from torch import nn
 from ...compat import gated_delta_rule_problems, hook
 from ..catalog import FUNCTIONS
 from ..logger_manager import dispatch_log, get_logger
-from .base import ModelContext, activation_dtype, device_of, scratch
+from .base import ModelContext, activation_dtype, check_result, device_of, scratch
 from .function import FunctionBridge
 
 logger = get_logger()
@@ -28,13 +28,9 @@ _TRITON = "TritonGDNKernel"
 
 
 @dataclass(frozen=True)
-class GatedDeltaContext:
-    """The sizes of a model's gated-delta-rule layers on this rank."""
+class HybridContext:
+    """What a hybrid model calls the functions for: ``state_dtype`` is that of SGLang's pool of states."""
 
-    heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
     dtype: torch.dtype
     state_dtype: torch.dtype
     device: torch.device
@@ -44,6 +40,20 @@ class GatedDeltaContext:
 
     def scratch32(self, *shape: int) -> torch.Tensor:
         return scratch(ModelContext(torch.float32, self.device), *shape)
+
+    def integers(self, *values: int) -> torch.Tensor:
+        """Slots, or where sequences begin and end."""
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+@dataclass(frozen=True)
+class GatedDeltaContext(HybridContext):
+    """The sizes of a model's gated-delta-rule layers on this rank."""
+
+    heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
 
     def pool(self, slots: int) -> torch.Tensor:
         return self.scratch32(slots, self.value_heads, self.value_dim, self.key_dim).to(self.state_dtype)
@@ -82,7 +92,7 @@ class GatedDeltaRuleBridge(HybridBridge):
             import_module(_CALLER)  # SGLang does so a moment later, when it makes its attention backend
             state_dtype = self._state_dtypes(model).temporal
         dtype, device = activation_dtype(model), device_of(model)
-        return {GatedDeltaContext(x.num_k_heads, x.num_v_heads, x.head_k_dim, x.head_v_dim, dtype, state_dtype, device) for x in layers}
+        return {GatedDeltaContext(dtype, state_dtype, device, x.num_k_heads, x.num_v_heads, x.head_k_dim, x.head_v_dim) for x in layers}
 
     def hooked(self, log_level: int) -> None:
         """Say so if SGLang's dispatcher takes a kernel class that does not call the function."""
@@ -111,6 +121,12 @@ def _dispatcher_made(result: None, dispatcher: Any, *args: Any, **kwargs: Any) -
                 bridge.name,
             )
             dispatch_log().record(bridge.name, f"sglang(not called: {chosen} is used)")
+
+
+def check_tokens(out: Any, like: torch.Tensor, tokens: Any) -> None:
+    """As :func:`check_result` for a result like a tensor, of which what belongs to padding may be anything."""
+    fits = isinstance(out, torch.Tensor) and out.shape == like.shape
+    check_result("the result", out[tokens] if fits else out, like[tokens] if fits else like)
 
 
 def check_pool(pool: torch.Tensor, before: torch.Tensor, written: list[int]) -> None:

@@ -15,7 +15,7 @@ from ...kernels.places import KernelHook, put_in_place
 from ..kernel_implementations import exclusion_reason, replaceable
 from ..registry import OpRegistry
 from .base import Bridge, Forward, Routes
-from .socket import Load, Socket, mark_as_ours
+from .socket import HookSocket, Load, mark_as_ours
 
 
 class KernelBridge(Bridge):
@@ -46,9 +46,10 @@ def _own(hook: KernelHook, grid: Any, /, *args: Any, **kwargs: Any) -> Any:
     return hook.own(*args, **kwargs) if grid is None else hook.own[grid](*args, **kwargs)
 
 
-class KernelSocket(Socket):
+class KernelSocket(HookSocket):
     """A kernel of SGLang's. Its forwards are called with its hook, a launch's grid or None, and SGLang's arguments."""
 
+    hook: KernelHook
     is_tried = False
     dtype, device = torch.get_default_dtype(), torch.device("cpu")  # of no meaning here
 
@@ -57,10 +58,6 @@ class KernelSocket(Socket):
         self.names = {target.partition(":")[2]}
         self.hook = KernelHook()
         self._is_placed = False
-
-    @property
-    def subject(self) -> KernelHook:
-        return self.hook
 
     @property
     def trial_key(self) -> tuple[Any, ...]:
@@ -99,11 +96,6 @@ class KernelSocket(Socket):
             return forward(hook, grid, *args, **kwargs)
 
         self.install(first)
-
-    @staticmethod
-    def replace(subject: KernelHook, installed: Forward, forward: Forward) -> None:
-        if subject.forward is installed:
-            subject.forward = forward
 
 
 def kernel_sockets(registry: OpRegistry, device: Device, known: dict[str, KernelSocket], load: Load) -> Iterator[KernelSocket]:

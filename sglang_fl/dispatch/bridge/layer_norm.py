@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from .base import Forward, Routes
+from .base import Forward, Routes, first_difference
 from .layer import Layer
 from .norm import NormBridge
 
@@ -12,10 +12,7 @@ class LayerNormBridge(NormBridge):
     op = "layer_norm"
 
     def attribute_reason(self, layer: Layer) -> str | None:
-        for name, standard in (("elementwise_affine", True), ("use_bias", True)):
-            if getattr(layer, name) is not standard:
-                return f"{name}={getattr(layer, name)}"
-        return None
+        return first_difference(layer, {"elementwise_affine": True, "use_bias": True})
 
     def forward(self, routes: Routes) -> Forward:
         fn, dtypes, own, contexts, divert, failed = routes

@@ -3,9 +3,9 @@ from typing import Any
 
 import torch
 
-from .base import Forward, ModelContext, Routes, scratch
+from .base import TRIAL_TOKENS, Forward, ModelContext, Routes, scratch
 from .layer import Layer, LayerBridge
-from .rotary_embedding import OUT_OF_PLACE, TRIAL_TOKENS, UNKNOWN_HEADS, check_query_and_key, write_back
+from .rotary_embedding import OUT_OF_PLACE, UNKNOWN_HEADS, cache_reason, check_query_and_key, write_back
 
 
 class MRotaryEmbeddingBridge(LayerBridge):
@@ -15,9 +15,8 @@ class MRotaryEmbeddingBridge(LayerBridge):
     shared = True
 
     def attribute_reason(self, layer: Layer) -> str | None:
-        cache = layer._buffers.get("cos_sin_cache")
-        if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
-            return "its cos_sin_cache is not [max_position, rotary_dim]"
+        if reason := cache_reason(layer):
+            return reason
         if layer.mrope_interleaved_glm:
             return "mrope_interleaved_glm, on which SGLang's own forwards disagree"
         if layer.mrope_section and (layer.axis_map is None or layer.axis_map.shape != (layer.rotary_dim // 2,)):

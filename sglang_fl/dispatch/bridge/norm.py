@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import Forward, ModelContext, Routes, check_pair, check_result, scratch
+from .base import TRIAL_TOKENS, Forward, ModelContext, Routes, check_pair, check_result, scratch
 from .layer import Layer, LayerBridge
 
-_TRIAL_TOKENS = 2
 #: The attribute of a norm with its :class:`NormObj`, see :func:`norm_obj`.
 _OBJ = "_sglang_fl_obj"
 
@@ -32,7 +31,7 @@ class NormBridge(LayerBridge):
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         obj = self._obj(layer, context)
-        x = scratch(context, _TRIAL_TOKENS, obj.weight.shape[0])
+        x = scratch(context, TRIAL_TOKENS, obj.weight.shape[0])
         check_result("its result", fn(obj, x.clone()), x)
         if self.with_residual:
             pair = check_pair(fn(obj, x.clone(), x.clone()), "(normed, residual)", "with a residual ")

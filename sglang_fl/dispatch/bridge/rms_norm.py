@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
 
+from .base import first_difference
 from .layer import Layer
 from .norm import NormBridge
 
@@ -33,10 +34,8 @@ class RMSNormBridge(NormBridge):
     with_residual = True
 
     def attribute_reason(self, layer: Layer) -> str | None:
-        for name, standard in _STANDARD.items():
-            value = getattr(layer, name)
-            if value != standard:
-                return f"{name}={value}"
+        if difference := first_difference(layer, _STANDARD):
+            return difference
         if getattr(layer, "x_pad_to_multiple", 0):
             return f"x_pad_to_multiple={layer.x_pad_to_multiple}"
         if _fuses_fp8(layer):

@@ -3,10 +3,10 @@ from typing import Any
 
 import torch
 
-from .base import Forward, ModelContext, Routes, check_pair, check_result, scratch
+from .base import TRIAL_TOKENS, Forward, ModelContext, Routes, check_pair, check_result, scratch
 from .layer import Layer, LayerBridge
 
-TRIAL_TOKENS, UNKNOWN_HEADS = 2, (4, 2)
+UNKNOWN_HEADS = (4, 2)
 #: SGLang's forwards that return new tensors.
 OUT_OF_PLACE = frozenset({"forward_native", "forward_npu"})
 #: Where a layer keeps (its cos_sin_cache, the cos half, the sin half).
@@ -27,6 +27,14 @@ def cos_sin(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return halves
 
 
+def cache_reason(layer: Layer) -> str | None:
+    """Why the operators cannot read a layer's ``cos_sin_cache``, or None."""
+    cache = layer._buffers.get("cos_sin_cache")
+    if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
+        return "its cos_sin_cache is not [max_position, rotary_dim]"
+    return None
+
+
 class RotaryEmbeddingBridge(LayerBridge):
     """SGLang's RotaryEmbedding: ``forward(positions, query, key, offsets, fused_set_kv_buffer_arg)``."""
 
@@ -34,12 +42,9 @@ class RotaryEmbeddingBridge(LayerBridge):
     shared = True
 
     def attribute_reason(self, layer: Layer) -> str | None:
-        cache = layer._buffers.get("cos_sin_cache")
-        if cache is None or cache.dim() != 2 or cache.is_complex() or cache.shape[1] != layer.rotary_dim:
-            return "its cos_sin_cache is not [max_position, rotary_dim]"
-        if hasattr(layer, "sin_cos_cache"):
-            return "it reads sin_cos_cache instead of positions"
-        return None
+        if reason := cache_reason(layer):
+            return reason
+        return "it reads sin_cos_cache instead of positions" if hasattr(layer, "sin_cos_cache") else None
 
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         return context.heads, layer.head_size, layer.rotary_dim, layer.is_neox_style, layer.cos_sin_cache.dtype

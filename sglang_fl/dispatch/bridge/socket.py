@@ -102,6 +102,25 @@ class Socket(ABC):
         """Put a forward in the place of another, if that one is still installed."""
 
 
+class HookSocket(Socket):
+    """A call site in whose place a hook stands. Its forwards are called with the hook first.
+
+    Attributes:
+        hook: calls go to its ``forward``, or to SGLang's function if that is None.
+    """
+
+    hook: Any
+
+    @property
+    def subject(self) -> Any:
+        return self.hook
+
+    @staticmethod
+    def replace(subject: Any, installed: Forward, forward: Forward) -> None:
+        if subject.forward is installed:
+            subject.forward = forward
+
+
 def mark_as_ours(forward: Forward) -> Forward:
     forward._is_sglang_fl = True  # type: ignore[attr-defined]
     return forward

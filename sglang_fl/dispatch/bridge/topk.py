@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-from .base import Forward, ModelContext, Routes, check_result, scratch
+from .base import TRIAL_TOKENS, Forward, ModelContext, Routes, check_result, scratch
 from .layer import Layer, LayerBridge
 from .moe import server_arguments, server_reason, sglang_topk
 
-_TRIAL_TOKENS = 2
 _UNKNOWN_EXPERTS, _UNKNOWN_SIZE = 64, 128
+#: What selects and weighs experts in SGLang's TopKConfig, but for groups and a correction bias.
+_routing = attrgetter(
+    *("top_k", "scoring_func", "renormalize", "num_shared_topk_slots", "routed_scaling_factor"),
+    *("apply_routed_scaling_factor_on_output", "fused_shared_experts_scaling_factor"),
+)
 
 
 class TopKBridge(LayerBridge):
@@ -35,26 +40,16 @@ class TopKBridge(LayerBridge):
     def trial_key(self, layer: Layer, context: ModelContext) -> tuple[Any, ...]:
         config = layer.topk_config
         bias = None if config.correction_bias is None else (config.correction_bias.dtype, config.correction_bias.shape)
-        return (
-            context.num_experts,
-            config.top_k,
-            config.scoring_func,
-            config.renormalize,
-            config.use_grouped_topk and (config.num_expert_group, config.topk_group),
-            bias,
-            config.num_shared_topk_slots,
-            config.routed_scaling_factor,
-            config.apply_routed_scaling_factor_on_output,
-            config.fused_shared_experts_scaling_factor,
-        )
+        groups = config.use_grouped_topk and (config.num_expert_group, config.topk_group)
+        return context.num_experts, groups, bias, *_routing(config)
 
     def trial(self, layer: Layer, context: ModelContext, fn: Forward) -> None:
         config = layer.topk_config
         bias = config.correction_bias
         experts = len(bias) if bias is not None else context.num_experts or _UNKNOWN_EXPERTS
-        hidden_states = scratch(context, _TRIAL_TOKENS, _UNKNOWN_SIZE)
-        router_logits = scratch(context, _TRIAL_TOKENS, experts)
-        wanted = torch.empty(_TRIAL_TOKENS, config.top_k, device=context.device)
+        hidden_states = scratch(context, TRIAL_TOKENS, _UNKNOWN_SIZE)
+        router_logits = scratch(context, TRIAL_TOKENS, experts)
+        wanted = torch.empty(TRIAL_TOKENS, config.top_k, device=context.device)
         for num_tokens in (None, torch.ones(1, dtype=torch.int32, device=context.device)):
             result = fn(layer, hidden_states, router_logits.clone(), num_token_non_padded=num_tokens, expert_location_dispatch_info=None)
             if not isinstance(result, tuple) or len(result) < 2:

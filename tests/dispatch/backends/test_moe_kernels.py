@@ -247,7 +247,7 @@ def test_what_the_sorting_needs_is_made_at_the_first_call(flagos: Functions, mon
     made = []
     monkeypatch.setattr(impl, "_places", lambda count: made.append(count) or 1 << count.bit_length())
     w13, w2 = torch.zeros(32, 8, 16, dtype=torch.bfloat16), torch.zeros(32, 16, 4, dtype=torch.bfloat16)
-    experts = Experts("silu", True, False, True)
+    experts = Experts("silu", True, False)
     for tokens in (1, 100):
         x, ids = torch.zeros(tokens, 16, dtype=torch.bfloat16), torch.zeros(tokens, 2, dtype=torch.int32)
         impl.compute(x, w13, w2, torch.ones(tokens, 2), ids, None, None, experts)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference backend against float64, and implementations that are wrong in every known way."""
 
-import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,24 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul, randn
 from backend_functions import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SHAPES = [(1, 8), (7, 64), (0, 64), (3, 5, 128), (2, 0, 16), (64, 1024), (2, 4096), (33, 40)]
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    """Fresh inputs in every run; the seed of a failing one is in its output."""
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, generator=rng) * scale).to(dtype)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])

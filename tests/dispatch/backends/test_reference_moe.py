@@ -117,8 +117,8 @@ def test_experts_of_several_places_are_not_taken() -> None:
         ({"w2": torch.zeros(4, 8, 6)}, r"w2_weight has shape \(4, 8, 6\), not \(4, 8, 3\)"),
         ({"x": torch.zeros(2, 7)}, r"hidden_states has shape \(2, 7\), not \[num_tokens, 8\]"),
         ({"topk_ids": torch.zeros(2, 3, dtype=torch.int32)}, r"topk_weights \(2, 2\) and topk_ids \(2, 3\)"),
-        ({"experts": Experts("swish", True, False, True)}, "one of silu, gelu, gelu_tanh, relu2, not 'swish'"),
-        ({"experts": Experts("silu", True, True, True), "w13_bias": torch.zeros(4, 6)}, "do not take their weight on the input"),
+        ({"experts": Experts("swish", True, False)}, "one of silu, gelu, gelu_tanh, relu2, not 'swish'"),
+        ({"experts": Experts("silu", True, True), "w13_bias": torch.zeros(4, 6)}, "do not take their weight on the input"),
     ],
 )
 def test_experts_that_do_not_fit(change: dict[str, Any], told: str) -> None:
@@ -130,7 +130,7 @@ def test_experts_that_do_not_fit(change: dict[str, Any], told: str) -> None:
         "topk_ids": torch.zeros(2, 2, dtype=torch.int32),
         "w13_bias": None,
         "w2_bias": None,
-        "experts": Experts("silu", True, False, True),
+        "experts": Experts("silu", True, False),
     }
     with pytest.raises(ValueError, match=told):
         moe.compute(**{**given_to_it, **change})

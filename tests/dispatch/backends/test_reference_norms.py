@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference's Gemma norm, layer norm and further activations against float64, and some that are wrong."""
 
-import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, ELEMENTWISE, Gelu, Norm, check_activation, check_gemma_rms_norm, check_layer_norm
+from accuracy import DTYPES, ELEMENTWISE, Gelu, Norm, check_activation, check_gemma_rms_norm, check_layer_norm, randn
 from backend_functions import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,18 +23,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    """Fresh inputs in every run; the seed of a failing one is in its output."""
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, generator=rng) * scale).to(dtype)
 
 
 def affine(rng: torch.Generator, size: int, dtype: torch.dtype = torch.float32, eps: float = 1e-6) -> Norm:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from implementations import manager_of, unchanged
 from sglang.kernels import fused_op
 from sglang.kernels.spec import KernelBackend
 from torch import nn
@@ -25,7 +26,6 @@ from sglang_fl.dispatch import (
     BackendImplKind,
     OpImpl,
     OpManager,
-    OpRegistry,
     PolicyManager,
     SelectionPolicy,
     get_default_manager,
@@ -53,8 +53,7 @@ def norm_that_says(number: float) -> Callable[..., Any]:
     """An rms_norm whose result tells which implementation ran."""
 
     def fn(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        y = torch.full_like(x, number)
-        return y if residual is None else (y, residual)
+        return unchanged(layer, torch.full_like(x, number), residual)
 
     return fn
 
@@ -68,16 +67,13 @@ FLAGOS, VENDOR, REFERENCE = 1.0, 2.0, 3.0
 
 def manager(**functions: Callable[..., Any] | None) -> OpManager:
     """rms_norm on flagos, vendor and reference; a None leaves one out."""
-    registry = OpRegistry()
-    for word, kind, impl_id, number in (
-        ("flagos", D, "default.flagos", FLAGOS),
-        ("vendor", V, "vendor.x", VENDOR),
-        ("reference", R, "reference.torch", REFERENCE),
-    ):
-        fn = functions.get(word, norm_that_says(number))
-        if fn is not None:
-            registry.register_impl(OpImpl("rms_norm", impl_id, kind, fn, vendor="x" if kind is V else None, writes_inputs=False))
-    return OpManager(registry)
+    rows = (("flagos", "default.flagos", D, FLAGOS), ("vendor", "vendor.x", V, VENDOR), ("reference", "reference.torch", R, REFERENCE))
+    given = [(impl_id, kind, functions.get(word, norm_that_says(number))) for word, impl_id, kind, number in rows]
+    return manager_of(*(rms_norm(impl_id, kind, fn, writes_inputs=False) for impl_id, kind, fn in given if fn is not None))
+
+
+def rms_norm(impl_id: str, kind: BackendImplKind, fn: Callable[..., Any], **more: Any) -> OpImpl:
+    return OpImpl("rms_norm", impl_id, kind, fn, vendor="x" if kind is V else None, **more)
 
 
 def order(*tokens: str, strict: bool = False) -> SelectionPolicy:
@@ -192,25 +188,24 @@ def test_the_summary_counts() -> None:
 
 
 def test_supported_dtypes_are_honoured() -> None:
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("rms_norm", "default.flagos", D, norm_that_says(FLAGOS), supported_dtypes=frozenset({torch.bfloat16})))
-    registry.register_impl(OpImpl("rms_norm", "reference.torch", R, norm_that_says(REFERENCE)))
+    flagos = rms_norm("default.flagos", D, norm_that_says(FLAGOS), supported_dtypes=frozenset({torch.bfloat16}))
+    impls = manager_of(flagos, rms_norm("reference.torch", R, norm_that_says(REFERENCE)))
     for dtype, expected in ((torch.bfloat16, FLAGOS), (torch.float32, REFERENCE)):
         layer = norm()
-        bind(layer, OpManager(registry), dtype=dtype)
+        bind(layer, impls, dtype=dtype)
         assert layer(X.to(dtype))[0, 0].item() == expected
 
 
 def wrong_shape(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-    return x[..., :1] if residual is None else (x[..., :1], residual)
+    return unchanged(layer, x[..., :1], residual)
 
 
 def wrong_dtype(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-    return x.double() if residual is None else (x.double(), residual)
+    return unchanged(layer, x.double(), residual)
 
 
 def not_finite(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-    return x * float("nan") if residual is None else (x * float("nan"), residual)
+    return unchanged(layer, x * float("nan"), residual)
 
 
 def forgets_residual(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -266,7 +261,7 @@ def test_the_trial_has_the_layers_real_size_and_dtype_and_leaves_random_numbers_
 
     def fn(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         seen.append((tuple(x.shape), x.dtype, residual is not None))
-        return x if residual is None else (x, residual)
+        return unchanged(layer, x, residual)
 
     set_global_policy(SelectionPolicy())
     layers = [norm() for _ in range(30)]
@@ -372,10 +367,8 @@ def test_a_bound_rotary_embedding_can_be_compiled_as_it_is() -> None:
     def plus(obj: Any, query: Any, key: Any, cos: Any, sin: Any, position_ids: Any, rotary_interleaved: Any = 0, inplace: Any = 0) -> Any:
         return query + 1, key + 2
 
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("rotary_embedding", "default.flagos", D, plus))
     layer: Any = rotary("RotaryEmbedding")
-    bind(layer, OpManager(registry))
+    bind(layer, manager_of(OpImpl("rotary_embedding", "default.flagos", D, plus)))
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     query, positions = torch.zeros(3, 128), torch.arange(3)
     got = compiled(positions, query, query)
@@ -401,13 +394,11 @@ def test_tracing_names_the_implementation() -> None:
 
 def test_deterministic_mode_takes_only_what_is_batch_invariant() -> None:
     set_global_policy(SelectionPolicy())
-    registry = manager().registry
-    layer = norm()
-    report = bind(layer, OpManager(registry), deterministic=True)
+    impls, layer, other = manager(), norm(), norm()
+    report = bind(layer, impls, deterministic=True)
     assert ran(layer) == "sglang" and "sglang(deterministic mode)" in report.summary()
-    registry.register_impl(OpImpl("rms_norm", "reference.exact", R, norm_that_says(9.0), batch_invariant=True))
-    other = norm()
-    bind(other, OpManager(registry), deterministic=True)
+    impls.registry.register_impl(rms_norm("reference.exact", R, norm_that_says(9.0), batch_invariant=True))
+    bind(other, impls, deterministic=True)
     assert ran(other) == 9.0
 
 
@@ -445,7 +436,7 @@ def test_a_policy_set_while_a_model_is_being_bound_is_followed() -> None:
     binder = Binder(manager())
     _alive.append(binder)
     with binder._lock:
-        thread = threading.Thread(target=binder.bind, args=(Model(layer), Settings()))
+        thread = threading.Thread(target=binder.bind, args=(Model(layer), Load()))
         thread.start()
         time.sleep(0.2)  # the thread waits for the lock now
         set_global_policy(SelectionPolicy("vendor"))
@@ -590,30 +581,21 @@ def test_a_failure_comes_to_sglang_where_the_order_says_so() -> None:
 
 def test_a_retry_is_as_choosy_as_the_binding() -> None:
     """Neither what is not batch-invariant, nor what does not take the dtype, nor what failed its trial."""
-    for deterministic in (True, False):
-        registry = OpRegistry()
-        first = OpImpl("rms_norm", "default.flagos", D, breaks_later("flagos"), writes_inputs=False, batch_invariant=True)
-        registry.register_impl(first)
-        if deterministic:
-            registry.register_impl(OpImpl("rms_norm", "vendor.x", V, norm_that_says(VENDOR), vendor="x"))
-        else:
-            registry.register_impl(
-                OpImpl("rms_norm", "vendor.x", V, norm_that_says(VENDOR), vendor="x", supported_dtypes=frozenset({torch.bfloat16}))
-            )
-            registry.register_impl(OpImpl("rms_norm", "vendor.y", V, wrong_shape, vendor="y"))
-        set_global_policy(SelectionPolicy())
+    first = rms_norm("default.flagos", D, breaks_later("flagos"), writes_inputs=False, batch_invariant=True)
+    other_dtype = rms_norm("vendor.x", V, norm_that_says(VENDOR), supported_dtypes=frozenset({torch.bfloat16}))
+    for deterministic, others in (
+        (True, [rms_norm("vendor.x", V, norm_that_says(VENDOR))]),
+        (False, [other_dtype, rms_norm("vendor.y", V, wrong_shape)]),
+    ):
         layer = norm()
-        bind(layer, OpManager(registry), deterministic=deterministic)
+        bind(layer, manager_of(first, *others), deterministic=deterministic)
         with pytest.raises(ArithmeticError, match="flagos cannot do 8 rows"):
             layer(torch.ones(8, HIDDEN))
 
 
 def test_a_failure_goes_up_where_inputs_may_have_been_written() -> None:
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("rms_norm", "default.flagos", D, breaks_later("flagos")))
-    registry.register_impl(OpImpl("rms_norm", "reference.torch", R, norm_that_says(REFERENCE)))
-    layer = norm()
-    bind(layer, OpManager(registry))
+    layer, reference = norm(), rms_norm("reference.torch", R, norm_that_says(REFERENCE))
+    bind(layer, manager_of(rms_norm("default.flagos", D, breaks_later("flagos")), reference))
     with pytest.raises(ArithmeticError, match="flagos cannot do 8 rows"):
         layer(torch.ones(8, HIDDEN))
 
@@ -630,11 +612,9 @@ def test_rotary_that_fails_comes_to_sglang_in_sglangs_shape() -> None:
             raise ArithmeticError
         return query, key
 
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("rotary_embedding", "default.flagos", D, fn, writes_inputs=False))
     set_global_policy(SelectionPolicy(per_op_order=(("rotary_embedding", ("flagos", "sglang")),)))
     layer: Any = rotary("RotaryEmbedding")
-    bind(layer, OpManager(registry))
+    bind(layer, manager_of(OpImpl("rotary_embedding", "default.flagos", D, fn, writes_inputs=False)))
     query, positions = torch.randn(6, 128), torch.arange(6)
     expected = layer.forward_native(positions, query, query)
     got = layer(positions, query, query)

@@ -3,8 +3,7 @@
 
 import ast
 import re
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,15 @@ import sglang
 import torch
 from accuracy import U32, assert_within
 from backend_functions import reference
+from implementations import manager_of
 from torch import nn
 
 from sglang_fl.config import Settings
 from sglang_fl.dispatch import (
     BackendImplKind,
     OpImpl,
-    OpManager,
-    OpRegistry,
     Refusal,
     SelectionPolicy,
-    reset_global_policy,
     set_global_policy,
 )
 from sglang_fl.dispatch.bridge.binder import Binder
@@ -47,6 +44,7 @@ from .sglang_layers import (
 )
 
 CALLS: list[str] = []
+pytestmark = pytest.mark.usefixtures("reference_policy")
 
 
 def counted(op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,35 +56,21 @@ def counted(op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def counted_reference(op: str, fn: Callable[..., Any] | None = None, **more: Any) -> OpImpl:
+    """The reference, or a function in its place."""
+    return OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, counted(op, fn or getattr(reference, op)), **more)
+
+
 def bind(
     *layers: nn.Module, dtype: torch.dtype = torch.float32, settings: Settings | None = None, **wrong: Callable[..., Any]
 ) -> BindReport:
     """Bind layers to the reference, or to a function given for an operator; the calls of the trial are not counted."""
-    registry = OpRegistry()
-    for op in LAYERS:
-        registry.register_impl(
-            OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, counted(op, wrong.get(op) or getattr(reference, op)))
-        )
-    binder = Binder(OpManager(registry))
+    binder = Binder(manager_of(*(counted_reference(op, wrong.get(op)) for op in LAYERS)))
     for layer in layers:
         layer.test_keeps_alive = binder  # type: ignore[assignment]
     report = binder.bind(Model(*layers, dtype=dtype), Load(settings or Settings()))
     CALLS.clear()
     return report
-
-
-@pytest.fixture(autouse=True)
-def reference_policy() -> Iterator[None]:
-    set_global_policy(SelectionPolicy("reference"))
-    yield
-    reset_global_policy()
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def sglang_subclasses() -> dict[str, set[str]]:
@@ -292,13 +276,10 @@ def test_after_a_refusal_the_next_takes_the_call(rng: torch.Generator) -> None:
             raise Refusal(f"cos in {cos.dtype}")
         return reference.rotary_embedding(obj, query, key, cos, *rest)
 
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("rotary_embedding", "vendor.x", BackendImplKind.VENDOR, only_fp32, vendor="nvidia"))
-    second = counted("rotary_embedding", reference.rotary_embedding)
-    registry.register_impl(OpImpl("rotary_embedding", "reference.torch", BackendImplKind.REFERENCE, second))
+    vendors = OpImpl("rotary_embedding", "vendor.x", BackendImplKind.VENDOR, only_fp32, vendor="nvidia")
     set_global_policy(SelectionPolicy("vendor"))
     layer = rotary("RotaryEmbedding")
-    binder = Binder(OpManager(registry))
+    binder = Binder(manager_of(vendors, counted_reference("rotary_embedding")))
     assert binder.bind(Model(layer), Load()).bound == 1
     query, positions = torch.randn(3, HEAD, generator=rng), torch.tensor([3, 5, 7])
     CALLS.clear()
@@ -310,16 +291,13 @@ def test_after_a_refusal_the_next_takes_the_call(rng: torch.Generator) -> None:
 
 def test_a_call_in_a_dtype_that_is_not_supported_goes_to_sglang(rng: torch.Generator) -> None:
     """Some models rotate, or normalise, in fp32 within a bf16 model (models/stablelm.py)."""
-    registry = OpRegistry()
-    for op in LAYERS:
-        fn = counted(op, getattr(reference, op))
-        registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, fn, supported_dtypes=frozenset({torch.bfloat16})))
+    only_bf16 = frozenset({torch.bfloat16})
     norm, activation, embedding = (
         NORM_LAYERS["RMSNorm"](),
         ACTIVATION_LAYERS["SiluAndMul"](),
         rotary("RotaryEmbedding", dtype=torch.bfloat16),
     )
-    binder = Binder(OpManager(registry))
+    binder = Binder(manager_of(*(counted_reference(op, supported_dtypes=only_bf16) for op in LAYERS)))
     assert binder.bind(Model(norm, activation, embedding, dtype=torch.bfloat16), Load()).bound == 3
     CALLS.clear()
     for dtype, expected in ((torch.float32, []), (torch.bfloat16, ["rms_norm", "rms_norm", "silu_and_mul", "rotary_embedding"])):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from backend_functions import reference
 from e2e import field_backend
+from implementations import manager_of
 from sglang.srt.layers.attention.linear import gdn_backend
 from sglang.srt.layers.attention.linear.gdn_backend import GDNKernelDispatcher
 from sglang.srt.layers.attention.linear.kernels import gdn_triton
@@ -26,8 +27,6 @@ from sglang_fl.config import Settings
 from sglang_fl.dispatch import (
     BackendImplKind,
     OpImpl,
-    OpManager,
-    OpRegistry,
     PolicyManager,
     SelectionPolicy,
     reset_global_policy,
@@ -81,17 +80,17 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 _alive: list[Binder] = []
 
 
+def references() -> list[OpImpl]:
+    return [OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False) for op in FUNCTIONS]
+
+
 def bind(
     policy: SelectionPolicy | None = None, model: nn.Module | None = None, settings: Settings | None = None, **fns: Callable[..., Any]
 ) -> BindReport:
     """Bind a hybrid model's functions; ``fns`` are the reference, and flagos, which goes first, by default."""
-    registry = OpRegistry()
-    for op in FUNCTIONS:
-        registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False))
-        if op in fns:
-            registry.register_impl(OpImpl(op, "default.flagos", BackendImplKind.DEFAULT, fns[op], writes_inputs=False))
+    flagos = (OpImpl(op, "default.flagos", BackendImplKind.DEFAULT, fn, writes_inputs=False) for op, fn in fns.items())
     set_global_policy(policy or SelectionPolicy())
-    binder = Binder(OpManager(registry))
+    binder = Binder(manager_of(*references(), *flagos))
     _alive.append(binder)
     return binder.bind(model or Hybrid(), Load(settings or Settings()))
 
@@ -324,17 +323,8 @@ def test_the_word_sglang_behind_it_means_sglangs_function(monkeypatch: pytest.Mo
 
 def test_a_dtype_that_the_implementation_does_not_take_goes_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     sglangs_is_recorded(monkeypatch)
-    registry = OpRegistry()
-    registry.register_impl(
-        OpImpl(
-            CHUNK,
-            "reference.torch",
-            BackendImplKind.REFERENCE,
-            reference.chunk_gated_delta_rule,
-            supported_dtypes=frozenset({torch.bfloat16}),
-        )
-    )
-    binder = Binder(OpManager(registry))
+    fn, only = reference.chunk_gated_delta_rule, frozenset({torch.bfloat16})
+    binder = Binder(manager_of(OpImpl(CHUNK, "reference.torch", BackendImplKind.REFERENCE, fn, supported_dtypes=only)))
     report = binder.bind(Hybrid(dtype=torch.bfloat16), Load())
     assert report.functions[CHUNK, CHUNK] == "reference(reference.torch)"
     assert prefill()[0] == "o", "an fp32 call in a bf16 model"
@@ -419,11 +409,7 @@ def test_a_refresh_that_stops_changes_nothing() -> None:
 
 
 def test_a_model_loaded_with_other_settings_decides_anew() -> None:
-    registry = OpRegistry()
-    registry.register_many(
-        OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False) for op in FUNCTIONS
-    )
-    binder = Binder(OpManager(registry))
+    binder = Binder(manager_of(*references()))
     assert binder.bind(Hybrid(), Load()).functions[CHUNK, CHUNK] == "reference(reference.torch)"
     report = binder.bind(Hybrid(), Load(Settings(oot_blacklist=(CHUNK,))))
     assert report.functions[CHUNK, CHUNK] == "sglang(oot_blacklist)"

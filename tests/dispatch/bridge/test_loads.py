@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from implementations import manager_of, unchanged
 from torch import nn
 
 from sglang_fl import bind, startup
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
-from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
+from sglang_fl.dispatch import BackendImplKind, OpImpl, PolicyManager, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.recording import RecordingFunction
 from sglang_fl.dispatch.bridge.socket import Load
@@ -33,18 +34,14 @@ def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def binder() -> Binder:
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("rms_norm", "reference.torch", BackendImplKind.REFERENCE, lambda layer, x, residual=None: (x, residual)))
-    registry.register_impl(
-        OpImpl("rms_norm", "vendor.exact", BackendImplKind.VENDOR, plain, vendor="x", writes_inputs=False, batch_invariant=True)
-    )
-    registry.register_impl(OpImpl("rms_norm", "default.flagos", BackendImplKind.DEFAULT, plain, writes_inputs=False))
     set_global_policy(SelectionPolicy())
-    return Binder(OpManager(registry))
-
-
-def plain(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-    return x if residual is None else (x, residual)
+    return Binder(
+        manager_of(
+            OpImpl("rms_norm", "reference.torch", BackendImplKind.REFERENCE, lambda layer, x, residual=None: (x, residual)),
+            OpImpl("rms_norm", "vendor.exact", BackendImplKind.VENDOR, unchanged, vendor="x", writes_inputs=False, batch_invariant=True),
+            OpImpl("rms_norm", "default.flagos", BackendImplKind.DEFAULT, unchanged, writes_inputs=False),
+        )
+    )
 
 
 def norm() -> nn.Module:

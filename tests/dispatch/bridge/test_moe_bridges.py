@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's routers and experts: bound they compute what SGLang computes, or they are left alone."""
 
-import secrets
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from accuracy import assert_within
 from backend_functions import reference
 from e2e import field_backend
+from implementations import manager_of
 from torch import nn
 
 from sglang_fl.dispatch import (
@@ -18,7 +18,6 @@ from sglang_fl.dispatch import (
     OpImpl,
     SelectionPolicy,
     policy_context,
-    reset_global_policy,
     set_global_policy,
     with_preference,
 )
@@ -26,30 +25,17 @@ from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.layer import LayerSocket
 from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.manager import OpManager
-from sglang_fl.dispatch.registry import OpRegistry
 
 from .sglang_layers import EXPERTS, HIDDEN, MOE_LAYERS, Model, experts, in_a_server, router
 from .test_bridges import CALLS, bind
+
+pytestmark = pytest.mark.usefixtures("reference_policy")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def server() -> Iterator[None]:
     with in_a_server():
         yield
-
-
-@pytest.fixture(autouse=True)
-def reference_policy() -> Iterator[None]:
-    set_global_policy(SelectionPolicy("reference"))
-    yield
-    reset_global_policy()
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def tokens(rng: torch.Generator, count: int = 7, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -519,10 +505,8 @@ def test_the_trial_of_routing_sees_what_is_wrong(wrong: Callable[..., Any], told
 
 
 def bind_block(block: nn.Module, **wrong: Callable[..., Any]) -> Any:
-    registry = OpRegistry()
-    for op in ("topk", "fused_moe"):
-        registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, wrong.get(op) or getattr(reference, op)))
-    binder = Binder(OpManager(registry))
+    given = {op: wrong.get(op) or getattr(reference, op) for op in ("topk", "fused_moe")}
+    binder = Binder(manager_of(*(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, fn) for op, fn in given.items())))
     block.test_keeps_alive = binder  # type: ignore[assignment]
     return binder.bind(Model(block), Load())
 
@@ -564,12 +548,11 @@ def test_an_implementation_that_fails_in_service_is_retried_elsewhere(
         return getattr(reference, op)(*args, **named)
 
     for successor in (True, False):
-        registry = OpRegistry()
-        registry.register_impl(OpImpl(op, "vendor.sometimes", BackendImplKind.VENDOR, sometimes, vendor="x", writes_inputs=False))
+        impls = [OpImpl(op, "vendor.sometimes", BackendImplKind.VENDOR, sometimes, vendor="x", writes_inputs=False)]
         if successor:
-            registry.register_impl(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False))
+            impls.append(OpImpl(op, "reference.torch", BackendImplKind.REFERENCE, getattr(reference, op), writes_inputs=False))
         set_global_policy(SelectionPolicy("vendor", per_op_order=((op, ("vendor", "reference", "sglang")),)))
-        binder = Binder(OpManager(registry))
+        binder = Binder(manager_of(*impls))
         layer, owner = router(), experts()
         state.broken = False
         assert binder.bind(Model(nn.ModuleDict({"topk": layer, "experts": owner})), Load()).bound == 1

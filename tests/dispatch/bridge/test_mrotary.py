@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .sglang_layers import HEAD, MAX_POSITION, ROTARY_LAYERS, rotary
-from .test_bridges import CALLS, agree_with_native, bind, reference, reference_policy, rng
+from .test_bridges import CALLS, agree_with_native, bind, reference
 
-__all__ = ["reference_policy", "rng"]
+pytestmark = pytest.mark.usefixtures("reference_policy")
 SECTIONS = [8, 12, 12]
 
 

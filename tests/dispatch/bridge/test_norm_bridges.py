@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 from accuracy import Norm, assert_within
+from implementations import manager_of
 from torch import nn
 
 from sglang_fl.check.exact import normalization as exact
-from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, SelectionPolicy, set_global_policy
+from sglang_fl.dispatch import BackendImplKind, OpImpl, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.socket import Load
 from sglang_fl.dispatch.catalog import CUSTOM_FORWARD
 
 from .sglang_layers import ACTIVATION_LAYERS, HIDDEN, NORM_LAYERS, OP_OF, Model, sglang_class
-from .test_bridges import CALLS, bind, counted, reference, reference_policy, rng
+from .test_bridges import CALLS, bind, counted, reference
 
-__all__ = ["reference_policy", "rng"]
+pytestmark = pytest.mark.usefixtures("reference_policy")
 
 
 def bound_norm(rng: torch.Generator, name: str, **options: Any) -> Any:
@@ -222,7 +223,6 @@ def test_layer_norm_works_in_its_own_dtype(rng: torch.Generator, working: torch.
 
 def test_a_failing_norm_gives_way_to_one_that_reads_the_same_weights(rng: torch.Generator) -> None:
     """Gemma3RMSNorm has no variance_epsilon: what takes over is called with what stands for it."""
-    registry = OpRegistry()
     broken = False
 
     def fails(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -230,14 +230,14 @@ def test_a_failing_norm_gives_way_to_one_that_reads_the_same_weights(rng: torch.
             raise ArithmeticError("too late")
         return reference.gemma_rms_norm(obj, x, residual)
 
-    for impl_id, kind, fn in (
+    rows = (
         ("default.flagos", BackendImplKind.DEFAULT, fails),
         ("reference.torch", BackendImplKind.REFERENCE, reference.gemma_rms_norm),
-    ):
-        registry.register_impl(OpImpl("gemma_rms_norm", impl_id, kind, counted(impl_id, fn), writes_inputs=False))
+    )
     set_global_policy(SelectionPolicy("flagos"))
     layer: Any = NORM_LAYERS["Gemma3RMSNorm"]()
-    binder = Binder(OpManager(registry))
+    impls = (OpImpl("gemma_rms_norm", impl_id, kind, counted(impl_id, fn), writes_inputs=False) for impl_id, kind, fn in rows)
+    binder = Binder(manager_of(*impls))
     assert binder.bind(Model(layer), Load()).bound == 1
     broken = True
     CALLS.clear()
@@ -253,13 +253,12 @@ def test_the_width_behind_an_mlps_first_matrix_is_tried(rng: torch.Generator) ->
         widths.append(x.shape[-1])
         return torch.zeros_like(x)
 
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("relu2", "reference.torch", BackendImplKind.REFERENCE, keep))
+    impls = manager_of(OpImpl("relu2", "reference.torch", BackendImplKind.REFERENCE, keep))
     for name in ("fc1", "c_fc", "up_proj", "nothing known"):
         mlp = nn.Module()
         mlp.act, mlp.embedding = ACTIVATION_LAYERS["ReLU2"](), nn.Parameter(torch.zeros(1))
         setattr(mlp, name, SimpleNamespace(output_size_per_partition=200))
-        Binder(OpManager(registry)).bind(mlp, Load())
+        Binder(impls).bind(mlp, Load())
     assert widths == [200, 200, 200, 128]
 
 

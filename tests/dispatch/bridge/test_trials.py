@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from implementations import manager_of, unchanged
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_fl.dispatch import BackendImplKind, OpImpl, OpManager, OpRegistry, PolicyManager, SelectionPolicy, set_global_policy
+from sglang_fl.dispatch import BackendImplKind, OpImpl, PolicyManager, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge.base import Bridge, ModelContext
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.bridges import LAYER_BRIDGES
@@ -38,7 +39,7 @@ def in_graphs() -> Iterator[None]:
 
 def exact(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
     calls.append(inside)
-    return x if residual is None else (x, residual)
+    return unchanged(layer, x, residual)
 
 
 def fails_inside(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -54,11 +55,9 @@ def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def binder(fn: Any = exact) -> Binder:
-    registry = OpRegistry()
-    registry.register_impl(OpImpl("rms_norm", "reference.torch", BackendImplKind.REFERENCE, exact))
-    registry.register_impl(OpImpl("rms_norm", "default.flagos", BackendImplKind.DEFAULT, fn))
     set_global_policy(SelectionPolicy())
-    return Binder(OpManager(registry))
+    reference = OpImpl("rms_norm", "reference.torch", BackendImplKind.REFERENCE, exact)
+    return Binder(manager_of(reference, OpImpl("rms_norm", "default.flagos", BackendImplKind.DEFAULT, fn)))
 
 
 def model() -> Model:
@@ -132,11 +131,7 @@ class Allocated(TorchDispatchMode):
 
 #: At least as wide as any model of check/cases/models.json.
 WIDEST = ModelContext(torch.bfloat16, torch.device("cpu"), intermediate_size=65536, num_experts=512, heads=(128, 64))
-GATED = GatedDeltaContext(16, 32, 128, 128, torch.bfloat16, torch.float32, torch.device("cpu"))
-
-
-def normed(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-    return x if residual is None else (x, residual)
+GATED = GatedDeltaContext(torch.bfloat16, torch.float32, torch.device("cpu"), 16, 32, 128, 128)
 
 
 def half(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +150,7 @@ def chunked(q: torch.Tensor, k: Any, v: torch.Tensor, g: Any, beta: Any, scale: 
 @pytest.mark.parametrize(
     ("make", "context", "fn"),
     [
-        (lambda: sglang_class("RMSNorm")(18432), WIDEST, normed),
+        (lambda: sglang_class("RMSNorm")(18432), WIDEST, unchanged),
         (lambda: sglang_class("SiluAndMul")(), WIDEST, half),
         (lambda: rotary("RotaryEmbedding", head=256, rotary_dim=256), WIDEST, as_they_are),
         (lambda: ChunkGatedDeltaRuleBridge(), GATED, chunked),

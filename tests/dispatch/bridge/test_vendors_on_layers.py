@@ -18,9 +18,10 @@ from torch import nn
 from sglang_fl.dispatch.catalog import CUSTOM_FORWARD, STANDALONE_CLASSES
 
 from .sglang_layers import ACTIVATION_LAYERS, HEAD, HIDDEN, MAX_POSITION, NORM_LAYERS, OP_OF, ROTARY_LAYERS, sglang_class
-from .test_bridges import CALLS, bind, reference_policy, rng
+from .test_bridges import CALLS, bind
 
-__all__ = ["ascend", "cuda", "reference_policy", "rng"]
+__all__ = ["ascend", "cuda"]
+pytestmark = pytest.mark.usefixtures("reference_policy")
 BF16 = torch.bfloat16
 TOKENS = (0, 1, 2, 17)
 #: What a vendor has no kernel for.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule as the recurrence that it is: token after token, in fp32."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -86,9 +85,7 @@ def chunk_gated_delta_rule(
     if initial_state is not None:
         initial_state_indices = slots_of("chunk_gated_delta_rule", initial_state_indices, len(sequences), q.device)
         states = state_pool.read(initial_state, initial_state_indices, torch.float32)
-    chunks: list[torch.Tensor] = []
-    out = q.new_zeros(v.shape)
-    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, sequences, states, out, chunks))
+    out, chunks, last = _run(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, sequences, states)
     if initial_state is not None and initial_state_indices is not None and inplace_update and last:
         state_pool.write(initial_state, initial_state_indices, torch.stack(last))
     chunk_states = torch.stack(chunks) if chunks else states.new_empty((0, *states.shape[1:]))
@@ -115,8 +112,7 @@ def fused_recurrent_gated_delta_rule(
     states = q.new_zeros(shape, dtype=torch.float32) if initial_state is None else initial_state.float()
     if beta is None:
         beta = torch.ones_like(g)
-    out = q.new_zeros(v.shape)
-    last = list(_run(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, sequences, states, out, []))
+    out, _, last = _run(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, sequences, states)
     if not output_final_state:
         return out, None
     return out, torch.stack(last) if last else states
@@ -132,10 +128,10 @@ def _run(
     use_qk_l2norm: bool,
     sequences: list[tuple[int, int, int]],
     states: torch.Tensor,
-    out: torch.Tensor,
-    chunks: list[torch.Tensor],
-) -> Iterator[torch.Tensor]:
-    """Each sequence's last state; fills ``out``, and ``chunks`` with the state before each chunk."""
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """``o`` in q's dtype, the state before each chunk, and each sequence's last state."""
+    out = q.new_zeros(v.shape)
+    chunks, last = list[torch.Tensor](), list[torch.Tensor]()
     q, k, v = _heads(q, k, v, k.shape[-1] ** -0.5 if scale is None else scale, use_qk_l2norm)
     decay, beta = g.float().exp(), beta.float()
     for state, (row, start, end) in zip(states, sequences, strict=True):
@@ -144,7 +140,8 @@ def _run(
                 chunks.append(state)
             at = row, token
             state, out[at] = step(state, q[at], k[at], v[at], decay[at], beta[at])
-        yield state.clone() if start == end else state
+        last.append(state.clone() if start == end else state)
+    return out, chunks, last
 
 
 def fused_recurrent_gated_delta_rule_packed_decode(

@@ -56,47 +56,32 @@ def compute(
     """
     experts.check(x, w13, w2, topk_weights, topk_ids, w13_bias)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    activation = _ACTIVATIONS[experts.activation]
     ask = can_be_asked(x.device)
     for expert in topk_ids[topk_ids >= 0].unique().tolist() if ask else range(w13.shape[0]):
         chosen = topk_ids == expert
+        is_routed = chosen.any(-1)
+        rows = is_routed.nonzero().squeeze(-1) if ask else slice(None)
         # A token has an expert once.
-        weight = torch.where(chosen, topk_weights, 0.0).sum(-1, keepdim=True)
-        if ask:
-            rows = chosen.any(-1).nonzero().squeeze(-1)
-            out[rows] += _expert(x[rows], expert, w13, w2, weight[rows], w13_bias, w2_bias, experts)
+        weight = torch.where(chosen, topk_weights, 0.0).sum(-1, keepdim=True)[rows]
+        hidden = functional.linear(x[rows].float(), w13[expert].float(), None if w13_bias is None else w13_bias[expert].float())
+        if experts.weight_on_input:
+            hidden = hidden * weight
+        if experts.is_gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = activation(gate) * up
         else:
-            computed = _expert(x, expert, w13, w2, weight, w13_bias, w2_bias, experts)
-            out += torch.where(chosen.any(-1, keepdim=True), computed, 0.0)
+            hidden = activation(hidden)
+        computed = functional.linear(hidden, w2[expert].float(), None if w2_bias is None else w2_bias[expert].float())
+        if not experts.weight_on_input:
+            computed = computed * weight
+        out[rows] += computed if ask else torch.where(is_routed.unsqueeze(-1), computed, 0.0)
     return out.to(x.dtype)
 
 
 def can_be_asked(device: torch.device) -> bool:
     """Whether the host may wait for a number from the device."""
     return device.type == "cpu"
-
-
-def _expert(
-    x: torch.Tensor,
-    expert: int,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    weight: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    experts: Experts,
-) -> torch.Tensor:
-    """An expert's weighted output, fp32."""
-    activation = _ACTIVATIONS[experts.activation]
-    hidden = functional.linear(x.float(), w13[expert].float(), None if w13_bias is None else w13_bias[expert].float())
-    if experts.weight_on_input:
-        hidden = hidden * weight
-    if experts.is_gated:
-        gate, up = hidden.chunk(2, dim=-1)
-        hidden = activation(gate) * up
-    else:
-        hidden = activation(hidden)
-    out = functional.linear(hidden, w2[expert].float(), None if w2_bias is None else w2_bias[expert].float())
-    return out if experts.weight_on_input else out * weight
 
 
 topk = topk_by(route)

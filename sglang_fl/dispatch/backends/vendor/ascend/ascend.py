@@ -8,17 +8,12 @@ from .....device import Device
 from ....types import BackendImplKind
 from ... import Kernel, KernelTable
 
+#: Module -> its functions, each under its operator's name.
 _FUNCTIONS = {
-    "silu_and_mul": "impl.activation:silu_and_mul",
-    "gelu_and_mul": "impl.activation:gelu_and_mul",
-    "new_gelu": "impl.activation:new_gelu",
-    "quick_gelu": "impl.activation:quick_gelu",
-    "rms_norm": "impl.normalization:rms_norm",
-    "gemma_rms_norm": "impl.normalization:gemma_rms_norm",
-    "layer_norm": "impl.normalization:layer_norm",
-    "rotary_embedding": "impl.rotary:rotary_embedding",
-    "mrotary_embedding": "impl.rotary:mrotary_embedding",
-    "topk": "impl.moe:topk",
+    "impl.activation": ("silu_and_mul", "gelu_and_mul", "new_gelu", "quick_gelu"),
+    "impl.normalization": ("rms_norm", "gemma_rms_norm", "layer_norm"),
+    "impl.rotary": ("rotary_embedding", "mrotary_embedding"),
+    "impl.moe": ("topk",),
 }
 
 
@@ -34,7 +29,7 @@ BACKEND = KernelTable(
     __package__,
     "vendor.ascend",
     BackendImplKind.VENDOR,
-    {op: Kernel(function, writes_inputs=False) for op, function in _FUNCTIONS.items()},
+    {op: Kernel(f"{module}:{op}", writes_inputs=False) for module, ops in _FUNCTIONS.items() for op in ops},
     vendor="ascend",
     why_unavailable=_why_unavailable,
 )
