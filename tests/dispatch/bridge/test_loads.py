@@ -29,6 +29,8 @@ CPU = Device("cpu", "cpu", None, "a test")
 def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(startup, "_current", None)
     monkeypatch.setattr(bind, "_binder", None)
+    # Its hooks in SGLang's modules would outlive the test.
+    monkeypatch.setattr(bind, "bind_kernels", lambda device, *, deterministic: {})
     monkeypatch.setattr(PolicyManager, "_instance", PolicyManager())
     yield
 
