@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from .cases import OPERATORS_CHECKED, Call, Case
-from .implementation import Function, Implementation, Outcome, results
+from .implementation import Function, Implementation, results
+from .results import Outcome
 
 #: If a tensor of a call has more numbers than this, only some tokens are compared with float64.
 _JUDGED_WHOLE = 1 << 26

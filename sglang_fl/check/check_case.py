@@ -11,7 +11,8 @@ from .cases import OPERATORS_CHECKED, Case, NoMemory
 from .constants import BATCH, COMPILE, FAILED, GRAPH, INPUTS, NO_MEMORY, REFUSED, REPEATS, SERVING, SIZES, SKIPPED, SPEED, THREADS
 from .contract import batch_invariance, inputs_and_results, repeats, threads
 from .graphs import compilation, graph_capture
-from .implementation import Implementation, Outcome, Refused, Violation
+from .implementation import Implementation, Refused, Violation
+from .results import Outcome
 from .shared_state import restore, shared_state
 
 #: Kind of check -> its function. The other kinds are about accuracy.
@@ -54,7 +55,7 @@ def _outcome(impl: Implementation, case: Case, seed: int) -> Outcome:
     except torch.OutOfMemoryError as error:
         return Outcome(NO_MEMORY, str(error))
     except Exception as error:
-        return Outcome(FAILED, f"raised {type(error).__name__}: {error}", broken=impl.is_device_lost())
+        return impl.failed(f"raised {type(error).__name__}: {error}")
     return outcome
 
 

@@ -14,8 +14,11 @@ SPEED = "speed"
 #: The phases of a worker. Each has its own time limit.
 STARTING, RUNNING, COMPILING, IN_FLOAT64 = "starting", "running", "compiling", "in float64"
 
-#: Statuses from the worker. A case that ran out of memory next to others is run again alone.
-OK, FAILED, REFUSED, SKIPPED, NO_MEMORY = "ok", "failed", "refused", "skipped", "out of memory"
+#: Statuses from the worker.
+OK, FAILED, REFUSED, SKIPPED = "ok", "failed", "refused", "skipped"
+#: Statuses from the worker that are not reported. A case that ran out of memory next to others is run again alone.
+#: A case that failed and lost the device has failed; the next one gets a new process.
+NO_MEMORY, DEVICE_LOST = "out of memory", "device lost"
 #: Statuses of a case that crashed, hung or compiled too long, and of one left out after several of these.
 CRASHED, HUNG, TOO_LONG, NOT_RUN = "crashed", "hung", "compiled too long", "not run"
 LOST = frozenset({CRASHED, HUNG, TOO_LONG})

@@ -12,7 +12,8 @@ import torch
 
 from .cases import OPERATORS_CHECKED, Call, Case
 from .constants import OK, SKIPPED
-from .implementation import Expected, Implementation, Outcome, Results, Violation, results
+from .implementation import Expected, Implementation, Results, Violation, results
+from .results import Outcome
 from .shared_state import random_states
 from .tensors import bits, refill, restorer, same_bits
 

@@ -9,8 +9,8 @@ import torch
 from ..utils.graphs import graphs_of
 from .cases import Case
 from .constants import FAILED, SKIPPED
-from .exact.judge import Verdict
-from .implementation import Implementation, Outcome, results
+from .implementation import Implementation, results
+from .results import Outcome
 from .tensors import refill
 
 _REPLAYS, _WARM_UPS = 3, 3
@@ -29,7 +29,7 @@ def graph_capture(impl: Implementation, case: Case, seed: int) -> Outcome:
         with capture(graph):
             got = results(impl.fn, call)
     except Exception as error:
-        return Outcome(FAILED, f"cannot be captured: {type(error).__name__}: {error}", broken=impl.is_device_lost())
+        return impl.failed(f"cannot be captured: {type(error).__name__}: {error}")
     _call_in_between(impl, case, seed)
 
     def replay(number: int) -> Outcome:
@@ -87,7 +87,7 @@ def _worst(outcomes: Iterable[tuple[str, Outcome]]) -> Outcome:
     for when, outcome in outcomes:
         if outcome.status == FAILED:
             return Outcome(FAILED, f"{when}: {outcome.message}", outcome.error_ulp, outcome.bound_ulp)
-        worst = max(worst, outcome, key=lambda one: Verdict(one.error_ulp, one.bound_ulp).used)
+        worst = max(worst, outcome, key=lambda one: one.used)
     return worst
 
 

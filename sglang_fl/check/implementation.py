@@ -4,7 +4,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..dispatch.types import Refusal
 from .cases import OPERATORS_CHECKED, Call, Case
-from .constants import COMPILING, FAILED, IN_FLOAT64, OK, RUNNING
+from .constants import COMPILING, DEVICE_LOST, FAILED, IN_FLOAT64, OK, RUNNING
 from .exact.judge import Verdict
+from .results import Outcome
 from .tensors import changed
 
 #: Errors by which an implementation may refuse a call.
@@ -22,29 +22,6 @@ REFUSALS = (ValueError, TypeError, NotImplementedError)
 Function = Callable[..., Any]
 Results = tuple[torch.Tensor, ...]
 Expected = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of a case.
-
-    Attributes:
-        status: ok, failed, refused, skipped or out of memory.
-        message: why, if it is not ok.
-        error_ulp, bound_ulp: see :class:`~sglang_fl.check.exact.judge.Verdict`.
-        reference_ulp: the reference's error in the same case.
-        time_us, reference_us: the time of a call and of the reference's, in microseconds.
-        broken: the device may not be usable in this process any more.
-    """
-
-    status: str = OK
-    message: str = ""
-    error_ulp: float | None = None
-    bound_ulp: float | None = None
-    reference_ulp: float | None = None
-    time_us: float | None = None
-    reference_us: float | None = None
-    broken: bool = False
 
 
 class Violation(Exception):
@@ -154,12 +131,13 @@ class Implementation:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def is_device_lost(self) -> bool:
-        """Whether the accelerator no longer responds in this process, as after an illegal access or an aborted capture."""
+    def failed(self, message: str) -> Outcome:
+        """The outcome after an error, which may be an illegal access or an aborted capture: does the device still respond?"""
         try:
-            return float(torch.ones(2, device=self.device).sum()) != 2
+            responds = float(torch.ones(2, device=self.device).sum()) == 2
         except Exception:
-            return True
+            responds = False
+        return Outcome(FAILED if responds else DEVICE_LOST, message)
 
 
 def _shapes(call: Call) -> tuple[Any, ...]:

@@ -13,8 +13,34 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """A case and its outcome; see :class:`sglang_fl.check.implementation.Outcome`.
+class Outcome:
+    """The outcome of a case.
+
+    Attributes:
+        status: see ``constants``.
+        message: why, if it is not ok.
+        error_ulp, bound_ulp: see :class:`~sglang_fl.check.exact.judge.Verdict`.
+        reference_ulp: the reference's error in the same case.
+        time_us, reference_us: the time of a call and of the reference's, in microseconds.
+    """
+
+    status: str = OK
+    message: str = ""
+    error_ulp: float | None = None
+    bound_ulp: float | None = None
+    reference_ulp: float | None = None
+    time_us: float | None = None
+    reference_us: float | None = None
+
+    @property
+    def used(self) -> float:
+        """The error divided by its bound. -1: there is none."""
+        return self.error_ulp / self.bound_ulp if self.error_ulp is not None and self.bound_ulp else -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult(Outcome):
+    """A case of an implementation, and its outcome.
 
     Attributes:
         seconds, compiling_s: its time, and the part of first calls, which may compile or tune.
@@ -27,13 +53,6 @@ class CaseResult:
     check: str
     name: str
     dtype: str
-    status: str
-    message: str = ""
-    error_ulp: float | None = None
-    bound_ulp: float | None = None
-    reference_ulp: float | None = None
-    time_us: float | None = None
-    reference_us: float | None = None
     seconds: float = 0.0
     compiling_s: float = 0.0
     output: str = ""
@@ -42,11 +61,6 @@ class CaseResult:
     @property
     def full_name(self) -> str:
         return case_name(self.op, self.check, self.name, self.dtype)
-
-    @property
-    def used(self) -> float:
-        """The error divided by its bound."""
-        return self.error_ulp / self.bound_ulp if self.error_ulp is not None and self.bound_ulp else -1.0
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,19 @@ worker while other implementations wait, because kernels are compiled and tuned 
 """
 
 import os
-import select
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from ..config import SettingsError
-from .constants import LOST, NO_MEMORY, NOT_RUN, SKIPPED, SPEED, STARTING, case_name
+from .constants import DEVICE_LOST, FAILED, LOST, NO_MEMORY, NOT_RUN, SKIPPED, SPEED, STARTING, case_name
 from .process import Lost, Process
 from .record import Record
 from .results import CaseResult, Target
@@ -113,10 +113,11 @@ class _Run:
         self._losses: Counter[int] = Counter()
         self._workers: list[_Worker] = []
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        most = job.workers or min(_MOST_WORKERS, processors - 2, 1 if job.only else 4 * len(job.targets))
-        self._count = max(1, most)
+        free = max(min(2, processors), processors - 2)
+        self._count = job.workers or min(_MOST_WORKERS, free, 1 if job.only else max(1, 4 * len(job.targets)))
         self._environ = {
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, processors // self._count))),
+            # Threads that wait for each other take ten times as long where another process runs on one of their processors.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (processors - 2) // self._count))),
             # One compile process is enough for a case's few kernels, and pools outlive their parent.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             # Tuning results are distorted by other workers, so servers must not use them.
@@ -142,7 +143,7 @@ class _Run:
 
     def _listen(self) -> None:
         """Wait for the workers' messages, and handle them."""
-        select.select([worker.process.results for worker in self._workers if worker.process.open], [], [], _POLL_INTERVAL)
+        wait([worker.process.connection for worker in self._workers if worker.process.open], _POLL_INTERVAL)
         for worker in list(self._workers):
             try:
                 message = worker.process.answer()
@@ -228,9 +229,9 @@ class _Run:
                 self._alone.append(number)
                 return
             answer = {**answer, "status": SKIPPED, "message": f"this device has too little memory for it: {answer['message']}"}
-        broken = answer.pop("broken")
-        self._add(number, **answer)
-        if broken:
+        lost = answer["status"] == DEVICE_LOST
+        self._add(number, **{**answer, "status": FAILED if lost else answer["status"]})
+        if lost:
             self._drop(worker)
             self._start(worker.from_dear_end)
 
@@ -266,7 +267,7 @@ class _Run:
         assert self._cases is not None
         case = self._cases[number]
         op, impl = self._job.targets[case["target"]]
-        result = CaseResult(op, impl, case["check"], case["name"], case["dtype"], **outcome)
+        result = CaseResult(op=op, impl=impl, check=case["check"], name=case["name"], dtype=case["dtype"], **outcome)
         self._record.add(result, time.monotonic() - self._begun)
 
     def _drop(self, worker: _Worker) -> None:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that implementations run in: ``python -m sglang_fl.check.worker FD JOB``, started by ``runner``.
+"""The process that implementations run in, started by ``runner``.
 
-It writes the machine, the versions and the cases as a JSON line to the file descriptor FD. Then it reads case numbers from its
-standard input and answers each with a JSON line, preceded by lines with its phase. It ends when its input or its parent does.
+It sends the machine, the versions and the cases. Then it answers each case's number with the outcome, preceded by its phases.
 """
 
+import contextlib
 import ctypes
 import faulthandler
-import json
 import math
 import os
 import platform
@@ -17,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from ..device import Device, detect, why_unusable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
 from ..platform.absent_packages import stand_in_for_absent_packages
+from ..utils.child import connection_to_parent, receive, send
 from ..utils.packages import installed_version
 from .archive import write_archive
 from .cases import OPERATORS_CHECKED, Case, cases_of
 from .check_case import check_case
-from .constants import FAILED, SERVING, SPEED, case_matches, case_name
+from .constants import DEVICE_LOST, FAILED, SERVING, SPEED, case_matches, case_name
 from .implementation import Implementation
 
 _PACKAGES = ("torch", "triton", "sglang", "flag_gems", "torch_npu")
@@ -124,11 +125,11 @@ class Worker:
         # Repeating a case may crash this process.
         archive = self._archive(target, case) if self.job["only"] else ""
         outcome = check_case(impl, case, _seed(self.job["seed"], case))
-        if not outcome.broken and hasattr(self._module, "memory_reserved") and self._module.memory_reserved() > _MOST_KEPT:
+        if outcome.status != DEVICE_LOST and hasattr(self._module, "memory_reserved") and self._module.memory_reserved() > _MOST_KEPT:
             self._module.empty_cache()  # other workers need the memory
-        if outcome.status == FAILED and not outcome.broken:
+        if outcome.status == FAILED:
             archive = archive or self._archive(target, case)
-        elif outcome.status != FAILED and archive:
+        elif outcome.status != DEVICE_LOST and archive:
             Path(archive).unlink(missing_ok=True)
             archive = ""
         found = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(outcome).items()}
@@ -180,20 +181,22 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def main(results_fd: int, job: Mapping[str, Any]) -> None:
+def serve(worker_of: Callable[[Any, Callable[[Any], None]], Any]) -> None:
+    """Answer the parent: with a greeting, and then with the outcome of each case that it asks for, by its number.
+
+    Args:
+        worker_of: makes the worker of the parent's job and of a function that sends a message.
+    """
     end_with_parent()
     faulthandler.enable()
-    os.set_inheritable(results_fd, False)
-    with os.fdopen(results_fd, "w", encoding="utf-8") as out:
-
-        def send(message: Mapping[str, Any]) -> None:
-            print(json.dumps(message), file=out, flush=True)
-
-        worker = Worker(job, send)
-        send(worker.hello())
-        for number in sys.stdin:
-            send(worker.run(int(number)))
+    connection = connection_to_parent()
+    answer = partial(send, connection)
+    worker = worker_of(receive(connection), answer)
+    answer(worker.hello())
+    with contextlib.suppress(EOFError):
+        while True:
+            answer(worker.run(receive(connection)))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    serve(Worker)

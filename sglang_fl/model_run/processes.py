@@ -2,23 +2,14 @@
 """LoadedModel: a model in worker processes, one per rank. This parent side imports neither SGLang nor PyTorch."""
 
 import argparse
-import contextlib
-import os
-import pickle
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
-from socket import socketpair
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
+from ..utils.child import Child
 from ..utils.server import free_port
-from ..utils.signals import exit_reason
 
 #: The time limit of loading, in seconds: enough for hundreds of gigabytes from a slow disk.
 LOAD_LIMIT = 3600.0
@@ -62,13 +53,14 @@ class LoadedModel:
     def __init__(self, model: str, arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None):
         self._ranks = ranks_of(arguments)
         self._job = {"model": model, "arguments": list(arguments), "ranks": self._ranks, "port": free_port()}
-        path = os.pathsep.join(filter(None, sys.path))
-        self._environ = {**os.environ, "PYTHONPATH": path, **(environ or {})}
-        self._workers: list[_Worker] = []
+        self._environ = environ or {}
+        self._workers: list[Child] = []
 
     def __enter__(self) -> "LoadedModel":
         try:
-            self._workers = [_Worker({**self._job, "rank": rank}, self._environ) for rank in range(self._ranks)]
+            self._workers = [Child("sglang_fl.model_run.worker", self._environ) for _ in range(self._ranks)]
+            for rank, worker in enumerate(self._workers):
+                worker.send({**self._job, "rank": rank})
             self._answers(LOAD_LIMIT, "loading the model")
         except BaseException:
             self.close()
@@ -91,10 +83,8 @@ class LoadedModel:
             RunFailed: the function raised, a process ended, or the limit was exceeded. After :class:`Crashed` and :class:`Hung`
                 no process is left.
         """
-        message = pickle.dumps((function, args))
         for worker in self._workers:
-            with contextlib.suppress(BrokenPipeError):  # it has ended; reading its answer shows how
-                worker.connection.send_bytes(message)
+            worker.send((function, args))
         return self._answers(limit, getattr(function, "__name__", str(function)))
 
     def _answers(self, limit: float, what: str) -> list[Any]:
@@ -106,9 +96,10 @@ class LoadedModel:
                 if rank in results:
                     continue
                 try:
-                    answer = worker.answer(_POLL_SECONDS)
-                except (EOFError, ConnectionError):
-                    self._lost(Crashed(f"{self._of(rank)} ended while {what}: {worker.ending()}", rank, worker.last_words()), failed)
+                    answer = worker.receive(_POLL_SECONDS)
+                except EOFError:
+                    ending = worker.ending() or "it closed the connection"
+                    self._lost(Crashed(f"{self._of(rank)} ended while {what}: {ending}", rank, worker.last_words()), failed)
                 if answer is not None:
                     results[rank] = answer[1]
                     if answer[0] == "raised" and failed is None:
@@ -137,57 +128,6 @@ class LoadedModel:
         for worker in self._workers:
             worker.close()
         self._workers = []
-
-
-class _Worker:
-    """A process in a session of its own, so that Ctrl-C reaches only its parent."""
-
-    def __init__(self, job: Mapping[str, Any], environ: Mapping[str, str]):
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
-        ours, theirs = socketpair()
-        self.connection = Connection(ours.detach())
-        try:
-            # ``-m`` puts the current folder first in sys.path: a vendor's platform.py would hide Python's.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sglang_fl.model_run.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                env=dict(environ),
-            )
-        finally:
-            theirs.close()
-        self.connection.send_bytes(pickle.dumps(job))
-
-    def answer(self, seconds: float) -> Any:
-        """Wait for (``"result"``, value) or (``"raised"``, message, traceback). Raises EOFError if the process has ended."""
-        if self.connection.poll(seconds):
-            return pickle.loads(self.connection.recv_bytes())
-        if self._process.poll() is not None and not self.connection.poll(0):
-            raise EOFError  # its children may keep the connection open
-        return None
-
-    def ending(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return exit_reason(self._process.wait(timeout=_END_SECONDS))
-        return "it closed the connection"
-
-    def last_words(self) -> str:
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4000))
-        return self._log.read().decode(errors="replace")
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        # A process that hangs in a driver may not end. Do not wait for it.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_END_SECONDS)
-        self.connection.close()
-        self._log.close()
 
 
 def ranks_of(arguments: Sequence[str]) -> int:

@@ -3,18 +3,19 @@
 
 import faulthandler
 import os
-import pickle
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ..utils.child import connection_to_parent, receive, send
+
 
 def main() -> None:
     faulthandler.enable()
-    connection = Connection(int(sys.argv[1]))
-    job = pickle.loads(connection.recv_bytes())
+    connection = connection_to_parent()
+    job = receive(connection)
     run: Any = None
 
     def load() -> None:
@@ -26,11 +27,11 @@ def main() -> None:
     if _answer(connection, load, ()):
         while True:
             try:
-                function, args = pickle.loads(connection.recv_bytes())
+                function, args = receive(connection)
             except EOFError:  # the parent has ended
                 break
             except Exception as error:
-                _send(connection, ("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
+                send(connection, ("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
                 continue
             _answer(connection, function, (run, *args))
     sys.stdout.flush()
@@ -40,19 +41,14 @@ def main() -> None:
 def _answer(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Call a function and send its result or error. Returns whether it returned."""
     try:
-        _send(connection, ("result", function(*args)))
+        send(connection, ("result", function(*args)))
         return True
     except SystemExit:  # raised by SGLang's argument parser, which printed its message
         sys.stderr.flush()
-        _send(connection, ("raised", "SGLang does not take its arguments", ""))
+        send(connection, ("raised", "SGLang does not take its arguments", ""))
     except BaseException as error:
-        _send(connection, ("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
+        send(connection, ("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
     return False
-
-
-def _send(connection: Connection, answer: Any) -> None:
-    # Not ``send``: PyTorch would share tensors through files that this process keeps open.
-    connection.send_bytes(pickle.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 
 import json
 import os
-import select
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..check.constants import LOST
+from ..check.constants import DEVICE_LOST, FAILED, LOST
 from ..check.process import Lost, Process
 
 #: The time limits of a call and of a first call, in seconds.
@@ -46,7 +45,11 @@ class Checker:
                 self._process = Process(str(self._file), threads, _LIMIT, self._compile_limit, "sglang_fl.tune.worker")
                 self._answer()
             self._process.ask(number)
-            return self._answer()
+            answer = self._answer()
+            if answer["status"] == DEVICE_LOST:  # the next case gets a new process
+                self._end()
+                answer["status"] = FAILED
+            return answer
         except Lost as lost:
             self._end()
             output = lost.output.strip().splitlines()
@@ -54,11 +57,9 @@ class Checker:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process is not None
-        while True:
-            if self._process.open:
-                select.select([self._process.results], [], [], _POLL_SECONDS)
-            if (answer := self._process.answer()) is not None:
-                return answer
+        while (answer := self._process.answer(_POLL_SECONDS)) is None:
+            pass
+        return answer
 
     def _end(self) -> None:
         if self._process is not None:

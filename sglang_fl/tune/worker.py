@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that checks candidates on recorded calls: ``python -m sglang_fl.tune.worker FD FILE``, a ``check.process.Process``.
-
-Its protocol is that of ``check.worker``.
-"""
+"""The process that checks candidates on recorded calls, a ``check.process.Process``."""
 
 import json
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,7 @@ from ..aten.operators import available_functions
 from ..check.check_case import check_case
 from ..check.constants import COMPILING, FAILED, OK, RUNNING, SKIPPED
 from ..check.implementation import Implementation
-from ..check.worker import end_with_parent
+from ..check.worker import serve
 from ..config import load_settings
 from ..device import detect
 from ..dispatch.manager import get_default_manager
@@ -41,6 +36,9 @@ class Worker:
             rows, self._dispatch_key = available_functions(load_settings(device=found))
             for key, fn in rows:
                 self._functions.setdefault(fn.__name__, []).append((key, fn))
+
+    def hello(self) -> dict[str, Any]:
+        return {}
 
     def run(self, number: int) -> dict[str, Any]:
         """Return ``status``, and ``message`` if it is not ok."""
@@ -89,19 +87,5 @@ class Worker:
         return {"status": OK if why is None else FAILED, "message": why or ""}
 
 
-def main(results_fd: int, file: str) -> None:
-    end_with_parent()
-    os.set_inheritable(results_fd, False)
-    with os.fdopen(results_fd, "w", encoding="utf-8") as out:
-
-        def send(message: Mapping[str, Any]) -> None:
-            print(json.dumps(message), file=out, flush=True)
-
-        worker = Worker(file, send)
-        send({"ready": True})
-        for number in sys.stdin:
-            send(worker.run(int(number)))
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    serve(Worker)

@@ -27,7 +27,7 @@ HEADER = {
     "only": [],
     "targets": [{"op": "rms_norm", "impl": "vendor.x", "cases": 2}],
 }
-CASE = CaseResult("rms_norm", "vendor.x", SERVING, "1", "bfloat16", OK)
+CASE = CaseResult(OK, op="rms_norm", impl="vendor.x", check=SERVING, name="1", dtype="bfloat16")
 
 
 @pytest.fixture

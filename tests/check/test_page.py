@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,21 @@ _MEASURE = """<script>addEventListener("load", () => {
 })</script>"""
 
 
+def made(op: str, check: str, name: str, status: str, message: str = "", **more: Any) -> CaseResult:
+    given = {"op": op, "impl": "vendor.x", "check": check, "name": name, "dtype": "bfloat16", "status": status, "message": message}
+    return CaseResult(**{**given, **more})
+
+
+def numbers(heads: int) -> dict[str, float]:
+    errors = {"error_ulp": 0.1 * heads, "bound_ulp": 0.6, "reference_ulp": 0.3}
+    return {**errors, "time_us": 12.0, "reference_us": 13.5, "seconds": 0.1, "compiling_s": 2.0}
+
+
 def _report() -> Report:
     """Every part of a page, with words as long as they come."""
     long = "fused_recurrent_gated_delta_rule_packed_decode"
     cases = [
-        CaseResult(op, impl, check, f"tokens=65537 heads={heads} residual", dtype, OK, "", 0.1 * heads, 0.6, 0.3, 12.0, 13.5, 0.1, 2.0)
+        made(op, check, f"tokens=65537 heads={heads} residual", OK, impl=impl, dtype=dtype, **numbers(heads))
         for op in ("rms_norm", long)
         for impl in ("reference.torch", "vendor.a_vendor_with_a_long_name")
         for check in (SERVING, UNUSUAL, SPEED)
@@ -35,9 +46,9 @@ def _report() -> Report:
         for heads in (1, 4)
     ]
     cases += [
-        CaseResult("rms_norm", "vendor.x", SERVING, "a" * 90, "bfloat16", FAILED, "b" * 300, 9.0, 0.5, archive="/somewhere/" + "c" * 200),
-        CaseResult("rms_norm", "vendor.x", UNUSUAL, "rows", "bfloat16", CRASHED, "crashed: signal 11 (SIGSEGV)", output="d" * 500),
-        CaseResult(long, "vendor.x", UNUSUAL, "rows", "bfloat16", REFUSED, "NotImplementedError: " + "e" * 200),
+        made("rms_norm", SERVING, "a" * 90, FAILED, "b" * 300, error_ulp=9.0, bound_ulp=0.5, archive="/somewhere/" + "c" * 200),
+        made("rms_norm", UNUSUAL, "rows", CRASHED, "crashed: signal 11 (SIGSEGV)", output="d" * 500),
+        made(long, UNUSUAL, "rows", REFUSED, "NotImplementedError: " + "e" * 200),
     ]
     targets = [Target(op, impl, 12) for op in ("rms_norm", long) for impl in ("reference.torch", "vendor.a_vendor_with_a_long_name")]
     targets += [

@@ -18,6 +18,7 @@ from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import (
     BATCH,
     COMPILE,
+    DEVICE_LOST,
     FAILED,
     GRAPH,
     INPUTS,
@@ -31,7 +32,8 @@ from sglang_fl.check.constants import (
     THREADS,
     UNUSUAL,
 )
-from sglang_fl.check.implementation import Implementation, Outcome
+from sglang_fl.check.implementation import Implementation
+from sglang_fl.check.results import Outcome
 from sglang_fl.dispatch import Refusal
 from sglang_fl.dispatch.backends.reference.impl import moe as reference_moe
 from sglang_fl.dispatch.kernel_implementations import is_kernel
@@ -488,7 +490,7 @@ def test_whether_the_device_still_answers(monkeypatch: pytest.MonkeyPatch) -> No
     def raises(layer: Any, x: Any) -> Any:
         raise RuntimeError("illegal memory access")
 
-    assert {outcome.broken for outcome in found("silu_and_mul", raises, SERVING, GRAPH)[SERVING]} == {False}
+    assert {outcome.status for outcome in found("silu_and_mul", raises, SERVING, GRAPH)[SERVING]} == {FAILED}
     ones = torch.ones
 
     def lost(*size: Any, **more: Any) -> Any:
@@ -496,7 +498,7 @@ def test_whether_the_device_still_answers(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch, "ones", lost)
     outcomes = found("silu_and_mul", raises, SERVING, GRAPH)
-    assert {(outcome.status, outcome.broken) for some in outcomes.values() for outcome in some} == {(FAILED, True)}
+    assert {outcome.status for some in outcomes.values() for outcome in some} == {DEVICE_LOST}
 
 
 @pytest.mark.parametrize("refusal", [ValueError, TypeError, NotImplementedError])

@@ -19,7 +19,8 @@ EVIL = "<script>alert('x')</script> [bold]&amp; [/nothing]"
 
 
 def case(status: str = OK, check: str = SERVING, impl: str = "vendor.chip", **more: Any) -> CaseResult:
-    return CaseResult("rms_norm", impl, check, more.pop("name", "1 × 8"), more.pop("dtype", "bfloat16"), status, **more)
+    given = {"op": "rms_norm", "impl": impl, "check": check, "name": "1 × 8", "dtype": "bfloat16", "status": status}
+    return CaseResult(**{**given, **more})
 
 
 def report(*cases: CaseResult, missing: list[Target] | None = None, not_reached: int = 0) -> Report:

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +233,9 @@ class _Dies:
 
     def __init__(self, *arguments: object):
         type(self).started += 1
-        self.results = os.open(os.devnull, os.O_RDONLY)
+        self.connection = Connection(os.open(os.devnull, os.O_RDONLY), writable=False)
         cases = [{"target": 0, "check": SERVING, "name": str(number), "dtype": "bfloat16"} for number in range(3)]
-        self.answers: list[Any] = [{"cases": cases, "why_not": [None], "machine": {}, "versions": {}}, {"status": OK, "broken": False}]
+        self.answers: list[Any] = [{"cases": cases, "why_not": [None], "machine": {}, "versions": {}}, {"status": OK}]
         if self.started > 1:
             self.answers = []
 
@@ -248,7 +249,7 @@ class _Dies:
     def kill(self) -> None: ...
 
     def close(self) -> None:
-        os.close(self.results)
+        self.connection.close()
 
 
 def test_a_worker_that_does_not_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +320,7 @@ def test_a_full_disk_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """What it did not take is written with the next result, if it takes that."""
     record = Record(tmp_path / "run.jsonl")
     record.begin({"machine": {}, "versions": {}, "date": "", "seed": 1, "quick": True, "only": [], "targets": []})
-    case = CaseResult("relu2", "vendor.x", SERVING, "1", "bfloat16", OK)
+    case = CaseResult(op="relu2", impl="vendor.x", check=SERVING, name="1", dtype="bfloat16")
     write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:5], offset))
     record.add(case, 1.0)

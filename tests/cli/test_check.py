@@ -28,6 +28,10 @@ HEADER = {"machine": {"device": "cpu", "vendor": "cpu (a test)"}, "versions": {}
 RMS_NORM, SILU_AND_MUL = ("rms_norm", "reference.torch"), ("silu_and_mul", "reference.torch")
 
 
+def case_result(status: str, op: str, impl: str, message: str) -> CaseResult:
+    return CaseResult(status, message, op=op, impl=impl, check=SERVING, name="1 × 8", dtype="bfloat16")
+
+
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """What would be checked; nothing is."""
@@ -40,7 +44,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         record.begin({**HEADER, "seed": job.seed, "quick": job.quick, "only": job.only, "targets": targets})
         for op, impl in job.targets:
             status = FAILED if impl == "vendor.testchip" else OK
-            record.add(CaseResult(op, impl, SERVING, "1 × 8", "bfloat16", status, message="a message"), 1.0)
+            record.add(case_result(status, op, impl, "a message"), 1.0)
         return True
 
     monkeypatch.setattr("sglang_fl.cli.check.check", check)
@@ -118,7 +122,7 @@ def test_what_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cli: C
     def check(job: Job, record: Record, progress: object) -> bool:
         target = {"op": "rms_norm", "impl": "reference.torch", "cases": 1}
         record.begin({**HEADER, "seed": 0, "quick": True, "only": [], "targets": [target]})
-        record.add(CaseResult("rms_norm", "reference.torch", SERVING, "1 × 8", "bfloat16", FAILED, message=message), 1.0)
+        record.add(case_result(FAILED, "rms_norm", "reference.torch", message), 1.0)
         return True
 
     monkeypatch.setattr("sglang_fl.cli.check.check", check)

@@ -169,7 +169,7 @@ class _Exact:
             rows.append(torch.einsum("hvk,hk->hv", state, q[token]))
         # What an implementation's own roundings may cost is known from the checks, which are as confident already.
         rounded = [x.to(self.dtype) for x in inputs[:3]] + [x.float() for x in inputs[3:]]
-        wanted = exact_rule.chunk_gated_delta_rule(*rounded, use_qk_l2norm=True)[0]
+        wanted = exact_rule.chunk_gated_delta_rule(*rounded, use_qk_l2norm_in_kernel=True)[0]
         assert isinstance(wanted.lost, torch.Tensor)
         return self.tape.add_with_error(
             torch.stack(rows), wanted.lost[0] / exact_rule.CONFIDENCE + torch.finfo(self.dtype).eps * wanted.terms[0]

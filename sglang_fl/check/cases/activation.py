@@ -29,11 +29,10 @@ class Activation(Form):
     nan: bool = True
     approximate: str = "none"
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         shape = self.shape or (self.tokens, 2 * self.width if self.gated else self.width)
-        guarded: dict[str, torch.Tensor] = {}
         x = self._extreme(draw, shape) if self.values else draw.normal(*shape, scale=4)
-        return Call(Layer(approximate=self.approximate), {"x": draw.laid_out(x, self.layout, guarded)}, guarded=guarded)
+        return Call(Layer(approximate=self.approximate), {"x": draw.laid_out(x, self.layout)})
 
     def _extreme(self, draw: Draw, shape: tuple[int, ...]) -> torch.Tensor:
         x = draw.extreme(self.values, *shape)
@@ -51,39 +50,27 @@ _UNUSUAL = """
 shape=0,128 | shape=2,0,64 | shape=1,2 | shape=5,66 | shape=3,10000 | shape=4,7,512 | shape=256 | shape=2,3,4,32
 | layout={every-other,transposed,odd-view,one-row} | shape=6,5,64 layout=view | width=9 | tokens=64 width=9 layout=transposed
 """
-_SPECIAL = "tokens=6 values={nan,largest,zeros,denormals}"
 #: Wider than any model's MLP: the largest vocabulary.
 _SIZES = f"tokens=3 width={{{numbers('width', 'moe_width')}}} | tokens=2 width=262208 | tokens=3 layout=far"
 
 
-def _operator(form: Activation, exactly: Callable[[torch.Tensor], tuple[Exact, ...]]) -> Operator:
+def _operator(form: Activation, exactly: Callable[..., tuple[Exact, ...]], kinds: str = "") -> Operator:
+    """``kinds``: words for the layer's attribute."""
     return Operator(
         form,
-        "width=3072",
-        lambda call: exactly(call.inputs["x"]),
-        sizes=_SIZES,
-        many="tokens={4097,65537} width=8 | shape=300,257,16",
-        vast="tokens=8192 width=14336 | tokens=1048577 width=1024" if form.gated else "tokens=8192 width=14336 | tokens=1048577 width=2048",
-        unusual=_UNUSUAL,
-        special=_SPECIAL,
+        f"width=3072 {kinds}",
+        exactly,
+        sizes=each(_SIZES, kinds),
+        many=f"tokens={{4097,65537}} width=8 {kinds}" + ("" if kinds else " | shape=300,257,16"),
+        vast=f"tokens=8192 width=14336 | tokens=1048577 width={1024 if form.gated else 2048}",
+        unusual=each(_UNUSUAL, kinds),
+        special=each("tokens=6 values={nan,largest,zeros,denormals}", kinds),
         tokens_in={"x": 0},
     )
 
 
-_GELU = "approximate={tanh,none}"
-
 OPERATORS = {
-    "gelu_and_mul": Operator(
-        Activation(),
-        f"width=3072 {_GELU}",
-        lambda call: exact.gelu_and_mul(call.inputs["x"], call.layer.approximate),
-        sizes=each(_SIZES, _GELU),
-        many=f"tokens={{4097,65537}} width=8 {_GELU}",
-        vast="tokens=8192 width=14336 | tokens=1048577 width=1024",
-        unusual=each(_UNUSUAL, _GELU),
-        special=each(_SPECIAL, _GELU),
-        tokens_in={"x": 0},
-    ),
+    "gelu_and_mul": _operator(Activation(), exact.gelu_and_mul, "approximate={tanh,none}"),
     "new_gelu": _operator(Activation(gated=False), exact.new_gelu),
     "quick_gelu": _operator(Activation(gated=False), exact.quick_gelu),
     "relu2": _operator(Activation(gated=False, nan=False), exact.relu2),

@@ -6,8 +6,9 @@ Inputs are drawn on the CPU, so that a seed gives the same numbers on every devi
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from itertools import product
 from typing import Any, Self
 
@@ -48,6 +49,7 @@ class Call:
         takes_layer: False for operators that replace functions of SGLang.
         named: the inputs that are passed by name.
         returns: False if SGLang ignores the returned values.
+        meaning: values for the exact results only, which the implementation has to derive from its arguments.
     """
 
     layer: Layer
@@ -58,6 +60,12 @@ class Call:
     takes_layer: bool = True
     named: frozenset[str] = frozenset()
     returns: bool = True
+    meaning: Mapping[str, Any] = field(default_factory=dict)
+
+    def values(self, names: Collection[str]) -> dict[str, Any]:
+        """The values of these names, without unknown ones: of ``meaning``, an input, or an attribute of the layer."""
+        of_layer = {name: getattr(self.layer, name) for name in names if hasattr(self.layer, name)}
+        return {name: value for name, value in {**of_layer, **self.inputs, **self.meaning}.items() if name in names}
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The operator's arguments: (positional, named)."""
@@ -78,11 +86,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws a call's tensors on a device, in the activations' dtype."""
+    """Draws a call's tensors on a device, in the activations' dtype.
+
+    Attributes:
+        guarded: the memory around them, by name.
+    """
 
     rng: torch.Generator
     dtype: torch.dtype
     device: torch.device
+    guarded: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def normal(self, *shape: int, scale: float = 1.0, offset: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
         count = math.prod(shape)
@@ -105,8 +118,9 @@ class Draw:
         scale = {"largest": min(info.max, largest), "zeros": 0.0, "denormals": info.smallest_normal}[values]
         return (torch.rand(shape, generator=self.rng) * 2 - 1) * scale
 
-    def laid_out(self, x: torch.Tensor, layout: str, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
+    def laid_out(self, x: torch.Tensor, layout: str) -> torch.Tensor:
         """Copy the numbers into another memory layout. The memory around them is added to ``guarded``."""
+        guarded = self.guarded
         turned = {"transposed": (-1, -2), "turned": (0, 1)}.get(layout)
         if turned is not None:
             return x.transpose(*turned).contiguous().transpose(*turned)
@@ -136,7 +150,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Form:
-    """The sizes and options of a call. Subclasses add an operator's own as fields, and draw the call.
+    """The sizes and options of a call. Subclasses add an operator's own as fields, and draw the call in ``call``.
 
     Attributes:
         layout: the memory layout of the activations, see :meth:`Draw.laid_out`.
@@ -148,7 +162,17 @@ class Form:
     values: str = ""
 
     def __call__(self, draw: Draw) -> Call:
+        call = self.call(draw)
+        call.guarded |= draw.guarded
+        return call
+
+    def call(self, draw: Draw) -> Call:
         raise NotImplementedError
+
+    def drawn(self, draw: Draw, *shape: int, scale: float = 1.0, largest: float = math.inf) -> torch.Tensor:
+        """Activations in this form's layout: random, or with its special values. See :meth:`Draw.extreme` for ``largest``."""
+        x = draw.place(draw.extreme(self.values, *shape, largest=largest)) if self.values else draw.normal(*shape, scale=scale)
+        return draw.laid_out(x, self.layout)
 
     def of(self, words: str) -> Self:
         """This form changed by words: ``tokens=65537 heads=7,1 residual``."""
@@ -188,7 +212,7 @@ class Operator:
     Attributes:
         form: the default form.
         forms: the calls of serving, except for the number of tokens.
-        exact: computes the results in float64, before the call runs. Inputs that are results come last.
+        exactly: computes the results in float64. Its parameters are named as in :meth:`Call.values`. Inputs that are results come last.
         sizes: the sizes of models, and unusual numbers of rows, heads and offsets.
         many: numbers of tokens or rows beyond 16 bits, the limit of a grid's second and third dimension.
         vast: rows that take too long on a CPU. In the largest ones only some tokens are judged.
@@ -205,7 +229,7 @@ class Operator:
 
     form: Form
     forms: str
-    exact: Callable[[Call], tuple[Any, ...]]
+    exactly: Callable[..., tuple[Any, ...]]
     sizes: str = ""
     many: str = ""
     vast: str = ""
@@ -217,6 +241,10 @@ class Operator:
     compiled: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16)
     tokens_in: Mapping[str, int] = field(default_factory=dict)
+
+    def exact(self, call: Call) -> tuple[Any, ...]:
+        """The call's results in float64. Compute them before the call runs."""
+        return self.exactly(**call.values(signature(self.exactly).parameters))
 
 
 @dataclass(frozen=True)
@@ -238,7 +266,3 @@ class Case:
     def draw(self, seed: int, device: torch.device, *, other: bool = False) -> Call:
         draw = Draw(torch.Generator().manual_seed(seed), getattr(torch, self.dtype), device)
         return self.other(draw) if other and self.other else self.make(draw)
-
-
-def inputs_of(call: Call, names: Iterable[str]) -> tuple[Any, ...]:
-    return tuple(call.inputs.get(name) for name in names)

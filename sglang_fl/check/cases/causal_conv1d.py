@@ -6,88 +6,56 @@ from typing import Any
 import torch
 
 from ..exact import causal_conv1d as exact
-from .call import Call, Draw, Form, Layer, Operator
+from .call import Call, Draw, Layer, Operator
+from .sequences import Sequences
 
 
 @dataclass(frozen=True)
-class Convolution(Form):
+class Convolution(Sequences):
     """The common part of the operators' calls.
 
     Attributes:
-        layout: ``packed``: x is a view of a wider projection; ``channels``: in prefill each channel is contiguous.
-        pool: ``view``: other numbers lie between the slots; ``long``: slots are one token longer than needed;
-            ``ordered``: no slots are given.
-        padded: every third sequence has no slot.
+        layout: ``view``: x is a view of a wider projection; ``transposed``: in prefill each channel is contiguous.
+        pool: also ``long``: slots are one token longer than needed.
         plain: no bias and no activation.
-        index: the dtype of the slots.
     """
 
     dim: int = 48
     width: int = 4
-    pool: str = ""
-    padded: bool = False
     plain: bool = False
-    index: str = "int32"
-
-    def _rows(self, draw: Draw, guarded: dict[str, torch.Tensor], *shape: int) -> torch.Tensor:
-        """``[*shape, dim]``."""
-        x = draw.place(draw.extreme(self.values, *shape, self.dim)) if self.values else draw.normal(*shape, self.dim)
-        return draw.laid_out(x, "view", guarded) if self.layout == "packed" else x
 
     def _constants(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
         weight = draw.normal(self.dim, self.width, scale=self.width**-0.5)
         return (weight, None, None) if self.plain else (weight, draw.normal(self.dim), "silu")
 
-    def _pool(self, draw: Draw, slots: int, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
-        tokens = self.width if self.pool == "long" else self.width - 1
-        wide = draw.normal(slots, 2 if self.pool == "view" else 1, self.dim, tokens)
-        if self.pool == "view":
-            guarded["the numbers between the slots"] = wide[:, 1]
-        return wide[:, 0]
-
-    def _slots(self, draw: Draw, count: int) -> torch.Tensor | None:
-        if self.pool == "ordered":
-            return None
-        slots = torch.randperm(count + 2, generator=draw.rng)[:count]
-        if self.padded:
-            slots[1::3] = -1
-        return draw.index(slots, self.index)
+    def _pool(self, draw: Draw, slots: int) -> torch.Tensor:
+        return self._states(draw, slots, self.dim, self.width if self.pool == "long" else self.width - 1)
 
 
 @dataclass(frozen=True)
 class Prefill(Convolution):
-    """A call over whole sequences.
-
-    Attributes:
-        lengths: the lengths of the sequences. Empty: ``tokens`` split into three.
-        sequences: this many sequences of one to three tokens. 0: see ``lengths``.
-        fresh: all states start at zero.
-    """
+    """A call over whole sequences. ``fresh``: all states start at zero."""
 
     tokens: int = 78
-    lengths: tuple[int, ...] = ()
-    sequences: int = 0
     fresh: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
-        third, fourth = self.tokens // 3, self.tokens // 4
-        few = (self.tokens - third - fourth, third, fourth) if self.tokens > 3 else (self.tokens,)
-        lengths = self.lengths or tuple(1 + n % 3 for n in range(self.sequences)) or few
-        count, guarded = len(lengths), dict[str, torch.Tensor]()
-        x = self._rows(draw, guarded, sum(lengths)).T
+    def call(self, draw: Draw) -> Call:
+        lengths = tuple(filter(None, self._lengths()))
+        count = len(lengths)
+        x = self.drawn(draw, sum(lengths), self.dim).T
         weight, bias, activation = self._constants(draw)
         inputs: dict[str, Any] = {
-            "x": x.contiguous() if self.layout == "channels" else x,
+            "x": x,
             "weight": weight,
             "bias": bias,
-            "conv_states": self._pool(draw, count + 2, guarded),
+            "conv_states": self._pool(draw, count + 3),
             "query_start_loc": draw.index([0, *accumulate(lengths)], "int32"),
             "seq_lens_cpu": list(lengths),
             "cache_indices": self._slots(draw, count),
             "has_initial_state": None if self.fresh else draw.index([n % 4 != 1 for n in range(count)], "bool"),
             "activation": activation,
         }
-        return Call(Layer(), inputs, frozenset({"conv_states"}), guarded, ("conv_states",), takes_layer=False)
+        return Call(Layer(), inputs, frozenset({"conv_states"}), updated=("conv_states",), takes_layer=False)
 
 
 #: For each of six tokens: its first child and its next sibling. The root has two children, which have two and one.
@@ -106,14 +74,13 @@ class Update(Convolution):
     drafts: int = 0
     tree: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         batch, drafts = self.tokens, len(_CHILDREN) if self.tree else self.drafts
-        guarded: dict[str, torch.Tensor] = {}
-        x = self._rows(draw, guarded, batch, drafts).transpose(1, 2) if drafts else self._rows(draw, guarded, batch)
+        x = self.drawn(draw, batch, drafts, self.dim).transpose(1, 2) if drafts else self.drawn(draw, batch, self.dim)
         weight, bias, activation = self._constants(draw)
         inputs: dict[str, Any] = {
             "x": x,
-            "conv_state": self._pool(draw, batch + 2, guarded),
+            "conv_state": self._pool(draw, batch + 3),
             "weight": weight,
             "bias": bias,
             "activation": activation,
@@ -130,7 +97,7 @@ class Update(Convolution):
             inputs["retrieve_next_token"], inputs["retrieve_next_sibling"], inputs["retrieve_parent_token"] = (
                 draw.index([numbers] * batch, "int64") for numbers in (_CHILDREN, _SIBLINGS, [-1] * drafts)
             )
-        return Call(Layer(), inputs, frozenset(updated), guarded, updated, takes_layer=False)
+        return Call(Layer(), inputs, frozenset(updated), updated=updated, takes_layer=False)
 
 
 #: Of Qwen3.5 and Qwen3-Next on one to eight ranks, one above a power of two, and one channel.
@@ -141,21 +108,21 @@ _SPECIAL = "values={nan,zeros}"
 OPERATORS = {
     "causal_conv1d_fn": Operator(
         Prefill(),
-        "dim=512 {,layout=packed fresh}",
-        lambda call: exact.causal_conv1d_fn(*call.inputs.values()),
+        "dim=512 {,layout=view fresh}",
+        exact.causal_conv1d_fn,
         sizes=f"{_DIMS} | sequences=300 dim=16",
-        unusual=f"{_UNUSUAL} | lengths=1,1,1 | lengths=3,4,2 | layout=channels",
+        unusual=f"{_UNUSUAL} | lengths=1,1,1 | lengths=3,4,2 | layout=transposed",
         special=_SPECIAL,
         fewer=4,
         captured=False,
     ),
     "causal_conv1d_update": Operator(
         Update(),
-        "dim=512 {,layout=packed}",
-        lambda call: exact.causal_conv1d_update(*call.inputs.values()),
+        "dim=512 {,layout=view}",
+        exact.causal_conv1d_update,
         sizes=_DIMS,
         many="tokens=4097 dim=16",
-        unusual=f"{_UNUSUAL} | drafts=4 {{,padded}} | drafts=2 layout=packed | tree | tokens=0",
+        unusual=f"{_UNUSUAL} | drafts=4 {{,padded}} | drafts=2 layout=view | tree | tokens=0",
         special=_SPECIAL,
         fewer=16,
     ),

@@ -6,75 +6,63 @@ from typing import Any
 import torch
 
 from ..exact import gated_delta_rule as exact
-from .call import Call, Draw, Form, Layer, Operator, inputs_of
+from .call import Call, Draw, Layer, Operator
 from .models import sizes
+from .sequences import Sequences
 
 #: Keys of 32 numbers of this size have a squared norm near 1e-6, the epsilon that is added to it.
 _NEAR_EPSILON = 2.0**-12
 
 
 @dataclass(frozen=True)
-class Delta(Form):
+class Delta(Sequences):
     """The common part of the operators' calls.
 
     Attributes:
         layout: ``packed``: q, k and v are parts of one projection.
-        slots: the slot of each sequence. -1: padding. Empty: random.
-        pool: ``view``: other numbers lie between the slots; ``ordered``: no slots are given; ``none``: no pool.
-        padded: every fourth sequence has no slot.
         no_norm: q and k are not normalised.
         size: the size of the numbers of q and k.
-        index, states: the dtypes of slots and lengths, and of states.
+        states: the dtype of states.
     """
 
-    slots: tuple[int, ...] = ()
     heads: int = 2
     value_heads: int = 4
     key_dim: int = 32
     value_dim: int = 32
-    pool: str = ""
-    padded: bool = False
     no_norm: bool = False
     size: float = 1.0
-    index: str = "int32"
     states: str = "float32"
 
-    def _projection(self, draw: Draw, *rows: int, guarded: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def _projection(self, draw: Draw, *rows: int) -> list[torch.Tensor]:
         """q, k and v, side by side."""
         widths = [self.heads * self.key_dim, self.heads * self.key_dim, self.value_heads * self.value_dim]
         if self.layout == "packed":
-            *parts, guarded["what is behind the values"] = draw.normal(*rows, sum(widths) + 24).split([*widths, 24], -1)
+            *parts, draw.guarded["what is behind the values"] = draw.normal(*rows, sum(widths) + 24).split([*widths, 24], -1)
         else:
             parts = [draw.normal(*rows, width) for width in widths]
         for part in parts[:2]:
             part.mul_(self.size)
         if self.no_norm:
             parts[1].mul_(self.key_dim**-0.5)
+        if self.values == "zeros":
+            parts = [part.zero_() for part in parts]
         return parts
 
-    def _pool(self, draw: Draw, slots: int, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
-        shape = (self.value_heads, self.value_dim, self.key_dim)
-        if self.pool == "far":
-            return draw.laid_out(draw.normal(slots, *shape, dtype=getattr(torch, self.states)), "far", guarded)
-        wide = draw.normal(slots, 2 if self.pool == "view" else 1, *shape, dtype=getattr(torch, self.states))
-        if self.pool == "view":
-            guarded["the numbers between the slots"] = wide[:, 1]
-        return wide[:, 0]
+    def _heads(self, draw: Draw, *rows: int) -> list[torch.Tensor]:
+        """q, k and v with their heads."""
+        shapes = [(self.heads, self.key_dim)] * 2 + [(self.value_heads, self.value_dim)]
+        return [part.unflatten(-1, shape) for part, shape in zip(self._projection(draw, *rows), shapes, strict=True)]
 
-    def _slots(self, draw: Draw, count: int) -> torch.Tensor:
-        slots = torch.tensor(self.slots) if self.slots else torch.randperm(count + 3, generator=draw.rng)[:count]
-        if self.padded:
-            slots[3::4] = -1
-        return draw.index(slots, self.index)
+    def _pool(self, draw: Draw, slots: int) -> torch.Tensor | None:
+        shape = (slots, self.value_heads, self.value_dim, self.key_dim)
+        return None if self.pool == "none" else self._states(draw, *shape, dtype=getattr(torch, self.states))
 
 
 @dataclass(frozen=True)
-class Sequences(Delta):
+class Prefill(Delta):
     """A call over whole sequences.
 
     Attributes:
-        lengths: the lengths of the sequences. Empty: ``tokens`` split into three.
-        sequences: this many sequences of one to three tokens. 0: see ``lengths``.
         rows: this many rows, each a sequence of ``tokens`` tokens. 0: one row for all.
         scale: 0: the operator's default.
         decay: the largest decay of the state.
@@ -85,8 +73,6 @@ class Sequences(Delta):
     """
 
     tokens: int = 78
-    lengths: tuple[int, ...] = ()
-    sequences: int = 0
     rows: int = 0
     scale: float = 0.0
     decay: float = 1.0
@@ -96,35 +82,32 @@ class Sequences(Delta):
     no_beta: bool = False
     recurrent: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
-        third, fourth = self.tokens // 3, self.tokens // 4
-        lengths = self.lengths or tuple(1 + n % 3 for n in range(self.sequences)) or (self.tokens - third - fourth, third, fourth)
+    def call(self, draw: Draw) -> Call:
+        lengths = self._lengths()
         count, shape = (self.rows, (self.rows, self.tokens)) if self.rows else (len(lengths), (1, sum(lengths)))
-        guarded: dict[str, torch.Tensor] = {}
-        q, k, v = self._projection(draw, *shape, guarded=guarded)
-        q, k = (x.unflatten(-1, (self.heads, self.key_dim)) for x in (q, k))
-        v = v.unflatten(-1, (self.value_heads, self.value_dim))
+        q, k, v = self._heads(draw, *shape)
         g, beta = (torch.rand(*shape, self.value_heads, generator=draw.rng) for _ in range(2))
         if self.values == "nan":
             # In the first token of the second sequence: a kernel may let it leak to earlier tokens of the chunk.
             v[0, lengths[0], 1, 3] = q[0, lengths[0] + 2, 0, 0] = torch.nan
-        elif self.values == "zeros":
-            q, k, v = (x.zero_() for x in (q, k, v))
         elif self.values == "unwritten":
             beta.zero_()
-        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "g": draw.place(-self.decay * g, torch.float32)}
-        inputs["beta"] = None if self.no_beta else draw.place(beta, None if self.beta_as_q else torch.float32)
-        inputs["scale"] = self.scale or None
-        ends = None if self.rows else draw.index([0, *accumulate(lengths)], self.index)
+        inputs: dict[str, Any] = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "g": draw.place(-self.decay * g, torch.float32),
+            "beta": None if self.no_beta else draw.place(beta, None if self.beta_as_q else torch.float32),
+            "scale": self.scale or None,
+            "initial_state": self._pool(draw, count if self.recurrent else count + 3),
+        }
+        last: dict[str, Any] = {"cu_seqlens": None if self.rows else draw.index([0, *accumulate(lengths)], self.index)}
+        last["use_qk_l2norm_in_kernel"] = not self.no_norm
         if self.recurrent:
-            inputs["initial_state"] = None if self.pool == "none" else self._pool(draw, count, guarded)
-            inputs |= {"output_final_state": not self.no_last, "cu_seqlens": ends, "use_qk_l2norm_in_kernel": not self.no_norm}
-            return Call(Layer(), inputs, guarded=guarded, takes_layer=False)
-        inputs["initial_state"] = None if self.pool == "none" else self._pool(draw, count + 3, guarded)
-        inputs["initial_state_indices"] = None if self.pool in ("none", "ordered") else self._slots(draw, count)
-        inputs |= {"cu_seqlens": ends, "use_qk_l2norm_in_kernel": not self.no_norm, "inplace_update": not self.read_only}
+            return Call(Layer(), {**inputs, "output_final_state": not self.no_last, **last}, takes_layer=False)
+        inputs |= {"initial_state_indices": self._slots(draw, count), **last, "inplace_update": not self.read_only}
         updated = () if self.pool == "none" or self.read_only else ("initial_state",)
-        return Call(Layer(), inputs, frozenset(updated), guarded, updated, takes_layer=False)
+        return Call(Layer(), inputs, frozenset(updated), updated=updated, takes_layer=False)
 
 
 @dataclass(frozen=True)
@@ -143,16 +126,10 @@ class Decode(Delta):
     forgetting: float = 0.0
     constants: str = "float32"
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         batch = len(self.slots) or self.tokens
-        guarded: dict[str, torch.Tensor] = {}
-        parts = self._projection(draw, batch, guarded=guarded)
-        mixed = torch.cat(parts, -1)
-        if self.layout == "packed":
-            mixed = draw.laid_out(mixed, "view", guarded)
-        if self.values == "zeros":
-            mixed.zero_()
-        elif self.values == "nan":
+        mixed = draw.laid_out(torch.cat(self._projection(draw, batch), -1), "view" if self.layout == "packed" else "")
+        if self.values == "nan":
             mixed[1, 0] = mixed[2, -1] = torch.nan
         # Parts of one tensor, as from SGLang's projection.
         b, a = draw.normal(batch, 2 * self.value_heads, scale=1.0 if self.rising else self.gates).chunk(2, -1)
@@ -166,12 +143,12 @@ class Decode(Delta):
             "A_log": A_log.fill_(self.forgetting) if self.forgetting else A_log,
             "dt_bias": draw.normal(self.value_heads, dtype=getattr(torch, self.constants)),
             "scale": self.key_dim**-0.5,
-            "initial_state": self._pool(draw, batch + 3, guarded),
+            "initial_state": self._pool(draw, batch + 3),
             "out": draw.normal(batch, 1, self.value_heads, self.value_dim),
             "ssm_state_indices": self._slots(draw, batch),
             "use_qk_l2norm_in_kernel": not self.no_norm,
         }
-        return Call(Layer(), inputs, frozenset({"initial_state", "out"}), guarded, takes_layer=False)
+        return Call(Layer(), inputs, frozenset({"initial_state", "out"}), takes_layer=False)
 
 
 @dataclass(frozen=True)
@@ -179,24 +156,20 @@ class Update(Delta):
     """A call for the next tokens of ``tokens`` sequences. It also computes the gates. The pool is fp32.
 
     Attributes:
-        lengths: the number of tokens of each sequence. Empty: one each.
+        lengths: the number of tokens of each sequence. Empty: one of each.
         drafts: this many drafted tokens of each sequence are verified; the pool is not updated. 0: decode.
         tree: the drafted tokens form a tree.
         gates: the size of a and b.
     """
 
     tokens: int = 5
-    lengths: tuple[int, ...] = ()
     drafts: int = 0
     tree: bool = False
     gates: float = 1.0
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         lengths = self.lengths or (self.drafts or 1,) * self.tokens
-        guarded: dict[str, torch.Tensor] = {}
-        q, k, v = self._projection(draw, 1, sum(lengths), guarded=guarded)
-        if self.values == "zeros":
-            q, k, v = (x.zero_() for x in (q, k, v))
+        q, k, v = self._heads(draw, 1, sum(lengths))
         b, a = draw.normal(sum(lengths), 2 * self.value_heads, scale=self.gates).chunk(2, -1)
         inputs: dict[str, Any] = {
             "A_log": draw.normal(self.value_heads, dtype=torch.float32),
@@ -204,11 +177,11 @@ class Update(Delta):
             "dt_bias": draw.normal(self.value_heads, dtype=torch.float32),
             "softplus_beta": 1.0,
             "softplus_threshold": 20.0,
-            "q": q.unflatten(-1, (self.heads, self.key_dim)),
-            "k": k.unflatten(-1, (self.heads, self.key_dim)),
-            "v": v.unflatten(-1, (self.value_heads, self.value_dim)),
+            "q": q,
+            "k": k,
+            "v": v,
             "b": b.contiguous(),
-            "initial_state_source": self._pool(draw, len(lengths) + 3, guarded),
+            "initial_state_source": self._pool(draw, len(lengths) + 3),
             "initial_state_indices": self._slots(draw, len(lengths)),
             "scale": None,
             "use_qk_l2norm_in_kernel": True,
@@ -226,11 +199,8 @@ class Update(Delta):
         if self.tree:
             parents = [[0, *(int(torch.randint(n, (1,), generator=draw.rng)) for n in range(1, self.drafts))] for _ in lengths]
             inputs["retrieve_parent_token"] = draw.index(parents, "int64")
-        return Call(Layer(), inputs, frozenset(written), guarded, tuple(written), takes_layer=False)
+        return Call(Layer(), inputs, frozenset(written), updated=tuple(written), takes_layer=False)
 
-
-_UPDATED = ("A_log", "a", "dt_bias", "q", "k", "v", "b", "initial_state_source", "initial_state_indices", "cu_seqlens")
-_DRAFTS = ("intermediate_states_buffer", "intermediate_state_indices", "retrieve_parent_token")
 
 _MODELS = f"{{{sizes('key_heads', 'value_heads', 'key_dim', 'value_dim')}}}".replace("key_heads", "heads")
 _HEADS = "heads=3 value_heads=3 | heads=1 value_heads=8 | heads=9 value_heads=9 | heads=17 value_heads=17"
@@ -245,9 +215,9 @@ _SIZES = f"tokens=5 {_MODELS} | tokens=78 heads=32 value_heads=32 | sequences=30
 
 OPERATORS = {
     "chunk_gated_delta_rule": Operator(
-        Sequences(),
+        Prefill(),
         f"{_SERVED} {{,layout=packed read_only}}",
-        lambda call: exact.chunk_gated_delta_rule(*call.inputs.values()),
+        exact.chunk_gated_delta_rule,
         sizes=f"{_SIZES} | lengths=1,1,1 slots=0,1,2 pool=far heads=1 value_heads=1",
         vast=f"tokens=8192 {_SERVED}",
         unusual=f"""{_UNUSUAL} | slots=-1,2,-1 | slots=-1,-1,-1 | slots=3,3,3 read_only | pool={{ordered,view}} | pool=none
@@ -257,9 +227,9 @@ OPERATORS = {
         captured=False,
     ),
     "fused_recurrent_gated_delta_rule": Operator(
-        Sequences(recurrent=True),
+        Prefill(recurrent=True),
         _SERVED,
-        lambda call: exact.fused_recurrent_gated_delta_rule(*call.inputs.values()),
+        exact.fused_recurrent_gated_delta_rule,
         sizes=_SIZES,
         unusual=f"{_UNUSUAL} | lengths=5,0,66 | pool=none | no_last | no_beta",
         special=_SPECIAL,
@@ -269,7 +239,7 @@ OPERATORS = {
     "fused_recurrent_gated_delta_rule_packed_decode": Operator(
         Decode(),
         f"{_SERVED} {{,layout=packed padded}}",
-        lambda call: exact.fused_recurrent_gated_delta_rule_packed_decode(*call.inputs.values()),
+        exact.fused_recurrent_gated_delta_rule_packed_decode,
         sizes=f"tokens=5 {_MODELS} | tokens=3 heads=32 value_heads=32 | tokens=3 slots=0,5,2 pool=far heads=1 value_heads=1",
         # Kernels have a block for each head of each sequence.
         many="tokens=4097 heads=1 value_heads=1 key_dim=16 value_dim=16 | tokens=2049 heads=8 value_heads=32 key_dim=8 value_dim=8",
@@ -282,7 +252,7 @@ OPERATORS = {
     "fused_sigmoid_gating_delta_rule_update": Operator(
         Update(),
         f"{_SERVED} {{,padded}}",
-        lambda call: exact.fused_sigmoid_gating_delta_rule_update(*inputs_of(call, (*_UPDATED, *_DRAFTS))),
+        exact.fused_sigmoid_gating_delta_rule_update,
         sizes=f"tokens=3 {_MODELS} | tokens=3 slots=0,5,2 pool=far heads=1 value_heads=1",
         many="tokens=4097 heads=1 value_heads=1 key_dim=8 value_dim=8",
         unusual=f"""tokens=0 | slots=-1,3,-1,0,-1 | lengths=1,0,2 | {_HEADS} | {_DIMS} | index=int64 | size={_NEAR_EPSILON}

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from ..exact import gated_delta_rule, hybrids
-from .call import Call, Draw, Form, Layer, Operator, inputs_of
+from .call import Call, Draw, Form, Layer, Operator
 from .models import numbers, sizes
 
+Exactly = Callable[..., tuple[Any, ...]]
 
-def _call(inputs: dict[str, Any], guarded: dict[str, torch.Tensor] | None = None, *named: str) -> Call:
-    return Call(Layer(), {"grid": None, **inputs}, guarded=guarded or {}, takes_layer=False, named=frozenset(named))
+
+def _call(inputs: dict[str, Any], *named: str) -> Call:
+    return Call(Layer(), {"grid": None, **inputs}, takes_layer=False, named=frozenset(named))
 
 
 def _writes(call: Call, name: str, *, returned: bool) -> Call:
@@ -48,31 +50,19 @@ class GatedNorm(Form):
     fused: bool = False
     ungated: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         shape = (self.tokens * self.rows, self.hidden)
-        guarded: dict[str, torch.Tensor] = {}
-        x = draw.place(draw.extreme(self.values, *shape, largest=1e15)) if self.values else draw.normal(*shape, scale=3)
-        x, z = draw.laid_out(x, self.layout, guarded), draw.normal(*shape, scale=2)
+        x, z = self.drawn(draw, *shape, scale=3, largest=1e15), draw.normal(*shape, scale=2)
         weight, bias = draw.normal(self.hidden), draw.normal(self.hidden) if self.centred else None
         if self.fused:
-            inputs: dict[str, Any] = {"x": x, "g": z, "weight": weight, "bias": bias, "activation": self.activation}
+            inputs: dict[str, Any] = {"x": x, "z": z, "weight": weight, "bias": bias, "activation": self.activation}
             named = {"residual": draw.normal(*shape, dtype=torch.float32) if self.summed else None, "eps": 1e-6, "prenorm": self.summed}
             named["residual_in_fp32"] = False
-            return _writes(_call(inputs | named, guarded, *named), "x", returned=True)
+            return _writes(_call(inputs | named, *named), "x", returned=True)
         inputs = {"x": x, "weight": weight, "bias": bias, "z": None if self.ungated else z, "eps": 1e-6}
         inputs |= {"group_size": self.group or None, "norm_before_gate": not self.gate_first, "is_rms_norm": not self.centred}
         inputs["activation"] = self.activation
-        return _call(inputs, guarded, *inputs)
-
-
-def _gated_norm(call: Call) -> tuple[Any, ...]:
-    names = ("x", "z", "weight", "bias", "eps", "group_size", "norm_before_gate", "is_rms_norm", "activation")
-    return hybrids.gated_norm(*inputs_of(call, names))
-
-
-def _fused_gated_norm(call: Call) -> tuple[Any, ...]:
-    x, g, weight, bias, eps, activation, residual = inputs_of(call, ("x", "g", "weight", "bias", "eps", "activation", "residual"))
-    return hybrids.gated_norm(x, g, weight, bias, eps, activation=activation, residual=residual)
+        return _call(inputs, *inputs)
 
 
 @dataclass(frozen=True)
@@ -84,17 +74,12 @@ class HeadNorms(Form):
     head_dim: int = 64
     gated: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         widths = [self.heads * self.head_dim * (1 + self.gated), self.kv_heads * self.head_dim]
-        q, k, behind = draw.normal(self.tokens, sum(widths) + 8, scale=2).split([*widths, 8], -1)
+        q, k, draw.guarded["the numbers after k"] = draw.normal(self.tokens, sum(widths) + 8, scale=2).split([*widths, 8], -1)
         inputs = {"q": q, "k": k, "q_weight": draw.normal(self.head_dim), "k_weight": draw.normal(self.head_dim), "eps": 1e-6}
         inputs |= {"head_dim": self.head_dim} | ({"num_heads": self.heads} if self.gated else {})
-        return _call(inputs, {"the numbers after k": behind})
-
-
-def _head_norms(call: Call) -> tuple[Any, ...]:
-    names = ("q", "k", "q_weight", "k_weight", "eps", "head_dim")
-    return hybrids.qk_gemma_norms(*inputs_of(call, names), gated="num_heads" in call.inputs)
+        return _call(inputs)
 
 
 @dataclass(frozen=True)
@@ -111,16 +96,15 @@ class OutputGate(Form):
     packed: bool = False
     inplace: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
-        guarded: dict[str, torch.Tensor] = {}
-        x = draw.laid_out(draw.normal(self.tokens, self.heads * self.head_dim), self.layout, guarded)
+    def call(self, draw: Draw) -> Call:
+        x = self.drawn(draw, self.tokens, self.heads * self.head_dim)
         gate = draw.normal(*x.shape, scale=4)
         if self.packed:
-            guarded["the queries"], gate = draw.normal(self.tokens, self.heads, 2 * self.head_dim, scale=4).chunk(2, -1)
+            draw.guarded["the queries"], gate = draw.normal(self.tokens, self.heads, 2 * self.head_dim, scale=4).chunk(2, -1)
         inputs = {"attn_output": x, "gate": gate}
         if not self.inplace:
-            return _call(inputs, guarded)
-        return _writes(_call({**inputs, "inplace": True}, guarded, "inplace"), "attn_output", returned=True)
+            return _call(inputs)
+        return _writes(_call({**inputs, "inplace": True}, "inplace"), "attn_output", returned=True)
 
 
 @dataclass(frozen=True)
@@ -130,15 +114,14 @@ class ExpertGate(Form):
     width: int = 256
     added: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
-        guarded: dict[str, torch.Tensor] = {}
-        hidden = draw.laid_out(draw.normal(self.tokens, self.width), self.layout, guarded)
+    def call(self, draw: Draw) -> Call:
+        hidden = self.drawn(draw, self.tokens, self.width)
         inputs = {"hidden_states": hidden, "gate_weight": draw.normal(self.width, scale=self.width**-0.5)}
         inputs["shared_output"] = draw.normal(self.tokens, self.width)
         if not self.added:
-            return _call(inputs, guarded)
+            return _call(inputs)
         inputs["final_hidden_states"] = draw.normal(self.tokens, self.width)
-        return _writes(_call(inputs, guarded), "final_hidden_states", returned=False)
+        return _writes(_call(inputs), "final_hidden_states", returned=False)
 
 
 @dataclass(frozen=True)
@@ -151,26 +134,16 @@ class Projection(Form):
     value_dim: int = 32
     split: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         width = 2 * self.heads * self.key_dim + self.value_heads * self.value_dim
-        guarded: dict[str, torch.Tensor] = {}
         if self.split:
-            qkv = draw.laid_out(draw.normal(self.tokens, width), self.layout, guarded)
-            heads = (self.heads, self.heads, self.value_heads, self.key_dim, self.key_dim, self.value_dim)
-            return _call({"mixed_qkv": qkv, **{f"size {n}": size for n, size in enumerate(heads)}}, guarded)
-        qkvz = draw.laid_out(draw.normal(self.tokens, width + self.value_heads * self.value_dim), self.layout, guarded)
-        ba = draw.laid_out(draw.normal(self.tokens, 2 * self.value_heads), self.layout, guarded)
-        inputs = {"mixed_qkvz": qkvz, "mixed_ba": ba, "num_heads_qk": self.heads, "num_heads_v": self.value_heads}
-        return _call(inputs | {"head_qk": self.key_dim, "head_v": self.value_dim}, guarded)
-
-
-def _split(call: Call) -> tuple[Any, ...]:
-    mixed_qkv, *heads = list(call.inputs.values())[1:]
-    return hybrids.split(mixed_qkv, tuple(zip(heads[:3], heads[3:], strict=True)))
-
-
-def _taken_apart(by_head: bool) -> Callable[[Call], tuple[Any, ...]]:
-    return lambda call: hybrids.taken_apart(*list(call.inputs.values())[1:], by_head=by_head)
+            inputs: dict[str, Any] = {"mixed_qkv": self.drawn(draw, self.tokens, width)}
+            inputs |= {"num_heads_q": self.heads, "num_heads_k": self.heads, "num_heads_v": self.value_heads}
+            return _call(inputs | {"head_q": self.key_dim, "head_k": self.key_dim, "head_v": self.value_dim})
+        inputs = {"mixed_qkvz": self.drawn(draw, self.tokens, width + self.value_heads * self.value_dim)}
+        inputs |= {"mixed_ba": self.drawn(draw, self.tokens, 2 * self.value_heads)}
+        inputs |= {"num_heads_qk": self.heads, "num_heads_v": self.value_heads}
+        return _call(inputs | {"head_qk": self.key_dim, "head_v": self.value_dim})
 
 
 @dataclass(frozen=True)
@@ -180,7 +153,7 @@ class Gating(Form):
     heads: int = 4
     size: float = 1.0
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         b, a = draw.normal(self.tokens, 2 * self.heads, scale=self.size).chunk(2, -1)
         if self.layout != "packed":
             a, b = a.contiguous(), b.contiguous()
@@ -188,29 +161,53 @@ class Gating(Form):
         return _call({"A_log": A_log, "a": a, "b": b, "dt_bias": dt_bias})
 
 
-def _operator(
-    form: Form, forms: str, exactly: Callable[[Call], tuple[Any, ...]], sizes: str, many: str, unusual: str, **more: Any
-) -> Operator:
+def _operator(form: Form, forms: str, exactly: Exactly, sizes: str, many: str, unusual: str, **more: Any) -> Operator:
     return Operator(form, forms, exactly, sizes=sizes, many=many, unusual=f"tokens=0 | {unusual}", compiled=False, **more)
 
 
-_DIMS = f"{{{sizes('key_heads', 'value_heads', 'key_dim', 'value_dim')}}}".replace("key_heads", "heads")
-_HEADS = f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim')}}}"
-_WIDTHS = f"tokens=3 width={{{numbers('hidden')}}}"
 _ROWS = "tokens={4097,65537} hidden=8"
-_PROJECTED = "heads=2 value_heads=4 key_dim=128 value_dim=128"
-_APART = "heads=1 value_heads=4 | heads=3 value_heads=3 | heads=2 value_heads=8 key_dim=16 value_dim=64"
-_TINY = "heads=1 value_heads=2 key_dim=4 value_dim=4"
 _SPECIAL = "tokens=6 values={nan,largest,zeros}"
 _ATTENTION, _FLA = "sglang.kernels.ops.attention", "sglang.kernels.ops.attention.fla"
+_PROJECTIONS = f"{_ATTENTION}.triton_gdn_fused_proj"
 _ELEMENTWISE, _UTILS = "sglang.kernels.ops.elementwise.elementwise", "sglang.srt.models.utils"
 _BOTH = {"mixed_qkvz": 0, "mixed_ba": 0}
+
+
+def _head_norms(gated: bool) -> Operator:
+    return _operator(
+        HeadNorms(gated=gated),
+        "heads=8 kv_heads=2 head_dim=128",
+        hybrids.qk_gemma_norms,
+        f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim')}}}",
+        "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
+        "heads=1 kv_heads=1 | heads=7 kv_heads=7 | head_dim=96 | heads=1 kv_heads=4",
+    )
+
+
+def _expert_gate(added: bool) -> Operator:
+    widths = f"tokens=3 width={{{numbers('hidden')}}}"
+    return _operator(
+        ExpertGate(added=added), "width=1024", hybrids.gated_expert, widths, "tokens={4097,65537} width=8", "width=1 | width=257"
+    )
+
+
+def _projection(exactly: Exactly, layouts: str = "", *, split: bool = False, **more: Any) -> Operator:
+    return _operator(
+        Projection(split=split),
+        "heads=2 value_heads=4 key_dim=128 value_dim=128",
+        exactly,
+        f"tokens=5 {{{sizes('key_heads', 'value_heads', 'key_dim', 'value_dim')}}}".replace("key_heads", "heads"),
+        "tokens={4097,65537} heads=1 value_heads=2 key_dim=4 value_dim=4",
+        f"heads=1 value_heads=4 | heads=3 value_heads=3 | heads=2 value_heads=8 key_dim=16 value_dim=64 {layouts}",
+        **more,
+    )
+
 
 OPERATORS = {
     f"{_FLA}.layernorm_gated:rms_norm_gated": _operator(
         GatedNorm(),
         "hidden=128 rows=8 {,activation=sigmoid}",
-        _gated_norm,
+        hybrids.gated_norm,
         f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}} | tokens=2 hidden=8192 group=1024 gate_first",
         f"{_ROWS} {{,gate_first}}",
         "group=32 | gate_first | gate_first group=64 activation=sigmoid | centred | hidden={1,96} | ungated | layout={view,every-other}",
@@ -219,71 +216,31 @@ OPERATORS = {
     f"{_FLA}.fused_norm_gate:rms_norm_gated": _operator(
         GatedNorm(fused=True),
         "hidden=128 rows=8 {,activation=sigmoid}",
-        _fused_gated_norm,
+        hybrids.gated_norm,
         f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}}",
         _ROWS,
         "summed | hidden=96 | hidden=1 | centred",
         special=_SPECIAL,
     ),
-    f"{_UTILS}:fused_qk_gemma_rmsnorm": _operator(
-        HeadNorms(),
-        "heads=8 kv_heads=2 head_dim=128",
-        _head_norms,
-        _HEADS,
-        "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
-        "heads=1 kv_heads=1 | heads=7 kv_heads=7 | head_dim=96 | heads=1 kv_heads=4",
-    ),
-    f"{_UTILS}:fused_qk_gemma_rmsnorm_with_gate": _operator(
-        HeadNorms(gated=True),
-        "heads=8 kv_heads=2 head_dim=128",
-        _head_norms,
-        _HEADS,
-        "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
-        "heads=1 kv_heads=1 | heads=7 kv_heads=7 | head_dim=96 | heads=1 kv_heads=4",
-    ),
+    f"{_UTILS}:fused_qk_gemma_rmsnorm": _head_norms(gated=False),
+    f"{_UTILS}:fused_qk_gemma_rmsnorm_with_gate": _head_norms(gated=True),
     f"{_ELEMENTWISE}:fused_sigmoid_mul": _operator(
         OutputGate(),
         "heads=8 head_dim=128 {,packed inplace}",
-        lambda call: hybrids.sigmoid_mul(call.inputs["attn_output"], call.inputs["gate"]),
+        hybrids.sigmoid_mul,
         f"tokens=3 {{{sizes('heads', 'head_dim')}}} packed inplace",
         "tokens={4097,65537} heads=2 head_dim=4 {,packed}",
         "heads=1 head_dim=1 | heads=1 head_dim=257 packed | packed | inplace",
     ),
-    f"{_ELEMENTWISE}:fused_gate_sigmoid_mul": _operator(
-        ExpertGate(),
-        "width=1024",
-        lambda call: hybrids.gated_expert(*list(call.inputs.values())[1:]),
-        _WIDTHS,
-        "tokens={4097,65537} width=8",
-        "width=1 | width=257",
-    ),
-    f"{_ELEMENTWISE}:fused_gate_sigmoid_mul_add": _operator(
-        ExpertGate(added=True),
-        "width=1024",
-        lambda call: hybrids.gated_expert(*list(call.inputs.values())[1:]),
-        _WIDTHS,
-        "tokens={4097,65537} width=8",
-        "width=1 | width=257",
-    ),
-    f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkvzba_split_reshape_cat": _operator(
-        Projection(), _PROJECTED, _taken_apart(True), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
-    ),
-    f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkvzba_split_reshape_cat_contiguous": _operator(
-        Projection(), _PROJECTED, _taken_apart(False), f"tokens=5 {_DIMS}", f"tokens={{4097,65537}} {_TINY}", _APART, tokens_in=_BOTH
-    ),
-    f"{_ATTENTION}.triton_gdn_fused_proj:fused_qkv_split_gdn_prefill": _operator(
-        Projection(split=True),
-        _PROJECTED,
-        _split,
-        f"tokens=5 {_DIMS}",
-        f"tokens={{4097,65537}} {_TINY}",
-        f"{_APART} | layout={{view,odd-view}}",
-        captured=False,
-    ),
+    f"{_ELEMENTWISE}:fused_gate_sigmoid_mul": _expert_gate(added=False),
+    f"{_ELEMENTWISE}:fused_gate_sigmoid_mul_add": _expert_gate(added=True),
+    f"{_PROJECTIONS}:fused_qkvzba_split_reshape_cat": _projection(hybrids.taken_apart_by_head, tokens_in=_BOTH),
+    f"{_PROJECTIONS}:fused_qkvzba_split_reshape_cat_contiguous": _projection(hybrids.taken_apart, tokens_in=_BOTH),
+    f"{_PROJECTIONS}:fused_qkv_split_gdn_prefill": _projection(hybrids.split, "| layout={view,odd-view}", split=True, captured=False),
     f"{_ATTENTION}.linear.fused_gdn_gating:fused_gdn_gating": _operator(
         Gating(),
         "heads=32 layout=packed",
-        lambda call: gated_delta_rule.fused_gdn_gating(*list(call.inputs.values())[1:]),
+        gated_delta_rule.fused_gdn_gating,
         f"tokens=5 heads={{{numbers('value_heads')}}}",
         "tokens={4097,65537} heads=2",
         "heads=1 | heads=7 | size=40 | layout=packed",

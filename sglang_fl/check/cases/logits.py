@@ -17,12 +17,10 @@ class SoftCap(Form):
     vocabulary: int = 300
     cap: float = 30.0
 
-    def __call__(self, draw: Draw) -> Call:
-        guarded: dict[str, torch.Tensor] = {}
-        shape = (self.tokens, self.vocabulary)
-        x = draw.place(draw.extreme(self.values, *shape)) if self.values else draw.normal(*shape, scale=2 * self.cap)
-        inputs = {"grid": None, "full_logits": draw.laid_out(x, self.layout, guarded), "final_logit_softcapping": self.cap}
-        return Call(Layer(), inputs, frozenset({"full_logits"}), guarded, ("full_logits",), takes_layer=False, returns=False)
+    def call(self, draw: Draw) -> Call:
+        logits = self.drawn(draw, self.tokens, self.vocabulary, scale=2 * self.cap)
+        inputs = {"grid": None, "full_logits": logits, "final_logit_softcapping": self.cap}
+        return Call(Layer(), inputs, frozenset({"full_logits"}), updated=("full_logits",), takes_layer=False, returns=False)
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Hash(Form):
     columns: int = 300
     seeds: str = "uint64"
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         seeds = torch.randint(-(2**63), 2**63 - 1, (self.tokens,), generator=draw.rng)
         positions = torch.randint(2**31 - 1, (self.tokens,), generator=draw.rng)
         inputs = {
@@ -48,7 +46,7 @@ OPERATORS = {
     "sglang.kernels.ops.activation.softcap:softcap_inplace_logits": Operator(
         SoftCap(),
         "vocabulary=1024",
-        lambda call: exact.softcap(call.inputs["full_logits"], call.inputs["final_logit_softcapping"]),
+        exact.softcap,
         sizes=f"tokens=2 vocabulary={{{numbers('vocabulary')}}} | layout=far",
         many="tokens={4097,65537} vocabulary=8 | tokens=65537 vocabulary=8 layout=view",
         vast="tokens=8200 vocabulary=262144",
@@ -60,7 +58,7 @@ OPERATORS = {
     "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32": Operator(
         Hash(),
         "columns=1024",
-        lambda call: exact.murmur_hash(call.inputs["seed"], call.inputs["positions"], call.inputs["col_indices"]),
+        exact.murmur_hash,
         sizes=f"tokens=2 columns={{{numbers('vocabulary')}}}",
         many="tokens={4097,65537} columns=8",
         unusual="tokens=0 | columns=0 | columns=1 | columns=1027 | seeds=int64",

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ..exact import moe as exact
-from ..exact.judge import Exact
-from ..exact.moe import Experts, Routed, Routing
+from ..exact.moe import Experts, Routing
 from .call import Call, Draw, Form, Layer, Operator
 from .models import numbers, sizes
 
@@ -17,21 +16,8 @@ _GAP = 1e-4
 
 
 @dataclass
-class RoutingCall(Call):
-    """A call of topk, with its routing. It is not derived from the configuration, which the implementation has to interpret."""
-
-    routing: Routing | None = None
-
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden_states, router_logits, real = (self.inputs[name] for name in ("hidden_states", "router_logits", "num_token_non_padded"))
-        return (self.layer, hidden_states, router_logits), {"num_token_non_padded": real, "expert_location_dispatch_info": None}
-
-
-@dataclass
 class ExpertsCall(Call):
-    """A call of fused_moe, with the meaning of its options."""
-
-    experts: Experts | None = None
+    """A call of fused_moe, whose tensors are in SGLang's containers."""
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x, weights, ids = self.inputs.values()
@@ -69,19 +55,19 @@ class RoutingForm(Form):
     scalar: bool = False
     logits: str = ""
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         layer: Any = Layer()
         bias = draw.normal(self.experts, scale=0.1, offset=self.offset, dtype=getattr(torch, self.bias)) if self.bias else None
         layer.e_score_correction_bias = None if bias is None else _parameter(bias)
         layer.topk_config = self._config(layer.e_score_correction_bias)
         logits = self._without_ties(draw, bias)
-        guarded: dict[str, torch.Tensor] = {}
         if self.values:
             _CHANGES[self.values](logits)
-        logits = draw.laid_out(draw.place(logits, getattr(torch, self.logits) if self.logits else None), self.layout, guarded)
+        logits = draw.laid_out(draw.place(logits, getattr(torch, self.logits) if self.logits else None), self.layout)
         real = None if self.real < 0 else torch.full(() if self.scalar else (1,), self.real, dtype=torch.int32, device=draw.device)
-        inputs = {"hidden_states": draw.normal(self.tokens, 32), "router_logits": logits, "num_token_non_padded": real}
-        return RoutingCall(layer, inputs, guarded=guarded, routing=self._meaning())
+        named = {"num_token_non_padded": real, "expert_location_dispatch_info": None}
+        inputs = {"hidden_states": draw.normal(self.tokens, 32), "router_logits": logits, **named}
+        return Call(layer, inputs, named=frozenset(named), meaning={"routing": self._meaning()})
 
     def _config(self, bias: torch.Tensor | None) -> SimpleNamespace:
         return SimpleNamespace(
@@ -160,12 +146,6 @@ tokens=3 {{{sizes("experts", "top_k")}}} {{,{_SIGMOID}}} | tokens=3 {{{sizes("ex
 """
 
 
-def _topk(call: Call) -> tuple[Routed, ...]:
-    assert isinstance(call, RoutingCall) and call.routing is not None
-    config: Any = call.layer.topk_config
-    return exact.topk(call.inputs["router_logits"], config.correction_bias, call.routing, call.inputs["num_token_non_padded"])
-
-
 @dataclass(frozen=True)
 class ExpertsForm(Form):
     """A call of experts: SGLang's options, and the sizes.
@@ -190,7 +170,7 @@ class ExpertsForm(Form):
     total: float = 1.0
     ids: str = "int32"
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         rows = self.size if self.not_gated else 2 * self.size
         layer: Any = Layer()
         layer.w13_weight = _parameter(draw.normal(self.experts, rows, self.hidden, scale=self.hidden**-0.5))
@@ -213,7 +193,6 @@ class ExpertsForm(Form):
         weights = torch.rand(ids.shape, generator=draw.rng) + 0.1
         weights *= self.total / weights.sum(-1, keepdim=True)
         x = draw.normal(self.tokens, self.hidden)
-        guarded: dict[str, torch.Tensor] = {}
         if self.values == "zeros":
             x.zero_()
         elif self.values == "nan":
@@ -224,11 +203,11 @@ class ExpertsForm(Form):
             ids[ids == 0] = -1
             layer.w13_weight.data[0] = torch.nan
         inputs = {
-            "hidden_states": draw.laid_out(x, self.layout, guarded),
+            "hidden_states": draw.laid_out(x, self.layout),
             "topk_weights": draw.place(weights, torch.float32),
             "topk_ids": draw.index(ids, self.ids),
         }
-        return ExpertsCall(layer, inputs, guarded=guarded, experts=Experts(self.activation, not self.not_gated, self.weight_on_input))
+        return ExpertsCall(layer, inputs, meaning={"experts": Experts(self.activation, not self.not_gated, self.weight_on_input)})
 
 
 def _parameter(x: torch.Tensor) -> nn.Parameter:
@@ -248,19 +227,11 @@ tokens=17 {{{sizes("experts", "top_k")}}} | tokens=3 hidden={{{numbers("hidden")
 """
 
 
-def _fused_moe(call: Call) -> tuple[Exact, ...]:
-    assert isinstance(call, ExpertsCall) and call.experts is not None
-    layer: Any = call.layer
-    first, second = (getattr(layer, f"{name}_weight_bias", None) for name in ("w13", "w2"))
-    x, weights, ids = call.inputs.values()
-    return exact.fused_moe(x, layer.w13_weight, layer.w2_weight, weights, ids, first, second, call.experts)
-
-
 OPERATORS = {
     "topk": Operator(
         RoutingForm(),
         f"experts=128 {{,real=13}} | experts=256 {_SIGMOID} groups=8 topk_group=4 factor=2.5 on_output",
-        _topk,
+        exact.topk,
         sizes=_TOPK_SIZES,
         many=f"tokens={{4097,65537}} experts=16 top_k=2 {{,{_SIGMOID}}}",
         vast=f"tokens=8192 experts=256 {_SIGMOID} groups=8 topk_group=4",
@@ -272,7 +243,7 @@ OPERATORS = {
     "fused_moe": Operator(
         ExpertsForm(),
         "hidden=1024 size=32 {,experts=16 elsewhere=0.5}",
-        _fused_moe,
+        exact.fused_moe,
         sizes=_EXPERTS_SIZES,
         many="tokens={4097,65537} hidden=32",
         vast="tokens=8192 hidden=1024 size=32",

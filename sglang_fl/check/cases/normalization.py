@@ -37,22 +37,21 @@ class Norm(Form):
     weights_apart: bool = False
     biased: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         shape = self.shape or (self.tokens, max(1, self.heads) * self.hidden)
-        guarded: dict[str, torch.Tensor] = {}
-        x = self._laid_out(draw, draw.normal(*shape, scale=self.scale, offset=self.offset), guarded)
+        x = self._laid_out(draw, draw.normal(*shape, scale=self.scale, offset=self.offset))
         dtype = getattr(torch, self.weights) if self.weights else draw.dtype
         weight, bias = (draw.normal(x.shape[-1], 2 if self.weights_apart else 1, dtype=dtype)[:, 0] for _ in range(2))
         layer = Layer(weight, self.eps, bias if self.biased else None)
         if not self.residual:
-            return Call(layer, {"x": x}, guarded=guarded)
-        residual = self._laid_out(draw, draw.normal(*shape, scale=10), guarded, sign=-1)
-        return Call(layer, {"x": x, "residual": residual}, frozenset({"x", "residual"}), guarded)
+            return Call(layer, {"x": x})
+        residual = self._laid_out(draw, draw.normal(*shape, scale=10), sign=-1)
+        return Call(layer, {"x": x, "residual": residual}, frozenset({"x", "residual"}))
 
-    def _laid_out(self, draw: Draw, x: torch.Tensor, guarded: dict[str, torch.Tensor], sign: int = 1) -> torch.Tensor:
+    def _laid_out(self, draw: Draw, x: torch.Tensor, sign: int = 1) -> torch.Tensor:
         if self.values:
             x = draw.place(sign * draw.extreme(self.values, *x.shape, largest=_LARGEST))
-        x = draw.laid_out(x, self.layout, guarded)
+        x = draw.laid_out(x, self.layout)
         return x.unflatten(1, (self.heads, self.hidden)) if self.heads else x
 
 
@@ -63,7 +62,6 @@ shape=0,128 | shape=2,0,64 | shape=3,1 | shape=5,33 | shape=33,80 | shape=3,5000
 """
 #: Calls where epsilon dominates, and where the mean does.
 _CONSTANTS = "scale=0.1 eps={1e-5,1e-2,0.0} | scale=1e-3 eps={1e-6,1e-5} | offset=100 | hidden=64 weights_apart"
-_SPECIAL = "tokens=6 hidden=64 values={nan,largest,zeros,denormals}"
 _SIZES = f"""
 tokens=3 hidden={{{numbers("hidden", "q_lora", "kv_lora")}}} | tokens=3 heads={{1,2,5,8,16,40,128}} hidden=128
 | tokens=3 heads=7 hidden={{{numbers("head_dim")},72,112}} | tokens=3 layout=far
@@ -72,43 +70,24 @@ _MANY = "tokens={4097,65537} hidden=16 | tokens=2048 heads=33 hidden=16 layout=v
 _VAST = "tokens=8192 heads=32 hidden=128 | tokens=2097153 hidden=1024"
 
 
-def _weight(call: Call) -> torch.Tensor:
-    assert call.layer.weight is not None
-    return call.layer.weight
-
-
-def _layer_norm(call: Call) -> tuple[Exact, ...]:
-    assert call.layer.bias is not None
-    return exact.layer_norm(call.inputs["x"], _weight(call), call.layer.bias, call.layer.variance_epsilon)
-
-
-def _with_residual(exactly: Callable[..., tuple[Exact, ...]]) -> Operator:
+def _operator(exactly: Callable[..., tuple[Exact, ...]], form: Norm, residual: str) -> Operator:
+    """``residual``: a word for calls with a residual, if the operator has one."""
     return Operator(
-        Norm(),
-        "hidden=4096 {,residual}",
-        lambda call: exactly(call.inputs["x"], _weight(call), call.layer.variance_epsilon, call.inputs.get("residual")),
-        sizes=each(_SIZES, "{,residual}"),
-        many=each(_MANY, "{,residual}"),
+        form,
+        f"hidden=4096 {residual}",
+        exactly,
+        sizes=each(_SIZES, residual),
+        many=each(_MANY, residual),
         vast=_VAST,
-        unusual=f"{each(_UNUSUAL, '{,residual}')} | {_CONSTANTS}",
-        special=each(_SPECIAL, "{,residual}"),
+        unusual=f"{each(_UNUSUAL, residual)} | {_CONSTANTS}",
+        special=each("tokens=6 hidden=64 values={nan,largest,zeros,denormals}", residual),
         tokens_in={"x": 0, "residual": 0},
     )
 
 
 OPERATORS = {
-    "gemma_rms_norm": _with_residual(exact.gemma_rms_norm),
-    "layer_norm": Operator(
-        # SGLang creates LayerNorm's weights in fp32 for models of any dtype.
-        Norm(biased=True, weights="float32"),
-        "hidden=4096",
-        _layer_norm,
-        sizes=_SIZES,
-        many=_MANY,
-        vast=_VAST,
-        unusual=f"{_UNUSUAL} | {_CONSTANTS}",
-        special=_SPECIAL,
-        tokens_in={"x": 0},
-    ),
-    "rms_norm": _with_residual(exact.rms_norm),
+    "gemma_rms_norm": _operator(exact.gemma_rms_norm, Norm(), "{,residual}"),
+    # SGLang creates LayerNorm's weights in fp32 for models of any dtype.
+    "layer_norm": _operator(exact.layer_norm, Norm(biased=True, weights="float32"), ""),
+    "rms_norm": _operator(exact.rms_norm, Norm(), "{,residual}"),
 }

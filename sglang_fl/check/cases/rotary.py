@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..exact import rotary as exact
-from ..exact.judge import Exact
-from .call import Call, Draw, Form, Layer, Operator, each, inputs_of
+from .call import Call, Draw, Form, Layer, Operator, each
 from .models import sizes
 
 
@@ -40,26 +39,25 @@ class Rotary(Form):
     tables_far: bool = False
     scale: float = 1.0
 
-    def __call__(self, draw: Draw) -> Call:
-        guarded: dict[str, torch.Tensor] = {}
-        query, key = self._heads(draw, guarded)
+    def call(self, draw: Draw) -> Call:
+        query, key = self._heads(draw)
         cos, sin = self._tables(draw)
         position_ids = self._positions(draw, (query.shape[0],))
         inputs: dict[str, Any] = {"query": query, "key": key, "cos": cos, "sin": sin, "position_ids": position_ids}
         inputs |= {"rotary_interleaved": self.interleaved, "inplace": not self.copy}
-        return Call(Layer(), inputs, frozenset(() if self.copy else {"query", "key"}), guarded)
+        return Call(Layer(), inputs, frozenset(() if self.copy else {"query", "key"}))
 
-    def _heads(self, draw: Draw, guarded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _heads(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         shapes = (self.heads, self.head_dim), (self.kv_heads, self.head_dim)
         if self.values:
             query = draw.place(draw.extreme(self.values, self.tokens, *shapes[0]))
             return query, draw.normal(self.tokens, *shapes[1])
         if not self.layout:
             widths = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
-            query, key, guarded["the values behind the keys"] = draw.normal(self.tokens, sum(widths)).split(widths, -1)
+            query, key, draw.guarded["the values behind the keys"] = draw.normal(self.tokens, sum(widths)).split(widths, -1)
             return query.unflatten(1, shapes[0]), key.unflatten(1, shapes[1])
         layout = self.layout.removeprefix("contiguous")
-        query, key = (draw.laid_out(draw.normal(self.tokens, *shape), layout, guarded) for shape in shapes)
+        query, key = (draw.laid_out(draw.normal(self.tokens, *shape), layout) for shape in shapes)
         return query, key
 
     def _tables(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +67,7 @@ class Rotary(Form):
         frequencies = base ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
         angles = torch.outer(torch.arange(self.positions), frequencies)
         table = draw.place(torch.cat((angles.cos(), angles.sin()), -1) * self.scale, getattr(torch, self.tables))
-        cos, sin = draw.laid_out(table, "far" if self.tables_far else "", {}).chunk(2, -1)
+        cos, sin = draw.laid_out(table, "far" if self.tables_far else "").chunk(2, -1)
         return (cos.contiguous(), sin.contiguous()) if self.tables_apart else (cos, sin)
 
     def _positions(self, draw: Draw, shape: tuple[int, ...]) -> torch.Tensor:
@@ -111,9 +109,8 @@ class Sections(Rotary):
     by_head: bool = False
     positions_apart: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
-        guarded: dict[str, torch.Tensor] = {}
-        query, key = self._heads(draw, guarded)
+    def call(self, draw: Draw) -> Call:
+        query, key = self._heads(draw)
         cache = torch.cat(self._tables(draw), -1)
         pairs = cache.shape[1] // 2
         side = 5 * pairs // 16 or pairs // 3
@@ -126,29 +123,7 @@ class Sections(Rotary):
             "query": query if self.by_head else query.flatten(1),
             "key": key if self.by_head else key.flatten(1),
         }
-        return Call(layer, inputs, frozenset({"query", "key"}), {**guarded, "the layer's cos_sin_cache": cache})
-
-
-def _mrotary_embedding(call: Call) -> tuple[Exact, ...]:
-    layer, positions = call.layer, call.inputs["positions"]
-    assert isinstance(layer, SectionsLayer)
-    given = call.inputs["query"], call.inputs["key"]
-    query, key = (x if x.dim() == 3 else x.unflatten(1, (-1, layer.head_size)) for x in given)
-    rows = positions if positions.dim() == 2 else positions.expand(3, -1)
-    results = exact.mrotary_embedding(query, key, layer.cos_sin_cache, rows, layer.axis_map, not layer.is_neox_style)
-    # In a row of several heads numbers pass through unchanged only if heads are partially rotated.
-    return tuple(
-        result
-        if x.dim() == 3
-        else replace(
-            result,
-            value=result.value.flatten(1),
-            terms=result.terms.flatten(1),
-            lost=torch.as_tensor(result.lost).flatten(1),
-            passed_on=None,
-        )
-        for result, x in zip(results, given, strict=True)
-    )
+        return Call(layer, inputs, frozenset({"query", "key"}), {"the layer's cos_sin_cache": cache})
 
 
 #: Multi-head, grouped and multi-query attention, and the head counts under tensor parallelism.
@@ -169,7 +144,7 @@ OPERATORS = {
     "rotary_embedding": Operator(
         Rotary(),
         "heads=8 head_dim=128 {,interleaved,copy}",
-        lambda call: exact.rotary_embedding(*inputs_of(call, ("query", "key", "cos", "sin", "position_ids", "rotary_interleaved"))),
+        exact.rotary_embedding,
         sizes=f"{each(_HEADS, '{,interleaved}')} | {_MODELS} | tokens=3 layout=far {{,copy}} | positions=40 tables_far",
         many=each(_MANY, "{,copy}"),
         vast=f"{_VAST} | tokens=1048577 heads=8 kv_heads=1 head_dim=256",
@@ -180,7 +155,7 @@ OPERATORS = {
     "mrotary_embedding": Operator(
         Sections(),
         "heads=8 head_dim=128 {,turns,rows=1}",
-        _mrotary_embedding,
+        exact.mrotary_embedding,
         sizes=f"{each(_HEADS, '{,turns}')} | {_MODELS} | tokens=3 layout=far by_head",
         many=each(_MANY, "{,turns}"),
         vast=_VAST,

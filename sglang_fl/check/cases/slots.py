@@ -57,11 +57,11 @@ class Requests(Form):
         pages = self._pages(draw, len(lengths))
         return [page * self.page + (n - 1) % self.page if n else -1 for page, n in zip(pages, lengths, strict=True)]
 
-    def _table(self, draw: Draw, rows: int, guarded: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _table(self, draw: Draw, rows: int) -> torch.Tensor:
         width = (self.prefix + max(self.lengths, default=self.most)) // self.page + 2
         first = 2**31 // self.page - _PAGES if self.large else 0
         numbers = first + torch.randint(0, _PAGES, (rows, width), generator=draw.rng)
-        return draw.laid_out(draw.place(numbers, torch.int32), self.layout, guarded)
+        return draw.laid_out(draw.place(numbers, torch.int32), self.layout)
 
     def _rows(self, draw: Draw, count: int) -> list[int]:
         """Distinct rows of a table with ``count + 3`` rows; the last row is one of them."""
@@ -69,24 +69,19 @@ class Requests(Form):
         return rows if not rows or count + 2 in rows else [count + 2, *rows[1:]]
 
 
-def _out(draw: Draw, count: int, guarded: dict[str, torch.Tensor], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+def _out(draw: Draw, count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """The kernel's output, a slice of a longer tensor whose other numbers are guarded."""
     around = draw.place(torch.randint(-99, -1, (count + 2 * _AROUND,), generator=draw.rng), dtype)
-    guarded["the numbers before"], out, guarded["the numbers after"] = around.split([_AROUND, count, _AROUND])
+    draw.guarded["the numbers before"], out, draw.guarded["the numbers after"] = around.split([_AROUND, count, _AROUND])
     return out
 
 
-def _launch(inputs: dict[str, Any], written: str, guarded: dict[str, torch.Tensor], *named: str) -> Call:
-    return Call(Layer(), inputs, frozenset({written}), guarded, (written,), takes_layer=False, named=frozenset(named), returns=False)
+def _launch(inputs: dict[str, Any], written: str, *named: str) -> Call:
+    return Call(Layer(), inputs, frozenset({written}), updated=(written,), takes_layer=False, named=frozenset(named), returns=False)
 
 
 def _power_of_2(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
-
-
-def _of(call: Call, *names: str) -> list[list[int]]:
-    """Inputs as lists, cut to the number of programs of the launch."""
-    return [call.inputs[name].tolist()[: call.inputs["grid"][0]] for name in names]
 
 
 @dataclass(frozen=True)
@@ -95,34 +90,26 @@ class Allocation(Requests):
 
     one: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         prefixes, new = self._lengths(draw)
         if self.one:
             prefixes, new = [prefix + count for prefix, count in zip(prefixes, new, strict=True)], [1] * len(new)
         ends = [prefix + count for prefix, count in zip(prefixes, new, strict=True)]
-        guarded: dict[str, torch.Tensor] = {}
         inputs: dict[str, Any] = {"grid": (len(new),)} | ({} if self.one else {"pre_lens": self._index(draw, prefixes)})
         inputs |= {"seq_lens": self._index(draw, ends), "last_loc": self._index(draw, self._last(draw, prefixes))}
         free = self._pages(draw, sum(new) // self.page + len(new) + 1)
-        inputs |= {"free_pages": draw.place(torch.tensor(free), torch.int64), "out": _out(draw, sum(new), guarded)}
-        return _launch(inputs | {"bs_upper": _power_of_2(len(new)), "page_size": self.page}, "out", guarded)
-
-
-def _allocated(call: Call) -> tuple[Any, ...]:
-    after, last = _of(call, "seq_lens", "last_loc")
-    before = _of(call, "pre_lens")[0] if "pre_lens" in call.inputs else [length - 1 for length in after]
-    return exact.alloc_extend(before, after, last, call.inputs["free_pages"].tolist(), call.inputs["out"], call.inputs["page_size"])
+        inputs |= {"free_pages": draw.place(torch.tensor(free), torch.int64), "out": _out(draw, sum(new))}
+        return _launch(inputs | {"bs_upper": _power_of_2(len(new)), "page_size": self.page}, "out")
 
 
 @dataclass(frozen=True)
 class LastSlots(Requests):
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         prefixes, _ = self._lengths(draw)
         rows = self._rows(draw, len(prefixes))
-        guarded: dict[str, torch.Tensor] = {}
-        table = self._table(draw, len(prefixes) + 3, guarded)
+        table = self._table(draw, len(prefixes) + 3)
         inputs = {"req_to_token": table, "req_pool_indices": self._index(draw, rows), "prefix_lens": self._index(draw, prefixes)}
-        return Call(Layer(), {"grid": None, **inputs}, guarded=guarded, takes_layer=False)
+        return Call(Layer(), {"grid": None, **inputs}, takes_layer=False)
 
 
 @dataclass(frozen=True)
@@ -131,7 +118,7 @@ class Positions(Requests):
 
     no_prefixes: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         prefixes, new = self._lengths(draw)
         given = [] if self.no_prefixes else prefixes
         inputs = {"grid": None, "extend_prefix_lens": self._index(draw, given), "extend_seq_lens": self._index(draw, new)}
@@ -140,11 +127,10 @@ class Positions(Requests):
 
 @dataclass(frozen=True)
 class WriteTable(Requests):
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         prefixes, new = self._lengths(draw)
         ends = [prefix + count for prefix, count in zip(prefixes, new, strict=True)]
-        guarded: dict[str, torch.Tensor] = {}
-        table = self._table(draw, len(new) + 3, guarded)
+        table = self._table(draw, len(new) + 3)
         inputs = {
             "grid": (len(new),),
             "req_pool_indices": self._index(draw, self._rows(draw, len(new))),
@@ -155,7 +141,7 @@ class WriteTable(Requests):
             "pool_len": table.stride(0),
             "bs_upper": _power_of_2(len(new)),
         }
-        return _launch(inputs, "req_to_token", guarded)
+        return _launch(inputs, "req_to_token")
 
 
 @dataclass(frozen=True)
@@ -177,44 +163,30 @@ class ReadTable(Requests):
     chunked: bool = False
     wide: bool = False
 
-    def __call__(self, draw: Draw) -> Call:
+    def call(self, draw: Draw) -> Call:
         starts, counts = self._lengths(draw)
         if not (self.starts or self.chunked):
             starts = [0] * len(counts)
-        guarded: dict[str, torch.Tensor] = {}
-        table = self._table(draw, len(counts) + 3, guarded)
+        table = self._table(draw, len(counts) + 3)
         if self.mapped:
             table[torch.rand(table.shape, generator=draw.rng).to(table.device) < 0.1] = -1
         rows, begin = self._index(draw, self._rows(draw, len(counts))), [2 + end for end in accumulate(counts, initial=0)]
         lengths, indptr, at = self._index(draw, counts), self._index(draw, begin), self._index(draw, starts)
-        out = _out(draw, sum(counts) + 4, guarded, torch.int64 if self.wide or self.large else torch.int32)
+        out = _out(draw, sum(counts) + 4, torch.int64 if self.wide or self.large else torch.int32)
         inputs: dict[str, Any] = {
             "grid": (len(counts), self.blocks) if self.blocks else (len(counts),),
             "req_to_token": table,
             "rows": rows,
         }
+        last = {"kv_indices": out, "stride": table.stride(0)}
         if self.chunked:
-            inputs |= {"starts": at, "lengths": lengths, "indptr": indptr, "kv_indices": out, "stride": table.stride(0)}
-            return _launch(inputs, "kv_indices", guarded)
-        inputs |= {
-            "lengths": lengths,
-            "indptr": indptr,
-            "starts": at if self.starts else None,
-            "kv_indices": out,
-            "stride": table.stride(0),
-        }
+            return _launch({**inputs, "starts": at, "lengths": lengths, "indptr": indptr, **last}, "kv_indices")
+        inputs |= {"lengths": lengths, "indptr": indptr, "starts": at if self.starts else None, **last}
         named: dict[str, Any] = {"ENTRY_PAGE_SIZE": self.page} if self.page > 1 else {}
         named |= {"TOKEN_BLOCK_PARALLEL": True} if self.blocks else {}
         if self.mapped:
             named["token_mapping"] = draw.place(torch.randperm(_PAGES, generator=draw.rng), torch.int64)
-        return _launch(inputs | named, "kv_indices", guarded, *named)
-
-
-def _read(call: Call) -> tuple[Any, ...]:
-    rows, lengths, indptr = _of(call, "rows", "lengths", "indptr")
-    starts = [0] * len(rows) if call.inputs["starts"] is None else _of(call, "starts")[0]
-    page, mapping = call.inputs.get("ENTRY_PAGE_SIZE", 1), call.inputs.get("token_mapping")
-    return exact.read_table(call.inputs["req_to_token"], rows, lengths, indptr, starts, call.inputs["kv_indices"], page, mapping)
+        return _launch(inputs | named, "kv_indices", *named)
 
 
 def _operator(form: Requests, forms: str, exactly: Any, *, sizes: str, unusual: str) -> Operator:
@@ -237,7 +209,7 @@ _KV = "sglang.kernels.ops.attention.kv_indices"
 _LAST = _operator(
     LastSlots(),
     "",
-    lambda call: exact.last_slots(call.inputs["req_to_token"], call.inputs["req_pool_indices"].tolist(), call.inputs["prefix_lens"]),
+    exact.last_slots,
     sizes="prefix=9000 | lengths=3,2 layout=far",
     unusual="prefix=1",
 )
@@ -246,14 +218,14 @@ OPERATORS = {
     f"{_ALLOC}:alloc_extend_kernel": _operator(
         Allocation(page=16),
         "page={16,64}",
-        _allocated,
+        exact.alloc,
         sizes=f"{_LONG} page={{16,64}} | lengths=4096,8192,12288 page=16 | page=64 prefix=9000",
         unusual="page={1,2,256} | longer | page=64 large",
     ),
     f"{_ALLOC}:alloc_decode_kernel": _operator(
         Allocation(page=16, one=True),
         "page={16,64}",
-        _allocated,
+        exact.alloc,
         sizes="page=64 prefix=9000",
         unusual="page={1,2,256} | longer | page=64 large",
     ),
@@ -262,32 +234,28 @@ OPERATORS = {
     "sglang.kernels.ops.attention.position:compute_position_triton": _operator(
         Positions(),
         "{,no_prefixes}",
-        lambda call: exact.positions(call.inputs["extend_prefix_lens"].tolist(), call.inputs["extend_seq_lens"].tolist()),
+        exact.positions,
         sizes=f"{_LONG} prefix=262144 | lengths=70000,3",
         unusual="lengths=0,0 no_prefixes",
     ),
     "sglang.srt.mem_cache.allocation:assign_req_to_token_pool": _operator(
         WriteTable(),
         "",
-        lambda call: exact.write_table(
-            call.inputs["req_to_token"],
-            call.inputs["out_cache_loc"].tolist(),
-            *_of(call, "req_pool_indices", "start_offset", "end_offset"),
-        ),
+        exact.write_table,
         sizes=f"{_LONG} | prefix=9000 | lengths=3,2 layout=far",
         unusual="lengths=32,33,31 | longer",
     ),
     f"{_KV}:create_flashinfer_kv_indices_triton": _operator(
         ReadTable(),
         "{,starts,starts mapped wide}",
-        _read,
+        exact.read_table,
         sizes=f"{_LONG} {{,starts}} | lengths=511,512,513 | lengths=3,2 layout=far",
         unusual="page={4,16} {,starts} wide | page=64 large | blocks=3 | lengths=1500,1,0 blocks=2 | longer | mapped",
     ),
     f"{_KV}:create_chunked_prefix_cache_kv_indices": _operator(
         ReadTable(chunked=True),
         "",
-        _read,
+        exact.read_table,
         sizes=f"{_LONG} | lengths=511,512,513 prefix=9000 | lengths=3,2 layout=far",
         unusual="longer",
     ),

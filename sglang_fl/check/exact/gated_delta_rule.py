@@ -8,17 +8,16 @@ squares are added, and the sum stays within ``CONFIDENCE`` times the root, excep
 ``2 exp(-CONFIDENCE ** 2 / 2)`` (Higham and Mary 2019, A New Approach to Probabilistic Rounding Error Analysis).
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from .judge import TINY, U32, Exact, Same, exactly, smallest, u
+from .judge import TINY, U32, Exact, Same, exactly, smallest, summation, u
 
 CONFIDENCE = 6.0
-#: Roundings of a sum of n numbers, in addition to log2(n); and of the rest of a token's arithmetic.
-_SUM, _REST = 8, 8
+#: Roundings of a token's arithmetic, except for its sums.
+_REST = 8
 #: How often a token's contribution to its chunk is rounded to the activations' dtype (q, k, v, the state, the solved
 #: triangle and its factor). This models such kernels; it is not a proof.
 _IN_CHUNK = 8
@@ -32,6 +31,11 @@ class _Rows:
     state: torch.Tensor
     squares: torch.Tensor
     terms: torch.Tensor
+
+    @classmethod
+    def of(cls, state: torch.Tensor) -> "_Rows":
+        """States without an error."""
+        return cls(state, torch.zeros(state.shape[:-1], dtype=torch.float64), state.norm(dim=-1))
 
     @property
     def error(self) -> torch.Tensor:
@@ -63,7 +67,7 @@ class _Tokens:
         """
         decay, beta = self.g.exp().unsqueeze(-1), self.beta.unsqueeze(-1)
         size_k, size_q = self.k.norm(dim=-1, keepdim=True), self.q.norm(dim=-1, keepdim=True)
-        roundings = math.log2(max(2, self.k.shape[-1])) + _SUM + _REST
+        roundings = summation(self.k.shape[-1]) + _REST
         rows.state = rows.state * decay.unsqueeze(-1)
         before = rows.state.norm(dim=-1)
         wrong_by = self.v - (rows.state * self.k.unsqueeze(-2)).sum(-1)
@@ -80,11 +84,11 @@ class _Tokens:
 
 
 def _tokens(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, scale: float | None, use_qk_l2norm: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, scale: float | None, normed: bool
 ) -> _Tokens:
     """All tokens in order, with heads repeated, in float64."""
     q, k = exactly(q), exactly(k)
-    if use_qk_l2norm:
+    if normed:
         q, k = (x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     q = q * (k.shape[-1] ** -0.5 if scale is None else scale)
     q, k = (x.repeat_interleave(v.shape[-2] // x.shape[-2], -2) for x in (q, k))
@@ -114,9 +118,8 @@ def _run(tokens: _Tokens, spans: torch.Tensor, states: torch.Tensor, unit: float
     of_chunks = (lengths + _CHUNK - 1) // _CHUNK
     first_chunk = of_chunks.cumsum(0) - of_chunks
     order = lengths.argsort(descending=True)
-    state = states[order]
-    rows = _Rows(state, torch.zeros(state.shape[:-1], dtype=torch.float64), state.norm(dim=-1))
-    before = rows.at(torch.zeros(int(of_chunks.sum()), dtype=torch.int64)) if len(state) else rows
+    rows = _Rows.of(states[order])
+    before = rows.at(torch.zeros(int(of_chunks.sum()), dtype=torch.int64)) if len(states) else rows
     out, error = torch.zeros_like(tokens.v), torch.zeros_like(tokens.v)
     for token in range(int(lengths.max()) if len(lengths) else 0):
         running = order[: int((lengths > token).sum())]
@@ -142,19 +145,18 @@ def chunk_gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     initial_state_indices: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    use_qk_l2norm: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
     inplace_update: bool = True,
 ) -> tuple[Exact, ...]:
     """``o``, the states before chunks, and the pool if it is updated."""
     spans = _spans(q, cu_seqlens)
     pool = q.new_zeros((1, v.shape[2], v.shape[3], k.shape[3])) if initial_state is None else initial_state
     slots = torch.arange(len(spans)) if initial_state_indices is None else initial_state_indices.cpu().long()
-    states = exactly(pool)[slots.clamp(min=0) if initial_state is not None else torch.zeros_like(slots)]
-    states[slots < 0] = 0
+    states = _begin(pool, slots if initial_state is not None else torch.zeros_like(slots))
     unit = _IN_CHUNK * u(q.dtype) if q.dtype != torch.float32 else 0.0
-    found = _run(_tokens(q, k, v, g, beta, scale, use_qk_l2norm), spans, states, unit)
+    found = _run(_tokens(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel), spans, states, unit)
     results = [
-        _output("o", found, v.shape),
+        _output("o", found.out, found.error, v.shape),
         _states("the states before chunks", found.chunks.state.unflatten(0, (q.shape[0], -1)), found.chunks.error, roundings=1),
     ]
     if initial_state is not None and inplace_update:
@@ -162,14 +164,19 @@ def chunk_gated_delta_rule(
     return tuple(results)
 
 
-def _output(name: str, found: _Result, shape: torch.Size) -> Exact:
-    return Exact(name, found.out.view(shape), found.out.view(shape).abs(), 1, found.error.view(shape))
+def _begin(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The states of sequences before their first token. Those without a slot begin at zero."""
+    states = exactly(pool)[slots.clamp(min=0)]
+    states[slots < 0] = 0
+    return states
+
+
+def _output(name: str, out: torch.Tensor, error: torch.Tensor, shape: torch.Size) -> Exact:
+    return Exact(name, out.view(shape), out.view(shape).abs(), 1, error.view(shape))
 
 
 def _states(name: str, value: torch.Tensor, error: torch.Tensor, roundings: float, dtype: torch.dtype | None = None) -> Exact:
-    return Exact(
-        name, value, value.abs(), roundings, error.unsqueeze(-1).expand(-1, -1, -1, value.shape[-1]).reshape(value.shape), dtype=dtype
-    )
+    return Exact(name, value, value.abs(), roundings, error.reshape(value.shape[:-1]).unsqueeze(-1).expand(value.shape), dtype=dtype)
 
 
 def _pool_after(pool: torch.Tensor, slots: torch.Tensor, last: _Rows) -> Exact:
@@ -189,14 +196,14 @@ def fused_recurrent_gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    use_qk_l2norm: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[Exact, ...]:
     """``o``, and the last states if they are wanted."""
     spans = _spans(q, cu_seqlens)
     states = q.new_zeros((len(spans), v.shape[2], v.shape[3], k.shape[3])) if initial_state is None else initial_state
-    tokens = _tokens(q, k, v, g, torch.ones_like(g) if beta is None else beta, scale, use_qk_l2norm)
+    tokens = _tokens(q, k, v, g, torch.ones_like(g) if beta is None else beta, scale, use_qk_l2norm_in_kernel)
     found = _run(tokens, spans, exactly(states), 0.0)
-    out = _output("o", found, v.shape)
+    out = _output("o", found.out, found.error, v.shape)
     if not output_final_state:
         return (out,)
     return out, _states("the last states", found.last.state, found.last.error, roundings=1, dtype=torch.float32)
@@ -231,39 +238,36 @@ def fused_sigmoid_gating_delta_rule_update(
     k: torch.Tensor,
     v: torch.Tensor,
     b: torch.Tensor,
-    pool: torch.Tensor,
-    slots: torch.Tensor,
+    initial_state_source: torch.Tensor,
+    initial_state_indices: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    buffer: torch.Tensor | None = None,
-    rows: torch.Tensor | None = None,
-    parents: torch.Tensor | None = None,
+    intermediate_states_buffer: torch.Tensor | None = None,
+    intermediate_state_indices: torch.Tensor | None = None,
+    retrieve_parent_token: torch.Tensor | None = None,
 ) -> tuple[Exact | Same, ...]:
     """``o``, and the updated pool. With drafts: ``o``, the unchanged pool, and the buffer with the state after each drafted token."""
     tokens = _tokens(q, k, v, *_gates(a, b, A_log, dt_bias), None, True)
-    slots, states = slots.cpu().long(), exactly(pool)
-    first = states[slots.clamp(min=0)]
-    first[slots < 0] = 0
-    spans = _spans(q, cu_seqlens)
-    if buffer is None or rows is None:
-        found = _run(tokens, spans, first, 0.0, _unit_of_beta(b))
-        return _output("o", found, v.shape), _pool_after(pool, slots, found.last)
+    pool, slots = initial_state_source, initial_state_indices.cpu().long()
+    first = _begin(pool, slots)
+    if intermediate_states_buffer is None or intermediate_state_indices is None:
+        found = _run(tokens, _spans(q, cu_seqlens), first, 0.0, _unit_of_beta(b))
+        return _output("o", found.out, found.error, v.shape), _pool_after(pool, slots, found.last)
     out, error = torch.zeros_like(tokens.v), torch.zeros_like(tokens.v)
-    begin = _Rows(first, torch.zeros(first.shape[:-1], dtype=torch.float64), first.norm(dim=-1))
+    begin = _Rows.of(first)
     after: list[_Rows] = []
-    steps = buffer.shape[1]
-    value, wrong = exactly(buffer), torch.zeros(buffer.shape[:-1], dtype=torch.float64)
-    sequences, rows = torch.arange(len(slots)), rows.cpu().long()
+    value, steps = exactly(intermediate_states_buffer), intermediate_states_buffer.shape[1]
+    wrong = torch.zeros(value.shape[:-1], dtype=torch.float64)
+    sequences, rows = torch.arange(len(slots)), intermediate_state_indices.cpu().long()
     for step in range(steps):
-        before = [step - 1] * len(slots) if parents is None else parents[:, step].tolist()
+        before = [step - 1] * len(slots) if retrieve_parent_token is None else retrieve_parent_token[:, step].tolist()
         chosen = [begin.at(slice(n, n + 1)) if step == 0 else after[before[n]].at(slice(n, n + 1)) for n in range(len(slots))]
         now = _Rows(*(torch.cat([getattr(one, part) for one in chosen]) for part in ("state", "squares", "terms"))) if chosen else begin
         at = sequences * steps + step
         out[at], error[at] = tokens.at(at).step(now, 0.0, _unit_of_beta(b))
         value[rows, step], wrong[rows, step] = now.state, now.error
         after.append(now)
-    written = _states("the states after drafts", value.flatten(0, 1), wrong.flatten(0, 1), roundings=0, dtype=buffer.dtype)
-    o = Exact("o", out.view(v.shape), out.view(v.shape).abs(), 1, error.nan_to_num().view(v.shape))
-    return o, Same("the pool of states", pool.cpu().clone()), written.in_shape(*value.shape)
+    written = _states("the states after drafts", value, wrong, roundings=0, dtype=intermediate_states_buffer.dtype)
+    return _output("o", out, error.nan_to_num(), v.shape), Same("the pool of states", pool.cpu().clone()), written
 
 
 def fused_recurrent_gated_delta_rule_packed_decode(
@@ -276,7 +280,7 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     initial_state: torch.Tensor,
     out: torch.Tensor,
     ssm_state_indices: torch.Tensor,
-    use_qk_l2norm: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[Exact, ...]:
     """``out`` and the pool."""
     value_heads, value_dim, key_dim = initial_state.shape[1:]
@@ -285,10 +289,10 @@ def fused_recurrent_gated_delta_rule_packed_decode(
         part.unflatten(1, (-1, dim))
         for part, dim in zip(mixed_qkv.split([width, width, value_heads * value_dim], 1), (key_dim, key_dim, value_dim), strict=True)
     )
-    tokens = _tokens(q, k, v, *_gates(a, b, A_log, dt_bias), scale, use_qk_l2norm)
+    tokens = _tokens(q, k, v, *_gates(a, b, A_log, dt_bias), scale, use_qk_l2norm_in_kernel)
     unit_beta = _unit_of_beta(b)
     slots = ssm_state_indices.cpu().long()
     real = (slots >= 0).nonzero()
     spans = torch.cat((real, torch.ones_like(real)), -1)
     found = _run(tokens, spans, exactly(initial_state)[slots[real[:, 0]]], 0.0, unit_beta)
-    return _output("out", found, out.shape), _pool_after(initial_state, slots[real[:, 0]], found.last)
+    return _output("out", found.out, found.error, out.shape), _pool_after(initial_state, slots[real[:, 0]], found.last)

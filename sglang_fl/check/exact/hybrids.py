@@ -56,59 +56,70 @@ def gated_norm(
 
 
 def qk_gemma_norms(
-    q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, head_dim: int, *, gated: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    head_dim: int,
+    num_heads: int | None = None,
 ) -> tuple[Exact | Same, ...]:
-    """The norm of each head. With ``gated`` the second half of each head of q is its gate, which is copied."""
+    """The norm of each head. With ``num_heads`` the second half of each head of q is its gate, which is copied."""
+    gated = num_heads is not None
     heads = q.reshape(-1, (1 + gated) * head_dim)
     pairs = (("q", heads[:, :head_dim], q_weight), ("k", k.reshape(-1, head_dim), k_weight))
     norms = [replace(gemma_rms_norm(x, weight, eps, None)[0], name=name) for name, x, weight in pairs]
     return (*norms, Same("gate", heads[:, head_dim:].cpu())) if gated else tuple(norms)
 
 
-def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> tuple[Exact, ...]:
-    wide = exactly(x)
-    return with_sigmoid(exactly(gate).reshape(x.shape), wide, torch.ones_like(wide), argument=1)
+def sigmoid_mul(attn_output: torch.Tensor, gate: torch.Tensor) -> tuple[Exact, ...]:
+    wide = exactly(attn_output)
+    return with_sigmoid(exactly(gate).reshape(wide.shape), wide, torch.ones_like(wide), argument=1)
 
 
 def gated_expert(
-    hidden_states: torch.Tensor, weight: torch.Tensor, shared: torch.Tensor, added_to: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    final_hidden_states: torch.Tensor | None = None,
 ) -> tuple[Exact, ...]:
-    """``shared * sigmoid(hidden_states @ weight)``, plus ``added_to`` if given."""
-    products = exactly(hidden_states) * exactly(weight)
+    """``shared_output * sigmoid(hidden_states @ gate_weight)``, plus ``final_hidden_states`` if given."""
+    products, shared = exactly(hidden_states) * exactly(gate_weight), exactly(shared_output)
     gate = products.sum(-1, keepdim=True).sigmoid()
     # An error of the sum changes the gate by that error times the sigmoid's slope.
-    terms = exactly(shared).abs() * (gate + gate * (1 - gate) * products.abs().sum(-1, keepdim=True))
-    value, roundings = exactly(shared) * gate, 16 + len(weight).bit_length()
-    if added_to is not None:
-        value, terms = value + exactly(added_to), terms + exactly(added_to).abs()
+    terms = shared.abs() * (gate + gate * (1 - gate) * products.abs().sum(-1, keepdim=True))
+    value, roundings = shared * gate, 16 + len(gate_weight).bit_length()
+    if final_hidden_states is not None:
+        value, terms = value + exactly(final_hidden_states), terms + exactly(final_hidden_states).abs()
     return (Exact("result", value, terms, roundings),)
 
 
-def taken_apart(
-    mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, by_head: bool
+def taken_apart(mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, num_heads_v: int, head_v: int) -> tuple[Same, ...]:
+    """qkv ``[tokens, q + k + v]``, z ``[tokens, num_heads_v, head_v]``, b and a ``[tokens, num_heads_v]``, one after the other."""
+    widths = [mixed_qkvz.shape[1] - num_heads_v * head_v, num_heads_v * head_v]
+    (qkv, z), (b, a) = mixed_qkvz.cpu().split(widths, 1), mixed_ba.cpu().chunk(2, 1)
+    return _taken_apart(qkv, z.unflatten(1, (num_heads_v, head_v)), b, a)
+
+
+def taken_apart_by_head(
+    mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> tuple[Same, ...]:
-    """qkv ``[tokens, q + k + v]``, z ``[tokens, value_heads, value_dim]``, b and a ``[tokens, value_heads]``, copied head by head."""
-    group, qkvz, ba = value_heads // key_heads, mixed_qkvz.cpu(), mixed_ba.cpu()
-    if not by_head:
-        qkv, z = qkvz.split([qkvz.shape[1] - value_heads * value_dim, value_heads * value_dim], 1)
-        parts = [qkv, z.unflatten(1, (value_heads, value_dim)), ba[:, :value_heads], ba[:, value_heads:]]
-    else:
-        found: list[list[torch.Tensor]] = [[] for _ in range(6)]
-        for head in range(key_heads):
-            places = [(qkvz, head * (2 * key_dim + 2 * group * value_dim)), (ba, head * 2 * group)]
-            for number, width in enumerate((key_dim, key_dim, group * value_dim, group * value_dim, group, group)):
-                source, at = places[number // 4]
-                found[number].append(source[:, at : at + width])
-                places[number // 4] = source, at + width
-        q, k, v, z, b, a = (torch.cat(part, 1) for part in found)
-        parts = [torch.cat([q, k, v], 1), z.unflatten(1, (value_heads, value_dim)), b, a]
+    """The same, where each key head has all its parts together."""
+    group = num_heads_v // num_heads_qk
+    of_heads = (x.cpu().unflatten(1, (num_heads_qk, -1)) for x in (mixed_qkvz, mixed_ba))
+    widths = [head_qk, head_qk, group * head_v, group * head_v], [group, group]
+    q, k, v, z, b, a = (part.flatten(1) for x, width in zip(of_heads, widths, strict=True) for part in x.split(width, -1))
+    return _taken_apart(torch.cat([q, k, v], 1), z.unflatten(1, (num_heads_v, head_v)), b, a)
+
+
+def _taken_apart(*parts: torch.Tensor) -> tuple[Same, ...]:
     return tuple(Same(name, part.clone()) for name, part in zip(("qkv", "z", "b", "a"), parts, strict=True))
 
 
-def split(mixed_qkv: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> tuple[Same, ...]:
+def split(
+    mixed_qkv: torch.Tensor, num_heads_q: int, num_heads_k: int, num_heads_v: int, head_q: int, head_k: int, head_v: int
+) -> tuple[Same, ...]:
     """q, k and v, each ``[1, tokens, heads, head_dim]``."""
-    found, at = [], 0
-    for name, (heads, size) in zip("qkv", shapes, strict=True):
-        found.append(Same(name, mixed_qkv.cpu()[:, at : at + heads * size].reshape(1, -1, heads, size)))
-        at += heads * size
-    return tuple(found)
+    shapes = (num_heads_q, head_q), (num_heads_k, head_k), (num_heads_v, head_v)
+    parts = mixed_qkv.cpu().split([heads * size for heads, size in shapes], 1)
+    return tuple(Same(name, part.unflatten(1, shape).unsqueeze(0)) for name, part, shape in zip("qkv", parts, shapes, strict=True))

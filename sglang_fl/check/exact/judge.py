@@ -32,6 +32,11 @@ def smallest(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps
 
 
+def summation(n: int) -> float:
+    """The number of fp32 roundings in a pairwise or blocked sum of n numbers."""
+    return 8 + math.log2(max(2, n))
+
+
 def exactly(x: torch.Tensor) -> torch.Tensor:
     """The same numbers in float64 on the CPU."""
     return x.detach().cpu().double()
@@ -62,7 +67,7 @@ def _place_of_largest(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(int(x.argmax()), x.shape))  # torch's imports for seconds
 
 
-def _misfit(name: str, got: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device | None) -> str | None:
+def misfit(name: str, got: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> str | None:
     """Why a result cannot be compared: its type, shape, dtype or device. None if it can."""
     if not isinstance(got, torch.Tensor):
         return f"{name} is {type(got).__name__}, not a tensor"
@@ -81,7 +86,7 @@ class Same:
     value: torch.Tensor
 
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
-        problem = _misfit(self.name, got, self.value.shape, self.value.dtype, device)
+        problem = misfit(self.name, got, self.value.shape, self.value.dtype, device)
         if problem is not None:
             return Verdict(problem=problem)
         found, right = exactly(got), exactly(self.value)
@@ -122,7 +127,7 @@ class Exact:
 
     def in_shape(self, *shape: int) -> "Exact":
         value, terms, lost = (x.expand(self.value.shape).reshape(shape) for x in (self.value, self.terms, torch.as_tensor(self.lost)))
-        return replace(self, value=value, terms=terms, lost=lost)
+        return replace(self, value=value, terms=terms, lost=lost, passed_on=None)
 
     def bound(self, dtype: torch.dtype) -> torch.Tensor:
         """The bound of each number's error."""
@@ -132,7 +137,7 @@ class Exact:
     def judge(self, got: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
         """Compare a result with this one. It must have ``dtype`` (unless this has its own) and ``device``."""
         dtype = self.dtype or dtype
-        problem = _misfit(self.name, got, self.value.shape, dtype, device)
+        problem = misfit(self.name, got, self.value.shape, dtype, device)
         if problem or not got.numel():
             return Verdict(problem=problem)
         got = got.cpu()

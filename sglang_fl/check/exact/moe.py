@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .judge import TINY, U32, Exact, Verdict, exactly, smallest, u
+from .judge import TINY, U32, Exact, Verdict, exactly, misfit, smallest, summation, u
 
 #: An implementation may add this epsilon to the sum of a softmax's weights. For smaller sums the quotient is not judged.
 _SOFTMAX_EPSILON = 1e-8
@@ -74,7 +74,7 @@ class Routed:
         tokens, experts = self.scores.shape
         shape = tokens, self.routing.top_k + (self.routing.shared_weight is not None)
         for name, x, wanted in (("topk_weights", weights, torch.float32), ("topk_ids", ids, torch.int32)):
-            problem = _wrong_tensor(name, x, shape, wanted, device)
+            problem = misfit(name, x, shape, wanted, device)
             if problem:
                 return Verdict(problem=problem)
         rows = ids.cpu().long()
@@ -127,31 +127,24 @@ class Routed:
         return Exact("topk_weights", value, value.abs() * (1 + sharp / 4), 16 + 2 * math.log2(experts), lost)
 
 
-def _wrong_tensor(name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> str | None:
-    if not isinstance(x, torch.Tensor):
-        return f"{name} is {type(x).__name__}, not a tensor"
-    if x.shape != shape:
-        return f"{name} has shape {tuple(x.shape)}, not {shape}"
-    if x.dtype != dtype:
-        return f"{name} is {x.dtype}, not {dtype}"
-    if device is not None and x.device.type != device.type:
-        return f"{name} is on {x.device}, not on {device}"
-    return None
-
-
 def topk(
-    router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing, num_token_non_padded: torch.Tensor | None = None
+    router_logits: torch.Tensor,
+    e_score_correction_bias: torch.Tensor | None,
+    routing: Routing,
+    num_token_non_padded: torch.Tensor | None = None,
 ) -> tuple[Routed, ...]:
+    """``routing`` is not derived from the layer's configuration, which the implementation has to interpret."""
     logits = exactly(router_logits)
     if routing.scoring == "softmax":
         scores, sharp = logits.softmax(-1), logits.amax(-1, keepdim=True) - logits.amin(-1, keepdim=True)
     else:
         scores, sharp = logits.sigmoid(), logits.abs().amax(-1, keepdim=True)
-    choice = scores if correction_bias is None else scores + exactly(correction_bias)
+    bias = e_score_correction_bias
+    choice = scores if bias is None else scores + exactly(bias)
     gap = torch.full(choice.shape[:1], math.inf, dtype=torch.float64)
     if routing.groups > 1:
         groups = choice.unflatten(-1, (routing.groups, -1))
-        best = groups.amax(-1) if correction_bias is None else groups.topk(2, dim=-1).values.sum(-1)
+        best = groups.amax(-1) if bias is None else groups.topk(2, dim=-1).values.sum(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(routing.topk_group, dim=-1).indices, True)
         choice = groups.masked_fill(~kept.unsqueeze(-1), -math.inf).flatten(1)
         gap = _lead(best, routing.topk_group)
@@ -176,25 +169,25 @@ _ACTIVATIONS = {
 
 
 def fused_moe(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    hidden_states: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
+    w13_weight: torch.Tensor,
+    w2_weight: torch.Tensor,
     experts: Experts,
+    w13_weight_bias: torch.Tensor | None = None,
+    w2_weight_bias: torch.Tensor | None = None,
 ) -> tuple[Exact, ...]:
     """First-order forward error analysis: each rounding error is propagated through the following steps."""
-    tokens, ids, weights = exactly(x), topk_ids.cpu().long(), exactly(topk_weights)
+    tokens, ids, weights = exactly(hidden_states), topk_ids.cpu().long(), exactly(topk_weights)
     value, terms, lost = (torch.zeros_like(tokens) for _ in range(3))
-    for expert in range(w13.shape[0]):
+    for expert in range(len(w13_weight)):
         rows, columns = (ids == expert).nonzero(as_tuple=True)
         if not len(rows):
             continue
-        biases = [0.0 if bias is None else exactly(bias[expert]) for bias in (w13_bias, w2_bias)]
-        given = tokens[rows], weights[rows, columns].unsqueeze(-1)
-        found = _expert(*given, exactly(w13[expert]), exactly(w2[expert]), biases[0], biases[1], experts, x.dtype)
+        w13, w2 = (exactly(weight[expert]) for weight in (w13_weight, w2_weight))
+        b13, b2 = (0.0 if bias is None else exactly(bias[expert]) for bias in (w13_weight_bias, w2_weight_bias))
+        found = _expert(tokens[rows], weights[rows, columns].unsqueeze(-1), w13, w2, b13, b2, experts, hidden_states.dtype)
         for total, part in zip((value, terms, lost), found, strict=True):
             total.index_add_(0, rows, part)
     return (Exact("result", value, terms.nan_to_num(), 8 + ids.shape[1], lost.nan_to_num()),)
@@ -209,7 +202,7 @@ def _expert(
     """
     rounding, least, size = u(dtype) + 4 * U32, smallest(dtype), torch.abs
     hidden = x @ w13.T + b13
-    wrong = _summed(x.shape[-1]) * (size(x) @ size(w13.T) + size(torch.as_tensor(b13)))
+    wrong = U32 * summation(x.shape[-1]) * (size(x) @ size(w13.T) + size(torch.as_tensor(b13)))
     if experts.weight_on_input:
         hidden, wrong = hidden * weight, wrong * size(weight)
     wrong = wrong + rounding * size(hidden) + least
@@ -224,12 +217,7 @@ def _expert(
         out, moved = out * up, moved * (size(up) + up_wrong) + size(out) * up_wrong
     moved = moved + rounding * size(out) + least
     result, terms = out @ w2.T + b2, size(out) @ size(w2.T) + size(torch.as_tensor(b2))
-    wrong = moved @ size(w2.T) + _summed(out.shape[-1]) * terms
+    wrong = moved @ size(w2.T) + U32 * summation(out.shape[-1]) * terms
     if not experts.weight_on_input:
         result, terms, wrong = result * weight, terms * size(weight), wrong * size(weight)
     return result, terms, wrong + rounding * size(result) + least
-
-
-def _summed(n: int) -> float:
-    """Roundings of a blocked summation of n products, with eight consecutive numbers in each block."""
-    return U32 * (8 + math.log2(max(2, n)))
