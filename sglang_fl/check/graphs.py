@@ -28,6 +28,8 @@ def graph_capture(impl: Implementation, case: Case, seed: int) -> Outcome:
     try:
         with capture(graph):
             got = results(impl.fn, call)
+    except torch.OutOfMemoryError:
+        raise  # other workers may have taken the memory
     except Exception as error:
         return impl.failed(f"cannot be captured: {type(error).__name__}: {error}")
     _call_in_between(impl, case, seed)

@@ -4,10 +4,10 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ..dispatch.types import Refusal
 from .cases import OPERATORS_CHECKED, Call, Case
@@ -63,11 +63,8 @@ class Implementation:
 
     def exact(self, call: Call) -> Expected:
         """The call's results in float64. Compute them before the call, which may write its inputs."""
-        self._enter(IN_FLOAT64)
-        try:
+        with self._phase(IN_FLOAT64):
             return OPERATORS_CHECKED[self.op].exact(call)
-        finally:
-            self._enter(RUNNING)
 
     def run(self, call: Call, fn: Function | None = None) -> Results:
         """Call ``fn`` (default: the implementation), and check that it wrote only what is allowed.
@@ -93,7 +90,7 @@ class Implementation:
 
     def _call(self, fn: Function, call: Call) -> Results:
         """Call and wait for the device. A first call may compile or tune."""
-        shapes = _shapes(call)
+        shapes = _shapes(call.arguments())
         first = fn is not self.fn or shapes not in self._called
         self._called.add(shapes)
         with self.compiling() if first else nullcontext():
@@ -104,17 +101,27 @@ class Implementation:
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """A context with the time limit of compiling instead of that of a call."""
-        self._enter(COMPILING)
         start = time.monotonic()
+        try:
+            with self._phase(COMPILING):
+                yield
+        finally:
+            self.compiling_s += time.monotonic() - start
+
+    @contextmanager
+    def _phase(self, phase: str) -> Iterator[None]:
+        self._enter(phase)
         try:
             yield
         finally:
-            self.compiling_s += time.monotonic() - start
             self._enter(RUNNING)
 
     def verdict(self, got: Results, expected: Expected, case: Case) -> Verdict:
         """The worst of the results' verdicts."""
-        dtype = getattr(torch, case.dtype)
+        with self._phase(IN_FLOAT64):
+            return self._verdict(got, expected, getattr(torch, case.dtype))
+
+    def _verdict(self, got: Results, expected: Expected, dtype: torch.dtype) -> Verdict:
         if OPERATORS_CHECKED[self.op].whole:
             return expected[0].judge(got, dtype, self.device)
         if len(got) != len(expected):
@@ -140,10 +147,15 @@ class Implementation:
         return Outcome(FAILED if responds else DEVICE_LOST, message)
 
 
-def _shapes(call: Call) -> tuple[Any, ...]:
-    """The key of a compilation: shapes, strides, dtypes, and arguments that are not tensors."""
-    leaves = [*tree_leaves(call.arguments()), *call.layer.parameters()]
-    return tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else str(x) for x in leaves)
+def _shapes(value: Any) -> Any:
+    """The key of a compilation: shapes, strides, dtypes, and what is no tensor, also of a layer and of SGLang's containers."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (SimpleNamespace, torch.nn.Module)):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.items())
+    return tuple(map(_shapes, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def results(fn: Function, call: Call) -> Results:

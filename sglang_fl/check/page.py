@@ -68,7 +68,7 @@ def as_html(report: Report) -> str:
     return environment.get_template("page.html").render(
         report=report,
         headline=verdict(report).partition("\n")[0].removeprefix(f"{report.verdict}: "),
-        failures=grouped(report.notes(*FAILURES), lambda note: (note[0].op, note[0].impl)),
+        failures=grouped(report.notes(*FAILURES), lambda note: note[0].target),
         others=list(report.notes(REFUSED, SKIPPED)),
         operators=operators,
         failing_statuses=FAILURES,

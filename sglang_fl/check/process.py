@@ -47,18 +47,18 @@ class Process:
     def _enter(self, phase: str) -> None:
         self.phase, self.since = phase, time.monotonic()
 
-    def ask(self, number: int) -> None:
-        """Ask for a case."""
+    def ask(self, case: Any) -> None:
+        """Ask for a case, by what its worker calls it."""
         self._enter(RUNNING)
-        self._child.send(number)
+        self._child.send(case)
 
-    def answer(self, seconds: float = 0.0) -> dict[str, Any] | None:
+    def answer(self, seconds: float = 0.0) -> Any:
         """Wait for its greeting or a case's outcome. None: not yet. Raises Lost."""
         try:
             while self.open and (message := self._child.receive(seconds)) is not None:
-                if "phase" not in message:
-                    return dict(message)
-                self._enter(message["phase"])
+                if not isinstance(message, str):
+                    return message
+                self._enter(message)
         except EOFError:
             self.open = False
         # It may close the connection and live on.

@@ -66,11 +66,9 @@ class Record:
                 self.header = data
             else:
                 self.seconds = data.pop("total_s")
-                self._keep(CaseResult(**data))
+                case = CaseResult(**data)
+                self.cases[case.key] = case
         self._earlier = self.seconds
-
-    def _keep(self, case: CaseResult) -> None:
-        self.cases[case.full_name, case.impl] = case
 
     def begin(self, header: dict[str, Any]) -> None:
         """Write the header of a new file, or compare it with an old file's. Raises SettingsError."""
@@ -85,7 +83,7 @@ class Record:
                 raise SettingsError([f"--resume: the file is of another run ({told}); name another file"])
 
     def add(self, case: CaseResult, elapsed: float) -> None:
-        self._keep(case)
+        self.cases[case.key] = case
         self.seconds = round(self._earlier + elapsed, 1)
         self._write({**asdict(case), "total_s": self.seconds})
 
@@ -97,7 +95,7 @@ class Record:
         assert self.header is not None
         header = {**self.header, "targets": [Target(**target) for target in self.header["targets"]]}
         place = {(target.op, target.impl): number for number, target in enumerate(header["targets"])}
-        cases = sorted((case for case in self.cases.values() if (case.op, case.impl) in place), key=lambda case: place[case.op, case.impl])
+        cases = sorted((case for case in self.cases.values() if case.target in place), key=lambda case: place[case.target])
         return Report(**header, cases=cases, seconds=self.seconds)
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(missing)
     for case, more in report.notes(REFUSED):
         console.print(f"refused: {note(case, more)}", style="yellow", soft_wrap=True)
-    for notes in grouped(report.notes(*FAILURES), lambda note: (note[0].op, note[0].impl)).values():
+    for notes in grouped(report.notes(*FAILURES), lambda note: note[0].target).values():
         case, more = notes[0]
         kinds = f"; also failed: {', '.join(f'{case.check} {case.dtype}' for case, _ in notes[1:])}" if notes[1:] else ""
         console.print(f"{FAILED}: {note(case, more)}{kinds}", style="red", soft_wrap=True)

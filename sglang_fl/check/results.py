@@ -59,6 +59,15 @@ class CaseResult(Outcome):
     archive: str = ""
 
     @property
+    def target(self) -> tuple[str, str]:
+        return self.op, self.impl
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells a case from the others of a run."""
+        return self.full_name, self.impl
+
+    @property
     def full_name(self) -> str:
         return case_name(self.op, self.check, self.name, self.dtype)
 
@@ -148,7 +157,7 @@ class Report:
         return FAILED if self.problems() else INCOMPLETE if self.not_reached else PASSED
 
     def rows(self) -> list[Row]:
-        groups = grouped(self.cases, lambda case: (case.op, case.impl))
+        groups = grouped(self.cases, lambda case: case.target)
         return [_row(target, groups.get((target.op, target.impl), [])) for target in self.targets if target.cases]
 
     def failed_kinds(self) -> list[str]:
@@ -175,7 +184,7 @@ class Report:
     def _always_refused(self) -> Iterator[str]:
         """Implementations, and declared dtypes of one, that refused every call."""
         none_ran = {REFUSED, SKIPPED}
-        for (op, impl), cases in grouped(self.cases, lambda case: (case.op, case.impl)).items():
+        for (op, impl), cases in grouped(self.cases, lambda case: case.target).items():
             if {case.status for case in cases} <= none_ran:
                 yield f"{op} {impl}: it refused every case, so nothing was checked"
                 continue

@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import platformdirs
 
 from ..config import SettingsError
-from .constants import DEVICE_LOST, FAILED, LOST, NO_MEMORY, NOT_RUN, SKIPPED, SPEED, STARTING, case_name
+from .constants import DEVICE_LOST, FAILED, LOST, NO_MEMORY, NOT_RUN, SKIPPED, SPEED, STARTING
 from .process import Lost, Process
 from .record import Record
 from .results import CaseResult, Target
@@ -95,9 +95,10 @@ class _Worker:
     process: Process
     from_dear_end: bool
     ready: bool = False
-    number: int | None = None
-    target: int | None = None
-    seen: set[int] = field(default_factory=set)
+    case: CaseResult | None = None
+    #: The operator and implementation of the last case, and of all cases so far.
+    target: tuple[str, str] | None = None
+    seen: set[tuple[str, str]] = field(default_factory=set)
 
 
 class _Run:
@@ -106,11 +107,12 @@ class _Run:
     def __init__(self, job: Job, record: Record, progress: Callable[[Progress], None]):
         self._job, self._record, self._progress = job, record, progress
         self._begun = time.monotonic()
-        self._cases: list[dict[str, Any]] | None = None
-        self._waiting: dict[int, list[int]] = {}
+        #: The number of cases. None: the first worker has not listed them yet.
+        self._total: int | None = None
+        self._waiting: dict[tuple[str, str], list[CaseResult]] = {}
         #: Cases that need the machine to themselves.
-        self._alone: list[int] = []
-        self._losses: Counter[int] = Counter()
+        self._alone: list[CaseResult] = []
+        self._losses: Counter[tuple[str, str]] = Counter()
         self._workers: list[_Worker] = []
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         free = max(min(2, processors), processors - 2)
@@ -133,12 +135,10 @@ class _Run:
             self._progress(self._how_far())
 
     def _is_done(self) -> bool:
-        return self._cases is not None and not self._alone and not any(self._waiting.values()) and not any(map(_is_busy, self._workers))
+        return self._total is not None and not self._alone and not any(self._waiting.values()) and not any(map(_is_busy, self._workers))
 
     def _start(self, from_dear_end: bool) -> None:
-        job = {"targets": self._job.targets, "quick": self._job.quick, "seed": self._job.seed, "only": self._job.only}
-        job["archives"] = self._job.archives and str(self._job.archives.absolute())
-        process = Process(job, self._environ, self._job.timeout, self._job.compile_timeout)
+        process = Process(self._job, self._environ, self._job.timeout, self._job.compile_timeout)
         self._workers.append(_Worker(process, from_dear_end))
 
     def _listen(self) -> None:
@@ -154,21 +154,21 @@ class _Run:
                 continue
             if not worker.ready:
                 worker.ready = True
-                if self._cases is None:
+                if self._total is None:
                     self._learn(message)
             else:
                 self._take(worker, message)
 
     def _learn(self, hello: Mapping[str, Any]) -> None:
         """The first worker's greeting lists the cases."""
-        cases = hello["cases"]
+        cases: list[CaseResult] = hello["cases"]
         if self._job.only and not cases and not any(hello["why_not"]):
             raise SettingsError([f"--case: no case has all the words of {' or '.join(map(repr, self._job.only))}"])
-        counts = Counter(case["target"] for case in cases)
+        counts = Counter(case.target for case in cases)
         targets = [
-            Target(op, impl, counts[number], why, self._job.named)
-            for number, ((op, impl), why) in enumerate(zip(self._job.targets, hello["why_not"], strict=True))
-            if counts[number] or why is not None
+            Target(*target, counts[target], why, self._job.named)
+            for target, why in zip(self._job.targets, hello["why_not"], strict=True)
+            if counts[target] or why is not None
         ]
         self._record.begin(
             {
@@ -181,28 +181,25 @@ class _Run:
                 "targets": [target.__dict__ for target in targets],
             }
         )
-        self._cases = cases
-        for number, case in enumerate(cases):
-            op, impl = self._job.targets[case["target"]]
-            earlier = self._record.cases.get((case_name(op, case["check"], case["name"], case["dtype"]), impl))
+        self._total = len(cases)
+        for case in cases:
+            earlier = self._record.cases.get(case.key)
             if earlier is None or earlier.status == NOT_RUN:
-                (self._alone if case["check"] == SPEED else self._waiting.setdefault(case["target"], [])).append(number)
+                (self._alone if case.check == SPEED else self._waiting.setdefault(case.target, [])).append(case)
             elif earlier.status in LOST:
-                self._losses[case["target"]] += 1
+                self._losses[case.target] += 1
         for target in list(self._losses):
             self._leave_out_if_it_kills(target)
 
     def _hand_out(self) -> None:
         """Give idle workers cases."""
-        if self._cases is None:
-            return
         for worker in self._workers:
-            if worker.ready and worker.number is None and (number := self._next(worker)) is not None:
-                worker.number, worker.target = number, self._cases[number]["target"]
-                worker.seen.add(worker.target)
-                worker.process.ask(number)
+            if worker.ready and worker.case is None and (case := self._next(worker)) is not None:
+                worker.case, worker.target = case, case.target
+                worker.seen.add(case.target)
+                worker.process.ask(case.key)
 
-    def _next(self, worker: _Worker) -> int | None:
+    def _next(self, worker: _Worker) -> CaseResult | None:
         """The next case: of the worker's current implementation, else of the one with the fewest workers. Cheap operators first.
 
         Every second worker starts with the expensive operators, which take longest.
@@ -215,59 +212,50 @@ class _Run:
             return self._waiting[min(with_cases, key=lambda target: (target != worker.target, busy[target], place[target]))].pop(0)
         if not self._alone or any(map(_is_busy, self._workers)):
             return None
-        assert self._cases is not None
-        target = self._cases[self._alone[0]]["target"]
-        has_seen = [other for other in self._workers if other.ready and target in other.seen]
+        has_seen = [other for other in self._workers if other.ready and self._alone[0].target in other.seen]
         return self._alone.pop(0) if not has_seen or worker in has_seen else None
 
-    def _take(self, worker: _Worker, answer: dict[str, Any]) -> None:
-        """Record an outcome."""
-        assert worker.number is not None
-        number, worker.number = worker.number, None
-        if answer["status"] == NO_MEMORY:
-            if any(map(_is_busy, self._workers)) or any(self._waiting.values()):
-                self._alone.append(number)
+    def _take(self, worker: _Worker, result: CaseResult) -> None:
+        """Record a case's result."""
+        case, worker.case = worker.case, None
+        if result.status == NO_MEMORY:
+            if case is not None and (any(map(_is_busy, self._workers)) or any(self._waiting.values())):
+                self._alone.append(case)
                 return
-            answer = {**answer, "status": SKIPPED, "message": f"this device has too little memory for it: {answer['message']}"}
-        lost = answer["status"] == DEVICE_LOST
-        self._add(number, **{**answer, "status": FAILED if lost else answer["status"]})
-        if lost:
+            result = replace(result, status=SKIPPED, message=f"this device has too little memory for it: {result.message}")
+        if result.status == DEVICE_LOST:
+            result = replace(result, status=FAILED)
             self._drop(worker)
             self._start(worker.from_dear_end)
+        self._add(result)
 
     def _lose(self, worker: _Worker, lost: Lost) -> None:
         """Handle a worker that crashed or hung, in a case or before one."""
         self._drop(worker)
-        number, target = worker.number, worker.target
-        if number is not None and target is not None:
-            self._add(number, status=lost.status, message=str(lost), output=lost.output)
-            self._losses[target] += 1
-            self._leave_out_if_it_kills(target)
+        if worker.case is not None:
+            self._add(replace(worker.case, status=lost.status, message=str(lost), output=lost.output))
+            self._losses[worker.case.target] += 1
+            self._leave_out_if_it_kills(worker.case.target)
         if worker.ready:
             self._start(worker.from_dear_end)
         elif not self._workers:  # the last case may have broken the device; earlier results are kept
             message = f"the checking process did not start: {lost}\n{lost.output}"
-            if self._cases is None:
+            if self._total is None:
                 raise WorkerFailed(message)
-            for target in {case["target"] for case in self._cases}:
+            for target in self._job.targets:
                 self._leave_out(target, message)
 
-    def _leave_out_if_it_kills(self, target: int) -> None:
+    def _leave_out_if_it_kills(self, target: tuple[str, str]) -> None:
         if self._losses[target] >= _GIVE_UP_AFTER:
             self._leave_out(target, f"{_GIVE_UP_AFTER} cases of this implementation crashed or hung")
 
-    def _leave_out(self, target: int, why: str) -> None:
-        assert self._cases is not None
-        speed = [number for number in self._alone if self._cases[number]["target"] == target]
-        self._alone = [number for number in self._alone if number not in speed]
-        for number in self._waiting.pop(target, []) + speed:
-            self._add(number, status=NOT_RUN, message=f"not run: {why}")
+    def _leave_out(self, target: tuple[str, str], why: str) -> None:
+        speed = [case for case in self._alone if case.target == target]
+        self._alone = [case for case in self._alone if case.target != target]
+        for case in self._waiting.pop(target, []) + speed:
+            self._add(replace(case, status=NOT_RUN, message=f"not run: {why}"))
 
-    def _add(self, number: int, **outcome: Any) -> None:
-        assert self._cases is not None
-        case = self._cases[number]
-        op, impl = self._job.targets[case["target"]]
-        result = CaseResult(op=op, impl=impl, check=case["check"], name=case["name"], dtype=case["dtype"], **outcome)
+    def _add(self, result: CaseResult) -> None:
         self._record.add(result, time.monotonic() - self._begun)
 
     def _drop(self, worker: _Worker) -> None:
@@ -276,17 +264,13 @@ class _Run:
         worker.process.close()
 
     def _how_far(self) -> Progress:
-        if self._cases is None:
-            return Progress(0, 0, [("", STARTING, time.monotonic() - self._begun)])
-        running = []
-        for worker in self._workers:
-            if worker.number is not None:
-                case = self._cases[worker.number]
-                op, impl = self._job.targets[case["target"]]
-                label = f"{impl}: {case_name(op, case['check'], case['name'], case['dtype'])}"
-                running.append((label, worker.process.phase, time.monotonic() - worker.process.since))
+        now = time.monotonic()
+        if self._total is None:
+            return Progress(0, 0, [("", STARTING, now - self._begun)])
+        busy = ((worker.process, worker.case) for worker in self._workers if worker.case is not None)
+        running = [(f"{case.impl}: {case.full_name}", process.phase, now - process.since) for process, case in busy]
         left = len(running) + len(self._alone) + sum(map(len, self._waiting.values()))
-        return Progress(len(self._cases) - left, len(self._cases), running)
+        return Progress(self._total - left, self._total, running)
 
     def end(self) -> None:
         for worker in self._workers:
@@ -296,4 +280,4 @@ class _Run:
 
 
 def _is_busy(worker: _Worker) -> bool:
-    return worker.number is not None
+    return worker.case is not None

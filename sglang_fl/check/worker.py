@@ -14,8 +14,8 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from .cases import OPERATORS_CHECKED, Case, cases_of
 from .check_case import check_case
 from .constants import DEVICE_LOST, FAILED, SERVING, SPEED, case_matches, case_name
 from .implementation import Implementation
+from .results import CaseResult
+from .runner import Job
 
 _PACKAGES = ("torch", "triton", "sglang", "flag_gems", "torch_npu")
 _REFERENCE = "reference.torch"
@@ -45,11 +47,10 @@ class Worker:
     """Has the implementations and their cases, cheap operators first.
 
     Args:
-        job: see :class:`sglang_fl.check.runner.Job`.
         send: sends a message to the runner.
     """
 
-    def __init__(self, job: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]):
+    def __init__(self, job: Job, send: Callable[[Any], None]):
         self.found: Device = detect()
         stand_in_for_absent_packages(self.found)  # for kernels that import SGLang
         unusable = why_unusable(torch, self.found.device_type)
@@ -59,28 +60,32 @@ class Worker:
         self._module: Any = getattr(torch, self.device.type, None)
         self.job = job
         self.why_not: list[str | None] = []
-        self.cases: list[tuple[int, Case]] = []
-        self._implementations: dict[int, Implementation] = {}
-        self._archived: set[tuple[int, str, str]] = set()
+        self._implementations: dict[tuple[str, str], tuple[OpImpl, Implementation]] = {}
+        self._archived: set[tuple[tuple[str, str], str, str]] = set()
+        found: list[tuple[CaseResult, Case]] = []
         registry = get_default_manager().registry
         get_default_manager().ensure_initialized()
-        for number, (op, impl_id) in enumerate(job["targets"]):
+        for op, impl_id in job.targets:
             impl, reference = (registry.get_implementation(op, name) for name in (impl_id, _REFERENCE))
             if impl is None:
                 raise LookupError(f"{op} has no implementation {impl_id} in the checking process")
             why, cases = self._cases_of(impl)
             self.why_not.append(why)
-            self.cases += [(number, case) for case in cases]
+            found += [(CaseResult(op=op, impl=impl_id, check=case.check, name=case.name, dtype=case.dtype), case) for case in cases]
             if cases:
-                self._implementations[number] = Implementation(
-                    op,
-                    impl.function,
-                    None if reference is None or impl_id == _REFERENCE else reference.function,
-                    self.device,
-                    writes_inputs=impl.writes_inputs,
-                    enter=lambda phase: send({"phase": phase}),
+                self._implementations[op, impl_id] = (
+                    impl,
+                    Implementation(
+                        op,
+                        impl.function,
+                        None if reference is None or impl_id == _REFERENCE else reference.function,
+                        self.device,
+                        writes_inputs=impl.writes_inputs,
+                        enter=send,
+                    ),
                 )
-        self.cases.sort(key=lambda pair: (OPERATORS_CHECKED[pair[1].op].fewer, pair[1].op == "fused_moe"))
+        found.sort(key=lambda pair: (OPERATORS_CHECKED[pair[1].op].fewer, pair[1].op == "fused_moe"))
+        self._cases = {result.key: (result, case) for result, case in found}
 
     def _cases_of(self, impl: OpImpl) -> tuple[str | None, Sequence[Case]]:
         """An implementation's cases, or none and the reason."""
@@ -89,8 +94,8 @@ class Worker:
         why = impl.why_unavailable()
         if why is not None:
             return why, []
-        asked = self.job["only"]
-        lists = (True,) if self.job["quick"] else (False, True) if asked else (False,)
+        asked = self.job.only
+        lists = (True,) if self.job.quick else (False, True) if asked else (False,)
         try:
             cases = {_name(case): case for quick in lists for case in self._made(impl, quick)}
         except ValueError as error:
@@ -105,7 +110,7 @@ class Worker:
         yield from (replace(case, check=SPEED) for case in cases if case.check == SERVING and case.dtype == cases[0].dtype)
 
     def hello(self) -> dict[str, Any]:
-        cases = [{"target": number, "check": case.check, "name": case.name, "dtype": case.dtype} for number, case in self.cases]
+        cases = [result for result, _ in self._cases.values()]
         return {"machine": self._machine(), "versions": _versions(), "why_not": self.why_not, "cases": cases}
 
     def _machine(self) -> dict[str, str]:
@@ -117,34 +122,35 @@ class Worker:
             "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         }
 
-    def run(self, number: int) -> dict[str, Any]:
-        """Run a case. Returns its outcome for JSON, which has no infinity."""
-        target, case = self.cases[number]
-        impl, start = self._implementations[target], time.monotonic()
+    def run(self, key: tuple[str, str]) -> CaseResult:
+        """Run a case."""
+        result, case = self._cases[key]
+        start, (_, impl) = time.monotonic(), self._implementations[result.target]
         impl.compiling_s = 0.0
         # Repeating a case may crash this process.
-        archive = self._archive(target, case) if self.job["only"] else ""
-        outcome = check_case(impl, case, _seed(self.job["seed"], case))
+        archive = self._archive(result, case) if self.job.only else ""
+        outcome = check_case(impl, case, _seed(self.job.seed, case))
         if outcome.status != DEVICE_LOST and hasattr(self._module, "memory_reserved") and self._module.memory_reserved() > _MOST_KEPT:
             self._module.empty_cache()  # other workers need the memory
         if outcome.status == FAILED:
-            archive = archive or self._archive(target, case)
+            archive = archive or self._archive(result, case)
         elif outcome.status != DEVICE_LOST and archive:
             Path(archive).unlink(missing_ok=True)
             archive = ""
-        found = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(outcome).items()}
-        return {**found, "seconds": round(time.monotonic() - start, 3), "compiling_s": round(impl.compiling_s, 3), "archive": archive}
+        # JSON has no infinity.
+        found: dict[str, Any] = {name: x for name, x in vars(outcome).items() if not isinstance(x, float) or math.isfinite(x)}
+        found |= {"seconds": round(time.monotonic() - start, 3), "compiling_s": round(impl.compiling_s, 3), "archive": archive}
+        return replace(result, **found)
 
-    def _archive(self, target: int, case: Case) -> str:
+    def _archive(self, result: CaseResult, case: Case) -> str:
         """The archive of a failing case, if it is the first of its kind. Else empty."""
-        kind = target, case.check, case.dtype
-        if self.job["archives"] is None or kind in self._archived:
+        kind = result.target, case.check, case.dtype
+        if self.job.archives is None or kind in self._archived:
             return ""
         self._archived.add(kind)
-        implementation = get_default_manager().registry.get_implementation(*self.job["targets"][target])
-        assert implementation is not None
+        impl, _ = self._implementations[result.target]
         try:
-            return write_archive(Path(self.job["archives"]), implementation, case, _seed(self.job["seed"], case), self.device)
+            return write_archive(self.job.archives.absolute(), impl, case, _seed(self.job.seed, case), self.device)
         except Exception as error:  # a layer may hold any object
             return f"not written: {type(error).__name__}: {error}"
 

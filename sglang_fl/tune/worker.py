@@ -25,7 +25,7 @@ from .timing import first_error
 class Worker:
     """Runs the cases of a file. Each has ``kind``, and either ``op``, ``impl`` and ``file``, or ``function`` and an ATen call."""
 
-    def __init__(self, file: str, send: Callable[[Mapping[str, Any]], None]):
+    def __init__(self, file: str, send: Callable[[Any], None]):
         self._cases, self._send = json.loads(Path(file).read_text(encoding="utf-8")), send
         found = detect()
         self._device = torch.device(found.device_type)
@@ -55,7 +55,7 @@ class Worker:
             None,
             self._device,
             writes_inputs=implementation.writes_inputs,
-            enter=lambda phase: self._send({"phase": phase}),
+            enter=self._send,
         )
         if case["file"] is None:
             checks = list(cases_of_check(case["op"], getattr(torch, case["dtype"]), self._device))
@@ -70,7 +70,7 @@ class Worker:
         return {"status": OK, "message": ""}
 
     def _function(self, case: Mapping[str, Any]) -> dict[str, Any]:
-        self._send({"phase": COMPILING})
+        self._send(COMPILING)
         made = FunctionCase(case["key"], case["args"], case["kwargs"], self._functions[case["function"]], self._dispatch_key)
         try:
             with torch.inference_mode():
@@ -78,7 +78,7 @@ class Worker:
         except Exception as error:  # a case that fails is a result
             found = {"error": first_error(error)}
         finally:
-            self._send({"phase": RUNNING})
+            self._send(RUNNING)
         if found.get("error"):
             return {"status": SKIPPED, "message": found["error"]}
         if found["right"] is None:

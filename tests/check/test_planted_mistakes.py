@@ -22,6 +22,7 @@ from sglang_fl.check.constants import (
     FAILED,
     GRAPH,
     INPUTS,
+    NO_MEMORY,
     OK,
     REFUSED,
     REPEATS,
@@ -499,6 +500,21 @@ def test_whether_the_device_still_answers(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch, "ones", lost)
     outcomes = found("silu_and_mul", raises, SERVING, GRAPH)
     assert {outcome.status for some in outcomes.values() for outcome in some} == {DEVICE_LOST}
+
+
+def test_too_little_memory_for_a_capture_is_no_mistake() -> None:
+    """Other workers may have taken it; the case runs again alone."""
+    calls = 0
+
+    def has_no_memory(layer: Any, x: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > graphs._WARM_UPS:
+            raise torch.OutOfMemoryError("no memory")
+        return reference.silu_and_mul(layer, x)
+
+    (outcome,) = found("silu_and_mul", has_no_memory, GRAPH)[GRAPH]
+    assert (outcome.status, outcome.message) == (NO_MEMORY, "no memory")
 
 
 @pytest.mark.parametrize("refusal", [ValueError, TypeError, NotImplementedError])

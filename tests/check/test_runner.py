@@ -212,17 +212,29 @@ def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path:
         checked(runner.Job([("rms_norm", "reference.torch")], quick=True, seed=0, workers=2))
 
 
-def test_what_a_case_is_at_is_told() -> None:
-    """Compiling and computing what is exact have limits of their own; the implementation's begins anew after them."""
+@pytest.mark.parametrize("op", ["relu2", "fused_moe"])
+def test_what_a_case_is_at_is_told(op: str) -> None:
+    """Compiling and float64 have limits of their own; the implementation's begins anew after them. Numbers are not compiled for."""
     told: list[str] = []
     cpu = torch.device("cpu")
-    impl = Implementation("relu2", reference.relu2, None, cpu, enter=told.append)
-    case = next(cases_of("relu2", None, cpu, quick=True))
+    impl = Implementation(op, getattr(reference, op), None, cpu, enter=told.append)
+    case = next(cases_of(op, None, cpu, quick=True))
+    judged = [IN_FLOAT64, RUNNING]
     check_case(impl, case, 3)
-    assert told == [IN_FLOAT64, RUNNING, COMPILING, RUNNING] and impl.compiling_s > 0
+    assert told == [*judged, COMPILING, RUNNING, *judged] and impl.compiling_s > 0
     told.clear()
     check_case(impl, case, 4)
-    assert told == [IN_FLOAT64, RUNNING]
+    assert told == [*judged, *judged]
+
+
+def test_another_option_of_the_layer_may_be_compiled_for() -> None:
+    told: list[str] = []
+    cpu = torch.device("cpu")
+    impl = Implementation("topk", reference.topk, None, cpu, enter=told.append)
+    cases = {case.name: case for case in cases_of("topk", frozenset({torch.bfloat16}), cpu, quick=True)}
+    for name in ("factor=2.5", "factor=2.5 on_output", "factor=2.5"):
+        check_case(impl, cases[name], 3)
+    assert told.count(COMPILING) == 2
 
 
 class _Dies:
@@ -234,8 +246,8 @@ class _Dies:
     def __init__(self, *arguments: object):
         type(self).started += 1
         self.connection = Connection(os.open(os.devnull, os.O_RDONLY), writable=False)
-        cases = [{"target": 0, "check": SERVING, "name": str(number), "dtype": "bfloat16"} for number in range(3)]
-        self.answers: list[Any] = [{"cases": cases, "why_not": [None], "machine": {}, "versions": {}}, {"status": OK}]
+        cases = [CaseResult(op="relu2", impl="vendor.x", check=SERVING, name=str(number), dtype="bfloat16") for number in range(3)]
+        self.answers: list[Any] = [{"cases": cases, "why_not": [None], "machine": {}, "versions": {}}, cases[0]]
         if self.started > 1:
             self.answers = []
 
@@ -244,7 +256,7 @@ class _Dies:
             return self.answers.pop(0)
         raise Lost(CRASHED, "crashed: signal 6 (SIGABRT)", "last words")
 
-    def ask(self, number: int) -> None: ...
+    def ask(self, case: object) -> None: ...
 
     def kill(self) -> None: ...
 

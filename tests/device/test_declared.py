@@ -14,6 +14,7 @@ from settings_loader import CPU
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_fl import load_plugin, startup
+from sglang_fl.check.runner import Job
 from sglang_fl.check.worker import Worker
 from sglang_fl.cli.doctor.checks import Machine, declared_platform
 from sglang_fl.config import Settings, SettingsError, load_settings
@@ -408,7 +409,7 @@ def test_a_class_that_cannot_be_loaded_says_whose_it_is(packages: Packages) -> N
 def test_the_check_says_that_pytorch_lacks_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_fl.check.worker.detect", lambda: Device("mychip", "zchip", None, "a test"))
     with pytest.raises(SystemExit, match=r"mychip \(a test\): PyTorch has no device type 'zchip'"):
-        Worker({"targets": [], "quick": True, "seed": 0, "only": []}, print)
+        Worker(Job([], quick=True, seed=0), print)
 
 
 def test_to_know_who_declares_is_light(packages: Packages) -> None:
