@@ -2,7 +2,6 @@
 """List the Triton and JIT kernels that SGLang calls outside of its layers, and count those that a model calls."""
 
 import argparse
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from ..dispatch.catalog import FUNCTIONS, LAYERS
 from ..kernels.listing import GRID, PLAIN, Kernel, remembered_kernels
 from ..kernels.reference import REFERENCES
 from .kernel_trace import read_record, trace_model
+from .model_layers import sglang_folder
 
 #: What can take over a layer, or a function.
 _OPERATORS = {name: op for op, layers in LAYERS.items() for _, name in layers}
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.trace is not None and args.model is None:
         raise SettingsError("--trace needs --model DIR")
-    root = _sglang()
+    root = sglang_folder()
     failed = args.trace is not None and not trace_model(args.model, args.trace)
     record = read_record(args.model) if args.model else None
     with Console(stderr=True).status("reading SGLang's source (once per version)"):
@@ -82,13 +82,6 @@ def run(args: argparse.Namespace) -> int:
     if hidden := 0 if record else len(found) - len(shown):
         console.print(f"Not shown: {hidden} that sglang-fl's operators replace (--all shows them).", style="dim")
     return int(failed)
-
-
-def _sglang() -> Path:
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.submodule_search_locations:
-        raise SettingsError("SGLang is not installed: reinstall sglang-fl with its dependencies")
-    return Path(spec.submodule_search_locations[0])
 
 
 def _replaced_here() -> tuple[str, Collection[str]]:

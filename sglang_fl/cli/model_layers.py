@@ -6,7 +6,6 @@ classes it uses.
 """
 
 import ast
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from ..config import Settings, SettingsError
 from ..dispatch.catalog import CUSTOM_FORWARD, FUNCTIONS, LAYERS, NOT_COVERED_CLASSES, names_in_lists
+from ..kernels.source import SourceFile, root_of
 
 #: The config's rope type -> the class that ``get_rope`` creates.
 _ROPE_CLASSES = {
@@ -193,72 +193,56 @@ def _size(op: str | None, config: dict[str, Any]) -> str:
     return ", ".join(shown.format(values[0]) for shown, values in found if values)
 
 
+def sglang_folder() -> Path:
+    """Raises SettingsError if SGLang is not installed."""
+    root = root_of()
+    if root is None:
+        raise SettingsError("SGLang is not installed: reinstall sglang-fl with its dependencies")
+    return root
+
+
 def _file_of(architecture: str) -> Path | None:
     """SGLang's file that defines or imports a model's class."""
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.submodule_search_locations:
-        raise SettingsError("SGLang is not installed: reinstall sglang-fl with its dependencies")
-    models = Path(spec.submodule_search_locations[0]) / "srt" / "models"
     pattern = re.compile(rf"^class {re.escape(architecture)}\b[(:]|^EntryClass\b.*\b{re.escape(architecture)}\b", re.MULTILINE)
-    return next((file for file in sorted(models.glob("*.py")) if pattern.search(file.read_text(encoding="utf-8"))), None)
+    files = sorted((sglang_folder() / "srt" / "models").glob("*.py"))
+    return next((file for file in files if pattern.search(file.read_text(encoding="utf-8"))), None)
 
 
-def _is_foreign(name: str, module: str) -> bool:
-    """Whether a name of one of SGLang's layers stands for another class in ``module``."""
-    return module != _MODULES_OF.get(name) and (module.startswith(_MODELS) or not module.startswith("sglang."))
-
-
-class _ModelFile:
-    """A file of SGLang's models: its definitions, and its imports from other model files."""
-
-    def __init__(self, path: Path):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        self.defined: dict[str, ast.AST] = {
-            target.id: node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        self.defined |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level]
-        modules = dict.fromkeys(self.defined, f"{_MODELS}{path.stem}")
-        modules |= {alias.asname or alias.name: node.module or "" for node in imports for alias in node.names}
-        #: Names of SGLang's layers that stand for other classes here.
-        self.foreign = {name for name, module in modules.items() if _is_foreign(name, module)}
-        self.imported = {
-            alias.asname or alias.name: (path.parent / f"{node.module.rpartition('.')[2]}.py", alias.name)
-            for node in imports
-            if node.module and node.module.startswith(_MODELS)
-            for alias in node.names
-        }
+def _is_foreign(source: SourceFile, name: str) -> bool:
+    """Whether a name of one of SGLang's layers stands for another class in a file of its models."""
+    homes = [path.rpartition(".")[0] for path in source.imported.get(name, ())] or [source.name] * (name in source.defined)
+    return any(home != _MODULES_OF.get(name) and (home.startswith(_MODELS) or not home.startswith("sglang.")) for home in homes)
 
 
 def _classes_of(architecture: str, start: Path) -> Iterator[str]:
     """The layer classes that a model's file calls, together with the model files that it builds on."""
     wanted = {*_KNOWN, *NOT_COVERED_CLASSES, *_MAKE_ROPE, *_MAKE_EXPERTS, _MAKE_ACTIVATION, _LINEAR_ATTENTION}
-    pending: list[tuple[Path, str]] = [(start, architecture)]
-    seen: set[tuple[Path, str]] = set()
-    files: dict[Path, _ModelFile] = {}
+    pending, seen = [(f"{_MODELS}{start.stem}", architecture)], set[tuple[str, str]]()
+    files: dict[str, SourceFile] = {}
     while pending:
-        path, name = pending.pop(0)
-        if (path, name) in seen or not path.exists():
+        module, name = pending.pop(0)
+        path = start.with_name(f"{module.rpartition('.')[2]}.py")
+        if (module, name) in seen or not path.exists():
             continue
-        seen.add((path, name))
-        if path not in files:
-            files[path] = _ModelFile(path)
-        file = files[path]
-        body = file.defined.get(name)
-        if body is None:
-            if name in file.imported:
-                pending.append(file.imported[name])
+        seen.add((module, name))
+        if module not in files:
+            files[module] = SourceFile(module, path)
+        file = files[module]
+
+        def elsewhere(name: str, file: SourceFile = file) -> list[tuple[str, str]]:
+            """The model files and names that an imported name stands for."""
+            paths = [path.rpartition(".") for path in file.imported.get(name, ()) if path.startswith(_MODELS)]
+            return [(home, found) for home, _, found in paths]
+
+        bodies = [node for node in file.defined.get(name, ()) if not isinstance(node, ast.FunctionDef)]
+        if not bodies:
+            pending += elsewhere(name)
             continue
-        for node in ast.walk(body):
+        nodes = [node for body in bodies for node in ast.walk(body)]
+        for node in nodes:
             # Called, or the default of an argument that is.
             makers = [node.func] if isinstance(node, ast.Call) else node.args.defaults if isinstance(node, ast.FunctionDef) else []
-            yield from (maker.id for maker in makers if isinstance(maker, ast.Name) and maker.id in wanted - file.foreign)
-        for used in {node.id for node in ast.walk(body) if isinstance(node, ast.Name)} - wanted:
-            if used in file.imported:
-                pending.append(file.imported[used])
-            elif used in file.defined:
-                pending.append((path, used))
+            names = [maker.id for maker in makers if isinstance(maker, ast.Name) and maker.id in wanted]
+            yield from (name for name in names if not _is_foreign(file, name))
+        for used in {node.id for node in nodes if isinstance(node, ast.Name)} - wanted:
+            pending += elsewhere(used) or ([(module, used)] if used in file.defined else [])

@@ -11,6 +11,7 @@ To add one in plain PyTorch, write a function with the arguments of SGLang's cal
     "sglang.srt.module:kernel": KernelReplacement("sglang_fl.kernels.reference.module:kernel"),
 
 ``reference/``  plain PyTorch, in use where the device has no Triton
+``source.py``   parsed files of SGLang
 ``places.py``   finds a name in SGLang's source, and replaces the object in every module that has it
 """
 

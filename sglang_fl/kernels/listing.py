@@ -15,13 +15,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+
+from .source import SourceFile
 
 ROOM, RUNTIME = "sglang.kernels", "sglang.srt"
 GRID, PLAIN = "kernel[grid]", "plain"
@@ -32,7 +34,6 @@ _OTHER = re.compile(r"(cute(\.experimental)?|tilelang|flyc|helion)\.(jit|kernel)
 #: Functions that build a kernel from C++, or find an installed one.
 _LOADERS = frozenset({"load_jit", "load_inline", "get_kernel"})
 _DEFINES = re.compile("|".join((_TRITON.pattern, _OTHER.pattern)))
-_IMPORT = re.compile(r"^\s*(?:from|import)\s", re.MULTILINE)
 _IMPORTS = re.compile(r"^\s*(?:from|import)\s+(sglang[\w.]*)", re.MULTILINE)
 
 
@@ -83,78 +84,6 @@ class Kernel:
         return self.target.partition(":")[2]
 
 
-class _Module:
-    """A parsed file: its top-level definitions, and what its names stand for."""
-
-    def __init__(self, name: str, path: Path):
-        self.name, self.is_package = name, path.name == "__init__.py"
-        text = path.read_text(encoding="utf-8")
-        self.tree, self._lines = ast.parse(text), text.splitlines()
-        self.defined: dict[str, list[ast.AST]] = {}
-        for statement in _statements(self.tree.body, (ast.If, ast.Try)):
-            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                self.defined.setdefault(statement.name, []).append(statement)
-            elif isinstance(statement, ast.Assign):
-                for target in statement.targets:
-                    if isinstance(target, ast.Name):
-                        self.defined.setdefault(target.id, []).append(statement.value)
-
-    @cached_property
-    def imported(self) -> dict[str, set[str]]:
-        """name -> the dotted paths that it stands for, from imports anywhere in the file."""
-        found: dict[str, set[str]] = {}
-        for node in _statements(statement for statement in self.tree.body if self.says(_IMPORT, statement)):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    found.setdefault(alias.asname or alias.name.partition(".")[0], set()).add(
-                        alias.name if alias.asname else alias.name.partition(".")[0]
-                    )
-            elif isinstance(node, ast.ImportFrom):
-                base = self._base(node)
-                for alias in node.names:
-                    found.setdefault(alias.asname or alias.name, set()).add(f"{base}.{alias.name}")
-        return found
-
-    def says(self, pattern: re.Pattern[str], node: ast.stmt) -> bool:
-        """Whether a statement's source matches. A quick filter: walking the syntax trees of all of SGLang takes a minute."""
-        return pattern.search("\n".join(self._lines[node.lineno - 1 : node.end_lineno])) is not None
-
-    def _base(self, node: ast.ImportFrom) -> str:
-        if not node.level:
-            return node.module or ""
-        parts = self.name.split(".")
-        package = parts[: len(parts) - node.level + self.is_package]
-        return ".".join([*package, *filter(None, [node.module])])
-
-    def paths(self, node: ast.AST) -> Iterator[str]:
-        """The dotted paths that a name or a module's attribute may stand for."""
-        if isinstance(node, ast.Name):
-            yield from self.imported.get(node.id, ())
-            if node.id in self.defined:  # the definition for devices on which it is not imported
-                yield f"{self.name}.{node.id}"
-        elif isinstance(node, ast.Attribute):
-            yield from (f"{path}.{node.attr}" for path in self.paths(node.value))
-
-    def references(self, body: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-        """Each name or attribute in ``body`` that may stand for something from another module or from this one's top level."""
-        for node in ast.iter_child_nodes(body):
-            found = list(self.paths(node)) if isinstance(getattr(node, "ctx", None), ast.Load) else []
-            yield from ((node, path) for path in found)
-            if not found:
-                yield from self.references(node)
-
-
-def _statements(given: Iterable[ast.stmt], inside: tuple[type[ast.stmt], ...] = (ast.stmt,)) -> Iterator[ast.stmt]:
-    """Statements, and those nested in statements of these kinds. (Walking expressions as well takes ten times as long.)"""
-    for statement in given:
-        yield statement
-        if isinstance(statement, inside):
-            handlers = [line for handler in getattr(statement, "handlers", ()) for line in handler.body]
-            for field in ("body", "orelse", "finalbody"):
-                yield from _statements(getattr(statement, field, ()), inside)
-            yield from _statements(handlers, inside)
-
-
 def _compiler(node: ast.AST) -> re.Pattern[str] | None:
     """The pattern of the compiler that makes a definition a kernel, or None."""
     made_by = node.decorator_list if isinstance(node, ast.FunctionDef) else [node.func] if isinstance(node, ast.Call) else []
@@ -181,8 +110,8 @@ class _Source:
         ]
 
     @cache  # noqa: B019  (the source lives as long as the listing is made)
-    def parsed(self, name: str) -> _Module:
-        return _Module(name, self.files[name])
+    def parsed(self, name: str) -> SourceFile:
+        return SourceFile(name, self.files[name])
 
     def is_home(self, path: str) -> bool:
         """Whether a module, or the module that a dotted path begins with, defines kernels."""
@@ -238,7 +167,7 @@ def _module_name(root: Path, path: Path) -> str:
     return ".".join(("sglang", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
 
 
-def _sites(source: _Source, module: _Module, operators: Mapping[str, str]) -> Iterator[tuple[str, CallSite]]:
+def _sites(source: _Source, module: SourceFile, operators: Mapping[str, str]) -> Iterator[tuple[str, CallSite]]:
     """The call sites of kernels, and of functions of ``sglang.kernels``, in a module of the runtime: (target, site)."""
     file = module.name.replace(".", "/") + ("/__init__.py" if module.is_package else ".py")
     names = [name for name, paths in module.imported.items() if any(map(source.is_home, paths))]
@@ -295,7 +224,8 @@ def kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
 def remembered_kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]:
     """The same, cached in the user's cache folder for these files."""
     facts = [(str(path), (stat := path.stat()).st_mtime_ns, stat.st_size) for path in sorted(root.rglob("*.py"))]
-    key = hashlib.sha256(repr((facts, sorted(operators.items()), inspect.getsource(sys.modules[__name__]))).encode()).hexdigest()
+    code = [inspect.getsource(sys.modules[name]) for name in (__name__, SourceFile.__module__)]
+    key = hashlib.sha256(repr((facts, sorted(operators.items()), code)).encode()).hexdigest()
     file = Path(platformdirs.user_cache_dir("sglang-fl")) / f"kernels-{key[:16]}.json"
     if file.exists():
         return list(map(_from_data, json.loads(file.read_text())))

@@ -9,16 +9,15 @@ imported, and in the others when they are imported.
 import ast
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..utils.suggest import suggest
+from .source import SourceFile, file_of, root_of
 
 #: Decorators ending in one of these make a function a kernel that is launched with a grid.
 _LAUNCHED = frozenset({"jit", "autotune", "heuristics"})
@@ -138,21 +137,20 @@ def _rebind(placed: Sequence[KernelHook], modules: Sequence[ModuleType]) -> None
 def problem_with(target: str, takes_grid: bool = False) -> str | None:
     """Why a replacement does not fit: no such kernel, or it is not launched with a grid as expected. Or None. Imports nothing."""
     module, _, name = target.partition(":")
-    file = _file(module)
-    if file is None:
+    source = _source(module)
+    if source is None:
         return f"this SGLang has no module {module}{suggest(module, _modules_near(module))}"
-    names = _names(file)
-    if name not in names:
-        return f"this SGLang has no {name!r} in {module}{suggest(name, _kernels(names))}"
-    node = names[name][0]
-    if isinstance(node, ast.ImportFrom):
-        home = importlib.util.resolve_name("." * node.level + (node.module or ""), _package_of(module, file))
-        return f"{target} is imported from {home}" + ("; name it there" if home.startswith("sglang.") else ", which is not SGLang's")
-    if all(map(_no_kernel, names[name])):
-        return f"{target} is {_no_kernel(node)}, and no kernel{suggest(name, _kernels(names))}"
-    if takes_grid and isinstance(node, ast.FunctionDef) and not any(map(_is_launched, node.decorator_list)):
-        return f"{target} is called, and not launched with a grid: leave out takes_grid"
-    return None
+    # A definition goes before an import: on some devices the name is the one, on others the other.
+    if nodes := source.defined.get(name):
+        if all(map(_no_kernel, nodes)) and name not in source.imported:
+            return f"{target} is {_no_kernel(nodes[-1])}, and no kernel{_nearest(source, name)}"
+        if takes_grid and isinstance(nodes[-1], ast.FunctionDef) and not any(map(_is_launched, nodes[-1].decorator_list)):
+            return f"{target} is called, and not launched with a grid: leave out takes_grid"
+        return None
+    if name not in source.imported:
+        return f"this SGLang has no {name!r} in {module}{_nearest(source, name)}"
+    home = min(source.imported[name]).rpartition(".")[0]
+    return f"{target} is imported from {home}" + ("; name it there" if home.startswith("sglang.") else ", which is not SGLang's")
 
 
 def problems_with_objects(functions: Mapping[str, str]) -> Iterator[str]:
@@ -171,37 +169,23 @@ def problems_with_objects(functions: Mapping[str, str]) -> Iterator[str]:
         if isinstance(own, type) or not (callable(own) or hasattr(own, "run")):  # Triton's autotuner has no __call__
             what = "a class" if isinstance(own, type) else f"of type {type(own).__name__}"
             module, _, name = target.partition(":")
-            file = _file(module)
-            yield f"{target} is {what}, and no kernel{suggest(name, _kernels(_names(file))) if file else ''}"
+            source = _source(module)
+            yield f"{target} is {what}, and no kernel{_nearest(source, name) if source else ''}"
         other = first.setdefault(id(own), target)
         if functions[other] != function:
             yield f"{other} and {target} are two names of one kernel: {functions[other]!r} and {function!r} cannot both replace it"
 
 
-def _roots(package: str) -> Iterator[Path]:
-    spec = importlib.util.find_spec(package)
-    yield from map(Path, (spec and spec.submodule_search_locations) or ())
-
-
-def _file(module: str) -> Path | None:
-    """A module's source file, found without importing its parent packages."""
-    package, *rest = module.split(".")
-    for root in _roots(package):
-        path = root.joinpath(*rest)
-        for file in (path.with_suffix(".py"), path / "__init__.py"):
-            if file.is_file():
-                return file
-    return None
-
-
-def _package_of(module: str, file: Path) -> str:
-    return module if file.name == "__init__.py" else module.rpartition(".")[0]
+@lru_cache(maxsize=8)
+def _source(module: str) -> SourceFile | None:
+    file = file_of(module)
+    return SourceFile(module, file) if file is not None else None
 
 
 def _modules_near(module: str) -> list[str]:
     """The modules in the deepest existing folder of a module's path."""
     package, *rest = module.split(".")
-    folder = next(_roots(package), None)
+    folder = root_of(package)
     if folder is None:
         return []
     for part in rest:
@@ -210,37 +194,9 @@ def _modules_near(module: str) -> list[str]:
     return [f"{package}.{found.stem}" for found in folder.iterdir() if found.suffix == ".py" or found.is_dir()]
 
 
-@lru_cache(maxsize=8)
-def _names(file: Path) -> Mapping[str, Sequence[ast.AST]]:
-    """The names that a module's source defines or imports at its top level, in any branch, each with its statements.
-
-    The last goes first, and a definition before an import: on some devices it is the one, on others the other.
-    """
-    names: dict[str, list[ast.AST]] = {}
-    for name, node in _defined(ast.parse(file.read_text(encoding="utf-8")).body):
-        names.setdefault(name, []).insert(0, node)
-    return {name: sorted(nodes, key=lambda node: isinstance(node, ast.ImportFrom)) for name, nodes in names.items()}
-
-
-def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.name, node
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((alias.asname or alias.name, node) for alias in node.names)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from ((target.id, node.value or node) for target in targets if isinstance(target, ast.Name))
-        else:
-            for field in ("body", "orelse", "finalbody"):
-                yield from _defined(getattr(node, field, []))
-            for handler in getattr(node, "handlers", []):
-                yield from _defined(handler.body)
-
-
-def _kernels(names: Mapping[str, Sequence[ast.AST]]) -> list[str]:
-    """The names that may be kernels, of those that a module defines itself."""
-    return [name for name, nodes in names.items() if not isinstance(nodes[0], ast.ImportFrom) and not all(map(_no_kernel, nodes))]
+def _nearest(source: SourceFile, name: str) -> str:
+    """A hint at the nearest name that may be a kernel's."""
+    return suggest(name, [other for other, nodes in source.defined.items() if not all(map(_no_kernel, nodes))])
 
 
 def _no_kernel(node: ast.AST) -> str | None:

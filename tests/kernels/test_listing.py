@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_fl.cli.kernels import _OPERATORS, _sglang
+from sglang_fl.cli.kernels import _OPERATORS
+from sglang_fl.cli.model_layers import sglang_folder
 from sglang_fl.kernels.listing import GRID, PLAIN, Kernel, kernels, remembered_kernels
 from sglang_fl.kernels.reference import REFERENCES
 
@@ -126,14 +127,13 @@ def test_it_is_made_once_and_again_when_a_file_changed(tmp_path: Path, monkeypat
 
 @pytest.fixture(scope="module")
 def installed() -> Mapping[str, Kernel]:
-    return {kernel.target: kernel for kernel in remembered_kernels(_sglang(), _OPERATORS)}
+    return {kernel.target: kernel for kernel in remembered_kernels(sglang_folder(), _OPERATORS)}
 
 
 def test_a_line_that_is_named_has_the_name(installed: Mapping[str, Kernel]) -> None:
     """Or another one, under which the file imports it."""
-    texts = {
-        file: (_sglang().parent / file).read_text().splitlines() for kernel in installed.values() for file in {s.file for s in kernel.sites}
-    }
+    files = {site.file for kernel in installed.values() for site in kernel.sites}
+    texts = {file: (sglang_folder().parent / file).read_text().splitlines() for file in files}
     for kernel in installed.values():
         for site in kernel.sites:
             lines = texts[site.file]
@@ -145,13 +145,13 @@ def test_every_launch_in_the_runtime_is_there(installed: Mapping[str, Kernel]) -
     """Found by their looks: ``name[…](`` where the file has ``@triton.jit`` over the name, or imports it from ``sglang.kernels``."""
     launched = {(site.file, kernel.name) for kernel in installed.values() if kernel.call == GRID for site in kernel.sites}
     seen = 0
-    for file in sorted((_sglang() / "srt").rglob("*.py")):
+    for file in sorted((sglang_folder() / "srt").rglob("*.py")):
         text = file.read_text()
         own = set(re.findall(r"@triton\.jit(?:\([^)]*\))?\n(?:\s*@.*\n)*\s*def (\w+)", text))
         imported = re.findall(r"from sglang\.kernels[\w.]* import (?:\(([^)]*)\)|(.*))", text)
         own |= {name.strip() for group in imported for name in re.split(r"[,\n]", "".join(group)) if " as " not in name}
         for name in set(re.findall(r"^\s+(\w+)\[[^\]=]+\]\($", text, re.MULTILINE)) & own:
-            assert (f"sglang/{file.relative_to(_sglang())}", name) in launched
+            assert (f"sglang/{file.relative_to(sglang_folder())}", name) in launched
             seen += 1
     assert seen > 80
 
