@@ -78,20 +78,23 @@ def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: i
     Raises:
         CaptureStateLost: a failed capture cannot be cleaned up.
     """
-    if device.type != "cuda":
-        return _compare_on_host(candidates, rounds)
     errors: dict[str, str] = {}
     on_device: dict[str, Callable[[], float]] = {}
     on_host: dict[str, Callable[[], float]] = {}
+    synchronize = torch.get_device_module(device).synchronize
     for name, candidate in candidates.items():
         try:
+            if device.type != "cuda":
+                us = _host_us(candidate, _WARM_UP, synchronize)
+                on_device[name] = partial(_host_us, candidate, math.ceil(_LEAST_US / max(1.0, us)), synchronize)
+                continue
             us = warm_up(candidate)
             if graphs:
                 # At least once around all sets; short of that, no more calls than fit the time.
                 count = max(min(len(candidate.calls), CALLS), min(CALLS, math.ceil(10 * _LEAST_US / us)))
                 graph, _ = capture(candidate, count)
                 on_device[name] = partial(_replay, graph, _replays(graph), count)
-            on_host[name] = partial(_host_us, candidate, max(5, min(CALLS, math.ceil(5 * _LEAST_US / us))))
+            on_host[name] = partial(_host_us, candidate, max(5, min(CALLS, math.ceil(5 * _LEAST_US / us))), synchronize)
         except CaptureStateLost:
             raise
         except Exception as error:
@@ -99,19 +102,6 @@ def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: i
     device_us, host_us = rounds_of(on_device, rounds), rounds_of(on_host, rounds)
     baseline = next(iter(candidates))
     return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, device_us, host_us) for name in candidates}
-
-
-def _compare_on_host(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Timing]:
-    errors: dict[str, str] = {}
-    measures: dict[str, Callable[[], float]] = {}
-    for name, candidate in candidates.items():
-        try:
-            measures[name] = partial(_wall_us, candidate, math.ceil(_LEAST_US / max(1.0, _wall_us(candidate, _WARM_UP))))
-        except Exception as error:
-            errors[name] = first_error(error)
-    wall_us = rounds_of(measures, rounds)
-    baseline = next(iter(candidates))
-    return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, wall_us, {}) for name in candidates}
 
 
 def _timing(name: str, baseline: str, device_us: Mapping[str, np.ndarray[Any, Any]], host_us: Mapping[str, np.ndarray[Any, Any]]) -> Timing:
@@ -229,26 +219,17 @@ def _replay(graph: torch.cuda.CUDAGraph, replays: int, count: int) -> float:
     return 1000 * start.elapsed_time(end) / (replays * count)
 
 
-def _host_us(candidate: Candidate, count: int) -> float:
+def _host_us(candidate: Candidate, count: int, synchronize: Callable[[], None]) -> float:
     """Microseconds of the host per call. There are few enough calls for the device's queue."""
     calls = candidate.calls
     with candidate.active():
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter_ns()
         for i in range(count):
             calls[i % len(calls)]()
         end = time.perf_counter_ns()
-        torch.cuda.synchronize()
+        synchronize()
     return (end - start) / 1000 / count
-
-
-def _wall_us(candidate: Candidate, count: int) -> float:
-    calls = candidate.calls
-    with candidate.active():
-        start = time.perf_counter_ns()
-        for i in range(count):
-            calls[i % len(calls)]()
-        return (time.perf_counter_ns() - start) / 1000 / count
 
 
 def copy_bandwidth(device: torch.device) -> float:
