@@ -33,13 +33,21 @@ def test_the_bus_bandwidth_is_that_of_nccl_tests() -> None:
     assert [collectives.bus_factor(op, 4) for op in collectives.OPERATIONS] == [1.5, 0.75, 0.75, 0.75, 1, 1]
 
 
+SCRIPT = (sys.executable, "-u", collectives.__file__)
+
+
+def started(tmp_path: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    """A run with the stand-in for FlagCX."""
+    environ = {"PATH": "/bin", "HOME": str(tmp_path), "FLAGCX_PATH": str(build(tmp_path).parents[2])}
+    command = [*SCRIPT, "--device", "cpu", "--sizes", "1K", *options, "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, start_new_session=True)
+
+
 def test_a_run_on_the_stand_in(tmp_path: Path) -> None:
-    flagcx, out = build(tmp_path).parents[2], tmp_path / "collectives.json"
-    script = Path(collectives.__file__)
-    command = [sys.executable, str(script), "--device", "cpu", "--sizes", "1K", "12", "--rounds", "2", "--out", str(out)]
-    subprocess.run(
-        command, check=True, capture_output=True, timeout=120, env={"PATH": "/bin", "HOME": str(tmp_path), "FLAGCX_PATH": str(flagcx)}
-    )
+    out = tmp_path / "collectives.json"
+    with started(tmp_path, out, "12", "--rounds", "2") as process:
+        printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
     found = json.loads(out.read_text())
     assert found["ranks"] == 2 and found["flagcx"].startswith("of unknown release") and str(tmp_path) not in out.read_text()
     cells = {(row["op"], row["bytes"], row["candidate"]) for row in found["rows"]}
@@ -47,31 +55,14 @@ def test_a_run_on_the_stand_in(tmp_path: Path) -> None:
     assert cells == {(op, size, name) for op in collectives.OPERATIONS for size in (1024, 12) for name in names}
     assert all(row["us"] > 0 and row["speed"][0] > 0 for row in found["rows"])
     assert all(row["speed"] == [1, 1, 1] for row in found["rows"] if row["candidate"] == "torch")
-    shown = subprocess.run([sys.executable, str(script), "--show", str(out)], check=True, capture_output=True, text=True, timeout=60).stdout
+    shown = subprocess.run([*SCRIPT, "--show", str(out)], check=True, capture_output=True, text=True, timeout=60).stdout
     assert "send_recv" in shown and "eager, up to 1 MiB" in shown
 
 
 @contextmanager
 def running(tmp_path: Path, out: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A run that would last, with its first row measured; and the processes that it started."""
-    flagcx = build(tmp_path).parents[2]
-    command = [
-        sys.executable,
-        "-u",
-        str(Path(collectives.__file__)),
-        "--device",
-        "cpu",
-        "--sizes",
-        "1K",
-        "--rounds",
-        "40",
-        "--out",
-        str(out),
-    ]
-    environ = {"PATH": "/bin", "HOME": str(tmp_path), "FLAGCX_PATH": str(flagcx)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, start_new_session=True
-    ) as process:
+    with started(tmp_path, out, "--rounds", "40") as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "of 1024 bytes" in line:
