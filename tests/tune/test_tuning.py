@@ -386,6 +386,11 @@ class TestBudget:
         budget.check("pair")
         Budget(None, {}).check("start", 100)
 
+    def test_what_was_only_assumed_does_not_keep_a_short_budget_from_its_first_measurement(self) -> None:
+        Budget(time.monotonic() + 5, {}).check("about")
+        with pytest.raises(BudgetOver):
+            Budget(time.monotonic() - 1, {}).check("about")
+
     def test_a_fresh_start_takes_what_the_first_took(self) -> None:
         assert Budget(None, {"about": [7.0]}).typical("start") == (7.0, True) and Budget(None, {}).typical("start") == (120.0, False)
 
