@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-timeout", type=duration, default=300.0, metavar="TIME", help="how long a first call may compile and tune (default: 5m)"
     )
-    parser.add_argument("--jobs", type=_WORKERS, metavar="N", help="processes in parallel (default: all processors but two, 16 at most)")
+    parser.add_argument("--jobs", type=_WORKERS, metavar="N", help="processes in parallel (default: all processors but two, 2 to 16)")
     parser.add_argument("--budget", type=duration, default=float("inf"), metavar="TIME", help="stop after this time, such as 9m")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="write each result to FILE; skip the cases that FILE already has")
     out = "save the result in FILE; without FILE, where 'doctor' and 'ops' find it"

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of mistake that users reported is caught; all kinds on all operators: ``make test-check-grid``."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from sglang_fl.check.constants import FAILED, OK, SIZES
 from sglang_fl.check.implementation import Implementation
 
 TWICE = [kind for kind in KINDS if kind.startswith("wrong from row")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,6 @@ from sglang_fl.kernels.reference import REFERENCES
 Right = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def index_one_too_far(right: Right) -> Function:
     def fn(grid: Any, table: Any, rows: Any, *more: Any, **named: Any) -> Any:
         return right(grid, table, (rows + 1) % len(table), *more, **named)

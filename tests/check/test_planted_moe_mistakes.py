@@ -2,7 +2,7 @@
 """Mistakes in routing and in experts, and the check that finds each."""
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,15 +18,6 @@ from sglang_fl.check.implementation import Implementation
 from sglang_fl.dispatch.backends import moe as shared_moe
 
 Function = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small, and threads that wait for each other are slow where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def failures(op: str, fn: Function, *checks: str) -> list[str]:

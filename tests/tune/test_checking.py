@@ -20,6 +20,18 @@ from sglang_fl.tune.checking import Checker, is_crash
 from sglang_fl.tune.layer_calls import RecordedCall, TensorSpec
 
 CPU = torch.device("cpu")
+#: As after an illegal access: nothing in this process works on the device any more.
+LOSES_THE_DEVICE = """
+import torch
+from sglang_fl.dispatch import BackendImplKind, OpImpl
+
+def silu_and_mul(obj, x):
+    torch.ones = silu_and_mul
+    raise RuntimeError("illegal memory access")
+
+def register_builtins(registry):
+    registry.register_impl(OpImpl("silu_and_mul", "vendor.loses_the_device", BackendImplKind.VENDOR, silu_and_mul, vendor="planted"))
+"""
 
 
 class Activation(torch.nn.Module):
@@ -47,14 +59,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[s
     file = directory / "silu.call"
     file.write_bytes(recorded_call("silu_and_mul", Activation(), torch.randn(6, 128)[::2]))
     layer = {"kind": "layer", "op": "silu_and_mul", "name": "3x128", "file": str(file), "dtype": "float32"}
-    rows = [layer | {"impl": f"vendor.{name}"} for name in planted_choices.KINDS]
+    (directory / "loses_the_device.py").write_text(LOSES_THE_DEVICE)
+    rows = [layer | {"impl": f"vendor.{name}"} for name in ("loses_the_device", *planted_choices.KINDS)]
     x = {"shape": [4, 8], "stride": [8, 1], "dtype": "float32", "device": "cpu"}
     rows += [{"kind": "function", "function": "silu", "key": "silu", "args": [x], "kwargs": {}}]
     rows += [{"kind": "function", "function": "mul", "key": "mul.Tensor", "args": [x, x], "kwargs": {}}]
     with pytest.MonkeyPatch.context() as patch:
         tests = str(Path(planted_choices.__file__).parent)
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH")))))
-        patch.setenv("SGLANG_FL_PLUGIN_MODULES", "planted_choices")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (tests, str(directory), os.environ.get("PYTHONPATH")))))
+        patch.setenv("SGLANG_FL_PLUGIN_MODULES", "planted_choices,loses_the_device")
         with Checker(rows, directory / "cases.json") as checker:
             yield {row.get("impl", row.get("function")): checker.run(number) for number, row in enumerate(rows)}
 
@@ -71,6 +84,8 @@ def test_what_is_wrong_fails_and_says_by_how_much(found: dict[str, dict[str, Any
 
 
 def test_what_ends_the_process_is_named_and_the_others_are_checked(found: dict[str, dict[str, Any]]) -> None:
+    lost = found["vendor.loses_the_device"]
+    assert lost["status"] == FAILED and "illegal memory access" in lost["message"]
     assert is_crash(found["vendor.crashing"]["status"]) and "SIGSEGV" in found["vendor.crashing"]["message"]
     assert found["silu"]["status"] == FAILED and "is off by" in found["silu"]["message"]
     assert found["mul"] == {"status": OK, "message": ""}
