@@ -158,6 +158,8 @@ class _Operator:
         self._names: list[str] = []
         if self._checked is not None:
             self._template, self._names = _template(op)
+            if self._template.meaning:  # a call alone does not say what its exact results are
+                self._checked = None
         self.begin()
 
     def begin(self) -> None:

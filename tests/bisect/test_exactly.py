@@ -2,12 +2,14 @@
 """Single calls of ATen operators, beside PyTorch's own and float64."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from sglang_fl.bisect.exactly import AtenJudge, alike, is_judged
+from sglang_fl.bisect.side_by_side import _Operator
 from sglang_fl.check.exact.judge import Verdict
 
 X = torch.linspace(-3, 3, 60).reshape(12, 5)
@@ -82,3 +84,11 @@ def test_copies_lie_in_memory_as_they_did() -> None:
 def test_random_and_uninitialised_results_are_not_judged() -> None:
     assert not any(is_judged(key) for key in ("empty_like", "new_empty", "rand_like", "exponential_", "multinomial"))
     assert is_judged("mul.Tensor") and is_judged("sort")
+
+
+@pytest.mark.parametrize("op", ["topk", "fused_moe"])
+def test_an_operator_that_a_call_alone_does_not_explain_is_not_judged(op: str) -> None:
+    """What a layer's configuration means is the bridge's to say."""
+    operator = _Operator(op, nullcontext)
+    assert operator.around(lambda *args: args)(None, X) == (None, X) and operator.called
+    assert operator.verdict() == Verdict()

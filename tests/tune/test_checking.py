@@ -10,6 +10,7 @@ from typing import Any
 import planted_choices
 import pytest
 import torch
+from backend_functions import reference
 
 from sglang_fl.check.cases import Case
 from sglang_fl.check.check_case import check_case
@@ -98,6 +99,13 @@ def test_a_norms_weights_and_constants_are_those_of_the_model() -> None:
     call = first.draw(1, CPU)
     assert call.layer.variance_epsilon == 1e-3 and call.may_write == {"x", "residual"}
     assert sorted(call.layer.weight.tolist()) == layer.weight.tolist() and call.inputs["residual"].shape == (4, 8)
+
+
+def test_routing_is_checked_on_calls_whose_meaning_is_known() -> None:
+    """What a layer's configuration means is not recorded."""
+    recorded_cases = cases(recorded_call("topk", Activation(), torch.randn(4, 32), torch.randn(4, 64)))
+    assert recorded_cases == list(recorded.cases_of_check("topk", torch.float32, CPU)) != []
+    assert check_case(Implementation("topk", reference.topk, None, CPU), recorded_cases[0], 0).status == OK
 
 
 def test_what_cannot_be_captured_fails_where_there_are_graphs(found: dict[str, dict[str, Any]]) -> None:
