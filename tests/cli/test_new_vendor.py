@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sglang_fl.cli import main
 from sglang_fl.config import load_settings
 from sglang_fl.device import VENDORS, Device, VendorPlatform
 
+Cli = Callable[..., "pytest.CaptureResult[str]"]
 ROOT = Path(__file__).parents[2]
 FILES = {
     "README.md",
@@ -44,13 +46,10 @@ def python(*arguments: str, path: Path, cwd: Path) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environ, cwd=cwd)
 
 
-def test_it_writes_a_package_and_says_what_is_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_writes_a_package_and_says_what_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["new-vendor", "fastchip"]) == 0
+    told = cli("new-vendor", "fastchip").out
     assert files_in(tmp_path / "sglang-fl-fastchip") == FILES
-    told = capsys.readouterr().out
     assert all(file in told for file in FILES)
     assert "uv pip install -e 'sglang-fl-fastchip[test]'\n" in told and "sglang-fl check --vendor fastchip --quick" in told
     for file in FILES:
@@ -78,38 +77,36 @@ def test_it_writes_a_package_and_says_what_is_next(
         ("cpu", "'cpu' is served by the reference backend"),
     ],
 )
-def test_names_that_cannot_be(name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["new-vendor", name, str(tmp_path / "x")]) == 2
-    assert told in capsys.readouterr().err
+def test_names_that_cannot_be(name: str, told: str, tmp_path: Path, cli: Cli) -> None:
+    assert told in cli("new-vendor", name, str(tmp_path / "x"), code=2).err
     assert not (tmp_path / "x").exists()
 
 
-def test_the_name_of_an_installed_package(tmp_path: Path, packages: Packages, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_name_of_an_installed_package(tmp_path: Path, packages: Packages, cli: Cli) -> None:
     code = "from sglang_fl.vendor_platform import VendorPlatform as V\nPLATFORM = V(name='mine', device_type='x', commands=('no-tool',))"
     package = packages.install(code, {"sglang_fl.platform": "{module}:PLATFORM"})
-    assert main(["new-vendor", "mine", str(tmp_path / "x")]) == 2
-    assert f"'mine' already has a platform ({package} (entry point {package}))" in capsys.readouterr().err
+    told = cli("new-vendor", "mine", str(tmp_path / "x"), code=2).err
+    assert f"'mine' already has a platform ({package} (entry point {package}))" in told
 
 
-def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten(tmp_path: Path, cli: Cli) -> None:
+    def refused(directory: str) -> str:
+        return cli("new-vendor", "fastchip", directory, code=2).err
+
     full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
     (full / "sub").mkdir(parents=True)
     file.write_text("mine")
     empty.mkdir()
     for taken in (full, file):
-        assert main(["new-vendor", "fastchip", str(taken)]) == 2
-        assert f"{str(taken)!r} exists and is not an empty directory" in capsys.readouterr().err
+        assert f"{str(taken)!r} exists and is not an empty directory" in refused(str(taken))
     assert files_in(full) == set() and file.read_text() == "mine"
-    assert main(["new-vendor", "fastchip", str(file / "below")]) == 2
-    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert "cannot be written: Not a directory" in refused(str(file / "below"))
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    assert main(["new-vendor", "fastchip", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere' exists" in capsys.readouterr().err
-    assert main(["new-vendor", "fastchip", ""]) == 2
-    assert "DIR is empty" in capsys.readouterr().err
-    assert main(["new-vendor", "fastchip", str(empty)]) == 0
-    assert main(["new-vendor", "fastchip", str(empty)]) == 2
-    assert main(["new-vendor", "fastchip", str(tmp_path / "a" / "b")]) == 0
+    assert "nowhere' exists" in refused(str(tmp_path / "nowhere"))
+    assert "DIR is empty" in refused("")
+    cli("new-vendor", "fastchip", str(empty))
+    assert refused(str(empty))
+    cli("new-vendor", "fastchip", str(tmp_path / "a" / "b"))
 
 
 @pytest.mark.parametrize("name", ["fastchip", "a_name_of_some_length", "metax", "kunlunxin", "hygon", "mthreads"])
@@ -120,9 +117,9 @@ def test_what_it_writes_is_clean(name: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-def test_a_vendor_that_sglang_has_a_platform_for_adds_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["new-vendor", "mthreads", str(tmp_path / "package")])
-    assert "SGLang has its own platform for Moore Threads (musa); platform.py says what this package adds" in capsys.readouterr().out
+def test_a_vendor_that_sglang_has_a_platform_for_adds_to_it(tmp_path: Path, cli: Cli) -> None:
+    told = cli("new-vendor", "mthreads", str(tmp_path / "package")).out
+    assert "SGLang has its own platform for Moore Threads (musa); platform.py says what this package adds" in told
     assert files_in(tmp_path / "package") == {file.replace("fastchip", "mthreads") for file in FILES}
     platform = platform_in(tmp_path / "package", "mthreads")
     assert (platform.extends, platform.row().in_tree, platform.row().device_type) == ("musa", "musa", "musa")

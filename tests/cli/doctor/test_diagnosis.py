@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installed_packages import Packages
 
 from sglang_fl import __version__
-from sglang_fl.cli import main
 from sglang_fl.cli.doctor.diagnosis import diagnose
-from sglang_fl.device import ENTRY_POINT_GROUP, VENDORS, Device
+from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch.catalog import classes_of
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.startup.words import flaggems_functions
 from sglang_fl.trial import TrialRecord
 
+Cli = Callable[..., "pytest.CaptureResult[str]"]
 
-def test_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_nothing_wrong(cli: Cli) -> None:
     assert diagnose({}).problems == []
-    assert main(["doctor"]) == 0
-    told = capsys.readouterr().out
+    told = cli("doctor").out
     assert "No problems found." in told
     assert all(word in told for word in (__version__, "Platform and versions", "rms_norm", "profile cpu:2", "gloo"))
 
@@ -104,9 +103,8 @@ def test_flagcx(flagcx: Path) -> None:
     assert other["state"] == "nccl, through SGLang"
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--json"]) == 0
-    captured = capsys.readouterr()
+def test_json(cli: Cli) -> None:
+    captured = cli("doctor", "--json")
     assert captured.err == ""
     data = json.loads(captured.out)
     facts = {"device", "versions", "layers", "operators", "aten", "backends", "platforms", "changes", "problems", "trials", "start"}
@@ -117,15 +115,10 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [["doctor"], ["doctor", "--json"]])
-def test_settings_that_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str]
-) -> None:
+def test_settings_that_cannot_be_used(cli: Cli, tmp_path: Path, argv: list[str]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("strict: 1\nprefr: vendor\n")
-    monkeypatch.setenv("SGLANG_FL_CONFIG", str(file))
-    monkeypatch.setenv("SGLANG_FL_DIST_BACKEND", "ncl")
-    assert main(argv) == 1
-    told = capsys.readouterr().out
+    told = cli(*argv, code=1, SGLANG_FL_CONFIG=str(file), SGLANG_FL_DIST_BACKEND="ncl").out
     wanted = [
         f"{file}:2: unknown key 'prefr'; did you mean 'prefer'?",
         "SGLANG_FL_DIST_BACKEND: unknown value 'ncl'; did you mean 'nccl'?",
@@ -147,20 +140,17 @@ def test_several_problems_at_once(platforms: Callable[..., None], flaggems: Call
     assert [problem.fatal for problem in problems] == [False, False, True, True]
 
 
-def test_file_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_file_names_are_printed_as_they_are(cli: Cli, tmp_path: Path) -> None:
     """Square brackets are markup to Rich."""
     directory = tmp_path / "a[b]c[red]"
     directory.mkdir()
     (directory / "mine.yaml").write_text("dist_backend: gloo\n")
-    monkeypatch.setenv("SGLANG_FL_CONFIG", str(directory / "mine.yaml"))
-    assert main(["doctor"]) == 0
-    assert "a[b]c[red]/mine.yaml:1" in capsys.readouterr().out
+    assert "a[b]c[red]/mine.yaml:1" in cli("doctor", SGLANG_FL_CONFIG=str(directory / "mine.yaml")).out
 
 
 @pytest.mark.parametrize("strict", ["0", "1"])
 def test_deep_asks_pytorch_and_checks_sglang(strict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang_fl import compat
-    from sglang_fl.device import Device
 
     asked: list[Any] = []
     monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.detect", lambda: asked.append(1) or Device("metax", "cuda", None, "PyTorch"))
@@ -174,7 +164,7 @@ def test_deep_asks_pytorch_and_checks_sglang(strict: str, monkeypatch: pytest.Mo
     assert problem.fatal is (strict == "1"), "otherwise a server starts, and everything is left to SGLang"
 
 
-def test_what_ended_earlier_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ended_earlier_starts(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trials.json"
     monkeypatch.setenv("SGLANG_FL_TRIAL_RECORD", str(path))
     assert diagnose(os.environ).trials == {"record": str(path), "deaths": {}}
@@ -182,12 +172,10 @@ def test_what_ended_earlier_starts(tmp_path: Path, capsys: pytest.CaptureFixture
     record.exclude("mul", "its process ended with 'Aborted'")
     record.close()
     path.with_name("trials.json.9-f").write_text('{"environment": "torch 2, a chip", "start": 1}\nmm\n')  # of a process that was killed
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out.replace("\n", " ")
+    printed = cli("doctor").out.replace("\n", " ")
     assert "Excluded from starts with torch 2, a chip" in printed and "its process ended with 'Aborted', last on" in printed
     assert "its process was killed, last on" in printed and "; excluded after the next time" in printed
-    assert main(["doctor", "--forget"]) == main(["doctor", "--forget"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{path}: removed", f"{path}: nothing to remove"]
+    assert [cli("doctor", "--forget").out for _ in range(2)] == [f"{path}: removed\n", f"{path}: nothing to remove\n"]
     assert diagnose(os.environ).trials["deaths"] == {}
 
 
@@ -205,25 +193,16 @@ def test_what_ended_earlier_starts(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
     ],
 )
-def test_the_command_that_starts_a_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stood_in: dict[str, str], told: str
-) -> None:
+def test_the_command_that_starts_a_server(monkeypatch: pytest.MonkeyPatch, cli: Cli, stood_in: dict[str, str], told: str) -> None:
     monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.stand_in_for_absent_packages", lambda device: stood_in)
-    main(["doctor"])
-    assert f"Start a server with: {told}" in capsys.readouterr().out
+    assert f"Start a server with: {told}" in cli("doctor").out
 
 
 def test_a_package_that_can_be_imported_so_that_nothing_stands_in_for_it(
-    packages: Packages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fastchip: Callable[[str], None], cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = "name='fastchip', device_type='cpu', is_present=lambda: True, stand_ins={'deep_gemm': None}"
-    packages.install(
-        f"from sglang_fl.vendor_platform import VendorPlatform\nPLATFORM = VendorPlatform({fields})",
-        {ENTRY_POINT_GROUP: "{module}:PLATFORM"},
-    )
-    monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.probe", lambda environ=None: Device("fastchip", "cpu", None, "a test"))
+    fastchip("stand_ins={'deep_gemm': None}")
     monkeypatch.setattr("sglang_fl.platform.absent_packages._why_not_used", lambda package, device: None)
-    assert main(["doctor"]) == 0
-    told = capsys.readouterr().out
+    told = cli("doctor").out
     assert "warning: deep_gemm can be imported, so nothing stands in for it, though chip_" in told
     assert "→ if that build is not for this chip, uninstall deep_gemm, or have the package name it in hide_installed" in told
