@@ -49,8 +49,6 @@ def use_in_graphs(operators: AtenOperators | None, ranks: Ranks | None = None) -
     global _in_graphs
     ranks = ranks or Ranks()
     if operators is not None:
-        if graph_problems():
-            raise RuntimeError(stop_message(graph_problems()))
         for target in RESOLVERS:
             _hook(target, _resolve)
         if ranks.group is not None:
@@ -66,8 +64,6 @@ def try_in_first_passes(operators: AtenOperators | None, ranks: Ranks | None = N
     """
     global _first_passes
     if operators is not None:
-        if graph_problems():
-            raise RuntimeError(stop_message(graph_problems()))
         _hook(_FORWARD, _forward)
     _first_passes = None if operators is None else FirstPasses(operators, ranks or Ranks())
 
@@ -89,6 +85,8 @@ class FirstPasses:
 
 
 def _hook(target: str, function: Callable[..., Any]) -> None:
+    if problems := graph_problems():
+        raise RuntimeError(stop_message(problems))
     if target in _hooked:
         return
     if not hook(target, function):

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with Console(stderr=True).status("reading SGLang's source (once per version)"):
         found = [kernel for kernel in remembered_kernels(root, _OPERATORS) if _has(kernel, args.word)]
     shown = [kernel for kernel in found if args.all or kernel.operator is None]
-    impl, replaced = _replaced_here()
+    replaced = _replaced_here()
     counts = _reached(shown, record["counts"]) if record else None
     if counts is not None:
         shown = [kernel for kernel in shown if counts[kernel.target]]
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 **asdict(kernel),
                 "reference": kernel.target in REFERENCES,
-                "replaced_by": impl if kernel.target in replaced else None,
+                "replaced_by": replaced.get(kernel.target),
                 **({"reached": counts[kernel.target]} if counts is not None else {}),
             }
             for kernel in shown
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         console.print("None." if not args.word else f"None has {' and '.join(map(repr, args.word))}.")
     elif record or args.word:
         for module, group in groupby(shown, key=lambda kernel: kernel.module):
-            console.print(_table(module, list(group), counts, dict.fromkeys(replaced, impl)))
+            console.print(_table(module, list(group), counts, replaced))
     else:
         console.print(_summary(shown, replaced))
         console.print("sglang-fl kernels WORD lists those that have the word in their module, name or call sites.")
@@ -84,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _replaced_here() -> tuple[str, Collection[str]]:
-    """The implementation that the package of this chip brings, and the kernels that it replaces."""
+def _replaced_here() -> dict[str, str]:
+    """The kernels that the package of this chip replaces, each with its implementation."""
     vendor = probe().vendor
     declaration = declared().platforms.get(vendor)
-    return f"vendor.{vendor}", declaration.sglang_kernels if declaration is not None else ()
+    return dict.fromkeys(declaration.sglang_kernels if declaration is not None else (), f"vendor.{vendor}")
 
 
 def _has(kernel: Kernel, words: Sequence[str]) -> bool:
