@@ -81,7 +81,7 @@ class GraphRunner:
         self._replays: Counter[int] = Counter()
 
     def can_run_graph(self, forward_batch: Any) -> bool:
-        return bool(forward_batch.batch_size <= max(self.capture_bs))
+        return bool(forward_batch.batch_size <= min(planted_gems.largest_graph, max(self.capture_bs)))
 
     def execute(self, forward_batch: Any, **kwargs: Any) -> Any:
         size = min(size for size in self.capture_bs if size >= forward_batch.batch_size)

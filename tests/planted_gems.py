@@ -20,6 +20,8 @@ Function = Callable[..., Any]
 calls: dict[str, int] = {}
 #: Stands for the device's state: whether a graph is being captured.
 capturing = False
+#: Larger batches run without graphs.
+largest_graph = 1 << 20
 #: How often this graph was replayed since its capture, this time included.
 replays = 0
 

@@ -57,14 +57,14 @@ class AtenJudge:
 
     def __init__(self, key: str):
         self.key, self.overload = key, overload_of(key)
-        self._written = [index for index, argument in enumerate(schema_of(key).arguments) if is_written(argument)]
-        self._names = [argument.name for argument in schema_of(key).arguments]
+        arguments = schema_of(key).arguments
+        self._names = [argument.name for argument in arguments]
+        self._written = {index: argument.name for index, argument in enumerate(arguments) if is_written(argument)}
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments before a call, with copies of those that the operator writes."""
         positional = tuple(alike(x) if index in self._written else x for index, x in enumerate(args))
-        written = {self._names[index] for index in self._written}
-        return positional, {name: alike(x) if name in written else x for name, x in kwargs.items()}
+        return positional, {name: alike(x) if name in self._written.values() else x for name, x in kwargs.items()}
 
     def wide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments in float64."""
@@ -81,8 +81,12 @@ class AtenJudge:
 
     def results(self, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
         """A function's results, and the arguments that the operator writes."""
-        returned = pytree.tree_leaves(function(*args, **kwargs))
-        return [*returned, *self._left(args, kwargs)]
+        return self.of_native(function(*args, **kwargs), args, kwargs)
+
+    def of_native(self, returned: Any, args: Any, kwargs: Any) -> list[Any]:
+        """What a function returned, and the arguments that it wrote."""
+        written = [args[index] if index < len(args) else kwargs.get(name) for index, name in self._written.items()]
+        return pytree.tree_leaves((returned, written))
 
     def exact(self, given: tuple[Any, Any]) -> list[Any] | None:
         """The results in float64, or None if PyTorch has no float64 kernel."""
@@ -106,18 +110,11 @@ class AtenJudge:
             ],
         }
 
-    def of_native(self, returned: Any, args: Any, kwargs: Any) -> list[Any]:
-        return [*pytree.tree_leaves(returned), *self._left(args, kwargs)]
-
-    def _left(self, args: Any, kwargs: Any) -> list[Any]:
-        return pytree.tree_leaves([args[index] if index < len(args) else kwargs.get(self._names[index]) for index in self._written])
-
     def wrote(self, given: tuple[Any, Any], before: tuple[Any, Any]) -> str | None:
         """The first argument that a call wrote although it must not."""
-        written = {self._names[index] for index in self._written}
         positional = zip(self._names, given[0], before[0], strict=False)
         for name, now, then in (*positional, *((name, x, before[1][name]) for name, x in given[1].items())):
-            if name in written:
+            if name in self._written.values():
                 continue
             pairs = zip(pytree.tree_leaves(now), pytree.tree_leaves(then), strict=True)
             if any(isinstance(x, torch.Tensor) and not same_bits(x.contiguous(), y.contiguous()) for x, y in pairs):

@@ -13,17 +13,17 @@ from .trials import Effect, beyond
 Logprobs = Mapping[str, Any]
 
 
-def differences(native: Logprobs, other: Logprobs, noise: Effect, batches: Sequence[Batch], captured: Sequence[str]) -> str:
+def differences(native: Logprobs, other: Logprobs, noise: Effect, batches: Sequence[Batch], replayed: Sequence[str]) -> str:
     """Describe the differences in one sentence.
 
     Args:
         native, other: results of :func:`.passes.in_graphs`.
         noise: differences within it are ignored.
-        captured: the phases that have graphs: ``prefill``, ``decode``, or both.
+        replayed: the phases whose graphs were replayed: ``prefill``, ``decode``, or both.
     """
     steps = {name: _changed(native[name], other[name], noise) for name in native}
-    phase = "decode" if "decode" in captured else "prefill"
-    if "prefill" in captured and any(0 in changed for changed in steps.values()):
+    phase = "decode" if "decode" in replayed else "prefill"
+    if "prefill" in replayed and any(0 in changed for changed in steps.values()):
         phase = "prefill"
     seen = [batch.name for batch in batches if steps[batch.name] or steps[batch.name + AGAIN]]
     return f"It is seen in {phase}, {_replays(steps, batches, phase)} (batches: {', '.join(seen)})."

@@ -143,14 +143,14 @@ class _Bisection:
 
     def measure(self, model: LoadedModel, directory: str) -> None:
         report, job = self.report, self._job
-        report.replacements, report.facts, self._batches = model.call(about, list(job.prompts), limit=job.limit)[0]
+        report.replacements, report.facts, self._batches = self._call(model, about, list(job.prompts))
         self._show("pass 1 of 3: everything left to SGLang")
         native = self._run(model, ())
         if not report.replacements:
             report.verdict, report.message = NO_OPERATOR, "With these settings sglang-fl replaces nothing in this model."
             return
         self._show("pass 2 of 3: the settings in force")
-        in_force = model.call(passes.traced, self._batches, None, directory, limit=job.limit)[0]
+        in_force = self._call(model, passes.with_only, self._batches, None, directory)
         self._show("pass 3 of 3: each replacement compared with SGLang's own and float64")
         archives = str(job.archives) if job.archives else None
         by_rank = model.call(side_by_side, self._batches, archives, limit=4 * job.limit)
@@ -168,8 +168,7 @@ class _Bisection:
         rounded = [Effect()]
         for number in range(_ROUNDED_TRIALS if ulps else 0):
             self._show(f"measuring the effect of rounding: {number + 1} of {_ROUNDED_TRIALS}")
-            moved = model.call(passes.rounded_otherwise, self._batches, ulps, number, limit=self._job.limit)[0]
-            rounded.append(effect(native, moved))
+            rounded.append(effect(native, self._call(model, passes.rounded_otherwise, self._batches, ulps, number)))
         report.noise = largest(*rounded, repeat)
         if repeat.is_beyond(largest(*rounded)):
             report.verdict = NO_OPERATOR
@@ -194,19 +193,17 @@ class _Bisection:
         assert report.noise is not None
         try:
             self._show("graphs: everything left to SGLang")
-            captured, native = self._captured(model, ())
-            report.facts["graphs"] = ", ".join(captured) or "none"
-            if not captured:
+            replayed, native = self._captured(model, ())
+            report.facts["graphs"] = ", ".join(replayed) or "none"
+            if not replayed:
                 return
             self._show("graphs: the settings in force")
-            in_force = model.call(passes.in_graphs, self._batches, None, directory, limit=self._job.limit)[0][1]
+            _, in_force = self._call(model, passes.in_graphs, self._batches, None, directory)
         except CallFailed as error:  # a server captures again without what failed
             report.message += f" Graphs could not be captured: {str(error).splitlines()[0]}"
             return
         report.in_graphs = effect(native, in_force)
-        again = Effect()
-        for batch in self._batches:
-            again = largest(again, effect({"": native[batch.name]}, {"": native[batch.name + passes.AGAIN]}))
+        again = effect({batch.name: native[batch.name + passes.AGAIN] for batch in self._batches}, native)
         if again.is_beyond(report.noise):
             report.verdict = NO_OPERATOR
             report.message = (
@@ -219,12 +216,12 @@ class _Bisection:
             if report.verdict == FOUND:
                 self._show("graphs: which replays")
                 other = self._captured(model, report.culprits)[1]
-                report.message += " " + differences(native, other, report.noise, self._batches, captured)
+                report.message += " " + differences(native, other, report.noise, self._batches, replayed)
         else:
-            report.message += f" In graphs ({' and '.join(captured)}) log-probabilities change by up to {report.in_graphs.worst:.2g}."
+            report.message += f" In graphs ({' and '.join(replayed)}) log-probabilities change by up to {report.in_graphs.worst:.2g}."
 
     def _captured(self, model: LoadedModel, on: Collection[Replacement]) -> tuple[tuple[str, ...], Any]:
-        found: tuple[tuple[str, ...], Any] = model.call(passes.in_graphs, self._batches, tuple(on), limit=self._job.limit)[0]
+        found: tuple[tuple[str, ...], Any] = self._call(model, passes.in_graphs, self._batches, tuple(on))
         return found
 
     def _on_one_rank(self, directory: str) -> None:
@@ -302,7 +299,11 @@ class _Bisection:
         return f"It is wrong{only} first in call {first.call} of {first.where}: {first.problem}."
 
     def _run(self, model: LoadedModel, on: Collection[Replacement]) -> Any:
-        return model.call(passes.with_only, self._batches, tuple(on), limit=self._job.limit)[0]
+        return self._call(model, passes.with_only, self._batches, tuple(on))
+
+    def _call(self, model: LoadedModel, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in each rank. Returns the first rank's result, which is that of all."""
+        return model.call(function, *args, limit=self._job.limit)[0]
 
     def _after_an_end(self, error: Crashed | Hung, directory: Path) -> None:
         """After a crash or a hang with the settings in force: test whether the replacement that was running causes it."""
@@ -329,7 +330,7 @@ class _Bisection:
         with self._load(str(directory)) as model:
             self._show(f"trial with {listed(frozenset(on), self.report.replacements)}")
             try:
-                model.call(run, self._batches, tuple(on), limit=self._job.limit)
+                self._call(model, run, self._batches, tuple(on))
             except (Crashed, Hung) as error:
                 return isinstance(error, kind)
         return False

@@ -2,8 +2,8 @@
 """Passes over the same tokens, in each rank: with some replacements on, traced, and with SGLang's results rounded differently."""
 
 import mmap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,14 @@ def _token_ids(prompt: str, size: int) -> list[int]:
     return [int(word) for word in words]
 
 
-def with_only(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None) -> dict[str, Any]:
-    """Log-probabilities by batch with these on. None: with all that the settings select."""
-    with run.switches.only(run.switches.replacements if on is None else on):
+def with_only(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None, directory: str | None = None) -> dict[str, Any]:
+    """Log-probabilities by batch with these on. None: with all that the settings select.
+
+    Args:
+        directory: a file in it names, for each rank, the running replacement, in case the process crashes or hangs.
+    """
+    with run.switches.only(run.switches.replacements if on is None else on), _tracing(run, directory):
         return {batch.name: run.logprobs(batch) for batch in given}
-
-
-def traced(run: ModelRun, given: list[Batch], on: Collection[Replacement] | None, directory: str) -> dict[str, Any]:
-    """The same. For each rank a file in ``directory`` names the running replacement, in case the process crashes or hangs."""
-    with _tracing(run, directory):
-        return with_only(run, given, on)
 
 
 def in_graphs(
@@ -96,32 +94,30 @@ def in_graphs(
     """Log-probabilities at the replay of SGLang's graphs, which are captured with these on.
 
     Args:
-        directory: as in :func:`traced`. During a replay no Python runs, so nothing is traced then.
+        directory: as in :func:`with_only`. During a replay no Python runs, so nothing is traced then.
 
     Returns:
-        The phases that have graphs, and log-probabilities by batch; none if no phase has graphs. Those of a batch's first run have its
-        name. Those of its second run, with the same graphs, have its name and AGAIN.
+        The phases that were replayed, and log-probabilities by batch; none if there are no graphs. Those of a batch's first run have
+        its name. Those of its second run, with the same graphs, have its name and AGAIN.
     """
     found: dict[str, Any] = {}
-    tracing = nullcontext() if directory is None else _tracing(run, directory)
-    with run.switches.only(run.switches.replacements if on is None else on), tracing:
+    with run.switches.only(run.switches.replacements if on is None else on), _tracing(run, directory):
         try:
-            captured = run.capture_graphs(given)
-            for replays in ("", AGAIN) if captured else ():
+            for replays in ("", AGAIN) if run.capture_graphs(given) else ():
                 found |= {f"{batch.name}{replays}": run.logprobs(batch) for batch in given}
+            return run.replayed, found
         finally:
             run.drop_graphs()
-    return captured, found
 
 
-@contextmanager
-def _tracing(run: ModelRun, directory: str) -> Iterator[None]:
+def _tracing(run: ModelRun, directory: str | None) -> AbstractContextManager[None]:
+    if directory is None:
+        return nullcontext()
     trace = _Trace(Path(directory) / f"rank{run.rank}", run)
-    with run.switches.observed(
+    return run.switches.observed(
         lambda call: trace.around(str(call.replacement), call.path, call.forward(None)),
         lambda call: trace.around(str(call.replacement), f"aten::{call.key}", call.registered),
-    ):
-        yield
+    )
 
 
 class _Trace:

@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 #: The odds at which a verdict is given.
 ODDS = 99.0
@@ -140,20 +139,6 @@ class Search:
         due = [(len(on & set(cause.switches)) >= cause.needed, failed) for on, failed in self.runs if failed is not None]
         passes, failures = [failed for bad, failed in due if not bad], [failed for bad, failed in due if bad]
         return (sum(passes), len(passes)), (failures.count(False), len(failures))
-
-    def state(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        runs = [[sorted(on), failed] for on, failed in self.runs]
-        return {"weights": self.weights, "truthful": self.truthful, "pairs": self.pairs, "seed": self.seed, "runs": runs}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Search":
-        options = dict(state)
-        runs = options.pop("runs")
-        search = cls(**options)
-        for on, failed in runs:
-            search.record(frozenset(on), failed)
-        return search
 
     def _mask(self, switches: Set[str] | Sequence[str]) -> int:
         return sum(self._bit[switch] for switch in switches)

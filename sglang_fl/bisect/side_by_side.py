@@ -20,7 +20,7 @@ from ..check.archive import kept, write_files
 from ..check.cases import OPERATORS_CHECKED, Call
 from ..check.cases.call import Draw
 from ..check.exact.judge import Exact, Verdict
-from ..check.implementation import results
+from ..check.implementation import results, worst
 from ..check.tensors import same_bits
 from ..dispatch.ops import FLBackendBase
 from ..fingerprint import versions
@@ -152,10 +152,8 @@ class _Operator:
     """Calls of an implementation, with the operator's arguments and the exact results."""
 
     def __init__(self, op: str, only_native: Callable[[], Any]):
-        self._only_native = only_native
+        self._op, self._only_native = op, only_native
         self._checked = OPERATORS_CHECKED.get(op)
-        self._template: Call | None = None
-        self._names: list[str] = []
         if self._checked is not None:
             self._template, self._names = _template(op)
             if self._template.meaning:  # a call alone does not say what its exact results are
@@ -203,7 +201,6 @@ class _Operator:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         template = self._template
-        assert template is not None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         layer: Any = given.pop(self._names[0]) if template.takes_layer else template.layer
         floats = [x for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -226,20 +223,10 @@ class _Operator:
         }
 
     def verdict(self) -> Verdict:
-        if self._problem:
-            return Verdict(problem=self._problem)
-        return self._worst(self._got)
+        return Verdict(problem=self._problem) if self._problem else self._worst(self._got)
 
     def _worst(self, got: tuple[Any, ...]) -> Verdict:
-        if self._checked is None:
-            return Verdict()
-        if self._checked.whole:
-            verdict: Verdict = self._exact[0].judge(got, self._dtype)
-            return verdict
-        if len(got) != len(self._exact):
-            return Verdict(problem=f"returned {len(got)} results, not {len(self._exact)}")
-        verdicts = [right.judge(result, self._dtype) for result, right in zip(got, self._exact, strict=True)]
-        return max(verdicts, key=lambda verdict: (verdict.problem is not None, verdict.used))
+        return worst(self._op, got, self._exact, self._dtype) if self._checked is not None else Verdict()
 
     def of_native(self, native: Any, same: Verdict | None) -> Verdict | None:
         """The verdict on SGLang's own result, if it has the same parts as the operator's.

@@ -34,32 +34,35 @@ class Switches:
     def environ(self, on: Set[str]) -> dict[str, str | None]:
         """The environment variables that leave exactly these on. None: the variable must be unset."""
         functions, used = _plain(on, FUNCTION), _plain(self.names, FUNCTION)
-        off = [op for op in _plain(self.names, OPERATOR) if OPERATOR + op not in on]
+        off = _plain(set(self.names) - on, OPERATOR)
         changed: dict[str, str | None] = {}
         if not functions and used:
             changed["USE_FLAGGEMS"] = "0"
         elif len(functions) < len(used):
             changed |= {"SGLANG_FL_FLAGOS_WHITELIST": ",".join(functions), "SGLANG_FL_FLAGOS_BLACKLIST": None}
         if off:
-            orders = {op: "|".join(order) for op, order in self.settings.op_backends} | dict.fromkeys(off, "sglang")
-            changed["SGLANG_FL_PER_OP"] = ";".join(f"{op}={order}" for op, order in orders.items())
+            changed["SGLANG_FL_PER_OP"] = self._per_op(off)
         return changed
 
     def exclusion(self, switches: Iterable[str]) -> str:
         """The settings that turn these off: YAML for the user's file, or variables where the environment overrides the file."""
-        lists, orders = self._without(_plain(switches, FUNCTION)), dict.fromkeys(_plain(switches, OPERATOR), "sglang")
+        lists, off = self._without(_plain(switches, FUNCTION)), _plain(switches, OPERATOR)
         lines = []
         for key, names in lists.items():
             if self._from_environment(key):
                 lines.append(f"{OPTIONS[key].env}={','.join(names)}" if names else "USE_FLAGGEMS=0")
             else:
                 lines.append(f"{key}: [{', '.join(names)}]")
-        if orders and self._from_environment("prefer", "op_backends"):
-            orders = {op: "|".join(order) for op, order in self.settings.op_backends} | orders
-            lines.append(f"SGLANG_FL_PER_OP='{';'.join(f'{op}={order}' for op, order in orders.items())}'")
-        elif orders:
-            lines += ["op_backends:", *(f"  {op}: [{order}]" for op, order in orders.items())]
+        if off and self._from_environment("prefer", "op_backends"):
+            lines.append(f"SGLANG_FL_PER_OP='{self._per_op(off)}'")
+        elif off:
+            lines += ["op_backends:", *(f"  {op}: [sglang]" for op in off)]
         return "\n".join(lines)
+
+    def _per_op(self, off: Iterable[str]) -> str:
+        """The user's orders, and these operators left to SGLang."""
+        orders = {op: "|".join(order) for op, order in self.settings.op_backends} | dict.fromkeys(off, "sglang")
+        return ";".join(f"{op}={order}" for op, order in orders.items())
 
     def _without(self, functions: Sequence[str]) -> dict[str, list[str]]:
         """The whitelist without these functions, or the blacklist with them, by its key."""

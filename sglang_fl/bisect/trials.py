@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..model_run import Replacement
-from .search import NO_OPERATOR, Hypothesis, Search
+from .search import NO_OPERATOR, Search
 
 Logprobs = Mapping[str, Any]
 
@@ -120,10 +120,6 @@ def search(
     cause = verdict.cause if verdict is not None else None
     if cause is None or not cause.switches:
         return Cause((), 0, tuple(trials), no_operator=cause == NO_OPERATOR)
-    return _cause(cause, names, trials)
-
-
-def _cause(cause: Hypothesis, names: Mapping[str, Replacement], trials: list[Trial]) -> Cause:
     return Cause(tuple(names[name] for name in cause.switches), cause.needed, tuple(trials))
 
 

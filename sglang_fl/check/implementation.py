@@ -119,15 +119,7 @@ class Implementation:
     def verdict(self, got: Results, expected: Expected, case: Case) -> Verdict:
         """The worst of the results' verdicts."""
         with self._phase(IN_FLOAT64):
-            return self._verdict(got, expected, getattr(torch, case.dtype))
-
-    def _verdict(self, got: Results, expected: Expected, dtype: torch.dtype) -> Verdict:
-        if OPERATORS_CHECKED[self.op].whole:
-            return expected[0].judge(got, dtype, self.device)
-        if len(got) != len(expected):
-            return Verdict(problem=f"returned {len(got)} results, not {len(expected)}: {', '.join(right.name for right in expected)}")
-        found = [right.judge(result, dtype, self.device) for result, right in zip(got, expected, strict=True)]
-        return max(found, key=lambda verdict: (verdict.problem is not None, verdict.used))
+            return worst(self.op, got, expected, getattr(torch, case.dtype), self.device)
 
     def compare(self, got: Results, expected: Expected, case: Case) -> Outcome:
         """Compare results with float64."""
@@ -156,6 +148,17 @@ def _shapes(value: Any) -> Any:
     if isinstance(value, dict):
         value = list(value.items())
     return tuple(map(_shapes, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def worst(op: str, got: Results, expected: Expected, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
+    """The worst of the verdicts on an operator's results."""
+    if OPERATORS_CHECKED[op].whole:
+        verdict: Verdict = expected[0].judge(got, dtype, device)
+        return verdict
+    if len(got) != len(expected):
+        return Verdict(problem=f"returned {len(got)} results, not {len(expected)}: {', '.join(right.name for right in expected)}")
+    found = [right.judge(result, dtype, device) for result, right in zip(got, expected, strict=True)]
+    return max(found, key=lambda verdict: (verdict.problem is not None, verdict.used))
 
 
 def results(fn: Function, call: Call) -> Results:

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's graphs of a model. They are captured on request, any number of times, not when the model is loaded."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 PREFILL, DECODE = "prefill", "decode"
 
 
 class Graphs:
-    """The graphs that the server's arguments ask for. Create it after SGLang has published them, and before it loads the model."""
+    """The graphs that the server's arguments ask for. Create it after SGLang has published them, and before it loads the model.
+
+    Attributes:
+        replayed: the phases, PREFILL and DECODE, whose graphs were replayed since the capture. SGLang may run a batch without them.
+    """
 
     def __init__(self) -> None:
+        self.replayed: set[str] = set()
         from sglang.srt.runtime_context import get_exec
 
         config = get_exec().graph.cuda_graph_config
@@ -25,7 +30,7 @@ class Graphs:
         for phase in self._phases.values():
             phase.backend = Backend.DISABLED
 
-    def capture(self, runner: Any, needed: Mapping[str, Collection[int]]) -> tuple[str, ...]:
+    def capture(self, runner: Any, needed: Mapping[str, Collection[int]]) -> bool:
         """Drop the graphs and capture them with the replacements that are on now.
 
         Args:
@@ -34,7 +39,7 @@ class Graphs:
                 to are captured.
 
         Returns:
-            the phases that have graphs: PREFILL, DECODE, or both.
+            whether there are graphs.
         """
         from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
         from sglang.srt.platforms import current_platform
@@ -51,9 +56,20 @@ class Graphs:
         if current_platform.capabilities.graph_capture:
             runner.init_decode_cuda_graph()
         found = {PREFILL: runner.prefill_cuda_graph_runner, DECODE: runner.decode_cuda_graph_runner}
-        return tuple(name for name, graphs in found.items() if graphs is not None and graphs is not runner.eager_runner)
+        captured = {name: graphs for name, graphs in found.items() if graphs is not None and graphs is not runner.eager_runner}
+        for name, graphs in captured.items():
+            graphs.execute = self._noted(name, graphs.execute)
+        return bool(captured)
+
+    def _noted(self, phase: str, execute: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.replayed.add(phase)
+            return execute(*args, **kwargs)
+
+        return noted
 
     def drop(self, runner: Any) -> None:
         """Run without graphs again."""
         self._disable()
+        self.replayed.clear()
         runner.prefill_cuda_graph_runner, runner.decode_cuda_graph_runner = runner.eager_runner, None

@@ -48,7 +48,7 @@ class ModelRun:
         tokenizer: None with ``--skip-tokenizer-init``.
         server_args: SGLang's, resolved.
         switches: the replacements in the model.
-        phase: what is running: the batch's name, ``prefill`` or ``decode``, and the step from 0.
+        phase: what is running: the batch's name, and ``prefill`` or ``decode``.
     """
 
     def __init__(self, rank: int, bench_runner: Any, tokenizer: Any, server_args: Any, graphs: Graphs):
@@ -59,7 +59,6 @@ class ModelRun:
         self.drop_graphs()  # for a CPU, SGLang has captured them regardless
         self.switches = Switches()
         self.phase: tuple[str, str] = ("", "")
-        self.step = 0
 
     @classmethod
     def load(cls, model: str, arguments: Sequence[str], rank: int, ranks: int, port: int) -> "ModelRun":
@@ -90,8 +89,10 @@ class ModelRun:
         one_batch._init_process_global_configs()
         if args.skip_tokenizer_init:
             one_batch.get_tokenizer = lambda *_, **__: None
-        graphs = Graphs()
+        graphs, threads = Graphs(), torch.get_num_threads()
         runner, tokenizer = one_batch.load_model(args, PortArgs.init_new(args), gpu, rank)
+        if args.device != "cpu":  # SGLang leaves PyTorch one thread there, and float64 is judged on the CPU
+            torch.set_num_threads(max(1, threads // ranks))
         if args.load_format == "dummy":
             _widen(runner.torch_runner.model)
         return cls(rank, runner, tokenizer, args, graphs)
@@ -118,24 +119,29 @@ class ModelRun:
         if min(len(tokens) for tokens in batch.sequences) < batch.decoded + 2:
             raise ValueError(f"a sequence is too short for {batch.decoded} decode steps")
         self.reset()
-        self.phase, self.step = (batch.name, "prefill"), 0
+        self.phase = (batch.name, PREFILL)
         _, logits, scheduled = self._bench.extend([self._request(number, batch) for number in range(len(batch.sequences))])
         yield logits
         for step in range(batch.decoded):
-            self.phase, self.step = (batch.name, "decode"), step
+            self.phase = (batch.name, DECODE)
             tokens = torch.from_numpy(np.array([tokens[step - batch.decoded - 1] for tokens in batch.sequences]))
             _, logits = self._bench.decode(tokens.to(logits.device), scheduled)
             yield logits
         self.phase = ("", "")
 
-    def capture_graphs(self, batches: Sequence[Batch]) -> tuple[str, ...]:
+    def capture_graphs(self, batches: Sequence[Batch]) -> bool:
         """Capture SGLang's graphs for these batches, with the present replacements. Until they are dropped, ``forward`` replays them.
 
         Returns:
-            the phases that have graphs by the server's arguments: ``prefill``, ``decode``, or both.
+            whether the server's arguments ask for graphs.
         """
         prefills = {sum(len(tokens) - batch.decoded - 1 for tokens in batch.sequences) for batch in batches}
         return self._graphs.capture(self.runner, {PREFILL: prefills, DECODE: {len(batch.sequences) for batch in batches}})
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        """The phases whose graphs were replayed since the capture: ``prefill``, ``decode``, or both."""
+        return tuple(phase for phase in (PREFILL, DECODE) if phase in self._graphs.replayed)
 
     def drop_graphs(self) -> None:
         """Run without graphs again."""

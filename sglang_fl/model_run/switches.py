@@ -4,6 +4,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..aten import in_force
@@ -83,7 +84,7 @@ class Switches:
         for socket, impl in binder.bound().items():
             path = socket.path if isinstance(socket, LayerSocket) else socket.name
             replacement = Replacement(LAYER if isinstance(socket, LayerSocket) else FUNCTION, socket.name, impl.impl_id)
-            self._sockets[socket] = LayerCall(replacement, path, socket, impl, _forwards(socket, impl))
+            self._sockets[socket] = LayerCall(replacement, path, socket, impl, partial(binder.forward, socket, impl))
         functions = self._operators.functions if self._operators is not None else {}
         self._functions = {name: Replacement(ATEN, name, ", ".join(keys)) for name, keys in functions.items()}
         found = {*(call.replacement for call in self._sockets.values()), *self._functions.values()}
@@ -147,7 +148,3 @@ class Switches:
                 socket.install(call.forward(None))
             else:
                 socket.install(mark_as_ours(self._layer_around(call)))
-
-
-def _forwards(socket: Socket, impl: OpImpl) -> Callable[[Callable[[Function], Function] | None], Function]:
-    return lambda around: process_binder().forward(socket, impl, around)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sglang_fl.bisect.model import ARGUMENTS, FOUND, NO_DIFFERENCE, NO_OPERATOR, Job, Report, about, bisect, bisect_loaded
 from sglang_fl.bisect.page import as_html
-from sglang_fl.bisect.passes import batches, read_trace, traced
+from sglang_fl.bisect.passes import batches, read_trace, with_only
 from sglang_fl.bisect.report import as_data, print_report
 from sglang_fl.cli.demo_model import RECITAL, demo_model
 from sglang_fl.config import Settings
@@ -151,7 +151,7 @@ def test_what_runs_when_a_process_ends_is_known(loaded: LoadedModel, tmp_path: P
     loaded.call(planted_faults.plant, "crash")
     _, _, given = loaded.call(about, list(JOB.prompts))[0]
     with pytest.raises(Crashed, match=r"SIGSEGV"):
-        loaded.call(traced, given, None, str(tmp_path))
+        loaded.call(with_only, given, None, str(tmp_path))
     assert read_trace(tmp_path) == ("silu (FlagGems, silu)", "aten::silu, one, decode")
 
 

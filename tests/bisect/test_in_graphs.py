@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import planted_faults
+import planted_gems
 import pytest
 from graphs_on_cpu import ARGUMENTS as GRAPHS
 from graphs_on_cpu import install
@@ -18,7 +19,7 @@ from sglang_fl.bisect.report import effects
 from sglang_fl.bisect.trials import Effect
 from sglang_fl.cli.demo_model import RECITAL, demo_model
 from sglang_fl.config import Settings
-from sglang_fl.model_run import Batch, Crashed, LoadedModel
+from sglang_fl.model_run import Batch, Crashed, LoadedModel, ModelRun
 
 JOB = Job("demo", Settings(), prompts=(RECITAL[:84], RECITAL[84:180]))
 SILU = "SiluAndMul → vendor.planted: the output changes with only this on, and is right with only this off."
@@ -75,6 +76,23 @@ def test_what_runs_when_a_capture_crashes_is_known(loaded: LoadedModel, tmp_path
     with pytest.raises(Crashed, match=r"SIGSEGV"):
         loaded.call(in_graphs, given, None, str(tmp_path))
     assert read_trace(tmp_path) == ("silu (FlagGems, silu)", "aten::silu, no batch, the capture of a graph")
+
+
+@pytest.mark.e2e
+def test_graphs_that_are_never_replayed_prove_nothing(loaded: LoadedModel) -> None:
+    """SGLang may run a batch without its graphs."""
+    loaded.call(planted_faults.plant, "")
+    _, _, given = loaded.call(about, list(JOB.prompts))[0]
+    assert loaded.call(in_graphs, given[:1], ())[0][0] == ("decode",)
+    loaded.call(up_to, 0)
+    try:
+        assert loaded.call(in_graphs, given[:1], ())[0][0] == ()
+    finally:
+        loaded.call(up_to, 1 << 20)
+
+
+def up_to(run: ModelRun, batch: int) -> None:
+    planted_gems.largest_graph = batch
 
 
 @pytest.mark.e2e

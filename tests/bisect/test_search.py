@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
-
 import bisect_search
 import pytest
 from hypothesis import given, settings
@@ -48,10 +46,12 @@ def test_no_switch_is_accused_if_all_off_fails_or_all_on_passes(search: Search) 
 
 @settings(max_examples=10, deadline=None)
 @given(searches(), st.lists(st.sampled_from([True, False, None]), max_size=12))
-def test_a_search_goes_on_from_its_state(search: Search, answers: list[bool | None]) -> None:
+def test_a_search_goes_on_from_its_runs(search: Search, answers: list[bool | None]) -> None:
     for answer in answers:
         search.record(search.next(), answer)
-    other = Search.from_state(json.loads(json.dumps(search.state())))
+    other = Search(search.weights, truthful=search.truthful, seed=search.seed)
+    for on, failed in search.runs:
+        other.record(on, failed)
     assert (other.next(), other.verdict(), other.likeliest(3)) == (search.next(), search.verdict(), search.likeliest(3))
 
 
