@@ -75,7 +75,15 @@ def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) ->
 def rotary_embedding(
     obj: Any, query: Any, key: Any, cos: Any, sin: Any, position_ids: Any, rotary_interleaved: bool = False, inplace: bool = True
 ) -> Any:
+    if fault == "adds up over a context":
+        cos, sin = _drifting(cos.double(), sin.double())
     return rotary.rotary_embedding(obj, query, key, cos, sin, position_ids, rotary_interleaved, inplace)
+
+
+def _drifting(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables of angles whose error is below fp32's rounding up to position 128, and grows with each position: 0.007 at 512."""
+    error = (1e-7 * (torch.arange(len(cos), dtype=torch.float64) / 128) ** 8).unsqueeze(-1)
+    return (cos * error.cos() - sin * error.sin()).float(), (sin * error.cos() + cos * error.sin()).float()
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:

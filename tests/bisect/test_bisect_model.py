@@ -68,6 +68,7 @@ def test_kernels_that_round_otherwise_are_not_accused(loaded: LoadedModel, seed:
         ("batch > 8 only", "RMSNorm → vendor.planted", "model.layers.0.input_layernorm, batch of 12, decode"),
         ("one gather", "index (FlagGems, index.Tensor)", "index.Tensor, one, prefill"),
         ("adds up", "RMSNorm → vendor.planted", "model.layers.0.input_layernorm, one, prefill"),
+        ("adds up over a context", "RotaryEmbedding → vendor.planted", ", long, prefill"),
         ("writes an input", "RMSNorm → vendor.planted", "wrote x, which it may not"),
         ("state is kept", "SiluAndMul → vendor.planted", "mlp.act_fn, one, prefill"),
     ],

@@ -70,15 +70,6 @@ def test_graphs_that_cannot_be_captured_are_reported(loaded: LoadedModel) -> Non
 
 
 @pytest.mark.e2e
-def test_what_runs_when_a_capture_crashes_is_known(loaded: LoadedModel, tmp_path: Path) -> None:
-    loaded.call(planted_faults.plant, "crash in a capture")
-    _, _, given = loaded.call(about, list(JOB.prompts))[0]
-    with pytest.raises(Crashed, match=r"SIGSEGV"):
-        loaded.call(in_graphs, given, None, str(tmp_path))
-    assert read_trace(tmp_path) == ("silu (FlagGems, silu)", "aten::silu, no batch, the capture of a graph")
-
-
-@pytest.mark.e2e
 def test_graphs_that_are_never_replayed_prove_nothing(loaded: LoadedModel) -> None:
     """SGLang may run a batch without its graphs."""
     loaded.call(planted_faults.plant, "")
@@ -93,6 +84,15 @@ def test_graphs_that_are_never_replayed_prove_nothing(loaded: LoadedModel) -> No
 
 def up_to(run: ModelRun, batch: int) -> None:
     planted_gems.largest_graph = batch
+
+
+@pytest.mark.e2e
+def test_what_runs_when_a_capture_crashes_is_known(loaded: LoadedModel, tmp_path: Path) -> None:
+    loaded.call(planted_faults.plant, "crash in a capture")
+    _, _, given = loaded.call(about, list(JOB.prompts))[0]
+    with pytest.raises(Crashed, match=r"SIGSEGV"):
+        loaded.call(in_graphs, given, None, str(tmp_path))
+    assert read_trace(tmp_path) == ("silu (FlagGems, silu)", "aten::silu, no batch, the capture of a graph")
 
 
 @pytest.mark.e2e
