@@ -15,6 +15,7 @@ from .moe import server_reason, sglang_topk
 _ACTIVATIONS = frozenset((name, gated) for name in ("silu", "gelu", "gelu_tanh", "relu2") for gated in (True, False))
 #: Options of SGLang's MoeRunnerConfig that change the result, and the value that does not.
 _STANDARD = {"gemm1_alpha": None, "gemm1_clamp_limit": None, "swiglu_limit": None, "no_combine": False, "silu_mul_keep_fp32": False}
+#: What the experts compute, of the same.
 _computation = attrgetter("num_experts", "top_k", "activation", "is_gated", "apply_router_weight_on_input")
 #: SGLang's forwards by whether they multiply with routed_scaling_factor; after the others the model does.
 _SCALES = {"forward_cuda": True, "forward_musa": True, "forward_cpu": False, "forward_native": False}

@@ -540,6 +540,7 @@ def test_many_threads_and_changes_at_once() -> None:
     assert ran(layer) == VENDOR
 
 
+@pytest.mark.usefixtures("quick_collection")
 @pytest.mark.parametrize("broken", [{}, {"flagos": fails}])
 def test_a_forgotten_layer_can_be_collected(broken: dict[str, Any]) -> None:
     layer = bound(**broken)

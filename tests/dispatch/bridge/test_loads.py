@@ -71,6 +71,7 @@ def test_a_layer_keeps_the_mode_of_its_load_when_the_policy_changes() -> None:
         assert layer._forward_method.__name__ == name
 
 
+@pytest.mark.usefixtures("quick_collection")
 def test_a_layer_that_is_dropped_while_the_policy_changes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     process = binder()
     layers = [norm(), norm()]
