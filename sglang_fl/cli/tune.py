@@ -17,7 +17,7 @@ def add_arguments(parser: Parser) -> None:
     parser.epilog = _EXIT_CODES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="as --model-path of sglang.launch_server")
-    parser.add_argument("--out", type=Path, default=Path("profile.yaml"), metavar="FILE", help="the profile (default: profile.yaml)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the profile (default: that of --update, or profile.yaml)")
     parser.add_argument("--traffic", type=Path, metavar="FILE", help="your requests, one JSON object per line (default: a mix)")
     parser.add_argument(
         "--budget",

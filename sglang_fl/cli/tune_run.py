@@ -4,8 +4,10 @@
 import argparse
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ from ..config import SettingsError
 from ..device import probe
 from ..dispatch.logger_manager import why_unwritable
 from ..fingerprint.facts import versions
-from ..fingerprint.measured import changes
-from ..tune.bench import NATIVE, Bench
+from ..tune.baseline import Baseline, read_baseline
+from ..tune.bench import NATIVE, Bench, StartFailed
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
 from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
 from ..tune.page import as_html
-from ..tune.profile import choice_in, write
+from ..tune.profile import write
 from ..tune.served import Lengths
 from ..tune.traffic import read
 from ..tune.tuning import Job, Outcome, Tuning
+from ..utils.packages import installed_version, source_hash
+from ..utils.suggest import suggest
 from .tune_plan import print_plan
 
 
@@ -35,74 +39,110 @@ def run(args: argparse.Namespace) -> int:
     batches = args.batch or ([1, 4] if on_cpu else [1, 32])
     lengths = Lengths(args.input_len or (64 if on_cpu else 1024), 16 if on_cpu else 64, args.output_len or (16 if on_cpu else 64))
     console = Console(soft_wrap=True, highlight=False)
-    directory = args.out.with_suffix(".update" if args.update else ".tune")
+    args.out = args.out or args.update or Path("profile.yaml")
+    _check_files(args)
+    directory = _directory(args)
     if args.dry_run:
         print_plan(console, Path(args.model), argv, directory)
         return 0
-    _check_files(args)
-    directory.mkdir(parents=True, exist_ok=True)
-    traffic = hashlib.sha256(args.traffic.read_bytes()).hexdigest()[:12] if args.traffic and args.traffic.is_file() else str(args.traffic)
-    head = {
-        "arguments": argv,
-        "lengths": vars(lengths),
-        "batches": batches,
-        "traffic": traffic,
-        "versions": versions(),
-        "update": str(args.update),
-    }
-    kept, measured = choice_in(args.update) if args.update else (NATIVE, {})
+    saved = directory / "baseline.yaml"
+    beginning = saved if args.resume and saved.is_file() else args.update
+    baseline = read_baseline(beginning) if args.update else Baseline()
+    head = {"arguments": argv, "lengths": vars(lengths), "batches": batches, **_conditions(args, beginning)}
     journal = Journal(directory / "journal.jsonl", json.loads(json.dumps(head)), resume=args.resume)
     begun = time.monotonic()
     deadline = begun + args.budget if args.budget else None
     try:
+        if args.update and beginning != saved:
+            saved.write_bytes(args.update.read_bytes())  # --out may be the same file, and has less until the end
         with Bench(argv, directory, lengths, batches) as bench:
-            only = None
             if args.update:
                 about = journal.measured("about", "the engine", bench.about)
-                found = changes(measured, about["conditions"])
-                only = frozenset([*(name for change in found for name in change.entries), *_with_new(measured, about)])
-                for change in found:
-                    console.print(f"{change}", markup=False)
-                if not only:
+                baseline = _to_measure(console, baseline, about)
+                if not (baseline.only or baseline.new_functions):
                     console.print(f"{args.update} is up to date: nothing that it was measured with has changed", markup=False)
-                    journal.path.unlink()
+                    _forget(journal, saved)
                     return 0
-            entries = {name: entry for name, entry in measured.get("entries", {}).items() if only is None or name not in only}
             tuning = Tuning(
-                Job(directory, deadline, args.traffic, only, kept),
+                Job(directory, deadline, args.traffic, baseline),
                 bench,
                 journal,
                 lambda text: console.print(f"{time.monotonic() - begun:6.0f} s  {text}{_left(tuning)}", markup=False),
-                lambda path, outcome: write(path, outcome, entries),
+                lambda path, outcome: write(path, outcome, baseline),
             )
             outcome = tuning.run()
-    except EngineFailed as error:
+    except (EngineFailed, StartFailed) as error:
         console.print(f"the engine failed: {error}", markup=False)
         console.print(f"Its log is in {directory}. Measurements are saved; continue with --resume", markup=False)
         return 1
+    except SettingsError:
+        if not journal.seconds.keys() - {"about"}:  # such as another model's profile: nothing to continue
+            _forget(journal, saved)
+        raise
     finally:
         journal.close()
-    return _finish(args, console, outcome, entries, journal)
+    return _finish(args, console, outcome, baseline, journal)
+
+
+def _directory(args: argparse.Namespace) -> Path:
+    """The folder for the files that a resumed run needs. Raises SettingsError if it cannot be used."""
+    name = args.out.name.removesuffix(".yaml").removesuffix(".yml")
+    directory: Path = args.out.absolute().with_name(name + (".update" if args.update else ".tune"))
+    if directory.exists() and not directory.is_dir():
+        raise SettingsError(f"{directory} is a file, and tune needs a folder of this name: move it, or give another --out")
+    if args.resume and (directory / "finished.jsonl").is_file() and not (directory / "journal.jsonl").is_file():
+        raise SettingsError(f"--resume: the run in {directory} has ended. To measure again, leave out --resume")
+    return directory
+
+
+def _conditions(args: argparse.Namespace, baseline: Path | None) -> dict[str, Any]:
+    """What must be the same when a run is resumed, beside the arguments."""
+
+    def content(path: Path | None) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path and path.is_file() else str(path)
+
+    device = probe()
+    return {
+        "traffic": content(args.traffic),
+        "model's configuration": content(Path(args.model) / "config.json"),
+        "versions": versions(),
+        "kernels": source_hash("flag_gems") if installed_version("flag_gems") else None,
+        "chip": f"{device.vendor} {device.device_type}",
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_FL_") or name == "USE_FLAGGEMS"},
+        "update": str(args.update),
+        "profile to update": content(baseline),
+    }
+
+
+def _to_measure(console: Console, baseline: Baseline, about: Mapping[str, Any]) -> Baseline:
+    """The profile, with what of it is measured again."""
+    found = baseline.changes(about)
+    for change in found:
+        console.print(f"{change}", markup=False)
+    only = frozenset([*(name for change in found for name in change.entries), *baseline.with_new(about)])
+    every = any(len(change.entries) == len(baseline.entries) for change in found)
+    return replace(baseline, only=only, new_functions=every or any(change.what.endswith("flag_gems") for change in found))
+
+
+def _forget(journal: Journal, saved: Path) -> None:
+    journal.path.unlink(missing_ok=True)
+    saved.unlink(missing_ok=True)
 
 
 def _check_files(args: argparse.Namespace) -> None:
     """Check files before the run, not after an hour. Raises SettingsError."""
+    model = Path(args.model)
+    if args.model.startswith(("/", ".", "~")) and not model.expanduser().exists():
+        siblings = [path.name for path in model.parent.iterdir()] if model.parent.is_dir() else []
+        raise SettingsError(f"there is no model {args.model!r}{suggest(model.name, siblings)}")
     if args.traffic:
-        read(args.traffic, 1 << 10)
+        read(args.traffic, 1 << 31)
+    if args.update:
+        read_baseline(args.update)
     named = (("--out", args.out), ("--html", args.html))
     problems = [f"{option}: {problem}" for option, path in named if path and (problem := why_unwritable(str(path)))]
     if problems:
         raise SettingsError(problems)
-
-
-def _with_new(measured: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
-    """The operators with implementations that a profile does not mention."""
-    entries = measured.get("entries", {})
-    return [
-        op
-        for op, rows in about["implementations"].items()
-        if any(row["impl"] not in entries.get(op, {}).get("candidates", {}) and row["why_not"] is None for row in rows)
-    ]
 
 
 def _left(tuning: Tuning) -> str:
@@ -110,10 +150,12 @@ def _left(tuning: Tuning) -> str:
     return f" (about {left / 60:.0f} min left)" if left >= 90 else f" (about {left:.0f} s left)"
 
 
-def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, entries: dict[str, Any], journal: Journal) -> int:
+def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, baseline: Baseline, journal: Journal) -> int:
     _print_outcome(console, outcome)
+    for name, why in outcome.dropped.items():
+        console.print(f"dropped: {name}: {why}", markup=False)
     if outcome.about:
-        write(args.out, outcome, entries)
+        write(args.out, outcome, baseline)
     if outcome.incomplete:
         undecided = sum(candidate.status == UNDECIDED for candidate in outcome.candidates)
         unconfirmed = "; the choice was not confirmed on fresh starts" if outcome.used != NATIVE and not outcome.confirmed else ""
@@ -121,6 +163,7 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, entrie
         console.print(f"{undecided} candidates are undecided and stay with SGLang{unconfirmed}", markup=False)
     else:
         journal.path.replace(journal.path.with_name("finished.jsonl"))
+        journal.path.with_name("baseline.yaml").unlink(missing_ok=True)
     if outcome.why_native:
         console.print(f"SGLang's own everywhere: {outcome.why_native}", markup=False)
     if outcome.about:

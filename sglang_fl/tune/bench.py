@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config.options import CONFIG_FILE
 from ..dispatch.ops import OPERATORS
-from .engine import CommandFailed, Engine, EngineFailed
+from .engine import CommandFailed, Engine, EngineFailed, uninterrupted
 from .served import Lengths, cases
 from .traffic import Requests
 
@@ -51,6 +51,10 @@ class Choice:
 NATIVE = Choice()
 
 
+class StartFailed(RuntimeError):
+    """An engine with SGLang's own everywhere did not start: no candidate is to blame."""
+
+
 def _changeable(choice: Choice) -> dict[str, str]:
     """The environment of an engine that starts with this choice, and can be told another one."""
     return {_MODULES: ",".join(filter(None, (os.environ.get(_MODULES), _LIVE))), **choice.environ()}
@@ -76,10 +80,11 @@ class Bench:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None or self._engine is None:
-            self.stop()
-        else:  # it may be busy and not answer
-            self._engine.kill()
+        with uninterrupted():
+            if kind is None or self._engine is None:
+                self.stop()
+            else:  # it may be busy and not answer
+                self._engine.kill()
 
     @property
     def is_up(self) -> bool:
@@ -89,7 +94,8 @@ class Bench:
         """Start an engine, and end the previous one. Without an environment: SGLang's own everywhere, changeable while it runs.
 
         Raises:
-            EngineFailed: it does not start.
+            StartFailed: it does not start with SGLang's own everywhere.
+            EngineFailed: it does not start with this environment.
         """
         self.stop()
         self.starts += 1
@@ -98,8 +104,14 @@ class Bench:
         environ = _changeable(NATIVE) if environ is None else environ
         directory = self._directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{self.starts}"
         self._engine = Engine("engine", {"argv": self._argv}, directory, {**kept, **environ})
-        self._engine.start()
-        self._engine.wait_until_ready(time.perf_counter() + _START_SECONDS)
+        try:
+            self._engine.start()
+            self._engine.wait_until_ready(time.perf_counter() + _START_SECONDS)
+        except EngineFailed as error:
+            self.stop()
+            if environ == _changeable(NATIVE):
+                raise StartFailed(str(error)) from error
+            raise
         self._choice = NATIVE
 
     def stop(self) -> None:

@@ -52,14 +52,14 @@ class Budget:
         self._deadline, self._seconds = deadline, seconds
         self.to_come = {"start": 4, "pair": LOOKS[-1], "noise": LOOKS[-1]}
 
-    def check(self, kind: str, count: int = 1) -> None:
-        """Raise BudgetOver if this many measurements of a kind would exceed the budget.
+    def check(self, kind: str) -> None:
+        """Raise BudgetOver if another measurement of a kind would exceed the budget.
 
         Where none was made yet, time must be left, whatever is assumed: or else a short budget never gets to the first one.
         """
         seconds, measured = self.typical(kind)
-        if self._deadline is not None and time.monotonic() + (count * seconds if measured else 0.0) > self._deadline:
-            raise BudgetOver(f"the budget was used up before {count if count > 1 else 'more'} {KINDS[kind].words}")
+        if self._deadline is not None and time.monotonic() + (seconds if measured else 0.0) > self._deadline:
+            raise BudgetOver(f"the budget was used up before more {KINDS[kind].words}")
 
     @contextmanager
     def part(self, share: float) -> Iterator[None]:

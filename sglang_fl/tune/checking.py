@@ -9,6 +9,7 @@ from typing import Any
 
 from ..check.constants import DEVICE_LOST, FAILED, LOST
 from ..check.process import Lost, Process
+from .judge import Candidate
 
 #: The time limits of a call and of a first call, in seconds.
 _LIMIT, _COMPILE_LIMIT = 60.0, 300.0
@@ -70,3 +71,17 @@ class Checker:
 
 def is_crash(status: str) -> bool:
     return status in LOST
+
+
+def case_of(candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A case for the checking process."""
+    if candidate.impl is None:
+        return {"kind": "function", "function": candidate.name, "key": call["key"], "args": call["args"], "kwargs": call["kwargs"]}
+    return {
+        "kind": "layer",
+        "op": candidate.name,
+        "impl": candidate.impl,
+        "name": call["call"],
+        "file": call["file"],
+        "dtype": call["dtype"],
+    }

@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .bench import Bench
-from .journal import Journal
 from .statistics import smallest_effect, speed
 
 _ORDER = ("native", "tuned", "tuned", "native")
@@ -31,13 +31,9 @@ class Confirmed:
         return {case: ratio for case, ratio in self.speeds.items() if ratio < 1 - self.apart[case]}
 
 
-def confirm(
-    bench: Bench, journal: Journal, profile: Path, choice: str, noise: Mapping[str, float], check_budget: Callable[[str, int], None]
-) -> Confirmed:
-    """Start and measure four engines, except those in the journal, if the budget is enough for all of them."""
+def confirm(bench: Bench, measured: Callable[..., Any], profile: Path, choice: str, noise: Mapping[str, float]) -> Confirmed:
+    """Start and measure four engines. ``measured`` makes those that are not in the journal, and raises when the time is used up."""
     names = [f"{number} {side} {choice if side == 'tuned' else ''}" for number, side in enumerate(_ORDER)]
-    if missing := sum(f"start: {name}" not in journal for name in names):
-        check_budget("start", missing)
     native, tuned = bench.environ_of(None), bench.environ_of(profile)
     found: list[Mapping[str, list[float]]] = []
     for name, side in zip(names, _ORDER, strict=True):
@@ -49,7 +45,7 @@ def confirm(
             bench.stop()
             return {case: [seconds[case] for seconds in rounds] for case in rounds[0]}
 
-        found.append(journal.measured("start", name, measure))
+        found.append(measured("start", name, measure))
     first, one, two, last = found
     speeds, apart = {}, {}
     for case in first:

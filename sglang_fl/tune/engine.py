@@ -213,6 +213,17 @@ class Engine:
         return EngineFailed(f"{self.name}: {why}\n{self.last_lines()}")
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A block that ends engines: a second Ctrl-C must not leave one behind."""
+    kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
 class Engines:
     """The engines of a run. Use it in a ``with`` statement, which ends them."""
 
@@ -269,9 +280,7 @@ class Engines:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # A second Ctrl-C must not leave an engine behind.
-        kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        try:
+        with uninterrupted():
             # After an interrupt an engine may be busy and not answer.
             if kind is None:
                 for engine in self.all:
@@ -281,6 +290,3 @@ class Engines:
                     engine.wait(deadline)
             for engine in self.all:
                 engine.kill()
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)

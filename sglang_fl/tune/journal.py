@@ -22,9 +22,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any], *, resume: bool):
-        if path.exists() and not resume:
-            raise SettingsError(f"{path} has the measurements of an earlier run: continue it with --resume, or delete the file")
-        self.path = path
+        self.path, self._head = path, dict(head)
         self.seconds: dict[str, list[float]] = {}
         self._found: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,19 +30,26 @@ class Journal:
             self._file = JsonLines(path)
         except BlockingIOError:
             raise SettingsError(f"{path} is in use by another run") from None
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{path} cannot be read: {error}. Delete it to start again") from None
         try:
-            self._read(head)
+            if self._file.found and not resume:
+                raise SettingsError(f"{path} has the measurements of an earlier run: continue it with --resume, or delete the file")
+            self._read()
         except BaseException:
             self._file.close()
             raise
 
-    def _read(self, head: Mapping[str, Any]) -> None:
+    def _read(self) -> None:
         lines = self._file.found
         if not lines:
-            self._write({"for": dict(head)})
             return
+        keys = ({"for"}, *[{"kind", "key", "value", "seconds"}] * (len(lines) - 1))
+        for number, (line, needed) in enumerate(zip(lines, keys, strict=True), 1):
+            if not isinstance(line, dict) or needed - line.keys():
+                raise SettingsError(f"{self.path}:{number}: not a line of a journal. Delete the file to start again")
         there = lines[0]["for"]
-        other = [f"{name} was {there.get(name)} and is {value}" for name, value in head.items() if there.get(name) != value]
+        other = [f"{name} was {there.get(name)} and is {value}" for name, value in self._head.items() if there.get(name) != value]
         if other:
             raise SettingsError(f"{self.path} holds for something else: {'; '.join(other)}. Delete it, or give another --out")
         for line in lines[1:]:
@@ -61,6 +66,8 @@ class Journal:
             begun = time.monotonic()
             value = measure()
             seconds = time.monotonic() - begun
+            if not self._found:  # not before: a run that measured nothing leaves nothing to continue
+                self._write({"for": self._head})
             self._write({"kind": kind, "key": key, "value": value, "seconds": round(seconds, 3)})
             self._found[key] = value
             self.seconds.setdefault(kind, []).append(seconds)

@@ -8,13 +8,10 @@ from typing import Any
 
 import yaml
 
-from ..config import SettingsError
 from ..config.loader import MEASURED
-from ..config.yaml_file import read_mapping
 from ..dispatch.ops import OPERATORS
-from ..fingerprint.measured import measured_in
 from ..utils.packages import source_hash
-from .bench import Choice
+from .baseline import Baseline
 from .judge import BROKEN, SLOWER_SERVED, USED, Candidate
 from .tuning import Outcome
 
@@ -26,18 +23,23 @@ _HEAD = """\
 """
 
 
-def write(path: Path, outcome: Outcome, kept: Mapping[str, Any]) -> None:
+def write(path: Path, outcome: Outcome, baseline: Baseline) -> None:
     """Write the profile atomically.
 
     Args:
-        kept: the entries of an earlier profile that were not measured again.
+        baseline: an earlier profile, whose entries stay where they were not measured again. Until all are, so do its conditions.
     """
     with_ = outcome.about["conditions"]
-    entries = {**kept, **_entries(outcome)}
+    entries = {name: entry for name, entry in baseline.entries.items() if name in outcome.left}
+    entries |= {name: entry for name, entry in _entries(outcome).items() if name not in outcome.left}
     orders = {op: ["sglang"] for op in sorted({*OPERATORS, *outcome.about["implementations"]})}
     orders |= {op: [f"impl:{impl}", "sglang"] for op, impl in outcome.used.impls}
     functions = {name: entry["status"] for name, entry in sorted(entries.items()) if "impl" not in entry}
     packages = sorted({package for entry in entries.values() for package in entry.get("packages", ()) if package})
+    sources = {package: source_hash(package) for package in packages}
+    if outcome.incomplete and baseline.entries:
+        with_ = {**baseline.measured["with"]}
+        sources |= with_.get("sources", {})
     body: dict[str, Any] = {"op_backends": orders, "flagos_faster": list(outcome.used.functions)}
     for key, statuses in (("flagos_broken", BROKEN), ("flagos_slower", {SLOWER_SERVED})):
         if names := [name for name, status in functions.items() if status in statuses]:
@@ -45,7 +47,7 @@ def write(path: Path, outcome: Outcome, kept: Mapping[str, Any]) -> None:
     body["flagos_scope"] = outcome.about["scope"]
     measured: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "with": {**with_, "sources": {package: source_hash(package) for package in packages}},
+        "with": {**with_, "sources": sources},
         "smallest_effect": _rounded(outcome.noise),
         "served": {case: _rounded([found.ratio, found.low, found.high]) for case, found in outcome.served.items()},
     }
@@ -56,7 +58,7 @@ def write(path: Path, outcome: Outcome, kept: Mapping[str, Any]) -> None:
     if outcome.why_native:
         measured["sglang_everywhere"] = outcome.why_native
     measured |= {"not_exercised": outcome.not_exercised, "entries": entries}
-    head = _HEAD.format(name=path.name, what=with_["model"].split()[0], chip=with_["chip"])
+    head = _HEAD.format(name=path.name, what=outcome.about["conditions"]["model"].split()[0], chip=outcome.about["conditions"]["chip"])
     text = head + yaml.safe_dump({**body, MEASURED: measured}, sort_keys=False, default_flow_style=None, width=130, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
@@ -96,17 +98,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _rounded(item) for name, item in value.items()}
     return [_rounded(item) for item in value]
-
-
-def choice_in(path: Path) -> tuple[Choice, dict[str, Any]]:
-    """The choice in a profile written by tune, and its ``measured``.
-
-    Raises:
-        SettingsError: it cannot be read, or has no ``measured``.
-    """
-    measured = measured_in(path)
-    if measured is None or not isinstance(measured.get("entries"), dict):
-        raise SettingsError(f"--update {path}: it has no '{MEASURED}' with entries, so it was not written by sglang-fl tune")
-    values = {key: entry.value for key, entry in read_mapping(path, what="--update", problems=[]).items()}
-    impls = {op: order[0].removeprefix("impl:") for op, order in values.get("op_backends", {}).items() if order[0].startswith("impl:")}
-    return Choice.of(impls, values.get("flagos_faster") or []), dict(measured)

@@ -3,10 +3,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from .bench import NATIVE, Bench, Choice
 from .engine import EngineFailed
-from .journal import Journal
 from .judge import CRASHED, SLOWER_SERVED, USED, WRONG, Candidate, predicted
 from .statistics import LOOKS, Speed, is_decided, speed
 
@@ -25,23 +25,27 @@ class Served:
     Args:
         noise: case -> the smallest effect that this machine can show.
         step_us: case -> native's time.
-        check_budget: raises when the time is used up.
+        measured: the measurement of a kind and a name, from the journal or made now. Raises when the time is used up.
     """
 
-    def __init__(
-        self, bench: Bench, journal: Journal, noise: Mapping[str, float], step_us: Mapping[str, float], check_budget: Callable[[str], None]
-    ):
-        self._bench, self._journal, self._noise, self._step_us, self._check_budget = bench, journal, noise, step_us, check_budget
+    def __init__(self, bench: Bench, noise: Mapping[str, float], step_us: Mapping[str, float], measured: Callable[..., Any]):
+        self._bench, self._noise, self._step_us, self._measured = bench, noise, step_us, measured
         #: choice -> case -> its speed
         self.speeds: dict[Choice, dict[str, Speed]] = {}
 
     def settle(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return the accepted candidates. Sets the status and reason of each."""
         accepted = self._accepted(list(candidates))
-        while accepted and choice_of(accepted) not in self.speeds and self._slower(accepted):
-            # They are slower only together: drop the one with the smallest predicted gain.
+        while accepted and choice_of(accepted) not in self.speeds:
+            try:
+                if not self._slower(accepted):
+                    break
+                status, why = SLOWER_SERVED, f"the model is slower with it together with others: {self._shown(accepted)}"
+            except EngineFailed as error:
+                status, why = CRASHED, f"the engine ended with it together with others: {str(error).splitlines()[0]}"
+            # It is only together: drop the one with the smallest predicted gain.
             least = min(accepted, key=lambda candidate: candidate.gain)
-            least.settle(SLOWER_SERVED, f"{least.reason}; but the model is slower with it together with others: {self._shown(accepted)}")
+            least.settle(status, f"{least.reason}; but {why}")
             accepted.remove(least)
         return accepted
 
@@ -102,9 +106,8 @@ class Served:
         found: dict[str, Speed] = {}
         for look in LOOKS:
             while len(pairs) < look:
-                self._check_budget("pair")
                 number = len(pairs)
-                pairs.append(self._journal.measured("pair", f"{choice}, {number}", partial(self._pair, choice, number)))
+                pairs.append(self._measured("pair", f"{choice}, {number}", partial(self._pair, choice, number)))
             found = {
                 str(case): speed([pair["native"][str(case)] for pair in pairs], [pair["other"][str(case)] for pair in pairs])
                 for case in self._bench.cases

@@ -3,16 +3,22 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
+from ..utils.suggest import suggest
 
 #: Batches: the arguments of ``sglang.Engine.generate`` for each.
 Requests = Sequence[dict[str, Any]]
 
-_KEYS = frozenset({"prompt", "input_ids", "input_len", "output_len", "sampling_params"})
+_SOURCES = ("prompt", "input_ids", "input_len")
+_MOST_TOKENS = 1 << 20
+
+
+def _is_count(value: Any, least: int = 1, end: int = _MOST_TOKENS) -> bool:
+    return type(value) is int and least <= value < end
 
 
 def mix(vocabulary: int, longest: int, *, sampled: bool) -> Requests:
@@ -48,7 +54,7 @@ def read(path: Path, vocabulary: int) -> Requests:
     """
     rng = random.Random(0)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a line's text may have other line breaks of Unicode
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--traffic: {str(path)!r} cannot be read: {error}") from None
     found = []
@@ -59,16 +65,40 @@ def read(path: Path, vocabulary: int) -> Requests:
             asked = json.loads(line)
         except ValueError as error:
             raise SettingsError(f"{path}:{number}: not valid JSON: {error}") from None
-        if not isinstance(asked, dict) or not asked.keys() & {"prompt", "input_ids", "input_len"} or asked.keys() - _KEYS:
-            raise SettingsError(
-                f"{path}:{number}: expected an object with one of prompt, input_ids and input_len, and {', '.join(sorted(_KEYS))}"
-            )
+        if problem := _problem(asked, vocabulary):
+            raise SettingsError(f"{path}:{number}: {problem}")
         sampling = {"ignore_eos": True, "max_new_tokens": asked.get("output_len", 16), **asked.get("sampling_params", {})}
         if "prompt" in asked:
             found.append({"prompt": [asked["prompt"]], "sampling_params": sampling})
         else:
-            ids = asked.get("input_ids") or [rng.randrange(3, vocabulary) for _ in range(int(asked["input_len"]))]
+            ids = asked.get("input_ids") or [rng.randrange(3, vocabulary) for _ in range(asked["input_len"])]
             found.append({"input_ids": [ids], "sampling_params": sampling})
     if not found:
         raise SettingsError(f"--traffic: {str(path)!r} has no request")
     return found
+
+
+def _problem(asked: Any, vocabulary: int) -> str | None:
+    """Why a line's value is not a request."""
+    count = f"a whole number from 1 to {_MOST_TOKENS - 1}"
+    fields: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "prompt": ("a text", lambda value: isinstance(value, str) and bool(value)),
+        "input_ids": (
+            f"a list of token ids below {vocabulary}",
+            lambda value: isinstance(value, list) and bool(value) and all(_is_count(token, 0, vocabulary) for token in value),
+        ),
+        "input_len": (count, _is_count),
+        "output_len": (count, _is_count),
+        "sampling_params": ("an object", lambda value: isinstance(value, dict)),
+    }
+    if not isinstance(asked, dict):
+        return f"expected an object with one of {', '.join(_SOURCES)}, found {asked!r}"
+    for name, value in asked.items():
+        if name not in fields:
+            return f"expected no {name!r}{suggest(name, list(fields))}"
+        expected, fits = fields[name]
+        if not fits(value):
+            return f"{name}: expected {expected}, found {value!r}"
+    if len(asked.keys() & {*_SOURCES}) != 1:
+        return f"expected one of {', '.join(_SOURCES)}, found {', '.join(asked) or 'nothing'}"
+    return None

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..check.constants import FAILED, OK, TOO_LONG
+from ..config import SettingsError
 from ..dispatch.ops import OPERATORS
 from . import traffic
+from .baseline import Baseline
 from .bench import NATIVE, Bench, Choice
 from .budget import KINDS, Budget, BudgetOver
-from .checking import Checker, is_crash
+from .checking import Checker, case_of, is_crash
 from .confirm import Confirmed, confirm
 from .engine import CommandFailed, EngineFailed
 from .journal import Journal
@@ -35,7 +37,7 @@ from .judge import (
     judge_alone,
     timed,
 )
-from .serve import Served, choice_of
+from .serve import NotInForce, Served, choice_of
 from .statistics import LOOKS, Speed, smallest_effect, speed
 from .timing import ROUNDS
 
@@ -59,15 +61,13 @@ class Job:
         directory: for files that a resumed run needs.
         deadline: of ``time.monotonic``. None: no limit.
         traffic: the user's requests, or None.
-        only: the entries to measure. None: all. Others are taken from ``kept``.
-        kept: the choice of an earlier profile.
+        baseline: an earlier profile, and what of it is measured again.
     """
 
     directory: Path
     deadline: float | None = None
     traffic: Path | None = None
-    only: frozenset[str] | None = None
-    kept: Choice = NATIVE
+    baseline: Baseline = field(default_factory=Baseline)
 
 
 @dataclass
@@ -80,6 +80,8 @@ class Outcome:
         served: case -> the speed of the final choice as a multiple of native's, in one engine.
         why_native: why nothing is used. Empty: something is used.
         incomplete: what the budget was too small for. Empty: nothing.
+        left: the names of the earlier profile's entries that stay as they are.
+        dropped: name -> why the earlier profile's choice for it is given up.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +94,8 @@ class Outcome:
     confirmed: Confirmed | None = None
     why_native: str = ""
     incomplete: str = ""
+    left: frozenset[str] = frozenset()
+    dropped: dict[str, str] = field(default_factory=dict)
 
 
 class Tuning:
@@ -118,6 +122,8 @@ class Tuning:
             self.confirm()
         except BudgetOver as over:
             self._stopped(over)
+            if self.outcome.about:
+                self._choose()
         return self.outcome
 
     def measure(self) -> None:
@@ -134,20 +140,17 @@ class Tuning:
         for candidate in self._open:
             candidate.settle(UNDECIDED, str(over))
 
-    def check_budget(self, kind: str) -> None:
-        """Raises BudgetOver if a measurement of a kind would not end in time; shows how far the run is now and then."""
-        self.budget.to_come[kind] = max(0, self.budget.to_come.get(kind, 0) - 1)
-        if time.monotonic() - self._said > _SAY_SECONDS:
-            self._show(f"{len(self._journal.seconds.get(kind, ()))} {KINDS[kind].words} done")
-        self.budget.check(kind)
-
     def _show(self, text: str) -> None:
         self._said = time.monotonic()
         self._say(text)
 
     def _measured(self, kind: str, name: str, measure: Callable[[], Any]) -> Any:
+        """From the journal, or made now. Raises BudgetOver if it would not end in time; shows how far the run is now and then."""
+        self.budget.to_come[kind] = max(0, self.budget.to_come.get(kind, 0) - 1)
         if f"{kind}: {name}" not in self._journal:
-            self.check_budget(kind)
+            if time.monotonic() - self._said > _SAY_SECONDS:
+                self._show(f"{len(self._journal.seconds.get(kind, ()))} {KINDS[kind].words} done")
+            self.budget.check(kind)
         return self._journal.measured(kind, name, measure)
 
     def _about(self) -> None:
@@ -200,6 +203,8 @@ class Tuning:
     def _record(self) -> None:
         self._show("recording which layers and ATen functions are called")
         found = self._measured("record", "calls", self._recording)
+        if lost := [row["file"] for row in found["layers"] if row["file"] and not Path(row["file"]).is_file()]:
+            raise SettingsError(f"{lost[0]} is missing, which {self._journal.path} needs: delete the latter to start again")
         about, cases = self.outcome.about, {str(case) for case in self._bench.cases}
         layers: dict[str, list[dict[str, Any]]] = {}
         for row in sorted(found["layers"], key=lambda row: -row["bytes"]):
@@ -219,8 +224,8 @@ class Tuning:
         off = os.environ.get("USE_FLAGGEMS", "").strip() == "0"
         self.outcome.candidates += [Candidate(name, None, "flag_gems", rows) for name, rows in functions.items() if not off]
         self.outcome.not_exercised = sorted({*OPERATORS, *about["implementations"]} - layers.keys())
-        if self._job.only is not None:
-            self.outcome.candidates = [candidate for candidate in self.outcome.candidates if candidate.name in self._job.only]
+        measures = self._job.baseline.measures
+        self.outcome.candidates = [candidate for candidate in self.outcome.candidates if measures(candidate.name, candidate.impl)]
 
     def _in_graph(self, row: Mapping[str, Any]) -> bool:
         """Whether a call is made in a graph that SGLang replays."""
@@ -240,7 +245,7 @@ class Tuning:
         self._show(f"checking and timing {len(queue)} candidates on recorded calls")
         numbers = {f"{candidate.key}: {_name(call)}": number for number, (candidate, call) in enumerate(rows)}
         with self.budget.part(_ALONE_SHARE):
-            cases = [_case(candidate, call) for candidate, call in rows]
+            cases = [case_of(candidate, call) for candidate, call in rows]
             with Checker(cases, self._job.directory / "cases.json", self.budget.remaining) as checker:
                 try:
                     for candidate in queue:
@@ -298,9 +303,9 @@ class Tuning:
 
     def _timing(self, candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
         """Time one call in the running engine. A new engine records the calls first."""
+        if not self._bench.is_up or self._recorded_by != self._bench.starts:
+            self._recording()
         try:
-            if not self._bench.is_up or self._recorded_by != self._bench.starts:
-                self._recording()
             number = self._numbers[_name(call)]
             if candidate.impl is None:
                 return dict(self._bench.ask("time_function", number=number, rounds=ROUNDS))
@@ -312,7 +317,7 @@ class Tuning:
 
     def _serve(self) -> None:
         """Measure choices in the running engine. If an operator's best candidate is slower served, try the next best."""
-        served = Served(self._bench, self._journal, self.outcome.noise, self.outcome.step_us, self.check_budget)
+        served = Served(self._bench, self.outcome.noise, self.outcome.step_us, self._measured)
         queues: dict[str, list[Candidate]] = {}
         for candidate in sorted(self._open, key=lambda candidate: -candidate.gain):
             queues.setdefault(candidate.name, []).append(candidate)
@@ -327,15 +332,32 @@ class Tuning:
         for candidate in self._open:
             best = next(other for other in accepted if other.name == candidate.name)
             candidate.settle(NOT_BEST, f"{candidate.reason}; {best.impl} saves more")
-        kept = {op: impl for op, impl in self._job.kept.impls if op not in {candidate.name for candidate in self.outcome.candidates}}
-        names = {candidate.name for candidate in self.outcome.candidates}
-        chosen = choice_of(accepted)
-        self.outcome.used = Choice.of(
-            {**kept, **dict(chosen.impls)}, [*chosen.functions, *(name for name in self._job.kept.functions if name not in names)]
+        self._choose()
+        while self.outcome.used != NATIVE:
+            try:
+                self.outcome.served = served.measure(self.outcome.used)
+                break
+            except NotInForce as error:  # what was accepted is in force, so it is of the earlier profile
+                self.outcome.dropped |= error.missing
+                self._choose()
+
+    def _choose(self) -> None:
+        """Use what was accepted, and the earlier profile's choice for what was not measured again, or is not decided yet."""
+        outcome, baseline = self.outcome, self._job.baseline
+        undecided = {candidate.name for candidate in outcome.candidates if candidate.status in (UNDECIDED, NOT_MEASURED)}
+        decided = {candidate.name for candidate in outcome.candidates} - undecided
+        replaced = decided if outcome.incomplete else decided | (baseline.only or set())
+        outcome.dropped |= baseline.gone(outcome.about)
+        if not outcome.incomplete:
+            gone = baseline.entries.keys() & replaced - decided - undecided
+            outcome.dropped |= {name: "the model does not call it any more" for name in gone if name not in outcome.dropped}
+        outcome.left = frozenset(baseline.entries.keys() - replaced - outcome.dropped.keys())
+        chosen = choice_of(
+            [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.name not in outcome.left]
         )
-        self.outcome.served = served.speeds.get(self.outcome.used, {})
-        if self.outcome.used != NATIVE and not self.outcome.served:
-            self.outcome.served = served.measure(self.outcome.used)
+        impls = {op: impl for op, impl in baseline.choice.impls if op in outcome.left}
+        functions = [name for name in baseline.choice.functions if name in outcome.left]
+        outcome.used = Choice.of({**impls, **dict(chosen.impls)}, [*functions, *chosen.functions])
 
     def confirm(self) -> None:
         """Measure the profile on fresh starts. If it is slower than native, leave everything to SGLang."""
@@ -346,7 +368,7 @@ class Tuning:
         self._show("fresh starts: native, tuned, tuned, native")
         profile = self._job.directory / "candidate.yaml"
         self._write(profile, outcome)
-        outcome.confirmed = confirm(self._bench, self._journal, profile, str(outcome.used), outcome.noise, self.budget.check)
+        outcome.confirmed = confirm(self._bench, self._measured, profile, str(outcome.used), outcome.noise)
         slower = outcome.confirmed.slower()
         if slower:
             shown = ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in slower.items())
@@ -355,20 +377,6 @@ class Tuning:
                 if candidate.status == USED:
                     candidate.settle(SLOWER_SERVED, f"{candidate.reason}; but {outcome.why_native}")
             outcome.used = NATIVE
-
-
-def _case(candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
-    """A case for the checking process."""
-    if candidate.impl is None:
-        return {"kind": "function", "function": candidate.name, "key": call["key"], "args": call["args"], "kwargs": call["kwargs"]}
-    return {
-        "kind": "layer",
-        "op": candidate.name,
-        "impl": candidate.impl,
-        "name": call["call"],
-        "file": call["file"],
-        "dtype": call["dtype"],
-    }
 
 
 def _telling(calls: list[dict[str, Any]], cases: Set[str]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from sglang_fl.config import load_settings
 from sglang_fl.fingerprint.measured import measured_in
 from sglang_fl.tune import profile, served
+from sglang_fl.tune.baseline import Baseline
 from sglang_fl.tune.bench import NATIVE, Bench
 from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, NOT_BEST, SLOWER, SLOWER_SERVED, TIE, USED, WRONG, Candidate
@@ -115,7 +116,7 @@ def test_calls_are_counted_by_the_step(outcome: Outcome) -> None:
 
 def test_the_profile_has_the_reason_and_the_figure_of_each(outcome: Outcome, tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
-    profile.write(path, outcome, {})
+    profile.write(path, outcome, Baseline())
     settings = load_settings({"SGLANG_FL_CONFIG": str(path)})
     assert dict(settings.op_backends)["silu_and_mul"] == ("impl:vendor.right_and_faster", "sglang")
     assert "silu" in (settings.flagos_broken or ())
@@ -160,7 +161,7 @@ def test_a_run_that_is_killed_goes_on_and_is_confirmed_on_fresh_starts(model: Pa
 @pytest.mark.slow  # six engines
 def test_only_what_a_change_touches_is_measured_again(model: Path, outcome: Outcome, tmp_path: Path) -> None:
     out, again = tmp_path / "profile.yaml", tmp_path / "again.yaml"
-    profile.write(out, outcome, {})
+    profile.write(out, outcome, Baseline())
 
     def update() -> str:
         found = subprocess.run(command(model, again, "--update", str(out)), timeout=2400, capture_output=True, text=True, env=given)

@@ -21,6 +21,7 @@ from sglang_fl.config import SettingsError, load_settings
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.fingerprint.measured import changes, measured_in, warn_of_changes
 from sglang_fl.tune import profile, traffic
+from sglang_fl.tune.baseline import Baseline, read_baseline
 from sglang_fl.tune.bench import NATIVE, Bench, Choice
 from sglang_fl.tune.budget import Budget, BudgetOver
 from sglang_fl.tune.confirm import Confirmed, confirm
@@ -96,6 +97,21 @@ class TestJournal:
         journal.close()
         assert [json.loads(line)["value"] for line in path.read_text().splitlines()[1:]] == ["a", "b", "anew"]
 
+    def test_a_run_that_measured_nothing_leaves_nothing_to_continue(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal.jsonl"
+        journal = Journal(path, HEAD, resume=False)
+        with pytest.raises(ZeroDivisionError):
+            journal.measured("about", "the engine", lambda: 1 // 0)
+        journal.close()
+        Journal(path, {"model": "b"}, resume=False).close()
+
+    @pytest.mark.parametrize(("lines", "told"), [("{}\n", ":1: not a line of a journal"), ('{"for": {}}\n{\n', "cannot be read")])
+    def test_a_broken_line_is_told(self, tmp_path: Path, lines: str, told: str) -> None:
+        path = tmp_path / "journal.jsonl"
+        path.write_text(lines)
+        with pytest.raises(SettingsError, match=told):
+            Journal(path, {}, resume=True)
+
 
 def _killed_in_a_measurement(path: Path, head: Mapping[str, Any]) -> None:
     journal = Journal(path, head, resume=False)
@@ -115,12 +131,35 @@ class TestTraffic:
         sampling = {"ignore_eos": True, "max_new_tokens": 16, "temperature": 0.7}
         assert second == {"prompt": ["What is a monad?"], "sampling_params": sampling}
 
-    @pytest.mark.parametrize(("text", "told"), [("{", ":1: not valid JSON"), ('{"inputlen": 3}', ":1: expected"), ("", "has no request")])
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("{", ":1: not valid JSON"),
+            ('\n{"inputlen": 3}', ":2: expected no 'inputlen'; did you mean 'input_len'"),
+            ("", "has no request"),
+            ("5", ":1: expected an object"),
+            *((f'{{"input_len": {bad}}}', ":1: input_len: expected a whole number") for bad in ("null", '"abc"', "NaN", "-1", "0", "true")),
+            ('{"prompt": "a", "output_len": "x"}', ":1: output_len: expected a whole number from 1"),
+            *((f'{{"prompt": "a", "sampling_params": {bad}}}', ":1: sampling_params: expected an object") for bad in ("null", "[]")),
+            *(
+                (f'{{"input_ids": {bad}}}', ":1: input_ids: expected a list of token ids below 100")
+                for bad in ("[]", '"abc"', "[100]", "[-1]")
+            ),
+            *((f'{{"prompt": {bad}}}', ":1: prompt: expected a text") for bad in ("5", "null", '""')),
+            ('{"prompt": "a", "input_len": 3}', ":1: expected one of prompt, input_ids, input_len, found prompt, input_len"),
+            ('{"output_len": 3}', ":1: expected one of prompt"),
+        ],
+    )
     def test_what_is_no_request_is_named_with_its_line(self, tmp_path: Path, text: str, told: str) -> None:
         file = tmp_path / "requests.jsonl"
         file.write_text(text)
         with pytest.raises(SettingsError, match=told):
             traffic.read(file, 100)
+
+    def test_a_prompt_may_have_line_breaks_of_unicode(self, tmp_path: Path) -> None:
+        file = tmp_path / "requests.jsonl"
+        file.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+        assert traffic.read(file, 100)[0]["prompt"] == ["a\u2028b"]
 
     def test_the_mix_fits_the_model(self) -> None:
         prompts = [prompt for batch in traffic.mix(50, 40, sampled=True) for prompt in batch["input_ids"]]
@@ -178,12 +217,13 @@ class PlantedBench:
     def __init__(self, saves: Mapping[str, float], ends_with: frozenset[str] = frozenset(), refuses: frozenset[str] = frozenset()):
         self.cases = cases([1])
         self._saves, self._ends_with, self._refuses = saves, ends_with, refuses
+        self._ends_together: set[str] | None = None
         self._rng, self._in_force = np.random.default_rng(0), NATIVE
         self.used: list[Choice] = []
 
     def use(self, choice: Choice) -> dict[str, str]:
         names = {*dict(choice.impls), *choice.functions}
-        if names & self._ends_with:
+        if names & self._ends_with or names == self._ends_together:
             raise EngineFailed("engine: it ended")
         self._in_force = choice
         self.used.append(choice)
@@ -198,7 +238,7 @@ class PlantedBench:
 def settle(tmp_path: Path, bench: PlantedBench, promised: Mapping[str, float]) -> tuple[dict[str, Candidate], list[str]]:
     """What becomes of candidates that promise, by themselves, to save so much of a step."""
     journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
-    served = Served(bench, journal, NOISE, dict.fromkeys(NOISE, 1e6), lambda kind: None)  # type: ignore[arg-type]
+    served = Served(bench, NOISE, dict.fromkeys(NOISE, 1e6), journal.measured)  # type: ignore[arg-type]
     found = {name: Candidate(name, "vendor.a", "a", gains=dict.fromkeys(NOISE, 1e6 * part)) for name, part in promised.items()}
     used = served.settle(list(found.values()))
     journal.close()
@@ -229,6 +269,12 @@ class TestServed:
         found, used = settle(tmp_path, bench, {"a": 0.1, "b": 0.1, "c": 0.1})
         assert used == ["a"] and found["b"].status == CRASHED
         assert found["c"].status == WRONG and "failed its trial" in found["c"].reason
+
+    def test_two_that_end_the_engine_only_together_cost_the_smaller_gain(self, tmp_path: Path) -> None:
+        bench = PlantedBench({"a": 0.1, "b": 0.2})
+        bench._ends_together = {"a", "b"}
+        found, used = settle(tmp_path, bench, {"a": 0.1, "b": 0.2})
+        assert used == ["b"] and found["a"].status == CRASHED and "together with others" in found["a"].reason
 
 
 def test_a_model_with_a_draft_model_is_started_again_for_each_choice(tmp_path: Path) -> None:
@@ -283,7 +329,7 @@ class TestProfile:
     def test_it_is_a_users_file_with_the_figures_as_data(self, tmp_path: Path) -> None:
         path = tmp_path / "profile.yaml"
         slower = Candidate("mm", None, "email", status=SLOWER_SERVED, reason="0.9 of native's speed")
-        profile.write(path, outcome(candidates=[*outcome().candidates, slower]), {})
+        profile.write(path, outcome(candidates=[*outcome().candidates, slower]), Baseline())
         settings = load_settings({"SGLANG_FL_CONFIG": str(path)})
         orders = dict(settings.op_backends)
         assert orders.pop("silu_and_mul") == ("impl:vendor.a", "sglang")
@@ -291,7 +337,7 @@ class TestProfile:
         assert settings.flagos_functions == () and settings.flagos_broken == ("silu",) and settings.flagos_slower == ("mm",)
         entry = (measured_in(path) or {})["entries"]["silu_and_mul"]
         assert entry["impl"] == "vendor.a" and entry["candidates"]["vendor.a"]["reason"] == "0.5 times"
-        assert profile.choice_in(path)[0] == Choice.of({"silu_and_mul": "vendor.a"}, [])
+        assert read_baseline(path).choice == Choice.of({"silu_and_mul": "vendor.a"}, [])
 
     def test_keys_of_profiles_need_what_was_measured(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.yaml"
@@ -302,11 +348,11 @@ class TestProfile:
         with pytest.raises(SettingsError, match=r"mine.yaml:1: measured: expected a mapping"):
             load_settings({"SGLANG_FL_CONFIG": str(path)})
         with pytest.raises(SettingsError, match="was not written by sglang-fl tune"):
-            profile.choice_in(path)
+            read_baseline(path)
 
     def test_other_versions_are_named_with_the_entries_that_they_touch(self, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
         path = tmp_path / "profile.yaml"
-        profile.write(path, outcome(), {})
+        profile.write(path, outcome(), Baseline())
         measured = dict(measured_in(path) or {})
         now = outcome().about["conditions"]
         assert changes(measured, now) == []
@@ -321,7 +367,8 @@ class TestProfile:
 
     def test_entries_that_were_not_measured_again_are_kept(self, tmp_path: Path) -> None:
         path = tmp_path / "profile.yaml"
-        profile.write(path, outcome(), {"topk": {"impl": "sglang", "packages": ["json"], "candidates": {}}})
+        earlier = {"entries": {"topk": {"impl": "sglang", "packages": ["json"], "candidates": {}}}}
+        profile.write(path, outcome(left=frozenset({"topk"})), Baseline(measured=earlier))
         assert set((measured_in(path) or {})["entries"]) == {"topk", "silu_and_mul", "silu"}
 
     def test_the_page_shows_what_is_used_and_why_the_rest_is_not(self) -> None:
@@ -351,7 +398,7 @@ def test_fresh_starts_are_native_tuned_tuned_native(tmp_path: Path, saves: float
     path.write_text("{}")
     journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
     for _ in range(2):  # the second time all is in the journal
-        found = confirm(Starting({"a": saves}), journal, path, "a=vendor.a", NOISE, lambda kind, count: None)  # type: ignore[arg-type]
+        found = confirm(Starting({"a": saves}), journal.measured, path, "a=vendor.a", NOISE)  # type: ignore[arg-type]
     journal.close()
     assert started == [False, True, True, False]
     assert found.speeds["decode/1"] == pytest.approx(speed_of_tuned, rel=0.02) and bool(found.slower()) is slower
@@ -379,12 +426,10 @@ class TestBudget:
     def test_its_end_is_told_before_what_would_not_end_in_time(self) -> None:
         budget = Budget(time.monotonic() + 100, {"pair": [40.0, 60.0]})
         budget.check("pair")
-        with pytest.raises(BudgetOver, match="before 3 pairs of native and candidates"):
-            budget.check("pair", 3)
-        with budget.part(0.1), pytest.raises(BudgetOver, match="before more pairs"):
+        with budget.part(0.1), pytest.raises(BudgetOver, match="before more pairs of native and candidates"):
             budget.check("pair")
         budget.check("pair")
-        Budget(None, {}).check("start", 100)
+        Budget(None, {}).check("start")
 
     def test_what_was_only_assumed_does_not_keep_a_short_budget_from_its_first_measurement(self) -> None:
         Budget(time.monotonic() + 5, {}).check("about")
@@ -416,9 +461,9 @@ class OverBefore(Budget):
         super().__init__(None, {})
         self._kind = kind
 
-    def check(self, kind: str, count: int = 1) -> None:
+    def check(self, kind: str) -> None:
         if kind == self._kind:
-            raise BudgetOver(f"before {count} {kind}")
+            raise BudgetOver(f"before more {kind}")
 
 
 @pytest.mark.parametrize("kind", ["check", "time", "pair", "start"])
@@ -431,6 +476,7 @@ def test_what_the_time_does_not_suffice_for_stays_with_sglang(tmp_path: Path, ki
     for earlier in list(known)[: list(known).index(kind) if kind in known else None]:
         journal.measured(earlier, "silu_and_mul: vendor.a: SiluAndMul 1x8", lambda earlier=earlier: known[earlier])
     bench: Any = PlantedBench({"silu_and_mul": 0.1})
+    bench.environ_of = lambda path: {}
     rows = [{"impl": "vendor.a", "package": "json", "why_not": None}]
     about = {**outcome().about, "implementations": {"silu_and_mul": rows}, "graphs": {"prefill": False, "decode": False}}
     bench.about, bench.know = lambda: about, lambda about: None
@@ -439,10 +485,10 @@ def test_what_the_time_does_not_suffice_for_stays_with_sglang(tmp_path: Path, ki
     found = tuning.run()
     journal.close()
     (candidate,) = found.candidates
-    assert found.incomplete == f"before {4 if kind == 'start' else 1} {kind}" and found.confirmed is None and not found.why_native
+    assert found.incomplete == f"before more {kind}" and found.confirmed is None and not found.why_native
     if kind == "start":
         assert candidate.status == USED and found.used == choice_of([candidate]) and found.served["decode/1"].ratio > 1.1
     else:
         assert (candidate.status, candidate.reason, found.used) == (UNDECIDED, found.incomplete, NATIVE)
-    profile.write(tmp_path / "profile.yaml", found, {})
+    profile.write(tmp_path / "profile.yaml", found, Baseline())
     assert (measured_in(tmp_path / "profile.yaml") or {})["incomplete"] == found.incomplete
