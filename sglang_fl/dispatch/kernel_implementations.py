@@ -86,7 +86,7 @@ def replaceable(registry: OpRegistry, settings: Settings, device: Device) -> lis
 
 def exclusion_reason(settings: Settings, target: str) -> str | None:
     """Why a kernel stays with SGLang whatever the policy says, or None. A whitelist is of layers: it says nothing of kernels."""
-    return replace(settings, oot_whitelist=None).exclusion_reason({target.partition(":")[2]})
+    return replace(settings, oot_whitelist=None).exclusion_reason({target, target.partition(":")[2]})
 
 
 def _why_not_this_chip(vendor: str, settings: Settings, device: Device) -> str | None:

@@ -9,6 +9,7 @@ imported, and in the others when they are imported.
 import ast
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,6 +177,28 @@ def problems_with_objects(functions: Mapping[str, str]) -> Iterator[str]:
             yield f"{other} and {target} are two names of one kernel: {functions[other]!r} and {function!r} cannot both replace it"
 
 
+def problem_with_function(path: str) -> str | None:
+    """Why a function, ``"module:name"``, certainly cannot be loaded, or None. Imports nothing."""
+    module, _, name = path.partition(":")
+    source = _source(module)
+    if source is None:
+        return None if _may_be_there(module) else f"{path!r} cannot be loaded: there is no module {module}"
+    known = {*source.defined, *source.imported}
+    if not {name.partition(".")[0], "*", "__getattr__"} & known:
+        return f"{path!r} cannot be loaded: {module} has no {name!r}{suggest(name, source.defined.keys())}"
+    values = list(map(_value, source.defined.get(name, ())))
+    return f"{path!r} is {values[-1]}, and no function" if values and all(values) and name not in source.imported else None
+
+
+def _may_be_there(module: str) -> bool:
+    """Whether a module without Python source may exist: a compiled one, or one of a namespace package."""
+    package, *rest = module.split(".")
+    if importlib.util.find_spec(package) is None:
+        return False
+    root = root_of(package)
+    return root is None or not rest or any(root.joinpath(*rest[:-1]).glob(f"{rest[-1]}*"))
+
+
 @lru_cache(maxsize=8)
 def _source(module: str) -> SourceFile | None:
     file = file_of(module)
@@ -201,8 +224,11 @@ def _nearest(source: SourceFile, name: str) -> str:
 
 def _no_kernel(node: ast.AST) -> str | None:
     """What a name's statement makes of it, if that is certainly no kernel."""
-    if isinstance(node, ast.ClassDef):
-        return "a class"
+    return "a class" if isinstance(node, ast.ClassDef) else _value(node)
+
+
+def _value(node: ast.AST) -> str | None:
+    """The value that a name's statement gives it, if that can certainly not be called."""
     if isinstance(node, (ast.Constant, ast.JoinedStr, ast.Dict, ast.List, ast.Set, ast.Tuple, ast.Compare, ast.BinOp)):
         return f"the value {ast.unparse(node)[:40]}"
     return None

@@ -21,8 +21,11 @@ def file_of(module: str) -> Path | None:
     """A module's source file, found without importing its parent packages."""
     package, *rest = module.split(".")
     root = root_of(package)
-    path = root.joinpath(*rest) if root is not None else Path()
-    return next(filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py")), None) if root is not None else None
+    if root is None:
+        spec = importlib.util.find_spec(package)
+        return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") and not rest else None
+    path = root.joinpath(*rest)
+    return next(filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py")), None)
 
 
 class SourceFile:

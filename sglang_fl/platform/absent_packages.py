@@ -46,6 +46,10 @@ _LEFT_OUT = frozenset({"triton.knobs"})
 _SGL_KERNEL = frozenset(f"sgl_kernel{part}" for part in ("", ".elementwise", ".flash_attn", ".kvcacheio", ".quantization", ".utils"))
 
 
+#: What a provider has under a name that it does not have.
+_NOTHING = object()
+
+
 class Absent:
     """A name of a package that cannot be used. It can be imported, annotated with and derived from."""
 
@@ -91,10 +95,10 @@ class _AbsentModule(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         path = f"{self.__name__}.{name}"
-        provided = getattr(self._provider, name, None)
+        provided = getattr(self._provider, name, _NOTHING)
         if self._is_part(name, provided):
             return importlib.import_module(path)
-        if provided is not None:
+        if provided is not _NOTHING:
             return provided
         if path in _PRESENT:
             return _PRESENT[path]
@@ -107,7 +111,7 @@ class _AbsentModule(ModuleType):
         if self._provider is None or name.startswith("__"):
             return False
         part = f"{self._provider.__name__}.{name}"
-        return _is_there(part) if provided is None else isinstance(provided, ModuleType) and provided.__name__ == part
+        return _is_there(part) if provided is _NOTHING else isinstance(provided, ModuleType) and provided.__name__ == part
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -144,7 +148,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             if not rest or _is_there(name):
                 try:
                     module._provider = importlib.import_module(name)  # type: ignore[attr-defined]
-                except Exception as error:
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # a SystemExit would end the server without a word
                     raise ImportError(f"{name}, which stands in for {module.__name__}, cannot be imported: {last_line(error)}") from error
 
 

@@ -12,7 +12,7 @@ from ..dispatch.logger_manager import open_dispatch_log, why_unwritable
 from ..dispatch.manager import OpManager, get_default_manager
 from ..dispatch.policy import PolicyManager
 from ..distributed.device_communicators.flagcx_files import FlagCXError, find_library
-from ..kernels.places import problem_with
+from ..kernels.places import problem_with, problem_with_function
 from .words import settings_words
 
 logger = logging.getLogger("sglang_fl")
@@ -56,11 +56,11 @@ def _check(environ: Mapping[str, str], device: Device, words: Words, problems: S
 
 
 def _kernel_problems(device: Device) -> Iterator[str]:
-    """What is wrong with the names of SGLang's kernels that the chip's package declares. Nothing of SGLang is imported."""
+    """What is wrong with the names of SGLang's kernels, and of their functions, that the chip's package declares. Imports nothing."""
     platforms, origins, _ = declared()
     if device.vendor in platforms and find_spec("sglang") is not None:
         for target, given in platforms[device.vendor].kernels().items():
-            if problem := problem_with(target, given.takes_grid):
+            if problem := problem_with(target, given.takes_grid) or problem_with_function(given.function):
                 origin = origins[device.vendor]
                 yield f"the platform {device.vendor} that {origin} declares cannot be used: sglang_kernels: {problem}"
 

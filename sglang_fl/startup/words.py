@@ -19,7 +19,7 @@ from ..dispatch.manager import OpManager
 def settings_words(manager: OpManager, plugin_modules: Sequence[str] = (), *, with_packages: bool = True) -> Words:
     """The names of this package and, unless ``with_packages`` is False, of the backends that are installed."""
     words = manager.words(plugin_modules, with_packages=with_packages)
-    kernels = {op.partition(":")[2] for op in words.operators or () if is_kernel(op)}
+    kernels = {name for op in words.operators or () if is_kernel(op) for name in (op, op.partition(":")[2])}
     return replace(words, classes=CLASSES | kernels, flaggems=flaggems_functions(), not_covered=NOT_COVERED_CLASSES)
 
 

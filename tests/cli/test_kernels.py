@@ -83,7 +83,7 @@ def test_what_has_a_reference_and_what_the_chips_package_replaces(
 
     assert listed("alloc_extend_kernel")[EXTEND]["replaced_by"] is None
     assert counts() == ["2", "1", "2"], "launched, called, with a reference"
-    fastchip(f"sglang_kernels={{{EXTEND!r}: 'm:f'}}")
+    fastchip(f"sglang_kernels={{{EXTEND!r}: 'os.path:join'}}")
     found = listed("memory.allocator")
     told = {name.rpartition(":")[2]: (kernel["reference"], kernel["replaced_by"]) for name, kernel in found.items()}
     assert told == {

@@ -179,19 +179,25 @@ def test_a_kernel_of_sglangs_that_a_package_replaces(
     ops: Ops, cli: Cli, fastchip: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = "sglang.kernels.ops.memory.common:get_last_loc_triton"
-    fastchip(f"sglang_kernels={{{kernel!r}: 'm:f'}}")
+    fastchip(f"sglang_kernels={{{kernel!r}: 'os.path:join'}}")
     row = ops()[kernel]
     assert row["picked"] == "vendor(vendor.fastchip)" and row["order"].endswith("vendor | reference | sglang")
     assert f"{kernel} → vendor.fastchip" in cli("ops").out
     assert ops(SGLANG_FL_PER_OP=f"{kernel}=sglang")[kernel]["picked"] == "sglang"
-    assert ops(SGLANG_FL_OOT_BLACKLIST="get_last_loc_triton")[kernel]["picked"] == "sglang (oot_blacklist)"
+    for name in (kernel, "get_last_loc_triton"):
+        assert ops(SGLANG_FL_OOT_BLACKLIST=name)[kernel]["picked"] == "sglang (oot_blacklist)"
     assert "on sglang (Layer 2 is off); 'sglang-fl ops --all' lists them" in cli("ops", SGLANG_FL_OOT_ENABLED="0").out
     monkeypatch.delenv("SGLANG_FL_OOT_ENABLED")
     assert f"did you mean '{kernel}'?" in cli("ops", code=2, SGLANG_FL_PER_OP=f"{kernel}s=sglang").err
 
 
 def test_a_kernel_that_this_sglang_does_not_have_is_not_listed_as_replaced(cli: Cli, fastchip: Callable[[str], None]) -> None:
-    fastchip("sglang_kernels={'sglang.kernels.ops.memory.common:get_last_loc_tritn': 'm:f'}")
+    fastchip("sglang_kernels={'sglang.kernels.ops.memory.common:get_last_loc_tritn': 'os.path:join'}")
     told = "this SGLang has no 'get_last_loc_tritn' in sglang.kernels.ops.memory.common; did you mean 'get_last_loc_triton'?"
     assert told in cli("ops", code=2).err
     assert cli("doctor", code=1).out.count(told) == 1, "without --deep"
+
+
+def test_a_kernels_function_that_its_package_does_not_have_is_told_without_deep(cli: Cli, fastchip: Callable[[str], None]) -> None:
+    fastchip("sglang_kernels={'sglang.kernels.ops.memory.common:get_last_loc_triton': 'textwrap:indnt'}")
+    assert "textwrap has no 'indnt'; did you mean 'indent'?" in cli("doctor", code=1).out

@@ -12,7 +12,7 @@ import triton
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_fl.kernels import places
-from sglang_fl.kernels.places import KernelHook, problem_with, problems_with_objects, put_in_place
+from sglang_fl.kernels.places import KernelHook, problem_with, problem_with_function, problems_with_objects, put_in_place
 
 COMMON = "sglang.kernels.ops.memory.common"
 FLA = "sglang.kernels.ops.attention.fla"
@@ -142,6 +142,21 @@ def test_what_stands_behind_a_name_is_a_kernel_and_has_one_replacement() -> None
     of_no_kernel, of_two_names = problems_with_objects({logger: "a:b", rule: "a:b", other_name: "a:c"})
     assert of_no_kernel.startswith(f"{logger} is of type Logger, and no kernel; ")
     assert of_two_names == f"{rule} and {other_name} are two names of one kernel: 'a:b' and 'a:c' cannot both replace it"
+
+
+def test_a_function_that_cannot_be_loaded_is_seen_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "eyechip.py").write_text("from math import floor\nSEVEN = 7\ndef last_locations(*args): ...\nraise SystemExit(3)\n")
+    (tmp_path / "eyechip_more").mkdir()
+    (tmp_path / "eyechip_more/__init__.py").write_text("from math import *\n")
+    for loaded in ("eyechip:last_locations", "eyechip:floor", "eyechip_more:ceil", "os.path:join", "_json:scanstring"):
+        assert problem_with_function(loaded) is None
+    assert problem_with_function("eyechip:last_location") == (
+        "'eyechip:last_location' cannot be loaded: eyechip has no 'last_location'; did you mean 'last_locations'?"
+    )
+    assert problem_with_function("eyechip:SEVEN") == "'eyechip:SEVEN' is the value 7, and no function"
+    for module in ("eyechi", "eyechip_more.kv"):
+        assert problem_with_function(f"{module}:f") == f"'{module}:f' cannot be loaded: there is no module {module}"
 
 
 def test_what_is_called_has_no_grid() -> None:
