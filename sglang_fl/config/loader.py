@@ -2,9 +2,11 @@
 """Reads the settings: defaults < platform profile < the user's YAML < environment."""
 
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from .options import CONFIG_FILE, OPTIONS, PLATFORM, PREFIXES, VARIABLES, Invali
 from .settings import DEFAULT, ENVIRONMENT, FILE, PROFILE, Settings, Source
 from .words import Words
 from .yaml_file import read_mapping
+
+logger = logging.getLogger("sglang_fl")
 
 #: The key of a profile under which ``sglang-fl tune`` says what it measured, and with what. It sets nothing.
 MEASURED = "measured"
@@ -237,6 +241,7 @@ def _read_users_file(environ: Mapping[str, str], words: Words, problems: list[st
 
 def _read_file(path: Path, precedence: int, name: str, words: Words, problems: list[str]) -> _Layer:
     layer: _Layer = {}
+    gone: list[str] = []
     try:
         entries = read_mapping(path, what=CONFIG_FILE if precedence == FILE else "the platform's profile", problems=problems)
     except SettingsError as error:
@@ -245,6 +250,11 @@ def _read_file(path: Path, precedence: int, name: str, words: Words, problems: l
     measured = entries.pop(MEASURED, None)
     if measured is not None and not isinstance(measured.value, dict):
         problems.append(f"{path}:{measured.line}: {MEASURED}: expected a mapping, as sglang-fl tune writes it, found {measured.value!r}")
+    elif measured is not None:
+        wrong = [key for key in ("with", "entries") if not isinstance(measured.value.get(key, {}), dict)]
+        problems += [
+            f"{path}:{measured.item_lines[key]}: {MEASURED}: {key}: expected a mapping, as sglang-fl tune writes it" for key in wrong
+        ]
     # What was measured makes a file a profile, wherever it lies.
     is_profile = precedence == PROFILE or measured is not None
     keys = {option.name: option for option in OPTIONS.values() if option.in_file or (is_profile and option.users_key)}
@@ -258,8 +268,17 @@ def _read_file(path: Path, precedence: int, name: str, words: Words, problems: l
         else:
             items = {item: f"{path}:{line}: {key}" for item, line in entry.item_lines.items()}
             given = _Given(entry.value, Source(precedence, f"{name}:{entry.line}"), f"{where}: {key}", items)
-            _parse(option, given, layer, words, problems)
+            _parse(option, given, layer, words, problems, None if measured is None else gone)
+    if gone:
+        _warn_of_gone(path, tuple(gone))
     return layer
+
+
+@cache
+def _warn_of_gone(path: Path, gone: tuple[str, ...]) -> None:
+    """Say once what a profile names that is not here any more. The rest of it holds."""
+    lines = "".join(f"\n  {each}" for each in gone)
+    logger.warning("sglang-fl: these are left to SGLang; measure again with sglang-fl tune --update %s MODEL:%s", path, lines)
 
 
 def _why_no_key(key: Any, keys: Mapping[str, Option]) -> str:
@@ -280,16 +299,32 @@ def _read_environment(environ: Mapping[str, str], words: Words, problems: list[s
     return layer
 
 
-def _parse(option: Option, given: _Given, layer: _Layer, words: Words, problems: list[str]) -> None:
-    """Parse and check a value, and add it to the layer. A problem with one item does not hide others."""
+def _parse(option: Option, given: _Given, layer: _Layer, words: Words, problems: list[str], gone: list[str] | None = None) -> None:
+    """Parse and check a value, and add it to the layer. A problem with one item does not hide others.
+
+    Args:
+        gone: takes the unknown names of a profile that was measured, which are left out. None: they are problems.
+    """
     try:
         value = option.parse(given.value)
     except InvalidValue as error:
         problems += [f"{given.where_is(item)}: {message}" for item, message in error.problems]
         value = error.usable
     if value is not None:
-        problems += [f"{given.where_is(item)}: {message}" for item, message in _unknown_names(option, value, words)]
+        unknown = list(_unknown_names(option, value, words))
+        told = problems if gone is None else gone
+        told += [f"{given.where_is(item)}: {message}" for item, message in unknown]
+        if unknown and gone is not None:
+            value = _without(option, value, {item for item, _ in unknown}, words)
         layer[option.name] = replace(given, value=_by_operator(value, words) if option.name == "op_backends" else value)
+
+
+def _without(option: Option, value: Any, unknown: set[str], words: Words) -> Any:
+    """A value without unknown names. An operator whose order has one is left to SGLang."""
+    if option.name != "op_backends":
+        return tuple(word for word in value if word not in unknown)
+    known = [(op, order) for op, order in value if words.problem_with_operator(words.operator_of.get(op, op), order) is None]
+    return tuple((op, ("sglang",) if op in unknown else order) for op, order in known)
 
 
 def _by_operator(orders: Orders, words: Words) -> Orders:

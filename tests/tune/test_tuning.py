@@ -18,14 +18,15 @@ import pytest
 from sglang_fl.aten.operators import unlisted
 from sglang_fl.cli import main
 from sglang_fl.config import SettingsError, load_settings
+from sglang_fl.config.words import Words
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.fingerprint.measured import changes, measured_in, warn_of_changes
 from sglang_fl.tune import profile, traffic
 from sglang_fl.tune.baseline import Baseline, read_baseline
-from sglang_fl.tune.bench import NATIVE, Bench, Choice
+from sglang_fl.tune.bench import NATIVE, Bench, Choice, StartFailed
 from sglang_fl.tune.budget import Budget, BudgetOver
 from sglang_fl.tune.confirm import Confirmed, confirm
-from sglang_fl.tune.engine import EngineFailed
+from sglang_fl.tune.engine import Engine, EngineFailed
 from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, UNDECIDED, USED, WRONG, Candidate, judge_alone, timed
 from sglang_fl.tune.page import as_html
@@ -301,6 +302,33 @@ def test_a_model_with_a_draft_model_is_started_again_for_each_choice(tmp_path: P
     assert "rms_norm=sglang" in started[1]["SGLANG_FL_PER_OP"] and started[1]["USE_FLAGGEMS"] == "0"
 
 
+def test_a_second_interrupt_leaves_no_engine_behind(tmp_path: Path) -> None:
+    ended = []
+
+    class Interrupted:
+        def kill(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt, match="the first"), Bench([], tmp_path, Lengths(8, 8, 8), [1]) as bench:
+        bench._engine = Interrupted()  # type: ignore[assignment]
+        raise KeyboardInterrupt("the first")
+    assert ended == [True]
+
+
+def test_a_native_start_that_fails_is_told_from_a_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(engine: Engine) -> None:
+        raise EngineFailed("engine: it ended during the start")
+
+    monkeypatch.setattr(Engine, "start", failing)
+    bench = Bench([], tmp_path, Lengths(8, 8, 8), [1])
+    with pytest.raises(StartFailed, match="it ended"):
+        bench.use(NATIVE)
+    bench.know({"draft": True})
+    with pytest.raises(EngineFailed, match="it ended"):
+        bench.start(Choice.of({"rms_norm": "vendor.a"}, []).environ())
+
+
 def outcome(**more: Any) -> Outcome:
     used = Candidate("silu_and_mul", "vendor.a", "json", status=USED, reason="0.5 times", ratio=(0.4, 0.5, 0.6))
     used.gains = {"decode/1": 12.0}
@@ -349,6 +377,31 @@ class TestProfile:
             load_settings({"SGLANG_FL_CONFIG": str(path)})
         with pytest.raises(SettingsError, match="was not written by sglang-fl tune"):
             read_baseline(path)
+
+    @pytest.mark.parametrize("key", ["with", "entries"])
+    def test_what_a_server_compares_must_be_a_mapping(self, tmp_path: Path, key: str) -> None:
+        path = tmp_path / "mine.yaml"
+        path.write_text(f"measured:\n  {key}: 7\n")
+        with pytest.raises(SettingsError, match=f"mine.yaml:2: measured: {key}: expected a mapping"):
+            load_settings({"SGLANG_FL_CONFIG": str(path)})
+
+    def test_names_that_are_no_more_are_left_to_sglang_with_one_warning(self, tmp_path: Path, caplog: Any) -> None:
+        path = tmp_path / "profile.yaml"
+        orders = "op_backends:\n  rms_norm: ['impl:vendor.gone', sglang]\n  silu_and_mul: ['impl:vendor.here', sglang]\n  lost: [sglang]\n"
+        path.write_text(f"{orders}flagos_faster: [mul, gone]\nmeasured: {{entries: {{}}}}\n")
+        words = Words(frozenset({"rms_norm", "silu_and_mul"}), impls=frozenset({"vendor.here"}), flaggems=frozenset({"mul"}))
+        for _ in range(2):
+            settings = load_settings({"SGLANG_FL_CONFIG": str(path)}, words=words)
+        orders_of = dict(settings.op_backends)
+        assert (
+            orders_of["rms_norm"] == ("sglang",) and orders_of["silu_and_mul"] == ("impl:vendor.here", "sglang") and "lost" not in orders_of
+        )
+        assert settings.flagos_faster == ("mul",) and len(caplog.records) == 1
+        assert "profile.yaml:2: op_backends: rms_norm: unknown implementation 'vendor.gone'" in caplog.text
+        assert f"--update {path}" in caplog.text
+        path.write_text(orders)
+        with pytest.raises(SettingsError, match="unknown implementation"):
+            load_settings({"SGLANG_FL_CONFIG": str(path)}, words=words)
 
     def test_other_versions_are_named_with_the_entries_that_they_touch(self, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
         path = tmp_path / "profile.yaml"
