@@ -337,8 +337,11 @@ class Tuning:
             try:
                 self.outcome.served = served.measure(self.outcome.used)
                 break
-            except NotInForce as error:  # what was accepted is in force, so it is of the earlier profile
-                self.outcome.dropped |= error.missing
+            except NotInForce as error:
+                for candidate in accepted:
+                    if candidate.name in error.missing:
+                        candidate.settle(WRONG, f"it cannot be used in the engine: {error.missing[candidate.name]}")
+                self.outcome.dropped |= {name: why for name, why in error.missing.items() if name in self.outcome.left}
                 self._choose()
 
     def _choose(self) -> None:

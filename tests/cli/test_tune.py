@@ -163,6 +163,19 @@ class TestUpdate:
         assert choice == {"rms_norm": "impl:vendor.new", "silu_and_mul": "impl:vendor.new"} and "new_gelu" not in measured["entries"]
         assert "dropped: new_gelu: " in capsys.readouterr().out
 
+    def test_what_is_kept_but_cannot_be_used_is_dropped_and_listed(self, stand_in: Any, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / "mine.yaml"
+        old_profile(path, rms_norm="vendor.new", silu_and_mul="vendor.new")
+        found = yaml.safe_load(path.read_text())
+        found["measured"]["with"] |= {"versions": WITH["versions"], "sources": {"email": "another"}}
+        found["measured"]["entries"]["silu_and_mul"]["packages"] = ["email"]
+        path.write_text(yaml.safe_dump(found))
+        stand_in.refused = {"rms_norm": "nothing in the model runs on it"}
+        assert main(["tune", "m", "--update", str(path)]) == 0
+        choice, measured = read(path)
+        assert choice == {"silu_and_mul": "impl:vendor.new"} and measured["entries"].keys() == {"silu_and_mul"}
+        assert "dropped: rms_norm: nothing in the model runs on it" in capsys.readouterr().out
+
     def test_functions_that_are_new_are_measured(self, stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.delenv("USE_FLAGGEMS", raising=False)
         path = tmp_path / "mine.yaml"
