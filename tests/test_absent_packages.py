@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules in the place of packages that cannot be used: what a chip's package provides of them, and what it does not."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 from hide_packages import hide
 from installed_packages import write_package
+
+from sglang_fl.platform.absent_packages import _finder
 
 HIDDEN = ("sgl_kernel", "flashinfer", "deep_gemm", "triton")
 DISTRIBUTIONS = ("sglang-kernel", "flashinfer-python", "deep-gemm", "triton")
@@ -209,6 +214,24 @@ def test_packages_that_are_installed(tmp_path: Path) -> None:
     )
     assert used == "provided 1 False False"
     assert kernel.startswith("SGLang launched its Triton kernel sglang.kernels.ops.memory.common:get_last_loc_kernel")
+
+
+def test_a_provider_is_taken_as_it_is_and_what_it_cannot_do_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [_finder, *sys.meta_path])
+
+    def provided(package: str, code: str) -> ModuleType:
+        (tmp_path / f"of_{package}.py").write_text(code)
+        monkeypatch.setitem(_finder.providers, package, f"of_{package}")
+        monkeypatch.setitem(_finder.reasons, package, "is not installed")
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        return importlib.import_module(package)
+
+    assert provided("plain_norm", "rmsnorm = None").rmsnorm is None
+    with pytest.raises(ImportError, match="of_ending_norm, which stands in for ending_norm, cannot be imported: SystemExit: 3"):
+        provided("ending_norm", "raise SystemExit(3)")
+    with pytest.raises(ImportError, match=r"it imports wrapping_norm\.rmsnorm, for which it stands in itself"):
+        provided("wrapping_norm", "from wrapping_norm import rmsnorm")
 
 
 def test_tunes_engine_has_them_in_time(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ neither SGLang nor PyTorch nor a driver's library. Heavy classes are named as ``
 
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..utils.suggest import suggest
 from .drivers import command, device_file
-from .kernels import KernelReplacement, replacement, target_problem
+from .kernels import KernelReplacement, refuse_unknown_fields, replacement, target_problem
 from .vendors import ALIASES, CUDA_CAPABILITIES, VENDORS, Vendor, canonical
 
 ENTRY_POINT_GROUP = "sglang_fl.platform"
@@ -145,10 +145,7 @@ class VendorPlatform:
     platform_class: str | None = None
 
     def __new__(cls, **given: Any) -> "VendorPlatform":
-        names = [field.name for field in fields(cls)]
-        unknown = [f"unknown field {name!r}{suggest(name, names)}" for name in given if name not in names]
-        if unknown:
-            raise TypeError(f"VendorPlatform: {'; '.join(unknown)}")
+        refuse_unknown_fields(cls, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs in the place of a kernel that SGLang calls outside of its layers, as data."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..utils.suggest import suggest
+
+
+def refuse_unknown_fields(cls: type[Any], given: Iterable[str]) -> None:
+    """Raises TypeError with the fields that a dataclass does not have, and the nearest of each."""
+    names = [field.name for field in fields(cls)]
+    unknown = [f"unknown field {name!r}{suggest(name, names)}" for name in given if name not in names]
+    if unknown:
+        raise TypeError(f"{cls.__name__}: {'; '.join(unknown)}")
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,10 @@ class KernelReplacement:
     takes_grid: bool = False
     writes_inputs: bool = True
     batch_invariant: bool = False
+
+    def __new__(cls, *args: Any, **given: Any) -> "KernelReplacement":
+        refuse_unknown_fields(cls, given)
+        return super().__new__(cls)
 
 
 def replacement(given: str | KernelReplacement) -> KernelReplacement:

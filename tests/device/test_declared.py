@@ -387,6 +387,8 @@ def test_a_module_that_is_not_installed_is_named_without_importing_anything(pack
 def test_a_choice_that_there_is_not(packages: Packages) -> None:
     with pytest.raises(TypeError, match="VendorPlatform: unknown field 'attension'; did you mean 'attention'"):
         VendorPlatform(name="mychip", device_type="cpu", is_present=lambda: True, attension="triton")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="KernelReplacement: unknown field 'take_grid'; did you mean 'takes_grid'"):
+        KernelReplacement("a:b", take_grid=True)  # type: ignore[call-arg]
     declare(packages, more="is_present=lambda: True, attension='triton'")
     (problem,) = problems_of()
     assert "did you mean 'attention'?" in problem
