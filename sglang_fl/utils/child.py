@@ -32,8 +32,10 @@ class Child:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         ours, theirs = socketpair()
         self.connection = Connection(ours.detach())
-        # ``-m`` would put the current folder first in sys.path: a vendor's platform.py would hide Python's.
-        paths = [os.environ.get("PYTHONPATH"), *(path or os.getcwd() for path in sys.path)]
+        # ``-m`` would put the current folder first in sys.path: a vendor's platform.py would hide Python's. Where this process looks
+        # there too, as under ``python -m pytest``, the child does as well: a package under work goes before an installed one.
+        here = os.getcwd()
+        paths = [here if {"", here} & set(sys.path) else None, os.environ.get("PYTHONPATH"), *sys.path]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno())],
