@@ -74,6 +74,15 @@ def one_thread_beside_the_engines(request: pytest.FixtureRequest) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are small, and threads that wait for each other are slow where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def no_settings_of_other_tests() -> Iterator[None]:
     """What a test leaves in the environment, by resolving settings there, ends with it."""

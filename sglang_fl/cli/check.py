@@ -21,6 +21,7 @@ from ..check.results import PASSED, Report
 from ..check.runner import Job, WorkerFailed, check
 from ..config import SettingsError, suggest
 from ..device import canonical, probe
+from ..dispatch.kernel_implementations import names_of
 from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
@@ -69,7 +70,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
     ops = [full for name in ops for full in _named(name, registry.list_operators())] if ops else None
     wanted_vendors = {canonical(name) for name in vendors or ()}
     problems = [
-        *_unknown("--op", "operator", ops, {name for impl in every for name in (impl.op_name, impl.op_name.partition(":")[2]) if name}),
+        *_unknown("--op", "operator", ops, {name for impl in every for name in names_of(impl.op_name)}),
         *_unknown("--impl", "implementation", impls, {impl.impl_id for impl in every}),
         *_unknown("--vendor", "vendor", sorted(wanted_vendors), {canonical(impl.vendor) for impl in every if impl.vendor}),
     ]
@@ -93,7 +94,7 @@ def targets(registry: OpRegistry, ops: list[str] | None, impls: list[str] | None
 
 def _named(name: str, ops: Iterable[str]) -> list[str]:
     """The operators and kernels of this name, or the name itself if there are none."""
-    return [op for op in ops if name in (op, op.partition(":")[2])] or [name]
+    return [op for op in ops if name in names_of(op)] or [name]
 
 
 def _unknown(option: str, what: str, names: Iterable[str] | None, valid: set[str]) -> list[str]:

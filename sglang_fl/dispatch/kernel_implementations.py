@@ -38,6 +38,11 @@ def is_kernel(op: str) -> bool:
     return target_problem(op) is None
 
 
+def names_of(op: str) -> set[str]:
+    """The names by which lists and options may mean an operator: its own, and of a kernel also the part behind the module."""
+    return {op, op.rpartition(":")[2]}
+
+
 def register_builtins(registry: OpRegistry) -> None:
     """Register the references, and what each installed package declares of its chip."""
     for target, given in REFERENCES.items():
@@ -86,7 +91,7 @@ def replaceable(registry: OpRegistry, settings: Settings, device: Device) -> lis
 
 def exclusion_reason(settings: Settings, target: str) -> str | None:
     """Why a kernel stays with SGLang whatever the policy says, or None. A whitelist is of layers: it says nothing of kernels."""
-    return replace(settings, oot_whitelist=None).exclusion_reason({target, target.partition(":")[2]})
+    return replace(settings, oot_whitelist=None).exclusion_reason(names_of(target))
 
 
 def _why_not_this_chip(vendor: str, settings: Settings, device: Device) -> str | None:

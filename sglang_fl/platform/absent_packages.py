@@ -92,8 +92,8 @@ class _AbsentModule(ModuleType):
 
     #: The module that has what the chip's package provides, or None.
     _provider: ModuleType | None = None
-    #: The name of that module while it is being imported.
-    _importing = ""
+    #: Whether that module is being imported.
+    _importing = False
 
     def __getattr__(self, name: str) -> Any:
         path = f"{self.__name__}.{name}"
@@ -150,7 +150,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             # The part of the provider that stands for this module; without one, nothing is provided here.
             name = f"{provider}.{rest}" if rest else provider
             if not rest or _is_there(name):
-                module._importing = name  # type: ignore[attr-defined]
+                module._importing = True  # type: ignore[attr-defined]
                 try:
                     module._provider = importlib.import_module(name)  # type: ignore[attr-defined]
                 except KeyboardInterrupt:
@@ -158,7 +158,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 except BaseException as error:  # a SystemExit would end the server without a word
                     raise ImportError(f"{name}, which stands in for {module.__name__}, cannot be imported: {last_line(error)}") from error
                 finally:
-                    module._importing = ""  # type: ignore[attr-defined]
+                    module._importing = False  # type: ignore[attr-defined]
 
 
 _finder = _Finder()

@@ -12,7 +12,7 @@ import torch
 
 from ...device import Device
 from ...kernels.places import KernelHook, put_in_place
-from ..kernel_implementations import exclusion_reason, replaceable
+from ..kernel_implementations import exclusion_reason, names_of, replaceable
 from ..registry import OpRegistry
 from .base import Bridge, Forward, Routes
 from .socket import HookSocket, Load, mark_as_ours
@@ -55,7 +55,7 @@ class KernelSocket(HookSocket):
 
     def __init__(self, target: str, load: Load):
         super().__init__(KernelBridge(target), target, load)
-        self.names = {target.partition(":")[2]}
+        self.names = names_of(target)
         self.hook = KernelHook()
         self._is_placed = False
 

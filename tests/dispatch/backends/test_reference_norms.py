@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference's Gemma norm, layer norm and further activations against float64, and some that are wrong."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +11,11 @@ from backend_functions import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(1, 8), (7, 64), (0, 64), (3, 5, 128), (2, 0, 16), (16, 256), (2, 4096), (33, 40)]
 GELUS = ("none", "tanh")
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small, and threads that wait for each other are slow where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def affine(rng: torch.Generator, size: int, dtype: torch.dtype = torch.float32, eps: float = 1e-6) -> Norm:
