@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -40,16 +40,21 @@ def run(args: argparse.Namespace) -> int:
             raise SettingsError(f"--archive: {args.archive} cannot be created: {error.strerror}") from None
     archives = args.archive.expanduser().resolve() if args.archive else None
     job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives)
-    begun = time.monotonic()
+    begun, steps = time.monotonic(), list[tuple[str, float]]()
     try:
         with _showing(Console(stderr=True)) as show:
-            report = bisect(job, show)
+
+            def begin(step: str) -> None:
+                steps.append((step, time.monotonic() - begun))
+                show(step)
+
+            report = bisect(job, begin)
     except RunFailed as error:
         print(f"sglang-fl: {error}", file=sys.stderr)
         if "the prompt " not in str(error):
             print("The last output of its process:", *error.output.strip().splitlines()[-12:], sep="\n  ", file=sys.stderr)
         return 2
-    return _write(args, report, time.monotonic() - begun)
+    return _write(args, report, steps, time.monotonic() - begun)
 
 
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
@@ -83,10 +88,15 @@ def _showing(console: Console) -> Iterator[Show]:
         yield show
 
 
-def _write(args: argparse.Namespace, report: Report, seconds: float) -> int:
-    """Print the report, write the page, and return the exit code."""
+def _write(args: argparse.Namespace, report: Report, steps: Sequence[tuple[str, float]], seconds: float) -> int:
+    """Print the report, write the page, and return the exit code.
+
+    Args:
+        steps: each step, and the seconds before it.
+    """
     if args.json:
-        print(json.dumps(as_data(report), indent=2))
+        begun = [{"step": step, "after_s": round(before, 1)} for step, before in steps]
+        print(json.dumps({**as_data(report), "seconds": round(seconds, 1), "steps": begun}, indent=2))
     else:
         width = None if sys.stdout.isatty() else 200  # a file or a pipe has no width
         print_report(report, Console(markup=False, emoji=False, highlight=False, width=width))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``sglang-fl bisect MODEL``: what is refused before a model is loaded."""
 
+import json
 import os
 import shutil
 import signal
@@ -56,7 +57,8 @@ def test_a_planted_fault_by_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "FOUND: index (FlagGems, index.Tensor): the output changes with only this on, and is right with only this off." in done.stdout
     assert "flagos_blacklist: [index]" in done.stdout and "loads of the model: 1;" in done.stdout
-    assert "pass 3 of 3: each replacement compared with SGLang's own and float64" in done.stderr
+    passes = [line for line in done.stderr.splitlines() if line.startswith("pass ")]
+    assert len(passes) == 3 and passes[2] == "pass 3 of 3: each replacement compared with SGLang's own and float64"
     assert "flagos_blacklist: [index]" in page.read_text()
     assert [file.suffix for file in archives.iterdir()] == [".zip"]
 
@@ -107,5 +109,7 @@ def test_random_weights_without_a_tokenizer(tmp_path: Path) -> None:
     """A model's shape is enough to find an operator that is wrong."""
     shutil.copy(demo_model() / "config.json", tmp_path)
     arguments = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"]
-    done = run("batch > 8 only", str(tmp_path), "--prompt", "5 6 7, 8 9 10 11 12", "--", *arguments)
-    assert "FOUND: RMSNorm → vendor.planted: the output changes with only this on" in done.stdout, done.stderr
+    done = run("batch > 8 only", str(tmp_path), "--json", "--prompt", "5 6 7, 8 9 10 11 12", "--", *arguments)
+    found = json.loads(done.stdout)
+    assert found["message"].startswith("RMSNorm → vendor.planted: the output changes with only this on"), done.stderr
+    assert found["steps"][0] == {"step": "loading the model", "after_s": 0.0} and found["steps"][-1]["after_s"] < found["seconds"]
