@@ -23,11 +23,12 @@ from ..tune.bench import NATIVE, Bench, StartFailed
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
 from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
+from ..tune.outcome import Outcome
 from ..tune.page import as_html
 from ..tune.profile import write
 from ..tune.served import Lengths
 from ..tune.traffic import read
-from ..tune.tuning import Job, Outcome, Tuning
+from ..tune.tuning import Job, Tuning
 from ..utils.packages import installed_version, source_hash
 from ..utils.suggest import suggest
 from .tune_plan import print_plan

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench import Bench
+from .engine import EngineFailed
 from .statistics import smallest_effect, speed
 
 _ORDER = ("native", "tuned", "tuned", "native")
@@ -31,21 +32,36 @@ class Confirmed:
         return {case: ratio for case, ratio in self.speeds.items() if ratio < 1 - self.apart[case]}
 
 
-def confirm(bench: Bench, measured: Callable[..., Any], profile: Path, choice: str, noise: Mapping[str, float]) -> Confirmed:
-    """Start and measure four engines. ``measured`` makes those that are not in the journal, and raises when the time is used up."""
+def confirm(bench: Bench, measured: Callable[..., Any], profile: Path, choice: str, noise: Mapping[str, float]) -> Confirmed | str:
+    """Start and measure four engines. ``measured`` makes those that are not in the journal, and raises when the time is used up.
+
+    Returns:
+        the results, or why an engine with the profile failed.
+
+    Raises:
+        EngineFailed: a native engine failed.
+    """
     names = [f"{number} {side} {choice if side == 'tuned' else ''}" for number, side in enumerate(_ORDER)]
     native, tuned = bench.environ_of(None), bench.environ_of(profile)
     found: list[Mapping[str, list[float]]] = []
     for name, side in zip(names, _ORDER, strict=True):
 
-        def measure(environ: Mapping[str, str] = native if side == "native" else tuned) -> dict[str, list[float]]:
-            bench.start(environ)
-            bench.round(0)  # compile kernels and fill caches
-            rounds = [bench.round(1 + index) for index in range(_ROUNDS)]
+        def measure(environ: Mapping[str, str] = native if side == "native" else tuned) -> dict[str, list[float]] | str:
+            try:
+                bench.start(environ)
+                bench.round(0)  # compile kernels and fill caches
+                rounds = [bench.round(1 + index) for index in range(_ROUNDS)]
+            except EngineFailed as error:
+                if environ is native:
+                    raise
+                return str(error).splitlines()[0]
             bench.stop()
             return {case: [seconds[case] for seconds in rounds] for case in rounds[0]}
 
-        found.append(measured("start", name, measure))
+        one = measured("start", name, measure)
+        if isinstance(one, str):
+            return one
+        found.append(one)
     first, one, two, last = found
     speeds, apart = {}, {}
     for case in first:

@@ -87,15 +87,16 @@ class Timed:
     ratio: tuple[float, float, float]
 
 
-def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, Any], in_graph: bool) -> Timed | str:
-    """The relevant part of two timings (see :class:`~sglang_fl.tune.timing.Timing`), or why there is none."""
-    error = theirs.get("error") or own.get("error")
-    if error:
-        return f"{'timing it' if theirs.get('error') else 'timing native'} failed: {error}"
+def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, Any], in_graph: bool) -> Timed | tuple[str, str]:
+    """The relevant part of two timings (see :class:`~sglang_fl.tune.timing.Timing`), or the candidate's status and why there is none."""
+    if own.get("error"):
+        return UNDECIDED, f"timing native failed: {own['error']}"
+    if theirs.get("error"):
+        return UNDECIDED if "out of memory" in theirs["error"] else WRONG, f"timing it failed: {theirs['error']}"
     on_host = own.get("host_us") is not None and not in_graph
     us, ratio = ("host_us", "host_ratio") if on_host else ("us", "ratio")
     if own.get(us) is None or not theirs.get(ratio):
-        return "it could not be timed"
+        return UNDECIDED, "it could not be timed"
     return Timed(call, float(own[us]), tuple(theirs[ratio]))
 
 

@@ -6,7 +6,7 @@ function in place of an implementation. That refuses the call, and the fallback 
 """
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ from ..dispatch.manager import is_capturing
 from ..dispatch.policy import Overrides
 from .aten_calls import signature
 
+#: The most recorded calls of an operator that are tried: of those in the measured cases, and of the others.
+_MOST_CALLS, _MOST_OTHERS = 12, 4
 #: A layer's tensors with more numbers than this are not saved for the checking process.
 _MOST_KEPT = 1 << 26
 
@@ -183,3 +185,12 @@ def _in_words(value: Any) -> str:
     if isinstance(value, TensorSpec):
         return f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}"
     return str(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def calls_to_try(calls: list[dict[str, Any]], cases: Set[str]) -> list[dict[str, Any]]:
+    """Of an operator's calls sorted by size: the largest of the measured cases, and others of all sizes."""
+    measured = [call for call in calls if cases & call["per_pass"].keys()]
+    others = [call for call in calls if call not in measured]
+    count = min(_MOST_OTHERS, len(others))
+    chosen = sorted({round(number * (len(others) - 1) / max(1, count - 1)) for number in range(count)})
+    return [*measured[:_MOST_CALLS], *(others[place] for place in chosen)]

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .judge import USED
-from .tuning import Outcome
+from .outcome import Outcome
 
 #: The axis of plots: from half to twice native's speed.
 _ENDS = 0.5, 2.0

@@ -13,7 +13,7 @@ from ..dispatch.ops import OPERATORS
 from ..utils.packages import source_hash
 from .baseline import Baseline
 from .judge import BROKEN, SLOWER_SERVED, USED, Candidate
-from .tuning import Outcome
+from .outcome import Outcome
 
 _HEAD = """\
 # Written by sglang-fl tune. Do not edit; to measure again:

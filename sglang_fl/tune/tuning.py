@@ -4,7 +4,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from .baseline import Baseline
 from .bench import NATIVE, Bench, Choice
 from .budget import KINDS, Budget, BudgetOver
 from .checking import Checker, case_of, is_crash
-from .confirm import Confirmed, confirm
+from .confirm import confirm
 from .engine import CommandFailed, EngineFailed
 from .journal import Journal
 from .judge import (
@@ -37,12 +37,12 @@ from .judge import (
     judge_alone,
     timed,
 )
+from .layer_calls import calls_to_try
+from .outcome import Outcome
 from .serve import NotInForce, Served, choice_of
-from .statistics import LOOKS, Speed, smallest_effect, speed
+from .statistics import LOOKS, smallest_effect, speed
 from .timing import ROUNDS
 
-#: The most recorded calls of an operator that are tried: of those in the measured cases, and of the others.
-_MOST_CALLS, _MOST_OTHERS = 12, 4
 #: Parts of a limited budget: for native against native beyond the first look, and for candidates alone.
 _NOISE_SHARE, _ALONE_SHARE = 0.1, 0.6
 #: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
@@ -68,34 +68,6 @@ class Job:
     deadline: float | None = None
     traffic: Path | None = None
     baseline: Baseline = field(default_factory=Baseline)
-
-
-@dataclass
-class Outcome:
-    """The results so far.
-
-    Attributes:
-        noise: case -> the smallest effect that this machine can show.
-        step_us: case -> native's time.
-        served: case -> the speed of the final choice as a multiple of native's, in one engine.
-        why_native: why nothing is used. Empty: something is used.
-        incomplete: what the budget was too small for. Empty: nothing.
-        left: the names of the earlier profile's entries that stay as they are.
-        dropped: name -> why the earlier profile's choice for it is given up.
-    """
-
-    about: dict[str, Any] = field(default_factory=dict)
-    noise: dict[str, float] = field(default_factory=dict)
-    step_us: dict[str, float] = field(default_factory=dict)
-    candidates: list[Candidate] = field(default_factory=list)
-    not_exercised: list[str] = field(default_factory=list)
-    used: Choice = NATIVE
-    served: dict[str, Speed] = field(default_factory=dict)
-    confirmed: Confirmed | None = None
-    why_native: str = ""
-    incomplete: str = ""
-    left: frozenset[str] = frozenset()
-    dropped: dict[str, str] = field(default_factory=dict)
 
 
 class Tuning:
@@ -211,7 +183,7 @@ class Tuning:
             layers.setdefault(row["op"], []).append(row)
         for op, implementations in about["implementations"].items():
             for row in implementations:
-                candidate = Candidate(op, row["impl"], row["package"], _telling(layers.get(op, []), cases))
+                candidate = Candidate(op, row["impl"], row["package"], calls_to_try(layers.get(op, []), cases))
                 if row["why_not"]:
                     candidate.settle(UNAVAILABLE, row["why_not"])
                 elif not candidate.calls:
@@ -294,9 +266,9 @@ class Tuning:
             if "crashed" in found:
                 candidate.settle(CRASHED, f"{found['crashed']} ({call['call']})")
                 return
-            row = found.get("error") or timed(call, found["own"], found["theirs"], self._in_graph(call))
-            if isinstance(row, str):
-                candidate.settle(WRONG, f"{row} ({call['call']})")
+            row = timed(call, found["own"], found["theirs"], self._in_graph(call)) if "own" in found else (UNDECIDED, found["error"])
+            if isinstance(row, tuple):
+                candidate.settle(row[0], f"{row[1]} ({call['call']})")
                 return
             times.append(row)
         judge_alone(candidate, times, [str(case) for case in self._bench.cases])
@@ -311,6 +283,7 @@ class Tuning:
                 return dict(self._bench.ask("time_function", number=number, rounds=ROUNDS))
             return dict(self._bench.ask("time_layer", number=number, impl=candidate.impl, rounds=ROUNDS))
         except CommandFailed as error:
+            self._bench.stop()  # a failed capture may have left it unable to capture
             return {"error": str(error).splitlines()[0]}
         except EngineFailed as error:
             return {"crashed": str(error).splitlines()[0]}
@@ -342,7 +315,21 @@ class Tuning:
                     if candidate.name in error.missing:
                         candidate.settle(WRONG, f"it cannot be used in the engine: {error.missing[candidate.name]}")
                 self.outcome.dropped |= {name: why for name, why in error.missing.items() if name in self.outcome.left}
-                self._choose()
+            except EngineFailed as error:
+                self._drop_one([one for one in accepted if one.status == USED], str(error).splitlines()[0])
+            self._choose()
+
+    def _drop_one(self, accepted: list[Candidate], error: str) -> None:
+        """The engine ended with what was accepted and the earlier profile's choices together: drop these if they alone end it, too."""
+        kept = self._kept()
+        if accepted:
+            with suppress(EngineFailed):
+                self._bench.use(kept)
+                self._bench.round(0)
+                least = min(accepted, key=lambda candidate: candidate.gain)
+                least.settle(CRASHED, f"{least.reason}; but the engine ended with it together with others: {error}")
+                return
+        self.outcome.dropped |= dict.fromkeys((*dict(kept.impls), *kept.functions), f"the engine ended with it: {error}")
 
     def _choose(self) -> None:
         """Use what was accepted, and the earlier profile's choice for what was not measured again, or is not decided yet."""
@@ -358,9 +345,13 @@ class Tuning:
         chosen = choice_of(
             [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.name not in outcome.left]
         )
-        impls = {op: impl for op, impl in baseline.choice.impls if op in outcome.left}
-        functions = [name for name in baseline.choice.functions if name in outcome.left]
-        outcome.used = Choice.of({**impls, **dict(chosen.impls)}, [*functions, *chosen.functions])
+        kept = self._kept()
+        outcome.used = Choice.of({**dict(kept.impls), **dict(chosen.impls)}, [*kept.functions, *chosen.functions])
+
+    def _kept(self) -> Choice:
+        """The earlier profile's choices that stay."""
+        choice, left = self._job.baseline.choice, self.outcome.left
+        return Choice.of({op: impl for op, impl in choice.impls if op in left}, [name for name in choice.functions if name in left])
 
     def confirm(self) -> None:
         """Measure the profile on fresh starts. If it is slower than native, leave everything to SGLang."""
@@ -371,24 +362,18 @@ class Tuning:
         self._show("fresh starts: native, tuned, tuned, native")
         profile = self._job.directory / "candidate.yaml"
         self._write(profile, outcome)
-        outcome.confirmed = confirm(self._bench, self._measured, profile, str(outcome.used), outcome.noise)
-        slower = outcome.confirmed.slower()
-        if slower:
-            shown = ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in slower.items())
-            outcome.why_native = f"on fresh starts it had {shown}"
+        found = confirm(self._bench, self._measured, profile, str(outcome.used), outcome.noise)
+        if isinstance(found, str):
+            status, outcome.why_native = UNDECIDED, f"on a fresh start the engine failed with it: {found}"
+        else:
+            outcome.confirmed = found
+            shown = ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in found.slower().items())
+            status, outcome.why_native = SLOWER_SERVED, shown and f"on fresh starts it had {shown}"
+        if outcome.why_native:
             for candidate in outcome.candidates:
                 if candidate.status == USED:
-                    candidate.settle(SLOWER_SERVED, f"{candidate.reason}; but {outcome.why_native}")
+                    candidate.settle(status, f"{candidate.reason}; but {outcome.why_native}")
             outcome.used = NATIVE
-
-
-def _telling(calls: list[dict[str, Any]], cases: Set[str]) -> list[dict[str, Any]]:
-    """The calls to try, of an operator's calls sorted by size: the largest of the measured cases, and others of all sizes."""
-    measured = [call for call in calls if cases & call["per_pass"].keys()]
-    others = [call for call in calls if call not in measured]
-    count = min(_MOST_OTHERS, len(others))
-    chosen = sorted({round(number * (len(others) - 1) / max(1, count - 1)) for number in range(count)})
-    return [*measured[:_MOST_CALLS], *(others[place] for place in chosen)]
 
 
 def _name(call: Mapping[str, Any]) -> str:

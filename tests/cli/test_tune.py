@@ -163,18 +163,43 @@ class TestUpdate:
         assert choice == {"rms_norm": "impl:vendor.new", "silu_and_mul": "impl:vendor.new"} and "new_gelu" not in measured["entries"]
         assert "dropped: new_gelu: " in capsys.readouterr().out
 
-    def test_what_is_kept_but_cannot_be_used_is_dropped_and_listed(self, stand_in: Any, tmp_path: Path, capsys: Any) -> None:
-        path = tmp_path / "mine.yaml"
+    def only_silu_has_changed(self, path: Path) -> None:
         old_profile(path, rms_norm="vendor.new", silu_and_mul="vendor.new")
         found = yaml.safe_load(path.read_text())
         found["measured"]["with"] |= {"versions": WITH["versions"], "sources": {"email": "another"}}
         found["measured"]["entries"]["silu_and_mul"]["packages"] = ["email"]
         path.write_text(yaml.safe_dump(found))
+
+    def test_what_is_kept_but_cannot_be_used_is_dropped_and_listed(self, stand_in: Any, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / "mine.yaml"
+        self.only_silu_has_changed(path)
         stand_in.refused = {"rms_norm": "nothing in the model runs on it"}
         assert main(["tune", "m", "--update", str(path)]) == 0
         choice, measured = read(path)
         assert choice == {"silu_and_mul": "impl:vendor.new"} and measured["entries"].keys() == {"silu_and_mul"}
         assert "dropped: rms_norm: nothing in the model runs on it" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("ends_with", "stays", "told"),
+        [
+            ({"rms_norm", "silu_and_mul"}, "rms_norm", "crashed: silu_and_mul: vendor.new"),
+            ({"rms_norm"}, "silu_and_mul", "dropped: rms_norm: the engine ended with it: engine: it ended"),
+        ],
+    )
+    def test_what_ends_the_engine_only_with_what_is_kept_is_found(
+        self, stand_in: Any, tmp_path: Path, monkeypatch: Any, capsys: Any, ends_with: set[str], stays: str, told: str
+    ) -> None:
+        path, use = tmp_path / "mine.yaml", StandIn.use
+        self.only_silu_has_changed(path)
+
+        def failing(bench: Any, choice: Choice) -> dict[str, str]:
+            if ends_with <= dict(choice.impls).keys():
+                raise EngineFailed("engine: it ended")
+            return use(bench, choice)
+
+        monkeypatch.setattr(stand_in, "use", failing)
+        assert main(["tune", "m", "--update", str(path)]) == 0
+        assert read(path)[0] == {stays: "impl:vendor.new"} and told in capsys.readouterr().out
 
     def test_functions_that_are_new_are_measured(self, stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.delenv("USE_FLAGGEMS", raising=False)
@@ -211,6 +236,22 @@ def resumed(tmp_path: Path, stand_in: Any) -> tuning.Tuning:
     journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
     journal.measured("check", "x", lambda: 1)
     return tuning.Tuning(tuning.Job(tmp_path), stand_in(), journal, print, lambda path, outcome: None)
+
+
+def test_an_engine_that_fails_with_the_profile_on_a_fresh_start_leaves_everything_to_sglang(
+    stand_in: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def start(self: Any, environ: Mapping[str, str]) -> None:
+        if environ["profile"]:
+            raise EngineFailed("engine: it ended during the start")
+
+    monkeypatch.setattr(stand_in, "environ_of", lambda self, path: {"profile": str(path or "")})
+    monkeypatch.setattr(stand_in, "start", start)
+    assert main(["tune", "m"]) == 0
+    choice, measured = read(tmp_path / "profile.yaml")
+    why = "on a fresh start the engine failed with it: engine: it ended during the start"
+    assert choice == {} and measured["sglang_everywhere"] == why and f"SGLang's own everywhere: {why}" in capsys.readouterr().out
+    assert {entry["candidates"]["vendor.new"]["status"] for entry in measured["entries"].values()} == {"undecided"}
 
 
 def test_a_recording_that_fails_in_a_new_engine_is_no_candidates_fault(stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:

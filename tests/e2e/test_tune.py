@@ -20,8 +20,9 @@ from sglang_fl.tune.baseline import Baseline
 from sglang_fl.tune.bench import NATIVE, Bench
 from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, NOT_BEST, SLOWER, SLOWER_SERVED, TIE, USED, WRONG, Candidate
+from sglang_fl.tune.outcome import Outcome
 from sglang_fl.tune.served import Lengths
-from sglang_fl.tune.tuning import Job, Outcome, Tuning
+from sglang_fl.tune.tuning import Job, Tuning
 
 pytestmark = pytest.mark.e2e
 

@@ -29,11 +29,13 @@ from sglang_fl.tune.confirm import Confirmed, confirm
 from sglang_fl.tune.engine import Engine, EngineFailed
 from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, UNDECIDED, USED, WRONG, Candidate, judge_alone, timed
+from sglang_fl.tune.layer_calls import calls_to_try
+from sglang_fl.tune.outcome import Outcome
 from sglang_fl.tune.page import as_html
 from sglang_fl.tune.serve import Served, choice_of
 from sglang_fl.tune.served import Lengths, cases
 from sglang_fl.tune.statistics import LOOKS, Speed, is_decided, smallest_effect, speed
-from sglang_fl.tune.tuning import Job, Outcome, Tuning, _telling
+from sglang_fl.tune.tuning import Job, Tuning
 from sglang_fl.utils.packages import source_hash
 
 NOISE = {"prefill/1": 0.02, "decode/1": 0.02}
@@ -203,7 +205,13 @@ class TestAlone:
         )
         assert timed({}, own, theirs, in_graph=True).ratio[0] == 0.5  # type: ignore[union-attr]
         assert timed({}, own, theirs, in_graph=False).ratio[0] == 3.0  # type: ignore[union-attr]
-        assert timed({}, own, {**theirs, "error": "no"}, in_graph=True) == "timing it failed: no"
+        assert timed({}, own, {**theirs, "error": "no"}, in_graph=True) == (WRONG, "timing it failed: no")
+
+    def test_what_the_machine_could_not_time_is_no_fault_of_the_candidate(self) -> None:
+        fine: Any = {"us": 1.0, "ratio": (1.0, 1.0, 1.0), "error": None}
+        failed = {"us": None, "ratio": None, "error": "OutOfMemoryError: CUDA out of memory"}
+        for own, theirs in ((failed, fine), (failed, {**failed, "error": "no"}), (fine, failed)):
+            assert timed({}, own, theirs, in_graph=True)[0] == UNDECIDED  # type: ignore[index]
 
 
 class PlantedBench:
@@ -504,7 +512,7 @@ def test_functions_are_tried_whatever_the_settings_select_today() -> None:
 def test_of_the_calls_beside_what_is_measured_some_are_tried(others: int, expected: list[int]) -> None:
     calls = [{"bytes": 8 + number, "per_pass": {"prefill/traffic": 1}} for number in reversed(range(others))]
     measured = {"bytes": 1, "per_pass": {"decode/1": 1}}
-    assert [call["bytes"] for call in _telling([*calls, measured], {"decode/1"})] == [1, *expected]
+    assert [call["bytes"] for call in calls_to_try([*calls, measured], {"decode/1"})] == [1, *expected]
 
 
 class OverBefore(Budget):
