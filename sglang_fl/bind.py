@@ -21,7 +21,7 @@ from .dispatch.bridge.socket import Load
 from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
 from .distributed.ranks import Ranks, tensor_parallel_ranks
-from .fingerprint.announce import announce
+from .fingerprint.announce import announce, server_facts
 from .fingerprint.measured import conditions_of, warn_of_changes
 from .startup import settings_in_worker
 from .trial import open_guard
@@ -73,9 +73,9 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         )
     logger.log(level, replaced.summary())
     name = type(model).__name__
-    announce(name, settings, device, report, replaced, level, kernels)
+    announce(server_facts(name, settings, device, report, replaced, kernels), level)
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
-        _announcements[name] = lambda: announce(name, settings, device, report, operators.report, level, kernels)
+        _announcements[name] = lambda: announce(server_facts(name, settings, device, report, operators.report, kernels), level)
         operators.changed = _announce_again
     if level == logging.INFO:  # on one rank
         warn_of_changes(settings, lambda: conditions_of(getattr(model, "config", None), chip_name(device), ranks.count))

@@ -23,7 +23,7 @@ from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
 from ..dispatch.types import OpImpl, match_token
-from ..fingerprint import compare, read, setting_facts, versions
+from ..fingerprint import compare, machine_facts, read
 from ..fingerprint.compare import ABSENT
 from ..startup import check_settings
 from ..startup.words import used_functions
@@ -172,11 +172,7 @@ def run(args: argparse.Namespace) -> int:
 def _facts(settings: Settings, device: Device) -> dict[str, Any]:
     """The facts of this machine without a model, in the form of a server's own."""
     return {
-        "device": device.vendor,
-        "evidence": device.evidence,
-        "profile": settings.platform,
-        "versions": versions(),
-        "settings": setting_facts(settings),
+        **machine_facts(settings, device),
         "aten_functions": used_functions(settings, device),
         "aten_scope": settings.flagos_scope,
         "left_out": _left_out(settings, device),

@@ -7,6 +7,6 @@
 """
 
 from .compare import compare, read
-from .facts import fingerprint, setting_facts, versions
+from .facts import fingerprint, machine_facts, setting_facts, versions
 
-__all__ = ["compare", "fingerprint", "read", "setting_facts", "versions"]
+__all__ = ["compare", "fingerprint", "machine_facts", "read", "setting_facts", "versions"]

@@ -14,7 +14,7 @@ from ..device import Device
 from ..dispatch.bridge.report import BindReport
 from ..dispatch.kernel_implementations import is_kernel
 from .compare import MARK
-from .facts import fingerprint, setting_facts, versions
+from .facts import fingerprint, machine_facts
 
 logger = logging.getLogger("sglang_fl")
 
@@ -25,29 +25,19 @@ _gauge: Any = None
 _samples: dict[str, Any] = {}
 
 
-def announce(
-    model: str,
-    settings: Settings,
-    device: Device,
-    bound: BindReport,
-    replaced: AtenReport,
-    log_level: int,
-    kernels: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> str:
+def announce(facts: dict[str, Any], log_level: int) -> str:
     """Log the fingerprint of a model that was just bound, or whose functions changed, and set the metric if the server runs with
     ``--enable-metrics``.
 
     Args:
-        model: the name of its class.
+        facts: what :func:`server_facts` returns.
         log_level: the level of the line. Every process of the model sets the metric; equal ones show as one.
-        kernels: implementation -> the kernels outside of SGLang's layers that run on it.
 
     Returns:
         the fingerprint.
     """
-    facts = server_facts(model, settings, device, bound, replaced, kernels)
     mark = fingerprint(facts)
-    logger.log(log_level, "%s%s of %s: %s", MARK, mark, model, json.dumps(facts))
+    logger.log(log_level, "%s%s of %s: %s", MARK, mark, facts["model"], json.dumps(facts))
     if _metrics_are_on():
         _set_metric(mark, facts)
     return mark
@@ -61,7 +51,12 @@ def server_facts(
     replaced: AtenReport,
     kernels: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What a server runs, in the shape of ``sglang-fl ops --json``."""
+    """What a server runs, in the shape of ``sglang-fl ops --json``.
+
+    Args:
+        model: the name of its class.
+        kernels: implementation -> the kernels outside of SGLang's layers that run on it.
+    """
     destinations: dict[str, set[str]] = {}
     for op, _, destination in bound.layers:
         destinations.setdefault(op, set()).add(destination)
@@ -70,11 +65,7 @@ def server_facts(
     destinations |= {kernel: {destination} for destination, names in kernels.items() for kernel in names}
     return {
         "model": model,
-        "device": device.vendor,
-        "evidence": device.evidence,
-        "profile": settings.platform,
-        "versions": versions(),
-        "settings": setting_facts(settings),
+        **machine_facts(settings, device),
         "operators": [{"op": op, "picked": "; ".join(sorted(to)), "runs_on": sorted(to)} for op, to in sorted(destinations.items())],
         "aten_functions": sorted({function for _, function in replaced.replaced}),
         "aten_scope": "graphs" if replaced.in_graphs else "everywhere",

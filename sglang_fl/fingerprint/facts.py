@@ -8,21 +8,14 @@ from typing import Any
 
 from .. import __version__
 from ..config import Settings
+from ..device import Device
 from ..utils.packages import installed_version
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flag_gems", "torch_npu", "transformers")
 #: Settings that change logs only.
 _WRITTEN_DOWN = frozenset(
-    (
-        "dispatch_log",
-        "dispatch_debug",
-        "log_level",
-        "flaggems_record",
-        "flaggems_log_path",
-        "flaggems_log_once",
-        "trial_record",
-        "trial_limit",
-    )
+    {"dispatch_log", "dispatch_debug", "log_level", "flaggems_record", "flaggems_log_path", "flaggems_log_once"}
+    | {"trial_record", "trial_limit"}
 )
 
 
@@ -30,6 +23,12 @@ def versions() -> dict[str, str | None]:
     """The versions of sglang-fl and of all that it runs on. None: not installed."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"sglang-fl": __version__, "python": python, **{name: installed_version(name) for name in _PACKAGES}}
+
+
+def machine_facts(settings: Settings, device: Device) -> dict[str, Any]:
+    """The chip, the profile, the versions and the settings."""
+    about = {"device": device.vendor, "evidence": device.evidence, "profile": settings.platform}
+    return {**about, "versions": versions(), "settings": setting_facts(settings)}
 
 
 def setting_facts(settings: Settings) -> dict[str, dict[str, Any]]:

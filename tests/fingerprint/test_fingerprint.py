@@ -145,7 +145,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_without_a_server_there_is_a_log_line_and_no_metric(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     with caplog.at_level(logging.INFO, "sglang_fl"):
-        mark = announce("Qwen3ForCausalLM", load_settings(ENVIRON, device=NVIDIA), NVIDIA, BOUND, REPLACED, logging.INFO)
+        mark = announce(server_facts("Qwen3ForCausalLM", load_settings(ENVIRON, device=NVIDIA), NVIDIA, BOUND, REPLACED), logging.INFO)
     (line,) = caplog.messages
     assert line.startswith(f"sglang-fl: fingerprint {mark} of Qwen3ForCausalLM: ")
     (tmp_path / "log").write_text(line)
