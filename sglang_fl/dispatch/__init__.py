@@ -11,36 +11,25 @@ This package, without ``bridge`` and ``backends``, is plain Python: it imports n
 FlagGems nor a vendor's package.
 """
 
-from .builtin_ops import register_builtins as register_builtins
-from .logger_manager import get_logger as get_logger
-from .logger_manager import set_log_level as set_log_level
-from .manager import OpManager as OpManager
-from .manager import Plan as Plan
-from .manager import call_op as call_op
-from .manager import get_default_manager as get_default_manager
-from .manager import reset_default_manager as reset_default_manager
-from .manager import resolve_op as resolve_op
-from .ops import OPERATORS as OPERATORS
-from .ops import FLBackendBase as FLBackendBase
-from .policy import PREFER_DEFAULT as PREFER_DEFAULT
-from .policy import PREFER_REFERENCE as PREFER_REFERENCE
-from .policy import PREFER_VENDOR as PREFER_VENDOR
-from .policy import PolicyManager as PolicyManager
-from .policy import SelectionPolicy as SelectionPolicy
-from .policy import get_policy as get_policy
-from .policy import policy_context as policy_context
-from .policy import policy_from_config as policy_from_config
-from .policy import reset_global_policy as reset_global_policy
-from .policy import set_global_policy as set_global_policy
-from .policy import with_allowed_vendors as with_allowed_vendors
-from .policy import with_denied_vendors as with_denied_vendors
-from .policy import with_preference as with_preference
-from .policy import with_strict_mode as with_strict_mode
-from .registry import OpRegistry as OpRegistry
-from .registry import OpRegistrySnapshot as OpRegistrySnapshot
-from .types import SGLANG as SGLANG
-from .types import BackendImplKind as BackendImplKind
-from .types import BackendPriority as BackendPriority
-from .types import OpImpl as OpImpl
-from .types import Refusal as Refusal
-from .types import match_token as match_token
+from .builtin_ops import register_builtins
+from .logger_manager import get_logger, set_log_level
+from .manager import OpManager, Plan, call_op, get_default_manager, reset_default_manager, resolve_op
+from .ops import OPERATORS, FLBackendBase
+from .policy import (
+    PREFER_DEFAULT,
+    PREFER_REFERENCE,
+    PREFER_VENDOR,
+    PolicyManager,
+    SelectionPolicy,
+    get_policy,
+    policy_context,
+    policy_from_config,
+    reset_global_policy,
+    set_global_policy,
+    with_allowed_vendors,
+    with_denied_vendors,
+    with_preference,
+    with_strict_mode,
+)
+from .registry import OpRegistry, OpRegistrySnapshot
+from .types import SGLANG, BackendImplKind, BackendPriority, OpImpl, Refusal, match_token
