@@ -8,55 +8,46 @@ bridge's to say; all of them may stand in ``oot_whitelist`` and ``oot_blacklist`
 
 from .kernel_implementations import is_kernel
 
+
+def _classes(*homes: str) -> tuple[tuple[str, str], ...]:
+    """(module, class) of each class in ``"module: Class Class"``; the modules are below ``sglang.srt``."""
+    split = (home.split(": ") for home in homes)
+    return tuple((f"sglang.srt.{module}", name) for module, names in split for name in names.split())
+
+
 #: operator -> (module, class), the class described by the operator's signature first.
 LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
-    "gelu_and_mul": (("sglang.srt.layers.activation", "GeluAndMul"),),
-    "gemma_rms_norm": (
-        ("sglang.srt.layers.layernorm", "GemmaRMSNorm"),
-        ("sglang.srt.layers.layernorm", "Gemma3RMSNorm"),
+    "gelu_and_mul": _classes("layers.activation: GeluAndMul"),
+    "gemma_rms_norm": _classes("layers.layernorm: GemmaRMSNorm Gemma3RMSNorm"),
+    "layer_norm": _classes("layers.layernorm: LayerNorm"),
+    "new_gelu": _classes("layers.activation: NewGELU"),
+    "quick_gelu": _classes("layers.activation: QuickGELU"),
+    "relu2": _classes("layers.activation: ReLU2"),
+    "silu_and_mul": _classes("layers.activation: SiluAndMul", "models.beam: BeamSiluAndMul"),
+    "rms_norm": _classes(
+        "layers.layernorm: RMSNorm Gemma4RMSNorm RMSNormWithoutScale",
+        "models.gemma3n_causal: Gemma3nRMSNorm",
+        "models.glm4v: Glm4vRMSNorm",
+        "models.glm_ocr: GlmOcrRMSNorm",
     ),
-    "layer_norm": (("sglang.srt.layers.layernorm", "LayerNorm"),),
-    "new_gelu": (("sglang.srt.layers.activation", "NewGELU"),),
-    "quick_gelu": (("sglang.srt.layers.activation", "QuickGELU"),),
-    "relu2": (("sglang.srt.layers.activation", "ReLU2"),),
-    "silu_and_mul": (
-        ("sglang.srt.layers.activation", "SiluAndMul"),
-        ("sglang.srt.models.beam", "BeamSiluAndMul"),
+    "rotary_embedding": _classes(
+        "layers.rotary_embedding.base: RotaryEmbedding LinearScalingRotaryEmbedding",
+        "layers.rotary_embedding.bailing_mrope: BailingMRotaryEmbedding",
+        "layers.rotary_embedding.rope_variant: DeepseekScalingRotaryEmbedding DynamicNTKAlphaRotaryEmbedding",
+        "layers.rotary_embedding.rope_variant: DynamicNTKScalingRotaryEmbedding Gemma4RotaryEmbedding",
+        "layers.rotary_embedding.rope_variant: Llama3RotaryEmbedding Llama4VisionRotaryEmbedding",
+        "layers.rotary_embedding.yarn: YaRNScalingRotaryEmbedding",
+        "models.beam: BeamRotaryEmbedding",
+        "models.grok: ScalingRotaryEmbedding",
     ),
-    "rms_norm": (
-        ("sglang.srt.layers.layernorm", "RMSNorm"),
-        ("sglang.srt.layers.layernorm", "Gemma4RMSNorm"),
-        ("sglang.srt.layers.layernorm", "RMSNormWithoutScale"),
-        ("sglang.srt.models.gemma3n_causal", "Gemma3nRMSNorm"),
-        ("sglang.srt.models.glm4v", "Glm4vRMSNorm"),
-        ("sglang.srt.models.glm_ocr", "GlmOcrRMSNorm"),
+    "mrotary_embedding": _classes("layers.rotary_embedding.mrope: MRotaryEmbedding Ernie4_5_VLRotaryEmbedding YaRNScalingMRotaryEmbedding"),
+    "fused_moe": _classes(
+        "layers.quantization.unquant: UnquantizedFusedMoEMethod",
+        "hardware_backend.npu.quantization.online_moe_methods: NPUMXFP8OnlineMoEMethod",
+        "models.beam: BeamUnquantizedFusedMoEMethod",
+        "models.inkling_common.dense_mlp: _InklingUnquantizedFusedMoEMethod",
     ),
-    "rotary_embedding": (
-        ("sglang.srt.layers.rotary_embedding.base", "RotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.base", "LinearScalingRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.bailing_mrope", "BailingMRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.rope_variant", "DeepseekScalingRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.rope_variant", "DynamicNTKAlphaRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.rope_variant", "DynamicNTKScalingRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.rope_variant", "Gemma4RotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.rope_variant", "Llama3RotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.rope_variant", "Llama4VisionRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.yarn", "YaRNScalingRotaryEmbedding"),
-        ("sglang.srt.models.beam", "BeamRotaryEmbedding"),
-        ("sglang.srt.models.grok", "ScalingRotaryEmbedding"),
-    ),
-    "mrotary_embedding": (
-        ("sglang.srt.layers.rotary_embedding.mrope", "MRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "Ernie4_5_VLRotaryEmbedding"),
-        ("sglang.srt.layers.rotary_embedding.mrope", "YaRNScalingMRotaryEmbedding"),
-    ),
-    "fused_moe": (
-        ("sglang.srt.layers.quantization.unquant", "UnquantizedFusedMoEMethod"),
-        ("sglang.srt.hardware_backend.npu.quantization.online_moe_methods", "NPUMXFP8OnlineMoEMethod"),
-        ("sglang.srt.models.beam", "BeamUnquantizedFusedMoEMethod"),
-        ("sglang.srt.models.inkling_common.dense_mlp", "_InklingUnquantizedFusedMoEMethod"),
-    ),
-    "topk": (("sglang.srt.layers.moe.topk", "TopK"),),
+    "topk": _classes("layers.moe.topk: TopK"),
 }
 
 #: SGLang's layer class -> its operator. Orders may be given under its name.
@@ -90,15 +81,8 @@ NOT_COVERED_CLASSES = frozenset({"FusedMoE", "Mixer2RMSNormGated", "fused_recurr
 
 #: Those that have a forward of their own, and so always stay with SGLang.
 CUSTOM_FORWARD = frozenset(
-    {
-        "BailingMRotaryEmbedding",
-        "DeepseekScalingRotaryEmbedding",
-        "Ernie4_5_VLRotaryEmbedding",
-        "Gemma3nRMSNorm",
-        "Glm4vRMSNorm",
-        "GlmOcrRMSNorm",
-        "Llama4VisionRotaryEmbedding",
-    }
+    {"BailingMRotaryEmbedding", "DeepseekScalingRotaryEmbedding", "Ernie4_5_VLRotaryEmbedding", "Llama4VisionRotaryEmbedding"}
+    | {"Gemma3nRMSNorm", "Glm4vRMSNorm", "GlmOcrRMSNorm"}
 )
 
 

@@ -7,10 +7,11 @@ The operator's name is the kernel's, ``sglang.module:name``. A function is calle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from ..config import Settings
-from ..device import Device, KernelReplacement, declared, has_triton, target_problem
+from ..device import Device, declared, has_triton, target_problem
 from ..kernels.reference import REFERENCES
 from .registry import OpRegistry
 from .types import BackendImplKind, BackendPriority, LazyFunction, OpImpl, why_left_to_triton
@@ -45,27 +46,18 @@ def names_of(op: str) -> set[str]:
 
 def register_builtins(registry: OpRegistry) -> None:
     """Register the references, and what each installed package declares of its chip."""
-    for target, given in REFERENCES.items():
-        _register(registry, target, given, "reference.torch", None, partial(why_left_to_triton, target))
-    for vendor, platform in declared().platforms.items():
-        for target, given in platform.kernels().items():
-            _register(registry, target, given, f"vendor.{vendor}", vendor, partial(_why_not_this_chip, vendor))
-
-
-def _register(
-    registry: OpRegistry,
-    target: str,
-    given: KernelReplacement,
-    impl_id: str,
-    vendor: str | None,
-    why_unavailable: Callable[[Settings, Device], str | None],
-) -> None:
-    module, _, name = given.function.partition(":")
-    kind = BackendImplKind.REFERENCE if vendor is None else BackendImplKind.VENDOR
-    registry.register_impl(
-        OpImpl(
+    references = ((None, target, given, partial(why_left_to_triton, target)) for target, given in REFERENCES.items())
+    declarations = (
+        (vendor, target, given, partial(_why_not_this_chip, vendor))
+        for vendor, platform in declared().platforms.items()
+        for target, given in platform.kernels().items()
+    )
+    for vendor, target, given, why_unavailable in chain(references, declarations):
+        module, _, name = given.function.partition(":")
+        kind = BackendImplKind.REFERENCE if vendor is None else BackendImplKind.VENDOR
+        impl = OpImpl(
             target,
-            impl_id,
+            "reference.torch" if vendor is None else f"vendor.{vendor}",
             kind,
             KernelFunction(module, name, why_unavailable, given.takes_grid),
             vendor=vendor,
@@ -73,7 +65,7 @@ def _register(
             writes_inputs=given.writes_inputs,
             batch_invariant=given.batch_invariant,
         )
-    )
+        registry.register_impl(impl)
 
 
 def may_be_replaced(settings: Settings, device: Device) -> bool:
