@@ -118,8 +118,6 @@ class _Given:
 
 #: Where FlagOS is preferred and this package's own kernel is faster than FlagGems's.
 _TRITON_FIRST = ("triton", "flagos", "vendor", "reference")
-#: (operator, order) pairs.
-Orders = tuple[tuple[str, tuple[str, ...]], ...]
 #: The values of one source, by the setting's name.
 _Layer = dict[str, _Given]
 
@@ -316,7 +314,9 @@ def _parse(option: Option, given: _Given, layer: _Layer, words: Words, problems:
         told += [f"{given.where_is(item)}: {message}" for item, message in unknown]
         if unknown and gone is not None:
             value = _without(option, value, {item for item, _ in unknown}, words)
-        layer[option.name] = replace(given, value=_by_operator(value, words) if option.name == "op_backends" else value)
+        if option.name == "op_backends":  # some may be given under the name of SGLang's class
+            value = tuple((words.operator_of.get(name, name), order) for name, order in value)
+        layer[option.name] = replace(given, value=value)
 
 
 def _without(option: Option, value: Any, unknown: set[str], words: Words) -> Any:
@@ -325,11 +325,6 @@ def _without(option: Option, value: Any, unknown: set[str], words: Words) -> Any
         return tuple(word for word in value if word not in unknown)
     known = [(op, order) for op, order in value if words.problem_with_operator(words.operator_of.get(op, op), order) is None]
     return tuple((op, ("sglang",) if op in unknown else order) for op, order in known)
-
-
-def _by_operator(orders: Orders, words: Words) -> Orders:
-    """The orders of operators where some are given under the name of SGLang's class."""
-    return tuple((words.operator_of.get(name, name), order) for name, order in orders)
 
 
 def _unknown_names(option: Option, value: Any, words: Words) -> Iterator[tuple[str, str]]:

@@ -116,13 +116,9 @@ class TorchDeviceMixin(DeviceMixin):
 class OutOfTreeDevice(OutOfTree, TorchDeviceMixin):
     """A device type of its own, such as ``mlu``."""
 
-    _enum = PlatformEnum.OOT
-
 
 class OutOfTreeCuda(OutOfTree, CudaDeviceMixin):
     """A chip that answers to ``torch.cuda`` and is not NVIDIA's."""
-
-    _enum = PlatformEnum.OOT
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Without ``piecewise_graph`` no prefill graphs, unless the user asks for them: SGLang itself does not look."""

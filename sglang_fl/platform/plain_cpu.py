@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
-from sglang.srt.platforms.device_mixin import PlatformEnum
 
 from .. import compat
 from . import cpu_limits
@@ -20,8 +19,6 @@ _BIND, _BOUND_BY_US = "SGLANG_CPU_OMP_THREADS_BIND", "_SGLANG_FL_CPU_OMP_THREADS
 
 class PlainCpu(OutOfTree, CpuDeviceMixin):
     """SGLang's own CPU engine needs AMX kernels built for it."""
-
-    _enum = PlatformEnum.OOT
 
     def get_device(self, device_id: int | None = 0) -> str:
         return "cpu"

@@ -61,18 +61,8 @@ class Server:
         self.log = log
         self.keep = False
         self.module = command[0]
-        self._command = [
-            sys.executable,
-            "-m",
-            *command,
-            "--model-path",
-            str(model),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        self._command += arguments
+        own = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        self._command = [sys.executable, "-m", *command, *own, *arguments]
         self._environ = {**os.environ, **(environ or {})}
         self.process: subprocess.Popen[bytes] | None = None
 

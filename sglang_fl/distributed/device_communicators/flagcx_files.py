@@ -15,35 +15,16 @@ _PLACES = ("build/lib", "lib", ".")
 #: The used part of ``struct flagcxDeviceHandle`` in FlagCX 0.5 to 0.13. Older releases lack
 #: hostGetDevicePointer.
 DEVICE_HANDLE = (
-    "deviceSynchronize",
-    "deviceMemcpy",
-    "deviceMemset",
-    "deviceMalloc",
-    "deviceFree",
-    "setDevice",
-    "getDevice",
-    "getDeviceCount",
-    "getVendor",
-    "hostGetDevicePointer",
-    "streamCreate",
-    "streamDestroy",
-    "streamCopy",
-    "streamFree",
+    *("deviceSynchronize", "deviceMemcpy", "deviceMemset", "deviceMalloc", "deviceFree"),
+    *("setDevice", "getDevice", "getDeviceCount", "getVendor", "hostGetDevicePointer"),
+    *("streamCreate", "streamDestroy", "streamCopy", "streamFree"),
 )
 UNIQUE_ID_BYTES = 256
+#: FlagCX's names of its result codes, data types and reductions, from code 0.
 RESULTS = (
-    "flagcxSuccess",
-    "flagcxUnhandledDeviceError",
-    "flagcxSystemError",
-    "flagcxInternalError",
-    "flagcxInvalidArgument",
-    "flagcxInvalidUsage",
-    "flagcxRemoteError",
-    "flagcxInProgress",
-    "flagcxUnhandledCCLError",
-    "flagcxNotSupported",
+    *("flagcxSuccess", "flagcxUnhandledDeviceError", "flagcxSystemError", "flagcxInternalError", "flagcxInvalidArgument"),
+    *("flagcxInvalidUsage", "flagcxRemoteError", "flagcxInProgress", "flagcxUnhandledCCLError", "flagcxNotSupported"),
 )
-#: FlagCX's names of its result codes, from 0.
 _TYPES = ("Int8", "Uint8", "Int32", "Uint32", "Int64", "Uint64", "Float16", "Float32", "Float64", "Bfloat16")
 DATA_TYPES = {f"flagcx{name}": code for code, name in enumerate(_TYPES)}
 REDUCE_OPS = {f"flagcx{name}": code for code, name in enumerate(("Sum", "Prod", "Max", "Min", "Avg"))}
