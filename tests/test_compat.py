@@ -80,6 +80,9 @@ class Native:
     def post_load_model(self, model: Any) -> None:
         self.calls.append("model")
 
+    def is_out_of_tree(self) -> bool:
+        return False
+
 
 class Platform(PlatformHooks, Native):
     device = Device("cpu", "cpu", None, "a test")

@@ -75,6 +75,12 @@ def test_a_hybrid_model_keeps_no_snapshots(resolve: Any, given: dict[str, Any], 
     assert len([record for record in caplog.records if "keeps no state snapshots" in record.message]) == 1
 
 
+def test_pages_that_need_snapshots_are_refused_by_name(resolve: Any) -> None:
+    with pytest.raises(ValueError, match="--page-size 16: this platform keeps no state snapshots of hybrid models"):
+        resolve(HYBRID, page_size=16)
+    assert resolve(HYBRID, page_size=16, disable_radix_cache=True)["page_size"] == 16
+
+
 def test_other_models_keep_the_overlap_schedule(resolve: Any) -> None:
     assert not resolve()["disable_overlap_schedule"]
 

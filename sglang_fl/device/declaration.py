@@ -80,7 +80,8 @@ class VendorPlatform:
         mamba_extra_buffer: ``support_mamba_cache_extra_buffer``: hybrid models may keep snapshots of their state.
         capabilities: names of :data:`CAPABILITIES`; see SGLang's ``PlatformCapabilities``. ``supports_pynccl`` makes SGLang
             use PyNccl. None: what the table knows, or for ``device_type`` ``cuda`` Triton and graphs, or else nothing.
-        compile_backend: what ``torch.compile`` uses: ``inductor``, or ``eager`` where Inductor has no driver for the chip.
+        compile_backend: what ``torch.compile`` uses: ``inductor``, ``eager`` where Inductor has no driver for the chip, or a compiler
+            that a package registers under PyTorch's entry-point group ``torch_dynamo_backends``.
         speculative_algorithms: ``supports_speculative_algorithm``: what ``--speculative-algorithm`` may name.
         draft_attention: ``supports_speculative_draft_attention_backend``: the attention backends of draft models for DFLASH;
             the first is the default.

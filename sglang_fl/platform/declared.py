@@ -222,8 +222,10 @@ def _problems(declaration: VendorPlatform) -> list[str]:
         if name not in known:
             problems.append(describe(declaration, f"unknown attention backend {name!r}{suggest(name, known)}"))
     problems += [describe(declaration, problem) for problem in _word_problems(declaration)]
-    unusable = why_unusable(torch, declaration.row().device_type)
-    return problems if unusable is None else [*problems, describe(declaration, unusable)]
+    for device_type in dict.fromkeys((declaration.row().device_type, declaration.group_device)):
+        if device_type is not None and (unusable := why_unusable(torch, device_type)):
+            problems.append(describe(declaration, unusable))
+    return problems
 
 
 def _load_problem(path: str) -> str | None:
@@ -254,3 +256,19 @@ def _word_problems(declaration: VendorPlatform) -> Iterator[str]:
             SpeculativeAlgorithm.from_string(name)  # of plugins too
         except ValueError:
             yield f"unknown speculative algorithm {name!r}{suggest(name, [algorithm.name for algorithm in SpeculativeAlgorithm])}"
+    if declaration.compile_backend is not None and (problem := _compiler_problem(declaration.compile_backend)):
+        yield f"compile_backend: {problem}"
+
+
+def _compiler_problem(name: str) -> str | None:
+    """Why PyTorch cannot compile with it. SGLang's modules that do so could not be imported."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if name not in known:
+        return f"PyTorch has no compiler {name!r}{suggest(name, known)}"
+    try:
+        torch.compile(lambda: None, backend=name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return f"{name!r} cannot be loaded: {last_line(error)}"
+    return None

@@ -49,6 +49,10 @@ class PlatformHooks:
         elif warning := compat.version_warning():
             logger.warning("%s; all interfaces that sglang-fl needs are there, so it is active", warning)
         super().apply_server_args_defaults(server_args)  # type: ignore[misc]
+        if self.is_out_of_tree() and not self.support_mamba_cache_extra_buffer():  # type: ignore[attr-defined]
+            from .hybrids import leave_out_snapshots
+
+            leave_out_snapshots(server_args)
         if problems:
             return
         from ..bind import bind_kernels

@@ -11,7 +11,6 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from ..device import Device, Vendor, known_vendors
 from . import custom_operators
-from .hybrids import leave_out_snapshots
 
 
 def record(server_args: Any) -> Any:
@@ -34,11 +33,6 @@ class OutOfTree(SRTPlatform):
     @cached_property  # SGLang reads it in every step
     def capabilities(self) -> PlatformCapabilities:
         return PlatformCapabilities(**dict.fromkeys(self.vendor.capabilities, True))
-
-    def apply_server_args_defaults(self, server_args: Any) -> None:
-        super().apply_server_args_defaults(server_args)
-        if not self.support_mamba_cache_extra_buffer():
-            leave_out_snapshots(server_args)
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         super().post_load_model(model)

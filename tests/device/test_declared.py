@@ -311,7 +311,7 @@ def apply(platform: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(startup, "resolve", lambda device: resolved.append(device) or Settings())
     monkeypatch.setattr("sglang_fl.platform.plain_cpu._given", lambda server_args, name: 1)
     monkeypatch.setattr("sglang_fl.platform.plain_cpu._share_cores", lambda server_args: None)
-    monkeypatch.setattr("sglang_fl.platform.out_of_tree.leave_out_snapshots", lambda server_args: None)
+    monkeypatch.setattr("sglang_fl.platform.hybrids.leave_out_snapshots", lambda server_args: None)
     resolved: list[Device] = []
     server_args = SimpleNamespace()
     platform.apply_server_args_defaults(server_args)

@@ -4,6 +4,8 @@
 SGLang's own code asks: its resolution of arguments, its choice of a quantisation config, its groups of ranks.
 """
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from sglang_fl.device import ENTRY_POINT_GROUP, OUT_OF_TREE_ONLY, Device, Vendor
 from sglang_fl.platform import platform_class
 from sglang_fl.platform.declared import DeclaredAnswers
 
+HYBRID = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "num_hidden_layers": 2, "max_position_embeddings": 512}
 MUSA = Device("mthreads", "musa", "musa", "a test")
 HERE = Device("mychip", "cpu", None, "a test")
 CODE = """
@@ -122,7 +125,8 @@ def resolved(packages: Packages, monkeypatch: pytest.MonkeyPatch, *given: str, *
 
     monkeypatch.setattr(startup, "resolve", lambda device: Settings())
     monkeypatch.setattr("sglang_fl.platform.plain_cpu._share_cores", lambda server_args: None)
-    platform_of(packages, HERE, monkeypatch, device_type="'cpu'", is_present="lambda: True", **fields)
+    platform = platform_of(packages, HERE, monkeypatch, device_type="'cpu'", is_present="lambda: True", **fields)
+    monkeypatch.setattr("sglang.srt.arg_groups.mamba_hook.current_platform", platform)
     server_args = arguments(*given)
     server_args.resolve_once()
     return resolving_view(server_args)
@@ -132,6 +136,24 @@ def test_server_arguments_get_its_defaults_where_the_user_gives_none(packages: P
     defaults = "{'page_size': 32, 'disable_overlap_schedule': True, 'max_running_requests': 7}"
     found = resolved(packages, monkeypatch, "--max-running-requests", "5", server_args=defaults)
     assert (found.page_size, found.disable_overlap_schedule, found.max_running_requests) == (32, True, 5)
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "given", "found"),
+    [
+        ("False", (), ("no_buffer", True, 1)),
+        ("False", ("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"), ("no_buffer", True, 1)),
+        ("True", (), ("extra_buffer", False, 32)),
+    ],
+)
+def test_hybrid_models_are_served_with_its_defaults(
+    packages: Packages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, snapshots: str, given: tuple[str, ...], found: tuple[Any, ...]
+) -> None:
+    """SGLang has larger pages for them only where the platform keeps snapshots of their states."""
+    (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+    arguments = ("--model-path", str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init", *given)
+    cfg = resolved(packages, monkeypatch, *arguments, server_args="{'page_size': 32}", mamba_extra_buffer=snapshots)
+    assert (cfg.mamba_radix_cache_strategy, cfg.disable_overlap_schedule, cfg.page_size) == found
 
 
 @pytest.mark.parametrize(("given", "attention"), [((), "mt_attention"), (("--attention-backend", "torch_native"), "torch_native")])
@@ -191,6 +213,8 @@ def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: p
         ),
         ({"sglang_kernels": "{'sglang.kernels.ops.memory.common:get_last_loc_triton': 'M:Runer'}"}, "has no attribute 'Runer'"),
         ({"draft_attention": "('trition',)"}, "unknown attention backend 'trition'; did you mean 'triton'?"),
+        ({"group_device": "'cpuu'"}, "PyTorch has no device type 'cpuu'"),
+        ({"compile_backend": "'indutor'"}, "compile_backend: PyTorch has no compiler 'indutor'; did you mean 'inductor'?"),
         (
             {"quantization": "{'x': 'M:Runner'}"},
             "is not a subclass of SGLang's sglang.srt.layers.quantization.base_config:QuantizationConfig",

@@ -246,6 +246,15 @@ def test_binding_changes_nothing_but_rounding(runner: Runner, name: str) -> None
     assert off <= allowed
 
 
+def test_a_backend_with_flagos_signatures_serves_mrope(runner: Runner) -> None:
+    """As the reference does, which it computes with. test_hybrid.py and test_qwen3_moe.py serve its other operators."""
+    config, expected = MODELS["qwen3 vl"]
+    environ = {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_STRICT": "1", "SGLANG_FL_PLUGIN_MODULES": "field_backend"}
+    bound, ours, _ = runner.run(config, environ)
+    assert {layer: counts.get("forward_vendor.field") for layer, counts in bound.items() if layer in expected} == expected
+    assert torch.equal(ours, runner.run(config, ON_REFERENCE)[1])
+
+
 def test_what_a_plain_cpu_does_not_have_is_said(runner: Runner) -> None:
     """SGLang would say that the user chose the attention backend that this platform chooses."""
     with pytest.raises(AssertionError, match="needs an attention backend that SGLang has made deterministic"):
