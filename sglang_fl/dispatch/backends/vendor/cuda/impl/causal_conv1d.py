@@ -9,6 +9,7 @@ import torch
 from sglang.kernels.ops.mamba import causal_conv1d as kernels
 
 from .....types import Refusal
+from ....checks import slots_of
 
 _PADDING = -1
 
@@ -66,7 +67,8 @@ def causal_conv1d_update(
         raise Refusal("causal_conv1d_update: the kernel does not store the state after each token, and does not support trees")
     out = x.clone(memory_format=torch.contiguous_format)
     if x.numel():
-        slots = None if conv_state_indices is None else conv_state_indices.int()
+        # Without slots the kernel takes a pool of as many as there are sequences, and no larger one.
+        slots = slots_of("causal_conv1d_update", conv_state_indices, len(x), x.device).int()
         tokens = out.unsqueeze(-1) if x.dim() == 2 else out
         kernels.causal_conv1d_update(
             tokens, conv_state, weight.contiguous(), _contiguous(bias), activation is not None, None, slots, _PADDING
