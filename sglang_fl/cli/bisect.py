@@ -21,6 +21,8 @@ from ..startup import check_settings
 from .arguments import Parser, duration, number
 
 _RUNS = number(int, lambda count: count > 0, "a number of runs above 0")
+_MOST_RUNS = 40
+_RECORD = "runs.jsonl"
 _EXIT_CODES = """exit codes: 0 nothing fails, no difference; 1 found; 2 wrong usage, or the command or the model cannot be run;
 3 it is no operator; 4 undecided; 130 interrupted"""
 
@@ -51,10 +53,10 @@ def add_arguments(parser: Parser) -> None:
         metavar="TIME",
         help="a run (default: 1h), or a pass of MODEL (default: 10m), that takes longer counts as hanging",
     )
-    runs.add_argument("--max-runs", type=_RUNS, default=40, metavar="N", help="give up after this many runs (default: 40)")
+    runs.add_argument("--max-runs", type=_RUNS, metavar="N", help=f"give up after this many runs (default: {_MOST_RUNS})")
     runs.add_argument("--pairs", action="store_true", help="also look for two switches that act together; takes about twice as many runs")
     runs.add_argument("--out", type=Path, metavar="DIR", help="a folder for the record and the runs' output (default: ./bisect-DATE)")
-    runs.add_argument("--resume", type=Path, metavar="FILE", help="continue a search from its record, DIR/runs.jsonl")
+    runs.add_argument("--resume", type=Path, metavar="FILE", help=f"continue a search from its record, DIR/{_RECORD}")
     runs.add_argument("--dry-run", action="store_true", help="show the switches and their settings, and run nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -66,12 +68,23 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None and by_command:
         raise SettingsError("bisect: give either MODEL or --run 'CMD', which starts its own server, not both")
     if args.model is not None:
+        _refuse(args, "--run", "out", "max_runs", "pairs", "dry_run")
         from . import bisect_model  # PyTorch takes seconds
 
         return bisect_model.run(args)
     if not by_command:
         raise SettingsError("bisect: give MODEL, or --run 'CMD', a command that exits with 0 if the answers are good, or --resume FILE")
+    _refuse(args, "MODEL", "prompt", "prompts", "html", "archive")
+    if args.server_arguments:
+        raise SettingsError("bisect: server arguments after -- go with MODEL; the command of --run has its own")
     return _by_command(args)
+
+
+def _refuse(args: argparse.Namespace, needed: str, *options: str) -> None:
+    """Refuse options that do nothing without ``needed``."""
+    for name in options:
+        if getattr(args, name) not in (None, False):
+            raise SettingsError(f"bisect: --{name.replace('_', '-')} goes with {needed}")
 
 
 def _by_command(args: argparse.Namespace) -> int:
@@ -87,7 +100,7 @@ def _by_command(args: argparse.Namespace) -> int:
     search = CommandSearch(path, switches, args.run, args.limit, pairs=args.pairs)
     console = Console(stderr=True, markup=False, highlight=False)
     try:
-        _search(search, args.max_runs, console)
+        _search(search, args.max_runs or _MOST_RUNS, console)
     except CommandFailed as error:
         console.print(f"sglang-fl: {error}\nsglang-fl: continue with: sglang-fl bisect --resume {path}", soft_wrap=True)
         return 2
@@ -107,13 +120,15 @@ def _by_command(args: argparse.Namespace) -> int:
 def _record_path(args: argparse.Namespace) -> Path:
     if args.resume is not None:
         path: Path = args.resume.expanduser()
+        if path.is_dir():
+            path /= _RECORD
         if args.out is not None:
             raise SettingsError("--out: not allowed with --resume, which writes into the folder of its file")
         if not path.is_file():
             raise SettingsError(f"--resume: there is no file {str(path)!r}")
         return path
     folder = (args.out or Path(time.strftime("bisect-%Y-%m-%d-%H%M%S"))).expanduser()
-    path = folder / "runs.jsonl"
+    path = folder / _RECORD
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

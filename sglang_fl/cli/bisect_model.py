@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
             report = bisect(job, begin)
     except RunFailed as error:
-        print(f"sglang-fl: {error}", file=sys.stderr)
+        print(f"sglang-fl: {steps[-1][0]}: {error}", file=sys.stderr)
         if "the prompt " not in str(error):
             print("The last output of its process:", *error.output.strip().splitlines()[-12:], sep="\n  ", file=sys.stderr)
         return 2

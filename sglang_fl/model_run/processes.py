@@ -61,7 +61,7 @@ class LoadedModel:
             self._workers = [Child("sglang_fl.model_run.worker", self._environ) for _ in range(self._ranks)]
             for rank, worker in enumerate(self._workers):
                 worker.send({**self._job, "rank": rank})
-            self._answers(LOAD_LIMIT, "loading the model")
+            self._answers(LOAD_LIMIT)
         except BaseException:
             self.close()
             raise
@@ -85,9 +85,9 @@ class LoadedModel:
         """
         for worker in self._workers:
             worker.send((function, args))
-        return self._answers(limit, getattr(function, "__name__", str(function)))
+        return self._answers(limit)
 
-    def _answers(self, limit: float, what: str) -> list[Any]:
+    def _answers(self, limit: float) -> list[Any]:
         end = time.monotonic() + limit
         results: dict[int, Any] = {}
         failed: CallFailed | None = None
@@ -99,15 +99,15 @@ class LoadedModel:
                     answer = worker.receive(_POLL_SECONDS)
                 except EOFError:
                     ending = worker.ending() or "it closed the connection"
-                    self._lost(Crashed(f"{self._of(rank)} ended while {what}: {ending}", rank, worker.last_words()), failed)
+                    self._lost(Crashed(f"{self._of(rank)} ended: {ending}", rank, worker.last_words()), failed)
                 if answer is not None:
                     results[rank] = answer[1]
                     if answer[0] == "raised" and failed is None:
-                        failed = CallFailed(f"{self._of(rank)}, {what}: {answer[1]}", rank, answer[2] or worker.last_words())
+                        failed = CallFailed(f"{self._of(rank)}: {answer[1]}", rank, answer[2] or worker.last_words())
                         end = min(end, time.monotonic() + _END_SECONDS)  # the other ranks may wait for this one in a collective
             if time.monotonic() > end and len(results) < len(self._workers):
                 rank = next(rank for rank in range(len(self._workers)) if rank not in results)
-                message = f"{self._of(rank)} gave no answer within {limit:g} s while {what}"
+                message = f"{self._of(rank)} gave no answer within {limit:g} s"
                 self._lost(Hung(message, rank, self._workers[rank].last_words()), failed)
         if failed is not None:
             raise failed

@@ -79,6 +79,8 @@ class ModelRun:
         args = prepare_server_args(
             ["--model-path", model, "--random-seed", _SEED, "--nccl-port", str(port), "--disable-radix-cache", *arguments]
         )
+        if args.model_path != model:
+            raise ValueError(f"the model is {model}; leave out --model-path {args.model_path}")
         if args.tp_size != ranks or args.pp_size != 1 or args.nnodes != 1:
             raise ValueError("a model is loaded here with --tp N alone, on one machine, and N stands on the command line, in no --config")
         args.resolve_once()

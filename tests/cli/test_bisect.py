@@ -105,7 +105,7 @@ def test_two_that_act_together(bisect: Bisect) -> None:
     assert (code, found["switches"]) == (4, [])
     assert "--pairs" in found["verdict"] and "With all on, " in found["verdict"]
     before = len(found["runs"])
-    code, found = bisect("--resume", "here/runs.jsonl", "--pairs", "--max-runs", "80")
+    code, found = bisect("--resume", "here", "--pairs", "--max-runs", "80")
     assert (code, found["switches"]) == (1, ["op:topk", "op:rms_norm"])
     assert found["exclusion"] == "op_backends:\n  topk: [sglang]", "one of them is enough"
     assert len(found["runs"]) > before

@@ -24,6 +24,9 @@ from sglang_fl.cli.demo_model import RECITAL, demo_model
         (["/no/such/model"], "bisect: there is no model in /no/such/model"),
         (["m", "--run", "true"], "bisect: give either MODEL or --run 'CMD'"),
         ([], "bisect: give MODEL, or --run 'CMD'"),
+        (["m", "--out", "folder"], "bisect: --out goes with --run"),
+        (["--run", "true", "--html", "page.html"], "bisect: --html goes with MODEL"),
+        (["--run", "true", "--", "--tp", "2"], "bisect: server arguments after -- go with MODEL"),
         (["m", "--prompt", " "], "--prompt: the prompt is empty"),
         (["m", "--prompts", "/no/such/file"], "--prompts: /no/such/file cannot be read"),
         (["m", "--html", "/no/such/folder/page.html"], "--html: "),
@@ -89,10 +92,12 @@ def test_after_an_interrupt_nothing_is_left_running(tmp_path: Path) -> None:
 def test_a_model_that_sglang_cannot_load_and_arguments_that_it_does_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no-such-model"}')
     assert main(["bisect", str(tmp_path)]) == 2
-    assert "sglang-fl: the model's process, loading the model: " in capsys.readouterr().err
+    assert "sglang-fl: loading the model: the model's process: " in capsys.readouterr().err
     assert main(["bisect", str(tmp_path), "--", "--no-such-argument"]) == 2
     found = capsys.readouterr().err
     assert "SGLang does not take its arguments" in found and "--no-such-argument" in found
+    assert main(["bisect", str(tmp_path), "--", "--model", "other"]) == 2
+    assert f"the model is {tmp_path}; leave out --model-path other" in capsys.readouterr().err
 
 
 @pytest.mark.e2e

@@ -115,7 +115,7 @@ def test_each_call_of_a_layer_and_of_a_function_is_seen(loaded: LoadedModel) -> 
 
 
 def test_what_raises_says_so_and_the_model_goes_on(loaded: LoadedModel) -> None:
-    with pytest.raises(CallFailed, match=r"the model's process, raises: ValueError: on purpose") as error:
+    with pytest.raises(CallFailed, match=r"the model's process: ValueError: on purpose") as error:
         loaded.call(raises)
     assert "test_model_run.py" in error.value.output
     too_long = Batch("long", (tuple([7] * 4000),), 2)
@@ -125,7 +125,7 @@ def test_what_raises_says_so_and_the_model_goes_on(loaded: LoadedModel) -> None:
 
 
 def test_a_crash_is_an_answer_and_nothing_is_left_running(loaded: LoadedModel) -> None:
-    with pytest.raises(Crashed, match=r"the model's process ended while crashes: signal 11 \(SIGSEGV\)"):
+    with pytest.raises(Crashed, match=r"the model's process ended: signal 11 \(SIGSEGV\)"):
         loaded.call(crashes)
     names = [
         " ".join(process.info["cmdline"] or ())
