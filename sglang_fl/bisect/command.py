@@ -20,7 +20,7 @@ from ..trial import record_path
 from ..utils.json_lines import JsonLines
 from ..utils.signals import exit_reason
 from .search import Search
-from .switches import Switches, known_bad_weights
+from .switches import Switches, prior_weights
 
 #: The same exit code as for `git bisect run`.
 _CANNOT_BE_JUDGED = 125
@@ -68,17 +68,27 @@ class CommandSearch:
         command: a shell command. None: the one in the record.
         limit: the time limit of a run in seconds. None: the one in the record.
         pairs: also look for two switches that act together.
+        suspicion: for a new record, see :func:`prior_weights`.
 
     Raises:
         SettingsError: the record cannot be used, or belongs to another search.
     """
 
-    def __init__(self, path: Path, switches: Switches, command: str | None = None, limit: float | None = None, *, pairs: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        switches: Switches,
+        command: str | None = None,
+        limit: float | None = None,
+        *,
+        pairs: bool = False,
+        suspicion: Mapping[str, float] | None = None,
+    ):
         self.path, self.switches = path, switches
         self.runs: list[Run] = []
         self._file = open_record(path)
         try:
-            self._begin(command, limit, pairs)
+            self._begin(command, limit, pairs, suspicion)
         except (TypeError, KeyError, AttributeError):  # from a line in another format
             self.close()
             raise SettingsError(_no_record(path)) from None
@@ -86,14 +96,14 @@ class CommandSearch:
             self.close()
             raise
 
-    def _begin(self, command: str | None, limit: float | None, pairs: bool) -> None:
+    def _begin(self, command: str | None, limit: float | None, pairs: bool, suspicion: Mapping[str, float] | None) -> None:
         """Write the first line of a new record, or read the runs of an old one."""
         switches = self.switches
         known = {"versions": versions(), "settings": _values(setting_facts(switches.settings)), "switches": list(switches.names)}
         if not self._file.found:
             if command is None:
                 raise SettingsError(f"--resume: {self.path} is empty; start a search with --run 'CMD'")
-            weights = known_bad_weights(switches.names)
+            weights = prior_weights(switches.names, suspicion)
             header = {"format": _FORMAT, "command": command, "limit": limit or _LIMIT, "pairs": pairs, "weights": weights, **known}
             self._file.found.append(header)
             self._file.append(header)

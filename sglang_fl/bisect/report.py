@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of ``sglang-fl bisect MODEL``: tables, JSON, and the setting to paste."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..check.report import number
+from ..dispatch.catalog import FUNCTIONS, LAYERS, classes_of
 from ..model_run import Replacement
 from ..model_run.switches import ATEN
-from .findings import Finding
+from .findings import Finding, suspicion
 from .model import FOUND, Report
+from .switches import FUNCTION, OPERATOR
 from .trials import Effect, listed
 
 _COLUMNS = ("replacement", "where", "calls", "differ", "error", "SGLang's", "worst", "mean", "result")
@@ -51,7 +53,18 @@ def as_data(report: Report) -> dict[str, Any]:
             {"on": sorted(map(str, trial.on)), "effect": asdict(trial.effect), "reproduces": trial.reproduces} for trial in report.trials
         ],
         "findings": [_row(finding) for finding in report.findings],
+        "suspicion": _by_switch(suspicion(report.findings)),
     }
+
+
+def _by_switch(weights: Mapping[Replacement, float]) -> dict[str, float]:
+    """The weights of replacements by the names that they have with ``--run``. Several layer classes may share an operator."""
+    found: dict[str, float] = {}
+    for one, weight in weights.items():
+        op = next((op for op in (*LAYERS, *FUNCTIONS) if one.name in classes_of(op)), one.name)
+        switch = FUNCTION + one.name if one.kind == ATEN else OPERATOR + op
+        found[switch] = max(found.get(switch, 0.0), round(weight, 3))
+    return found
 
 
 def _row(finding: Finding) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from ..startup.words import used_functions
 FUNCTION, OPERATOR = "aten:", "op:"
 #: The weight that each profile adds to a function that it lists as broken.
 _KNOWN_BAD = 8.0
+#: The weight of a switch of which a model's report says nothing: the model does not call it.
+_NOT_CALLED = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,15 @@ def _is_switch(op: str, settings: Settings, device: Device) -> bool:
     return any(settings.exclusion_reason(names_in_lists(name, op)) is None for name in classes_of(op))
 
 
-def known_bad_weights(names: Iterable[str]) -> Mapping[str, float]:
-    """The prior weight of each switch. Functions that a profile lists as broken weigh more."""
+def prior_weights(names: Iterable[str], suspicion: Mapping[str, float] | None) -> Mapping[str, float]:
+    """The prior weight of each switch. Functions that a profile lists as broken weigh more.
+
+    Args:
+        suspicion: by switch, of a report by ``sglang-fl bisect MODEL --json``.
+    """
     listed: Counter[str] = Counter()
     for profile in sorted(PROFILES.glob("*.yaml")):
         entry = read_mapping(profile, what="a profile", problems=[]).get("flagos_broken")
         listed.update((entry.value or ()) if entry else ())
-    return {name: 1.0 + _KNOWN_BAD * listed[name.removeprefix(FUNCTION)] * name.startswith(FUNCTION) for name in names}
+    known = {name: 1.0 + _KNOWN_BAD * listed[name.removeprefix(FUNCTION)] * name.startswith(FUNCTION) for name in names}
+    return known if suspicion is None else {name: weight * suspicion.get(name, _NOT_CALLED) for name, weight in known.items()}

@@ -55,6 +55,7 @@ def add_arguments(parser: Parser) -> None:
     )
     runs.add_argument("--max-runs", type=_RUNS, metavar="N", help=f"give up after this many runs (default: {_MOST_RUNS})")
     runs.add_argument("--pairs", action="store_true", help="also look for two switches that act together; takes about twice as many runs")
+    runs.add_argument("--report", type=Path, metavar="FILE", help="what MODEL --json printed: what differs there is suspected first")
     runs.add_argument("--out", type=Path, metavar="DIR", help="a folder for the record and the runs' output (default: ./bisect-DATE)")
     runs.add_argument("--resume", type=Path, metavar="FILE", help=f"continue a search from its record, DIR/{_RECORD}")
     runs.add_argument("--dry-run", action="store_true", help="show the switches and their settings, and run nothing")
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None and by_command:
         raise SettingsError("bisect: give either MODEL or --run 'CMD', which starts its own server, not both")
     if args.model is not None:
-        _refuse(args, "--run", "out", "max_runs", "pairs", "dry_run")
+        _refuse(args, "--run", "report", "out", "max_runs", "pairs", "dry_run")
         from . import bisect_model  # PyTorch takes seconds
 
         return bisect_model.run(args)
@@ -96,8 +97,9 @@ def _by_command(args: argparse.Namespace) -> int:
         )
     if args.dry_run:
         return _dry_run(switches)
+    suspicion = _suspicion(args.report) if args.report is not None else None
     path = _record_path(args)
-    search = CommandSearch(path, switches, args.run, args.limit, pairs=args.pairs)
+    search = CommandSearch(path, switches, args.run, args.limit, pairs=args.pairs, suspicion=suspicion)
     console = Console(stderr=True, markup=False, highlight=False)
     try:
         _search(search, args.max_runs or _MOST_RUNS, console)
@@ -117,6 +119,16 @@ def _by_command(args: argparse.Namespace) -> int:
     return exit_code(search.search.verdict())
 
 
+def _suspicion(path: Path) -> dict[str, float]:
+    try:
+        found = json.loads(path.expanduser().read_text(encoding="utf-8"))["suspicion"]
+        return {str(name): float(weight) for name, weight in found.items()}
+    except OSError as error:
+        raise SettingsError(f"--report: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise SettingsError(f"--report: {path} is no report of sglang-fl bisect MODEL --json") from None
+
+
 def _record_path(args: argparse.Namespace) -> Path:
     if args.resume is not None:
         path: Path = args.resume.expanduser()
@@ -124,6 +136,8 @@ def _record_path(args: argparse.Namespace) -> Path:
             path /= _RECORD
         if args.out is not None:
             raise SettingsError("--out: not allowed with --resume, which writes into the folder of its file")
+        if args.report is not None:
+            raise SettingsError("--report: not allowed with --resume; give it to a new search")
         if not path.is_file():
             raise SettingsError(f"--resume: there is no file {str(path)!r}")
         return path

@@ -109,6 +109,7 @@ def test_the_report_and_the_archive_show_the_fault_without_us(loaded: LoadedMode
     data = json.loads(json.dumps(as_data(report)))
     assert (data["verdict"], data["setting"]) == ("found", {"flagos_blacklist": ["index"]})
     assert {row["phase"] for row in data["findings"] if row["problem"]} >= {"prefill"}
+    assert data["suspicion"]["aten:index"] == 50.0 and data["suspicion"]["op:rms_norm"] < 10.0
     page = as_html(report)
     assert page.count("<svg") == len({str(one.replacement) for one in report.findings}) and "flagos_blacklist: [index]" in page
     assert 'class="wrong"' in page and 'class="native"' in page and "http" not in page

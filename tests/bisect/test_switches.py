@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_fl.bisect.switches import FUNCTION, OPERATOR, Switches, known_bad_weights, switches_in_force
+from sglang_fl.bisect.switches import FUNCTION, OPERATOR, Switches, prior_weights, switches_in_force
 from sglang_fl.config import load_settings
 from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl
@@ -89,5 +89,11 @@ def test_a_kernel_is_a_switch_where_sglangs_own_could_run() -> None:
 
 
 def test_a_function_that_a_profile_lists_as_broken_is_suspicious() -> None:
-    found = known_bad_weights([f"{FUNCTION}mul", f"{FUNCTION}of_no_profile", f"{OPERATOR}mul"])
+    found = prior_weights([f"{FUNCTION}mul", f"{FUNCTION}of_no_profile", f"{OPERATOR}mul"], None)
     assert found[f"{FUNCTION}mul"] > found[f"{FUNCTION}of_no_profile"] == found[f"{OPERATOR}mul"] == 1.0
+
+
+def test_what_differs_in_a_report_is_suspicious() -> None:
+    found = prior_weights([f"{FUNCTION}mul", f"{FUNCTION}cos", f"{OPERATOR}rms_norm"], {f"{OPERATOR}rms_norm": 50.0, f"{FUNCTION}mul": 1.5})
+    assert found[f"{FUNCTION}mul"] > 1.5, "it is listed as broken, too"
+    assert found[f"{OPERATOR}rms_norm"] == 50.0 and found[f"{FUNCTION}cos"] == 0.1

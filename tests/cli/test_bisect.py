@@ -111,6 +111,18 @@ def test_two_that_act_together(bisect: Bisect) -> None:
     assert len(found["runs"]) > before
 
 
+def test_what_a_models_report_suspects_is_tried_first(bisect: Bisect, in_a_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = in_a_folder / "report.json"
+    report.write_text('{"suspicion": {"op:topk": 50.0, "op:rms_norm": 1.2}}')
+    code, found = bisect("--run", TOPK.format("exit 1"), "--report", str(report))
+    assert (code, found["switches"]) == (1, ["op:topk"])
+    assert len(found["runs"]) < len(bisect("--run", TOPK.format("exit 1"))[1]["runs"])
+    for text in ("[]", "{}", '{"suspicion": {"op:topk": "much"}}', "none"):
+        report.write_text(text)
+        assert main(["bisect", "--run", "true", "--report", str(report)]) == 2
+        assert f"--report: {report} is no report of sglang-fl bisect MODEL --json" in capsys.readouterr().err
+
+
 def test_runs_that_cannot_be_judged(bisect: Bisect) -> None:
     """125 here and there costs a run; always, it ends the search."""
     once = "test -e asked || { touch asked; exit 125; }; "
