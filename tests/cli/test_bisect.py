@@ -116,7 +116,7 @@ def test_what_a_models_report_suspects_is_tried_first(bisect: Bisect, in_a_folde
     report.write_text('{"suspicion": {"op:topk": 50.0, "op:rms_norm": 1.2}}')
     code, found = bisect("--run", TOPK.format("exit 1"), "--report", str(report))
     assert (code, found["switches"]) == (1, ["op:topk"])
-    assert len(found["runs"]) < len(bisect("--run", TOPK.format("exit 1"))[1]["runs"])
+    assert len(found["runs"]) < len(bisect("--run", TOPK.format("exit 1"), "--out", "without")[1]["runs"])
     for text in ("[]", "{}", '{"suspicion": {"op:topk": "much"}}', "none"):
         report.write_text(text)
         assert main(["bisect", "--run", "true", "--report", str(report)]) == 2
