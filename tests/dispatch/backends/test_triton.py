@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """This package's Triton kernels in Triton's interpreter, against float64; what they are registered as."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +48,39 @@ def test_the_kernels_in_the_interpreter() -> None:
     counts, wrong = json.loads(found.stdout.splitlines()[-1])
     assert wrong == []
     assert sorted(counts) == OPERATORS and min(counts.values()) > 10
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "pointers", "given"),
+    [
+        ("activation:gated_kernel", "x out", {"NAME": "silu", "SIZE": 512, "ROWS": 1, "BLOCK": 512}),
+        ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 2, "BLOCK": 512}),
+        ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 1, "BLOCK": 256}),
+        (
+            "rotary:rotary_kernel",
+            "query key cos sin positions query_out key_out",
+            {"QUERY_HEADS": 4, "KEY_HEADS": 2, "HEAD_DIM": 64, "HALF": 24, "INTERLEAVED": False, "ROWS": 8, "BLOCK": 32, "REST": 16}
+            | dict.fromkeys(("TIME", "HEIGHT", "WIDTH", "MIXED")),
+        ),
+    ],
+)
+def test_memory_is_touched_once_the_kernel_before_has_ended(kernel: str, pointers: str, given: dict[str, Any], overlaps: bool) -> None:
+    """Compiled for Hopper, which needs no GPU: where kernels may overlap, nothing is loaded or stored before the wait."""
+    import triton  # not above: this file is run as a script too, in which Triton's interpreter is chosen before
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, name = kernel.partition(":")
+    function = getattr(importlib.import_module(f"sglang_fl.dispatch.backends.triton.kernels.{module}"), name)
+    constants = {**given, "OVERLAPS": overlaps}
+    types = dict.fromkeys(pointers.split(), "*bf16") | {"positions": "*i64", "eps": "fp32"}
+    signature = {argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in function.arg_names}
+    source = ASTSource(function, signature, {(function.arg_names.index(argument),): value for argument, value in constants.items()})
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    order = [found[0] for found in re.finditer(r"griddepcontrol\.\w+|(?:ld|st)\.global", code)]
+    asked = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"] if overlaps else []
+    assert order[: len(asked)] == asked and {"ld.global", "st.global"} == set(order[len(asked) :])
 
 
 def main() -> None:

@@ -7,9 +7,10 @@ import triton
 
 from ...checks import half_of
 from ..kernels.activation import gated_kernel
+from .launch import launch
 
 #: How many numbers of the result a program computes, at most, and with how many warps.
-_NUMBERS, _WARPS = 512, 4
+_NUMBERS, _WARPS = 1024, 4
 #: A program takes fewer columns if a row's last one would otherwise have more than an eighth of them all to spare; no fewer than these,
 #: of which a program takes several rows where a row has less.
 _LEAST_COLUMNS = 256
@@ -34,9 +35,8 @@ def _gated(op: str, activation: str, x: torch.Tensor) -> torch.Tensor:
         by_row = by_row.contiguous()
     rows = by_row.shape[0]
     rows_at_once, block, warps = tile(size)
-    gated_kernel[(triton.cdiv(rows, rows_at_once), triton.cdiv(size, block))](
-        by_row, out, by_row.stride(0), rows, activation, size, rows_at_once, block, num_warps=warps
-    )
+    grid = (triton.cdiv(rows, rows_at_once), triton.cdiv(size, block))
+    launch(gated_kernel, grid, by_row, out, by_row.stride(0), rows, activation, size, rows_at_once, block, warps=warps)
     return out
 
 

@@ -7,6 +7,7 @@ import triton
 
 from ...checks import check_hidden_size
 from ..kernels.normalization import norm_kernel
+from .launch import launch
 
 Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -17,12 +18,12 @@ _NUMBERS = 1024
 
 
 @lru_cache
-def tile(size: int) -> tuple[int, int, int]:
+def tile(size: int, added: bool) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program."""
     block = min(_LONGEST, triton.next_power_of_2(size))
     rows = max(1, _NUMBERS // block)
-    numbers_of_a_warp = 512 if block <= 4096 else 1024
-    return rows, block, max(1, rows * block // numbers_of_a_warp)
+    numbers_of_a_thread = 8 if block <= 2048 else 64 if block > 4096 and added else 32
+    return rows, block, max(1, rows * block // (32 * numbers_of_a_thread))
 
 
 def _by_row(x: torch.Tensor) -> torch.Tensor:
@@ -39,8 +40,10 @@ def _normed(op: str, plus_one: bool, obj: Any, x: torch.Tensor, residual: torch.
     out = x.new_empty(x.shape) if added is None else by_row
     rows, size = by_row.shape
     if rows:
-        rows_at_once, block, warps = tile(size)
-        norm_kernel[(triton.cdiv(rows, rows_at_once),)](
+        rows_at_once, block, warps = tile(size, added is not None)
+        launch(
+            norm_kernel,
+            (triton.cdiv(rows, rows_at_once),),
             by_row,
             added,
             weight.contiguous(),
@@ -53,7 +56,7 @@ def _normed(op: str, plus_one: bool, obj: Any, x: torch.Tensor, residual: torch.
             plus_one,
             rows_at_once,
             block,
-            num_warps=warps,
+            warps=warps,
         )
     return out if added is None else (by_row.view(x.shape), added.view(x.shape))
 

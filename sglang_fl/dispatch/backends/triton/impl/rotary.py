@@ -8,16 +8,17 @@ import triton
 from ....types import Refusal
 from ...rotary import Rotated, mrotary_by
 from ..kernels.rotary import rotary_kernel
+from .launch import launch
 
-#: How many pairs of numbers a program turns, with one row of positions and with three, and with how many warps.
-_PAIRS, _PAIRS_BY_SECTIONS, _WARPS = 512, 1024, 4
+#: How many pairs of numbers a program turns, and with how many warps.
+_PAIRS, _WARPS = 1024, 4
 
 
 @lru_cache
-def tile(half: int, by_sections: bool) -> tuple[int, int, int]:
+def tile(half: int) -> tuple[int, int, int]:
     """(rows, pairs, warps) of a program."""
     block = triton.next_power_of_2(half)
-    return max(1, (_PAIRS_BY_SECTIONS if by_sections else _PAIRS) // block), block, _WARPS
+    return max(1, _PAIRS // block), block, _WARPS
 
 
 _NO_SECTIONS = (None, None, None, None)
@@ -49,9 +50,11 @@ def _rotated(
             cos, sin = cos.contiguous(), sin.contiguous()
         if positions.stride(-1) != 1:
             positions = positions.contiguous()
-        rows, block, warps = tile(half, sections is not _NO_SECTIONS)
+        rows, block, warps = tile(half)
         programs = triton.cdiv(tokens * query_heads, rows) + triton.cdiv(tokens * key_heads, rows)
-        rotary_kernel[(programs,)](
+        launch(
+            rotary_kernel,
+            (programs,),
             query,
             key,
             cos,
@@ -75,7 +78,7 @@ def _rotated(
             rows,
             block,
             triton.next_power_of_2(rest) if rest else 0,
-            num_warps=warps,
+            warps=warps,
         )
     return (query, key) if query_out is None or key_out is None else (query_out, key_out)
 

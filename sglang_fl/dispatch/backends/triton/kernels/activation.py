@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .overlap import wait_for_the_last
+
 
 @triton.jit
 def _times_sigmoid(v, exponent):
@@ -34,6 +36,7 @@ def gated_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``, of ROWS rows and BLOCK columns in a program.
 
@@ -45,6 +48,7 @@ def gated_kernel(
     if ROWS > 1:
         inside = inside & (row < rows)
     at = x + row * x_stride + column
+    wait_for_the_last(OVERLAPS)
     gate = tl.load(at, inside).to(tl.float32)
     up = tl.load(at + SIZE, inside).to(tl.float32)
     tl.store(out + row * SIZE + column, (_activation(gate, NAME) * up).to(out.dtype.element_ty), inside)

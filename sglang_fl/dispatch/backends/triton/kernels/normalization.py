@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .overlap import wait_for_the_last
+
 
 @triton.jit
 def _hidden(x, residual, at, residual_at, inside):
@@ -34,6 +36,7 @@ def norm_kernel(
     PLUS_ONE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """ROWS rows in a program, into ``out``: contiguous, or with a residual x itself; the sum then goes into the residual."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -41,6 +44,7 @@ def norm_kernel(
     at, residual_at, out_at = row * x_stride, row * residual_stride, row * SIZE
     if residual is not None:
         out_at = at
+    wait_for_the_last(OVERLAPS)
     if BLOCK >= SIZE:
         in_row = column < SIZE
         inside = in_row if ROWS == 1 else in_row & (row < rows)

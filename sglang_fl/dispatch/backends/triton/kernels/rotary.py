@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .overlap import wait_for_the_last
+
 
 @triton.jit
 def _row_of(positions, axis_at, token, inside, table_stride):
@@ -124,6 +126,7 @@ def rotary_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """ROWS heads of query in each of the first programs, ROWS heads of key in each of the others.
 
@@ -131,6 +134,7 @@ def rotary_kernel(
     REST the next power of two from how many numbers of a head are not turned.
     """
     program, of_query = tl.program_id(0), tl.cdiv(tokens * QUERY_HEADS, ROWS)
+    wait_for_the_last(OVERLAPS)
     if program < of_query:
         _turn(
             query,
