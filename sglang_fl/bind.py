@@ -22,7 +22,7 @@ from .dispatch.logger_manager import dispatch_log
 from .dispatch.manager import get_default_manager
 from .distributed.ranks import Ranks, tensor_parallel_ranks
 from .fingerprint.announce import announce, server_facts
-from .fingerprint.measured import conditions_of, warn_of_changes
+from .fingerprint.measured import chip_name, conditions_of, warn_of_changes
 from .startup import settings_in_worker
 from .trial import open_guard
 
@@ -117,12 +117,6 @@ def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str
         raise RuntimeError(f"{message}. strict is set, so there is no fallback. To try it again, run 'sglang-fl doctor --forget'")
     logger.log(ranks.level(logging.WARNING), "%s. To try it again, run 'sglang-fl doctor --forget'", message)
     return excluded
-
-
-def chip_name(device: Device) -> str:
-    """What the first chip calls itself."""
-    name = getattr(torch.get_device_module(device.device_type), "get_device_name", None)
-    return str(name(0)) if name is not None else device.device_type
 
 
 def _in_graphs(captures_graphs: bool) -> Any:

@@ -11,15 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import SettingsError
+from ..config import CONFIG_FILE, SettingsError, config_files
 from ..device import probe
 from ..dispatch.logger_manager import why_unwritable
+from ..dispatch.manager import get_default_manager
 from ..fingerprint.facts import versions
+from ..fingerprint.measured import chip_name, driver
 from ..tune.baseline import Baseline, read_baseline
-from ..tune.bench import NATIVE, Bench, StartFailed
+from ..tune.bench import NATIVE, Bench, StartFailed, with_profile
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
 from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
@@ -29,7 +32,7 @@ from ..tune.profile import write
 from ..tune.served import Lengths
 from ..tune.traffic import read
 from ..tune.tuning import Job, Tuning
-from ..utils.packages import installed_version, source_hash
+from ..utils.packages import package_of, source_hash
 from ..utils.suggest import suggest
 from .tune_plan import print_plan
 
@@ -102,14 +105,18 @@ def _conditions(args: argparse.Namespace, baseline: Path | None) -> dict[str, An
     def content(path: Path | None) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path and path.is_file() else str(path)
 
-    device = probe()
+    device, manager = probe(), get_default_manager()
+    manager.ensure_initialized()
+    packages = {"flag_gems"} | {package_of(impl.module) for impl in manager.registry.implementations()}
     return {
         "traffic": content(args.traffic),
         "model's configuration": content(Path(args.model) / "config.json"),
         "versions": versions(),
-        "kernels": source_hash("flag_gems") if installed_version("flag_gems") else None,
-        "chip": f"{device.vendor} {device.device_type}",
+        **{f"source of {package}": source_hash(package) for package in sorted(packages) if package},
+        "chip": chip_name(device) if torch.accelerator.is_available() else device.device_type,
+        "driver": driver(),
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_FL_") or name == "USE_FLAGGEMS"},
+        "settings files": [content(Path(name).expanduser()) for name in config_files(os.environ)],
         "update": str(args.update),
         "profile to update": content(baseline),
     }
@@ -168,7 +175,7 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, baseli
     if outcome.why_native:
         console.print(f"SGLang's own everywhere: {outcome.why_native}", markup=False)
     if outcome.about:
-        console.print(f"{args.out} was written. Use it with SGLANG_FL_CONFIG={args.out}", markup=False)
+        console.print(f"{args.out} was written. Use it with {CONFIG_FILE}={with_profile(args.out)}", markup=False)
     if outcome.about.get("plain_cpu"):
         console.print("No accelerator: times are of the CPU, without graphs.")
     if args.html:

@@ -9,7 +9,7 @@ from typing import Any
 from ..device import probe
 from .errors import SettingsError, suggest
 from .ignored import ignored_variables
-from .loader import PROFILES, load_settings, platform_name, plugin_modules, profile_path
+from .loader import PROFILES, config_files, load_settings, platform_name, plugin_modules, profile_path
 from .options import CONFIG_FILE, OPTIONS, PLATFORM, Option
 from .process import RESOLVED, hand_down, settings_in_force, settings_of_parent
 from .settings import FLAGOS_EXCLUDING, Settings, Source
@@ -26,10 +26,9 @@ def get_platform_name() -> str:
 
 
 def get_config_path() -> str | None:
-    """The user's YAML if SGLANG_FL_CONFIG names one, else the platform's profile, else None."""
-    asked = os.environ.get(CONFIG_FILE, "").strip()
-    if asked:
-        return str(Path(asked).expanduser())
+    """The last YAML file that SGLANG_FL_CONFIG names, which overrides others; else the platform's profile, else None."""
+    if asked := config_files(os.environ):
+        return str(Path(asked[-1]).expanduser())
     path = profile_path(*platform_name(os.environ, probe()))
     return str(path) if path else None
 

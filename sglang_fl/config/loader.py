@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the settings: defaults < platform profile < the user's YAML < environment."""
+"""Reads the settings: defaults < platform profile < the user's YAML files < environment."""
 
 import difflib
 import logging
@@ -27,7 +27,7 @@ _LISTS = (("oot_whitelist", "oot_blacklist"), ("flagos_whitelist", "flagos_black
 
 
 def load_settings(environ: Mapping[str, str] | None = None, *, device: Device | None = None, words: Words | None = None) -> Settings:
-    """Read the settings from the environment, the user's YAML and the platform's profile.
+    """Read the settings from the environment, the user's YAML files and the platform's profile.
 
     Args:
         environ: the environment; the process's own if None.
@@ -50,7 +50,7 @@ def load_settings(environ: Mapping[str, str] | None = None, *, device: Device | 
     profile = profile_path(platform, in_tree)
     layers = (
         _read_profile(profile, words, problems) if profile else {},
-        _read_users_file(environ, words, problems),
+        *(_read_users_file(name, words, problems) for name in config_files(environ)),
         _read_environment(environ, words, problems),
     )
     chosen = _merge(layers)
@@ -73,6 +73,11 @@ def plugin_modules(environ: Mapping[str, str]) -> tuple[str, ...]:
     option = OPTIONS["plugin_modules"]
     modules: tuple[str, ...] = option.parse(environ.get(option.env or "", ""))
     return modules
+
+
+def config_files(environ: Mapping[str, str]) -> list[str]:
+    """The files that SGLANG_FL_CONFIG names, lowest precedence first."""
+    return [name for part in environ.get(CONFIG_FILE, "").split(",") if (name := part.strip())]
 
 
 def profile_path(name: str, in_tree: bool = False) -> Path | None:
@@ -225,10 +230,7 @@ def _read_profile(path: Path, words: Words, problems: list[str]) -> _Layer:
     return _read_file(path, PROFILE, f"profile {path.stem}", replace(words, flaggems=None), problems)
 
 
-def _read_users_file(environ: Mapping[str, str], words: Words, problems: list[str]) -> _Layer:
-    name = environ.get(CONFIG_FILE, "").strip()
-    if not name:
-        return {}
+def _read_users_file(name: str, words: Words, problems: list[str]) -> _Layer:
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~name of nobody

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from ..config import CONFIG_FILE, Settings
+from ..config import CONFIG_FILE, Settings, config_files
 from ..config.loader import MEASURED
 from ..config.yaml_file import read_mapping
+from ..device import Device
 from ..utils.packages import source_hash
 from .facts import versions
 
@@ -58,7 +59,7 @@ def conditions_of(model: Any, chip: str, ranks: int) -> dict[str, Any]:
     names = getattr(model, "architectures", None) or ["none"]
     return {
         "chip": chip,
-        "driver": _driver(),
+        "driver": driver(),
         "versions": {name: found for name, found in versions().items() if name in (*_EVERY_ENTRY, *_KERNELS) and found is not None},
         "model": " ".join([str(names[0]), *(f"{name}={value}" for name, value in shape.items())]),
         "tp": ranks,
@@ -98,8 +99,8 @@ def measured_in(path: Path) -> Mapping[str, Any] | None:
 
 def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) -> None:
     """Log the entries of the profiles in use that were measured under other conditions. These are computed only if needed."""
-    asked = os.environ.get(CONFIG_FILE, "").strip()
-    for path in (asked and Path(asked).expanduser(), settings.profile_file and Path(settings.profile_file)):
+    for name in (*config_files(os.environ), settings.profile_file):
+        path = Path(name).expanduser() if name else None
         measured = measured_in(path) if path else None
         found = changes(measured, now()) if measured else []
         if found:
@@ -108,7 +109,13 @@ def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) ->
             logger.warning(message, path, path, lines)
 
 
-def _driver() -> str:
+def chip_name(device: Device) -> str:
+    """What the first chip calls itself."""
+    name = getattr(torch.get_device_module(device.device_type), "get_device_name", None)
+    return str(name(0)) if name is not None else device.device_type
+
+
+def driver() -> str:
     """The version of the accelerator's driver, if it can be read."""
     if not torch.cuda.is_available():
         return "none"

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.options import CONFIG_FILE
+from ..config import CONFIG_FILE, config_files
 from ..dispatch.ops import OPERATORS
 from .engine import CommandFailed, Engine, EngineFailed, uninterrupted
 from .served import Lengths, cases
 from .traffic import Requests
 
 #: Settings that tune chooses itself.
-_CHOSEN = re.compile(r"_SGLANG_FL_.*|SGLANG_FL_(PER_OP|PREFER|FLAGOS_.*LIST|CONFIG)|SGLANG_FLAGGEMS_.*|USE_FLAGGEMS|SGLANG_PLUGINS")
+_CHOSEN = re.compile(r"_SGLANG_FL_.*|SGLANG_FL_(PER_OP|PREFER|FLAGOS_.*LIST)|SGLANG_FLAGGEMS_.*|USE_FLAGGEMS|SGLANG_PLUGINS")
 _MODULES, _LIVE = "SGLANG_FL_PLUGIN_MODULES", "sglang_fl.tune.live"
 _START_SECONDS = 1800.0
 
@@ -53,6 +53,11 @@ NATIVE = Choice()
 
 class StartFailed(RuntimeError):
     """An engine with SGLang's own everywhere did not start: no candidate is to blame."""
+
+
+def with_profile(profile: Path) -> str:
+    """The user's settings files and a profile, which overrides them: a value of SGLANG_FL_CONFIG."""
+    return ",".join([*(name for name in config_files(os.environ) if name != str(profile)), str(profile)])
 
 
 def _changeable(choice: Choice) -> dict[str, str]:
@@ -197,6 +202,6 @@ class Bench:
     def environ_of(self, profile: Path | None) -> dict[str, str]:
         """The environment of an engine as a user starts it: with a profile, or native."""
         if profile is not None:
-            return {CONFIG_FILE: str(profile)}
+            return {CONFIG_FILE: with_profile(profile)}
         # On a plain CPU SGLang needs our platform; its layers stay SGLang's own.
         return NATIVE.environ() if self.about()["plain_cpu"] else {"SGLANG_PLUGINS": "none"}

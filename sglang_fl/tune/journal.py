@@ -48,8 +48,8 @@ class Journal:
         for number, (line, needed) in enumerate(zip(lines, keys, strict=True), 1):
             if not isinstance(line, dict) or needed - line.keys():
                 raise SettingsError(f"{self.path}:{number}: not a line of a journal. Delete the file to start again")
-        there = lines[0]["for"]
-        other = [f"{name} was {there.get(name)} and is {value}" for name, value in self._head.items() if there.get(name) != value]
+        there, here = lines[0]["for"], self._head
+        other = [f"{name} was {there.get(name)} and is {here.get(name)}" for name in {**here, **there} if there.get(name) != here.get(name)]
         if other:
             raise SettingsError(f"{self.path} holds for something else: {'; '.join(other)}. Delete it, or give another --out")
         for line in lines[1:]:

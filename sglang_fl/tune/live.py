@@ -19,7 +19,7 @@ import torch
 from .. import startup
 from ..aten import in_force, why_off
 from ..aten.operators import available_functions, unlisted
-from ..bind import bind_model, chip_name, process_binder
+from ..bind import bind_model, process_binder
 from ..compat import IncompatibleSGLang, stop_message, tune_problems
 from ..config.settings import FILE, Source
 from ..device import Device
@@ -30,7 +30,7 @@ from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
 from ..dispatch.types import OpImpl
 from ..distributed.ranks import tensor_parallel_ranks
-from ..fingerprint.measured import conditions_of
+from ..fingerprint.measured import chip_name, conditions_of
 from ..utils.packages import package_of
 from . import aten_case
 from .aten_calls import Recorder, describe, nbytes, telling

@@ -317,6 +317,23 @@ def test_other_conditions_are_not_resumed(stand_in: Any, tmp_path: Path, over_be
     assert "model's configuration was" in told and "settings was" in told
 
 
+def test_another_chip_driver_or_kernel_is_not_resumed(
+    stand_in: Any, backend: Any, tmp_path: Path, over_before: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    name = backend()
+    monkeypatch.setenv("SGLANG_FL_PLUGIN_MODULES", name)
+    over_before("check")
+    assert main(["tune", "m"]) == 3
+    with (tmp_path / f"{name}.py").open("a") as file:
+        file.write("# another\n")
+    monkeypatch.setattr(tune_run, "driver", lambda: "580")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr(tune_run, "chip_name", lambda device: "Chip 2")
+    assert main(["tune", "m", "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "chip was cpu and is Chip 2" in told and "driver was none and is 580" in told and f"source of {name} was " in told
+
+
 def test_two_profiles_have_two_folders(stand_in: Any, tmp_path: Path) -> None:
     assert main(["tune", "m", "--out", "model.0.6b"]) == main(["tune", "m", "--out", "model.0.5b"]) == 0
     assert {path.name for path in tmp_path.glob("*.tune")} == {"model.0.6b.tune", "model.0.5b.tune"}

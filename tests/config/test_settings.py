@@ -188,6 +188,21 @@ def test_environment_over_file_over_profile_over_default(load: Loader, profile: 
     assert (getattr(settings, name), str(settings.source(name))) == (high, variable)
 
 
+def test_of_several_files_the_later_one_overrides(load: Loader, profile: Profile, tmp_path: Path) -> None:
+    tuned, mine = tmp_path / "tuned.yaml", tmp_path / "mine.yaml"
+    tuned.write_text("strict: true\nop_backends: {rms_norm: vendor, topk: vendor}\nflagos_faster: [mul]\nmeasured: {}\n")
+    mine.write_text("strict: false\nop_backends: {topk: [sglang]}\n")
+    profile("op_backends: {silu_and_mul: [sglang]}\n")
+    settings = load(SGLANG_FL_CONFIG=f" {tuned}, {mine},")
+    assert settings.strict is False and str(settings.source("strict")) == f"{mine}:1"
+    assert dict(settings.op_backends) == {"silu_and_mul": ("sglang",), "rms_norm": ("vendor",), "topk": ("sglang",)}
+    assert str(settings.source_of_order("rms_norm")) == f"{tuned}:2" and settings.flagos_functions == ("mul",)
+    assert load(SGLANG_FL_CONFIG=f"{mine},{tuned}").strict is True
+    mine.write_text("prefer: reference\n")
+    assert load(SGLANG_FL_CONFIG=f"{tuned},{mine}").op_backends == ()
+    assert load.problems(SGLANG_FL_CONFIG=f"{tuned},{tmp_path}/no.yaml") == (f"SGLANG_FL_CONFIG: there is no file '{tmp_path}/no.yaml'",)
+
+
 @pytest.mark.parametrize("name", IN_FILES)
 def test_null_resets_to_the_default(load: Loader, profile: Profile, name: str) -> None:
     profile(f"{name}: {TEXTS[name][0][0]}\n")
@@ -577,6 +592,9 @@ def test_what_tools_of_flagos_ask(nvidia_machine: pytest.MonkeyPatch, tmp_path: 
     nvidia_machine.setenv("SGLANG_FL_PLATFORM", "metax")
     assert get_platform_name() == "metax"
     assert get_config_path() == str(file)
+    nvidia_machine.setenv("SGLANG_FL_CONFIG", f"other.yaml,{file}")
+    assert get_config_path() == str(file)
+    nvidia_machine.setenv("SGLANG_FL_CONFIG", str(file))
     assert get_oot_blacklist() == ["RMSNorm"]
     assert get_flagos_blacklist() == []
     assert get_per_op_order() is None
