@@ -13,10 +13,12 @@ _EXIT_CODES = """exit codes: 0 the profile was written; 1 the engine failed; 2 w
 
 def add_arguments(parser: Parser) -> None:
     parser.takes_server_arguments = True
-    parser.usage = "sglang-fl tune [options] MODEL [-- any arguments of sglang.launch_server]"
+    parser.usage = (
+        "sglang-fl tune [options] MODEL [-- any arguments of sglang.launch_server]\n       sglang-fl tune --merge PROFILE … --out FILE"
+    )
     parser.epilog = _EXIT_CODES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", help="as --model-path of sglang.launch_server")
+    parser.add_argument("model", nargs="?", help="as --model-path of sglang.launch_server")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the profile (default: that of --update, or profile.yaml)")
     parser.add_argument("--traffic", type=Path, metavar="FILE", help="your requests, one JSON object per line (default: a mix)")
     parser.add_argument(
@@ -27,6 +29,13 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue an earlier run with the same --out")
     parser.add_argument("--update", type=Path, metavar="PROFILE", help="measure only entries whose conditions have changed")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="PROFILE",
+        help="measure nothing; write the profile of a chip from those of models that were tuned on it",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be measured and about how long it takes; measure nothing")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as an HTML page")
     parser.add_argument("--batch", type=_POSITIVE, nargs="+", default=None, metavar="N", help="batch sizes (default: 1 32; on a CPU: 1 4)")

@@ -26,9 +26,10 @@ from ..tune.bench import NATIVE, Bench, StartFailed, with_profile
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
 from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
+from ..tune.merge import merge
 from ..tune.outcome import Outcome
 from ..tune.page import as_html
-from ..tune.profile import write
+from ..tune.profile import as_text, save, write
 from ..tune.served import Lengths
 from ..tune.traffic import read
 from ..tune.tuning import Job, Tuning
@@ -38,6 +39,10 @@ from .tune_plan import print_plan
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.merge:
+        return _merge(args)
+    if args.model is None:
+        raise SettingsError("name the MODEL to tune (sglang-fl tune --help)")
     argv = ["--model-path", args.model, *args.server_arguments]
     on_cpu = probe().device_type == "cpu"
     batches = args.batch or ([1, 4] if on_cpu else [1, 32])
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     saved = directory / "baseline.yaml"
     beginning = saved if args.resume and saved.is_file() else args.update
-    baseline = read_baseline(beginning) if args.update else Baseline()
+    baseline = read_baseline(beginning, "--update") if args.update else Baseline()
     head = {"arguments": argv, "lengths": vars(lengths), "batches": batches, **_conditions(args, beginning)}
     journal = Journal(directory / "journal.jsonl", json.loads(json.dumps(head)), resume=args.resume)
     begun = time.monotonic()
@@ -86,6 +91,17 @@ def run(args: argparse.Namespace) -> int:
     finally:
         journal.close()
     return _finish(args, console, outcome, baseline, journal)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    if args.model is not None or args.out is None or args.out in args.merge:
+        raise SettingsError("--merge takes the profiles, and --out with another file for the sum")
+    found = merge(args.merge)
+    head = f"# The sum of profiles, by sglang-fl tune --merge {' '.join(path.name for path in args.merge)} --out {args.out.name}\n"
+    save(args.out, as_text(head, found))
+    used = [op for op, order in found["op_backends"].items() if order != ["sglang"]] + found["flagos_faster"]
+    print(f"{args.out} was written. In use: {', '.join(used) or 'nothing'}")
+    return 0
 
 
 def _directory(args: argparse.Namespace) -> Path:
@@ -146,7 +162,7 @@ def _check_files(args: argparse.Namespace) -> None:
     if args.traffic:
         read(args.traffic, 1 << 31)
     if args.update:
-        read_baseline(args.update)
+        read_baseline(args.update, "--update")
     named = (("--out", args.out), ("--html", args.html))
     problems = [f"{option}: {problem}" for option, path in named if path and (problem := why_unwritable(str(path)))]
     if problems:

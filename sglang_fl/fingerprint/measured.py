@@ -73,7 +73,7 @@ def changes(measured: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]
     found = [
         Change(what, str(then.get(what)), str(now[what]), every)
         for what in ("chip", "driver", "model", "tp")
-        if then.get(what) != now[what]
+        if what in then and then[what] != now[what]  # the profile of a chip is for any model
     ]
     for name in (*_EVERY_ENTRY, *_KERNELS):
         was, is_now = (some.get("versions", {}).get(name) for some in (then, now))
@@ -98,15 +98,24 @@ def measured_in(path: Path) -> Mapping[str, Any] | None:
 
 
 def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) -> None:
-    """Log the entries of the profiles in use that were measured under other conditions. These are computed only if needed."""
+    """Log the entries of the profiles in use that were measured under other conditions. These are computed only if needed.
+
+    Of a platform's profile only what it does not leave to SGLang.
+    """
     for name in (*config_files(os.environ), settings.profile_file):
         path = Path(name).expanduser() if name else None
         measured = measured_in(path) if path else None
+        if measured and name == settings.profile_file:
+            measured = {**measured, "entries": {name: entry for name, entry in measured.get("entries", {}).items() if _is_used(entry)}}
         found = changes(measured, now()) if measured else []
         if found:
             lines = "".join(f"\n  {change}" for change in found)
             message = "sglang-fl: %s was measured under other conditions; these entries may not hold (sglang-fl tune --update %s):%s"
             logger.warning(message, path, path, lines)
+
+
+def _is_used(entry: Mapping[str, Any]) -> bool:
+    return bool(entry.get("impl", "sglang") != "sglang" or entry.get("status") == "used")
 
 
 def chip_name(device: Device) -> str:

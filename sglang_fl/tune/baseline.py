@@ -11,6 +11,7 @@ from ..config.loader import MEASURED
 from ..config.yaml_file import read_mapping
 from ..fingerprint.measured import Change, changes
 from .bench import NATIVE, Choice
+from .judge import FUNCTION
 
 
 @dataclass(frozen=True)
@@ -20,23 +21,26 @@ class Baseline:
     Attributes:
         choice: its choice.
         measured: its ``measured``.
-        only: the names to measure. None: all.
+        only: the entries to measure. None: all.
         new_functions: whether FlagGems functions without an entry are measured too.
+        scope: where its FlagGems functions are in force.
     """
 
     choice: Choice = NATIVE
     measured: Mapping[str, Any] = field(default_factory=dict)
     only: frozenset[str] | None = None
     new_functions: bool = False
+    scope: str = "everywhere"
 
     @property
     def entries(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.measured.get("entries", {})
         return found
 
-    def measures(self, name: str, impl: str | None) -> bool:
-        """Whether a candidate is measured."""
-        return self.only is None or name in self.only or (impl is None and self.new_functions and name not in self.entries)
+    def measures(self, entry: str) -> bool:
+        """Whether an entry's candidates are measured."""
+        is_new = entry.startswith(FUNCTION) and entry not in self.entries
+        return self.only is None or entry in self.only or (is_new and self.new_functions)
 
     def changes(self, about: Mapping[str, Any]) -> list[Change]:
         """What has changed since. Raises SettingsError if it is the profile of another model."""
@@ -60,15 +64,17 @@ class Baseline:
         ]
 
 
-def read_baseline(path: Path) -> Baseline:
-    """A profile that was written by tune.
+def read_baseline(path: Path, option: str) -> Baseline:
+    """A profile that was written by tune for a model. ``option`` is that which names it.
 
     Raises:
-        SettingsError: it cannot be read, or has no entries that were measured.
+        SettingsError: it cannot be read, has no entries that were measured, or is the sum of several.
     """
-    values = {key: entry.value for key, entry in read_mapping(path, what="--update", problems=[]).items()}
+    values = {key: entry.value for key, entry in read_mapping(path, what=option, problems=[]).items()}
     measured = values.get(MEASURED)
     if not isinstance(measured, dict) or not all(isinstance(measured.get(key), dict) for key in ("with", "entries")):
-        raise SettingsError(f"--update {path}: it has no '{MEASURED}' with conditions and entries, so it was not written by sglang-fl tune")
+        raise SettingsError(f"{option} {path}: it has no '{MEASURED}' with conditions and entries, so it was not written by sglang-fl tune")
+    if "models" in measured:
+        raise SettingsError(f"{option} {path}: it is the sum of several profiles ({', '.join(measured['models'])}): give one of these")
     impls = {op: order[0].removeprefix("impl:") for op, order in values.get("op_backends", {}).items() if order[0].startswith("impl:")}
-    return Baseline(Choice.of(impls, values.get("flagos_faster") or []), measured)
+    return Baseline(Choice.of(impls, values.get("flagos_faster") or []), measured, scope=values.get("flagos_scope") or "everywhere")

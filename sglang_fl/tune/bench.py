@@ -14,6 +14,7 @@ from typing import Any
 from ..config import CONFIG_FILE, config_files
 from ..dispatch.ops import OPERATORS
 from .engine import CommandFailed, Engine, EngineFailed, uninterrupted
+from .judge import FUNCTION
 from .served import Lengths, cases
 from .traffic import Requests
 
@@ -38,6 +39,10 @@ class Choice:
         """An order for every operator."""
         chosen = dict(self.impls)
         return {op: [f"impl:{chosen[op]}", "sglang"] if op in chosen else ["sglang"] for op in sorted({*OPERATORS, *chosen})}
+
+    def entries(self) -> list[str]:
+        """The names of its entries in a profile."""
+        return [*dict(self.impls), *(FUNCTION + name for name in self.functions)]
 
     def environ(self) -> dict[str, str]:
         """The environment of an engine that starts with this choice."""
@@ -156,7 +161,7 @@ class Bench:
         self._about = about
 
     def use(self, choice: Choice) -> dict[str, str]:
-        """Switch the engine to a choice. Returns the parts that are not in force: operator or function -> why."""
+        """Switch the engine to a choice. Returns the parts that are not in force: entry -> why."""
         if not self.is_up:
             self.start()
         if choice == self._choice:
@@ -174,7 +179,7 @@ class Bench:
             for op, impl in choice.impls
             if not any(f"({impl})" in to for to in bound.get(op, ()))
         }
-        return missing | {name: "it is left to PyTorch" for name in choice.functions if name not in found["functions"]}
+        return missing | {FUNCTION + name: "it is left to PyTorch" for name in choice.functions if name not in found["functions"]}
 
     def round(self, number: int) -> dict[str, float]:
         """Seconds of each case: the prefill of a batch, or one decode step. Rounds with the same number have the same prompts."""

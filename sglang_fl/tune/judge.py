@@ -32,6 +32,10 @@ USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_B
 BROKEN = frozenset({WRONG, CRASHED})
 
 
+#: A profile's entry of a FlagGems function begins with this: operators of the same name have entries, too.
+FUNCTION = "flag_gems."
+
+
 @dataclass
 class Candidate:
     """An implementation of an operator, or a FlagGems function.
@@ -60,6 +64,11 @@ class Candidate:
     @property
     def key(self) -> str:
         return f"{self.name}: {self.impl or 'flag_gems'}"
+
+    @property
+    def entry(self) -> str:
+        """The name of the profile's entry that it belongs to."""
+        return self.name if self.impl is not None else FUNCTION + self.name
 
     @property
     def gain(self) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from ..config.loader import MEASURED
-from ..dispatch.ops import OPERATORS
 from ..utils.packages import source_hash
 from .baseline import Baseline
-from .judge import BROKEN, SLOWER_SERVED, USED, Candidate
+from .bench import Choice
+from .judge import BROKEN, FUNCTION, SLOWER_SERVED, USED, Candidate
 from .outcome import Outcome
 
 _HEAD = """\
@@ -24,7 +24,7 @@ _HEAD = """\
 
 
 def write(path: Path, outcome: Outcome, baseline: Baseline) -> None:
-    """Write the profile atomically.
+    """Write the profile of an outcome.
 
     Args:
         baseline: an earlier profile, whose entries stay where they were not measured again. Until all are, so do its conditions.
@@ -32,19 +32,11 @@ def write(path: Path, outcome: Outcome, baseline: Baseline) -> None:
     with_ = outcome.about["conditions"]
     entries = {name: entry for name, entry in baseline.entries.items() if name in outcome.left}
     entries |= {name: entry for name, entry in _entries(outcome).items() if name not in outcome.left}
-    orders = {op: ["sglang"] for op in sorted({*OPERATORS, *outcome.about["implementations"]})}
-    orders |= {op: [f"impl:{impl}", "sglang"] for op, impl in outcome.used.impls}
-    functions = {name: entry["status"] for name, entry in sorted(entries.items()) if "impl" not in entry}
     packages = sorted({package for entry in entries.values() for package in entry.get("packages", ()) if package})
     sources = {package: source_hash(package) for package in packages}
     if outcome.incomplete and baseline.entries:
         with_ = {**baseline.measured["with"]}
         sources |= with_.get("sources", {})
-    body: dict[str, Any] = {"op_backends": orders, "flagos_faster": list(outcome.used.functions)}
-    for key, statuses in (("flagos_broken", BROKEN), ("flagos_slower", {SLOWER_SERVED})):
-        if names := [name for name, status in functions.items() if status in statuses]:
-            body[key] = names
-    body["flagos_scope"] = outcome.about["scope"]
     measured: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "with": {**with_, "sources": sources},
@@ -59,7 +51,25 @@ def write(path: Path, outcome: Outcome, baseline: Baseline) -> None:
         measured["sglang_everywhere"] = outcome.why_native
     measured |= {"not_exercised": outcome.not_exercised, "entries": entries}
     head = _HEAD.format(name=path.name, what=outcome.about["conditions"]["model"].split()[0], chip=outcome.about["conditions"]["chip"])
-    text = head + yaml.safe_dump({**body, MEASURED: measured}, sort_keys=False, default_flow_style=None, width=130, allow_unicode=True)
+    save(path, as_text(head, values(outcome.used, outcome.about["scope"], measured)))
+
+
+def values(choice: Choice, scope: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a profile. ``measured`` has the entries."""
+    functions = {name.removeprefix(FUNCTION): entry["status"] for name, entry in sorted(measured["entries"].items()) if "impl" not in entry}
+    found: dict[str, Any] = {"op_backends": choice.orders(), "flagos_faster": list(choice.functions)}
+    for key, statuses in (("flagos_broken", BROKEN), ("flagos_slower", {SLOWER_SERVED})):
+        if names := [name for name, status in functions.items() if status in statuses]:
+            found[key] = names
+    return {**found, "flagos_scope": scope, MEASURED: measured}
+
+
+def as_text(head: str, values: Mapping[str, Any]) -> str:
+    return head + yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=130, allow_unicode=True)
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(text, encoding="utf-8")
@@ -71,9 +81,9 @@ def _entries(outcome: Outcome) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for candidate in outcome.candidates:
         if candidate.impl is None:
-            found[candidate.name] = {**_verdict(candidate), "packages": [candidate.package]}
+            found[candidate.entry] = {**_verdict(candidate), "packages": [candidate.package]}
             continue
-        entry = found.setdefault(candidate.name, {"impl": "sglang", "packages": [], "candidates": {}})
+        entry = found.setdefault(candidate.entry, {"impl": "sglang", "packages": [], "candidates": {}})
         entry["candidates"][candidate.impl] = _verdict(candidate)
         entry["packages"] = sorted({*entry["packages"], candidate.package})
         if candidate.status == USED:

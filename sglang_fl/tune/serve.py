@@ -56,9 +56,9 @@ class Served:
             slower = self._slower(group)
         except NotInForce as error:
             for candidate in group:
-                if candidate.name in error.missing:
-                    candidate.settle(WRONG, f"it cannot be used in the engine: {error.missing[candidate.name]}")
-            return self._accepted([candidate for candidate in group if candidate.name not in error.missing])
+                if candidate.entry in error.missing:
+                    candidate.settle(WRONG, f"it cannot be used in the engine: {error.missing[candidate.entry]}")
+            return self._accepted([candidate for candidate in group if candidate.entry not in error.missing])
         except EngineFailed as error:
             if len(group) > 1:
                 return self._halves(group)
@@ -133,7 +133,7 @@ class NotInForce(RuntimeError):
     """A choice could not be used in the engine.
 
     Attributes:
-        missing: operator or function -> why.
+        missing: entry -> why.
     """
 
     def __init__(self, missing: Mapping[str, str]):

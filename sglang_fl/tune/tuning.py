@@ -24,6 +24,7 @@ from .engine import CommandFailed, EngineFailed
 from .journal import Journal
 from .judge import (
     CRASHED,
+    FUNCTION,
     NOT_BEST,
     NOT_CALLED,
     NOT_MEASURED,
@@ -197,7 +198,7 @@ class Tuning:
         self.outcome.candidates += [Candidate(name, None, "flag_gems", rows) for name, rows in functions.items() if not off]
         self.outcome.not_exercised = sorted({*OPERATORS, *about["implementations"]} - layers.keys())
         measures = self._job.baseline.measures
-        self.outcome.candidates = [candidate for candidate in self.outcome.candidates if measures(candidate.name, candidate.impl)]
+        self.outcome.candidates = [candidate for candidate in self.outcome.candidates if measures(candidate.entry)]
 
     def _in_graph(self, row: Mapping[str, Any]) -> bool:
         """Whether a call is made in a graph that SGLang replays."""
@@ -293,17 +294,17 @@ class Tuning:
         served = Served(self._bench, self.outcome.noise, self.outcome.step_us, self._measured)
         queues: dict[str, list[Candidate]] = {}
         for candidate in sorted(self._open, key=lambda candidate: -candidate.gain):
-            queues.setdefault(candidate.name, []).append(candidate)
+            queues.setdefault(candidate.entry, []).append(candidate)
         self._show(f"serving with {sum(map(len, queues.values()))} candidates that are faster alone")
         accepted: list[Candidate] = []
         try:
-            while front := [queue.pop(0) for name, queue in queues.items() if queue and name not in {other.name for other in accepted}]:
+            while front := [queue.pop(0) for name, queue in queues.items() if queue and name not in {other.entry for other in accepted}]:
                 accepted = served.settle([*accepted, *front])
         except BudgetOver as over:
             self._stopped(over)
             accepted = [candidate for candidate in self.outcome.candidates if candidate.status == USED]
         for candidate in self._open:
-            best = next(other for other in accepted if other.name == candidate.name)
+            best = next(other for other in accepted if other.entry == candidate.entry)
             candidate.settle(NOT_BEST, f"{candidate.reason}; {best.impl} saves more")
         self._choose()
         while self.outcome.used != NATIVE:
@@ -312,8 +313,8 @@ class Tuning:
                 break
             except NotInForce as error:
                 for candidate in accepted:
-                    if candidate.name in error.missing:
-                        candidate.settle(WRONG, f"it cannot be used in the engine: {error.missing[candidate.name]}")
+                    if candidate.entry in error.missing:
+                        candidate.settle(WRONG, f"it cannot be used in the engine: {error.missing[candidate.entry]}")
                 self.outcome.dropped |= {name: why for name, why in error.missing.items() if name in self.outcome.left}
             except EngineFailed as error:
                 self._drop_one([one for one in accepted if one.status == USED], str(error).splitlines()[0])
@@ -329,13 +330,13 @@ class Tuning:
                 least = min(accepted, key=lambda candidate: candidate.gain)
                 least.settle(CRASHED, f"{least.reason}; but the engine ended with it together with others: {error}")
                 return
-        self.outcome.dropped |= dict.fromkeys((*dict(kept.impls), *kept.functions), f"the engine ended with it: {error}")
+        self.outcome.dropped |= dict.fromkeys(kept.entries(), f"the engine ended with it: {error}")
 
     def _choose(self) -> None:
         """Use what was accepted, and the earlier profile's choice for what was not measured again, or is not decided yet."""
         outcome, baseline = self.outcome, self._job.baseline
-        undecided = {candidate.name for candidate in outcome.candidates if candidate.status in (UNDECIDED, NOT_MEASURED)}
-        decided = {candidate.name for candidate in outcome.candidates} - undecided
+        undecided = {candidate.entry for candidate in outcome.candidates if candidate.status in (UNDECIDED, NOT_MEASURED)}
+        decided = {candidate.entry for candidate in outcome.candidates} - undecided
         replaced = decided if outcome.incomplete else decided | (baseline.only or set())
         outcome.dropped |= baseline.gone(outcome.about)
         if not outcome.incomplete:
@@ -343,7 +344,7 @@ class Tuning:
             outcome.dropped |= {name: "the model does not call it any more" for name in gone if name not in outcome.dropped}
         outcome.left = frozenset(baseline.entries.keys() - replaced - outcome.dropped.keys())
         chosen = choice_of(
-            [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.name not in outcome.left]
+            [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.entry not in outcome.left]
         )
         kept = self._kept()
         outcome.used = Choice.of({**dict(kept.impls), **dict(chosen.impls)}, [*kept.functions, *chosen.functions])
@@ -351,7 +352,8 @@ class Tuning:
     def _kept(self) -> Choice:
         """The earlier profile's choices that stay."""
         choice, left = self._job.baseline.choice, self.outcome.left
-        return Choice.of({op: impl for op, impl in choice.impls if op in left}, [name for name in choice.functions if name in left])
+        functions = [name for name in choice.functions if FUNCTION + name in left]
+        return Choice.of({op: impl for op, impl in choice.impls if op in left}, functions)
 
     def confirm(self) -> None:
         """Measure the profile on fresh starts. If it is slower than native, leave everything to SGLang."""

@@ -207,7 +207,7 @@ class TestUpdate:
         old_profile(path, rms_norm="vendor.new")
         stand_in.functions = ("mul",)
         assert main(["tune", "m", "--update", str(path)]) == 0
-        assert read(path)[1]["entries"]["mul"]["status"] == "used"
+        assert read(path)[1]["entries"]["flag_gems.mul"]["status"] == "used"
 
     @pytest.mark.parametrize("text", ["measured: {with: 7, entries: {}}", "measured: {entries: {}}", "prefer: vendor"])
     def test_what_tune_did_not_write_is_refused(self, stand_in: Any, tmp_path: Path, capsys: Any, text: str) -> None:

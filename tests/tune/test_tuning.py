@@ -304,7 +304,7 @@ def test_a_model_with_a_draft_model_is_started_again_for_each_choice(tmp_path: P
     choice = Choice.of({"silu_and_mul": "vendor.a", "rms_norm": "vendor.b"}, ["mul"])
     missing = bench.use(choice)
     assert bench.use(choice) == bench.use(NATIVE) == {}, "it is started once for each"
-    assert missing == {"rms_norm": "nothing in the model runs on it", "mul": "it is left to PyTorch"}
+    assert missing == {"rms_norm": "nothing in the model runs on it", "flag_gems.mul": "it is left to PyTorch"}
     assert [environ["SGLANG_FL_PLUGIN_MODULES"] for environ in started] == ["sglang_fl.tune.live"] * 2
     assert "rms_norm=impl:vendor.b|sglang" in started[0]["SGLANG_FL_PER_OP"] and started[0]["SGLANG_FL_FLAGOS_WHITELIST"] == "mul"
     assert "rms_norm=sglang" in started[1]["SGLANG_FL_PER_OP"] and started[1]["USE_FLAGGEMS"] == "0"
@@ -373,7 +373,16 @@ class TestProfile:
         assert settings.flagos_functions == () and settings.flagos_broken == ("silu",) and settings.flagos_slower == ("mm",)
         entry = (measured_in(path) or {})["entries"]["silu_and_mul"]
         assert entry["impl"] == "vendor.a" and entry["candidates"]["vendor.a"]["reason"] == "0.5 times"
-        assert read_baseline(path).choice == Choice.of({"silu_and_mul": "vendor.a"}, [])
+        assert read_baseline(path, "--update").choice == Choice.of({"silu_and_mul": "vendor.a"}, [])
+
+    def test_an_operator_and_a_function_of_the_same_name_have_an_entry_each(self, tmp_path: Path) -> None:
+        path = tmp_path / "profile.yaml"
+        both = [Candidate("topk", "vendor.a", "json", status=USED), Candidate("topk", None, "flag_gems", status=WRONG, reason="off")]
+        profile.write(path, outcome(candidates=both, used=choice_of(both[:1])), Baseline())
+        entries = (measured_in(path) or {})["entries"]
+        assert entries["topk"]["impl"] == "vendor.a" and entries["flag_gems.topk"]["reason"] == "off"
+        settings = load_settings({"SGLANG_FL_CONFIG": str(path)})
+        assert settings.flagos_broken == ("topk",) and dict(settings.op_backends)["topk"] == ("impl:vendor.a", "sglang")
 
     def test_keys_of_profiles_need_what_was_measured(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.yaml"
@@ -384,7 +393,7 @@ class TestProfile:
         with pytest.raises(SettingsError, match=r"mine.yaml:1: measured: expected a mapping"):
             load_settings({"SGLANG_FL_CONFIG": str(path)})
         with pytest.raises(SettingsError, match="was not written by sglang-fl tune"):
-            read_baseline(path)
+            read_baseline(path, "--update")
 
     @pytest.mark.parametrize("key", ["with", "entries"])
     def test_what_a_server_compares_must_be_a_mapping(self, tmp_path: Path, key: str) -> None:
@@ -418,19 +427,19 @@ class TestProfile:
         now = outcome().about["conditions"]
         assert changes(measured, now) == []
         (found,) = changes(measured, {**now, "chip": "H100"})
-        assert str(found) == "chip was cpu and is H100: silu_and_mul, silu"
+        assert str(found) == "chip was cpu and is H100: silu_and_mul, flag_gems.silu"
         measured["with"]["sources"]["json"] = "before"
         (found,) = changes(measured, now)
         assert found.entries == ("silu_and_mul",) and found.now == source_hash("json")
         monkeypatch.setenv("SGLANG_FL_CONFIG", str(path))
         warn_of_changes(load_settings(), lambda: {**now, "tp": 2})
-        assert len(caplog.records) == 1 and "tp was 1 and is 2: silu_and_mul, silu" in caplog.text
+        assert len(caplog.records) == 1 and "tp was 1 and is 2: silu_and_mul, flag_gems.silu" in caplog.text
 
     def test_entries_that_were_not_measured_again_are_kept(self, tmp_path: Path) -> None:
         path = tmp_path / "profile.yaml"
         earlier = {"entries": {"topk": {"impl": "sglang", "packages": ["json"], "candidates": {}}}}
         profile.write(path, outcome(left=frozenset({"topk"})), Baseline(measured=earlier))
-        assert set((measured_in(path) or {})["entries"]) == {"topk", "silu_and_mul", "silu"}
+        assert set((measured_in(path) or {})["entries"]) == {"topk", "silu_and_mul", "flag_gems.silu"}
 
     def test_the_page_shows_what_is_used_and_why_the_rest_is_not(self) -> None:
         page = as_html(outcome())
