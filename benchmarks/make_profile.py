@@ -26,7 +26,8 @@ from sglang_fl.config import SettingsError, suggest
 from sglang_fl.dispatch.ops import OPERATORS
 from sglang_fl.tune.judge import MAX_MEDIAN
 from sglang_fl.tune.merge import merge
-from sglang_fl.tune.profile import as_text, save
+from sglang_fl.tune.profile import as_text
+from sglang_fl.utils.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PROFILE = ROOT / "benchmarks" / "results", ROOT / "sglang_fl" / "config" / "nvidia.yaml"
@@ -126,7 +127,7 @@ def main() -> None:
     except (OSError, ValueError, SettingsError) as error:
         sys.exit(f"make_profile: {error}")
     if not args.check:
-        save(args.profile, text)
+        write_whole(args.profile, text)
         print(f"{args.profile.name} was written")
         return
     there = args.profile.read_text(encoding="utf-8") if args.profile.exists() else ""

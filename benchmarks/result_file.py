@@ -15,6 +15,8 @@ from typing import Any
 
 from machine import versions
 
+from sglang_fl.utils.files import rounded, write_whole
+
 _EXACT = ("args", "kwargs")
 
 
@@ -54,17 +56,6 @@ def source_hash() -> str:
     return found.hexdigest()[:12]
 
 
-def rounded(value: Any) -> Any:
-    """The same with every float rounded to 4 significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return value
-
-
 def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a result file, or replace it whole; keys of a row whose value is None are left out.
 
@@ -76,15 +67,7 @@ def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
     place = '"rows": []'
     table = '"rows": [\n' + ",\n".join(f"  {line}" for line in lines) + "\n ]" if lines else place
     text = json.dumps(rounded(head) | {"rows": []}, indent=1).replace(place, table) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, text)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole, or leave it as it is."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, text)
 
 
 def parse(text: str, where: str) -> Any:

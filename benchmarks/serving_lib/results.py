@@ -10,6 +10,7 @@ from typing import Any
 
 import result_file
 
+from sglang_fl.utils.files import write_whole
 from sglang_fl.utils.json_lines import JsonLines
 
 
@@ -34,7 +35,7 @@ class Results:
             self._append()
 
     def save(self, run: dict[str, Any]) -> None:
-        result_file.replace(self._partial, json.dumps(without_paths(run), ensure_ascii=False))
+        write_whole(self._partial, json.dumps(without_paths(run), ensure_ascii=False))
 
     def finish(self, run: dict[str, Any]) -> None:
         self.save(run)

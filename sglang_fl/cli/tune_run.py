@@ -29,10 +29,11 @@ from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
 from ..tune.merge import merge
 from ..tune.outcome import Outcome
 from ..tune.page import as_html
-from ..tune.profile import as_text, save, write
+from ..tune.profile import as_text, write
 from ..tune.served import Lengths
 from ..tune.traffic import read
 from ..tune.tuning import Job, Tuning
+from ..utils.files import write_whole
 from ..utils.packages import package_of, source_hash
 from ..utils.suggest import suggest
 from .tune_plan import print_plan
@@ -98,7 +99,7 @@ def _merge(args: argparse.Namespace) -> int:
         raise SettingsError("--merge takes the profiles, and --out with another file for the sum")
     found = merge(args.merge)
     head = f"# The sum of profiles, by sglang-fl tune --merge {' '.join(path.name for path in args.merge)} --out {args.out.name}\n"
-    save(args.out, as_text(head, found))
+    write_whole(args.out, as_text(head, found))
     used = [op for op, order in found["op_backends"].items() if order != ["sglang"]] + found["flagos_faster"]
     print(f"{args.out} was written. In use: {', '.join(used) or 'nothing'}")
     return 0

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import inspect
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 
 import platformdirs
 
+from ..utils.files import write_whole
 from .source import SourceFile
 
 ROOM, RUNTIME = "sglang.kernels", "sglang.srt"
@@ -237,10 +237,7 @@ def remembered_kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]
         if was_enabled:
             gc.enable()
     with contextlib.suppress(OSError):  # without a writable cache the list is built each time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps([asdict(kernel) for kernel in found]))
-        scratch.replace(file)
+        write_whole(file, json.dumps([asdict(kernel) for kernel in found]))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..config.loader import MEASURED
+from ..utils.files import rounded, write_whole
 from ..utils.packages import source_hash
 from .baseline import Baseline
 from .bench import Choice
@@ -40,18 +41,18 @@ def write(path: Path, outcome: Outcome, baseline: Baseline) -> None:
     measured: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "with": {**with_, "sources": sources},
-        "smallest_effect": _rounded(outcome.noise),
-        "served": {case: _rounded([found.ratio, found.low, found.high]) for case, found in outcome.served.items()},
+        "smallest_effect": rounded(outcome.noise),
+        "served": {case: rounded([found.ratio, found.low, found.high]) for case, found in outcome.served.items()},
     }
     if outcome.confirmed is not None:
-        measured["confirmed"] = {case: _rounded(ratio) for case, ratio in outcome.confirmed.speeds.items()}
+        measured["confirmed"] = rounded(outcome.confirmed.speeds)
     if outcome.incomplete:
         measured["incomplete"] = outcome.incomplete
     if outcome.why_native:
         measured["sglang_everywhere"] = outcome.why_native
     measured |= {"not_exercised": outcome.not_exercised, "entries": entries}
     head = _HEAD.format(name=path.name, what=outcome.about["conditions"]["model"].split()[0], chip=outcome.about["conditions"]["chip"])
-    save(path, as_text(head, values(outcome.used, outcome.about["scope"], measured)))
+    write_whole(path, as_text(head, values(outcome.used, outcome.about["scope"], measured)))
 
 
 def values(choice: Choice, scope: str, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,14 +67,6 @@ def values(choice: Choice, scope: str, measured: Mapping[str, Any]) -> dict[str,
 
 def as_text(head: str, values: Mapping[str, Any]) -> str:
     return head + yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=130, allow_unicode=True)
-
-
-def save(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def _entries(outcome: Outcome) -> dict[str, Any]:
@@ -94,17 +87,9 @@ def _entries(outcome: Outcome) -> dict[str, Any]:
 def _verdict(candidate: Candidate) -> dict[str, Any]:
     found: dict[str, Any] = {"status": candidate.status, "reason": candidate.reason}
     if candidate.ratio is not None:
-        found["time_ratio"] = _rounded(list(candidate.ratio))
+        found["time_ratio"] = rounded(candidate.ratio)
     if candidate.gains:
-        found["us_saved_in_a_step"] = _rounded(candidate.gains)
+        found["us_saved_in_a_step"] = rounded(candidate.gains)
     if candidate.served:
-        found["served"] = {case: _rounded(list(speed)) for case, speed in candidate.served.items()}
+        found["served"] = rounded(candidate.served)
     return found
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {name: _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value]
