@@ -133,7 +133,7 @@ def _conditions(args: argparse.Namespace, baseline: Path | None) -> dict[str, An
         "chip": chip_name(device) if torch.accelerator.is_available() else device.device_type,
         "driver": driver(),
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_FL_") or name == "USE_FLAGGEMS"},
-        "settings files": [content(Path(name).expanduser()) for name in config_files(os.environ)],
+        "settings files": [content(path) for name in config_files(os.environ) if (path := Path(name).expanduser()) != args.out],
         "update": str(args.update),
         "profile to update": content(baseline),
     }

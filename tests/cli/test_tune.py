@@ -146,6 +146,13 @@ class TestUpdate:
         assert all("times native" in entry["candidates"]["vendor.new"]["reason"] for entry in measured["entries"].values())
         assert not (tmp_path / "profile.yaml").exists(), "it is written where it was read"
 
+    def test_what_has_not_changed_is_not_measured(self, stand_in: Any, tmp_path: Path, capsys: Any) -> None:
+        assert main(["tune", "m"]) == 0
+        before = (tmp_path / "profile.yaml").read_text()
+        assert main(["tune", "m", "--update", "profile.yaml"]) == 0
+        assert "profile.yaml is up to date: nothing that it was measured with has changed" in capsys.readouterr().out
+        assert (tmp_path / "profile.yaml").read_text() == before and not list((tmp_path / "profile.update").iterdir())
+
     def test_another_models_profile_is_refused(self, stand_in: Any, tmp_path: Path, capsys: Any) -> None:
         path = tmp_path / "mine.yaml"
         before = old_profile(path, rms_norm="vendor.new")
@@ -332,6 +339,21 @@ def test_another_chip_driver_or_kernel_is_not_resumed(
     assert main(["tune", "m", "--resume"]) == 2
     told = capsys.readouterr().err
     assert "chip was cpu and is Chip 2" in told and "driver was none and is 580" in told and f"source of {name} was " in told
+
+
+def test_a_users_file_is_a_condition_and_the_profile_that_is_written_is_none(
+    stand_in: Any, tmp_path: Path, over_before: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("strict: true\n")
+    monkeypatch.setenv("SGLANG_FL_CONFIG", "mine.yaml,profile.yaml")
+    (tmp_path / "profile.yaml").write_text("")
+    over_before("check")
+    assert main(["tune", "m"]) == main(["tune", "m", "--resume"]) == 3
+    assert "Use it with SGLANG_FL_CONFIG=mine.yaml,profile.yaml" in capsys.readouterr().out
+    mine.write_text("strict: false\n")
+    assert main(["tune", "m", "--resume"]) == 2
+    assert "settings files was " in capsys.readouterr().err
 
 
 def test_two_profiles_have_two_folders(stand_in: Any, tmp_path: Path) -> None:
