@@ -47,7 +47,7 @@ class CausalConv1dBridge(HybridBridge):
         dtype, device = activation_dtype(model), device_of(model)
         state_dtype = dtype if self._problems() else self._state_dtypes(model).conv
         return {
-            ConvolutionContext(dtype, state_dtype, device, len(weight), weight.shape[1], activation(getattr(layer, "activation", None)))
+            ConvolutionContext(dtype, state_dtype, device, len(weight), weight.shape[1], activation_of(getattr(layer, "activation", None)))
             for layer, weight in layers
         }
 
@@ -57,6 +57,6 @@ def _weights(layer: nn.Module) -> Iterable[torch.Tensor]:
     return (weight for weight in found if isinstance(weight, torch.Tensor) and weight.dim() == 2)
 
 
-def activation(given: Any) -> str | None:
+def activation_of(given: Any) -> str | None:
     """Convert SGLang's activation argument to the operators': ``"silu"`` or None. Raises KeyError for an unknown one."""
     return {None: None, False: None, True: "silu", "silu": "silu", "swish": "silu"}[given]

@@ -3,8 +3,8 @@ from typing import Any
 
 import torch
 
-from .base import Forward, Routes
-from .causal_conv1d import PADDING, CausalConv1dBridge, ConvolutionContext, activation
+from .base import Forward
+from .causal_conv1d import PADDING, CausalConv1dBridge, ConvolutionContext, activation_of
 from .gated_delta_rule import check_pool, check_tokens
 
 
@@ -22,36 +22,23 @@ class CausalConv1dFnBridge(CausalConv1dBridge):
         check_tokens(out, x, (slice(None), [0, 1, 2, 3, 4, 7]))
         check_pool(pool, context.pool(), written=[0, 2])
 
-    def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own, contexts, divert, failed = routes
-        silu = activation
-
-        def forward(
-            self: Any,
-            x: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor | None,
-            conv_states: torch.Tensor | None,
-            query_start_loc: torch.Tensor,
-            seq_lens_cpu: list[int],
-            cache_indices: torch.Tensor | None = None,
-            has_initial_state: torch.Tensor | None = None,
-            activation: Any = "silu",
-            pad_slot_id: int | None = PADDING,
-            validate_data: bool = False,
-            block_table: torch.Tensor | None = None,
-            **others: Any,
-        ) -> Any:
-            first = (x, weight, bias, conv_states, query_start_loc, seq_lens_cpu, cache_indices, has_initial_state)
-            sglang_args = (*first, activation, pad_slot_id, validate_data, block_table)
-            if contexts.active:
-                return divert(self, *sglang_args, **others)
-            if conv_states is None or block_table is not None or pad_slot_id != PADDING or (dtypes is not None and x.dtype not in dtypes):
-                return own(self, *sglang_args, **others)
-            args = (*first, silu(activation))
-            try:
-                return fn(*args)
-            except Exception as error:
-                return failed(self, error, args, sglang_args, **others)
-
-        return forward
+    @staticmethod
+    def arguments(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        conv_states: torch.Tensor | None,
+        query_start_loc: torch.Tensor,
+        seq_lens_cpu: list[int],
+        cache_indices: torch.Tensor | None = None,
+        has_initial_state: torch.Tensor | None = None,
+        activation: Any = "silu",
+        pad_slot_id: int | None = PADDING,
+        validate_data: bool = False,
+        block_table: torch.Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Any, ...] | None:
+        if conv_states is None or block_table is not None or pad_slot_id != PADDING:
+            return None
+        sequences = query_start_loc, seq_lens_cpu, cache_indices, has_initial_state
+        return x, weight, bias, conv_states, *sequences, activation_of(activation)

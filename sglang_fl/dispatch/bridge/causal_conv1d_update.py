@@ -3,8 +3,8 @@ from typing import Any
 
 import torch
 
-from .base import Forward, Routes
-from .causal_conv1d import PADDING, CausalConv1dBridge, ConvolutionContext, activation
+from .base import Forward
+from .causal_conv1d import PADDING, CausalConv1dBridge, ConvolutionContext, activation_of
 from .gated_delta_rule import check_pool, check_tokens
 
 
@@ -21,47 +21,29 @@ class CausalConv1dUpdateBridge(CausalConv1dBridge):
         check_tokens(out, x, slice(None, None, 2))
         check_pool(pool, context.pool(), written=[0, 2])
 
-    def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own, contexts, divert, failed = routes
-        silu = activation
-
-        def forward(
-            self: Any,
-            x: torch.Tensor,
-            conv_state: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor | None = None,
-            activation: Any = None,
-            cache_seqlens: torch.Tensor | None = None,
-            conv_state_indices: torch.Tensor | None = None,
-            num_accept_tokens: torch.Tensor | None = None,
-            intermediate_conv_window: torch.Tensor | None = None,
-            intermediate_state_indices: torch.Tensor | None = None,
-            retrieve_next_token: torch.Tensor | None = None,
-            retrieve_next_sibling: torch.Tensor | None = None,
-            retrieve_parent_token: torch.Tensor | None = None,
-            pad_slot_id: int | None = PADDING,
-            metadata: Any = None,
-            validate_data: bool = False,
-        ) -> Any:
-            drafts = (
-                intermediate_conv_window,
-                intermediate_state_indices,
-                retrieve_next_token,
-                retrieve_next_sibling,
-                retrieve_parent_token,
-            )
-            first = (x, conv_state, weight, bias, activation)
-            sglang_args = (*first, cache_seqlens, conv_state_indices, num_accept_tokens, *drafts, pad_slot_id, metadata, validate_data)
-            if contexts.active:
-                return divert(self, *sglang_args)
-            left = cache_seqlens is not None or num_accept_tokens is not None or pad_slot_id != PADDING
-            if left or (dtypes is not None and x.dtype not in dtypes):
-                return own(self, *sglang_args)
-            args = (x, conv_state, weight, bias, silu(activation), conv_state_indices, *drafts)
-            try:
-                return fn(*args)
-            except Exception as error:
-                return failed(self, error, args, sglang_args)
-
-        return forward
+    @staticmethod
+    def arguments(
+        x: torch.Tensor,
+        conv_state: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: Any = None,
+        cache_seqlens: torch.Tensor | None = None,
+        conv_state_indices: torch.Tensor | None = None,
+        num_accept_tokens: torch.Tensor | None = None,
+        intermediate_conv_window: torch.Tensor | None = None,
+        intermediate_state_indices: torch.Tensor | None = None,
+        retrieve_next_token: torch.Tensor | None = None,
+        retrieve_next_sibling: torch.Tensor | None = None,
+        retrieve_parent_token: torch.Tensor | None = None,
+        pad_slot_id: int | None = PADDING,
+        metadata: Any = None,
+        validate_data: bool = False,
+    ) -> tuple[Any, ...] | None:
+        if cache_seqlens is not None or num_accept_tokens is not None or pad_slot_id != PADDING:
+            return None
+        return (
+            *(x, conv_state, weight, bias, activation_of(activation), conv_state_indices),
+            *(intermediate_conv_window, intermediate_state_indices),
+            *(retrieve_next_token, retrieve_next_sibling, retrieve_parent_token),
+        )

@@ -30,38 +30,34 @@ class ChunkGatedDeltaRuleBridge(GatedDeltaRuleBridge):
         check_result("the chunk states", chunks, q, (1, 4, *pool.shape[1:]))
         check_pool(pool, context.pool(3), written=[0, 2])
 
-    def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own, contexts, divert, failed = routes
+    @staticmethod
+    def arguments(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        scale: float | None = None,
+        initial_state: torch.Tensor | None = None,
+        initial_state_indices: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        head_first: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        inplace_update: bool = True,
+    ) -> tuple[Any, ...] | None:
+        if head_first:
+            return None
+        # FlagOS's vendors are always given a number.
+        number = k.shape[-1] ** -0.5 if scale is None else scale
+        states = initial_state, initial_state_indices, cu_seqlens
+        return q, k, v, g, beta, number, *states, use_qk_l2norm_in_kernel, inplace_update
 
-        def forward(
-            self: Any,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            g: torch.Tensor,
-            beta: torch.Tensor,
-            scale: float | None = None,
-            initial_state: torch.Tensor | None = None,
-            initial_state_indices: torch.Tensor | None = None,
-            cu_seqlens: torch.Tensor | None = None,
-            head_first: bool = False,
-            use_qk_l2norm_in_kernel: bool = False,
-            inplace_update: bool = True,
-        ) -> Any:
-            states = initial_state, initial_state_indices, cu_seqlens
-            sglang_args = (q, k, v, g, beta, scale, *states, head_first, use_qk_l2norm_in_kernel, inplace_update)
-            if contexts.active:
-                return divert(self, *sglang_args)
-            if head_first or (dtypes is not None and q.dtype not in dtypes):
-                return own(self, *sglang_args)
-            # FlagOS's vendors are always given a number.
-            number = k.shape[-1] ** -0.5 if scale is None else scale
-            args = (q, k, v, g, beta, number, *states, use_qk_l2norm_in_kernel, inplace_update)
-            try:
-                result = fn(*args)
-            except Exception as error:
-                result = failed(self, error, args, sglang_args)
-            return result[0], None, result[-1]
+    def forward(self, routes: Routes) -> Forward:
+        run = super().forward(routes)
+
+        def forward(hook: Any, /, *args: Any, **kwargs: Any) -> Any:
+            result = run(hook, *args, **kwargs)
+            return result[0], None, result[-1]  # as SGLang's own gives them
 
         # As SGLang's own function is, one that torch.compile runs as it is.
         disable: Callable[[Forward], Forward] = torch.compiler.disable

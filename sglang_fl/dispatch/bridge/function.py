@@ -8,21 +8,31 @@ the function. That happens once a model that calls it was loaded, and only if th
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ...compat import hook as place_hook
 from ..catalog import FUNCTIONS
-from .base import Bridge, Forward
+from .base import Bridge, Forward, Routes
 from .socket import HookSocket, Load
 
 
 class FunctionBridge(Bridge):
-    """Between one function of SGLang and one operator."""
+    """Between one function of SGLang and one operator.
+
+    Attributes:
+        arguments: has the parameters of SGLang's function, and returns the operator's arguments. None: SGLang keeps the call, which says
+            more than the operator's signature.
+        activations: which of the operator's arguments has the dtype of the activations.
+    """
+
+    arguments: ClassVar[Callable[..., tuple[Any, ...] | None]]
+    activations: ClassVar[int] = 0
 
     @property
     def module(self) -> str:
@@ -45,6 +55,25 @@ class FunctionBridge(Bridge):
 
     def hooked(self, log_level: int) -> None:
         """Called when the function was hooked, before the first run: watch whether SGLang bypasses it."""
+
+    def forward(self, routes: Routes) -> Forward:
+        fn, dtypes, own, contexts, divert, failed = routes
+        arguments, activations = self.arguments, self.activations
+
+        def forward(hook: "FunctionHook", /, *args: Any, **kwargs: Any) -> Any:
+            if contexts.active:
+                return divert(hook, *args, **kwargs)
+            given = arguments(*args, **kwargs)
+            if given is None or (dtypes is not None and given[activations].dtype not in dtypes):
+                return own(hook, *args, **kwargs)
+            try:
+                return fn(*given)
+            except Exception as error:
+                bound = signature(arguments).bind(*args, **kwargs)
+                bound.apply_defaults()
+                return failed(hook, error, given, bound.args, **bound.kwargs)
+
+        return forward
 
 
 class FunctionHook:

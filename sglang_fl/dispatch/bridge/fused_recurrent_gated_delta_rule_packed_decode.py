@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-from .base import Forward, Routes, check_pair, check_result
+from .base import Forward, check_pair, check_result
 from .gated_delta_rule import GatedDeltaContext, GatedDeltaRuleBridge, check_pool
 
 
@@ -29,30 +29,17 @@ class PackedDecodeBridge(GatedDeltaRuleBridge):
             raise ValueError("out is not zero for a sequence that is padding")
         check_pool(pool, context.pool(3), written=[0, 2])
 
-    def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own, contexts, divert, failed = routes
-
-        def forward(
-            self: Any,
-            mixed_qkv: torch.Tensor,
-            a: torch.Tensor,
-            b: torch.Tensor,
-            A_log: torch.Tensor,
-            dt_bias: torch.Tensor,
-            scale: float,
-            initial_state: torch.Tensor,
-            out: torch.Tensor,
-            ssm_state_indices: torch.Tensor,
-            use_qk_l2norm_in_kernel: bool = False,
-        ) -> Any:
-            args = (mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel)
-            if contexts.active:
-                return divert(self, *args)
-            if dtypes is not None and mixed_qkv.dtype not in dtypes:
-                return own(self, *args)
-            try:
-                return fn(*args)
-            except Exception as error:
-                return failed(self, error, args, args)
-
-        return forward
+    @staticmethod
+    def arguments(
+        mixed_qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        A_log: torch.Tensor,
+        dt_bias: torch.Tensor,
+        scale: float,
+        initial_state: torch.Tensor,
+        out: torch.Tensor,
+        ssm_state_indices: torch.Tensor,
+        use_qk_l2norm_in_kernel: bool = False,
+    ) -> tuple[Any, ...]:
+        return mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-from .base import Forward, Routes, check_result
+from .base import Forward, check_result
 from .gated_delta_rule import GatedDeltaContext, GatedDeltaRuleBridge, check_pool
 
 #: softplus's beta and threshold in SGLang's layers.
@@ -15,6 +15,7 @@ class SigmoidGatingUpdateBridge(GatedDeltaRuleBridge):
 
     op = "fused_sigmoid_gating_delta_rule_update"
     kernel = "verify_kernel"
+    activations = 5
 
     def trial(self, subject: Any, context: GatedDeltaContext, fn: Forward) -> None:
         """One token each of three sequences, one without a slot. Then two drafted tokens each of two sequences; the pool is not updated."""
@@ -36,48 +37,36 @@ class SigmoidGatingUpdateBridge(GatedDeltaRuleBridge):
         check_pool(pool, context.pool(3), written=[])
         check_pool(states, torch.stack([context.pool(2)] * 3), written=[0, 2])
 
-    def forward(self, routes: Routes) -> Forward:
-        fn, dtypes, own, contexts, divert, failed = routes
-
-        def forward(
-            self: Any,
-            A_log: torch.Tensor,
-            a: torch.Tensor,
-            dt_bias: torch.Tensor,
-            softplus_beta: float,
-            softplus_threshold: float,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            b: torch.Tensor,
-            initial_state_source: torch.Tensor,
-            initial_state_indices: torch.Tensor,
-            scale: float | None = None,
-            use_qk_l2norm_in_kernel: bool = False,
-            cu_seqlens: torch.Tensor | None = None,
-            is_kda: bool = False,
-            lower_bound: float | None = None,
-            disable_state_update: bool = False,
-            intermediate_states_buffer: torch.Tensor | None = None,
-            intermediate_state_indices: torch.Tensor | None = None,
-            cache_steps: int | None = None,
-            retrieve_parent_token: torch.Tensor | None = None,
-            **others: Any,
-        ) -> Any:
-            first = (A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source, initial_state_indices)
-            middle = (scale, use_qk_l2norm_in_kernel, cu_seqlens)
-            last = (disable_state_update, intermediate_states_buffer, intermediate_state_indices, cache_steps, retrieve_parent_token)
-            sglang_args = (*first, *middle, is_kda, lower_bound, *last)
-            if contexts.active:
-                return divert(self, *sglang_args, **others)
-            # Kimi's delta attention has other gates. Arguments that are not named above select other ways to store states.
-            left = is_kda or lower_bound is not None or others or (softplus_beta, softplus_threshold) != _SOFTPLUS
-            if left or (dtypes is not None and q.dtype not in dtypes):
-                return own(self, *sglang_args, **others)
-            args = (*first, *middle, *last)
-            try:
-                return fn(*args)
-            except Exception as error:
-                return failed(self, error, args, sglang_args)
-
-        return forward
+    @staticmethod
+    def arguments(
+        A_log: torch.Tensor,
+        a: torch.Tensor,
+        dt_bias: torch.Tensor,
+        softplus_beta: float,
+        softplus_threshold: float,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        b: torch.Tensor,
+        initial_state_source: torch.Tensor,
+        initial_state_indices: torch.Tensor,
+        scale: float | None = None,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: torch.Tensor | None = None,
+        is_kda: bool = False,
+        lower_bound: float | None = None,
+        disable_state_update: bool = False,
+        intermediate_states_buffer: torch.Tensor | None = None,
+        intermediate_state_indices: torch.Tensor | None = None,
+        cache_steps: int | None = None,
+        retrieve_parent_token: torch.Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Any, ...] | None:
+        # Kimi's delta attention has other gates. Arguments that are not named above select other ways to store states.
+        if is_kda or lower_bound is not None or others or (softplus_beta, softplus_threshold) != _SOFTPLUS:
+            return None
+        return (
+            *(A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source, initial_state_indices),
+            *(scale, use_qk_l2norm_in_kernel, cu_seqlens),
+            *(disable_state_update, intermediate_states_buffer, intermediate_state_indices, cache_steps, retrieve_parent_token),
+        )
