@@ -141,9 +141,7 @@ def _ask(console: Console, server: "Server") -> bool:
 
 def _show_dispatch(console: Console, dispatch_log: Path, start: int) -> None:
     """Which implementation ran each layer class, from the dispatch log of the server's processes."""
-    table = Table(title="Implementations that ran", title_justify="left")
-    table.add_column("SGLang layer")
-    table.add_column("ran on")
+    table = Table("SGLang layer", "ran on", title="Implementations that ran", title_justify="left")
     for row in read_dispatch_log(dispatch_log.read_bytes()[start:].decode()) if dispatch_log.exists() else []:
         table.add_row(*row)
     console.print()

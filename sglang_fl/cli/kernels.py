@@ -19,6 +19,7 @@ from ..device import declared, probe
 from ..dispatch.catalog import FUNCTIONS, LAYERS
 from ..kernels.listing import GRID, PLAIN, Kernel, remembered_kernels
 from ..kernels.reference import REFERENCES
+from ..utils.tables import table
 from .kernel_trace import read_record, trace_model
 from .model_layers import sglang_folder
 
@@ -125,36 +126,31 @@ def _about(record: dict[str, Any]) -> str:
 
 
 def _summary(kernels: Sequence[Kernel], replaced: Collection[str]) -> Table:
-    table = Table(title=f"Kernels of SGLang {installed_version()}: {len(kernels)} to replace", title_justify="left")
-    table.add_column("module", overflow="fold")
-    table.add_column("launched", justify="right")
-    table.add_column("called", justify="right")
-    table.add_column("reference", justify="right")
-    if replaced:
-        table.add_column("replaced", justify="right")
-    table.add_column("from", overflow="fold")
+    numbers = ("launched", "called", "reference", *(("replaced",) if replaced else ()))
+    title = f"Kernels of SGLang {installed_version()}: {len(kernels)} to replace"
+    shown = table(title, "module", *numbers, "from", right=numbers)
     for module, group in groupby(kernels, key=lambda kernel: kernel.module):
         members = list(group)
         launched = sum(kernel.call != PLAIN for kernel in members)
         files = Counter(site.file.removeprefix("sglang/srt/") for kernel in members for site in kernel.sites)
         first, *others = (file for file, _ in files.most_common())
         counts = [launched, len(members) - launched, *(sum(kernel.target in some for kernel in members) for some in (REFERENCES, replaced))]
-        row = [str(count or "") for count in counts[: 4 if replaced else 3]]
-        table.add_row(module, *row, f"{first} (+{len(others)})" if others else first)
-    return table
+        row = [str(count or "") for count in counts[: len(numbers)]]
+        shown.add_row(module, *row, f"{first} (+{len(others)})" if others else first)
+    return shown
 
 
 def _table(module: str, kernels: Sequence[Kernel], counts: dict[str, int] | None, replaced: Mapping[str, str]) -> Table:
-    table = Table(title=f"{module}:", title_justify="left", expand=True)
-    table.add_column("name", ratio=4, overflow="fold")
-    table.add_column("", width=8)
+    shown = Table(title=f"{module}:", title_justify="left", expand=True)
+    shown.add_column("name", ratio=4, overflow="fold")
+    shown.add_column("", width=8)
     if counts is not None:
-        table.add_column("times", justify="right", width=7)
-    table.add_column("from sglang/srt/ → kernels", ratio=6, overflow="fold")
+        shown.add_column("times", justify="right", width=7)
+    shown.add_column("from sglang/srt/ → kernels", ratio=6, overflow="fold")
     for kernel in kernels:
         reached = [str(counts[kernel.target])] if counts is not None else []
-        table.add_row(kernel.name, _HOW[kernel.call], *reached, "\n".join(_lines(kernel, replaced)))
-    return table
+        shown.add_row(kernel.name, _HOW[kernel.call], *reached, "\n".join(_lines(kernel, replaced)))
+    return shown
 
 
 def _lines(kernel: Kernel, replaced: Mapping[str, str]) -> Iterator[str]:

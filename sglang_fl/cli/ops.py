@@ -12,7 +12,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ..check.certificates import NEVER, Certificates, certificates
 from ..config import Settings
@@ -28,6 +27,7 @@ from ..fingerprint.compare import ABSENT
 from ..startup import check_settings
 from ..startup.words import used_functions
 from ..trial import environment, record_path, settled_record
+from ..utils.tables import table
 from .model_layers import LayerRow, model_layers
 
 #: What stands at an operator that no layer of SGLang calls.
@@ -161,8 +161,7 @@ def run(args: argparse.Namespace) -> int:
     if args.all:
         _print_everything(console, rows)
     if layers is not None:
-        no_layers = f"No layer of the model in {args.model} has an operator in sglang-fl."
-        console.print(_layer_table(layers, f"Layers of {args.model}") if layers else no_layers)
+        _print_layers(console, layers, args.model)
         console.print("Read from config.json and SGLang's source. Whether a layer is bound is decided at load time: see the server's log.")
     if not args.deep:
         console.print("Device: from driver files and commands; --deep asks PyTorch, as a server does.", style="dim")
@@ -200,19 +199,12 @@ def _diff(a: Path, b: Path, *, as_json: bool) -> int:
     if not differences:
         console.print(f"No differences between {a} and {b}.", soft_wrap=True)
         return 0
-    table = _table(f"Differences: {len(differences)}", "what", str(a), str(b))
+    rows = table(f"Differences: {len(differences)}", "what", str(a), str(b), box=box.SIMPLE)
     for found in differences:
         absent = ABSENT[found.what]
-        table.add_row(f"{found.what} {found.name}", absent if found.a is None else found.a, absent if found.b is None else found.b)
-    console.print(table)
+        rows.add_row(f"{found.what} {found.name}", absent if found.a is None else found.a, absent if found.b is None else found.b)
+    console.print(rows)
     return 1
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
@@ -226,11 +218,11 @@ def print_operators(console: Console, rows: Sequence[OpRow]) -> None:
     by_count = sorted(orders, key=lambda order: -len(orders[order]))
     for order in by_count:
         console.print(f"Order{'' if order == by_count[0] else ' of ' + ', '.join(orders[order])}: {order}", soft_wrap=True)
-    table = _table("", "operator", "runs on", "checked")
+    shown = table("", "operator", "runs on", "checked", box=box.SIMPLE)
     for row in rows:
         checked = row.certificate.partition(", ")[0].replace(NEVER, "never")
-        table.add_row(row.op, row.selected.get("impl", row.picked), checked)
-    console.print(table)
+        shown.add_row(row.op, row.selected.get("impl", row.picked), checked)
+    console.print(shown)
     for why, names in _by_reason([row.left for row in rows]).items():
         console.print(f"Stays with SGLang ({why}): {', '.join(names)}")
     for why, names in _by_reason([row.missed for row in rows]).items():
@@ -262,20 +254,20 @@ def _by_reason(reasons: Sequence[dict[str, str]]) -> dict[str, list[str]]:
 
 
 def _print_everything(console: Console, rows: Sequence[OpRow]) -> None:
-    table = _table("Implementations", "operator", "implementation", "state", "checked")
+    shown = table("Implementations", "operator", "implementation", "state", "checked", box=box.SIMPLE)
     for row in rows:
         for i, impl in enumerate(row.implementations):
             state = "available" if impl["available"] else f"not available: {impl['why']}"
             state += f", not used: {impl['why']}" if impl["available"] and impl["why"] else ""
-            table.add_row("" if i else row.op, impl["impl"], state, impl["certificate"] if impl["available"] else "")
-    console.print(table)
+            shown.add_row("" if i else row.op, impl["impl"], state, impl["certificate"] if impl["available"] else "")
+    console.print(shown)
     for op, found in LAYERS.items():
         console.print(f"Layer classes of {op}: {', '.join(name for _, name in found)}")
     console.print("Functions: " + ", ".join(name for _, name in FUNCTIONS.values()))
 
 
-def _layer_table(layers: Sequence[LayerRow], title: str) -> Table:
-    table = _table(title, "layer class", "operator", "size", "runs on")
+def _print_layers(console: Console, layers: Sequence[LayerRow], model: Path) -> None:
+    shown = table(f"Layers of {model}", "layer class", "operator", "size", "runs on", box=box.SIMPLE)
     for layer in layers:
-        table.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
-    return table
+        shown.add_row(layer.class_name, layer.op or "—", layer.size, layer.destination)
+    console.print(shown if layers else f"No layer of the model in {model} has an operator in sglang-fl.")

@@ -15,6 +15,7 @@ from ...device import probe
 from ...dispatch.manager import get_default_manager
 from ...startup import check_names
 from ...trial import forget, record_path
+from ...utils.tables import table
 from ..ops import print_operators
 from .diagnosis import Diagnosis, diagnose
 
@@ -86,9 +87,7 @@ def _print_aten(console: Console, aten: dict[str, Any]) -> None:
 
 
 def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
+    shown = table(title, "", "", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+        shown.add_row(name, value)
+    return shown
