@@ -302,7 +302,7 @@ def sglangs_is_recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     given: list[tuple[Any, ...]] = []
 
     @functools.wraps(getattr(sys.modules[module], name))
-    def sglangs(*args: Any) -> Any:
+    def sglangs(*args: Any, **named: Any) -> Any:
         given.append(args)
         return "o", None, "h"
 
