@@ -5,11 +5,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ..check.report import number
 from ..check.results import grouped
 from ..fingerprint import versions
+from ..utils.pages import page
 from .findings import Finding
 from .model import Report
 from .report import effects, setting
@@ -18,11 +17,9 @@ _LEFT, _RIGHT, _ROW = 300.0, 700.0, 16.0
 
 
 def as_html(report: Report) -> str:
-    environment = Environment(
-        loader=PackageLoader("sglang_fl.bisect", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = number
-    return environment.get_template("page.html").render(
+    return page(
+        "bisect",
+        {"number": number},
         report=report,
         setting=setting(report.culprits),
         pictures=[_picture(name, found) for name, found in grouped(report.findings, lambda one: str(one.replacement)).items()],

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from ..utils.pages import page
 from .constants import FAILURES, REFUSED, SKIPPED, SPEED
 from .report import number, verdict
 from .results import CaseResult, Report, grouped
@@ -53,10 +52,6 @@ def _speed(cases: list[CaseResult]) -> Mapping[str, list[CaseResult]]:
 
 
 def as_html(report: Report) -> str:
-    environment = Environment(
-        loader=PackageLoader("sglang_fl.check", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = number
     rows = grouped(report.rows(), lambda row: row.op)
     operators: list[dict[str, Any]] = []
     for op, cases in grouped(report.cases, lambda case: case.op).items():
@@ -65,7 +60,9 @@ def as_html(report: Report) -> str:
         operators.append(
             {"name": op, "rows": rows[op], "strips": _strips(cases), "speed": _speed(cases), "checks": checks, "dtypes": dtypes}
         )
-    return environment.get_template("page.html").render(
+    return page(
+        "check",
+        {"number": number},
         report=report,
         headline=verdict(report).partition("\n")[0].removeprefix(f"{report.verdict}: "),
         failures=grouped(report.notes(*FAILURES), lambda note: note[0].target),

@@ -4,8 +4,7 @@
 import math
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from ..utils.pages import page
 from .judge import USED
 from .outcome import Outcome
 
@@ -42,13 +41,11 @@ def _shares(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
 
 
 def as_html(outcome: Outcome) -> str:
-    environment = Environment(
-        loader=PackageLoader("sglang_fl.tune", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["figure"] = lambda value: f"{value:.3f}"
-    environment.globals["place"] = _place
     used = len(outcome.used.impls) + len(outcome.used.functions)
-    return environment.get_template("page.html").render(
+    return page(
+        "tune",
+        {"figure": "{:.3f}".format},
+        place=_place,
         outcome=outcome,
         conditions=outcome.about["conditions"],
         headline=f"Replacements used: {used}" if used else "SGLang's own everywhere",
