@@ -2,12 +2,12 @@
 """A report in a terminal."""
 
 from rich.console import Console
-from rich.table import Table
 
+from ..utils.tables import table
 from .constants import FAILURES, REFUSED
 from .results import FAILED, CaseResult, Report, Row, grouped
 
-_COLUMNS = ("operator", "implementation", "cases", "error", "bound", "reference", "time", "compiling", "result")
+_NUMBERS = ("cases", "error", "bound", "reference", "time", "compiling")
 _LEGEND = (
     "error, bound, reference's error: in units of the last place of the dtype, at the size of the summed terms, where the error is "
     "nearest to its bound. time: as a multiple of the reference's. compiling: all first calls together, which may compile or tune."
@@ -37,22 +37,18 @@ def note(case: CaseResult, more: int) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    facts = Table(title="Machine and versions", title_justify="left", show_header=False)
+    facts = table("Machine and versions", "", "", show_header=False)
     for name, value in {**report.machine, **report.versions}.items():
         facts.add_row(name, value)
     console.print(facts)
-    table = Table(title="Checks", title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("operator", "implementation", "result") else "right", overflow="fold")
+    checks = table("Checks", "operator", "implementation", *_NUMBERS, "result", right=_NUMBERS)
     for row in report.rows():
-        table.add_row(*_cells(row), style="bold red" if row.failed else "yellow" if row.result == REFUSED else None)
+        checks.add_row(*_cells(row), style="bold red" if row.failed else "yellow" if row.result == REFUSED else None)
     if report.rows():
-        console.print(table)
+        console.print(checks)
         console.print(_LEGEND, style="dim")
     if report.not_available:
-        missing = Table(title="Not checked, as they are not available on this machine", title_justify="left")
-        for column in ("operator", "implementation", "why"):
-            missing.add_column(column, overflow="fold")
+        missing = table("Not checked, as they are not available on this machine", "operator", "implementation", "why")
         for target in report.not_available:
             missing.add_row(target.op, target.impl, target.why)
         console.print(missing)
