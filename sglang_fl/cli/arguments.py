@@ -5,7 +5,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
+
+from ..config import SettingsError
 
 Number = TypeVar("Number", int, float)
 
@@ -42,6 +45,15 @@ def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], exp
         return found
 
     return parse
+
+
+def make_directory(option: str, path: Path) -> Path:
+    """Create the directory that an option names. Raises SettingsError."""
+    try:
+        path.expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{option}: {path} cannot be created: {error.strerror}") from None
+    return path.expanduser()
 
 
 def duration(text: str) -> float:

@@ -18,7 +18,7 @@ from ..config import SettingsError
 from ..device import probe
 from ..dispatch.manager import get_default_manager
 from ..startup import check_settings
-from .arguments import Parser, duration, number
+from .arguments import Parser, duration, make_directory, number
 
 _RUNS = number(int, lambda count: count > 0, "a number of runs above 0")
 _MOST_RUNS = 40
@@ -141,12 +141,7 @@ def _record_path(args: argparse.Namespace) -> Path:
         if not path.is_file():
             raise SettingsError(f"--resume: there is no file {str(path)!r}")
         return path
-    folder = (args.out or Path(time.strftime("bisect-%Y-%m-%d-%H%M%S"))).expanduser()
-    path = folder / _RECORD
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"--out: {folder} cannot be created: {error.strerror}") from None
+    path = make_directory("--out", args.out or Path(time.strftime("bisect-%Y-%m-%d-%H%M%S"))) / _RECORD
     if path.exists() and path.stat().st_size:
         raise SettingsError(f"--out: {path} exists; --resume {path} continues it")
     return path

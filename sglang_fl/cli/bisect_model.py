@@ -22,6 +22,7 @@ from ..dispatch.manager import get_default_manager
 from ..model_run import RunFailed
 from ..model_run.processes import is_missing_directory
 from ..startup import check_settings
+from .arguments import make_directory
 
 #: The default time limit of a pass, in seconds.
 _LIMIT = 600.0
@@ -33,12 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"bisect: there is no model in {args.model}")
     if unwritable := why_unwritable(args.html and str(args.html)):
         raise SettingsError(f"--html: {unwritable}")
-    if args.archive:
-        try:
-            args.archive.expanduser().mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"--archive: {args.archive} cannot be created: {error.strerror}") from None
-    archives = args.archive.expanduser().resolve() if args.archive else None
+    archives = make_directory("--archive", args.archive).resolve() if args.archive else None
     job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives)
     begun, steps = time.monotonic(), list[tuple[str, float]]()
     try:

@@ -26,7 +26,7 @@ from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
 from ..startup import check_settings
-from .arguments import duration, number
+from .arguments import duration, make_directory, number
 from .check_progress import showing
 
 #: Each case adds to the seed, and PyTorch's generator takes 64 bits.
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if unwritable := why_unwritable(args.html and str(args.html)):
         raise SettingsError(f"--html: {unwritable}")
     if args.failures:
-        _make_directory("--failures", args.failures)
+        make_directory("--failures", args.failures)
     out = _out_path(args)
     path = args.resume.expanduser() if args.resume else out
     record = Record(path)
@@ -148,19 +148,11 @@ def _out_path(args: argparse.Namespace) -> Path | None:
     if args.out is None:
         return None
     if args.out == Path():
-        _make_directory("--out", directory())
-        return directory() / time.strftime("%Y-%m-%d-%H%M%S.jsonl")
+        return make_directory("--out", directory()) / time.strftime("%Y-%m-%d-%H%M%S.jsonl")
     path: Path = args.out.expanduser()
     if path.exists() and path.stat().st_size:
         raise SettingsError(f"--out: {path} exists; --resume {path} continues it")
     return path
-
-
-def _make_directory(option: str, path: Path) -> None:
-    try:
-        path.expanduser().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{option}: {path} cannot be created: {error.strerror}") from None
 
 
 def _selects(args: argparse.Namespace) -> bool:
