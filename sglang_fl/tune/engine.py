@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from ..dispatch.logger_manager import read_dispatch_log
+from ..utils.processes import end_family, family_of
 
 _WORKER = Path(__file__).with_name("engine_worker.py")
 #: The dispatch log in an engine's directory, if its environment asks for one.
@@ -130,11 +131,7 @@ class Engine:
         if self._process is None:
             return
         self.resume()
-        family = self._family()
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=_STOP_SECONDS)
+        end_family(self._process.pid, os.getpgid, _STOP_SECONDS)
         self._process.wait()
         with contextlib.suppress(OSError):  # data that could not be written any more
             self._process.stdin.close()  # type: ignore[union-attr]
@@ -169,14 +166,8 @@ class Engine:
         return "\n".join([line for line in lines if line.strip()][-count:])
 
     def _family(self) -> list[psutil.Process]:
-        """Every process of its group: its children may outlive it, orphaned."""
         assert self._process is not None
-        family = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getpgid(process.pid) == self._process.pid:
-                    family.append(process)
-        return family
+        return family_of(self._process.pid, os.getpgid)
 
     def _signal(self, number: int) -> None:
         assert self._process is not None

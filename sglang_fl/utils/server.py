@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import psutil
 import requests
+
+from .processes import end_family
 
 _STARTUP_SECONDS = 600
 _STOP_SECONDS = 15
@@ -123,20 +124,5 @@ class Server:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=_STOP_SECONDS)
-        family = self._family()
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=_STOP_SECONDS)
+        end_family(self.process.pid, os.getsid, _STOP_SECONDS)
         self.process.wait()
-
-    def _family(self) -> list[psutil.Process]:
-        """Every process of the server's session: its children may outlive it, orphaned."""
-        assert self.process is not None
-        session = self.process.pid
-        family = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == session:
-                    family.append(process)
-        return family
