@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Settings, Words, settings_in_force
+from ..config import Settings, settings_in_force
 from ..device import Device
 from ..utils.suggest import suggest
 from .builtin_ops import Discovery, discover, known_words
@@ -117,18 +117,6 @@ class OpManager:
                         self._is_discovering = False
         return self.discovery
 
-    def words(self, plugin_modules: Sequence[str] | None = None, *, with_packages: bool = True) -> Words:
-        """The names of operators, vendors and implementations.
-
-        Args:
-            plugin_modules: as for :meth:`ensure_initialized`.
-            with_packages: include those of installed packages, which are imported. Otherwise no implementation is known.
-        """
-        if not with_packages:
-            return known_words()
-        self.discover(plugin_modules)
-        return known_words(self.registry)
-
     def plan(self, op_name: str, policy: SelectionPolicy | None = None) -> Plan:
         """The implementations that the policy (None: the one in force here) allows for an operator."""
         self.ensure_initialized()
@@ -147,7 +135,7 @@ class OpManager:
         if policy in self._checked:
             return
         self._checked.add(policy)
-        words = self.words()
+        words = known_words(self.registry)
         vendors = (*policy.deny_vendors, *(policy.allow_vendors or ()))
         problems = [
             *(words.problem_with_operator(op, order) for op, order in policy.per_op_order),

@@ -327,13 +327,6 @@ class FLBackendBase(GatedDeltaRuleOps, CausalConv1dOps, ABC):
         raise NotImplementedError(f"{self.name} has no fused_moe")
 
 
-_NOT_OPERATORS = frozenset({"is_available", "why_unavailable"})
-
-
-def _operators() -> tuple[str, ...]:
-    methods = inspect.getmembers(FLBackendBase, inspect.isfunction)
-    return tuple(name for name, _ in methods if name not in _NOT_OPERATORS and not name.startswith("_"))
-
-
+_METHODS = dict(inspect.getmembers(FLBackendBase, inspect.isfunction))
 #: The operators' names.
-OPERATORS: tuple[str, ...] = _operators()
+OPERATORS: tuple[str, ...] = tuple(name for name in _METHODS if name not in ("is_available", "why_unavailable"))

@@ -37,7 +37,7 @@ def check_names(environ: Mapping[str, str], device: Device, manager: OpManager) 
     """As :func:`check_settings`, but packages are imported only if the settings are not valid with our own names."""
     if not plugin_modules(environ):
         try:
-            return _check(environ, device, settings_words(manager, with_packages=False))
+            return _check(environ, device, settings_words(None))
         except SettingsError:
             pass  # a name may be a package's
     return check_settings(environ, device, manager)

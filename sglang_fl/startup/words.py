@@ -11,14 +11,17 @@ from pathlib import Path
 from ..config import Settings, Words
 from ..device import Device
 from ..dispatch.backends.flaggems.library import why_not_here
+from ..dispatch.builtin_ops import known_words
 from ..dispatch.catalog import CLASSES, NOT_COVERED_CLASSES
 from ..dispatch.kernel_implementations import is_kernel, names_of
 from ..dispatch.manager import OpManager
 
 
-def settings_words(manager: OpManager, plugin_modules: Sequence[str] = (), *, with_packages: bool = True) -> Words:
-    """The names of this package and, unless ``with_packages`` is False, of the backends that are installed."""
-    words = manager.words(plugin_modules, with_packages=with_packages)
+def settings_words(manager: OpManager | None, plugin_modules: Sequence[str] = ()) -> Words:
+    """The names of this package and, with a manager, of the backends that are installed, which it imports."""
+    if manager is not None:
+        manager.discover(plugin_modules)
+    words = known_words(manager.registry if manager is not None else None)
     kernels = {name for op in words.operators or () if is_kernel(op) for name in names_of(op)}
     return replace(words, classes=CLASSES | kernels, flaggems=flaggems_functions(), not_covered=NOT_COVERED_CLASSES)
 

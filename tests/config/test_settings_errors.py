@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from settings_loader import Loader
 
 from sglang_fl.config import OPTIONS, Settings, SettingsError, load_platform_config, suggest
-from sglang_fl.dispatch import OpManager, OpRegistry
 from sglang_fl.startup.words import settings_words
 
 VARIABLES_ONLY = [(name, option.env) for name, option in OPTIONS.items() if not option.yaml and option.env]
@@ -434,7 +433,7 @@ def test_an_order_for_an_operator_that_is_not_covered_is_refused(load: Loader) -
 
 @pytest.mark.parametrize("word", ["cuda", "npu", "musa"])
 def test_vendors_may_be_called_by_their_aliases(load: Loader, word: str) -> None:
-    load.words = settings_words(OpManager(OpRegistry()), with_packages=False)
+    load.words = settings_words(None)
     assert load(SGLANG_FL_DENY_VENDORS=word).deny_vendors == (word,)
 
 
