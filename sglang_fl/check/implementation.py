@@ -153,8 +153,7 @@ def _shapes(value: Any) -> Any:
 def worst(op: str, got: Results, expected: Expected, dtype: torch.dtype, device: torch.device | None = None) -> Verdict:
     """The worst of the verdicts on an operator's results."""
     if OPERATORS_CHECKED[op].whole:
-        verdict: Verdict = expected[0].judge(got, dtype, device)
-        return verdict
+        return expected[0].judge(got, dtype, device)
     if len(got) != len(expected):
         return Verdict(problem=f"returned {len(got)} results, not {len(expected)}: {', '.join(right.name for right in expected)}")
     found = [right.judge(result, dtype, device) for result, right in zip(got, expected, strict=True)]

@@ -42,8 +42,7 @@ def read_record(model: Path) -> dict[str, Any]:
     if not file.exists():
         read_config(model)  # raises an error if the folder is not a model
         raise SettingsError(f"--model: {str(model)!r} was not traced yet: run sglang-fl kernels --model {model} --trace")
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return record
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def trace_model(model: Path, arguments: Sequence[str]) -> bool:

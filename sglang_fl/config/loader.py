@@ -71,8 +71,7 @@ def load_settings(environ: Mapping[str, str] | None = None, *, device: Device | 
 def plugin_modules(environ: Mapping[str, str]) -> tuple[str, ...]:
     """The modules that SGLANG_FL_PLUGIN_MODULES names, whatever else is wrong with the settings."""
     option = OPTIONS["plugin_modules"]
-    modules: tuple[str, ...] = option.parse(environ.get(option.env or "", ""))
-    return modules
+    return option.parse(environ.get(option.env or "", ""))
 
 
 def config_files(environ: Mapping[str, str]) -> list[str]:

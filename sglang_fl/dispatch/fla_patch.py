@@ -26,5 +26,4 @@ def get_original(name: str) -> Callable[..., Any]:
     if name not in _MODULES:
         raise KeyError(f"no operator replaces a function {name!r} of SGLang{suggest(name, list(_MODULES))}")
     # A hook of SGLang's HookRegistry wraps what it found.
-    original: Callable[..., Any] = inspect.unwrap(getattr(import_module(_MODULES[name]), name))
-    return original
+    return inspect.unwrap(getattr(import_module(_MODULES[name]), name))

@@ -79,8 +79,7 @@ class LazyFunction:
     why_unavailable: Callable[[Settings, Device], str | None] | None = None
 
     def load(self) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(import_module(self.module), self.name)
-        return function
+        return getattr(import_module(self.module), self.name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.load()(*args, **kwargs)

@@ -39,8 +39,7 @@ class KernelHook:
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         forward = self.forward
         if forward is None:
-            launch: Callable[..., Any] = self.own[grid]
-            return launch
+            return self.own[grid]
         return lambda *args, **kwargs: forward(self, grid, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,8 +60,7 @@ class _Loader(importlib.abc.Loader):
         self._hooks = hooks
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        module: ModuleType | None = self._own.create_module(spec)
-        return module
+        return self._own.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         before = set(sys.modules)

@@ -60,8 +60,7 @@ class OutOfTree(SRTPlatform):
         return "CUDA" if self.device_type == "cuda" else "PrivateUse1"
 
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
-        activity: torch.profiler.ProfilerActivity = getattr(torch.profiler.ProfilerActivity, self.get_torch_profiler_activity_str())
-        return activity
+        return getattr(torch.profiler.ProfilerActivity, self.get_torch_profiler_activity_str())
 
 
 class TorchDeviceMixin(DeviceMixin):

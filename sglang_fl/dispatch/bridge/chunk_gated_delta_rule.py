@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,5 +59,4 @@ class ChunkGatedDeltaRuleBridge(GatedDeltaRuleBridge):
             return result[0], None, result[-1]  # as SGLang's own gives them
 
         # As SGLang's own function is, one that torch.compile runs as it is.
-        disable: Callable[[Forward], Forward] = torch.compiler.disable
-        return disable(forward)
+        return torch.compiler.disable(forward)

@@ -35,8 +35,7 @@ class LayerBridge(Bridge):
     def layer_class(self) -> type[nn.Module] | None:
         """SGLang's class, or None where its module is not imported: then no layer of it exists."""
         module, name = next(layer for layer in LAYERS[self.op] if self.class_name in (None, layer[1]))
-        found: type[nn.Module] | None = getattr(sys.modules.get(module), name, None)
-        return found
+        return getattr(sys.modules.get(module), name, None)
 
     def parameters(self, layer: Layer) -> Iterator[nn.Parameter]:
         """The weights that it reads, which may be another module's."""

@@ -94,7 +94,7 @@ def fused_sigmoid_gating_delta_rule_update(
     check_heads("fused_sigmoid_gating_delta_rule_update", q.shape[2], v.shape[2])
     if not q.numel():
         return v.new_empty(v.shape)
-    result: torch.Tensor = _update(
+    return _update(
         *(A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source, initial_state_indices),
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
@@ -105,4 +105,3 @@ def fused_sigmoid_gating_delta_rule_update(
         cache_steps=cache_steps,
         retrieve_parent_token=retrieve_parent_token,
     )
-    return result
