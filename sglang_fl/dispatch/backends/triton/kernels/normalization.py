@@ -41,10 +41,10 @@ def norm_kernel(
     """ROWS rows in a program, into ``out``: contiguous, or with a residual x itself; the sum then goes into the residual."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
+    wait_for_the_last(OVERLAPS)
     at, residual_at, out_at = row * x_stride, row * residual_stride, row * SIZE
     if residual is not None:
         out_at = at
-    wait_for_the_last(OVERLAPS)
     if BLOCK >= SIZE:
         in_row = column < SIZE
         inside = in_row if ROWS == 1 else in_row & (row < rows)
