@@ -9,7 +9,7 @@ one is missing or different, everything is left to SGLang, and the names of what
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -198,9 +198,8 @@ def group_problems() -> tuple[str, ...]:
     return tuple(_differences(GROUPS, all_parameters=False))
 
 
-def check_groups() -> None:
-    """Raises IncompatibleSGLang unless SGLang's groups of ranks are made as the hook on them expects."""
-    problems = group_problems()
+def refuse(problems: Collection[str]) -> None:
+    """Raises IncompatibleSGLang if anything differs."""
     if problems:
         raise IncompatibleSGLang(stop_message(problems))
 

@@ -177,7 +177,7 @@ def test_each_shape_of_the_gated_delta_rule(path: str, monkeypatch: pytest.Monke
 def test_groups_that_are_made_in_another_way_stop_flagcx(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reshape(path, monkeypatch)
     with pytest.raises(compat.IncompatibleSGLang, match="takes no torch_distributed_backend and no use_pynccl"):
-        compat.check_groups()
+        compat.refuse(compat.group_problems())
 
 
 @pytest.mark.usefixtures("relied_on")

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..compat import graph_problems, hook, stop_message
+from ..compat import graph_problems, hook, refuse
 from ..distributed.ranks import Ranks
 from .agreement import agree
 from .capture import Capture
@@ -85,8 +85,7 @@ class FirstPasses:
 
 
 def _hook(target: str, function: Callable[..., Any]) -> None:
-    if problems := graph_problems():
-        raise RuntimeError(stop_message(problems))
+    refuse(graph_problems())
     if target in _hooked:
         return
     if not hook(target, function):

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import Backend as C10dBackend
 from torch._C._distributed_c10d import Store, _DistributedBackendOptions
 from torch.distributed import Backend
 
-from ..compat import check_groups, hook
+from ..compat import group_problems, hook, refuse
 from ..config import Settings
 from .agreement import LIMIT, Agreement, Answer, Decision, absent_ranks, format_ranks, shared_variables
 from .communicator import CommunicatorFL, current_device
@@ -77,7 +77,7 @@ class FlagCXSetup:
             IncompatibleSGLang: this SGLang creates its groups in another way.
             FlagCXError: it does not accept the hook.
         """
-        check_groups()
+        refuse(group_problems())
         if not hook(_TARGET, self.init_group_coordinator):
             raise FlagCXError(
                 f"SGLang did not accept sglang-fl's hook on {_TARGET}: another plugin has hooked it already, or see SGLang's log"

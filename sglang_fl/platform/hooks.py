@@ -37,8 +37,8 @@ class PlatformHooks:
         settings = resolve(self.device)
         log_changes(settings.patches)
         problems = compat.binding_problems()
-        if problems and settings.strict:
-            raise compat.IncompatibleSGLang(compat.stop_message(problems))
+        if settings.strict:
+            compat.refuse(problems)
         if problems:
             from ..dispatch.kernel_implementations import replaceable
             from ..dispatch.manager import get_default_manager

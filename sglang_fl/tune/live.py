@@ -20,7 +20,7 @@ from .. import startup
 from ..aten import in_force, why_off
 from ..aten.operators import available_functions, unlisted
 from ..bind import bind_model, process_binder
-from ..compat import IncompatibleSGLang, stop_message, tune_problems
+from ..compat import refuse, tune_problems
 from ..config.settings import FILE, Source
 from ..device import Device
 from ..dispatch.bridge.layer import LayerSocket
@@ -71,8 +71,7 @@ class Live:
         from sglang.srt.platforms import current_platform
         from sglang.srt.runtime_context import get_exec
 
-        if problems := tune_problems():
-            raise IncompatibleSGLang(stop_message(problems))
+        refuse(tune_problems())
         # On a CPU SGLang collects garbage whenever it flushes its cache, in half a second with all that was imported.
         gc.collect()
         gc.freeze()
