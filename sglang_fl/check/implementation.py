@@ -29,7 +29,15 @@ class Violation(Exception):
 
 
 class Refused(Exception):
-    """The implementation refuses the call."""
+    """The implementation refuses the call.
+
+    Attributes:
+        counts: how many numbers each of the call's tensors has.
+    """
+
+    def __init__(self, message: str, call: Call):
+        super().__init__(message)
+        self.counts = [x.numel() for x in call.inputs.values() if isinstance(x, torch.Tensor)]
 
 
 class Implementation:
@@ -82,7 +90,7 @@ class Implementation:
             declared = self.writes_inputs and not isinstance(error, Refusal) and set(written) <= call.may_write
             if written and not declared:
                 raise Violation(f"wrote {', '.join(written)} before it raised {message}") from error
-            raise Refused(message) from error
+            raise Refused(message, call) from error
         written = changed(call, kept, call.may_write)
         if written:
             raise Violation(f"wrote {', '.join(written)}, which is read-only")

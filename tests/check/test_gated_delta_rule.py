@@ -12,7 +12,7 @@ from backend_functions import reference
 
 from sglang_fl.check.cases import cases_of
 from sglang_fl.check.check_case import check_case
-from sglang_fl.check.constants import FAILED, SERVING, SPECIAL, UNUSUAL
+from sglang_fl.check.constants import FAILED, OK, SERVING, SPECIAL, UNUSUAL
 from sglang_fl.check.implementation import Implementation
 from sglang_fl.dispatch.backends.reference.impl import gated_delta_rule as arithmetic
 
@@ -157,6 +157,16 @@ MISTAKES: list[tuple[str, Callable[..., Any], str, str]] = [
     (NEXT_CONVOLUTION, padding_in_the_last_slot, UNUSUAL, "the pool of states"),
     (NEXT_CONVOLUTION, with_argument(NEXT_CONVOLUTION, 8, lambda children: None), UNUSUAL, "out of bounds"),
 ]
+
+
+def test_beta_may_be_rounded_to_the_dtype_of_its_argument() -> None:
+    """As in SGLang's kernel of decode; in fp16 small ones are zero then."""
+    rounded = with_argument(PACKED, 2, lambda b: torch.logit(b.float().sigmoid().to(b.dtype).float()))
+    impl = Implementation(PACKED, rounded, None, CPU)
+    for case in cases_of(PACKED, frozenset({torch.float16}), CPU, quick=True):
+        if case.check == SPECIAL:
+            outcome = check_case(impl, case, 7)
+            assert outcome.status == OK, (case.name, outcome.message)
 
 
 @pytest.mark.parametrize(("op", "mistake", "check", "expected"), MISTAKES)

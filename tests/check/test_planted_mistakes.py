@@ -535,6 +535,22 @@ def test_refusing_what_serving_needs_is_one() -> None:
     assert {outcome.status for check in (THREADS, GRAPH, COMPILE) for outcome in outcomes[check]} == {REFUSED}
 
 
+def test_refusing_more_numbers_than_int32_counts_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is lower here; one number less may not be refused."""
+    monkeypatch.setattr("sglang_fl.check.check_case.INT32", 1 << 15)
+
+    def refuses_from(least: int) -> set[str]:
+        def refuses(layer: Any, x: Any) -> Any:
+            if x.numel() >= least:
+                raise ValueError("too many")
+            return reference.silu_and_mul(layer, x)
+
+        return {outcome.status for outcome in found("silu_and_mul", refuses, SIZES)[SIZES]}
+
+    assert refuses_from(1 << 15) == {OK, REFUSED}
+    assert FAILED in refuses_from(1 << 14)
+
+
 def test_refusing_what_has_no_tokens_is_one() -> None:
     def refuses(layer: Any, x: Any) -> Any:
         if not x.numel():

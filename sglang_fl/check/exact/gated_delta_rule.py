@@ -58,12 +58,12 @@ class _Tokens:
     def at(self, index: torch.Tensor) -> "_Tokens":
         return _Tokens(self.q[index], self.k[index], self.v[index], self.g[index], self.beta[index])
 
-    def step(self, rows: _Rows, unit: float, unit_beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, rows: _Rows, unit: float, b: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Update each state by a token. Returns their ``o`` ``[N, HV, V]`` and the bounds of its error.
 
         Args:
             unit: the error of one rounding.
-            unit_beta: an additional error of beta.
+            b: what beta is the sigmoid of, if that is computed too. Beta may be rounded to its dtype.
         """
         decay, beta = self.g.exp().unsqueeze(-1), self.beta.unsqueeze(-1)
         size_k, size_q = self.k.norm(dim=-1, keepdim=True), self.q.norm(dim=-1, keepdim=True)
@@ -73,9 +73,14 @@ class _Tokens:
         wrong_by = self.v - (rows.state * self.k.unsqueeze(-2)).sum(-1)
         rows.state = rows.state + (beta * wrong_by).unsqueeze(-1) * self.k.unsqueeze(-2)
         # exp turns one rounding of g into |g| roundings of its result; a strong decay makes it small again.
-        brought = beta * (self.v.abs() + before * size_k) * size_k
+        by_beta = (self.v.abs() + before * size_k) * size_k
+        brought = beta * by_beta
         rows.terms = torch.maximum(rows.terms * decay, before) + brought
-        added = unit * rows.terms + U32 * roundings * (brought + before) + U32 * self.g.abs().unsqueeze(-1) * before + unit_beta * brought
+        added = unit * rows.terms + U32 * roundings * (brought + before) + U32 * self.g.abs().unsqueeze(-1) * before
+        if b is not None:
+            # One fp32 rounding of b becomes at most |b| of its sigmoid. Small ones are below the dtype's normal numbers.
+            unit_beta = u(b.dtype) + U32 * float(b.abs().max()) if b.numel() else 0.0
+            added = added + unit_beta * brought + smallest(b.dtype) / 2 * by_beta
         growth = decay * torch.maximum(torch.ones_like(beta), (1 - beta * size_k.square()).abs())
         rows.squares = growth.square() * rows.squares + added.square()
         o = (rows.state * self.q.unsqueeze(-2)).sum(-1)
@@ -112,7 +117,7 @@ class _Result:
     chunks: _Rows
 
 
-def _run(tokens: _Tokens, spans: torch.Tensor, states: torch.Tensor, unit: float, unit_beta: float = 0.0) -> _Result:
+def _run(tokens: _Tokens, spans: torch.Tensor, states: torch.Tensor, unit: float, b: torch.Tensor | None = None) -> _Result:
     """Run all sequences at once, longest first, so that those with tokens left are always the first ones."""
     starts, lengths = spans.unbind(-1)
     of_chunks = (lengths + _CHUNK - 1) // _CHUNK
@@ -129,7 +134,7 @@ def _run(tokens: _Tokens, spans: torch.Tensor, states: torch.Tensor, unit: float
             chunk = first_chunk[running] + token // _CHUNK
             before.state[chunk], before.squares[chunk] = now.state, now.squares
         at = starts[running] + token
-        out[at], error[at] = tokens.at(at).step(now, unit, unit_beta)
+        out[at], error[at] = tokens.at(at).step(now, unit, b)
         n = len(running)
         rows.state[:n], rows.squares[:n], rows.terms[:n] = now.state, now.squares, now.terms
     return _Result(out, error.nan_to_num(), rows.at(order.argsort()), before)
@@ -214,11 +219,6 @@ def _gates(a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch
     return -exactly(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x)), exactly(b).sigmoid()
 
 
-def _unit_of_beta(b: torch.Tensor) -> float:
-    """The relative error of beta, which may be rounded to b's dtype. One fp32 rounding of b becomes at most |b| of its sigmoid."""
-    return u(b.dtype) + U32 * float(b.abs().max()) if b.numel() else 0.0
-
-
 def fused_gdn_gating(A_log: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dt_bias: torch.Tensor) -> tuple[Exact, ...]:
     """The logarithm of the decay, and beta: fp32, ``[1, tokens, heads]``. Beta may be rounded to b's dtype."""
     g, beta = _gates(a, b, A_log, dt_bias)
@@ -250,7 +250,7 @@ def fused_sigmoid_gating_delta_rule_update(
     pool, slots = initial_state_source, initial_state_indices.cpu().long()
     first = _begin(pool, slots)
     if intermediate_states_buffer is None or intermediate_state_indices is None:
-        found = _run(tokens, _spans(q, cu_seqlens), first, 0.0, _unit_of_beta(b))
+        found = _run(tokens, _spans(q, cu_seqlens), first, 0.0, b)
         return _output("o", found.out, found.error, v.shape), _pool_after(pool, slots, found.last)
     out, error = torch.zeros_like(tokens.v), torch.zeros_like(tokens.v)
     begin = _Rows.of(first)
@@ -263,7 +263,7 @@ def fused_sigmoid_gating_delta_rule_update(
         chosen = [begin.at(slice(n, n + 1)) if step == 0 else after[before[n]].at(slice(n, n + 1)) for n in range(len(slots))]
         now = _Rows(*(torch.cat([getattr(one, part) for one in chosen]) for part in ("state", "squares", "terms"))) if chosen else begin
         at = sequences * steps + step
-        out[at], error[at] = tokens.at(at).step(now, 0.0, _unit_of_beta(b))
+        out[at], error[at] = tokens.at(at).step(now, 0.0, b)
         value[rows, step], wrong[rows, step] = now.state, now.error
         after.append(now)
     written = _states("the states after drafts", value, wrong, roundings=0, dtype=intermediate_states_buffer.dtype)
@@ -290,9 +290,8 @@ def fused_recurrent_gated_delta_rule_packed_decode(
         for part, dim in zip(mixed_qkv.split([width, width, value_heads * value_dim], 1), (key_dim, key_dim, value_dim), strict=True)
     )
     tokens = _tokens(q, k, v, *_gates(a, b, A_log, dt_bias), scale, use_qk_l2norm_in_kernel)
-    unit_beta = _unit_of_beta(b)
     slots = ssm_state_indices.cpu().long()
     real = (slots >= 0).nonzero()
     spans = torch.cat((real, torch.ones_like(real)), -1)
-    found = _run(tokens, spans, exactly(initial_state)[slots[real[:, 0]]], 0.0, unit_beta)
+    found = _run(tokens, spans, exactly(initial_state)[slots[real[:, 0]]], 0.0, b)
     return _output("out", found.out, found.error, out.shape), _pool_after(initial_state, slots[real[:, 0]], found.last)
