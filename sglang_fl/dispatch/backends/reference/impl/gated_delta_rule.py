@@ -192,28 +192,38 @@ def fused_sigmoid_gating_delta_rule_update(
     cache_steps: int | None = None,
     retrieve_parent_token: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    sequences = _sequences(q, cu_seqlens)
-    slots = slots_of("fused_sigmoid_gating_delta_rule_update", initial_state_indices, len(sequences), q.device)
-    states = state_pool.read(initial_state_source, slots, torch.float32)
-    rows = [-1] * len(sequences) if intermediate_state_indices is None else intermediate_state_indices.tolist()
-    parents = None if retrieve_parent_token is None else retrieve_parent_token.tolist()
+    """Without a word to the host, so that graphs can hold it: only the device knows which token belongs to which sequence."""
+    rows, tokens = q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, rows * tokens + 1, max(1, tokens), device=q.device)
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    slots = slots_of("fused_sigmoid_gating_delta_rule_update", initial_state_indices, len(starts), q.device)
     out = q.new_zeros(v.shape)
-    q, k, v = _heads(q, k, v, k.shape[-1] ** -0.5 if scale is None else scale, use_qk_l2norm_in_kernel)
+    if not out.numel():
+        return out
+    q, k, v = (x.flatten(0, 1) for x in _heads(q, k, v, k.shape[-1] ** -0.5 if scale is None else scale, use_qk_l2norm_in_kernel))
     gate = functional.softplus(a.float() + dt_bias.float(), softplus_beta, softplus_threshold)
-    decay, beta = (x.reshape(v.shape[:3]) for x in (torch.exp(-A_log.float().exp() * gate), b.float().sigmoid()))
-    last = []
-    for number, (row, start, end) in enumerate(sequences):
-        state = states[number]
-        behind: list[torch.Tensor] = []
-        for index, token in enumerate(range(start, end)):
-            if parents is not None and index:
-                state = behind[parents[number][index]]
-            at = row, token
-            state, out[at] = step(state, q[at], k[at], v[at], decay[at], beta[at])
-            behind.append(state)
-        if intermediate_states_buffer is not None and rows[number] >= 0 and behind:
-            intermediate_states_buffer[rows[number], : len(behind)] = torch.stack(behind).to(intermediate_states_buffer.dtype)
-        last.append(state)
-    if not disable_state_update and last:
-        state_pool.write(initial_state_source, slots, torch.stack(last))
+    decay, beta = (x.reshape(v.shape[:2]) for x in (torch.exp(-A_log.float().exp() * gate), b.float().sigmoid()))
+    places = torch.arange(len(q), device=q.device)
+    sequence = torch.searchsorted(ends, places, right=True)
+    # Behind the last sequence there may be padding.
+    real, sequence = sequence < len(starts), sequence.clamp(max=len(starts) - 1)
+    index = places - starts[sequence]
+    before = places - 1
+    if retrieve_parent_token is not None:
+        before = starts[sequence] + retrieve_parent_token[sequence, index.clamp(max=retrieve_parent_token.shape[1] - 1)]
+    before = torch.where(index == 0, len(q) + sequence, before.clamp(0, len(q) - 1))
+    # The state after each token, and behind them the one before each sequence.
+    states = torch.cat((v.new_empty(len(q), *initial_state_source.shape[1:]), state_pool.read(initial_state_source, slots, torch.float32)))
+    for token, o in enumerate(out.flatten(0, 1)):
+        at = slice(token, token + 1)
+        states[at], o[:] = step(states.index_select(0, before[at]), q[at], k[at], v[at], decay[at], beta[at])
+    out.masked_fill_(~real.view(rows, tokens, 1, 1), 0)
+    if intermediate_states_buffer is not None and intermediate_state_indices is not None:
+        row = torch.where(real, intermediate_state_indices[sequence], -1)
+        place = torch.where(row < 0, -1, row * intermediate_states_buffer.shape[1] + index)
+        state_pool.write(intermediate_states_buffer.view(-1, *states.shape[1:]), place, states[: len(q)])
+    if not disable_state_update:
+        last = torch.where(ends > starts, ends - 1, len(q) + torch.arange(len(starts), device=q.device))
+        state_pool.write(initial_state_source, slots, states[last])
     return out
