@@ -2,16 +2,20 @@
 """The gated delta rule: the reference against transformers' own, and the Triton kernels of two backends on a CPU."""
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from flaggems_here import gems
+from graphs_on_cpu import Graph, capture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers_own
@@ -21,7 +25,10 @@ from sglang_fl.dispatch.backends.reference.impl.gated_delta_rule import (
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
     fused_recurrent_gated_delta_rule_packed_decode,
+    fused_sigmoid_gating_delta_rule_update,
 )
+
+__all__ = ["gems"]
 
 TESTS = Path(__file__).parents[2]
 
@@ -99,6 +106,67 @@ def test_decoding_goes_on_where_prefill_ended() -> None:
         torch.testing.assert_close(out[0, 0], wanted[0, token], rtol=1e-4, atol=1e-6)
         assert not out[1].any()
     assert torch.equal(pool[:2], before[:2])
+
+
+def test_a_graph_of_the_update_holds_no_lengths() -> None:
+    """Captured with some sequences, replayed with others; padding behind them."""
+    x = drawn(8, key_dim=8, value_dim=16)
+    a, b, A_log, dt_bias = torch.randn(8, 4), torch.randn(8, 4), torch.randn(4), torch.randn(4)
+    pool, buffer = torch.randn(6, 4, 16, 8), torch.randn(5, 4, 4, 16, 8)
+
+    def update(ends: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, parents: torch.Tensor, *states: torch.Tensor) -> torch.Tensor:
+        first = (A_log, a, dt_bias, 1.0, 20.0, x["q"], x["k"], x["v"], b, states[0], slots, None, True, ends)
+        return fused_sigmoid_gating_delta_rule_update(*first, False, states[1], rows, 4, parents)
+
+    calls = [
+        [torch.tensor([0, 1, 1, 4, 6]), torch.tensor([0, 3, -1, 5]), torch.tensor([1, 0, 4, -1]), torch.zeros(4, 4, dtype=torch.int64)],
+        [torch.tensor([0, 3, 5, 5, 7]), torch.tensor([-1, 2, 4, 1]), torch.tensor([3, -1, 2, 0]), torch.tensor([[0, 0, 1, 1]] * 4)],
+    ]
+    given, states, graph = [x.clone() for x in calls[0]], [pool.clone(), buffer.clone()], Graph()
+    with capture(graph):
+        out = update(*given, *states)
+    for call in calls[::-1]:
+        for tensor, value in zip([*given, *states], [*call, pool, buffer], strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        eager = [pool.clone(), buffer.clone()]
+        assert torch.equal(out, update(*call, *eager)) and not out[0, int(call[0][-1]) :].any()
+        assert all(map(torch.equal, states, eager))
+
+
+@pytest.mark.parametrize("batch", [1, 2047, 2048, 4100])
+@pytest.mark.parametrize("backend", ["flaggems", "vendor.cuda"])
+def test_a_batch_of_more_blocks_than_a_grid_has(gems: ModuleType, monkeypatch: pytest.MonkeyPatch, backend: str, batch: int) -> None:
+    """Both kernels have a block for each head of each sequence, in a dimension of up to 65535."""
+    module = importlib.import_module(f"sglang_fl.dispatch.backends.{backend}.impl.gated_delta_rule")
+
+    def packed(*args: Any) -> Any:
+        assert len(args[0]) * args[6].shape[1] <= 65535
+        return fused_recurrent_gated_delta_rule_packed_decode(*args)
+
+    def recurrent(
+        q: Any, k: Any, v: Any, g: Any, beta: Any, scale: float, pool: Any, in_place: bool, ends: Any, slots: Any, *more: Any
+    ) -> Any:
+        count = len(ends) - 1
+        assert count * v.shape[2] <= 65535
+        gates = (x[0, :count].unsqueeze(1) for x in (q, k, v, g, beta))
+        out, last = fused_recurrent_gated_delta_rule(*gates, scale, state_pool.read(pool, slots, torch.float32), True, None, more[-1])
+        state_pool.write(pool, slots, last)
+        return out.transpose(0, 1), pool
+
+    if backend == "flaggems":
+        monkeypatch.setattr(module, "fused_recurrent_gated_delta_rule_fwd", recurrent)
+    else:
+        monkeypatch.setattr(module, "_packed_decode", packed)
+    mixed, pool = torch.randn(batch, 8 * 2 + 32 * 2), torch.randn(batch + 1, 32, 2, 1)
+    gates = torch.randn(batch, 32), torch.randn(batch, 32), torch.randn(32), torch.randn(32)
+    slots, wanted = torch.randperm(batch + 1)[:batch], pool.clone()
+    out, right = torch.randn(2, batch, 1, 32, 2)
+    fused_recurrent_gated_delta_rule_packed_decode(mixed, *gates, 1.0, wanted, right, slots, True)
+    got, _ = module.fused_recurrent_gated_delta_rule_packed_decode(mixed, *gates, 1.0, pool, out, slots, True)
+    assert got is out
+    torch.testing.assert_close(out, right)
+    torch.testing.assert_close(pool, wanted)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 from torch.nn import functional
 
+from ...batches import MOST_BLOCKS, decode_in_parts
 from ...checks import check_chunk_kernel, slots_of, split_packed
 from ...state_pool import read, write
 from ..library import load
@@ -110,6 +111,9 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch = len(mixed_qkv)
+    if batch * initial_state.shape[1] > MOST_BLOCKS:
+        arguments = mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel
+        return decode_in_parts(fused_recurrent_gated_delta_rule_packed_decode, *arguments)
     q, k, v = split_packed("fused_recurrent_gated_delta_rule_packed_decode", _padded(mixed_qkv), initial_state)
     if not batch:
         return out, initial_state

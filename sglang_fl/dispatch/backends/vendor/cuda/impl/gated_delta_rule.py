@@ -9,6 +9,7 @@ from sglang.kernels.ops.attention.fla import fused_recurrent
 from sglang.kernels.ops.attention.fla.chunk import ChunkGatedDeltaRuleFunction
 from sglang.kernels.ops.attention.linear import fused_sigmoid_gating_recurrent
 
+from ....batches import MOST_BLOCKS, decode_in_parts
 from ....checks import check_chunk_kernel, check_heads, slots_of
 from ....state_pool import read, write
 
@@ -67,7 +68,10 @@ def fused_recurrent_gated_delta_rule_packed_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not mixed_qkv.numel():
         return out, initial_state
-    return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel)
+    arguments = mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel
+    if len(mixed_qkv) * initial_state.shape[1] > MOST_BLOCKS:
+        return decode_in_parts(_packed_decode, *arguments)
+    return _packed_decode(*arguments)
 
 
 def fused_sigmoid_gating_delta_rule_update(
