@@ -5,6 +5,9 @@ import torch
 
 from ..types import Refusal
 
+#: The largest offset of a kernel that counts in int32.
+MOST_OFFSET = 2**31 - 1
+
 
 def half_of(op: str, x: torch.Tensor) -> int:
     """Half of the last dimension. Raises ValueError if it is odd."""
@@ -18,6 +21,13 @@ def check_hidden_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises Refusal if a norm's weight has another size than the input."""
     if x.shape[-1] != weight.shape[-1]:
         raise Refusal(f"{op}: hidden_size is {weight.shape[-1]}, but the last dimension of x is {x.shape[-1]}")
+
+
+def check_offsets(op: str, *tensors: torch.Tensor) -> None:
+    """Raises Refusal if a row begins beyond what a kernel's int32 can count to."""
+    for x in tensors:
+        if x.shape[0] * x.stride(0) > MOST_OFFSET:
+            raise Refusal(f"{op}: the kernel counts in int32, and {x.shape[0]} rows lie {x.stride(0)} numbers apart")
 
 
 def check_heads(op: str, heads: int, value_heads: int) -> None:

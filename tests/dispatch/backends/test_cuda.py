@@ -27,6 +27,9 @@ from accuracy import (
 from backend_functions import Functions
 from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 
+from sglang_fl.check.cases import Call
+from sglang_fl.check.cases.call import Draw
+from sglang_fl.check.cases.rotary import Sections
 from sglang_fl.check.constants import INPUTS, OK, REFUSED, SERVING, UNUSUAL
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
@@ -296,6 +299,28 @@ def test_the_cases_of_a_quick_check(backend: Functions, op: str) -> None:
 def test_rotary_with_sections(backend: Functions) -> None:
     """Half of the cases have a cache in another dtype, or heads that lie apart, which are refused or copied."""
     check_cases("mrotary_embedding", backend.mrotary_embedding, SERVING, UNUSUAL, INPUTS, allowed=frozenset({OK, REFUSED}))
+
+
+@pytest.fixture
+def sections() -> Call:
+    return Sections()(Draw(torch.Generator().manual_seed(3), torch.bfloat16, torch.device("cpu")))
+
+
+def test_sections_compiled_by_inductor(backend: Functions, monkeypatch: pytest.MonkeyPatch, sections: Call) -> None:
+    """What is written in place to one of two views would be lost."""
+    arguments, _ = sections.arguments()
+    kept = {name: x.clone() for name, x in sections.tensors().items()}
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    compiled = backend.mrotary_embedding(*arguments)
+    assert all(torch.equal(x, kept[name]) for name, x in sections.tensors().items())
+    monkeypatch.undo()
+    assert all(map(torch.equal, compiled, backend.mrotary_embedding(*arguments)))
+
+
+def test_the_kernel_of_sections_counts_in_int32(backend: Functions, sections: Call) -> None:
+    far = torch.empty_strided((9, 2, 64), (2**28, 64, 1), device="meta")
+    with pytest.raises(Refusal, match="mrotary_embedding: the kernel counts in int32, and 9 rows lie 268435456 numbers apart"):
+        backend.mrotary_embedding(sections.layer, sections.inputs["positions"], far, far)
 
 
 def test_halves_of_one_cache_are_joined_without_a_copy(backend: Functions) -> None:

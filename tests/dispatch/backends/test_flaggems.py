@@ -18,6 +18,7 @@ from flaggems_here import gems
 
 from sglang_fl.check.constants import INPUTS, SERVING, UNUSUAL
 from sglang_fl.device import Device
+from sglang_fl.dispatch import Refusal
 from sglang_fl.dispatch.backends.flaggems import library
 from sglang_fl.dispatch.backends.flaggems.flaggems import BACKEND
 
@@ -90,6 +91,14 @@ def test_newer_flaggems_with_a_device_finder(source: Path) -> None:
     device.with_name("device_finder.py").unlink()
     (problem,) = library.changed_signatures(source)
     assert "DeviceDetector is in none of" in problem
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "gemma_rms_norm"])
+def test_its_norms_count_in_int32(gems: ModuleType, op: str) -> None:
+    """More would be an illegal access on a GPU, which ends the process."""
+    vast = torch.empty(2**21, 1024, device="meta")
+    with pytest.raises(Refusal, match=f"{op}: FlagGems's kernel counts in int32, and x has 2147483648 numbers"):
+        getattr(backend, op)(Norm(torch.ones(1024)), vast)
 
 
 @pytest.mark.parametrize("name", ["device", "device_finder"])

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_fl.check.cases import cases_of
+from sglang_fl.check.cases import OPERATORS_CHECKED, cases_of
+from sglang_fl.check.cases.call import Draw
 from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import SPECIAL, UNUSUAL
 from sglang_fl.check.implementation import Implementation
@@ -107,6 +108,18 @@ def main() -> None:
     normalization._LONGEST, normalization._NUMBERS = 64, 1
     normalization.tile.cache_clear()
     run("rms_norm")
+    # Compiled by Inductor, what is written in place to one of two views would be lost.
+    for op in ("rotary_embedding", "mrotary_embedding"):
+        call = OPERATORS_CHECKED[op].form(Draw(torch.Generator().manual_seed(1), torch.float16, torch.device("cpu")))
+        kept = {name: x.clone() for name, x in call.tensors().items()}
+        arguments, named = call.arguments()
+        torch.compiler.is_compiling = lambda: True
+        compiled = BACKEND.function(op).load()(*arguments, **named)
+        if written := [name for name, x in call.tensors().items() if not torch.equal(x, kept[name])]:
+            wrong.append([op, "compiled", "", "it wrote", written])
+        torch.compiler.is_compiling = lambda: False
+        if not all(map(torch.equal, compiled, BACKEND.function(op).load()(*arguments, **named))):
+            wrong.append([op, "compiled", "", "other results", ""])
     print(json.dumps([counts, wrong]))
 
 

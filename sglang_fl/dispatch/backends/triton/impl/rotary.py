@@ -35,10 +35,8 @@ def _rotated(
     inplace: bool,
     sections: tuple[Any, ...] = _NO_SECTIONS,
 ) -> Rotated:
-    if inplace and torch.compiler.is_compiling():
-        # PyTorch 2.14's Inductor drops what a Triton kernel writes to the second of two views of one tensor.
-        turned = _rotated(op, query, key, cos, sin, positions, interleaved, False, sections)
-        return query.copy_(turned[0]), key.copy_(turned[1])
+    # PyTorch 2.14's Inductor drops what is written to one of two views of a tensor.
+    inplace = inplace and not torch.compiler.is_compiling()
     tokens, query_heads, head_dim = query.shape
     key_heads, half = key.shape[1], cos.shape[1]
     rest = head_dim - 2 * half
@@ -99,7 +97,6 @@ def rotary_embedding(
 def _by_sections(
     obj: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> Rotated:
-    """In place."""
     sections = (*obj.mrope_section, obj.mrope_interleaved)
     return _rotated("mrotary_embedding", query, key, cos, sin, positions, not obj.is_neox_style, True, sections)
 

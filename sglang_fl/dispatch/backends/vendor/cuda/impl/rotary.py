@@ -8,6 +8,7 @@ from sglang.kernels.ops.attention.rope import apply_rope_inplace
 from sglang.kernels.ops.attention.rotary_triton import triton_mrope_fused
 
 from .....types import Refusal
+from ....checks import check_offsets
 from ....rotary import Rotated, joined, mrotary_by
 
 
@@ -72,6 +73,10 @@ def _by_sections(
     _refuse_all_but_fp32(cos)
     if not query.shape[0]:
         return query, key
+    check_offsets("mrotary_embedding", query, key)
+    if torch.compiler.is_compiling():
+        # PyTorch 2.14's Inductor drops what a Triton kernel writes to one of two views of a tensor.
+        query, key = query.clone(memory_format=torch.contiguous_format), key.clone(memory_format=torch.contiguous_format)
     tokens, _, head_size = query.shape
     flat = tuple(x.reshape(tokens, x.shape[1] * head_size) for x in (query, key))
     cache = joined(cos, sin)
