@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +17,13 @@ from moe_accuracy import refused
 from torch.nn import functional
 from torch_npu_stand_in import torch_npu
 
-from sglang_fl.check.cases.call import Draw
-from sglang_fl.check.cases.moe import ExpertsForm
+from sglang_fl.check.cases import Case
+from sglang_fl.check.cases.call import Draw, rows_of
+from sglang_fl.check.cases.moe import ExpertsForm, RoutingForm
+from sglang_fl.check.check_case import check_case
+from sglang_fl.check.constants import OK, SIZES
+from sglang_fl.check.implementation import Implementation
+from sglang_fl.dispatch import Refusal
 from sglang_fl.dispatch.backends.flaggems import flaggems as flaggems_backend
 from sglang_fl.dispatch.backends.moe import Experts, Routing
 from sglang_fl.dispatch.backends.reference.impl import moe as reference
@@ -31,7 +36,6 @@ WHEEL = Path(__file__).resolve().parents[3] / ".venv" / "torch_npu"
 #: Cases of routing that no kernel here takes, and those that FlagGems does not take beside them.
 BY_BEST = {"experts=160 top_k=6 groups=8 topk_group=3 factor=16 as_they_are", "experts=160 top_k=6 groups=8 topk_group=3 scoring=sigmoid"}
 WITHOUT_BIAS = {"scoring=sigmoid"}
-NOT_A_POWER_OF_TWO = {"scoring=sigmoid bias=float32 experts=60 top_k=6"}
 
 
 def moe_fused_gate(
@@ -74,6 +78,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Functions:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_topk(cuda: Functions, dtype: torch.dtype) -> None:
     assert refused("topk", cuda.topk, dtype).keys() == BY_BEST | WITHOUT_BIAS
+
+
+def test_the_cuda_kernel_counts_in_int32(cuda: Functions) -> None:
+    layer = SimpleNamespace(topk_config=RoutingForm()._config(None))
+    far = torch.empty_strided((3, 64), (2**30, 1), device="meta")
+    with pytest.raises(Refusal, match="topk: the kernel counts in int32, and 3 rows lie 1073741824 numbers apart"):
+        cuda.topk(layer, far, far)
 
 
 def test_the_cuda_kernels_signature_is_the_real_one() -> None:
@@ -147,9 +158,11 @@ def grouped_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, experts = scores.shape
     assert tokens and experts % n_group == 0 and n_group <= 32 and topk <= 32 and topk & (topk - 1) == 0
+    topk, wanted = min(topk, experts), topk  # beyond all experts the real one repeats them
     assert scoring_func == 0 and scores.dtype == bias.dtype == torch.float32 and bias.shape == (experts,)
     routing = Routing(topk, "sigmoid", renormalize, n_group, topk_group, routed_scaling_factor, None)
     weights, ids = reference.route(scores.logit(), bias, routing, None)
+    weights, ids = (functional.pad(x, (0, wanted - topk)) for x in (weights, ids))
     return weights, ids.masked_fill(scores.isnan().any(-1, keepdim=True), experts + 1)
 
 
@@ -201,7 +214,16 @@ def flagos(gems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Functions:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_flagos_topk(flagos: Functions, dtype: torch.dtype) -> None:
-    assert refused("topk", flagos.topk, dtype).keys() == BY_BEST | WITHOUT_BIAS | NOT_A_POWER_OF_TWO
+    assert refused("topk", flagos.topk, dtype).keys() == BY_BEST | WITHOUT_BIAS
+
+
+@pytest.mark.parametrize("words", rows_of("top_k={9,10,12,22} | top_k=22 as_they_are factor=2.5 on_output | top_k=9 experts=12"))
+def test_flagos_chooses_any_number_of_experts(flagos: Functions, words: str) -> None:
+    """Its kernel of sigmoid scores chooses 1, 2, 4, 8, … of them."""
+    form = RoutingForm().of(f"tokens=17 experts=512 scoring=sigmoid bias=float32 {words}")
+    case = Case("topk", SIZES, words, "bfloat16", form)
+    outcome = check_case(Implementation("topk", flagos.topk, None, torch.device("cpu")), case, 3)
+    assert outcome.status == OK, outcome.message
 
 
 @pytest.mark.parametrize(

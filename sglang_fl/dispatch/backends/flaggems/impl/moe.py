@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...moe import Experts, Routing, fused_moe_by, topk_by
+from ...moe import RENORMALIZE_EPSILON, Experts, Routing, fused_moe_by, topk_by
 from ..library import load
 
 load()
@@ -70,11 +70,12 @@ def _softmax(router_logits: torch.Tensor, correction_bias: torch.Tensor | None, 
 
 
 def _sigmoid(router_logits: torch.Tensor, correction_bias: torch.Tensor | None, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores are made here: FlagGems's own way to a sigmoid, by tanh, leaves nothing of small ones."""
+    """Scores are made here: FlagGems's own way to a sigmoid, by tanh, leaves nothing of small ones.
+
+    Its kernel chooses 1, 2, 4, 8, … experts, the best first. Of more than are wanted the first ones are taken.
+    """
     if correction_bias is None:
         raise NotImplementedError("topk: FlagGems has no sigmoid routing without a correction bias")
-    if routing.top_k & (routing.top_k - 1):
-        raise NotImplementedError(f"topk: FlagGems's kernel chooses 1, 2, 4, 8, … experts, not {routing.top_k}")
     if routing.groups > _MOST_GROUPS:
         raise NotImplementedError(f"topk: FlagGems's kernel has up to {_MOST_GROUPS} groups, not {routing.groups}")
     scores = router_logits.float().sigmoid()
@@ -82,7 +83,13 @@ def _sigmoid(router_logits: torch.Tensor, correction_bias: torch.Tensor | None, 
         empty = scores.new_empty((0, routing.top_k))
         return empty, empty.to(torch.int32)
     bias = correction_bias.float()
-    return grouped_topk(scores, routing.groups, routing.topk_group, routing.top_k, routing.renormalize, routing.scale, bias)
+    chosen = 1 << (routing.top_k - 1).bit_length()
+    renormalize, scale = routing.renormalize, routing.scale
+    if chosen == routing.top_k:
+        return grouped_topk(scores, routing.groups, routing.topk_group, chosen, renormalize, scale, bias)
+    weights, ids = grouped_topk(scores, routing.groups, routing.topk_group, chosen, False, 1.0 if renormalize else scale, bias)
+    weights, ids = weights[:, : routing.top_k].contiguous(), ids[:, : routing.top_k].contiguous()
+    return weights.mul_(scale / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)) if renormalize else weights, ids
 
 
 def compute(
