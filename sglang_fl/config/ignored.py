@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 IGNORED_VARIABLES = {
     "SGLANG_FL_TIMER_ENABLE": "SGLang's profiler (POST /start_profile) times a running server, and sglang-fl check an operator",
     "SGLANG_FL_LOG_DIR": "SGLANG_FL_DISPATCH_LOG names a file for what ran where; the rest is in the server's own log",
-    "SGLANG_FL_STUB_MODULES_EXTRA": "a package that stands in for modules does so in its entry point of the group sglang.srt.plugins",
+    "SGLANG_FL_STUB_MODULES_EXTRA": "VendorPlatform.stand_ins of a chip's package names the packages that it stands in for",
 }
 
 

@@ -162,12 +162,22 @@ def test_its_attention_serves_where_sglang_would_choose(
 ) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    platform = platform_of(packages, MUSA, monkeypatch, attention_backends="{'mt_attention': 'M:Attention'}")
+    server_args = "{'page_size': 64}"
+    platform = platform_of(packages, MUSA, monkeypatch, attention_backends="{'mt_attention': 'M:Attention'}", server_args=server_args)
     record = arguments(*given)
     record._raw_input = {name: getattr(record, name) for name in type(record).__struct_fields__}
     seen = SimpleNamespace(_cfg=resolving_view(record))
     DeclaredAnswers.apply_server_args_defaults(platform, seen)
-    assert getattr(seen, "attention_backend", given[-1] if given else None) == attention
+    assert getattr(seen, "attention_backend", given[-1] if given else None) == attention and seen.page_size == 64
+
+
+def test_its_profile_names_functions_that_do_not_work_there(packages: Packages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("flagos_faster: [silu, softmax]\nflagos_broken: [softmax]\n")
+    platform_of(packages, MUSA, monkeypatch, profile=repr(str(profile)))
+    settings = load_settings({}, device=MUSA)
+    assert (settings.flagos_faster, settings.flagos_broken) == (("silu", "softmax"), ("softmax",))
+    assert str(settings.source("flagos_broken")) == f"{profile}:2"
 
 
 def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +189,7 @@ def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: p
     )  # fmt: skip
     from sglang.srt.arg_groups.mamba_hook import _platform_supports_mamba_cache_extra_buffer
     from sglang.srt.arg_groups.speculative_hook import _check_oot_speculative_algorithm
+    from sglang.srt.distributed.parallel_state import _group_coordinator_device
     from sglang.srt.layers import quantization
     from sglang.srt.utils import get_compiler_backend
 
@@ -194,7 +205,7 @@ def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: p
     assert platform.get_default_speculative_draft_attention_backend("DFLASH") == "triton"
     assert _platform_supports_mamba_cache_extra_buffer()
     assert get_compiler_backend() == "eager"
-    assert platform.get_group_coordinator_device(1) == torch.device("meta", 1)
+    assert _group_coordinator_device(1) == torch.device("meta", 1), "where SGLang's groups of ranks put their tensors"
     assert platform.capabilities.supports_pynccl
     monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", dict(quantization.QUANTIZATION_METHODS))
     load_plugin()
