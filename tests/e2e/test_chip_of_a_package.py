@@ -26,7 +26,16 @@ PLATFORM = {
     "# kv_pools={": "kv_pools={",
     ', "mla": "sglang_fl_lookalike.kv_cache:LookalikeMLAPool"': "",
     "# paged_allocator=": "paged_allocator=",
-    '# server_args={"page_size": 128},': 'server_args={"page_size": 16},',
+    '# collective="gloo"': 'collective="lookalike_ccl"',
+    '# capabilities=("supports_triton", "graph_capture", "piecewise_graph", "hicache_device_kernels", "supports_pynccl")': (
+        'capabilities=("graph_capture", "supports_pynccl")'
+    ),
+    "# graph_runner=": "graph_runner=",
+    '# compile_backend="eager"': 'compile_backend="lookalike_compiler"',
+    '# quantization={"lookalike_int8": "sglang_fl_lookalike.quantization:LookalikeInt8Config"}': (
+        'quantization={"lookalike_wide": "sglang_fl_lookalike.quantization:LookalikeWideConfig"}'
+    ),
+    '# server_args={"page_size": 128},': 'server_args={"page_size": 16, "max_running_requests": 20},',
     '# variables=("LOOKALIKE_FUSE_ATTENTION",),': 'variables=("LOOKALIKE_SEEN",),',
     "# platform_class=": "platform_class=",
 }
@@ -45,10 +54,16 @@ def seen(what):
 """
 ATTENTION = """
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.runtime_context import get_parallel
 
 from .seen import seen
 
 class LookalikeAttention(TorchNativeAttnBackend):
+    def __init__(self, runner):
+        super().__init__(runner)
+        if get_parallel().pp_group.pynccl_comm is not None:
+            seen("PyNccl")
+
     def forward_extend(self, *args, **kwargs):
         seen("attention of a prefill")
         return super().forward_extend(*args, **kwargs)
@@ -73,6 +88,74 @@ class LookalikePagedAllocator(PagedTokenToKVPoolAllocator):
         seen("allocator")
         return super().alloc_extend(*args, **kwargs)
 """
+#: Its linear layers keep their weights in float64: what they compute is as exact as it was.
+QUANTIZATION = """
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from .seen import seen
+
+class Wide(UnquantizedLinearMethod):
+    def process_weights_after_loading(self, layer):
+        layer.weight = torch.nn.Parameter(layer.weight.double(), requires_grad=False)
+
+    def apply(self, layer, x, bias=None):
+        seen("quantised linear")
+        return torch.nn.functional.linear(x.double(), layer.weight, bias).to(x.dtype)
+
+class LookalikeWideConfig(QuantizationConfig):
+    @classmethod
+    def get_name(cls):
+        return "lookalike_wide"
+
+    @classmethod
+    def get_supported_act_dtypes(cls):
+        return [torch.float32]
+
+    @classmethod
+    def get_min_capability(cls):
+        return 0
+
+    @staticmethod
+    def get_config_filenames():
+        return []
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def get_quant_method(self, layer, prefix):
+        return Wide() if isinstance(layer, LinearBase) else None
+
+    def get_scaled_act_names(self):
+        return []
+"""
+GRAPHS = """
+from sglang.srt.model_executor.runner import EagerRunner, get_batch_sizes_to_capture
+
+from .seen import seen
+
+class LookalikeGraphRunner:
+    def __init__(self, model_runner):
+        self.eager = EagerRunner(model_runner, run_warmup=False)
+        self.capture_bs, _ = get_batch_sizes_to_capture(model_runner)
+
+    def can_run_graph(self, batch):
+        return batch.batch_size <= max(self.capture_bs)
+
+    def execute(self, batch, **kwargs):
+        seen("decode graph")
+        return self.eager.execute(batch, **kwargs)
+"""
+COMPILER = """
+from .seen import seen
+
+def compiler(module, inputs):
+    seen("compiler")
+    return module.forward
+"""
 SGLANG_PLATFORM = """
 from .seen import seen
 
@@ -82,6 +165,26 @@ class LookalikePlatform:
 
     def get_device_name(self, device_id=0):
         return "Lookalike 1"
+"""
+#: PyTorch loads it by itself.
+TORCH_EXTENSION = """
+import torch
+
+from .seen import seen
+
+def register():
+    torch.distributed.Backend.register_backend("lookalike_ccl", process_group, devices=["cpu"])
+
+def process_group(store, rank, size, timeout):
+    seen("process group")
+    return torch.distributed.ProcessGroupGloo(store, rank, size, timeout=timeout)
+"""
+ENTRY_POINTS = """
+[project.entry-points."torch.backends"]
+lookalike = "sglang_fl_lookalike.torch_extension:register"
+
+[project.entry-points.torch_dynamo_backends]
+lookalike_compiler = "sglang_fl_lookalike.compiler:compiler"
 """
 CHANGES = """
 import os
@@ -118,7 +221,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = text.replace(template, chosen.format(device=f"{directory}/lookalike[0-9]*") if "device" in template else chosen)
     (package / "platform.py").write_text(text, encoding="utf-8")
     (package / "profile.yaml").write_text(PROFILE)
-    modules = {"seen": SEEN, "attention": ATTENTION, "kv_cache": KV_CACHE, "sglang_platform": SGLANG_PLATFORM, "changes": CHANGES}
+    modules = {
+        "seen": SEEN,
+        "attention": ATTENTION,
+        "kv_cache": KV_CACHE,
+        "quantization": QUANTIZATION,
+        "graphs": GRAPHS,
+        "compiler": COMPILER,
+        "torch_extension": TORCH_EXTENSION,
+        "sglang_platform": SGLANG_PLATFORM,
+        "changes": CHANGES,
+    }
     for name, code in modules.items():
         (package / f"{name}.py").write_text(code)
     project = directory / "package" / "pyproject.toml"
@@ -126,7 +239,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commented = "# " + entry.format("# ")
     text = project.read_text(encoding="utf-8")
     assert commented in text
-    project.write_text(text.replace(commented, entry.format("")), encoding="utf-8")
+    project.write_text(text.replace(commented, entry.format("") + ENTRY_POINTS), encoding="utf-8")
     pip_install(directory / "package", directory / "site")
     return directory / "site"
 
@@ -141,19 +254,41 @@ def running(
 ) -> Iterator[tuple[Running, Path]]:
     directory = tmp_path_factory.mktemp("serving")
     seen = directory / "seen"
-    with serving(model, directory, "--pp-size", "2", environ={"PYTHONPATH": path_of(site), "LOOKALIKE_SEEN": str(seen)}) as found:
+    # SGLang asks for a CPU's graphs only with --enable-torch-compile.
+    arguments = ("--pp-size", "2", "--quantization", "lookalike_wide", "--enable-torch-compile")
+    # PyNccl needs a GPU: it finds no library, and so has nothing to do.
+    environ = {"PYTHONPATH": path_of(site), "LOOKALIKE_SEEN": str(seen), "SGLANG_NCCL_SO_PATH": "/no/libnccl.so"}
+    with serving(model, directory, *arguments, environ=environ) as found:
         yield found, seen
 
 
 def test_it_serves_and_everything_of_the_package_ran(running: tuple[Running, Path]) -> None:
     server, log = running
     assert server.recite().json()["choices"][0]["message"]["content"] == RECITAL
-    seen = [line for line in log.read_text().splitlines() if "pipeline" not in line]
-    assert set(seen) == {"init_backend", "KV pool", "allocator", "attention of a prefill", "attention of a decode step"}
+    seen = [line for line in log.read_text().splitlines() if "pipeline send" not in line]
+    assert set(seen) == {
+        "init_backend",
+        "process group",
+        "PyNccl",
+        "KV pool",
+        "allocator",
+        "attention of a prefill",
+        "attention of a decode step",
+        "quantised linear",
+        "decode graph",
+    }
     layers = seen.count("attention of a prefill")
     assert layers > 0 and seen.count("attention of a decode step") > 50 * layers, "every layer's, at every token"
     info = requests.get(f"{server.server.url}/get_server_info", timeout=60).json()
     assert (info["attention_backend"], info["device"], info["page_size"]) == ("lookalike_attention", "cpu", 16)
+    assert (info["quantization"], info["max_running_requests"]) == ("lookalike_wide", 20)
+
+
+def test_what_sglang_compiles_goes_to_its_compiler(running: tuple[Running, Path]) -> None:
+    server, log = running
+    assert "compiler" not in log.read_text()
+    assert server.recite(max_tokens=4, repetition_penalty=1.1).json()["choices"][0]["finish_reason"] == "length"
+    assert "compiler" in log.read_text()
 
 
 def test_its_change_to_the_pipelines_sends_runs_in_each_process(running: tuple[Running, Path]) -> None:
