@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -121,12 +122,14 @@ def _by_command(args: argparse.Namespace) -> int:
 
 def _suspicion(path: Path) -> dict[str, float]:
     try:
-        found = json.loads(path.expanduser().read_text(encoding="utf-8"))["suspicion"]
-        return {str(name): float(weight) for name, weight in found.items()}
+        found = {name: float(weight) for name, weight in json.loads(path.expanduser().read_text(encoding="utf-8"))["suspicion"].items()}
+        if all(0 < weight < math.inf for weight in found.values()):
+            return found
     except OSError as error:
         raise SettingsError(f"--report: {path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise SettingsError(f"--report: {path} is no report of sglang-fl bisect MODEL --json") from None
+        pass
+    raise SettingsError(f"--report: {path} is no report of sglang-fl bisect MODEL --json")
 
 
 def _record_path(args: argparse.Namespace) -> Path:

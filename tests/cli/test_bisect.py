@@ -117,7 +117,7 @@ def test_what_a_models_report_suspects_is_tried_first(bisect: Bisect, in_a_folde
     code, found = bisect("--run", TOPK.format("exit 1"), "--report", str(report))
     assert (code, found["switches"]) == (1, ["op:topk"])
     assert len(found["runs"]) < len(bisect("--run", TOPK.format("exit 1"), "--out", "without")[1]["runs"])
-    for text in ("[]", "{}", '{"suspicion": {"op:topk": "much"}}', "none"):
+    for text in ("[]", "{}", '{"suspicion": {"op:topk": "much"}}', '{"suspicion": {"op:topk": 0}}', "none"):
         report.write_text(text)
         assert main(["bisect", "--run", "true", "--report", str(report)]) == 2
         assert f"--report: {report} is no report of sglang-fl bisect MODEL --json" in capsys.readouterr().err
