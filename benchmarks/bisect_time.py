@@ -21,6 +21,8 @@ from typing import Any
 import result_file
 from shapes import UnknownShape, load_shape
 
+from sglang_fl.cli.arguments import Parser
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import planted_faults
 import torch
@@ -50,10 +52,10 @@ def search(model: Path, server_arguments: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="a directory, or a built-in shape such as qwen3-8b")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.takes_server_arguments = True
+    parser.add_argument("model", metavar="MODEL", help="a directory, or a built-in shape such as qwen3-8b; server arguments go after --")
     parser.add_argument("--out", type=Path, help="write the figures to this file")
-    parser.add_argument("server_arguments", nargs="*", metavar="ARGUMENT", help="arguments of an SGLang server, after --")
     args = parser.parse_args()
     try:
         shape = load_shape(args.model)

@@ -18,7 +18,7 @@ from .exactly import float64_place
 
 Function = Callable[..., Any]
 
-#: Sequences in a large batch: more than eight, where kernels choose other code paths.
+#: Sequences in a large batch, if --max-running-requests allows them: more than eight, where kernels choose other code paths.
 _MANY = 12
 _DECODED, _LONG = 4, 512
 #: Tokens are drawn from this part of the vocabulary: special tokens are at its ends.
@@ -61,11 +61,12 @@ def batches(run: ModelRun, prompts: Sequence[str]) -> list[Batch]:
         if len(tokens) > room:
             raise ValueError(f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens; at most {room} fit here")
     first = tuple(encoded[0] + drawn(_DECODED + 2))
-    many = [tuple(encoded[n % len(encoded)][: room // _MANY] + drawn(n % 5) + drawn(_DECODED + 2)) for n in range(_MANY)]
+    count = min(_MANY, int(run.runner.max_running_requests))
+    many = [tuple(encoded[n % len(encoded)][: room // _MANY] + drawn(n % 5) + drawn(_DECODED + 2)) for n in range(count)]
     everything = [token for tokens in encoded for token in tokens]
     length = max(min(_LONG, room), len(encoded[0]))
     long = tuple((everything + drawn(length))[:length] + drawn(3))
-    return [Batch("one", (first,), _DECODED), Batch(f"batch of {_MANY}", tuple(many), _DECODED), Batch("long", (long,), 2)]
+    return [Batch("one", (first,), _DECODED), Batch(f"batch of {count}", tuple(many), _DECODED), Batch("long", (long,), 2)]
 
 
 def _token_ids(prompt: str, size: int) -> list[int]:

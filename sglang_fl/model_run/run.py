@@ -113,11 +113,13 @@ class ModelRun:
         """Reset and run a batch. Yields the logits ``[sequences, vocabulary]`` of the prefill and of each decode step.
 
         Raises:
-            ValueError: a sequence is too short for the decode steps, or longer than the model takes.
+            ValueError: a sequence is too short for the decode steps, or longer than the model takes, or the batch does not fit into memory.
         """
         too_long = max(len(tokens) for tokens in batch.sequences)
         if too_long > self.longest:
             raise ValueError(f"a sequence of {too_long} tokens is longer than the model takes here, {self.longest}")
+        if (needed := sum(map(len, batch.sequences))) > (most := self.runner.max_total_num_tokens):
+            raise ValueError(f"{batch.name} has {needed} tokens; the KV cache holds {most}: raise --max-total-tokens")
         if min(len(tokens) for tokens in batch.sequences) < batch.decoded + 2:
             raise ValueError(f"a sequence is too short for {batch.decoded} decode steps")
         self.reset()

@@ -146,6 +146,20 @@ def test_a_prompt_of_token_ids(loaded: LoadedModel) -> None:
     assert found[0].sequences[0][:4] == (5, 6, 7, 8)
 
 
+def test_a_batch_is_as_large_as_the_servers_arguments_allow(loaded: LoadedModel) -> None:
+    (found,) = loaded.call(batches_of_four)
+    assert [(batch.name, len(batch.sequences)) for batch in found] == [("one", 1), ("batch of 4", 4), ("long", 1)]
+
+
+def batches_of_four(run: ModelRun) -> Any:
+    own = run.runner.max_running_requests
+    try:
+        run.runner.max_running_requests = 4
+        return batches(run, list(JOB.prompts))
+    finally:
+        run.runner.max_running_requests = own
+
+
 def batches_of(run: ModelRun, prompts: list[str], tokens: bool) -> Any:
     own = run.tokenizer
     try:
