@@ -21,8 +21,6 @@ from typing import Any
 import result_file
 from shapes import UnknownShape, load_shape
 
-from sglang_fl.cli.arguments import Parser
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import planted_faults
 import torch
@@ -52,18 +50,18 @@ def search(model: Path, server_arguments: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.takes_server_arguments = True
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="a directory, or a built-in shape such as qwen3-8b; server arguments go after --")
     parser.add_argument("--out", type=Path, help="write the figures to this file")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
+    given = [argument for argument in others if argument != "--"]
     try:
         shape = load_shape(args.model)
     except UnknownShape as error:
         parser.error(str(error))
     random = [] if shape.directory else ["--load-format", "dummy", "--skip-tokenizer-init"]
     with tempfile.TemporaryDirectory() as directory:
-        row = {"model": shape.name, **search(shape.write(Path(directory) / "model"), [*random, *args.server_arguments])}
+        row = {"model": shape.name, **search(shape.write(Path(directory) / "model"), [*random, *given])}
     print(f"{row['model']}: {row['verdict']} {row['culprits']}; {row['seconds']:.0f} s; loads: {row['loads']}; trials: {row['trials']}")
     if args.out:
         result_file.write(args.out, result_file.header(), [row])
