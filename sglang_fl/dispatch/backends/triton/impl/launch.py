@@ -10,10 +10,11 @@ import triton.language as tl
 @cache
 def overlaps() -> bool:
     """Whether this chip and this Triton can launch a kernel while the one before it ends: NVIDIA's from Hopper on, as SGLang's own are."""
-    if triton.knobs.runtime.interpret:
+    # An older Triton, as some vendors' are, has no such launch and no ``knobs`` either.
+    if not hasattr(getattr(tl.extra, "cuda", None), "gdc_wait") or triton.knobs.runtime.interpret:
         return False
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90 and hasattr(tl.extra.cuda, "gdc_wait")
+    return target.backend == "cuda" and target.arch >= 90
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int) -> None:
