@@ -17,14 +17,15 @@ _LEGEND = (
 def number(x: float | None) -> str:
     if x is None:
         return "—"
-    return f"{x:.3f}" if x < 1000 else f"{x:.3g}"
+    return f"{x:.3f}" if 0.001 <= x < 1000 or not x else f"{x:.3g}"
 
 
 def verdict(report: Report) -> str:
     """One line, and a line for each problem."""
-    refused = sum(case.status == REFUSED for case in report.cases)
+    counts = {"failed": sum(row.failed for row in report.rows()), "refused": sum(row.refused for row in report.rows())}
+    told = "".join(f"{count} {what}, " for what, count in counts.items() if count)
     scope = f"{'quick, ' if report.quick else ''}seed {report.seed}"
-    counted = f"{len(report.cases)} cases in {report.seconds:.0f} s, {f'{refused} refused, ' if refused else ''}{scope}"
+    counted = f"{len(report.cases)} cases in {report.seconds:.0f} s, {told}{scope}"
     lines = [f"{report.verdict}: {counted}.", *(f"  - {problem}" for problem in report.problems())]
     if report.not_reached:
         lines.append(f"  - {report.not_reached} cases were not run")

@@ -102,7 +102,7 @@ def test_printed() -> None:
     missing = [Target("rms_norm", "vendor.far", 0, f"it is elsewhere {EVIL}")]
     text = printed(report(case(FAILED, message=EVIL), case(FAILED, name="second"), case(REFUSED, UNUSUAL, message="no"), missing=missing))
     assert f"rms_norm vendor.chip, serving, bfloat16: 1 × 8: {EVIL} (and 1 more)" in text
-    assert "FAILED: 3 cases in 2 s, 1 refused, seed 5." in text
+    assert "FAILED: 3 cases in 2 s, 2 failed, 1 refused, seed 5." in text
     assert "again: sglang-fl check --impl vendor.chip --seed 5 --case 'rms_norm serving 1 × 8 dtype=bfloat16'" in text
     assert "vendor.far" in text and "it is elsewhere" in text
     assert "PASSED: 1 cases" in printed(report(case()))
