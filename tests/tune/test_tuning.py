@@ -337,6 +337,22 @@ def test_a_native_start_that_fails_is_told_from_a_choices(tmp_path: Path, monkey
         bench.start(Choice.of({"rms_norm": "vendor.a"}, []).environ())
 
 
+def test_engines_have_the_users_files_and_the_profile_overrides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Mapping[str, str]] = []
+    monkeypatch.setattr(Engine, "start", lambda engine: started.append(engine._environ))
+    monkeypatch.setattr(Engine, "wait_until_ready", lambda engine, deadline: None)
+    monkeypatch.setattr(Engine, "kill", lambda engine: None)
+    monkeypatch.setenv("SGLANG_FL_CONFIG", "mine.yaml,/old/p.yaml")
+    monkeypatch.setenv("SGLANG_FL_PREFER", "vendor")
+    bench = Bench([], tmp_path, Lengths(8, 8, 8), [1])
+    bench.know({"plain_cpu": True})
+    for environ in (None, bench.environ_of(None), bench.environ_of(Path("/old/p.yaml")), bench.environ_of(Path("new.yaml"))):
+        bench.start(environ)
+    files = [environ["SGLANG_FL_CONFIG"] for environ in started]
+    assert files == ["mine.yaml,/old/p.yaml"] * 3 + ["mine.yaml,/old/p.yaml,new.yaml"]
+    assert not any("SGLANG_FL_PREFER" in environ for environ in started)
+
+
 def outcome(**more: Any) -> Outcome:
     used = Candidate("silu_and_mul", "vendor.a", "json", status=USED, reason="0.5 times", ratio=(0.4, 0.5, 0.6))
     used.gains = {"decode/1": 12.0}
