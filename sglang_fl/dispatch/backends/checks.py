@@ -23,11 +23,10 @@ def check_hidden_size(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         raise Refusal(f"{op}: hidden_size is {weight.shape[-1]}, but the last dimension of x is {x.shape[-1]}")
 
 
-def check_offsets(op: str, *tensors: torch.Tensor) -> None:
-    """Raises Refusal if a row begins beyond what a kernel's int32 can count to."""
-    for x in tensors:
-        if x.shape[0] * x.stride(0) > MOST_OFFSET:
-            raise Refusal(f"{op}: the kernel counts in int32, and {x.shape[0]} rows lie {x.stride(0)} numbers apart")
+def check_offsets(op: str, rows: int, stride: int) -> None:
+    """Raises Refusal if rows so far apart end beyond what a kernel's int32 can count to."""
+    if rows * stride > MOST_OFFSET:
+        raise Refusal(f"{op}: the kernel counts in int32, and {rows} rows lie {stride} numbers apart")
 
 
 def check_heads(op: str, heads: int, value_heads: int) -> None:

@@ -19,7 +19,7 @@ def route(
     if not router_logits.shape[0]:
         empty = router_logits.new_empty((0, columns), dtype=torch.float32)
         return empty, empty.to(torch.int32)
-    check_offsets("topk", router_logits)
+    check_offsets("topk", router_logits.shape[0], router_logits.stride(0))
     shared, factor, scaled = routing.shared_weight, routing.scale, routing.scale != 1.0
     if shared is not None and not scaled:
         # The kernel gives the shared column the reciprocal of a factor that it does not apply.

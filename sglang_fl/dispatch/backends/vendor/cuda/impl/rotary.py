@@ -71,13 +71,13 @@ def _by_sections(
 ) -> Rotated:
     """In place. SGLang's kernel works in the dtype of cos and sin, and reads a row of positions as it lies."""
     _refuse_all_but_fp32(cos)
-    if not query.shape[0]:
+    tokens, _, head_size = query.shape
+    if not tokens:
         return query, key
-    check_offsets("mrotary_embedding", query, key)
+    check_offsets("mrotary_embedding", tokens, max(query.stride(0), key.stride(0)))
     if torch.compiler.is_compiling():
         # PyTorch 2.14's Inductor drops what a Triton kernel writes to one of two views of a tensor.
         query, key = query.clone(memory_format=torch.contiguous_format), key.clone(memory_format=torch.contiguous_format)
-    tokens, _, head_size = query.shape
     flat = tuple(x.reshape(tokens, x.shape[1] * head_size) for x in (query, key))
     cache = joined(cos, sin)
     triton_mrope_fused(
