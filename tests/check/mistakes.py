@@ -28,27 +28,42 @@ Function = Callable[..., Any]
 
 DELTA = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
 DECODE = "fused_recurrent_gated_delta_rule_packed_decode"
+UPDATE = "fused_sigmoid_gating_delta_rule_update"
+CONVOLUTION, NEXT_CONVOLUTION = "causal_conv1d_fn", "causal_conv1d_update"
 ROTARY = ("rotary_embedding", "mrotary_embedding")
+#: The places of a pool of states and of its slots in the arguments.
+POOLS = {DELTA[0]: (6, 7), DECODE: (6, 8), UPDATE: (9, 10), CONVOLUTION: (3, 6), NEXT_CONVOLUTION: (1, 5)}
+#: The place of the bias in the arguments of operators without a layer.
+BIASES = {DECODE: 4, UPDATE: 2, CONVOLUTION: 2, NEXT_CONVOLUTION: 3}
+
+
+#: The tensors of a call whose numbers an operator computes with, if they are not its second argument.
+ACTIVATIONS: dict[str, Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]]] = {
+    "topk": lambda args: args[2:3],
+    "fused_moe": lambda args: (args[2].hidden_states,),
+    "rotary_embedding": lambda args: args[1:3],
+    "mrotary_embedding": lambda args: args[2:4],
+    DELTA[0]: lambda args: args[:3],
+    DELTA[1]: lambda args: tuple(x for x in (*args[:3], args[6]) if x is not None),
+    DECODE: lambda args: args[:1],
+    UPDATE: lambda args: tuple(x[0] for x in args[5:8]),
+    CONVOLUTION: lambda args: (args[0].T,),
+    NEXT_CONVOLUTION: lambda args: args[:1],
+}
 
 
 def activations(op: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    """The tensors whose numbers an operator computes with; rows, tokens or sequences come first in those of the first."""
-    if op == "fused_moe":
-        return (args[2].hidden_states,)
-    if op == "mrotary_embedding":
-        return args[2], args[3]
-    if op == DECODE:
-        return args[0], args[6]
-    return {"topk": (args[2:3]), **dict.fromkeys(ROTARY, args[1:3]), **dict.fromkeys(DELTA, args[:3])}.get(op, args[1:2])
+    """Rows, tokens or sequences come first in those of the first."""
+    return ACTIVATIONS.get(op, lambda args: args[1:2])(args)
 
 
 def rows(op: str, args: tuple[Any, ...], got: Any) -> torch.Tensor:
-    """What a call wrote, rows first."""
-    if op == DECODE:
-        return args[7].flatten(0, 2)
+    """What a call wrote, rows first: a token, a head of a token, or a channel of a sequence."""
     result = got[0] if isinstance(got, tuple) else got
-    if op in DELTA:
-        return result.flatten(0, 2)
+    if op == CONVOLUTION:
+        return result.T
+    if op == NEXT_CONVOLUTION:
+        return result.view(-1, *result.shape[2:])
     return result.view(-1, result.shape[-1]) if op not in ROTARY or result.dim() == 3 else result
 
 
@@ -60,8 +75,8 @@ def heads(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
     if op == DECODE:
         _, value_heads, value_dim, key_dim = args[6].shape
         return value_heads, (args[0].shape[1] - value_heads * value_dim) // (2 * key_dim)
-    if op in DELTA:
-        return first[2].shape[2], first[1].shape[2]
+    if op in (*DELTA, UPDATE):
+        return first[2].shape[-2], first[1].shape[-2]
     return (first[0].shape[1], first[-1].shape[1]) if first[0].dim() == 3 else (0, 0)
 
 
@@ -138,14 +153,15 @@ def at_the_second_call(op: str) -> Function:
 
 
 def race(op: str) -> Function:
-    """Two blocks write a row, and which comes last is chance."""
+    """Two blocks write the row in the middle, and which comes last is chance."""
     right = getattr(reference, op)
 
     def fn(*args: Any, **named: Any) -> Any:
         got = right(*args, **named)
         written = rows(op, args, got)
-        if len(written) > 200 and secrets.randbelow(4) == 0:
-            spoiled(written[128:129])
+        middle = len(written) // 2
+        if middle and secrets.randbelow(4) == 0:
+            spoiled(written[middle : middle + 1])
         return got
 
     return fn
@@ -199,10 +215,12 @@ def bias_forgotten(op: str) -> Function:
         names = ("w13_weight", "w2_weight", "moe_runner_config")
         return reference.fused_moe(obj, SimpleNamespace(**{name: getattr(layer, name) for name in names}), given)
 
-    def decode(*args: Any) -> Any:
-        return getattr(reference, DECODE)(*args[:4], torch.zeros_like(args[4]), *args[5:])
+    def without_layer(*args: Any) -> Any:
+        place = BIASES[op]
+        bias = None if args[place] is None else torch.zeros_like(args[place])
+        return getattr(reference, op)(*args[:place], bias, *args[place + 1 :])
 
-    return {"layer_norm": layer_norm, "topk": topk, "fused_moe": fused_moe, DECODE: decode}[op]
+    return {"layer_norm": layer_norm, "topk": topk, "fused_moe": fused_moe}.get(op, without_layer)
 
 
 def rotary_scale_forgotten(op: str) -> Function:
@@ -221,7 +239,13 @@ def rotary_scale_forgotten(op: str) -> Function:
 
 
 def _is_far(op: str, args: tuple[Any, ...]) -> bool:
-    return any(len(x) and (len(x) - 1) * x.stride(0) >= INT32 for x in activations(op, args))
+    """The last row, or the last slot that a sequence has."""
+    last = [(x, len(x) - 1) for x in activations(op, args)]
+    if op in POOLS:
+        pool, slots = (args[place] for place in POOLS[op])
+        if slots is not None and len(slots):
+            last.append((pool, int(slots.max())))
+    return any(index * x.stride(0) >= INT32 for x, index in last)
 
 
 ALL = tuple(op for op in OPERATORS_CHECKED if not is_kernel(op))
@@ -237,7 +261,7 @@ KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
     "an offset beyond 32 bits": (where(_is_far), ("silu_and_mul", *ALL)),
     "odd numbers of heads": (
         where(lambda op, args: heads(op, args)[0] % 2 == 1),
-        ("rotary_embedding", "mrotary_embedding", "rms_norm", DECODE),
+        ("rotary_embedding", "mrotary_embedding", "rms_norm", DECODE, *DELTA, UPDATE),
     ),
     "more than 8 tokens": (where(lambda op, args: len(activations(op, args)[0]) > 8), ("gelu_and_mul", *ROWS)),
     "the second call": (at_the_second_call, ("relu2", *ALL)),
@@ -248,7 +272,7 @@ KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
     "top-k of 9 and more": (top_k_beyond_8, ("topk", "fused_moe")),
     "an expert without tokens": (experts_behind_one_without_tokens, ("fused_moe",)),
     "epsilon in another dtype": (eps_in_bf16, ("rms_norm", "gemma_rms_norm", "layer_norm")),
-    "bias": (bias_forgotten, ("fused_moe", "layer_norm", "topk", DECODE)),
+    "bias": (bias_forgotten, ("fused_moe", "layer_norm", "topk", *BIASES)),
     "the rotary embedding's scale": (rotary_scale_forgotten, ROTARY),
     "a race of two blocks": (race, ("silu_and_mul", *ROWS)),
 }
