@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 
@@ -18,6 +19,7 @@ from ..config import SettingsError
 from ..fingerprint import setting_facts, versions
 from ..trial import record_path
 from ..utils.json_lines import JsonLines
+from ..utils.processes import end_in_order, family_of, marked, running
 from ..utils.signals import exit_reason
 from .search import Search
 from .switches import Switches, prior_weights
@@ -25,8 +27,10 @@ from .switches import Switches, prior_weights
 #: The same exit code as for `git bisect run`.
 _CANNOT_BE_JUDGED = 125
 _NOT_RUN = {126: "the shell could not execute a command", 127: "the shell did not find a command"}
-#: Seconds between SIGTERM and SIGKILL, and between checks.
-_GRACE, _INTERVAL = 10.0, 0.1
+#: Seconds between SIGTERM and SIGKILL.
+_GRACE = 10.0
+#: The variable by which a run's processes are known. Its value is unique.
+_MARK = "_SGLANG_FL_BISECT_RUN"
 #: The search ends after this many runs in a row that could not be judged.
 _UNJUDGED_IN_A_ROW = 5
 #: The default time limit of a run, in seconds.
@@ -117,14 +121,16 @@ class CommandSearch:
             raise SettingsError(f"--resume: {self.path} was started with --run {then['command']!r}; leave out --run, or start a new search")
         self.command, self.limit = str(then["command"]), float(limit or then["limit"])
         self.search = Search(then["weights"], pairs=pairs or then["pairs"])
-        running = 0
+        begun: dict[str, Any] = {}
         for line in lines:
-            running = line.get("process_group", 0)
-            if not running:
+            begun = line if "process_group" in line else {}
+            if not begun:
                 self._take(Run(**line))
-        if running and _lives(running):  # the search was killed, and its command was not
+        # The search may have been killed, and its command not.
+        if begun and (left := _left(begun["process_group"], begun["mark"])):
+            processes = " ".join(str(process.pid) for process in left)
             raise SettingsError(
-                f"--resume: the command of run {len(self.runs) + 1} seems to be still running; end it with: kill -- -{running}"
+                f"--resume: the command of run {len(self.runs) + 1} seems to be still running; end it with: kill {processes}"
             )
 
     def _take(self, run: Run) -> None:
@@ -150,7 +156,7 @@ class CommandSearch:
         environ = self._environ(on, log, trials)
         began = time.monotonic()
         with output.open("wb") as file, _Process(self.command, environ, file) as process:
-            self._append({"run": number, "process_group": process.group})
+            self._append({"run": number, "process_group": process.group, "mark": process.mark})
             code = process.wait(self.limit)
         if code in _NOT_RUN:
             raise CommandFailed(f"exit code {code}: {_NOT_RUN[code]}; its output is in {output}")
@@ -167,7 +173,7 @@ class CommandSearch:
 
     def _environ(self, on: frozenset[str], log: Path, trials: Path) -> dict[str, str]:
         """The command's environment."""
-        environ = {**os.environ, "SGLANG_FL_DISPATCH_LOG": os.environ.get("SGLANG_FL_DISPATCH_LOG") or str(log)}
+        environ = {**os.environ, _MARK: uuid4().hex, "SGLANG_FL_DISPATCH_LOG": os.environ.get("SGLANG_FL_DISPATCH_LOG") or str(log)}
         for name, value in self.switches.environ(on).items():
             environ.pop(name, None)
             if value is not None:
@@ -209,7 +215,7 @@ class _Process:
         self._process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, start_new_session=True
         )
-        self.group = self._process.pid
+        self.group, self.mark = self._process.pid, environ[_MARK]
 
     def wait(self, limit: float) -> int | None:
         """Return the exit code, or None if it did not end in time."""
@@ -222,34 +228,15 @@ class _Process:
 
     def __exit__(self, *_: object) -> None:
         """End its remaining processes: a server left running would hold the device and the port that the next run needs."""
-        try:
-            self._signal(signal.SIGTERM)
-            end = time.monotonic() + _GRACE
-            while time.monotonic() < end and _lives(self.group):
-                self._process.poll()
-                time.sleep(_INTERVAL)
-        finally:  # also after a second Ctrl-C
-            self._signal(signal.SIGKILL)
+        end_in_order(lambda: _left(self.group, self.mark), _GRACE)
         # A process that hangs in a driver may not end. Do not wait for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=_GRACE)
 
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.group, number)
 
-
-def _lives(group: int) -> bool:
-    """Whether any process of the group is running. Zombies do not count: containers without an init keep them."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    for process in psutil.process_iter(["status"]):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+def _left(group: int, mark: str) -> list[psutil.Process]:
+    """The running processes of a run: those of its group, and those with its mark in their environment."""
+    return running(list({*family_of(group, os.getpgid), *marked(_MARK, mark)}))
 
 
 def _how_it_ended(code: int) -> str:

@@ -2,12 +2,16 @@
 """A process and all that it started."""
 
 import contextlib
+import os
+import time
 from collections.abc import Callable
 
 import psutil
 
 #: ``os.getpgid`` or ``os.getsid``.
 LeaderOf = Callable[[int], int]
+#: Seconds between looks at processes that are ending.
+_INTERVAL = 0.1
 
 
 def family_of(leader: int, leader_of: LeaderOf) -> list[psutil.Process]:
@@ -27,3 +31,40 @@ def end_family(leader: int, leader_of: LeaderOf, seconds: float) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(family, timeout=seconds)
+
+
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Every other process that was started with this variable: also a server that left its group and session, and its parents' end."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # another user's, or one that ends
+            if process.pid != os.getpid() and process.environ().get(name) == value:
+                found.append(process)
+    return found
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Without zombies: containers without an init keep them."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def end_in_order(find: Callable[[], list[psutil.Process]], seconds: float) -> None:
+    """End the running processes that are found: SIGTERM, and SIGKILL to those that still run after these seconds."""
+    try:
+        _each(psutil.Process.terminate, find())
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and find():
+            time.sleep(_INTERVAL)
+    finally:  # also after Ctrl-C
+        _each(psutil.Process.kill, find())
+
+
+def _each(do: Callable[[psutil.Process], None], processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            do(process)

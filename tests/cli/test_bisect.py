@@ -144,6 +144,36 @@ def test_what_a_command_leaves_behind_is_ended(bisect: Bisect, in_a_folder: Path
     assert len(servers) == 2 and not any(map(alive, map(int, servers)))
 
 
+#: A server in a session of its own, whose parent has ended, and which ignores SIGTERM.
+DAEMON = """
+import os, signal, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        open("servers", "a").write(f"{os.getpid()}\\n")
+        time.sleep(300)
+    os._exit(0)
+os.wait()
+until = time.monotonic() + 20
+while not os.path.exists("servers") and time.monotonic() < until:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the environment of other processes from /proc")
+@pytest.mark.parametrize("start", ["setsid sleep 300 & echo $! >> servers", f"{sys.executable} daemon.py"])
+def test_a_server_that_leaves_the_commands_session_is_ended(
+    start: str, bisect: Bisect, in_a_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would answer all later runs."""
+    monkeypatch.setattr("sglang_fl.bisect.command._GRACE", 0.5)
+    (in_a_folder / "daemon.py").write_text(DAEMON)
+    bisect("--run", f"{start}; exit 1", "--max-runs", "1")
+    (server,) = (in_a_folder / "servers").read_text().split()
+    assert not alive(int(server))
+
+
 def test_every_run_has_the_users_record_of_trials(bisect: Bisect, in_a_folder: Path) -> None:
     """What a crash of one run adds to it does not change what the next one has on."""
     record = in_a_folder / "trials.json"
@@ -206,7 +236,8 @@ def test_resume_after_kill(bisect: Bisect, in_a_folder: Path, capsys: pytest.Cap
     with Path("here/runs.jsonl").open("a") as record:
         record.write('{"run": 3, "cut o')
     assert main(["bisect", "--resume", "here/runs.jsonl"]) == 2
-    assert f"seems to be still running; end it with: kill -- -{process}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "seems to be still running; end it with: kill " in told and str(process) in told.split()
     os.killpg(process, signal.SIGKILL)
     until(lambda: not alive(process))
     code, found = bisect("--resume", "here/runs.jsonl")
