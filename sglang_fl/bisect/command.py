@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -185,6 +186,11 @@ class CommandSearch:
         environ["SGLANG_FL_TRIAL_RECORD"] = str(trials)
         return environ
 
+    @property
+    def resume(self) -> str:
+        """The command that continues it."""
+        return f"sglang-fl bisect --resume {shlex.quote(str(self.path))}"
+
     def close(self) -> None:
         self._file.close()
 
@@ -229,9 +235,7 @@ class _Process:
     def __exit__(self, *_: object) -> None:
         """End its remaining processes: a server left running would hold the device and the port that the next run needs."""
         end_in_order(lambda: _left(self.group, self.mark), _GRACE)
-        # A process that hangs in a driver may not end. Do not wait for it.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_GRACE)
+        self._process.poll()
 
 
 def _left(group: int, mark: str) -> list[psutil.Process]:

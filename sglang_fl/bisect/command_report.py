@@ -13,6 +13,8 @@ from .search import NO_OPERATOR, NOTHING, Hypothesis, Verdict
 
 #: Exit codes.
 NOTHING_FAILS, FOUND, IS_NO_OPERATOR, CANNOT_TELL = 0, 1, 3, 4
+#: The verdicts in JSON. A report of MODEL has the same, but "no difference" where nothing fails.
+_KEYWORDS = {NOTHING_FAILS: "nothing fails", FOUND: "found", IS_NO_OPERATOR: "no operator", CANNOT_TELL: "undecided"}
 
 
 def exit_code(verdict: Verdict | None) -> int:
@@ -25,7 +27,8 @@ def as_data(found: CommandSearch) -> dict[str, Any]:
     verdict = found.search.verdict()
     cause = verdict.cause if verdict else None
     return {
-        "verdict": said(found),
+        "verdict": _KEYWORDS[exit_code(verdict)],
+        "message": said(found),
         "exit_code": exit_code(verdict),
         "switches": list(cause.switches) if cause else [],
         "odds": verdict and min(verdict.odds, 1e9),
@@ -45,10 +48,11 @@ def print_verdict(found: CommandSearch, console: Console) -> None:
         setting = found.switches.exclusion(to_exclude(cause))
         place = "for the environment" if "=" in setting else "for the file that SGLANG_FL_CONFIG names"
         console.print(f"\nThe setting that avoids it, {place}. Run the command with it once more:\n\n{setting}\n", soft_wrap=True)
-    if found.runs and all(run.bound is False for run in found.runs):
+    if unbound := [str(run.run) for run in found.runs if run.bound is False]:
+        which = "No run" if len(unbound) == len(found.runs) else f"{'Run' if len(unbound) == 1 else 'Runs'} {', '.join(unbound)}: nothing"
         console.print(
-            "No run loaded a model with sglang-fl: there is no dispatch log. The command must start the server itself, on this machine, "
-            "pass its environment on, and set no SGLANG_FL_… variables.",
+            f"{which} loaded a model with sglang-fl: there is no dispatch log. The command must start the server itself in each run, on "
+            "this machine, pass its environment on, and set no SGLANG_FL_… variables.",
             soft_wrap=True,
         )
 
@@ -63,7 +67,7 @@ def said(found: CommandSearch) -> str:
     verdict, count = found.search.verdict(), len(found.runs)
     if verdict is None or verdict.cause is None:
         return " ".join(_why_not_known(found))
-    odds = f"odds {min(verdict.odds, 1e9):,.0f}:1 after {count} runs"
+    odds = f"odds {min(verdict.odds, 1e9):,.0f}:1 after {_runs(count)}"
     rates = _wrong_answers(found, verdict.cause)
     if verdict.cause == NOTHING:
         return f"The command does not fail with all {len(found.switches.names)} switches on: {odds}. {rates}"
@@ -83,7 +87,7 @@ def said(found: CommandSearch) -> str:
 def _why_not_known(found: CommandSearch) -> Iterator[str]:
     judged = [run.failed for run in found.runs if run.failed is not None]
     verdict = found.search.verdict()
-    yield f"Undecided after {len(found.runs)} runs."
+    yield f"Undecided after {_runs(len(found.runs))}."
     if verdict is not None:
         yield f"The results do not depend on the switches: {judged.count(True)} of {len(judged)} runs failed."
     for words, size in (("all on", len(found.switches.names)), ("all off", 0)):
@@ -95,7 +99,11 @@ def _why_not_known(found: CommandSearch) -> Iterator[str]:
         yield f"Most likely: {' and '.join(cause.switches)} ({100 * likely:.0f} %). {_wrong_answers(found, cause)}"
     if not found.search.pairs:
         yield "--pairs also looks for two switches that act together."
-    yield f"More runs: sglang-fl bisect --resume {found.path} --max-runs {2 * len(found.runs)}"
+    yield f"More runs: {found.resume} --max-runs {2 * len(found.runs)}"
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def _wrong_answers(found: CommandSearch, cause: Hypothesis) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..aten.native import is_written, schema_of
-from ..check.archive import kept
+from ..check.archive import Recorded
 from ..check.exact.judge import Exact, Verdict, exactly, u
 from ..check.tensors import same_bits
 
@@ -95,20 +95,15 @@ class AtenJudge:
         except (RuntimeError, TypeError):
             return None
 
-    def data(self, given: tuple[Any, Any], native: list[Any], exact: list[Any] | None) -> dict[str, Any]:
+    def recorded(self, given: tuple[Any, Any], native: list[Any], exact: list[Any] | None) -> Recorded:
         """A call, for an archive."""
         both = zip(native, exact or native, strict=False)
         pairs = [(x, y) for x, y in both if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)]
         judged = [self._exact(f"result {n}", x, y.double()) for n, (x, y) in enumerate(pairs)]
-        return {
-            "arguments": [kept(x) for x in given[0]],
-            "named": {name: kept(x) for name, x in given[1].items()},
-            "updated": [index for index in self._written if index < len(given[0])],
-            "exact": [
-                (one.name, one.value, one.bound(x.dtype if x.is_floating_point() else torch.float64))
-                for one, (x, _) in zip(judged, pairs, strict=True)
-            ],
-        }
+        bounds = [one.bound(x.dtype if x.is_floating_point() else torch.float64) for one, (x, _) in zip(judged, pairs, strict=True)]
+        expected = [(one.name, one.value, bound, x.dtype) for one, bound, (x, _) in zip(judged, bounds, pairs, strict=True)]
+        written = [given[0][index] if index < len(given[0]) else given[1].get(name) for index, name in self._written.items()]
+        return Recorded(*given, expected, written)
 
     def wrote(self, given: tuple[Any, Any], before: tuple[Any, Any]) -> str | None:
         """The first argument that a call wrote although it must not."""

@@ -28,7 +28,8 @@ class Finding:
         native_largest: native's error in ulp, the largest of all calls.
         problem, call: what is wrong in the first wrong call, and its number, from 0.
         rank: the rank that made the calls.
-        archive: the file with the inputs of the wrong call, if one was written.
+        archive: the file with the inputs of the wrong call, or why it was not written. None: not asked for.
+        inputs: the dtypes and shapes of these inputs.
     """
 
     replacement: Replacement
@@ -47,6 +48,7 @@ class Finding:
     problem: str | None = None
     call: int | None = None
     archive: str | None = None
+    inputs: str = ""
     ratios: list[float] = field(default_factory=list)
 
     @property

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of ``sglang-fl bisect MODEL``: tables, JSON, and the setting to paste."""
 
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,10 +13,11 @@ from rich.table import Table
 
 from ..check.report import number
 from ..dispatch.catalog import FUNCTIONS, LAYERS, classes_of
+from ..fingerprint import versions
 from ..model_run import Replacement
 from ..model_run.switches import ATEN
 from .findings import Finding, suspicion
-from .model import FOUND, Report
+from .model import EXIT_CODES, FOUND, Report
 from .switches import FUNCTION, OPERATOR
 from .trials import Effect, listed
 
@@ -41,6 +44,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "model": report.model,
         "verdict": report.verdict,
         "message": report.message,
+        "exit_code": EXIT_CODES[report.verdict],
         "culprits": [asdict(one) for one in report.culprits],
         "together": report.together,
         "setting": yaml.safe_load(setting(report.culprits) or "{}"),
@@ -110,6 +114,32 @@ def effects(report: Report) -> Iterator[tuple[str, Effect, str]]:
     for trial in report.trials:
         result = "changes" if trial.reproduces else "does not change"
         yield listed(trial.on, report.replacements) + where, trial.effect, result
+
+
+def write_bug_reports(report: Report, command: str) -> None:
+    """Add a text for the function's maintainers to each archive."""
+    installed = [f"{name} {version}" for name, version in versions().items() if version]
+    for finding in report.findings:
+        if finding.archive is None or not Path(finding.archive).is_file():
+            continue
+        changes = [f"{on}: {effect.worst:.2g} {result}".rstrip() for on, effect, result in effects(report)]
+        facts = [report.model, *(f"{name}: {value}" for name, value in report.facts.items())]
+        parts = (
+            f"{finding.replacement}, {finding.where}, call {finding.call}\n\n{finding.problem}",
+            f"Inputs: {finding.inputs}",
+            "They are from a model that SGLang runs. Unpack this archive and run: python repeat.py",
+            _bullets("Model", facts),
+            _bullets("Largest change of a log-probability, by what is on", changes),
+            f"{report.verdict.upper()}: {report.message}",
+            f"Command: {command}",
+            _bullets("Versions", installed),
+        )
+        with zipfile.ZipFile(finding.archive, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("report.txt", "\n\n".join(parts) + "\n")
+
+
+def _bullets(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{title}:", *(f"- {line}" for line in lines)])
 
 
 def shown(report: Report) -> list[Finding]:

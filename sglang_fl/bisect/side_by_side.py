@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..check.archive import kept, write_files
+from ..check.archive import Recorded, recorded, write_files
 from ..check.cases import OPERATORS_CHECKED, Call
 from ..check.cases.call import Draw
-from ..check.exact.judge import Exact, Verdict
+from ..check.exact.judge import Verdict
 from ..check.implementation import results, worst
 from ..check.tensors import same_bits
 from ..dispatch.ops import FLBackendBase
-from ..fingerprint import versions
+from ..dispatch.types import OpImpl
 from ..model_run import Batch, ModelRun
 from ..model_run.switches import AtenCall, LayerCall
 from .exactly import AtenJudge, alike, is_judged
@@ -78,7 +78,7 @@ class Observer:
                     finding = self._finding(call.replacement, call.path)
                     same = not differs and verdict.problem is None
                     finding.add(verdict, watched.of_native(native, verdict if same else None), differs)
-                    self._archive(finding, verdict, call.impl.function, watched.data)
+                    self._archive(finding, verdict, call.impl, watched.recorded)
             return native
 
         return forward
@@ -113,18 +113,21 @@ class Observer:
         except Exception as error:
             ours = Verdict(problem=f"raised {type(error).__name__}: {error}")
         finding.add(ours, of_native, differs)
-        self._archive(finding, ours, call.fn, lambda: judge.data(before, native, exact))
+        self._archive(finding, ours, call.fn, lambda: judge.recorded(before, native, exact))
 
-    def _archive(self, finding: Finding, verdict: Verdict, function: Function, data: Callable[[], Any]) -> None:
+    def _archive(self, finding: Finding, verdict: Verdict, function: OpImpl | Function, call: Callable[[], Recorded | None]) -> None:
         """Write the inputs of the first wrong call of a replacement."""
         wrong = [one for one in self.findings.values() if one.replacement == finding.replacement and one.archive]
         if self._archives is None or verdict.problem is None or wrong:
             return
-        replacement = finding.replacement
-        title = f"{replacement.name} {finding.where} {replacement.by}"
-        text = bug_report(title, verdict.problem)
+        title = f"{finding.replacement.name} {finding.where} {finding.replacement.by}"
         device = torch.device(str(self._run.runner.device))
-        finding.archive = str(write_files(self._archives, title, function.__module__, function.__qualname__, device, data(), text))
+        try:
+            if (found := call()) is not None:
+                finding.inputs = found.described()
+                finding.archive = write_files(self._archives, title, function, device, found)
+        except Exception as error:  # a layer and a function may hold any object
+            finding.archive = f"not written: {type(error).__name__}: {error}"
 
     def _finding(self, replacement: Any, path: str) -> Finding:
         key = (replacement, path, self._run.phase)
@@ -207,19 +210,12 @@ class _Operator:
         may_write = template.may_write | ({"x", "residual"} if given.get("residual") is not None else set())
         return Call(layer, given, may_write, updated=template.updated, takes_layer=template.takes_layer)
 
-    def data(self) -> dict[str, Any]:
-        """The last call, for an archive."""
-        call = self._call_kept
-        if call is None:
-            return {"arguments": [], "named": {}, "updated": [], "exact": []}
-        layer = [_plain(call.layer)] if call.takes_layer else []
-        names = list(call.inputs)
-        return {
-            "arguments": [*map(kept, layer), *map(kept, call.inputs.values())],
-            "named": {},
-            "updated": [names.index(name) + len(layer) for name in call.updated],
-            "exact": [(one.name, one.value, one.bound(one.dtype or self._dtype)) for one in self._exact if isinstance(one, Exact)],
-        }
+    def recorded(self) -> Recorded | None:
+        """The last call, for an archive. None: it is not one that a call alone explains."""
+        if self._call_kept is None:
+            return None
+        layer: Any = _plain(self._call_kept.layer)
+        return recorded(replace(self._call_kept, layer=layer), self._exact, self._dtype)
 
     def verdict(self) -> Verdict:
         return Verdict(problem=self._problem) if self._problem else self._worst(self._got)
@@ -247,11 +243,6 @@ def _plain(layer: Any) -> SimpleNamespace:
     held |= {name: getattr(layer, name) for name in ("weight", "variance_epsilon") if hasattr(layer, name)}
     plain = (bool, int, float, str, torch.Tensor, type(None))
     return SimpleNamespace(**{name: value for name, value in held.items() if isinstance(value, plain) and not name.startswith("_")})
-
-
-def bug_report(title: str, problem: str) -> str:
-    listed = "\n".join(f"- {name} {version}" for name, version in versions().items() if version)
-    return f"{title}\n\n{problem}\n\nThe inputs are from a served model. Unpack this archive and run repeat.py.\n\nVersions:\n{listed}\n"
 
 
 def _differ(ours: Any, native: Any) -> bool:

@@ -5,6 +5,9 @@ import argparse
 import json
 import math
 import os
+import re
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +26,8 @@ from .arguments import Parser, duration, make_directory, number
 
 _RUNS = number(int, lambda count: count > 0, "a number of runs above 0")
 _MOST_RUNS = 40
+#: With one switch to blame, few searches take longer: with answers of which 5 % are wrong, one in ten takes more than 22 runs.
+_MANY_RUNS = 20
 _RECORD = "runs.jsonl"
 _EXIT_CODES = """exit codes: 0 nothing fails, no difference; 1 found; 2 wrong usage, or the command or the model cannot be run;
 3 it is no operator; 4 undecided; 130 interrupted"""
@@ -97,6 +102,7 @@ def _by_command(args: argparse.Namespace) -> int:
             f"bisect: nothing to search: these settings leave every operator to SGLang on {device.vendor}; see sglang-fl ops"
         )
     if args.dry_run:
+        _check_command(args.run)
         return _dry_run(switches)
     suspicion = _suspicion(args.report) if args.report is not None else None
     path = _record_path(args)
@@ -105,10 +111,10 @@ def _by_command(args: argparse.Namespace) -> int:
     try:
         _search(search, args.max_runs or _MOST_RUNS, console)
     except CommandFailed as error:
-        console.print(f"sglang-fl: {error}\nsglang-fl: continue with: sglang-fl bisect --resume {path}", soft_wrap=True)
+        console.print(f"sglang-fl: {error}\nsglang-fl: continue with: {search.resume}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console.print(f"sglang-fl: the finished runs are saved; continue with: sglang-fl bisect --resume {path}", soft_wrap=True)
+        console.print(f"sglang-fl: the finished runs are saved; continue with: {search.resume}", soft_wrap=True)
         raise
     finally:
         search.close()
@@ -146,7 +152,7 @@ def _record_path(args: argparse.Namespace) -> Path:
         return path
     path = make_directory("--out", args.out or Path(time.strftime("bisect-%Y-%m-%d-%H%M%S"))) / _RECORD
     if path.exists() and path.stat().st_size:
-        raise SettingsError(f"--out: {path} exists; --resume {path} continues it")
+        raise SettingsError(f"--out: {path} exists; --resume {shlex.quote(str(path))} continues it")
     return path
 
 
@@ -162,6 +168,19 @@ def _search(found: CommandSearch, most: int, console: Console) -> None:
         (cause, likely), *_ = found.search.likeliest(1)
         suspect = f"; likeliest: {' and '.join(cause.switches)}, {100 * likely:.0f} %" if cause.switches and likely > 0.05 else ""
         console.print(f"{what}: {answer(last)} ({last.how}, {last.seconds:.0f} s){suspect}", soft_wrap=True)
+        if len(found.runs) == _MANY_RUNS and found.search.verdict() is None and not found.search.pairs:
+            console.print(
+                f"A single switch is seldom still unknown after {_MANY_RUNS} runs: two may act together. "
+                f"To look for pairs in these runs too: Ctrl-C, and then {found.resume} --pairs",
+                soft_wrap=True,
+            )
+
+
+def _check_command(command: str | None) -> None:
+    """Refuse a command that the shell does not find. Of one that begins with more than a name nothing is known."""
+    found = re.match(r"\s*([\w./+-]+)(?=\s|$)", command or "")
+    if found and subprocess.run(["sh", "-c", 'command -v -- "$1"', "sh", found[1]], stdout=subprocess.DEVNULL).returncode:
+        raise SettingsError(f"--run: the shell does not find {found[1]!r}")
 
 
 def _dry_run(switches: Switches) -> int:

@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..bisect.model import EXIT_CODES, Job, Report, Show, bisect
 from ..bisect.page import as_html
-from ..bisect.report import as_data, print_report
+from ..bisect.report import as_data, print_report, write_bug_reports
 from ..config import SettingsError
 from ..device import probe
 from ..dispatch.logger_manager import why_unwritable
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"bisect: there is no model in {args.model}")
     if unwritable := why_unwritable(args.html and str(args.html)):
         raise SettingsError(f"--html: {unwritable}")
+    new = args.archive is not None and not args.archive.expanduser().exists()
     archives = make_directory("--archive", args.archive).resolve() if args.archive else None
     job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives)
     begun, steps = time.monotonic(), list[tuple[str, float]]()
@@ -45,11 +47,15 @@ def run(args: argparse.Namespace) -> int:
                 show(step)
 
             report = bisect(job, begin)
+            write_bug_reports(report, shlex.join(["sglang-fl", *sys.argv[1:]]))
     except RunFailed as error:
         print(f"sglang-fl: {steps[-1][0]}: {error}", file=sys.stderr)
         if "the prompt " not in str(error):
             print("The last output of its process:", *error.output.strip().splitlines()[-12:], sep="\n  ", file=sys.stderr)
         return 2
+    finally:
+        if new and archives is not None and not any(archives.iterdir()):
+            archives.rmdir()
     return _write(args, report, steps, time.monotonic() - begun)
 
 

@@ -54,14 +54,22 @@ def running(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def end_in_order(find: Callable[[], list[psutil.Process]], seconds: float) -> None:
-    """End the running processes that are found: SIGTERM, and SIGKILL to those that still run after these seconds."""
+    """End the running processes that are found: SIGTERM, and SIGKILL to those that still run after these seconds.
+
+    Waits as long again for the end of the killed ones: one that hangs in a driver may not end.
+    """
     try:
         _each(psutil.Process.terminate, find())
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and find():
-            time.sleep(_INTERVAL)
+        _wait(find, seconds)
     finally:  # also after Ctrl-C
         _each(psutil.Process.kill, find())
+        _wait(find, seconds)
+
+
+def _wait(find: Callable[[], list[psutil.Process]], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while find() and time.monotonic() < end:
+        time.sleep(_INTERVAL)
 
 
 def _each(do: Callable[[psutil.Process], None], processes: list[psutil.Process]) -> None:

@@ -53,7 +53,7 @@ def test_a_flaggems_function(bisect: Bisect, machine: Callable[[str], None], mon
     monkeypatch.setenv("SGLANG_FL_PREFER", "flagos")
     monkeypatch.setenv("SGLANG_FL_FLAGOS_BLACKLIST", "add,mm")
     code, found = bisect("--run", f"{JUDGE} aten:softmax", "--out", "here")
-    assert (code, found["exit_code"], found["switches"]) == (1, 1, ["aten:softmax"])
+    assert (code, found["exit_code"], found["verdict"], found["switches"]) == (1, 1, "found", ["aten:softmax"])
     assert found["odds"] > 99 and len(found["runs"]) <= 16
     assert found["exclusion"] == "SGLANG_FL_FLAGOS_BLACKLIST=add,mm,softmax"
     for run in found["runs"]:
@@ -96,14 +96,16 @@ def test_how_a_command_fails(bisect: Bisect, fails: str, how: str) -> None:
 def test_what_is_no_switch(bisect: Bisect, command: str, code: int, told: str) -> None:
     found = bisect("--run", command)
     assert (found[0], found[1]["switches"], found[1]["exclusion"]) == (code, [], None)
-    assert found[1]["verdict"].startswith(told)
+    assert found[1]["message"].startswith(told)
 
 
 def test_two_that_act_together(bisect: Bisect) -> None:
     command = """case ";$SGLANG_FL_PER_OP" in *";rms_norm=sglang"*|*topk=sglang*) exit 0;; *) exit 1;; esac"""
     code, found = bisect("--run", command, "--out", "here", "--max-runs", "25")
     assert (code, found["switches"]) == (4, [])
-    assert "--pairs" in found["verdict"] and "With all on, " in found["verdict"]
+    assert found["verdict"] == "undecided" and "--pairs" in found["message"] and "With all on, " in found["message"]
+    told = "after 20 runs: two may act together. To look for pairs in these runs too: Ctrl-C, and then sglang-fl bisect --resume here"
+    assert told in found["stderr"]
     before = len(found["runs"])
     code, found = bisect("--resume", "here", "--pairs", "--max-runs", "80")
     assert (code, found["switches"]) == (1, ["op:topk", "op:rms_norm"])
@@ -282,3 +284,24 @@ def test_dry_run(capsys: pytest.CaptureFixture[str], in_a_folder: Path) -> None:
     assert printed.startswith(f"{SWITCHES} switches: op:causal_conv1d_fn ")
     assert "all off: SGLANG_FL_PER_OP='" in printed and "chunk_gated_delta_rule=sglang;" in printed
     assert not list(in_a_folder.iterdir())
+
+
+def test_dry_run_knows_that_there_is_no_such_command(capsys: pytest.CaptureFixture[str], in_a_folder: Path) -> None:
+    assert main(["bisect", "--run", "./judge.sh 3", "--dry-run"]) == 2
+    assert "--run: the shell does not find './judge.sh'" in capsys.readouterr().err
+    (in_a_folder / "judge.sh").touch(0o755)
+    for command in ("./judge.sh 3", "cd / && ./judge.sh", "X=1 ./judge.sh", "$HOME/judge.sh"):
+        assert main(["bisect", "--run", command, "--dry-run"]) == 0
+
+
+def test_a_folder_with_spaces(bisect: Bisect) -> None:
+    """What is printed can be pasted."""
+    code, found = bisect("--run", "false", "--out", "o s p", "--max-runs", "1")
+    assert code == 4 and "Undecided after 1 run. " in found["message"]
+    assert found["message"].endswith("sglang-fl bisect --resume 'o s p/runs.jsonl' --max-runs 2")
+
+
+def test_runs_in_which_another_server_may_have_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first run loads a model, and no later one does."""
+    main(["bisect", "--run", 'test -e ran || { touch ran; echo "# model" > "$SGLANG_FL_DISPATCH_LOG"; }; exit 1', "--max-runs", "3"])
+    assert "Runs 2, 3: nothing loaded a model with sglang-fl: there is no dispatch log." in capsys.readouterr().out
