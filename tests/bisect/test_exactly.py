@@ -3,14 +3,18 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sglang_fl.bisect.exactly import AtenJudge, alike, is_judged
-from sglang_fl.bisect.side_by_side import _Operator
+from sglang_fl.bisect.findings import Finding
+from sglang_fl.bisect.side_by_side import Observer, _Operator
 from sglang_fl.check.exact.judge import Verdict
+from sglang_fl.model_run import Replacement
 
 X = torch.linspace(-3, 3, 60).reshape(12, 5)
 ROWS = torch.tensor([3, 0, 11, 11])
@@ -92,3 +96,12 @@ def test_an_operator_that_a_call_alone_does_not_explain_is_not_judged(op: str) -
     operator = _Operator(op, nullcontext)
     assert operator.around(lambda *args: args)(None, X) == (None, X) and operator.called
     assert operator.verdict() == Verdict()
+
+
+def test_what_cannot_be_archived_ends_nothing(tmp_path: Path) -> None:
+    """A FlagGems function that no module has by its name."""
+    run: Any = SimpleNamespace(runner=SimpleNamespace(device="cpu"))
+    judge, finding = AtenJudge("silu"), Finding(Replacement("silu", "aten", "FlagGems, silu"), "silu", "one", "decode")
+    call = judge.recorded(((X,), {}), [X], None)
+    Observer(run, tmp_path)._archive(finding, Verdict(problem="wrong"), lambda x: x, lambda: call)
+    assert str(finding.archive).startswith("not written: LookupError: ") and not list(tmp_path.iterdir())

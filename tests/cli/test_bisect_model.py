@@ -76,7 +76,9 @@ def test_help_has_both_ways_and_the_exit_codes(capsys: pytest.CaptureFixture[str
 @pytest.mark.e2e
 def test_after_an_interrupt_nothing_is_left_running(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    command = subprocess.Popen([sys.executable, "-P", "-m", "sglang_fl", "bisect", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    evidence = tmp_path / "evidence"
+    arguments = [sys.executable, "-P", "-m", "sglang_fl", "bisect", str(tmp_path), "--archive", str(evidence)]
+    command = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     process = psutil.Process(command.pid)
     end = time.monotonic() + 120
     while not (workers := process.children()) and time.monotonic() < end:
@@ -84,7 +86,7 @@ def test_after_an_interrupt_nothing_is_left_running(tmp_path: Path) -> None:
     command.send_signal(signal.SIGINT)
     _, said = command.communicate(timeout=60)
     assert command.returncode == 130 and "sglang-fl: interrupted" in said
-    assert len(workers) == 1 and not psutil.pid_exists(workers[0].pid)
+    assert len(workers) == 1 and not psutil.pid_exists(workers[0].pid) and not evidence.exists()
 
 
 @pytest.mark.e2e
