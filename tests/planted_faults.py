@@ -59,7 +59,8 @@ def rms_norm(obj: Any, x: torch.Tensor, residual: torch.Tensor | None = None) ->
     found = normalization.rms_norm(obj, x, residual)
     normed, hidden = found if isinstance(found, tuple) else (found, None)
     normed = _rounded_otherwise(normed)
-    if (fault == "one layer" and obj is _one_layer) or (fault == "batch > 8 only" and 8 < len(x) <= DECODE_ROWS):
+    somewhere = (fault == "one layer" and obj is _one_layer) or (fault == "batch > 8 only" and 8 < len(x) <= DECODE_ROWS)
+    if somewhere or fault == "two of unequal size":
         normed = normed * 1.05
     elif fault == "adds up":
         normed = normed * (1 + 2e-5)
@@ -90,6 +91,8 @@ def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     found = _rounded_otherwise(activation.silu_and_mul(obj, _in_graphs(x)))
     if fault == "decode only" and len(x) <= DECODE_ROWS:
         return found * 1.05
+    if fault == "two of unequal size":
+        return found * 1.01
     if fault == "harmless alone":
         _workspace((len(x), 128)).fill_(0.01)
     if fault == "state is kept":
@@ -121,6 +124,8 @@ def silu(self: torch.Tensor) -> torch.Tensor:
         planted_gems.KINDS["crashes"](self)
     if fault == "raises in a capture" and planted_gems.capturing:
         raise planted_gems.StreamCaptureUnsupported("operation not permitted when stream is capturing")
+    if fault == "raises" and len(self) == 1:
+        raise RuntimeError("device queue full")
     if fault == "hang" and len(self) == 1:
         time.sleep(3600)
     return planted_gems.silu(self)

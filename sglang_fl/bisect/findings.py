@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of the side-by-side pass, by layer and phase."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from ..model_run import Replacement
 _LEAST_ULP = 0.5
 #: SGLang's own result counts as wrong beyond this many times the bound and this many ulp. Smaller errors may be repeated rounding.
 _WRONG, _ROUNDED = 10.0, 4.0
+#: The suspicion of a replacement with a call out of bounds.
+OUT_OF_BOUNDS = 50.0
 
 
 @dataclass
@@ -72,21 +75,22 @@ class Finding:
         if native is not None:
             self.native_used = max(self.native_used, native.used)
             self.native_largest = max(self.native_largest, native.error_ulp or 0.0)
-        if ours.error_ulp is None:
+        error = math.inf if ours.unbounded else ours.error_ulp
+        if error is None:
             return
         native_ulp = native.error_ulp if native is not None else None
-        ratio = ours.error_ulp / max(native_ulp or 0.0, _LEAST_ULP)
+        ratio = error / max(native_ulp or 0.0, _LEAST_ULP)
         self.ratios.append(ratio)
         if ratio > self.worst or self.error_ulp is None:
-            self.worst, self.error_ulp, self.native_ulp = ratio, ours.error_ulp, native_ulp
-        self.used = max(self.used, ours.used)
+            self.worst, self.error_ulp, self.native_ulp = ratio, error, native_ulp
+        self.used = max(self.used, math.inf if ours.unbounded else ours.used)
 
 
 def suspicion(findings: Iterable[Finding]) -> dict[Replacement, float]:
     """A weight for each replacement: high if out of bounds, low if it only differs, lowest if always equal to native."""
     found: dict[Replacement, float] = {}
     for finding in findings:
-        weight = 50.0 if finding.problem is not None else 1.0 + finding.used if finding.differ else 0.1
+        weight = OUT_OF_BOUNDS if finding.problem is not None else 1.0 + finding.used if finding.differ else 0.1
         found[finding.replacement] = max(found.get(finding.replacement, 0.0), weight)
     return found
 

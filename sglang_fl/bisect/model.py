@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings
-from ..model_run import Batch, CallFailed, Crashed, Hung, LoadedModel, ModelRun, Replacement
+from ..model_run import Batch, CallFailed, Crashed, Hung, LoadedModel, ModelRun, Replacement, RunFailed
 from ..model_run.processes import ranks_of
 from ..trial import record_path
 from . import passes
@@ -54,11 +54,14 @@ class Report:
     Attributes:
         verdict: a key of EXIT_CODES.
         message: the verdict in one or two sentences.
-        culprits: the replacements that change the output, if ``verdict`` is FOUND. ``together``: only all of them do.
+        culprits: the replacements that change the output: all if ``verdict`` is FOUND, else those that were found.
+            ``together``: two that change it only together.
+        settings: those in force.
         facts: about the model in its process.
         noise, whole: the change of log-probabilities by rounding alone, and by the settings in force.
         in_graphs: the change by the settings in force in graph replays. None: no graphs, or a difference was found without them.
         findings: one for each layer, batch and phase.
+        not_used: implementations and FlagGems functions that the settings prefer and that are not used -> why.
         trials: the trials that were run.
         loads: how often the model was loaded.
     """
@@ -68,12 +71,14 @@ class Report:
     message: str = ""
     culprits: tuple[Replacement, ...] = ()
     together: bool = False
+    settings: Settings = field(default_factory=Settings)
     facts: dict[str, str] = field(default_factory=dict)
     replacements: tuple[Replacement, ...] = ()
     noise: Effect | None = None
     whole: Effect | None = None
     in_graphs: Effect | None = None
     findings: list[Finding] = field(default_factory=list)
+    not_used: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     loads: int = 0
 
@@ -116,7 +121,7 @@ def bisect_loaded(model: LoadedModel, job: Job, show: Show) -> Report:
 class _Bisection:
     def __init__(self, job: Job, show: Show):
         self._job, self._show = job, show
-        self.report = Report(job.model)
+        self.report = Report(job.model, settings=job.settings)
         self._batches: list[Batch] = []
 
     def run(self) -> Report:
@@ -126,7 +131,7 @@ class _Bisection:
                     self.measure(model, directory)
                 if self.report.verdict == FOUND and self.report.in_graphs is not None and ranks_of(self._job.arguments) > 1:
                     self._on_one_rank(directory)
-            except (Crashed, Hung) as error:
+            except RunFailed as error:
                 self._after_an_end(error, Path(directory))
         return self.report
 
@@ -144,6 +149,7 @@ class _Bisection:
     def measure(self, model: LoadedModel, directory: str) -> None:
         report, job = self.report, self._job
         report.replacements, report.facts, self._batches = self._call(model, about, list(job.prompts))
+        report.not_used = self._call(model, not_used)
         self._show("pass 1 of 3: everything left to SGLang")
         native = self._run(model, ())
         if not report.replacements:
@@ -151,6 +157,7 @@ class _Bisection:
             return
         self._show("pass 2 of 3: the settings in force")
         in_force = self._call(model, passes.with_only, self._batches, None, directory)
+        report.not_used = self._call(model, not_used)  # first calls of FlagGems functions may have failed
         self._show("pass 3 of 3: each replacement compared with SGLang's own and float64")
         archives = str(job.archives) if job.archives else None
         by_rank = model.call(side_by_side, self._batches, archives, limit=4 * job.limit)
@@ -250,36 +257,36 @@ class _Bisection:
 
         left = MOST_TRIALS - _ROUNDED_TRIALS
         cause = search(suspicion(report.findings), whole, report.noise, shown, left, report.trials.append)
-        if cause.no_operator or not cause.replacements:
-            self._undecided(cause)
-            return
-        if sglangs := self._sglangs_own(cause.replacements):
+        if cause.complete and (sglangs := self._sglangs_own(cause.replacements)):
             report.verdict = NO_OPERATOR
             report.message = (
                 f"It is no operator of sglang-fl: SGLang's own {sglangs.replacement.name} is wrong ({sglangs.where}: "
                 f"{sglangs.native_used:.0f} times the bound). {sglangs.replacement.by}, which replaces it, is right."
             )
             return
-        report.verdict, report.culprits = FOUND, cause.replacements
-        report.together = cause.needed == len(cause.replacements) > 1
-        if report.together:
-            proof = "the output changes only with both on"
-        elif len(report.culprits) > 1:
-            proof = "each of them changes the output; it is right only with both off"
-        else:
-            proof = "the output changes with only this on, and is right with only this off"
-        report.message = f"{' and '.join(map(str, cause.replacements))}: {proof}."
+        report.verdict, report.culprits = FOUND if cause.complete else UNDECIDED, cause.replacements
+        report.together = [len(part) for part in cause.parts] == [2]
+        report.message = self._proof(cause)
 
-    def _undecided(self, cause: Cause) -> None:
-        report = self.report
-        report.verdict = NO_OPERATOR if cause.no_operator else UNDECIDED
-        if cause.no_operator:
-            report.message = "It is no operator of sglang-fl: the difference remains with everything off."
-        else:
-            report.message = (
-                f"The output changes beyond the noise. In {len(cause.trials)} trials no single replacement and no two of them were "
+    def _proof(self, cause: Cause) -> str:
+        """What the trials have shown."""
+        if not cause.parts:
+            return (
+                f"The output changes beyond the noise. In {len(self.report.trials)} trials no single replacement and no two of them were "
                 "shown to be the cause. The table lists the replacements nearest to their bounds."
             )
+        proofs = [f"{' and '.join(map(str, part))}: the output changes only with both on" for part in cause.parts if len(part) > 1]
+        if single := [str(part[0]) for part in cause.parts if len(part) == 1]:
+            alone = "the output changes with only this on" if len(single) == 1 else "each of them changes the output alone"
+            proofs.insert(0, f"{' and '.join(single)}: {alone}")
+        if not cause.complete:
+            return (
+                f"{'; '.join(proofs)}. But {len(self.report.trials)} trials did not show that this is all. "
+                "Leave them to SGLang, as below, and run bisect again."
+            )
+        if len(cause.replacements) > 1 and not self.report.together:
+            proofs.append("with all of them off it is right")
+        return f"{'; '.join(proofs)}{', and is right with only this off' if len(cause.replacements) == 1 else ''}."
 
     def _sglangs_own(self, culprits: Sequence[Replacement]) -> Finding | None:
         """The finding where SGLang's own result is wrong, if ours is right in all calls."""
@@ -296,7 +303,8 @@ class _Bisection:
             return "Each single call is right on SGLang's own inputs."
         only = f" only on rank {ranks.pop()}," if len(ranks) == 1 and "tp_size" in self.report.facts else ""
         first = found[0]
-        return f"It is wrong{only} first in call {first.call} of {first.where}: {first.problem}."
+        which = "It" if len(self.report.culprits) == 1 else first.replacement.name
+        return f"{which} is wrong{only} first in call {first.call} of {first.where}: {first.problem}."
 
     def _run(self, model: LoadedModel, on: Collection[Replacement]) -> Any:
         return self._call(model, passes.with_only, self._batches, tuple(on))
@@ -305,11 +313,11 @@ class _Bisection:
         """Call a function in each rank. Returns the first rank's result, which is that of all."""
         return model.call(function, *args, limit=self._job.limit)[0]
 
-    def _after_an_end(self, error: Crashed | Hung, directory: Path) -> None:
-        """After a crash or a hang with the settings in force: test whether the replacement that was running causes it."""
+    def _after_an_end(self, error: RunFailed, directory: Path) -> None:
+        """After a crash, a hang or an error with the settings in force: test whether the replacement that was running causes it."""
         report = self.report
-        how = "crashes" if isinstance(error, Crashed) else "hangs"
-        trace = passes.read_trace(directory)
+        how = {Crashed: "crashes", Hung: "hangs", CallFailed: "raises an error"}[type(error)]
+        trace = passes.read_trace(directory, error.rank)
         culprit = next((one for one in report.replacements if trace and str(one) == trace[0]), None)
         if culprit is None:
             raise error
@@ -317,23 +325,31 @@ class _Bisection:
         run = passes.in_graphs if where.endswith(passes.CAPTURE) else passes.with_only
         alone = self._ends(directory, run, [culprit], type(error))
         others = self._ends(directory, run, [one for one in report.replacements if one != culprit], type(error))
-        report.culprits = (culprit,)
+        report.culprits = (culprit,) if alone else ()
         if alone and not others:
             report.verdict = FOUND
-            report.message = f"{culprit} {how} in {where}, with only this on, and not with only this off. {error}"
+            report.message = f"{culprit} {how} in {where}, with only this on, and not with only this off ({error})."
         else:
             report.verdict = UNDECIDED
-            report.message = f"The model's process {how} while {culprit} runs ({where}), but this is not the only cause: {error}"
+            not_all = "but not with only this on" if not alone else "but also with only this off"
+            report.message = f"The model {how} while {culprit} runs ({where}), {not_all}: {error}"
 
     def _ends(self, directory: Path, run: Callable[..., Any], on: Sequence[Replacement], kind: type[Exception]) -> bool:
-        """Whether the model crashes or hangs in the same way with these on, in a new process."""
+        """Whether the model crashes, hangs or raises an error, as before, with these on, in a new process."""
+        ended = False
         with self._load(str(directory)) as model:
             self._show(f"trial with {listed(frozenset(on), self.report.replacements)}")
             try:
                 self._call(model, run, self._batches, tuple(on))
-            except (Crashed, Hung) as error:
-                return isinstance(error, kind)
-        return False
+            except RunFailed as error:
+                ended = isinstance(error, kind)
+        self.report.trials.append(Trial(frozenset(on), None, ended))
+        return ended
+
+
+def not_used(run: ModelRun) -> dict[str, str]:
+    """What the settings prefer in the model and is not used -> why."""
+    return run.switches.refused()
 
 
 def about(run: ModelRun, prompts: list[str]) -> tuple[tuple[Replacement, ...], dict[str, str], list[Batch]]:

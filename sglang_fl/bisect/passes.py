@@ -83,7 +83,7 @@ def with_only(run: ModelRun, given: list[Batch], on: Collection[Replacement] | N
     """Log-probabilities by batch with these on. None: with all that the settings select.
 
     Args:
-        directory: a file in it names, for each rank, the running replacement, in case the process crashes or hangs.
+        directory: a file in it names, for each rank, the running replacement, in case it raises an error, or the process crashes or hangs.
     """
     with run.switches.only(run.switches.replacements if on is None else on), _tracing(run, directory):
         return {batch.name: run.logprobs(batch) for batch in given}
@@ -122,7 +122,7 @@ def _tracing(run: ModelRun, directory: str | None) -> AbstractContextManager[Non
 
 
 class _Trace:
-    """A memory-mapped file with the name of the running replacement. It survives a crash."""
+    """A memory-mapped file with the name of the running replacement, or of one that raised an error. It survives a crash."""
 
     def __init__(self, path: Path, run: ModelRun):
         path.write_bytes(bytes(_TRACE_BYTES))
@@ -134,16 +134,15 @@ class _Trace:
     def around(self, name: str, path: str, function: Function) -> Function:
         def call(*args: Any, **kwargs: Any) -> Any:
             batch, phase = self._run.phase if self._run.phase[0] else ("no batch", CAPTURE)
+            depth = len(self._names)
             self._names.append(f"{name}\n{path}, {batch}, {phase}".encode()[: _TRACE_BYTES - 1])
             self._write()
-            try:
-                result = function(*args, **kwargs)
-                if torch.accelerator.is_available() and not is_capturing():
-                    torch.accelerator.synchronize()  # so that a kernel's error is raised here, and not at the next kernel
-                return result
-            finally:
-                self._names.pop()
-                self._write()
+            result = function(*args, **kwargs)
+            if torch.accelerator.is_available() and not is_capturing():
+                torch.accelerator.synchronize()  # so that a kernel's error is raised here, and not at the next kernel
+            del self._names[depth:]  # and what raised an error that this call has handled
+            self._write()
+            return result
 
         return call
 
@@ -151,9 +150,9 @@ class _Trace:
         self._memory[:] = (self._names[-1] if self._names else b"").ljust(_TRACE_BYTES, b"\0")
 
 
-def read_trace(directory: Path) -> tuple[str, str] | None:
-    """(replacement, where) that was running when a process ended, of the first rank that has one."""
-    for file in sorted(directory.glob("rank*")):
+def read_trace(directory: Path, rank: int = 0) -> tuple[str, str] | None:
+    """(replacement, where) that was running when a process ended or an error was raised: of this rank, or of the first that has one."""
+    for file in sorted(directory.glob("rank*"), key=lambda file: (file.name != f"rank{rank}", file.name)):
         name, _, where = file.read_bytes().rstrip(b"\0").decode(errors="replace").partition("\n")
         if name:
             return name, where

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of ``sglang-fl bisect MODEL``: tables, JSON, and the setting to paste."""
 
+import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+from torch.utils import _pytree as pytree
 
 from ..check.report import number
+from ..config import Settings
 from ..dispatch.catalog import FUNCTIONS, LAYERS, classes_of
 from ..fingerprint import versions
 from ..model_run import Replacement
 from ..model_run.switches import ATEN
 from .findings import Finding, suspicion
 from .model import EXIT_CODES, FOUND, Report
-from .switches import FUNCTION, OPERATOR
+from .switches import FUNCTION, OPERATOR, Switches
 from .trials import Effect, listed
 
 _COLUMNS = ("replacement", "where", "calls", "differ", "error", "SGLang's", "worst", "mean", "result")
@@ -30,16 +32,25 @@ _LEGEND = (
 _ROWS = 3
 
 
-def setting(culprits: Iterable[Replacement]) -> str:
-    """The setting that leaves these to SGLang and PyTorch, as YAML to paste."""
-    names: dict[str, list[str]] = {}
-    for one in culprits:
-        names.setdefault("flagos_blacklist" if one.kind == ATEN else "oot_blacklist", []).append(one.name)
-    return yaml.safe_dump(names, default_flow_style=None) if names else ""
+def setting(culprits: Iterable[Replacement], settings: Settings) -> str:
+    """The settings that leave these to SGLang and PyTorch, to paste."""
+    # Layer classes by their own names, since several may share an operator. A list of what is bound may have either name.
+    by_class = [one.name for one in culprits if one.kind != ATEN and settings.oot_whitelist is None]
+    switches = {_switch(one) for one in culprits if one.kind == ATEN or settings.oot_whitelist is not None}
+    return Switches((), settings).exclusion(switches, by_class)
+
+
+def place(lines: str) -> str:
+    """Where a setting goes."""
+    return "for the environment" if "=" in lines else "for the file that SGLANG_FL_CONFIG names"
 
 
 def as_data(report: Report) -> dict[str, Any]:
-    """For JSON."""
+    """For JSON, which has no infinity: its name stands for it."""
+    return pytree.tree_map(lambda value: str(value) if value in (math.inf, -math.inf) else value, _data(report))
+
+
+def _data(report: Report) -> dict[str, Any]:
     return {
         "model": report.model,
         "verdict": report.verdict,
@@ -47,15 +58,17 @@ def as_data(report: Report) -> dict[str, Any]:
         "exit_code": EXIT_CODES[report.verdict],
         "culprits": [asdict(one) for one in report.culprits],
         "together": report.together,
-        "setting": yaml.safe_load(setting(report.culprits) or "{}"),
+        "setting": setting(report.culprits, report.settings),
         "facts": report.facts,
         "noise": asdict(report.noise) if report.noise else None,
         "effect": asdict(report.whole) if report.whole else None,
         "effect_in_graphs": asdict(report.in_graphs) if report.in_graphs else None,
         "loads": report.loads,
         "trials": [
-            {"on": sorted(map(str, trial.on)), "effect": asdict(trial.effect), "reproduces": trial.reproduces} for trial in report.trials
+            {"on": sorted(map(str, trial.on)), "effect": trial.effect and asdict(trial.effect), "reproduces": trial.reproduces}
+            for trial in report.trials
         ],
+        "not_used": report.not_used,
         "findings": [_row(finding) for finding in report.findings],
         "suspicion": _by_switch(suspicion(report.findings)),
     }
@@ -65,10 +78,14 @@ def _by_switch(weights: Mapping[Replacement, float]) -> dict[str, float]:
     """The weights of replacements by the names that they have with ``--run``. Several layer classes may share an operator."""
     found: dict[str, float] = {}
     for one, weight in weights.items():
-        op = next((op for op in (*LAYERS, *FUNCTIONS) if one.name in classes_of(op)), one.name)
-        switch = FUNCTION + one.name if one.kind == ATEN else OPERATOR + op
-        found[switch] = max(found.get(switch, 0.0), round(weight, 3))
+        found[_switch(one)] = max(found.get(_switch(one), 0.0), round(weight, 3))
     return found
+
+
+def _switch(one: Replacement) -> str:
+    if one.kind == ATEN:
+        return FUNCTION + one.name
+    return OPERATOR + next((op for op in (*LAYERS, *FUNCTIONS) if one.name in classes_of(op)), one.name)
 
 
 def _row(finding: Finding) -> dict[str, Any]:
@@ -94,9 +111,11 @@ def print_report(report: Report, console: Console) -> None:
         console.print(trials)
     console.print()
     console.print(f"{report.verdict.upper()}: {report.message}", soft_wrap=True)
-    if report.verdict == FOUND:
-        console.print("\nThe setting that avoids it:\n")
-        console.print(setting(report.culprits), soft_wrap=True)
+    if report.not_used:
+        console.print("\nNot compared, because it is not used:", *not_used(report), sep="\n  ", soft_wrap=True)
+    if report.culprits:
+        lines = setting(report.culprits, report.settings)
+        console.print(f"\nThe setting that {avoids(report)}, {place(lines)}:\n\n{lines}\n", soft_wrap=True)
         for file in report.archives:
             console.print(f"Its inputs, a script that repeats the fault, and a text for a bug report: {file}", soft_wrap=True)
 
@@ -112,7 +131,9 @@ def effects(report: Report) -> Iterator[tuple[str, Effect, str]]:
         where = ", in graphs"
         yield f"all that the settings select{where}", report.in_graphs, ""
     for trial in report.trials:
-        result = "changes" if trial.reproduces else "does not change"
+        if trial.effect is None or report.noise is None:
+            continue
+        result = "changes" if trial.effect.is_beyond(report.noise) else "most of the change" if trial.reproduces else "does not change"
         yield listed(trial.on, report.replacements) + where, trial.effect, result
 
 
@@ -140,6 +161,14 @@ def write_bug_reports(report: Report, command: str) -> None:
 
 def _bullets(title: str, lines: Sequence[str]) -> str:
     return "\n".join([f"{title}:", *(f"- {line}" for line in lines)])
+
+
+def avoids(report: Report) -> str:
+    return "avoids it" if report.verdict == FOUND else "leaves out what was found"
+
+
+def not_used(report: Report) -> list[str]:
+    return [f"{name}: {why}" for name, why in report.not_used.items()]
 
 
 def shown(report: Report) -> list[Finding]:

@@ -46,9 +46,16 @@ class Switches:
             changed["SGLANG_FL_PER_OP"] = self._per_op(off)
         return changed
 
-    def exclusion(self, switches: Iterable[str]) -> str:
-        """The settings that turn these off: YAML for the user's file, or variables where the environment overrides the file."""
+    def exclusion(self, switches: Iterable[str], classes: Sequence[str] = ()) -> str:
+        """The settings that turn these off: YAML for the user's file, or variables where the environment overrides the file.
+
+        Args:
+            classes: layer classes and functions of SGLang, if there is no ``oot_whitelist``.
+        """
+        switches = tuple(switches)
         lists, off = self._without(_plain(switches, FUNCTION)), _plain(switches, OPERATOR)
+        if classes:
+            lists["oot_blacklist"] = [*(self.settings.oot_blacklist or ()), *sorted(classes)]
         lines = []
         for key, names in lists.items():
             if self._from_environment(key):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..model_run import Replacement
-from .search import NO_OPERATOR, Search
+from .findings import OUT_OF_BOUNDS
+from .search import Search
 
 Logprobs = Mapping[str, Any]
 
@@ -17,9 +18,11 @@ Logprobs = Mapping[str, Any]
 BEYOND = 3.0
 #: The log-probabilities themselves are rounded. Smaller changes are ignored.
 _LEAST = 1e-6
-#: A trial reproduces the fault if its effect is at least this part of the whole effect.
-_REPRODUCES = 0.5
+#: A trial within the noise still has the fault if its effect is at least this part of the whole effect.
+_MOST = 0.5
 MOST_TRIALS = 12
+#: From this many suspects on they are tried together first: if they change nothing, none of them is tried alone.
+_FEW = 3
 
 
 def beyond(noise: float) -> float:
@@ -64,10 +67,15 @@ def largest(*effects: Effect) -> Effect:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of the model with some replacements on."""
+    """One run of the model with some replacements on.
+
+    Attributes:
+        effect: None: the run ended with an error, a crash or a hang.
+        reproduces: whether it changes the output beyond the noise, has most of a change that is barely beyond it, or ended.
+    """
 
     on: frozenset[Replacement]
-    effect: Effect
+    effect: Effect | None
     reproduces: bool
 
 
@@ -76,16 +84,16 @@ class Cause:
     """The conclusion from the trials.
 
     Attributes:
-        replacements: those that change the output. Empty: none was proven.
-        needed: how many of them are needed.
-        trials: the trials that were run.
-        no_operator: the difference remains with everything off.
+        parts: the faults: single replacements, each of which changes the output alone, and twos that change it only together.
+        complete: with all of these off the output is right.
     """
 
-    replacements: tuple[Replacement, ...]
-    needed: int
-    trials: tuple[Trial, ...]
-    no_operator: bool = False
+    parts: tuple[tuple[Replacement, ...], ...] = ()
+    complete: bool = False
+
+    @property
+    def replacements(self) -> tuple[Replacement, ...]:
+        return tuple(one for part in self.parts for one in part)
 
 
 def search(
@@ -96,7 +104,7 @@ def search(
     trials_left: int,
     show: Callable[[Trial], None],
 ) -> Cause:
-    """Find the replacements that are necessary and sufficient for the whole effect, in at most ``trials_left`` runs.
+    """Find the replacements that are together necessary and sufficient for the whole effect, in at most ``trials_left`` runs.
 
     Args:
         weights: the prior weight of each.
@@ -105,22 +113,99 @@ def search(
         show: called with each trial.
     """
     names = {str(replacement): replacement for replacement in weights}
-    found = Search({name: weights[replacement] for name, replacement in names.items()}, truthful=True, pairs=True)
-    found.record(set(names), True)
-    found.record(set(), False)
-    trials: list[Trial] = []
-    while (verdict := found.verdict()) is None and len(trials) < trials_left:
-        on = found.next()
-        one = measure(frozenset(names[name] for name in on))
-        # A cause has at least half of the effect. If most are on, any effect beyond the noise means that part of the cause is on.
-        reproduces = one.share(whole, noise) >= _REPRODUCES or (one.is_beyond(noise) and 2 * len(on) > len(names))
-        trials.append(Trial(frozenset(names[name] for name in on), one, reproduces))
-        show(trials[-1])
-        found.record(on, reproduces)
-    cause = verdict.cause if verdict is not None else None
-    if cause is None or not cause.switches:
-        return Cause((), 0, tuple(trials), no_operator=cause == NO_OPERATOR)
-    return Cause(tuple(names[name] for name in cause.switches), cause.needed, tuple(trials))
+    trials = _Trials(lambda on: measure(frozenset(names[name] for name in on)), noise, whole, trials_left)
+    trials.show = lambda on, *result: show(Trial(frozenset(names[name] for name in on), *result))
+    trials.answers[frozenset(names)] = True
+    known = {name: weights[replacement] for name, replacement in names.items()}
+    suspects = [name for name, weight in known.items() if weight >= OUT_OF_BOUNDS]
+    if len(suspects) >= _FEW and not trials.ask(frozenset(suspects)):
+        suspects = []
+    any(trials.ask(frozenset({name})) for name in suspects)  # up to the first that changes the output
+    parts: list[tuple[Replacement, ...]] = []
+    while (cause := _one_cause(known, trials)) is not None:
+        parts.append(tuple(names[name] for name in sorted(cause)))
+        for name in cause:
+            del known[name]
+        if any(trials.answers.get(frozenset({name})) for name in known):
+            continue
+        if trials.is_right(frozenset(known)):
+            return Cause(tuple(parts), complete=True)
+        if not trials.goes_on(frozenset(known)):
+            break
+        for name in suspects:
+            trials.ask(frozenset({name}))
+    return Cause(tuple(parts))
+
+
+class _Trials:
+    """The trials of a search.
+
+    Attributes:
+        answers: whether the output changes with these on.
+    """
+
+    show: Callable[[frozenset[str], Effect, bool], None]
+
+    def __init__(self, measure: Callable[[frozenset[str]], Effect], noise: Effect, whole: Effect, left: int):
+        self._measure, self._noise, self._whole, self._left = measure, noise, whole, left
+        self._effects: dict[frozenset[str], Effect] = {}
+        self.answers: dict[frozenset[str], bool] = {}
+
+    def ask(self, on: frozenset[str]) -> bool | None:
+        """Whether the output changes with these on. None: no trial is left."""
+        if on in self.answers:
+            return self.answers[on]
+        if not self._left:
+            return None
+        self._left -= 1
+        one = self._effects[on] = self._measure(on)
+        # A fault alone may be just within the noise if all together are just beyond it.
+        self.answers[on] = one.is_beyond(self._noise) or one.share(self._whole, self._noise) >= _MOST
+        self.show(on, one, self.answers[on])
+        return self.answers[on]
+
+    def is_right(self, on: frozenset[str]) -> bool:
+        """Whether the output is right with these on, which a trial with more of them on may have shown."""
+        return not on or any(on <= more and not changes for more, changes in self.answers.items()) or self.ask(on) is False
+
+    def goes_on(self, on: frozenset[str]) -> bool:
+        """Look for the effect that is left with these on. False: there is none beyond the noise, or it was not measured."""
+        if on not in self._effects or not self._effects[on].is_beyond(self._noise):
+            return False
+        self._whole = self._effects[on]
+        return True
+
+
+def _one_cause(weights: Mapping[str, float], trials: _Trials) -> frozenset[str] | None:
+    """One, or two that are harmless alone, that change the output. There may be more. None: not found.
+
+    Args:
+        weights: all that may be on. With all of them on the output changes.
+    """
+    among = frozenset(weights)
+    while True:
+        found = Search({name: weights[name] for name in weights if name in among}, truthful=True, pairs=True)
+        found.record(among, True)
+        found.record(frozenset(), False)
+        for on, changes in trials.answers.items():
+            if changes and len(on) == 1 and on <= among:
+                return on
+            if on < among:
+                found.record(on, changes)
+        while (verdict := found.verdict()) is None:
+            on = found.next()
+            if (answer := trials.ask(on)) is None:
+                return None
+            if answer and len(on) == 1:
+                return on
+            found.record(on, answer)
+        if verdict.cause is not None and verdict.cause.switches:
+            return frozenset(verdict.cause.switches)
+        # More than two are to blame. Go on in the smallest part that changes the output.
+        smaller = min((on for on, changes in trials.answers.items() if changes and on < among), key=len, default=None)
+        if smaller is None:
+            return None
+        among = smaller
 
 
 def listed(on: Collection[Replacement], every: Collection[Replacement]) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
             report = bisect(job, begin)
             write_bug_reports(report, shlex.join(["sglang-fl", *sys.argv[1:]]))
     except RunFailed as error:
+        if steps[-1][0] == "loading the model" and not Path(args.model).expanduser().exists():
+            print(f"sglang-fl: there is no directory {args.model}, so SGLang takes it for a model on the Hugging Face Hub", file=sys.stderr)
         print(f"sglang-fl: {steps[-1][0]}: {error}", file=sys.stderr)
         if "the prompt " not in str(error):
             print("The last output of its process:", *error.output.strip().splitlines()[-12:], sep="\n  ", file=sys.stderr)

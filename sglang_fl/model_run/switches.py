@@ -92,6 +92,14 @@ class Switches:
         self._on = frozenset(self.replacements)
         self._layer_around: Callable[[LayerCall], Function] | None = None
 
+    def refused(self) -> dict[str, str]:
+        """Implementations and FlagGems functions that the settings prefer and that are not used -> why."""
+        refused = process_binder().refused()
+        if self._operators is None:
+            return refused
+        left = {name: why for _, name, why in self._operators.report.left if name in self._operators.excluded}
+        return refused | {f"{name} (FlagGems)": why for name, why in left.items()}
+
     def set(self, on: Collection[Replacement]) -> None:
         """Turn these on and all others off.
 

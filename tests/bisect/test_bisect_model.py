@@ -94,6 +94,14 @@ def test_two_that_are_harmless_alone_are_found_together(loaded: LoadedModel) -> 
     assert "Each single call is right on SGLang's own inputs." in report.message
 
 
+def test_two_unrelated_faults_are_both_named(loaded: LoadedModel) -> None:
+    report = found_with(loaded, "two of unequal size")
+    assert (report.verdict, report.together) == (FOUND, False), report.message
+    assert_few_trials(report)
+    assert {one.name for one in report.culprits} == {"RMSNorm", "SiluAndMul"}
+    assert "each of them changes the output alone; with all of them off it is right. RMSNorm is wrong first in call 0 of" in report.message
+
+
 def test_a_fault_of_sglangs_own_is_no_operator(loaded: LoadedModel) -> None:
     report = found_with(loaded, "SGLang's own")
     assert report.verdict == NO_OPERATOR and not report.culprits, report.message
@@ -107,7 +115,7 @@ def test_the_report_and_the_archive_show_the_fault_without_us(loaded: LoadedMode
     assert "FOUND: index (FlagGems, index.Tensor): the output changes with only this on" in text.getvalue()
     assert "flagos_blacklist: [index]" in text.getvalue()
     data = json.loads(json.dumps(as_data(report)))
-    assert (data["verdict"], data["setting"]) == ("found", {"flagos_blacklist": ["index"]})
+    assert (data["verdict"], data["setting"]) == ("found", "flagos_blacklist: [index]")
     assert {row["phase"] for row in data["findings"] if row["problem"]} >= {"prefill"}
     assert data["suspicion"]["aten:index"] == 50.0 and data["suspicion"]["op:rms_norm"] < 10.0
     page = as_html(report)
@@ -181,6 +189,19 @@ def batches_of(run: ModelRun, prompts: list[str], tokens: bool) -> Any:
         run.tokenizer = own
 
 
+def test_what_raised_an_error_is_known(loaded: LoadedModel, tmp_path: Path) -> None:
+    _, _, given = loaded.call(about, list(JOB.prompts))[0]
+    loaded.call(with_only, given[:1], None, str(tmp_path))
+    assert read_trace(tmp_path) is None
+    loaded.call(planted_faults.plant, "raises")
+    try:
+        with pytest.raises(CallFailed, match="device queue full"):
+            loaded.call(with_only, given, None, str(tmp_path))
+    finally:
+        loaded.call(planted_faults.plant, "")
+    assert read_trace(tmp_path) == ("silu (FlagGems, silu)", "aten::silu, one, decode")
+
+
 def test_what_runs_when_a_process_ends_is_known(loaded: LoadedModel, tmp_path: Path) -> None:
     loaded.call(planted_faults.plant, "crash")
     _, _, given = loaded.call(about, list(JOB.prompts))[0]
@@ -190,13 +211,15 @@ def test_what_runs_when_a_process_ends_is_known(loaded: LoadedModel, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault, how", [("crash", "crashes"), ("hang", "hangs")])
+@pytest.mark.parametrize("fault, how", [("crash", "crashes"), ("hang", "hangs"), ("raises", "raises an error")])
 def test_what_ends_the_process_is_proven_in_new_ones(fault: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ENVIRON, "PLANTED_FAULT": fault}.items():
         monkeypatch.setenv(name, value)
     job = replace(JOB, model=str(demo_model()), arguments=("--dtype", "float32"), limit=60.0)
     report = bisect(job, lambda line: None)
     assert (report.verdict, [one.name for one in report.culprits], report.loads) == (FOUND, ["silu"], 3), report.message
+    assert [(trial.effect, trial.reproduces) for trial in report.trials] == [(None, True), (None, False)]
+    assert as_data(report)["setting"] == "flagos_blacklist: [silu]"
     assert f"silu (FlagGems, silu) {how} in aten::silu, one, decode" in report.message
 
 

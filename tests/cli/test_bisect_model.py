@@ -95,6 +95,8 @@ def test_a_model_that_sglang_cannot_load_and_arguments_that_it_does_not_take(tmp
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no-such-model"}')
     assert main(["bisect", str(tmp_path)]) == 2
     assert "sglang-fl: loading the model: the model's process: " in capsys.readouterr().err
+    assert main(["bisect", "nonexist"]) == 2
+    assert "sglang-fl: there is no directory nonexist, so SGLang takes it for a model on the Hugging Face Hub" in capsys.readouterr().err
     assert main(["bisect", str(tmp_path), "--", "--no-such-argument"]) == 2
     found = capsys.readouterr().err
     assert "SGLang does not take its arguments" in found and "--no-such-argument" in found

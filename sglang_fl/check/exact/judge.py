@@ -51,11 +51,13 @@ class Verdict:
             result's dtype at the size of the summed terms. None: nothing to compare.
         bound_ulp: the bound of that number, in the same unit.
         problem: what is wrong, or None.
+        unbounded: a number is nan or infinite, and should not be. The error above is one of the others.
     """
 
     error_ulp: float | None = None
     bound_ulp: float | None = None
     problem: str | None = None
+    unbounded: bool = False
 
     @property
     def used(self) -> float:
@@ -178,12 +180,13 @@ class Exact:
         share = torch.where(finite & found.isfinite(), error / bound, -1.0)
         where = _place_of_largest(share)
         problem = None if right.all() else self._problem(found, right, error, bound, dtype)
+        unbounded = problem is not None and bool((~right & ~(finite & found.isfinite())).any())
         if share[where] < 0:
-            return Verdict(problem=problem)
+            return Verdict(problem=problem, unbounded=unbounded)
         # The spacing of this dtype's numbers at the size of the terms.
         size = torch.maximum(exact[where].abs(), self.terms.expand(exact.shape)[where]).clamp(info.smallest_normal, info.max)
         ulp = torch.exp2(torch.floor(torch.log2(size))) * info.eps
-        return Verdict(float(error[where] / ulp), float(bound[where] / ulp), problem)
+        return Verdict(float(error[where] / ulp), float(bound[where] / ulp), problem, unbounded)
 
     def _problem(self, found: torch.Tensor, right: torch.Tensor, error: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> str:
         wrong = ~right

@@ -117,10 +117,17 @@ class Binder:
 
     def bound(self) -> dict[Socket, OpImpl]:
         """What the policy in force binds of the models that were loaded: layers and functions."""
+        return {socket: selection.impl for socket, selection in self._in_force().items() if selection.impl is not None}
+
+    def refused(self) -> dict[str, str]:
+        """The implementations that the policy in force would use first in these models, and does not: ``RMSNorm → vendor.x`` -> why."""
+        refused = ((socket.name, selection.refused) for socket, selection in self._in_force().items())
+        return {f"{name} → {impl_id}": why for name, reasons in refused for impl_id, why in reasons.items()}
+
+    def _in_force(self) -> dict[Socket, Selection]:
         with self._lock:
             alive = list(self._sockets.items())
-            selections = self._select([socket for _, socket in alive if not isinstance(socket, KernelSocket)])
-        return {socket: selection.impl for socket, selection in selections.items() if selection.impl is not None}
+            return self._select([socket for _, socket in alive if not isinstance(socket, KernelSocket)])
 
     def forward(self, socket: Socket, impl: OpImpl, around: Callable[[Forward], Forward] | None = None) -> Forward:
         """What is installed in a socket for an implementation; with ``around``, what that makes of its function takes its place."""

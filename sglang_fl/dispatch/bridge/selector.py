@@ -30,6 +30,8 @@ class Selection:
     reason: str = ""
     #: Implementation -> why its trial failed, of those before the selected one.
     failed: Mapping[str, str] = field(default_factory=dict, compare=False)
+    #: Implementation -> why it is not used, of those that can run on this device and come before the selected one.
+    refused: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def destination(self) -> str:
@@ -51,32 +53,32 @@ class Selector:
             RuntimeError: under ``strict``, one failed its trial, or there is none.
         """
         plan = self.manager.plan(socket.op, policy)
-        passed_over, failed = dict(plan.passed_over), dict[str, str]()
+        refused, failed = dict[str, str](), dict[str, str]()
         for index, impl in enumerate(plan.candidates):
             reason = _unfit(impl, socket)
             if reason is not None:
-                passed_over[impl.impl_id] = reason
+                refused[impl.impl_id] = reason
                 continue
             error = self._try(impl, socket)
             if error is None:
-                return Selection(impl, failed=failed)
+                return Selection(impl, "", failed, refused)
             message = f"{socket.op}: {impl.impl_id} failed its trial on {socket.name}: {type(error).__name__}: {error}"
             if policy.strict:
                 raise RuntimeError(f"sglang-fl: {message} (strict is set, so there is no fallback)") from error
             failed[impl.impl_id] = f"{type(error).__name__}: {error}"
-            passed_over[impl.impl_id] = f"failed its trial: {failed[impl.impl_id]}"
+            refused[impl.impl_id] = f"failed its trial: {failed[impl.impl_id]}"
             following = plan.candidates[index + 1 :]
             self.warn_once(f"{message}; {following[0].impl_id if following else 'SGLang'} is used instead")
         if plan.to_sglang:
-            return Selection(None, "policy", failed)
+            return Selection(None, "policy", failed, refused)
         if socket.load.deterministic:
-            return Selection(None, "deterministic mode", failed)
-        reasons = "; ".join(f"{what}: {why}" for what, why in passed_over.items())
+            return Selection(None, "deterministic mode", failed, refused)
+        reasons = "; ".join(f"{what}: {why}" for what, why in {**dict(plan.passed_over), **refused}.items())
         message = f"no implementation of {socket.op} can run for {socket.name} (order {'|'.join(plan.order)}: {reasons})"
         if policy.strict:
             raise RuntimeError(f"sglang-fl: {message}")
         self.warn_once(f"{message}; it stays with SGLang")
-        return Selection(None, "no implementation can run", failed)
+        return Selection(None, "no implementation can run", failed, refused)
 
     def fits(self, impl: OpImpl, socket: Socket) -> bool:
         """Whether it may run there and has passed, or passes, its trial."""

@@ -80,6 +80,16 @@ def test_what_fails_inside_of_the_scope_is_passed_over(caplog: pytest.LogCapture
     assert "default.flagos failed its trial on RMSNorm: ArithmeticError: ATen operators are others here" in caplog.text
 
 
+def test_what_would_be_used_first_and_is_not_is_known_with_the_reason() -> None:
+    process, layers = binder(fails_inside), model()
+    process.bind(layers, Load())
+    assert process.refused() == {}
+    process.bind(layers, Load(in_graphs=in_graphs))
+    assert process.refused() == {"RMSNorm → default.flagos": "failed its trial: ArithmeticError: ATen operators are others here"}
+    process.bind(layers, Load(excluded={"rms_norm: default.flagos": "SIGSEGV"}))
+    assert process.refused() == {"RMSNorm → default.flagos": "it crashed or hung in an earlier start: SIGSEGV"}
+
+
 def test_what_failed_on_another_rank_is_passed_over_here(caplog: pytest.LogCaptureFixture) -> None:
     rounds: list[Any] = []
 
