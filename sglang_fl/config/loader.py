@@ -49,7 +49,7 @@ def load_settings(environ: Mapping[str, str] | None = None, *, device: Device | 
     problems += _unknown_variables(environ)
     profile = profile_path(platform, in_tree)
     layers = (
-        _read_profile(profile, words, problems) if profile else {},
+        *_read_profiles(platform, in_tree, words, problems),
         *(_read_users_file(name, words, problems) for name in config_files(environ)),
         _read_environment(environ, words, problems),
     )
@@ -82,12 +82,16 @@ def config_files(environ: Mapping[str, str]) -> list[str]:
 def profile_path(name: str, in_tree: bool = False) -> Path | None:
     """The profile's file, or None where a platform has none.
 
-    A package that brings up a chip may bring its profile too. A platform that SGLang knows and nobody has
-    measured falls to ``in_tree.yaml``, which leaves every operator to SGLang.
+    A package that brings up a chip, or adds to one, may bring its profile too, which is read over the shipped one.
     """
     brought = declared().platforms.get(name)
     if brought is not None and brought.profile is not None:
         return Path(brought.profile)
+    return _shipped_profile(name, in_tree)
+
+
+def _shipped_profile(name: str, in_tree: bool) -> Path | None:
+    """A platform that SGLang knows and nobody has measured falls to ``in_tree.yaml``, which leaves every operator to SGLang."""
     path = PROFILES / f"{name}.yaml"
     if in_tree and (name == "cpu" or not path.exists()):
         return PROFILES / "in_tree.yaml"
@@ -220,6 +224,24 @@ def _stem(variable: str) -> str:
     for prefix in PREFIXES:
         variable = variable.removeprefix(prefix)
     return variable
+
+
+def _read_profiles(name: str, in_tree: bool, words: Words, problems: list[str]) -> list[_Layer]:
+    """The shipped profile of a platform, and over it that of its package, whose ``flagos_broken`` adds to the shipped one."""
+    paths = (_shipped_profile(name, in_tree), profile_path(name, in_tree))
+    layers = [_read_profile(path, words, problems) for path in dict.fromkeys(paths) if path is not None]
+    if len(layers) == 2:
+        shipped, brought = layers
+        if _are_given(shipped, "flagos_broken") and _are_given(brought, "flagos_broken"):
+            low, high = shipped["flagos_broken"], brought["flagos_broken"]
+            value = tuple(dict.fromkeys((*low.value, *high.value)))
+            where = {**low.item_where, **high.item_where}
+            brought["flagos_broken"] = replace(high, value=value, source=_joined((low.source, high.source)), item_where=where)
+        for pair in _LISTS:
+            for mine, other in (pair, pair[::-1]):
+                if _are_given(brought, mine):  # the package's own choice, in either form, takes the place of the shipped one
+                    shipped.pop(other, None)
+    return layers
 
 
 def _read_profile(path: Path, words: Words, problems: list[str]) -> _Layer:

@@ -101,7 +101,8 @@ class VendorPlatform:
         server_args: defaults of SGLang's server arguments on the chip, as in ``{"page_size": 128}``; what the user gives goes before.
         variables: environment variables that the package reads. A name that is nearly one of them is reported as a misspelling.
         flaggems: whether FlagGems serves the chip. None: what the table knows, or else no.
-        profile: a YAML file with the settings to use on the chip when the user gives none.
+        profile: a YAML file with the settings to use on the chip when the user gives none. It is read over the profile that sglang-fl
+            ships for the chip, and its ``flagos_broken`` adds to the shipped list.
         platform_class: a class whose methods answer whatever else SGLang asks its platform
             (``sglang.srt.platforms.interface.SRTPlatform``); it has the last word over this declaration, and on a chip that SGLang
             knows stands before SGLang's own class. It is

@@ -51,8 +51,10 @@ def fitted(op: str, function: Function) -> Function:
     """What to call: the function itself, or an adapter to its parameters.
 
     Raises:
-        TypeError: a parameter is missing, or there is one that nothing is passed for; it names the parameter.
+        TypeError: it is no function, a parameter is missing, or there is one that nothing is passed for; it names the parameter.
     """
+    if not callable(function):
+        raise TypeError(f"fn is {function!r}, and no function; import it, or give LazyFunction(module, name)")
     expected = parameters_of(op)
     if expected is None:
         return function
@@ -120,7 +122,7 @@ def _near(name: str, unknown: Iterable[str]) -> str:
 
 
 def _is_direct(op: str, expected: tuple[Parameter, ...], found: tuple[Parameter, ...]) -> bool:
-    """Whether a call by position, with or without the last arguments, means the same to both."""
+    """Whether a call by position or by name, with or without the last arguments, means the same to both."""
     positional = [parameter for parameter in found if parameter.kind in _BY_POSITION]
     by_name = {parameter.name: parameter for parameter in found}
     for index, parameter in enumerate(expected):
@@ -129,6 +131,8 @@ def _is_direct(op: str, expected: tuple[Parameter, ...], found: tuple[Parameter,
             return False
         if parameter.kind in _BY_POSITION:
             if index >= len(positional) or positional[index] is not mine:
+                return False
+            if index and mine.kind is Parameter.POSITIONAL_ONLY:  # callers may name it
                 return False
         elif mine.kind is Parameter.POSITIONAL_ONLY:
             return False

@@ -176,8 +176,38 @@ def test_its_profile_names_functions_that_do_not_work_there(packages: Packages, 
     profile.write_text("flagos_faster: [silu, softmax]\nflagos_broken: [softmax]\n")
     platform_of(packages, MUSA, monkeypatch, profile=repr(str(profile)))
     settings = load_settings({}, device=MUSA)
-    assert (settings.flagos_faster, settings.flagos_broken) == (("silu", "softmax"), ("softmax",))
-    assert str(settings.source("flagos_broken")) == f"{profile}:2"
+    assert settings.flagos_faster == ("silu", "softmax")
+    assert {"count_nonzero", "mm", "softmax"} <= set(settings.flagos_broken or ()), "it adds to the shipped profile"
+    assert {f"{profile}:2", "profile mthreads:26"} <= set(str(settings.source("flagos_broken")).split(" and "))
+    assert dict(settings.op_backends)["rms_norm"] == ("sglang",), "and what it does not name is as shipped"
+
+
+def test_its_profile_is_read_over_the_shipped_one(packages: Packages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    platform_of(packages, MUSA, monkeypatch, profile=repr(str(profile)))
+    profile.write_text("op_backends: {rms_norm: [vendor]}\n")
+    settings = load_settings({}, device=MUSA)
+    assert dict(settings.op_backends)["rms_norm"] == ("vendor",) and dict(settings.op_backends)["topk"] == ("sglang",)
+    assert "mm" in (load_settings({"SGLANG_FL_PREFER": "flagos"}, device=MUSA).flagos_broken or ())
+    profile.write_text("flagos_broken: null\nop_backends: null\n")
+    settings = load_settings({}, device=MUSA)
+    assert settings.flagos_broken is None and not settings.op_backends
+
+
+def test_its_own_list_of_layers_takes_the_place_of_the_shipped_one(
+    packages: Packages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("oot_whitelist: [RMSNorm]\n")
+    chip = Device("kunlunxin", known_vendors()["kunlunxin"].device_type, None, "a test")
+    more = f"name='kunlunxin', is_present=lambda: True, profile={str(profile)!r}"
+    packages.install(
+        f"from sglang_fl.vendor_platform import VendorPlatform\nPLATFORM = VendorPlatform({more})\n",
+        {ENTRY_POINT_GROUP: "{module}:PLATFORM"},
+    )
+    settings = load_settings({}, device=chip)
+    assert settings.oot_whitelist == ("RMSNorm",) and settings.oot_blacklist is None
+    assert settings.flagos_broken and "argmax" in settings.flagos_broken
 
 
 def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def in_place_by_default(obj, query, key, cos, sin, position_ids, rotary_interlea
         lambda layer, x, residual=None: x,
         lambda obj, x, residual=None, eps=1e-6: x,
         lambda obj, x, residual=None, **more: x,
-        lambda obj, x, /, residual=None: x,
+        lambda obj, /, x, residual=None: x,
         lambda obj, x, *more: x,
         lambda *everything: everything[1],
     ],
@@ -45,7 +45,12 @@ def test_a_function_in_the_operators_order_is_called_as_it_is(function: Callable
 
 
 def test_each_argument_reaches_the_parameter_of_its_name() -> None:
-    for function in (lambda layer, residual, x: (layer, x, residual), lambda obj, *, x, residual: (obj, x, residual)):
+    for function in (
+        lambda layer, residual, x: (layer, x, residual),
+        lambda obj, *, x, residual: (obj, x, residual),
+        lambda obj, x, /, residual=None: (obj, x, residual),
+        lambda obj, residual, x, /: (obj, x, residual),
+    ):
         for call in (fitted("rms_norm", function), OpImpl("rms_norm", "vendor.x", V, function, vendor="x").function):
             assert call("layer", 1) == ("layer", 1, None)
             assert call("layer", 1, 2) == call("layer", 1, residual=2) == call(obj="layer", residual=2, x=1) == ("layer", 1, 2)
@@ -58,6 +63,12 @@ def test_what_flagos_passes_and_the_operator_does_not_have() -> None:
     with pytest.raises(Refusal, match="no parameter 'inplace_update'"):
         call(*range(9), True, False)
     assert fitted("topk", topk)(1, 2, 3, num_token_non_padded=4)["expert_location_dispatch_info"] is None
+
+
+def test_what_is_no_function_is_refused_where_it_is_registered() -> None:
+    for op in ("rms_norm", "an_operator_of_a_package"):
+        with pytest.raises(TypeError, match=rf"{op}: vendor.x: fn is 'm:f', and no function"):
+            OpRegistry().register_impl(OpImpl(op, "vendor.x", V, "m:f", vendor="x"))  # type: ignore[arg-type]
 
 
 def test_a_default_is_the_operators() -> None:
