@@ -14,7 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_fl.cli.doctor.checks import why_not_importable
 from sglang_fl.dispatch.backends import vendor
-from sglang_fl.platform.changes import changes_made, load_vendor_folder, packages_with_changes
+from sglang_fl.platform.changes import changes_made, load_changes, load_vendor_folder, packages_with_changes
 
 PATCH = """
 import sglang_fl.utils.suggest
@@ -59,6 +59,21 @@ def test_a_vendors_folder_is_loaded_for_that_vendor_only(tmp_path: Path, monkeyp
 def test_the_packages_that_may_change_sglang_are_known_without_it(packages: Packages) -> None:
     module = packages.install("def register(): pass", {"sglang.srt.plugins": "{module}:register"})
     assert packages_with_changes() == [f"{module} (entry point {module})"]
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_package_whose_changes_fail(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    raises = packages.install("def register():\n    raise RuntimeError('no driver')\n", {"sglang.srt.plugins": "{module}:register"})
+    call = "HookRegistry.register('sglang.srt.utils.common.get_bool_env_vra', print, HookType.BEFORE)"
+    code = f"from sglang.srt.plugins.hook_registry import HookRegistry, HookType\ndef register():\n    {call}\n"
+    misspelt = packages.install(code, {"sglang.srt.plugins": "{module}:register"})
+    monkeypatch.setattr("sglang.srt.plugins._plugins_loaded", False)
+    monkeypatch.setattr("sglang_fl.load_plugin", lambda: None)
+    failed, unknown = load_changes()
+    assert failed.startswith(f"{raises} (entry point {raises}) changes nothing in SGLang: RuntimeError: no driver (")
+    assert unknown.startswith(f"{misspelt} (entry point {misspelt}) cannot change sglang.srt.utils.common.get_bool_env_vra: AttributeError")
+    assert unknown.endswith("; did you mean 'get_bool_env_var'?")
+    assert load_changes() == [], "SGLang does it once in a process"
 
 
 def test_where_sglang_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..config import OPTIONS
+from ..config import OPTIONS, ignored_variables
 from ..config.options import PLATFORM
 from ..device import probe
 from ..dispatch.manager import get_default_manager
@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = probe()
     settings = check_names(os.environ, device, get_default_manager())
+    for message in ignored_variables(os.environ):
+        print(f"# warning: {message}")
     evidence = device.evidence if settings.platform == device.vendor else PLATFORM
     print(f"# sglang-fl settings; platform {settings.platform} ({evidence}), profile {settings.profile_file or 'none'}")
     rows = {name: (value, source) for name, value, source in settings.items()}

@@ -198,7 +198,9 @@ def _contradictions(chosen: _Layer) -> Iterator[str]:
 
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     shapes = {option.name: option.env for option in OPTIONS.values() if option.env} | {_stem(name).lower(): name for name in VARIABLES}
-    packages = sorted({variable for platform in declared().platforms.values() for variable in platform.variables})
+    brought = sorted({variable for platform in declared().platforms.values() for variable in platform.variables})
+    # One that is nearly a variable of ours would make a misspelling of it valid.
+    packages = [variable for variable in brought if not difflib.get_close_matches(variable, VARIABLES, cutoff=0.9)]
     for variable in environ:
         if variable in VARIABLES or variable in IGNORED_VARIABLES or variable in packages:
             continue

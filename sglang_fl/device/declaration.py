@@ -14,6 +14,7 @@ import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..utils.suggest import suggest
@@ -39,7 +40,15 @@ _CLASSES_BY_NAME = ("attention_backends", "kv_pools", "draft_graph_runners", "qu
 #: Fields that map names to something else.
 _OTHER_MAPPINGS = {"server_args": "values", "sglang_kernels": "'module:function'", "stand_ins": "a module or None"}
 #: Words that mean something else in the settings.
-_RESERVED_NAMES = frozenset({"flagos", "reference", "vendor", "sglang", "template"})
+_RESERVED_NAMES = frozenset(
+    {"flagos", "triton", "reference", "vendor", "sglang", "template", "all", "none", "null", "true", "false", "yes", "no", "on", "off"}
+)
+
+#: What FlagOS's other plugins, or SGLang, call what a field is for.
+_OTHER_NAMES = {
+    "dist_backend": "it is called 'collective'",
+    "patches": "a package changes SGLang through its hooks (docs/vendors.md)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +155,10 @@ class VendorPlatform:
     profile: Path | str | None = None
     platform_class: str | None = None
 
-    def __new__(cls, **given: Any) -> "VendorPlatform":
-        refuse_unknown_fields(cls, given)
+    def __new__(cls, *by_position: Any, **given: Any) -> "VendorPlatform":
+        if by_position:
+            raise TypeError(f"VendorPlatform: each field is given by its name, as in name={by_position[0]!r}")
+        refuse_unknown_fields(cls, given, _OTHER_NAMES)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -176,8 +187,10 @@ class VendorPlatform:
                 continue
             if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
                 return f"{name} must be a tuple of strings, not {value!r}"
+            if "" in value:
+                return f"{name}: leave out the empty string, {value!r}"
         for name, to in dict.fromkeys(_CLASSES_BY_NAME, "'module:Class'").items() | _OTHER_MAPPINGS.items():
-            if not isinstance(getattr(self, name), Mapping):
+            if not isinstance(getattr(self, name), Mapping) or not all(isinstance(key, str) and key for key in getattr(self, name)):
                 return f"{name} must map names to {to}, not {getattr(self, name)!r}"
         for name in ("device_type", "chip", "collective", "group_device", "attention", "compile_backend"):
             value = getattr(self, name)
@@ -187,6 +200,16 @@ class VendorPlatform:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and name == "flaggems"):
                 return f"{name} must be True or False, not {value!r}"
+        for name in ("collective", "compile_backend", "attention"):
+            if getattr(self, name) == "":
+                return f"{name} must not be empty; leave it out"
+        if self.group_device is not None and not self.group_device.isidentifier():
+            return f"group_device must be the name of a torch.device type without an index, not {self.group_device!r}"
+        if not isinstance(self.profile, (str, Path, NoneType)):
+            return f"profile must be the name of a file, not {self.profile!r}"
+        for variable in self.variables:
+            if not (variable.isidentifier() and variable.isascii()):
+                return f"variables: {variable!r} is not the name of an environment variable"
         if self.is_present is not None and not callable(self.is_present):
             return f"is_present must be a function without arguments, not {self.is_present!r}"
         for name, path in self.classes().items():
@@ -206,7 +229,7 @@ class VendorPlatform:
         for package, provider in self.stand_ins.items():
             if package not in STAND_INS:
                 return f"stand_ins: unknown package {package!r}{suggest(str(package), STAND_INS)}"
-            if provider is not None and not _is_path(f"{provider}:x"):
+            if provider is not None and not (isinstance(provider, str) and _is_path(f"{provider}:x")):
                 return f"stand_ins[{package!r}] must be the name of a module or None, not {provider!r}"
             if provider is not None and provider.partition(".")[0] == package:
                 return f"stand_ins[{package!r}] must be a module of the chip's package, not {provider!r} itself"
@@ -223,10 +246,8 @@ class VendorPlatform:
         row = self.row()
         if not row.device_type.isidentifier():
             return f"device_type must be the name of a torch.device type, not {self.device_type!r}"
-        if self.extends:
-            return self._extension_problem() or self._profile_problem()
-        if not (row.device_files or row.commands or self.is_present):
-            return "give device_files, commands or is_present: otherwise the chip cannot be detected"
+        if self.extends and (problem := self._extension_problem()):
+            return problem
         for what, words, valid in (
             ("capability", self.capabilities or (), CAPABILITIES),
             ("kind of KV pool", self.kv_pools, KV_POOL_KINDS),
@@ -235,6 +256,10 @@ class VendorPlatform:
             for word in words:
                 if word not in valid:
                     return f"unknown {what} {word!r}{suggest(word, valid)}"
+        if self.extends:
+            return self._profile_problem()
+        if not (row.device_files or row.commands or self.is_present):
+            return "give device_files, commands or is_present: otherwise the chip cannot be detected"
         if "graph_capture" in row.capabilities and row.device_type != "cuda" and not (self.graph_runner or self.platform_class):
             return "graph_capture needs a graph_runner: SGLang's own are for its own devices"
         return self._profile_problem()
@@ -289,7 +314,10 @@ class VendorPlatform:
     def evidence(self) -> str | None:
         """Evidence that the chip is present, or None. May raise what ``is_present`` raises."""
         if self.is_present is not None:
-            return "reported by its package" if self.is_present() else None
+            answer = self.is_present()
+            if not isinstance(answer, bool):
+                raise TypeError(f"is_present must return True or False, not {answer!r}")
+            return "reported by its package" if answer else None
         row = self.row()
         return device_file(row.device_files) or command(row.commands)
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs in the place of a kernel that SGLang calls outside of its layers, as data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..utils.suggest import suggest
 
 
-def refuse_unknown_fields(cls: type[Any], given: Iterable[str]) -> None:
-    """Raises TypeError with the fields that a dataclass does not have, and the nearest of each."""
+def refuse_unknown_fields(cls: type[Any], given: Iterable[str], instead: Mapping[str, str] | None = None) -> None:
+    """Raises TypeError with the fields that a dataclass does not have, and the nearest of each, or what there is instead."""
     names = [field.name for field in fields(cls)]
-    unknown = [f"unknown field {name!r}{suggest(name, names)}" for name in given if name not in names]
+    hints = {name: f"; {hint}" for name, hint in (instead or {}).items()}
+    unknown = [f"unknown field {name!r}{hints.get(name) or suggest(name, names)}" for name in given if name not in names]
     if unknown:
         raise TypeError(f"{cls.__name__}: {'; '.join(unknown)}")
 

@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, r
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ..utils.packages import origin_of
+from ..utils.packages import last_line, nearest, origin_of
 
 logger = logging.getLogger("sglang_fl")
 
@@ -43,6 +43,46 @@ def leave_out_packages() -> None:
 def packages_with_changes() -> list[str]:
     """The packages that may change SGLang, each with its entry point."""
     return sorted(origin_of(entry) for entry in foreign_plugins())
+
+
+class _Failures(logging.Handler):
+    """What SGLang's loggers report as failed: the plugin or the changed function, and why."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        why = f"{last_line(error)}{nearest(error)}" if error is not None else record.getMessage()
+        name = record.args[0] if isinstance(record.args, tuple) and record.args else record.getMessage()
+        self.found.append((str(name), why))
+
+
+def load_changes() -> list[str]:
+    """Make the changes of packages in this process, as a server does; what failed, and whose it is.
+
+    SGLang only logs what fails, and does it once in a process: what had failed before is not found.
+    """
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    failures, logger_of_sglang = _Failures(), logging.getLogger("sglang.srt.plugins")
+    logger_of_sglang.addHandler(failures)
+    try:
+        load_plugins()
+    finally:
+        logger_of_sglang.removeHandler(failures)
+    origins = {entry.name: origin_of(entry) for entry in foreign_plugins()}
+    problems = []
+    for name, why in failures.found:
+        if name in origins:
+            problems.append(f"{origins[name]} changes nothing in SGLang: {why}")
+        else:
+            hooks = HookRegistry._hooks.get(name, ())
+            whose = ", ".join(sorted({origins.get(source.plugin_name, source.plugin_name) for *_, source in hooks if source is not None}))
+            problems.append(f"{whose or 'a package'} cannot change {name}: {why}")
+    return problems
 
 
 def load_vendor_folder(vendor: str) -> None:

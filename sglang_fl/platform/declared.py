@@ -3,7 +3,8 @@
 
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 import torch
 from sglang.srt.platforms.interface import SRTPlatform
@@ -13,7 +14,7 @@ from ..config.errors import SettingsError
 from ..device import VendorPlatform, why_unusable
 from ..device import declared as installed
 from ..kernels.places import problem_with, problems_with_objects
-from ..utils.packages import last_line
+from ..utils.packages import last_line, nearest
 from ..utils.suggest import suggest
 from .absent_packages import stands_in_for
 from .hooks import PlatformHooks
@@ -44,7 +45,7 @@ def load_class(declaration: VendorPlatform, field: str) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise RuntimeError(describe(declaration, f"{field} {path!r} cannot be loaded: {last_line(error)}")) from error
+        raise RuntimeError(describe(declaration, f"{field} {path!r} cannot be loaded: {last_line(error)}{nearest(error)}")) from error
     if not isinstance(found, type):
         raise RuntimeError(describe(declaration, f"{field} {path!r} is {found!r}, not a class"))
     return found
@@ -188,6 +189,8 @@ def _maker(declaration: VendorPlatform, name: str) -> Callable[[Any], Any]:
 
 
 def _problems(declaration: VendorPlatform) -> list[str]:
+    if declaration.compile_backend is not None and (problem := _compiler_problem(declaration.compile_backend)):
+        return [describe(declaration, f"compile_backend: {problem}")]  # modules of SGLang's that compile cannot be imported
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
@@ -235,7 +238,7 @@ def _load_problem(path: str) -> str | None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return f"{path!r} cannot be loaded: {last_line(error)}"
+        return f"{path!r} cannot be loaded: {last_line(error)}{nearest(error)}"
     return f"{path!r} is {found!r}, and no function" if ":" in path and not callable(found) else None
 
 
@@ -251,13 +254,51 @@ def _word_problems(declaration: VendorPlatform) -> Iterator[str]:
             yield f"server_args: SGLang has no server argument {name!r}{suggest(name, arguments)}"
         elif "cuda_graph" in name:
             yield f"server_args: {name} is decided before SGLang asks a platform; use capabilities"
+        elif problem := _argument_problem(declaration, name):
+            yield f"server_args[{name!r}] {problem}"
     for name in declaration.speculative_algorithms:
         try:
             SpeculativeAlgorithm.from_string(name)  # of plugins too
         except ValueError:
             yield f"unknown speculative algorithm {name!r}{suggest(name, [algorithm.name for algorithm in SpeculativeAlgorithm])}"
-    if declaration.compile_backend is not None and (problem := _compiler_problem(declaration.compile_backend)):
-        yield f"compile_backend: {problem}"
+    if declaration.collective is not None:
+        known = torch.distributed.Backend.backend_list
+        for part in declaration.collective.split(","):  # "cpu:gloo,mychip:mccl" has one for each device type
+            name = part.rpartition(":")[2]
+            if name not in known:
+                yield f"collective: PyTorch has no torch.distributed backend {name!r} here{suggest(name, known)}"
+
+
+def _argument_problem(declaration: VendorPlatform, name: str) -> str | None:
+    """Why SGLang cannot take the value of a server argument, by the type and the choices that it declares for it."""
+    import msgspec
+    from sglang.srt.arg_groups.arg_utils import Arg
+    from sglang.srt.server_args import ServerArgs
+
+    value, hint = declaration.server_args[name], _hints(ServerArgs)[name]
+    if value is None:
+        return None  # left to SGLang
+    try:
+        msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        return f"cannot be {value!r}: {str(error).replace('null', 'None')}"
+    except TypeError:  # msgspec has no rules for some, as for functions
+        pass
+    marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Arg)]
+    choices = [choice for mark in marks for choice in mark.choices or ()]
+    if name.endswith("attention_backend"):
+        choices += declaration.attention_backends
+    elif name.endswith("quantization"):
+        choices += declaration.quantization
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if marks and marks[0].choices and item not in choices:
+            return f"cannot be {item!r}{suggest(str(item), [str(choice) for choice in choices])}"
+    return None
+
+
+@cache
+def _hints(record: type) -> dict[str, Any]:
+    return get_type_hints(record, include_extras=True)
 
 
 def _compiler_problem(name: str) -> str | None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 
+from .suggest import suggest
+
 _STANDARD_LIBRARY, _OURS = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]
 #: An import that takes longer is named in the log.
 _SLOW_IMPORT_SECONDS = 10.0
@@ -85,9 +87,16 @@ def last_line(error: BaseException) -> str:
     return f"{line} ({frames[-1].filename}:{frames[-1].lineno})" if frames else line
 
 
+def nearest(error: BaseException) -> str:
+    """The nearest name that there is, where a module or a class lacks one."""
+    if isinstance(error, AttributeError) and error.name and error.obj is not None:
+        return suggest(error.name, [name for name in dir(error.obj) if name.startswith("__") == error.name.startswith("__")])
+    return ""
+
+
 def _is_ours_or_pythons(filename: str) -> bool:
     """Whether a file belongs to Python or to sglang-fl, and not to the package that was called."""
     file = Path(filename)
-    if filename.startswith("<") or file.parent in (_OURS / "utils", _OURS / "device", _OURS / "dispatch"):
+    if filename.startswith("<") or file.parent in (_OURS / "utils", _OURS / "device", _OURS / "dispatch", _OURS / "platform"):
         return True
     return _STANDARD_LIBRARY in file.parents and not _INSTALLED & set(file.parents)

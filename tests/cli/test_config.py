@@ -46,6 +46,11 @@ def in_force(settings: Settings) -> dict[str, Any]:
     return {**values(settings, names), "flagos_functions": settings.flagos_functions, "excluded": excluded}
 
 
+def test_variables_without_meaning_are_warned_of(config: Run) -> None:
+    printed = config(SGLANG_FL_LOG_DIR="/x")
+    assert "# warning: SGLANG_FL_LOG_DIR has no effect in sglang-fl" in printed and isinstance(yaml.safe_load(printed), dict)
+
+
 def settings_on(vendor: str, environ: dict[str, str]) -> Settings:
     row = VENDORS[vendor]
     return load_settings(environ, device=Device(vendor, row.device_type, row.in_tree, "a test"))

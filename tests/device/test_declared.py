@@ -63,6 +63,23 @@ def test_the_words_are_sglangs() -> None:
         ({"name": "reference"}, "means something else in the settings"),
         ({"name": "npu"}, "'npu' is another name for 'ascend'"),
         ({"name": "mychip_"}, "begins and ends with a letter or digit, not 'mychip_'; did you mean 'mychip'?"),
+        ({"name": "triton"}, "'triton' means something else in the settings"),
+        ({"name": "all"}, "'all' means something else in the settings"),
+        (
+            {"name": "mthreads", "device_type": "", "commands": (), "kv_pools": {"mah": "a:B"}},
+            "kind of KV pool 'mah'; did you mean",
+        ),
+        ({"group_device": "cpu:0"}, "group_device must be the name of a torch.device type without an index, not 'cpu:0'"),
+        ({"collective": ""}, "collective must not be empty"),
+        ({"attention_backends": {3: "m:C"}}, "attention_backends must map names to 'module:Class', not {3: 'm:C'}"),
+        ({"server_args": {3: 4}}, "server_args must map names to values, not {3: 4}"),
+        ({"quantization": {"": "m:C"}}, "quantization must map names to"),
+        ({"stand_ins": {"triton": True}}, "stand_ins['triton'] must be the name of a module or None, not True"),
+        ({"profile": 3}, "profile must be the name of a file, not 3"),
+        ({"profile": b"x"}, "profile must be the name of a file, not b'x'"),
+        ({"commands": ("",)}, "commands: leave out the empty string, ('',)"),
+        ({"variables": ("FAST X",)}, "variables: 'FAST X' is not the name of an environment variable"),
+        ({"variables": ("a=b",)}, "variables: 'a=b' is not the name"),
         ({"name": "mthreads", "device_type": ""}, "commands: SGLang detects mthreads itself; leave it out"),
         ({"name": "cpu"}, "there is a platform for 'cpu' already"),
         ({"device_type": "my chip"}, "device_type must be the name of a torch.device type, not 'my chip'"),
@@ -387,6 +404,11 @@ def test_a_module_that_is_not_installed_is_named_without_importing_anything(pack
 def test_a_choice_that_there_is_not(packages: Packages) -> None:
     with pytest.raises(TypeError, match="VendorPlatform: unknown field 'attension'; did you mean 'attention'"):
         VendorPlatform(name="mychip", device_type="cpu", is_present=lambda: True, attension="triton")  # type: ignore[call-arg]
+    for field, hint in (("dist_backend", "it is called 'collective'"), ("patches", "a package changes SGLang through its hooks")):
+        with pytest.raises(TypeError, match=f"unknown field '{field}'; {hint}"):
+            VendorPlatform(name="mychip", device_type="cpu", **{field: "x"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="each field is given by its name, as in name='mychip'"):
+        VendorPlatform("mychip")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="KernelReplacement: unknown field 'take_grid'; did you mean 'takes_grid'"):
         KernelReplacement("a:b", take_grid=True)  # type: ignore[call-arg]
     declare(packages, more="is_present=lambda: True, attension='triton'")
@@ -406,6 +428,11 @@ def test_a_class_that_cannot_be_loaded_says_whose_it_is(packages: Packages) -> N
         RuntimeError, match=r"the platform mychip that mychip_.* declares cannot be used: graph_runner .*Runer.*AttributeError"
     ):
         platform.get_graph_runner_cls()
+
+
+def test_a_detection_that_answers_neither_yes_nor_no(packages: Packages) -> None:
+    declare(packages, more="is_present=lambda: 'no'")
+    assert any("is_present must return True or False, not 'no'" in problem for problem in vendor_problems({}, detect(environ={})))
 
 
 def test_the_check_says_that_pytorch_lacks_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:

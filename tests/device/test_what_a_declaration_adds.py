@@ -184,8 +184,8 @@ def test_its_profile_names_functions_that_do_not_work_there(packages: Packages, 
 
 def test_its_profile_is_read_over_the_shipped_one(packages: Packages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     profile = tmp_path / "profile.yaml"
-    platform_of(packages, MUSA, monkeypatch, profile=repr(str(profile)))
     profile.write_text("op_backends: {rms_norm: [vendor]}\n")
+    platform_of(packages, MUSA, monkeypatch, profile=repr(str(profile)))
     settings = load_settings({}, device=MUSA)
     assert dict(settings.op_backends)["rms_norm"] == ("vendor",) and dict(settings.op_backends)["topk"] == ("sglang",)
     assert "mm" in (load_settings({"SGLANG_FL_PREFER": "flagos"}, device=MUSA).flagos_broken or ())
@@ -247,6 +247,12 @@ def test_speculative_decoding_is_what_it_says(packages: Packages, monkeypatch: p
     [
         ({"server_args": "{'page_sise': 1}"}, "SGLang has no server argument 'page_sise'; did you mean 'page_size'?"),
         ({"server_args": "{'cuda_graph_max_bs': 1}"}, "cuda_graph_max_bs"),
+        ({"server_args": "{'page_size': 'big'}"}, "server_args['page_size'] cannot be 'big': Expected `int | None`, got `str`"),
+        ({"server_args": "{'disable_overlap_schedule': 1}"}, "server_args['disable_overlap_schedule'] cannot be 1: Expected `bool`"),
+        ({"server_args": "{'schedule_policy': 'lpmm'}"}, "server_args['schedule_policy'] cannot be 'lpmm'; did you mean 'lpm'?"),
+        ({"server_args": "{'attention_backend': 'tritn'}"}, "cannot be 'tritn'; did you mean 'triton'?"),
+        ({"collective": "'glo'"}, "collective: PyTorch has no torch.distributed backend 'glo' here; did you mean 'gloo'?"),
+        ({"graph_runner": "'M:Runer'"}, "has no attribute 'Runer'; did you mean 'Runner'?"),
         ({"speculative_algorithms": "('EAGEL',)"}, "unknown speculative algorithm 'EAGEL'; did you mean 'EAGLE'?"),
         (
             {"sglang_kernels": "{'sglang.kernels.ops.memory.common:get_last_loc_tritn': 'M:Runner'}"},
@@ -268,6 +274,14 @@ def test_names_of_sglangs_are_checked(packages: Packages, monkeypatch: pytest.Mo
     assert message in problem and "mychip" in problem
 
 
+def test_values_that_sglang_takes_are_taken(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"page_size": 16, "mem_fraction_static": 1, "attention_backend": "mine", "kv_cache_dtype": None, "schedule_policy": "lpm"}
+    fields = {"server_args": repr(values), "quantization": "{'mychip_int8': 'M:Int8'}", "collective": "'cpu:gloo'"}
+    platform = platform_of(packages, HERE, monkeypatch, device_type="'cpu'", is_present="lambda: True", **fields)
+    assert [each for each in platform.declaration_problems() if "'mine'" not in each] == []
+    assert len(platform.declaration_problems()) == 1, "mine is nobody's attention"
+
+
 def test_its_variables_are_spelt_like_ours(packages: Packages) -> None:
     code = (
         "from sglang_fl.vendor_platform import VendorPlatform as V\n"
@@ -282,3 +296,10 @@ def test_its_variables_are_spelt_like_ours(packages: Packages) -> None:
         "MYCHIP_FUSE_ATENTION: no package has such a variable; did you mean 'MYCHIP_FUSE_ATTENTION'?",
         "SGLANG_FL_MYCHIP_TRACES: no package has such a variable; did you mean 'SGLANG_FL_MYCHIP_TRACE'?",
     )
+
+
+def test_its_variables_do_not_make_a_misspelling_of_ours_valid(packages: Packages) -> None:
+    code = "PLATFORM = V(name='mychip', device_type='x', commands=('no-tool',), variables=('SGLANG_FL_PREFR',))"
+    packages.install(f"from sglang_fl.vendor_platform import VendorPlatform as V\n{code}", {ENTRY_POINT_GROUP: "{module}:PLATFORM"})
+    with pytest.raises(SettingsError, match="SGLANG_FL_PREFR: there is no such setting; did you mean 'SGLANG_FL_PREFER'"):
+        load_settings({"SGLANG_FL_PREFR": "flagos"}, device=CPU)

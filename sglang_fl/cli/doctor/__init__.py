@@ -70,6 +70,8 @@ def _print(found: Diagnosis) -> None:
     if found.changes:
         console.print(f"Changes to SGLang: {'; '.join(found.changes)}", soft_wrap=True)
     console.print(f"Start a server with: {found.start}", soft_wrap=True)
+    if found.not_looked_at:
+        console.print(f"Not looked at: {found.not_looked_at}", soft_wrap=True)
     if not found.problems:
         console.print("No problems found.")
     for problem in found.problems:

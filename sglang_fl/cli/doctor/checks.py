@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from ... import compat
-from ...config import Settings
+from ...config import Settings, ignored_variables
 from ...device import Device, declared, known_vendors
 from ...dispatch.backends.flaggems.library import TESTED, changed_signatures
 from ...dispatch.catalog import classes_of
@@ -53,7 +53,8 @@ def problems_of(machine: Machine) -> list[Problem]:
     if machine.settings is not None:
         found += [problem for check in _CHECKS_OF_SETTINGS for problem in check(machine, machine.settings)]
     if machine.deep:
-        found += [problem for check in _DEEP_CHECKS for problem in check(machine)]
+        declaration = list(declared_platform(machine))  # where it is wrong, SGLang's modules may not be importable
+        found += declaration or sglang_interfaces(machine)
     return list({problem.what: problem for problem in found}.values())  # two checks may find the same
 
 
@@ -111,6 +112,11 @@ def platform_plugins(machine: Machine) -> Iterator[Problem]:
 def unusable_settings(machine: Machine) -> Iterator[Problem]:
     for message in machine.settings_errors:
         yield Problem(message, "correct it; a server does not start otherwise", fatal=True)
+
+
+def meaningless_variables(machine: Machine) -> Iterator[Problem]:
+    for message in ignored_variables(machine.environ):
+        yield Problem(message, "unset it")
 
 
 def broken_backends(machine: Machine) -> Iterator[Problem]:
@@ -205,6 +211,5 @@ def unused_stand_ins(machine: Machine) -> Iterator[Problem]:
             yield Problem(what, remedy)
 
 
-_CHECKS = (unused_stand_ins, sglang_release, sglang_imports, platform_plugins, unusable_settings, broken_backends)
+_CHECKS = (unused_stand_ins, sglang_release, sglang_imports, platform_plugins, unusable_settings, meaningless_variables, broken_backends)
 _CHECKS_OF_SETTINGS = (orders, flaggems, flagcx)
-_DEEP_CHECKS = (sglang_interfaces, declared_platform)

@@ -9,14 +9,14 @@ from typing import Any
 
 from ...config import Settings, SettingsError
 from ...config.settings import FLAGOS_EXCLUDING
-from ...device import Device, describe_platforms, detect, known_vendors, probe
+from ...device import Device, declared, describe_platforms, detect, known_vendors, probe
 from ...dispatch.backends.flaggems.library import why_not_here
 from ...dispatch.kernel_implementations import is_kernel
 from ...dispatch.manager import OpManager
 from ...distributed.device_communicators.flagcx_files import find_library, header_of
 from ...fingerprint import versions
 from ...platform.absent_packages import stand_in_for_absent_packages
-from ...platform.changes import changes_made, packages_with_changes
+from ...platform.changes import changes_made, load_changes, packages_with_changes
 from ...startup import check_settings
 from ...startup.words import flaggems_functions, used_functions
 from ...trial import record_path, settled_record
@@ -30,6 +30,7 @@ class Diagnosis:
 
     ``trials`` has the ``record`` of what ended earlier starts, a path, and what it holds by environment (versions and chip) and name.
     ``start`` is the command that starts a server here, and why it is that one.
+    ``not_looked_at`` says what only ``deep`` checks, where there is some.
     """
 
     device: dict[str, str | None]
@@ -43,6 +44,7 @@ class Diagnosis:
     problems: list[Problem] = field(default_factory=list)
     trials: dict[str, Any] = field(default_factory=dict)
     start: str = ""
+    not_looked_at: str = ""
 
 
 def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
@@ -52,7 +54,9 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     machine = _look_at(environ, device, deep)
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
     found.start = start_command(device, stood_in)
-    found.changes = _changes_to_sglang(deep)
+    found.changes = _changes_to_sglang(deep, found.problems)
+    if not deep and device.vendor in declared().platforms:
+        found.not_looked_at = f"the classes, names and values that {declared().origins[device.vendor]} declares; --deep looks at them"
     if machine.settings is not None:
         found.operators = machine.operators
         found.layers = _layer_states(machine.settings, device, environ, machine.operators)
@@ -73,13 +77,11 @@ def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
     return Machine(environ, device, manager, deep, settings, operators=operator_rows(manager, settings, device))
 
 
-def _changes_to_sglang(deep: bool) -> list[str]:
+def _changes_to_sglang(deep: bool, problems: list[Problem]) -> list[str]:
     """Packages that change SGLang; ``deep`` applies the changes in this process, and lists the functions."""
     if not deep or why_not_importable() or "sglang" not in sys.modules:  # the deep checks have imported it, if that can be done
         return packages_with_changes()
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
+    problems += [Problem(what, "fix or uninstall that package; a server starts without the change") for what in load_changes()]
     return changes_made()
 
 

@@ -217,6 +217,21 @@ def test_a_platform_of_a_package_that_is_broken(packages: Packages) -> None:
     assert "ModuleNotFoundError: No module named 'no_such'" in problem.what
 
 
+def test_what_only_deep_looks_at_is_said(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_fl.cli.doctor.diagnosis.probe", lambda environ: Device("mychip", "cpu", None, "a test"))
+    more = "name='mychip', device_type='cpu', is_present=lambda: True, collective='glo'"
+    module = packages.install(
+        f"from sglang_fl.vendor_platform import VendorPlatform as V\nPLATFORM = V({more})\n", {"sglang_fl.platform": "{module}:PLATFORM"}
+    )
+    told = f"the classes, names and values that {module} (entry point {module}) declares; --deep looks at them"
+    assert diagnose({}).not_looked_at == told
+
+
+def test_variables_without_meaning_are_warned_of() -> None:
+    problem = only_problem(diagnose({"SGLANG_FL_TIMER_ENABLE": "1"}))
+    assert not problem.fatal and problem.what.startswith("SGLANG_FL_TIMER_ENABLE has no effect in sglang-fl: SGLang's profiler")
+
+
 def test_unknown_platform_in_the_settings() -> None:
     problem = only_problem(diagnose({"SGLANG_FL_PLATFORM": "nvdia"}))
     assert problem.fatal and "'nvidia'" in problem.what

@@ -107,7 +107,20 @@ def test_json(cli: Cli) -> None:
     captured = cli("doctor", "--json")
     assert captured.err == ""
     data = json.loads(captured.out)
-    facts = {"device", "versions", "layers", "operators", "aten", "backends", "platforms", "changes", "problems", "trials", "start"}
+    facts = {
+        "device",
+        "versions",
+        "layers",
+        "operators",
+        "aten",
+        "backends",
+        "platforms",
+        "changes",
+        "problems",
+        "trials",
+        "start",
+        "not_looked_at",
+    }
     assert data.keys() == facts
     assert data["versions"]["sglang-fl"] == __version__
     assert "sglang_fl.dispatch.backends.reference" in data["backends"]
