@@ -2,7 +2,8 @@
 """A make-believe chip that a package declares on top of ``torch.cuda``: out of tree, as MetaX's and others are, on an NVIDIA GPU.
 
 It gets none of NVIDIA's own paths in SGLang. One server runs where sgl_kernel, flashinfer and deep_gemm are not installed, one
-drafts with an EAGLE model, and native SGLang serves beside them for comparison. With two GPUs there are servers of two ranks besides.
+drafts with an EAGLE model, one has a hybrid model, and native SGLang serves beside them for comparison. With two GPUs there are
+servers of two ranks besides.
 """
 
 import gzip
@@ -19,11 +20,12 @@ import requests
 import torch
 from e2e.conftest import Running
 from e2e.eagle_draft import eagle_draft
+from e2e.hybrid_model import hybrid_model
 from hide_packages import hide
 from installed_packages import write_package
-from served_on_gpu import FLAGOS, Way, check_the_recital, side_by_side
+from served_on_gpu import FLAGOS, SHARE, Way, check_the_recital, side_by_side
 
-from sglang_fl.cli.demo_model import QUESTION, demo_model
+from sglang_fl.cli.demo_model import QUESTION, RECITAL, demo_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -43,8 +45,27 @@ PLATFORM = VendorPlatform(
     flaggems=True,
     speculative_algorithms=("EAGLE",),
     draft_graph_runners={"draft_decode": EAGLE, "draft_extend": EXTEND},
+    mamba_extra_buffer=True,
     capabilities=("supports_triton", "graph_capture", "piecewise_graph", *os.environ.get("IMITATOR_OF_A_TEST", "").split()),
 )
+POOL = "sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool"
+
+def register():
+    seen = os.environ.get("IMITATOR_SEEN")
+    if not seen:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def told(what):
+        def hook(original, *args, **kwargs):
+            with open(seen, "a") as log:
+                print(what, file=log)
+            return original(*args, **kwargs)
+
+        return hook
+
+    HookRegistry.register(f"{POOL}._alloc_ping_pong_buffer", told("room for snapshots"), HookType.AROUND)
+    HookRegistry.register(f"{POOL}.donate_mamba_ping_pong_slot", told("snapshot into the prefix cache"), HookType.AROUND)
 """
 DRAFTING = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
 WAYS = ("native", "imitator", "without kernels", "drafting")
@@ -55,12 +76,19 @@ BOUND = {f"{name} → flagos(default.flagos)" for name in ("RMSNorm", "RotaryEmb
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the package is installed."""
     directory = tmp_path_factory.mktemp("site")
-    write_package(directory, "imitator_of_a_test", PLATFORM, {"sglang_fl.platform": "imitator_of_a_test:PLATFORM"})
+    entries = {"sglang_fl.platform": "imitator_of_a_test:PLATFORM", "sglang.srt.plugins": "imitator_of_a_test:register"}
+    write_package(directory, "imitator_of_a_test", PLATFORM, entries)
     return directory
 
 
 @pytest.fixture(scope="module")
-def servers(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What of a hybrid's snapshots the server with one has done, a line each."""
+    return tmp_path_factory.mktemp("seen") / "seen"
+
+
+@pytest.fixture(scope="module")
+def servers(site: Path, seen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     directory = tmp_path_factory.mktemp("imitator")
     hidden = directory / "hidden"
     hidden.mkdir()
@@ -75,8 +103,14 @@ def servers(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         "drafting": Way("", imitator, (*DRAFTING, *draft)),
     }
     assert tuple(ways) == WAYS
-    with side_by_side(demo_model(), ways, "bfloat16", tmp_path_factory) as found:
-        yield found
+    # SGLang keeps the convolution's states in bf16, and fails where it has to write fp16 there.
+    hybrid = Way("", {**imitator, "IMITATOR_SEEN": str(seen), "SGLANG_MAMBA_CONV_DTYPE": "float16"})
+    share = (*SHARE, "--max-mamba-cache-size", "64")
+    with (
+        side_by_side(demo_model(), ways, "bfloat16", tmp_path_factory) as found,
+        side_by_side(hybrid_model(), {"hybrid": hybrid}, "float16", tmp_path_factory, share) as more,
+    ):
+        yield {**found, **more}
 
 
 @pytest.fixture(params=WAYS)
@@ -118,6 +152,38 @@ def test_the_draft_model_is_bound_and_drafts(servers: dict[str, Future[Running]]
     info = requests.post(f"{running.server.url}/generate", json=asked, timeout=120).json()["meta_info"]
     print(f"drafting: {info['completion_tokens']} tokens in {info['spec_verify_ct']} verifications")
     assert info["completion_tokens"] > 100 and info["completion_tokens"] >= 2 * info["spec_verify_ct"]
+
+
+def test_a_hybrid_keeps_snapshots_of_its_states(servers: dict[str, Future[Running]], seen: Path) -> None:
+    """Since the package declares extra buffers: SGLang's own strategy on CUDA, with overlap, and a prompt that goes on from a snapshot."""
+    running = servers["hybrid"].result()
+    check_the_recital(running)
+    info = requests.get(f"{running.server.url}/get_server_info", timeout=60).json()
+    assert (info["attention_backend"], info["mamba_radix_cache_strategy"], info["disable_overlap_schedule"]) == (
+        "triton",
+        "extra_buffer",
+        False,
+    )
+    printed = running.server.log.read_text()
+    assert "keeps no state snapshots" not in printed and "Capture target decode CUDA graph end" in printed
+    tokens = recited_tokens()
+    asked = {"input_ids": tokens[:96], "sampling_params": {"temperature": 0, "max_new_tokens": len(tokens) - 96}}
+    cached = []
+    for _ in range(2):
+        answer = requests.post(f"{running.server.url}/generate", json=asked, timeout=120).json()
+        assert answer["output_ids"] == tokens[96:]
+        cached.append(answer["meta_info"]["cached_tokens"])
+    lines = seen.read_text().splitlines()
+    print(f"hybrid: of 96 tokens {cached} were cached; { ({line: lines.count(line) for line in lines}) }")
+    assert cached == [0, 64], "snapshots are of each 64th token"
+    assert set(lines) == {"room for snapshots", "snapshot into the prefix cache"}
+
+
+def recited_tokens() -> list[int]:
+    from transformers import AutoTokenizer
+
+    text = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{RECITAL}"
+    return list(AutoTokenizer.from_pretrained(hybrid_model())(text).input_ids)
 
 
 def test_decode_beside_native(servers: dict[str, Future[Running]]) -> None:
