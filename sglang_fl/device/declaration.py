@@ -73,7 +73,8 @@ class VendorPlatform:
         is_present: decides instead, if given: a function of no arguments, called in the middle of ``import sglang``
             and by the command line, at most once in a process.
         collective: the ``torch.distributed`` backend that its PyTorch build registers; ``gloo`` if nothing is known.
-        group_device: the device type to which SGLang binds its groups of ranks, if it is not the chip's own, as in ``"cpu"``.
+        group_device: the device type to which SGLang binds its groups of ranks, if it is not the chip's own, as in ``"cpu"``. On a
+            PyTorch for CUDA or ROCm SGLang does not ask for it.
         attention: the attention backend to serve with when the user names none. None: the first of
             ``attention_backends``, or else ``torch_native``.
         attention_backends: attention backends that the package brings, name -> ``"module:Class"``. Each is registered

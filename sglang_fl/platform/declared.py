@@ -247,7 +247,13 @@ def _word_problems(declaration: VendorPlatform) -> Iterator[str]:
     from sglang.srt.arg_groups.arg_utils import field_names
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.utils import is_cuda_alike
 
+    if declaration.group_device not in (None, "cuda") and is_cuda_alike():
+        yield (
+            f"group_device: on a PyTorch for CUDA or ROCm SGLang's groups of ranks are on cuda, not on {declaration.group_device!r}: "
+            "it does not ask there; leave it out"
+        )
     arguments = field_names(ServerArgs)
     for name in declaration.server_args:
         if name not in arguments:

@@ -274,6 +274,15 @@ def test_names_of_sglangs_are_checked(packages: Packages, monkeypatch: pytest.Mo
     assert message in problem and "mychip" in problem
 
 
+def test_a_device_of_groups_that_sglang_does_not_ask_for_is_told(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"device_type": "'cpu'", "is_present": "lambda: True", "group_device": "'cpu'"}
+    platform = platform_of(packages, HERE, monkeypatch, **fields)
+    assert platform.declaration_problems() == []
+    monkeypatch.setattr("sglang.srt.utils.is_cuda_alike", lambda: True)
+    (problem,) = platform.declaration_problems()
+    assert "SGLang's groups of ranks are on cuda, not on 'cpu'" in problem
+
+
 def test_values_that_sglang_takes_are_taken(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"page_size": 16, "mem_fraction_static": 1, "attention_backend": "mine", "kv_cache_dtype": None, "schedule_policy": "lpm"}
     fields = {"server_args": repr(values), "quantization": "{'mychip_int8': 'M:Int8'}", "collective": "'cpu:gloo'"}

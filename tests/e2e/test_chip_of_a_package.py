@@ -27,6 +27,7 @@ PLATFORM = {
     ', "mla": "sglang_fl_lookalike.kv_cache:LookalikeMLAPool"': "",
     "# paged_allocator=": "paged_allocator=",
     '# collective="gloo"': 'collective="lookalike_ccl"',
+    '# group_device="cpu"': 'group_device="meta"',
     '# capabilities=("supports_triton", "graph_capture", "piecewise_graph", "hicache_device_kernels", "supports_pynccl")': (
         'capabilities=("graph_capture", "supports_pynccl")'
     ),
@@ -61,7 +62,9 @@ from .seen import seen
 class LookalikeAttention(TorchNativeAttnBackend):
     def __init__(self, runner):
         super().__init__(runner)
-        if get_parallel().pp_group.pynccl_comm is not None:
+        group = get_parallel().pp_group
+        seen(f"group of ranks on {group.device.type}, and so are its tensors: {group.active_ranks.is_meta}")
+        if group.pynccl_comm is not None:
             seen("PyNccl")
 
     def forward_extend(self, *args, **kwargs):
@@ -166,7 +169,7 @@ class LookalikePlatform:
     def get_device_name(self, device_id=0):
         return "Lookalike 1"
 """
-#: PyTorch loads it by itself.
+#: PyTorch loads it by itself. Its second device type, for the groups of ranks, is PyTorch's own of tensors without data, which a CPU has.
 TORCH_EXTENSION = """
 import torch
 
@@ -174,6 +177,7 @@ from .seen import seen
 
 def register():
     torch.distributed.Backend.register_backend("lookalike_ccl", process_group, devices=["cpu"])
+    torch._register_device_module("meta", torch.cpu)
 
 def process_group(store, rank, size, timeout):
     seen("process group")
@@ -269,6 +273,7 @@ def test_it_serves_and_everything_of_the_package_ran(running: tuple[Running, Pat
     assert set(seen) == {
         "init_backend",
         "process group",
+        "group of ranks on meta, and so are its tensors: True",
         "PyNccl",
         "KV pool",
         "allocator",

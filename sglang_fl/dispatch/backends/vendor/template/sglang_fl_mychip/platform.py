@@ -26,7 +26,7 @@ PLATFORM = VendorPlatform(
     # The torch.distributed backend that its PyTorch extension registers.
     # collective="gloo",
     #
-    # The device type of SGLang's groups of ranks, if it is not the chip's own.
+    # The device type of SGLang's groups of ranks, if it is not the chip's own. On a PyTorch for CUDA or ROCm SGLang does not ask.
     # group_device="cpu",
     #
     # Attention: your own backends, registered with SGLang's register_attention_backend and created with SGLang's model runner,
