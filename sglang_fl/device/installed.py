@@ -2,6 +2,7 @@
 """The chips that installed packages declare: found through entry points, checked, and looked for on this machine."""
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,13 +11,20 @@ from ..utils.packages import entries, importing, last_line, origin_of
 from .declaration import ENTRY_POINT_GROUP, VendorPlatform
 from .vendors import VENDORS, Vendor, canonical
 
+#: What no module of a declaration may import: SGLang imports it before it has imported all of itself.
+_TOO_HEAVY = frozenset({"torch", "sglang"})
+
 
 class Declared(NamedTuple):
-    """The platforms that installed packages declare, by name; who declares each; and what is wrong."""
+    """The platforms that installed packages declare, by name; who declares each; and what is wrong.
+
+    ``heavy`` has what each package's module was the first in this process to import, of what it should not.
+    """
 
     platforms: Mapping[str, VendorPlatform]
     origins: Mapping[str, str]
     problems: tuple[str, ...]
+    heavy: Mapping[str, str]
 
 
 @lru_cache(maxsize=1)
@@ -25,8 +33,10 @@ def declared() -> Declared:
     platforms: dict[str, VendorPlatform] = {}
     origins: dict[str, str] = {}
     problems: list[str] = []
+    heavy: dict[str, str] = {}
     for entry in entries(ENTRY_POINT_GROUP):
         origin = origin_of(entry)
+        before = _TOO_HEAVY & sys.modules.keys()
         try:
             with importing(origin):
                 platform = entry.load()
@@ -43,7 +53,9 @@ def declared() -> Declared:
             problems.append(f"both {origins[platform.name]} and {origin} declare a platform {platform.name}; uninstall one of them")
         else:
             platforms[platform.name], origins[platform.name] = platform, origin
-    return Declared(platforms, origins, tuple(problems))
+        if imported := (_TOO_HEAVY & sys.modules.keys()) - before:
+            heavy[origin] = " and ".join(sorted(imported))
+    return Declared(platforms, origins, tuple(problems), heavy)
 
 
 def known_vendors() -> dict[str, Vendor]:
@@ -58,7 +70,7 @@ def platform_here(environ: Mapping[str, str]) -> tuple[VendorPlatform, str] | No
     :func:`platform_problems` says that one must be chosen.
     """
     forced = canonical(environ.get("GEMS_VENDOR", ""))
-    platforms, origins, _ = declared()
+    platforms, origins, *_ = declared()
     if forced:
         asked = platforms.get(forced)
         return (asked, f"GEMS_VENDOR, package {origins[forced]}") if asked is not None and not asked.extends else None

@@ -53,8 +53,8 @@ class Discovery:
     loaded: list[str] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
-    #: A warning for each operator whose name is nearly one of ours.
-    misspelt: list[str] = field(default_factory=list)
+    #: Of backends that registered: nothing at all, or an operator whose name is nearly one of ours.
+    warnings: list[str] = field(default_factory=list)
     functions: list[Register] = field(default_factory=list)
     #: (operator, implementation id) -> the origin that registered it.
     owners: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -150,13 +150,15 @@ def _register(found: Discovery, registry: OpRegistry, origin: str, load: Callabl
     found.functions.append(function)
     found.owners.update({(impl.op_name, impl.impl_id): origin for impl in impls})
     found.loaded.append(origin)
-    found.misspelt += _misspelt(origin, {impl.op_name for impl in impls})
+    for message in _doubts(origin, {impl.op_name for impl in impls}):
+        logger.warning("%s", message)
+        found.warnings.append(message)
 
 
-def _misspelt(origin: str, ops: set[str]) -> Iterator[str]:
+def _doubts(origin: str, ops: set[str]) -> Iterator[str]:
     """A package may have its own operators; a name that is nearly one of ours is probably a misspelling."""
+    if not ops:
+        yield f"{origin} registers nothing: its function returned without a call of registry.register_impl or register_many"
     for op in sorted(ops - set(OPERATORS)):
         for meant in get_close_matches(op.lower(), OPERATORS, n=1, cutoff=0.85):
-            message = f"{origin} registers an operator {op!r}, which no layer of SGLang runs on; did you mean {meant!r}?"
-            logger.warning("%s", message)
-            yield message
+            yield f"{origin} registers an operator {op!r}, which no layer of SGLang runs on; did you mean {meant!r}?"

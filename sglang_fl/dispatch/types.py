@@ -55,6 +55,9 @@ class BackendPriority(enum.IntEnum):
     REFERENCE = 50
 
 
+#: What the reason begins with why an implementation is not available whose check fails itself.
+CHECK_RAISED = "its availability check raised"
+
 _DTYPES = (
     "bfloat16 float16 half float32 float float64 double float4_e2m1fn_x2 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
     "float8_e8m0fnu bool uint8 uint16 uint32 uint64 int8 int16 short int32 int int64 long"
@@ -190,7 +193,7 @@ class OpImpl:
         try:
             reason = self._why_function_unavailable(settings, device)
         except Exception as error:
-            return f"its availability check raised {type(error).__name__}: {error}"
+            return f"{CHECK_RAISED} {type(error).__name__}: {error}"
         if reason is not None:
             return reason
         wanted = parse_arch(self.min_arch)

@@ -57,7 +57,7 @@ def _check(environ: Mapping[str, str], device: Device, words: Words, problems: S
 
 def _kernel_problems(device: Device) -> Iterator[str]:
     """What is wrong with the names of SGLang's kernels, and of their functions, that the chip's package declares. Imports nothing."""
-    platforms, origins, _ = declared()
+    platforms, origins, *_ = declared()
     if device.vendor in platforms and find_spec("sglang") is not None:
         for target, given in platforms[device.vendor].kernels().items():
             if problem := problem_with(target, given.takes_grid) or problem_with_function(given.function):

@@ -79,8 +79,15 @@ def test_a_package_that_fails_is_told_with_its_last_line_and_the_rest_goes_on(
 def test_a_name_that_is_nearly_one_of_ours(packages: Packages, caplog: pytest.LogCaptureFixture) -> None:
     module = packages.install(BACKEND.format(name="a").replace("chip_op", "rms_nrom"), GROUP)
     told = f"{module} (entry point {module}) registers an operator 'rms_nrom', which no layer of SGLang runs on; did you mean 'rms_norm'?"
-    assert found_in(OpRegistry()).misspelt == [told]
+    assert found_in(OpRegistry()).warnings == [told]
     assert told in caplog.text
+
+
+def test_a_function_that_registers_nothing(packages: Packages, caplog: pytest.LogCaptureFixture) -> None:
+    module = packages.install("def register(registry):\n    return ['my implementations']\n", GROUP)
+    told = f"{module} (entry point {module}) registers nothing: its function returned without a call of registry.register_impl"
+    (warning,) = found_in(OpRegistry()).warnings
+    assert warning.startswith(told) and warning in caplog.text
 
 
 def test_an_import_that_does_not_come_back_is_named(

@@ -16,6 +16,7 @@ from ...dispatch.catalog import classes_of
 from ...dispatch.manager import OpManager
 from ...dispatch.ops import OPERATORS
 from ...dispatch.policy import SelectionPolicy
+from ...dispatch.types import CHECK_RAISED
 from ...distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
 from ...platform.absent_packages import stands_in_for
 from ...utils.packages import installed_version
@@ -126,7 +127,7 @@ def broken_backends(machine: Machine) -> Iterator[Problem]:
     for failure in discovery.failed:
         if failure.module is None:  # a module of SGLANG_FL_PLUGIN_MODULES is an error of the settings
             yield Problem(f"backend {failure.origin} is not in use: {failure.reason}", "fix or uninstall that package")
-    for message in discovery.misspelt:
+    for message in discovery.warnings:
         yield Problem(message, "fix that package")
 
 
@@ -140,6 +141,26 @@ def orders(machine: Machine, settings: Settings) -> Iterator[Problem]:
                 f"run 'sglang-fl ops' to see which are; end the order with reference, or with sglang to leave {row.op} to SGLang",
                 fatal=settings.strict,
             )
+
+
+def heavy_declarations(machine: Machine) -> Iterator[Problem]:
+    for origin, imported in declared().heavy.items():
+        what = (
+            f"the module of {origin} that declares a platform imports {imported}: SGLang imports it in the middle of its own import, "
+            "and so does every command of sglang-fl"
+        )
+        yield Problem(what, "import it where it is used; a declaration names classes as 'module:Class'")
+
+
+def raising_checks(machine: Machine, settings: Settings) -> Iterator[Problem]:
+    """An implementation whose check raises is not available, which is no more than a gap if its author meant it."""
+    found: dict[str, list[str]] = {}
+    for row in machine.operators:
+        for impl in row.implementations:
+            if impl["why"].startswith(CHECK_RAISED):
+                found.setdefault(f"{impl['impl']}: {impl['why']}", []).append(row.op)
+    for what, ops in found.items():
+        yield Problem(f"{what}, for {', '.join(ops)}", "have _is_available return False where the chip or a library is not there")
 
 
 def flaggems(machine: Machine, settings: Settings) -> Iterator[Problem]:
@@ -211,5 +232,14 @@ def unused_stand_ins(machine: Machine) -> Iterator[Problem]:
             yield Problem(what, remedy)
 
 
-_CHECKS = (unused_stand_ins, sglang_release, sglang_imports, platform_plugins, unusable_settings, meaningless_variables, broken_backends)
-_CHECKS_OF_SETTINGS = (orders, flaggems, flagcx)
+_CHECKS = (
+    unused_stand_ins,
+    heavy_declarations,
+    sglang_release,
+    sglang_imports,
+    platform_plugins,
+    unusable_settings,
+    meaningless_variables,
+    broken_backends,
+)
+_CHECKS_OF_SETTINGS = (orders, raising_checks, flaggems, flagcx)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
 from pathlib import Path
@@ -227,9 +231,64 @@ def test_what_only_deep_looks_at_is_said(packages: Packages, monkeypatch: pytest
     assert diagnose({}).not_looked_at == told
 
 
-def test_variables_without_meaning_are_warned_of() -> None:
-    problem = only_problem(diagnose({"SGLANG_FL_TIMER_ENABLE": "1"}))
-    assert not problem.fatal and problem.what.startswith("SGLANG_FL_TIMER_ENABLE has no effect in sglang-fl: SGLang's profiler")
+CHECK = """
+from sglang_fl.dispatch import BackendImplKind, OpImpl
+
+def norm(obj, x, residual=None):
+    return x
+
+def _is_available():
+    raise OSError("libfast.so: cannot open shared object file")
+
+norm._is_available = _is_available
+
+def register(registry):
+    registry.register_impl(OpImpl("rms_norm", "vendor.fastchip", BackendImplKind.VENDOR, norm, vendor="fastchip"))
+    registry.register_impl(OpImpl("gemma_rms_norm", "vendor.fastchip", BackendImplKind.VENDOR, norm, vendor="fastchip"))
+"""
+
+
+def test_a_check_of_availability_that_raises(packages: Packages) -> None:
+    packages.install(CHECK, {BACKENDS: "{module}:register"})
+    problem = only_problem(diagnose({}))
+    assert not problem.fatal and problem.what.startswith("vendor.fastchip: its availability check raised OSError: libfast.so: cannot open")
+    assert problem.what.endswith(", for gemma_rms_norm, rms_norm")
+
+
+def test_a_package_that_registers_nothing(packages: Packages) -> None:
+    module = packages.install("def register(registry):\n    pass\n", {BACKENDS: "{module}:register"})
+    problem = only_problem(diagnose({}))
+    assert not problem.fatal and problem.what.startswith(f"{module} (entry point {module}) registers nothing")
+
+
+def test_a_declaration_that_imports_pytorch(packages: Packages) -> None:
+    """In a process of its own: PyTorch is imported here."""
+    more = "name='fastchip', device_type='cpu', commands=('no-such-tool',)"
+    code = f"import torch\nfrom sglang_fl.vendor_platform import VendorPlatform as V\nPLATFORM = V({more})\n"
+    module = packages.install(code, {"sglang_fl.platform": "{module}:PLATFORM"})
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages.directory), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+    def told() -> list[str]:
+        done = subprocess.run([sys.executable, "-m", "sglang_fl", "doctor", "--json"], env=environ, capture_output=True, text=True)
+        return [problem["what"] for problem in json.loads(done.stdout)["problems"] if module in problem["what"]]
+
+    (problem,) = told()
+    assert problem.startswith(f"the module of {module} (entry point {module}) that declares a platform imports torch: ")
+    (packages.directory / f"{module}.py").write_text(code.replace("import torch\n", ""))
+    assert told() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "told"),
+    [
+        ("SGLANG_FL_TIMER_ENABLE", "SGLANG_FL_TIMER_ENABLE has no effect in sglang-fl: SGLang's profiler"),
+        ("VLLM_FL_PREFER", "VLLM_FL_PREFER has no effect in sglang-fl: it is of FlagOS's vLLM plugin; SGLANG_FL_PREFER is read here"),
+        ("VLLM_FL_X", "VLLM_FL_X has no effect in sglang-fl: it is of FlagOS's vLLM plugin; sglang-fl config lists what is read here"),
+    ],
+)
+def test_variables_without_meaning_are_warned_of(variable: str, told: str) -> None:
+    problem = only_problem(diagnose({variable: "1"}))
+    assert not problem.fatal and problem.what.startswith(told)
 
 
 def test_unknown_platform_in_the_settings() -> None:
