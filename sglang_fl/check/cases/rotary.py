@@ -6,7 +6,7 @@ import torch
 
 from ..exact import rotary as exact
 from .call import Call, Draw, Form, Layer, Operator, each
-from .models import sizes
+from .models import MODELS, sizes
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ tokens=3 heads={9,17,32} kv_heads={1,9,17,32} | tokens=3 heads=128 kv_heads={1,8
 """
 _MODELS = f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim', 'rotary_dim')}}}"
 _MANY = "tokens=4097 | tokens=65537 heads=1 kv_heads=1 head_dim=16"
+_LONGEST = f"positions={max(model.get('positions', 0) for model in MODELS)} lowest=262144 head_dim=16"
 _VAST = "tokens=8192 heads=32 kv_heads=8 head_dim=128"
 _POSITIONS = "positions=262144 lowest=262000 | position_dtype=int32 | positions=70000 lowest=65530 position_dtype=int32"
 _UNUSUAL = """
@@ -145,7 +146,7 @@ OPERATORS = {
         Rotary(),
         "heads=8 head_dim=128 {,interleaved,copy}",
         exact.rotary_embedding,
-        sizes=f"{each(_HEADS, '{,interleaved}')} | {_MODELS} | tokens=3 layout=far {{,copy}} | positions=40 tables_far",
+        sizes=f"{each(_HEADS, '{,interleaved}')} | {_MODELS} | tokens=3 layout=far {{,copy}} | positions=40 tables_far | {_LONGEST}",
         many=each(_MANY, "{,copy}"),
         vast=f"{_VAST} | tokens=1048577 heads=8 kv_heads=1 head_dim=256",
         unusual=f"{each(_UNUSUAL, '{,interleaved} {,copy}')} | {_RARE} | tables_apart | layout={{view,every-other,turned}}",
@@ -156,7 +157,7 @@ OPERATORS = {
         Sections(),
         "heads=8 head_dim=128 {,turns,rows=1}",
         exact.mrotary_embedding,
-        sizes=f"{each(_HEADS, '{,turns}')} | {_MODELS} | tokens=3 layout=far by_head",
+        sizes=f"{each(_HEADS, '{,turns}')} | {_MODELS} | tokens=3 layout=far by_head | {_LONGEST}",
         many=each(_MANY, "{,turns}"),
         vast=_VAST,
         unusual=f"{each(_UNUSUAL, '{,interleaved} {,turns} {,by_head}')} | {_RARE} | positions_apart | sections=32,0,0",

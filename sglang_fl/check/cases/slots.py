@@ -195,7 +195,7 @@ def _operator(form: Requests, forms: str, exactly: Any, *, sizes: str, unusual: 
         forms,
         exactly,
         sizes=sizes,
-        many="tokens=4097 most=2",
+        many="tokens={4097,65537} most=2",
         unusual=f"tokens=0 | lengths=0,0,0 | lengths=1,0,1 prefix=0 | {unusual}",
         compiled=False,
         captured=False,
