@@ -9,7 +9,7 @@ from sglang.kernels.ops.attention.rotary_triton import triton_mrope_fused
 
 from .....types import Refusal
 from ....checks import check_offsets
-from ....rotary import Rotated, joined, mrotary_by
+from ....rotary import Rotated, by_axis, joined, mrotary_by
 
 
 def _refuse_all_but_fp32(cos: torch.Tensor) -> None:
@@ -74,10 +74,11 @@ def _by_sections(
     tokens, _, head_size = query.shape
     if not tokens:
         return query, key
-    check_offsets("mrotary_embedding", tokens, max(query.stride(0), key.stride(0)))
     if torch.compiler.is_compiling():
-        # PyTorch 2.14's Inductor drops what a Triton kernel writes to one of two views of a tensor.
-        query, key = query.clone(memory_format=torch.contiguous_format), key.clone(memory_format=torch.contiguous_format)
+        # PyTorch 2.14's Inductor drops what a Triton kernel writes to one of two views of a tensor, and raises an internal error
+        # when this kernel is compiled for any number of tokens. The kernel for one row of positions is opaque to it.
+        return rotary_embedding(obj, query, key, *by_axis(cos, sin, positions, obj.axis_map), not obj.is_neox_style)
+    check_offsets("mrotary_embedding", tokens, max(query.stride(0), key.stride(0)))
     flat = tuple(x.reshape(tokens, x.shape[1] * head_size) for x in (query, key))
     cache = joined(cos, sin)
     triton_mrope_fused(
