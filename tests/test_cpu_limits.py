@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from e2e.test_model_classes import MODELS
 from sglang.srt.server_args import ServerArgs
 
 from sglang_fl.platform import cpu_limits
@@ -83,6 +84,11 @@ def test_pages_that_need_snapshots_are_refused_by_name(resolve: Any) -> None:
 
 def test_other_models_keep_the_overlap_schedule(resolve: Any) -> None:
     assert not resolve()["disable_overlap_schedule"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_kind_of_model_needs_a_flag(resolve: Any, name: str) -> None:
+    assert resolve(MODELS[name][0])["attention_backend"] == "torch_native"
 
 
 def test_the_list_is_in_the_documentation() -> None:

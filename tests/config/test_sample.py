@@ -124,6 +124,12 @@ def test_what_was_reported_says_who_did_and_when(name: str) -> None:
     assert all("flagos_broken" in (settings.flagos_exclusion_reason(function) or "") for function in functions)
 
 
+@pytest.mark.parametrize("name", ["kunlunxin", "tsingmicro"])
+def test_all_that_is_known_of_a_chip_out_of_tree_was_reported(name: str) -> None:
+    entries = [line for line in (DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8").splitlines() if line.startswith("  ")]
+    assert entries and all(line.endswith("# reported by FlagOS's SGLang plugin, 2026-08-06") for line in entries)
+
+
 @pytest.mark.parametrize("name", IN_TREE_PROFILES)
 def test_profile_of_an_in_tree_platform_never_falls_from_sglang_into_plain_torch(name: str) -> None:
     orders = parsed(name)["op_backends"]
