@@ -9,7 +9,7 @@ from sglang.kernels.ops.attention.rotary_triton import triton_mrope_fused
 
 from .....types import Refusal
 from ....checks import check_offsets
-from ....rotary import Rotated, by_axis, joined, mrotary_by
+from ....rotary import Rotated, joined, mrotary_by
 
 
 def _refuse_all_but_fp32(cos: torch.Tensor) -> None:
@@ -66,6 +66,9 @@ def rotary_embedding(
     return query, key
 
 
+# PyTorch 2.14's Inductor drops what a Triton kernel writes to one of two views of a tensor, and cannot compile this one with any
+# number of tokens.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_sections(
     obj: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> Rotated:
@@ -74,10 +77,6 @@ def _by_sections(
     tokens, _, head_size = query.shape
     if not tokens:
         return query, key
-    if torch.compiler.is_compiling():
-        # PyTorch 2.14's Inductor drops what a Triton kernel writes to one of two views of a tensor, and raises an internal error
-        # when this kernel is compiled for any number of tokens. The kernel for one row of positions is opaque to it.
-        return rotary_embedding(obj, query, key, *by_axis(cos, sin, positions, obj.axis_map), not obj.is_neox_style)
     check_offsets("mrotary_embedding", tokens, max(query.stride(0), key.stride(0)))
     flat = tuple(x.reshape(tokens, x.shape[1] * head_size) for x in (query, key))
     cache = joined(cos, sin)
