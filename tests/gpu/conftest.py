@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With TEST_GPU_RECORD=FILE each test that ran is a line of JSON there: what, how it ended, what it printed, where and with what."""
+"""With TEST_GPU_RECORD=FILE each test that ran is a line of JSON there: what, how it ended, what it printed, why it failed, where."""
 
 import datetime
 import functools
@@ -28,6 +28,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         "outcome": report.outcome,
         "seconds": round(report.duration, 2),
         "printed": report.capstdout.splitlines(),
+        **({"why": report.longreprtext[-2000:]} if report.failed else {}),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **where(),
     }

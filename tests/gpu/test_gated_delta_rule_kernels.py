@@ -62,11 +62,11 @@ def test_against_float64(op: str, kind: str, dtype: torch.dtype) -> None:
     if op == "fused_recurrent_gated_delta_rule" and kind != "reference":
         pytest.skip("nothing in SGLang calls it: only the reference has it")
     assert plan.candidates, plan.describe()
-    impl = plan.candidates[0]
-    dtypes = impl.dtypes()
+    found = plan.candidates[0]
+    dtypes = found.dtypes()
     if dtypes is not None and dtype not in dtypes:
-        pytest.skip(f"{impl.impl_id} does not take {dtype}, and says so")
-    impl = Implementation(op, impl.function, None, CUDA, writes_inputs=impl.writes_inputs)
+        pytest.skip(f"{found.impl_id} does not take {dtype}, and says so")
+    impl = Implementation(op, found.function, None, CUDA, writes_inputs=found.writes_inputs)
     failures = []
     worst = 0.0
     # What takes time is float64 on the host, token after token: thousands of them take it minutes, and are the check's to hold.
@@ -78,5 +78,5 @@ def test_against_float64(op: str, kind: str, dtype: torch.dtype) -> None:
             failures.append((case.check, case.name, outcome.message))
         elif outcome.error_ulp is not None and outcome.bound_ulp:
             worst = max(worst, outcome.error_ulp / outcome.bound_ulp)
-    print(f"{op} {impl.impl_id} {dtype}: at most {worst:.3f} of its bound")
+    print(f"{op} {found.impl_id} {dtype}: at most {worst:.3f} of its bound")
     assert failures == []
