@@ -43,7 +43,11 @@ def declared() -> Declared:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            problems.append(f"the platform that {origin} declares cannot be used: {last_line(error)}")
+            module = sys.modules.get(entry.module)
+            reason = last_line(error)
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):  # asked for by what the module itself imports
+                reason = "its module imports SGLang, which asks for platforms at once; import it where it is used"
+            problems.append(f"the platform that {origin} declares cannot be used: {reason}")
             continue
         if not isinstance(platform, VendorPlatform):
             problems.append(f"the platform that {origin} declares cannot be used: {entry.value} is {platform!r}, not a VendorPlatform")

@@ -201,6 +201,15 @@ def test_a_package_whose_declaration_is_broken(packages: Packages, code: str, me
     assert declared().origins == {"sound": f"{sound} (entry point {sound})"}
 
 
+def test_a_declaration_that_imports_sglang(packages: Packages) -> None:
+    """SGLang asks for platforms while it is imported; here the module does so itself, as SGLang is there already."""
+    module = declare(packages, head="import sglang_fl.device\nsglang_fl.device.declared()")
+    told = f"the platform that {module} (entry point {module}) declares cannot be used: its module imports SGLang, which asks for platforms"
+    declared()
+    (problem,) = problems_of()
+    assert problem.startswith(told)
+
+
 def test_a_detection_that_raises(packages: Packages) -> None:
     module = declare(packages, more="is_present=lambda: 1 / 0")
     assert detect(environ={}).vendor == "cpu"

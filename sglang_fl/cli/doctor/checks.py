@@ -153,7 +153,7 @@ def heavy_declarations(machine: Machine) -> Iterator[Problem]:
 
 
 def raising_checks(machine: Machine, settings: Settings) -> Iterator[Problem]:
-    """An implementation whose check raises is not available, which is no more than a gap if its author meant it."""
+    """An implementation whose check raises is not available. Its author may not have meant that."""
     found: dict[str, list[str]] = {}
     for row in machine.operators:
         for impl in row.implementations:
