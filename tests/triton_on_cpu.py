@@ -5,11 +5,12 @@ What is changed is the interpreter and what asks for a device, never a kernel:
 
 - ``tl.exp`` and its like can be called under another name, as flash-linear-attention's files do;
 - matrix products of bf16 are products of numbers, not of their bits;
+- numbers are rounded to bf16, as devices do, not cut off;
 - a kernel that is tuned takes its first configuration: there is no device to time the others on;
 - FlagGems's decorators of kernels hand them on, and its kernels are imported without the package, which wants a device.
 
 ``python tests/triton_on_cpu.py NAME`` holds an implementation of the gated delta rule (``cuda`` or ``flaggems``) against
-float64, in fp16 (the interpreter cuts a bf16 off instead of rounding it), and prints JSON: on ``CASES``, or with ``--all`` on all
+float64, in fp16, and prints JSON: on ``CASES``, or with ``--all`` on all
 cases of ``sglang-fl check --quick``.
 """
 
@@ -69,6 +70,15 @@ def interpret() -> None:
         return dot(self, as_numbers(a), as_numbers(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+    convert = interpreter._convert_float
+
+    def convert_float(x: Any, from_type: Any, to_type: Any, rounding: Any) -> Any:
+        if (from_type, to_type) != (tl.float32, tl.bfloat16):
+            return convert(x, from_type, to_type, rounding)
+        return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._convert_float = convert_float
 
 
 def _under_any_name(own: Any, name: str) -> Any:

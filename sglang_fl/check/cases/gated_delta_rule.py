@@ -242,7 +242,7 @@ OPERATORS = {
         exact.fused_recurrent_gated_delta_rule_packed_decode,
         sizes=f"tokens=5 {_MODELS} | tokens=3 heads=32 value_heads=32 | tokens=3 slots=0,5,2 pool=far heads=1 value_heads=1",
         # Kernels have a block for each head of each sequence.
-        many="tokens=4097 heads=1 value_heads=1 key_dim=16 value_dim=16 | tokens=2049 heads=8 value_heads=32 key_dim=8 value_dim=8",
+        many="tokens={4097,65537} heads=1 value_heads=1 key_dim=16 value_dim=16 | tokens=2049 heads=8 value_heads=32 key_dim=8 value_dim=8",
         unusual=f"""slots=-1,3,-1,0,-1 | slots=-1,-1 | {_HEADS} | {_DIMS} | index=int64 | layout=packed | pool=view | states=bfloat16
         | constants=bfloat16 | no_norm | size={_NEAR_EPSILON} | tokens=70 {{,padded}} | tokens=0""",
         # Gates beyond the range of exp; from where softplus is nearly its argument to where it is that though exp overflows.

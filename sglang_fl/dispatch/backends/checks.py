@@ -44,15 +44,22 @@ def slots_of(op: str, slots: torch.Tensor | None, count: int, device: torch.devi
     return slots
 
 
-def split_packed(op: str, mixed_qkv: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q and k ``[batch, heads, key_dim]`` and v ``[batch, value_heads, value_dim]`` of packed rows, as the states ``[slots, value_heads,
-    value_dim, key_dim]`` say. Raises Refusal if they do not fit.
+def heads_of_packed(op: str, mixed_qkv: torch.Tensor, states: torch.Tensor) -> int:
+    """The number of heads of q and k in packed rows, as the states ``[slots, value_heads, value_dim, key_dim]`` say. Raises Refusal if
+    they do not fit.
     """
     value_heads, value_dim, key_dim = states.shape[1:]
     heads, rest = divmod(mixed_qkv.shape[1] - value_heads * value_dim, 2 * key_dim)
     if rest or heads <= 0:
         raise Refusal(f"{op}: a row of {mixed_qkv.shape[1]} numbers does not hold q, k and v for states {tuple(states.shape[1:])}")
     check_heads(op, heads, value_heads)
+    return heads
+
+
+def split_packed(op: str, mixed_qkv: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k ``[batch, heads, key_dim]`` and v ``[batch, value_heads, value_dim]`` of packed rows. Refuses as :func:`heads_of_packed`."""
+    heads = heads_of_packed(op, mixed_qkv, states)
+    value_heads, value_dim, key_dim = states.shape[1:]
     q, k, v = mixed_qkv.split([heads * key_dim, heads * key_dim, value_heads * value_dim], -1)
     return q.unflatten(1, (heads, key_dim)), k.unflatten(1, (heads, key_dim)), v.unflatten(1, (value_heads, value_dim))
 

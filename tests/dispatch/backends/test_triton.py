@@ -64,6 +64,11 @@ def test_the_kernels_in_the_interpreter() -> None:
             {"QUERY_HEADS": 4, "KEY_HEADS": 2, "HEAD_DIM": 64, "HALF": 24, "INTERLEAVED": False, "ROWS": 8, "BLOCK": 32, "REST": 16}
             | dict.fromkeys(("TIME", "HEIGHT", "WIDTH", "MIXED")),
         ),
+        (
+            "gated_delta_rule:packed_decode_kernel",
+            "mixed a b A_log dt_bias pool out",
+            {"HEADS": 2, "VALUE_HEADS": 4, "KEY_DIM": 64, "VALUE_DIM": 64, "NORMED": True, "ROWS": 16, "BLOCK": 64},
+        ),
     ],
 )
 def test_memory_is_touched_once_the_kernel_before_has_ended(kernel: str, pointers: str, given: dict[str, Any], overlaps: bool) -> None:
@@ -75,7 +80,7 @@ def test_memory_is_touched_once_the_kernel_before_has_ended(kernel: str, pointer
     module, _, name = kernel.partition(":")
     function = getattr(importlib.import_module(f"sglang_fl.dispatch.backends.triton.kernels.{module}"), name)
     constants = {**given, "OVERLAPS": overlaps}
-    types = dict.fromkeys(pointers.split(), "*bf16") | {"positions": "*i64", "eps": "fp32"}
+    types = dict.fromkeys(pointers.split(), "*bf16") | {"positions": "*i64", "slots": "*i64", "eps": "fp32", "scale": "fp32"}
     signature = {argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in function.arg_names}
     source = ASTSource(function, signature, {(function.arg_names.index(argument),): value for argument, value in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
