@@ -274,7 +274,7 @@ def match_token(impl: OpImpl, token: str) -> bool:
 
 
 def why_left_to_triton(op: str, settings: Settings, device: Device) -> str | None:
-    """Why a reference does not replace a Triton kernel of SGLang's. None: the device has no Triton, or the operator has an order."""
+    """Why an implementation does not replace a Triton kernel of SGLang's. None: the device has no Triton, or the operator has an order."""
     if op in dict(settings.op_backends) or not has_triton(device):
         return None
     return "SGLang's own kernel runs on this device"

@@ -365,3 +365,13 @@ def test_where_it_is_available(monkeypatch: pytest.MonkeyPatch, vendor: str, ins
     for token in ("vendor:cuda", f"vendor:{vendor}"):
         named = manager.plan("rms_norm", SelectionPolicy(per_op_order=(("rms_norm", (token,)),), allow_vendors=frozenset({vendor})))
         assert ([impl.impl_id for impl in named.candidates] == ["vendor.cuda"]) is (why is None)
+
+
+@pytest.mark.parametrize("op", ["causal_conv1d_fn", "causal_conv1d_update", "fused_sigmoid_gating_delta_rule_update"])
+def test_where_sglang_runs_a_triton_kernel_only_an_order_replaces_it(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    monkeypatch.setattr(util, "find_spec", lambda name: True)
+    device = Device("nvidia", "cuda", "cuda", "a test")
+    implementation = next(impl for impl in BACKEND.implementations() if impl.op_name == op)
+    for prefer in ("flagos", "vendor"):
+        assert implementation.why_unavailable(Settings(prefer=prefer), device) == "SGLang's own kernel runs on this device"
+    assert implementation.why_unavailable(Settings(op_backends=((op, ("vendor", "sglang")),)), device) is None

@@ -2,10 +2,11 @@
 """CUDA: the kernels that SGLang itself serves with (sgl_kernel, its own library and FlashInfer's) behind the operators' signatures."""
 
 import importlib.util
+from functools import partial
 
 from .....config import Settings
 from .....device import Device
-from ....types import BackendImplKind
+from ....types import BackendImplKind, why_left_to_triton
 from ... import Kernel, KernelTable
 
 #: Vendors whose chips run CUDA kernels as NVIDIA's do.
@@ -19,6 +20,15 @@ def _why_unavailable(settings: Settings, device: Device) -> str | None:
     if importlib.util.find_spec("sgl_kernel") is None:
         return "sglang-kernel is not installed (uv pip install sglang-kernel)"
     return None
+
+
+def _why_left(op: str, settings: Settings, device: Device) -> str | None:
+    """SGLang itself calls a Triton kernel here: the same one, or one that needs no copy. These run only if they have an order."""
+    return _why_unavailable(settings, device) or why_left_to_triton(op, settings, device)
+
+
+def _if_ordered(function: str, dtypes: tuple[str, ...] | None = None) -> Kernel:
+    return Kernel(function, dtypes=dtypes, why_unavailable=partial(_why_left, function.partition(":")[2]))
 
 
 BACKEND = KernelTable(
@@ -37,9 +47,9 @@ BACKEND = KernelTable(
         "topk": Kernel("impl.moe:topk", writes_inputs=False),
         "chunk_gated_delta_rule": Kernel("impl.gated_delta_rule:chunk_gated_delta_rule", dtypes=_16_BITS),
         "fused_recurrent_gated_delta_rule_packed_decode": Kernel("impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode"),
-        "fused_sigmoid_gating_delta_rule_update": Kernel("impl.gated_delta_rule:fused_sigmoid_gating_delta_rule_update"),
-        "causal_conv1d_fn": Kernel("impl.causal_conv1d:causal_conv1d_fn", dtypes=_16_BITS),
-        "causal_conv1d_update": Kernel("impl.causal_conv1d:causal_conv1d_update", dtypes=_16_BITS),
+        "fused_sigmoid_gating_delta_rule_update": _if_ordered("impl.gated_delta_rule:fused_sigmoid_gating_delta_rule_update"),
+        "causal_conv1d_fn": _if_ordered("impl.causal_conv1d:causal_conv1d_fn", _16_BITS),
+        "causal_conv1d_update": _if_ordered("impl.causal_conv1d:causal_conv1d_update", _16_BITS),
     },
     vendor="nvidia",
     why_unavailable=_why_unavailable,
