@@ -48,6 +48,8 @@ class Capture:
         self._shape, self._forward_fn, self._capture_one, self._pool = shape, forward_fn, capture_one, pool
         #: The attempt's result on each rank, (error or None, what failed); None: not known yet.
         self._outcome: list[tuple[str | None, dict[str, str]]] | None = None
+        #: An empty graph, after a failure: it keeps the pool usable.
+        self._kept: Any = None
 
     def run(self) -> Any:
         """Capture, as often as it takes.
@@ -100,8 +102,8 @@ class Capture:
             if not self._trials.in_capture:
                 raise  # in a warm-up: SGLang's own
             error = f"{type(found).__name__}: {found}"
-            if self._outcome is None and torch.accelerator.is_available():
-                recover(torch.accelerator.current_accelerator() or torch.device("cpu"), self._pool)
+            if torch.accelerator.is_available():
+                self._kept = recover(torch.accelerator.current_accelerator() or torch.device("cpu"), self._pool)
         finally:
             self._trials.in_capture = self._trials.on_scratch_data = False
         return result, self._exchange(error) if self._outcome is None else self._outcome

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's graphs of a model. They are captured on request, any number of times, not when the model is loaded."""
 
+import gc
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -69,7 +70,17 @@ class Graphs:
         return noted
 
     def drop(self, runner: Any) -> None:
-        """Run without graphs again."""
+        """Run without graphs again.
+
+        The next ones get a memory pool of their own. PyTorch refuses a pool whose graphs are gone while any of its memory is in use,
+        and they go when Python collects them.
+        """
+        from sglang.srt.model_executor.runner import set_global_graph_memory_pool
+        from sglang.srt.platforms import current_platform
+
         self._disable()
         self.replayed.clear()
         runner.prefill_cuda_graph_runner, runner.decode_cuda_graph_runner = runner.eager_runner, None
+        set_global_graph_memory_pool(None)
+        gc.collect()
+        current_platform.empty_cache()

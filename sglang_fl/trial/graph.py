@@ -38,27 +38,37 @@ def capture_and_discard(function: Callable[[], Any], device: torch.device) -> No
         raise (raised or error) from None
 
 
-def recover(device: torch.device, pool: Any) -> None:
+def recover(device: torch.device, pool: Any) -> Any:
     """Clean up after a failed capture: PyTorch leaves its allocator and random generators as if capturing.
 
     Args:
         pool: the graph's memory pool.
+
+    Returns:
+        An empty graph in the pool. Keep it until the pool has another: PyTorch refuses a pool whose graphs are gone while any of its
+        memory is held. None: the device has no graphs.
     """
     graphs = graphs_of(device)
     if graphs is None:
-        return
+        return None
     new_graph, capture = graphs
     module = torch.get_device_module(device)
     end, release = (getattr(torch._C, f"_{device.type}_{name}", None) for name in ("endAllocateToPool", "releasePool"))
-    if end is not None and release is not None and pool is not None:
-        with contextlib.suppress(RuntimeError):  # this PyTorch has cleaned up itself
+    left_open = end is not None and release is not None and pool is not None
+    if left_open:
+        try:
             end(module.current_device(), pool)
-            release(module.current_device(), pool)
+        except RuntimeError:  # this PyTorch has cleaned up itself
+            left_open = False
     # A successful capture resets the generators.
+    empty = new_graph()
     with warnings.catch_warnings(), _same_stream(module):
         warnings.filterwarnings("ignore", message="The .* Graph is empty")
-        with capture(new_graph()):
+        with capture(empty, **({} if pool is None else {"pool": pool})):
             pass
+    if left_open:
+        release(module.current_device(), pool)
+    return empty
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ def test_what_is_right_is_not_accused(loaded: LoadedModel) -> None:
     report = found_with(loaded, "")
     assert (report.verdict, report.culprits) == (NO_DIFFERENCE, ())
     assert report.facts["graphs"] == "prefill, decode"
+    assert report.in_graphs is not None, report.message
 
 
 @pytest.mark.parametrize(

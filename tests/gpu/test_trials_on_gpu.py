@@ -52,25 +52,29 @@ def planted(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> It
     yield found
 
 
-def graph_of(found: AtenOperators, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, int]:
-    """As SGLang's full backend captures it: two warm-ups, then the capture; with the number of attempts."""
+def graph_of(found: AtenOperators, x: torch.Tensor, breakable: bool = False) -> tuple[Any, torch.Tensor, int]:
+    """As one of SGLang's backends captures it: two warm-ups, then the capture into a shared pool; with the number of attempts."""
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import BreakableCUDAGraph, BreakableCUDAGraphCapture
+
     state: dict[str, Any] = {"attempts": 0}
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def capture_one(forward: Callable[[], torch.Tensor]) -> None:
         for _ in range(2):
             torch.cuda.synchronize()
             forward()
         state["attempts"] += 1
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        graph = BreakableCUDAGraph() if breakable else torch.cuda.CUDAGraph()
+        capture = BreakableCUDAGraphCapture if breakable else torch.cuda.graph
+        with capture(graph, pool=pool, stream=stream):
             state["out"] = forward()
         state["graph"] = graph
 
-    Capture(found, Ranks(), "a test", lambda: torch.nn.functional.silu(x) + 1, capture_one).run()
+    Capture(found, Ranks(), "a test", lambda: torch.nn.functional.silu(x) + 1, capture_one, pool).run()
     return state["graph"], state["out"], state["attempts"]
 
 
-def check(graph: torch.cuda.CUDAGraph, out: torch.Tensor, x: torch.Tensor) -> None:
+def check(graph: Any, out: torch.Tensor, x: torch.Tensor) -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(out.double(), torch.nn.functional.silu(x.double()) + 1, rtol=2e-2, atol=2e-2)
@@ -88,27 +92,33 @@ def test_what_fails_is_left_out_before_sglang_captures(function: Callable[..., A
     check(graph, out, x)
 
 
-def test_what_fails_in_a_capture_alone_costs_one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its trial and its throw-away capture go well, and the memory of the abandoned graph comes back."""
+@pytest.mark.parametrize("breakable", [False, True])
+def test_what_fails_in_a_capture_alone_costs_one_attempt(monkeypatch: pytest.MonkeyPatch, breakable: bool) -> None:
+    """Its trial and its throw-away capture go well, and the memory of the abandoned graph comes back.
+
+    The abandoned graph was the only one in the pool, and what it allocated is held.
+    """
     calls: list[int] = []
+    held_back: list[torch.Tensor] = []
 
     def later(self: torch.Tensor) -> torch.Tensor:
         calls.append(torch.cuda.is_current_stream_capturing())
         if calls[-1] and len(calls) > 3:
+            held_back.append(torch.empty_like(self))
             self.sum().item()
         return self / (1 + torch.exp(-self))
 
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     with planted(later, monkeypatch) as found:
-        graph, out, attempts = graph_of(found, x)
+        graph, out, attempts = graph_of(found, x, breakable)
     assert attempts == 2 and next(why for key, _, why in found.report.left if key == "silu").startswith("could not be captured")
     check(graph, out, x)
     for _ in range(3):
-        check(*graph_of(found, x)[:2], x)
+        check(*graph_of(found, x, breakable)[:2], x)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated()
-    graph_of(found, x)
+    graph_of(found, x, breakable)
     assert torch.cuda.memory_allocated() <= held + (1 << 20)
 
 
