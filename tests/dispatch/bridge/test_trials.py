@@ -3,26 +3,32 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from backend_functions import reference
 from implementations import manager_of, unchanged
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sglang_fl.dispatch import BackendImplKind, OpImpl, PolicyManager, SelectionPolicy, set_global_policy
-from sglang_fl.dispatch.bridge.base import Bridge, ModelContext
+from sglang_fl.dispatch.bridge import selector
+from sglang_fl.dispatch.bridge.base import ModelContext
 from sglang_fl.dispatch.bridge.binder import Binder
-from sglang_fl.dispatch.bridge.bridges import LAYER_BRIDGES
-from sglang_fl.dispatch.bridge.chunk_gated_delta_rule import ChunkGatedDeltaRuleBridge
+from sglang_fl.dispatch.bridge.bridges import FUNCTION_BRIDGES, LAYER_BRIDGES
+from sglang_fl.dispatch.bridge.causal_conv1d import ConvolutionContext
 from sglang_fl.dispatch.bridge.gated_delta_rule import GatedDeltaContext
+from sglang_fl.dispatch.bridge.layer import LayerBridge
 from sglang_fl.dispatch.bridge.socket import Load
+from sglang_fl.dispatch.catalog import LAYERS
 from sglang_fl.trial import Guard, TrialRecord
 
-from .sglang_layers import HIDDEN, Model, rotary, sglang_class
+from .sglang_layers import ACTIVATION_LAYERS, HIDDEN, NORM_LAYERS, Model, experts, in_a_server, rotary, router, sglang_class
 
 #: Whether a call of the implementation was made inside of the scope.
 calls: list[bool] = []
@@ -144,43 +150,41 @@ WIDEST = ModelContext(torch.bfloat16, torch.device("cpu"), intermediate_size=655
 GATED = GatedDeltaContext(torch.bfloat16, torch.float32, torch.device("cpu"), 16, 32, 128, 128)
 
 
-def half(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return x[..., : x.shape[-1] // 2].clone()
+CONVOLUTIONS = ConvolutionContext(torch.bfloat16, torch.bfloat16, torch.device("cpu"), 8192, 4, "silu")
+#: A layer of each class that a bridge is made for, as wide as models have it.
+WIDE_LAYERS: dict[str, Callable[[], Any]] = {
+    **{name: partial(lambda name: sglang_class(name)(), name) for name in ACTIVATION_LAYERS},
+    **{name: partial(lambda name: sglang_class(name)(18432), name) for name in NORM_LAYERS},
+    "RotaryEmbedding": lambda: rotary("RotaryEmbedding", head=256, rotary_dim=256),
+    "MRotaryEmbedding": lambda: rotary("MRotaryEmbedding", head=256, rotary_dim=256, mrope_section=[48, 40, 40]),
+    "TopK": lambda: router(top_k=22),
+    "UnquantizedFusedMoEMethod": lambda: experts(hidden_size=8192).quant_method,
+}
 
 
-def as_they_are(layer: Any, query: torch.Tensor, key: torch.Tensor, *more: Any) -> Any:
-    return query, key
-
-
-def chunked(q: torch.Tensor, k: Any, v: torch.Tensor, g: Any, beta: Any, scale: Any, pool: torch.Tensor, *more: Any) -> Any:
-    pool[[0, 2]] = 0
-    return v.clone(), q.new_zeros(1, 4, *pool.shape[1:])
-
-
-@pytest.mark.parametrize(
-    ("make", "context", "fn"),
-    [
-        (lambda: sglang_class("RMSNorm")(18432), WIDEST, unchanged),
-        (lambda: sglang_class("SiluAndMul")(), WIDEST, half),
-        (lambda: rotary("RotaryEmbedding", head=256, rotary_dim=256), WIDEST, as_they_are),
-        (lambda: ChunkGatedDeltaRuleBridge(), GATED, chunked),
-    ],
-    ids=["rms_norm", "silu_and_mul", "rotary_embedding", "chunk_gated_delta_rule"],
-)
-def test_a_trial_is_small(make: Any, context: Any, fn: Any) -> None:
+@pytest.mark.parametrize("bridge", [*LAYER_BRIDGES, *FUNCTION_BRIDGES], ids=lambda bridge: type(bridge).__name__)
+def test_a_trial_is_small(bridge: Any) -> None:
     """At most three calls, and 64 MiB beside what the implementation itself takes."""
-    subject = make()
-    bridge: Any = subject
-    if not isinstance(subject, Bridge):
-        bridge = next(bridge for bridge in LAYER_BRIDGES if bridge.layer_class is type(subject))
     made = 0
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **named: Any) -> Any:
         nonlocal made
         made += 1
-        return fn(*args)
+        with _disable_current_modes():
+            return getattr(reference, bridge.op)(*args, **named)
 
-    with Allocated() as allocated:
-        bridge.trial(subject, context, counted)
+    with in_a_server():
+        is_layer = isinstance(bridge, LayerBridge)
+        subject = WIDE_LAYERS[bridge.class_name or LAYERS[bridge.op][0][1]]() if is_layer else bridge
+        context = WIDEST if is_layer else CONVOLUTIONS if "conv" in bridge.op else GATED
+        with Allocated() as allocated:
+            bridge.trial(subject, context, counted)
     assert 1 <= made <= 3
     assert 0 < allocated.bytes <= 64 << 20
+
+
+def test_a_long_trial_is_logged_with_its_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(selector, "_LONG", 0.0)
+    caplog.set_level("INFO")
+    binder().bind(model(), Load())
+    assert re.search(r"rms_norm: trial of default.flagos took \d+ s, compiling included", caplog.text)
