@@ -53,7 +53,8 @@ def recover(device: torch.device, pool: Any) -> Any:
         return None
     new_graph, capture = graphs
     module = torch.get_device_module(device)
-    end, release = (getattr(torch._C, f"_{device.type}_{name}", None) for name in ("endAllocateToPool", "releasePool"))
+    end: Any = getattr(torch._C, f"_{device.type}_endAllocateToPool", None)
+    release: Any = getattr(torch._C, f"_{device.type}_releasePool", None)
     left_open = end is not None and release is not None and pool is not None
     if left_open:
         try:
