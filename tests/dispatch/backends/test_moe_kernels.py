@@ -143,7 +143,8 @@ def topk_softmax(
     exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
     weights, ids = (exponentials / (exponentials.sum(-1, keepdim=True) + 1e-8)).topk(topk_weights.shape[1], dim=-1)
     topk_weights.copy_(weights / (weights.sum(-1, keepdim=True) + 1e-8) if renormalize else weights)
-    topk_indices.copy_(ids.masked_fill(weights.isnan(), experts + 7))
+    # The place that it chooses among nan is one of those that it looks at.
+    topk_indices.copy_(ids.masked_fill(weights.isnan(), max(32, 1 << (experts - 1).bit_length()) - 1))
 
 
 def grouped_topk(

@@ -25,6 +25,8 @@ from sglang_fl.dispatch.types import match_token
 
 TESTS = Path(__file__).parents[2]
 OPERATORS = sorted(BACKEND.kernels)
+EXPERTS = {"EXPERTS": 128, "BINS": 256}
+PRODUCT = {"EXPERTS": 128, "TOP_K": 8, "N": 1536, "K": 2048, "GROUP": 16}
 
 
 @pytest.mark.parametrize(("vendor", "available"), [("nvidia", True), ("ascend", True), ("cpu", False)])
@@ -55,7 +57,7 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("kernel", "pointers", "given"),
     [
-        ("activation:gated_kernel", "x out", {"NAME": "silu", "SIZE": 512, "ROWS": 1, "BLOCK": 512}),
+        ("activation:activation_kernel", "x out", {"NAME": "silu", "GATED": True, "SIZE": 512, "ROWS": 1, "BLOCK": 512}),
         ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 2, "BLOCK": 512}),
         ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 1, "BLOCK": 256}),
         (
@@ -69,6 +71,16 @@ def test_the_kernels_in_the_interpreter() -> None:
             "mixed a b A_log dt_bias pool out",
             {"HEADS": 2, "VALUE_HEADS": 4, "KEY_DIM": 64, "VALUE_DIM": 64, "NORMED": True, "ROWS": 16, "BLOCK": 64},
         ),
+        ("moe:count_kernel", "", {**EXPERTS, "CHUNK": 256}),
+        ("moe:align_kernel", "", {**EXPERTS, "CHUNK": 256, "BLOCK": 16, "counts": None}),
+        ("moe:align_kernel", "", {**EXPERTS, "CHUNK": 4096, "BLOCK": 128}),
+        (
+            "moe:product_kernel",
+            "x weight bias out",
+            {**PRODUCT, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "total": None, "order": None},
+        ),
+        ("moe:product_kernel", "x weight bias out", {**PRODUCT, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}),
+        ("moe:sum_kernel", "x out", {"EXPERTS": 128, "TOP_K": 8, "SIZE": 512, "BLOCK": 512}),
     ],
 )
 def test_memory_is_touched_once_the_kernel_before_has_ended(kernel: str, pointers: str, given: dict[str, Any], overlaps: bool) -> None:
@@ -81,6 +93,7 @@ def test_memory_is_touched_once_the_kernel_before_has_ended(kernel: str, pointer
     function = getattr(importlib.import_module(f"sglang_fl.dispatch.backends.triton.kernels.{module}"), name)
     constants = {**given, "OVERLAPS": overlaps}
     types = dict.fromkeys(pointers.split(), "*bf16") | {"positions": "*i64", "slots": "*i64", "eps": "fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("ids", "counts", "total", "order", "experts"), "*i32") | {"factors": "*fp32"}
     signature = {argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in function.arg_names}
     source = ASTSource(function, signature, {(function.arg_names.index(argument),): value for argument, value in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
@@ -94,15 +107,15 @@ def main() -> None:
     from triton_on_cpu import interpret
 
     interpret()
-    from sglang_fl.dispatch.backends.triton.impl import normalization
+    from sglang_fl.dispatch.backends.triton.impl import moe, normalization
 
     counts: dict[str, int] = {}
     wrong = []
 
-    def run(op: str) -> None:
+    def run(op: str, names: tuple[str, ...] = ()) -> None:
         impl = Implementation(op, BACKEND.function(op).load(), None, torch.device("cpu"))
         for case in cases_of(op, frozenset({torch.float16}), torch.device("cpu"), quick=True):
-            if case.check in (UNUSUAL, SPECIAL):
+            if case.check in (UNUSUAL, SPECIAL) and (not names or case.name in names):
                 outcome = check_case(impl, case, 11)
                 counts[op] = counts.get(op, 0) + 1
                 if outcome.status != "ok":
@@ -113,6 +126,10 @@ def main() -> None:
     normalization._LONGEST, normalization._NUMBERS = 64, 1
     normalization.tile.cache_clear()
     run("rms_norm")
+    # More routes than are looked at at once, and blocks higher than so few need.
+    moe._LEAST_CHUNK = moe._CHUNK = 16
+    for moe._height in (lambda routes, experts: 16), (lambda routes, experts: 128):
+        run("fused_moe", ("unchosen=2 tokens=40", "experts=60 hidden=72 size=40 top_k=6", "bias elsewhere=0.5"))
     # Compiled by Inductor, what is written in place to one of two views would be lost.
     for op in ("rotary_embedding", "mrotary_embedding"):
         call = OPERATORS_CHECKED[op].form(Draw(torch.Generator().manual_seed(1), torch.float16, torch.device("cpu")))

@@ -28,6 +28,7 @@ BACKEND = KernelTable(
         "gemma_rms_norm": Kernel("impl.normalization:gemma_rms_norm", batch_invariant=True),
         "rotary_embedding": Kernel("impl.rotary:rotary_embedding", batch_invariant=True),
         "mrotary_embedding": Kernel("impl.rotary:mrotary_embedding", batch_invariant=True),
+        "fused_moe": Kernel("impl.moe:fused_moe", writes_inputs=False, dtypes=("bfloat16", "float16")),
         "fused_recurrent_gated_delta_rule_packed_decode": Kernel(
             "impl.gated_delta_rule:fused_recurrent_gated_delta_rule_packed_decode", batch_invariant=True
         ),

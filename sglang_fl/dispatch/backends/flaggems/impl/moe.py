@@ -18,6 +18,8 @@ fused_experts_impl = _experts.fused_experts_impl
 
 #: What one program of topk_softmax looks at; it takes further experts for absent.
 _MOST_EXPERTS = 1024
+#: It looks at no fewer.
+_LEAST_PLACES = 32
 #: Both kernels' limit.
 _MOST_CHOSEN = 32
 #: grouped_topk's limit.
@@ -51,8 +53,9 @@ def route(
         raise NotImplementedError(f"topk: FlagGems chooses up to {_MOST_CHOSEN} experts, not {routing.top_k}")
     way = _softmax if routing.scoring == "softmax" else _sigmoid
     weights, ids = way(router_logits, correction_bias, routing)
-    # Where logits are nan, what the kernels choose may be no expert at all.
-    ids.clamp_(0, num_experts - 1)
+    # Where logits are nan, the kernels may choose any place that they look at. Those of the softmax are a power of two.
+    if num_experts < _LEAST_PLACES or num_experts.bit_count() > 1 or routing.scoring != "softmax":
+        ids.clamp_(0, num_experts - 1)
     return routing.complete(weights, ids, num_experts, num_token_non_padded)
 
 
@@ -122,7 +125,7 @@ def compute(
     named: dict[str, Any] = {}
     if topk_ids.numel() * _SPARSE > count:
         named = {"global_num_experts": _places(count), "expert_map": expert_map}
-        topk_ids = torch.where(topk_ids < 0, count, topk_ids)
+        topk_ids = topk_ids & _places(count) - 1  # of -1 the last place
     return fused_experts_impl(
         x.contiguous(),
         w13,

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ...checks import half_of
-from ..kernels.activation import gated_kernel
+from ..kernels.activation import activation_kernel
 from .launch import launch
 
 #: How many numbers of the result a program computes, at most, and with how many warps.
@@ -25,24 +25,27 @@ def tile(size: int) -> tuple[int, int, int]:
     return max(1, _LEAST_COLUMNS // block), block, max(1, _WARPS * block // _NUMBERS)
 
 
-def _gated(op: str, activation: str, x: torch.Tensor) -> torch.Tensor:
-    size = half_of(op, x)
+def activate(activation: str, gated: bool, x: torch.Tensor) -> torch.Tensor:
+    """Of the last dimension; of its halves where gated."""
+    size = x.shape[-1] // 2 if gated else x.shape[-1]
     out = x.new_empty((*x.shape[:-1], size))
     if not out.numel():
         return out
-    by_row = x if x.dim() == 2 else x.reshape(-1, 2 * size)
+    by_row = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if by_row.stride(1) != 1:
         by_row = by_row.contiguous()
     rows = by_row.shape[0]
     rows_at_once, block, warps = tile(size)
     grid = (triton.cdiv(rows, rows_at_once), triton.cdiv(size, block))
-    launch(gated_kernel, grid, by_row, out, by_row.stride(0), rows, activation, size, rows_at_once, block, warps=warps)
+    launch(activation_kernel, grid, by_row, out, by_row.stride(0), rows, activation, gated, size, rows_at_once, block, warps=warps)
     return out
 
 
 def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    return _gated("gelu_and_mul", "gelu_tanh" if obj.approximate == "tanh" else "gelu", x)
+    half_of("gelu_and_mul", x)
+    return activate("gelu_tanh" if obj.approximate == "tanh" else "gelu", True, x)
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
-    return _gated("silu_and_mul", "silu", x)
+    half_of("silu_and_mul", x)
+    return activate("silu", True, x)

@@ -17,10 +17,10 @@ def overlaps() -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **options: int) -> None:
     """Launch a kernel whose last parameter is OVERLAPS."""
     # torch.compile knows no such launch.
     if not torch.compiler.is_compiling() and overlaps():
-        kernel[grid](*args, True, num_warps=warps, launch_pdl=True)
+        kernel[grid](*args, True, num_warps=warps, launch_pdl=True, **options)
     else:
-        kernel[grid](*args, False, num_warps=warps)
+        kernel[grid](*args, False, num_warps=warps, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated activations: each number of the input is read once; between, all is in fp32."""
+"""Activations, gated and plain: each number of the input is read once; between, all is in fp32."""
 
 import triton
 import triton.language as tl
@@ -20,6 +20,8 @@ def _activation(v, NAME: tl.constexpr):
         activated = _times_sigmoid(v, -1.4426950408889634 * v)  # -log2(e)
     elif NAME == "gelu":
         activated = 0.5 * v * (1 + tl.erf(v * 0.7071067811865476))
+    elif NAME == "relu2":
+        activated = tl.where(v < 0, 0.0, v * v)
     else:
         # (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 * u)), which needs no tanh and cancels nowhere; -2 * sqrt(2 / pi) * log2(e) is the first.
         activated = _times_sigmoid(v, v * (-2.302208198144325 - 0.1029432395800235 * (v * v)))
@@ -27,20 +29,21 @@ def _activation(v, NAME: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def gated_kernel(
+def activation_kernel(
     x,
     out,
     x_stride,
     rows,
     NAME: tl.constexpr,
+    GATED: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``, of ROWS rows and BLOCK columns in a program.
+    """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``, the factor only if GATED; ROWS rows and BLOCK columns in a program.
 
-    NAME is "silu", "gelu" or "gelu_tanh".
+    NAME is "silu", "gelu", "gelu_tanh" or "relu2".
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -49,6 +52,7 @@ def gated_kernel(
         inside = inside & (row < rows)
     at = x + row * x_stride + column
     wait_for_the_last(OVERLAPS)
-    gate = tl.load(at, inside).to(tl.float32)
-    up = tl.load(at + SIZE, inside).to(tl.float32)
-    tl.store(out + row * SIZE + column, (_activation(gate, NAME) * up).to(out.dtype.element_ty), inside)
+    result = _activation(tl.load(at, inside).to(tl.float32), NAME)
+    if GATED:
+        result *= tl.load(at + SIZE, inside).to(tl.float32)
+    tl.store(out + row * SIZE + column, result.to(out.dtype.element_ty), inside)
