@@ -63,9 +63,13 @@ class Bridge(ABC):
 
     ``subject`` is the layer; bridges of functions ignore it. ``context`` is a :class:`ModelContext`, or what the bridge of a
     function made of the model.
+
+    Attributes:
+        captured: whether SGLang calls it inside of graphs, where it captures any.
     """
 
     op: ClassVar[str]
+    captured: ClassVar[bool] = True
 
     @abstractmethod
     def trial(self, subject: Any, context: Any, fn: Forward) -> None:

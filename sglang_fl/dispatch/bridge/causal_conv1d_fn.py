@@ -12,6 +12,7 @@ class CausalConv1dFnBridge(CausalConv1dBridge):
     """The convolution in prefill."""
 
     op = "causal_conv1d_fn"
+    captured = False  # SGLang breaks prefill graphs at linear attention
 
     def trial(self, subject: Any, context: ConvolutionContext, fn: Forward) -> None:
         """Three sequences: one has no slot, and one is shorter than the kernel."""

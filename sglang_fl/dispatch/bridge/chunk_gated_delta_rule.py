@@ -11,6 +11,7 @@ class ChunkGatedDeltaRuleBridge(GatedDeltaRuleBridge):
     """Prefill of SGLang's linear attention."""
 
     op = "chunk_gated_delta_rule"
+    captured = False  # SGLang breaks prefill graphs at linear attention
     kernel = "extend_kernel"
 
     def trial(self, subject: Any, context: GatedDeltaContext, fn: Forward) -> None:

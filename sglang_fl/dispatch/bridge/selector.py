@@ -131,11 +131,11 @@ def _key(impl: OpImpl, socket: Socket) -> tuple[Any, ...]:
 
 
 def _run(impl: OpImpl, socket: Socket) -> None:
-    """Run a trial under serving conditions: called from Python and, where graphs are captured, inside a capture too."""
+    """Run a trial under serving conditions: called from Python and, where SGLang captures it, inside a capture too."""
     module = torch.get_device_module(socket.device)
     socket.trial(impl.function)
     module.synchronize()
-    if socket.load.in_graphs is None:
+    if socket.load.in_graphs is None or not socket.bridge.captured:
         return
 
     def captured(*args: Any, **kwargs: Any) -> Any:

@@ -16,9 +16,10 @@ from implementations import manager_of, unchanged
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from sglang_fl.check.cases import OPERATORS_CHECKED
 from sglang_fl.dispatch import BackendImplKind, OpImpl, PolicyManager, SelectionPolicy, set_global_policy
 from sglang_fl.dispatch.bridge import selector
-from sglang_fl.dispatch.bridge.base import ModelContext
+from sglang_fl.dispatch.bridge.base import Bridge, ModelContext
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.bridges import FUNCTION_BRIDGES, LAYER_BRIDGES
 from sglang_fl.dispatch.bridge.causal_conv1d import ConvolutionContext
@@ -84,6 +85,15 @@ def test_what_fails_inside_of_the_scope_is_passed_over(caplog: pytest.LogCapture
     report = binder(fails_inside).bind(model(), Load(in_graphs=in_graphs))
     assert "reference(reference.torch)" in report.summary()
     assert "default.flagos failed its trial on RMSNorm: ArithmeticError: ATen operators are others here" in caplog.text
+
+
+def test_what_sglang_calls_between_the_segments_of_a_graph_is_tried_outside_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads a sequence's length on the host, as the references of prefill do, is right there."""
+    monkeypatch.setattr(Bridge, "captured", False)
+    assert "flagos(default.flagos)" in binder(fails_inside).bind(model(), Load(in_graphs=in_graphs)).summary()
+    monkeypatch.undo()
+    for bridge in (*LAYER_BRIDGES, *FUNCTION_BRIDGES):
+        assert bridge.captured is OPERATORS_CHECKED[bridge.op].captured, bridge.op
 
 
 def test_what_would_be_used_first_and_is_not_is_known_with_the_reason() -> None:
