@@ -15,12 +15,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 OPERATORS = ("gelu_and_mul", "gemma_rms_norm", "rotary_embedding")
 #: SGLang's Gemma 3 rotates by itself, and never calls the rotary embeddings that it makes.
 ROTARY = "RotaryEmbedding → sglang(not called: model.layers.*.self_attn.rotary_emb)"
-_LEFT = {"USE_FLAGGEMS": "0", "SGLANG_FL_PER_OP": ";".join(f"{op}=sglang" for op in OPERATORS)}
+
+
+def _way(destination: str, kind: str, **environ: str) -> Way:
+    return Way(destination, {"SGLANG_FL_PER_OP": ";".join(f"{op}={kind}" for op in OPERATORS), **environ})
+
+
 WAYS = {
-    "sglang": Way("sglang(policy)", _LEFT),
-    "flagos": Way("flagos(default.flagos)", {**FLAGOS, "SGLANG_FL_STRICT": "1"}),
-    "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_STRICT": "1"}),
-    "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
+    "sglang": _way("sglang(policy)", "sglang", USE_FLAGGEMS="0"),
+    "flagos": _way("flagos(default.flagos)", "flagos", SGLANG_FL_STRICT="1", **FLAGOS),
+    "triton": _way("triton(triton.sglang_fl)", "triton", SGLANG_FL_STRICT="1"),
+    "vendor": _way("vendor(vendor.cuda)", "vendor", SGLANG_FL_STRICT="1"),
+    "reference": _way("reference(reference.torch)", "reference"),
 }
 
 

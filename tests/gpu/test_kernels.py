@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, Norm, check_cases, check_rms_norm, check_rotary_embedding, check_silu_and_mul
+from accuracy import DTYPES, Norm, check_rms_norm, check_rotary_embedding, check_silu_and_mul
 
-from sglang_fl.check.cases import OPERATORS_CHECKED
-from sglang_fl.check.constants import GRAPH, INPUTS, OK, REFUSED, SERVING, SPECIAL, THREADS, UNUSUAL
 from sglang_fl.dispatch import OpManager, SelectionPolicy
-from sglang_fl.dispatch.kernel_implementations import is_kernel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -126,18 +123,6 @@ def test_a_graph_replays_with_new_data(manager: OpManager, kind: str, op: str) -
         wanted = call(new_x, new_y)
         for a, b in zip(got if isinstance(got, tuple) else (got,), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("op", [op for op in OPERATORS_CHECKED if "gated_delta_rule" not in op and not is_kernel(op)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_cases_of_a_quick_check(manager: OpManager, kind: str, op: str) -> None:
-    """Against float64 and the operator's contract, with the rare shapes, in graphs, from threads; a call may be refused."""
-    plan = manager.plan(op, SelectionPolicy(per_op_order=((op, (kind,)),)))
-    if not plan.candidates:
-        pytest.skip(f"there is no {kind} implementation of {op}")
-    impl = plan.candidates[0]
-    checks = (SERVING, UNUSUAL, SPECIAL, INPUTS, THREADS, GRAPH)
-    check_cases(op, impl.function, *checks, allowed=frozenset({OK, REFUSED}), device="cuda", dtypes=impl.dtypes())
 
 
 @pytest.mark.parametrize("kind", KINDS)
