@@ -20,6 +20,8 @@ def where() -> dict[str, object]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        print(f"\n{report.nodeid} failed:\n{report.longreprtext[-2000:]}", flush=True)  # a run that is ended prints no summary
     file = os.environ.get("TEST_GPU_RECORD")
     if not file or report.skipped or (report.when != "call" and not report.failed):
         return
