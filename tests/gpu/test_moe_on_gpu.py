@@ -29,7 +29,7 @@ NOT_GATED_BY_SILU = {
 }
 #: What an implementation does not take, and says so.
 REFUSED = {
-    ("topk", "flagos"): BY_BEST | {"scoring=sigmoid", "scoring=sigmoid bias=float32 experts=60 top_k=6"},
+    ("topk", "flagos"): BY_BEST | {"scoring=sigmoid"},
     ("topk", "vendor"): BY_BEST | {"scoring=sigmoid"},
     ("topk", "reference"): set(),
     ("fused_moe", "flagos"): NOT_GATED_BY_SILU,
