@@ -153,6 +153,7 @@ class ExpertsForm(Form):
     Attributes:
         elsewhere: the share of choices that are experts of another rank.
         unchosen: the first of every this many experts has no token.
+        busy: only so many experts have tokens. 0: all.
         total: the sum of a token's weights.
     """
 
@@ -167,6 +168,7 @@ class ExpertsForm(Form):
     weight_on_input: bool = False
     elsewhere: float = 0.0
     unchosen: int = 0
+    busy: int = 0
     total: float = 1.0
     ids: str = "int32"
 
@@ -188,6 +190,8 @@ class ExpertsForm(Form):
         order = torch.rand(self.tokens, self.experts, generator=draw.rng)
         if self.unchosen:
             order[:, :: self.unchosen] = 2.0
+        if self.busy:
+            order[:, self.busy :] += 1.0
         ids = order.argsort(dim=-1)[:, : self.top_k]
         ids.masked_fill_(torch.rand(ids.shape, generator=draw.rng) < self.elsewhere, -1)
         weights = torch.rand(ids.shape, generator=draw.rng) + 0.1
@@ -218,7 +222,7 @@ _EXPERTS_UNUSUAL = """
 tokens=0 | tokens=1 | experts=1 top_k=1 | top_k=8 | elsewhere=1.0 | experts=60 hidden=72 size=40 top_k=6 | total=2.5
 | ids=int64 elsewhere=0.3 | bias {,elsewhere=0.5} | weight_on_input {,top_k=1}
 | activation={gelu,gelu_tanh,relu2} | activation={silu,gelu,gelu_tanh,relu2} not_gated
-| unchosen={2,3} tokens=40 | layout={view,every-other}
+| unchosen={2,3} tokens=40 | busy=2 tokens=80 | layout={view,every-other}
 """
 #: Full weights of all experts would fill the memory. So numbers of experts, hidden sizes and experts' sizes vary one at a time.
 _EXPERTS_SIZES = f"""
