@@ -232,6 +232,7 @@ _NOT_SGLANGS = {
         "_replace",
         "_stream",
     ),
+    "_initializing",  # of a module that is being imported: Python's
     *("_can_decompose", "_op_dk", "_ops", "_schema", "_should_allow_numbers_as_tensors"),
     *("_accuses", "_hash", "_is_available", "_is_sglang_fl", "_sglang_fl_cos_sin", "_sglang_fl_joined", "_sglang_fl_obj", "_weight_bias"),
 }

@@ -53,21 +53,19 @@ def recover(device: torch.device, pool: Any) -> Any:
         return None
     new_graph, capture = graphs
     module = torch.get_device_module(device)
-    end: Any = getattr(torch._C, f"_{device.type}_endAllocateToPool", None)
-    release: Any = getattr(torch._C, f"_{device.type}_releasePool", None)
-    left_open = end is not None and release is not None and pool is not None
-    if left_open:
+    end, release = (getattr(torch._C, f"_{device.type}_{name}", None) for name in ("endAllocateToPool", "releasePool"))
+    if end is not None and pool is not None:
         try:
             end(module.current_device(), pool)
-        except RuntimeError:  # this PyTorch has cleaned up itself
-            left_open = False
+        except RuntimeError:
+            release = None  # this PyTorch has cleaned up itself
     # A successful capture resets the generators.
     empty = new_graph()
     with warnings.catch_warnings(), _same_stream(module):
         warnings.filterwarnings("ignore", message="The .* Graph is empty")
         with capture(empty, **({} if pool is None else {"pool": pool})):
             pass
-    if left_open:
+    if release is not None and pool is not None:
         release(module.current_device(), pool)
     return empty
 
