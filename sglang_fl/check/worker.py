@@ -28,7 +28,7 @@ from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
 from ..platform.absent_packages import stand_in_for_absent_packages
 from ..utils.child import connection_to_parent, receive, send
-from ..utils.packages import installed_version
+from ..utils.packages import installed_version, package_of, source_hash
 from .archive import write_archive
 from .cases import OPERATORS_CHECKED, Case, cases_of
 from .check_case import check_case
@@ -111,7 +111,7 @@ class Worker:
 
     def hello(self) -> dict[str, Any]:
         cases = [result for result, _ in self._cases.values()]
-        return {"machine": self._machine(), "versions": _versions(), "why_not": self.why_not, "cases": cases}
+        return {"machine": self._machine(), "versions": self._versions(), "why_not": self.why_not, "cases": cases}
 
     def _machine(self) -> dict[str, str]:
         module = self._module
@@ -121,6 +121,12 @@ class Worker:
             "vendor": f"{self.found.vendor} ({self.found.evidence})",
             "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         }
+
+    def _versions(self) -> dict[str, str]:
+        found = {"sglang-fl": __version__, "Python": platform.python_version()}
+        found |= {package: version for package in _PACKAGES if (version := installed_version(package)) is not None}
+        sources = dict.fromkeys(package_of(impl.module) for impl, _ in self._implementations.values())
+        return found | {f"source of {package}": source_hash(package) for package in sources if package}
 
     def run(self, key: tuple[str, str]) -> CaseResult:
         """Run a case."""
@@ -170,11 +176,6 @@ def _processor() -> str:
     except OSError:
         lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-
-
-def _versions() -> dict[str, str]:
-    found = {"sglang-fl": __version__, "Python": platform.python_version()}
-    return found | {package: found_version for package in _PACKAGES if (found_version := installed_version(package)) is not None}
 
 
 def end_with_parent() -> None:

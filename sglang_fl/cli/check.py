@@ -118,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
             job = _job(args, chosen, record)
             with showing(Console(stderr=True)) as progress:
                 finished = check(job, record, progress)
+        else:
+            print(f"sglang-fl: nothing was run: {path} has every result", file=sys.stderr)
     except WorkerFailed as error:
         print(f"sglang-fl: {error}", file=sys.stderr)
         return 1

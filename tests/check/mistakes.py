@@ -64,7 +64,8 @@ def rows(op: str, args: tuple[Any, ...], got: Any) -> torch.Tensor:
         return result.T
     if op == NEXT_CONVOLUTION:
         return result.view(-1, *result.shape[2:])
-    return result.view(-1, result.shape[-1]) if op not in ROTARY or result.dim() == 3 else result
+    by_row = result.is_contiguous() and (op not in ROTARY or result.dim() == 3)
+    return result.view(-1, result.shape[-1]) if by_row else result
 
 
 def heads(op: str, args: tuple[Any, ...]) -> tuple[int, int]:
@@ -202,6 +203,21 @@ def eps_in_bf16(op: str) -> Function:
     return fn
 
 
+def eps_of_the_layer_forgotten(op: str) -> Function:
+    """By the kernel that adds a residual."""
+
+    def fn(layer: Any, x: Any, residual: Any = None) -> Any:
+        eps = layer.variance_epsilon if residual is None else 1e-6
+        return getattr(reference, op)(SimpleNamespace(weight=layer.weight, variance_epsilon=eps), x, residual)
+
+    return fn
+
+
+def strides_differ(op: str, args: tuple[Any, ...]) -> bool:
+    """Those of x and of the residual."""
+    return len(args) > 2 and args[1].stride() != args[2].stride()
+
+
 def bias_forgotten(op: str) -> Function:
     def layer_norm(layer: Any, x: Any) -> Any:
         bias = torch.zeros_like(layer.bias)
@@ -238,6 +254,16 @@ def rotary_scale_forgotten(op: str) -> Function:
     return rotary if op == "rotary_embedding" else mrotary
 
 
+def rotary_scale_forgotten_of_interleaved(op: str) -> Function:
+    right, wrong = getattr(reference, op), rotary_scale_forgotten(op)
+
+    def fn(layer: Any, *args: Any) -> Any:
+        interleaved = args[5] if op == "rotary_embedding" else not layer.is_neox_style
+        return (wrong if interleaved else right)(layer, *args)
+
+    return fn
+
+
 def _is_far(op: str, args: tuple[Any, ...]) -> bool:
     """The last row, or the last slot that a sequence has."""
     last = [(x, len(x) - 1) for x in activations(op, args)]
@@ -272,8 +298,11 @@ KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
     "top-k of 9 and more": (top_k_beyond_8, ("topk", "fused_moe")),
     "an expert without tokens": (experts_behind_one_without_tokens, ("fused_moe",)),
     "epsilon in another dtype": (eps_in_bf16, ("rms_norm", "gemma_rms_norm", "layer_norm")),
+    "epsilon with a residual": (eps_of_the_layer_forgotten, ("rms_norm", "gemma_rms_norm")),
+    "a residual with strides of its own": (where(strides_differ), ("gemma_rms_norm", "rms_norm")),
     "bias": (bias_forgotten, ("fused_moe", "layer_norm", "topk", *BIASES)),
     "the rotary embedding's scale": (rotary_scale_forgotten, ROTARY),
+    "the rotary embedding's scale, interleaved": (rotary_scale_forgotten_of_interleaved, ROTARY),
     "a race of two blocks": (race, ("silu_and_mul", *ROWS)),
 }
 

@@ -197,6 +197,11 @@ def test_what_cannot_run_is_named_with_the_reason(report: Report) -> None:
     }
 
 
+def test_a_changed_kernel_is_another_version(report: Report) -> None:
+    """A run goes on only with the same versions."""
+    assert len(report.versions["source of backend_that_kills"]) == 12
+
+
 def test_the_verdict(report: Report) -> None:
     problems = "\n".join(report.problems())
     for name in ("aborts_once", "hangs_once", "always_exits", "wrong"):

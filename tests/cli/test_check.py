@@ -212,7 +212,7 @@ def test_a_run_in_slices(jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(Record, "add", add)
     cli(*command)
     assert jobs[0] == jobs[1] and jobs[1].budget == 540.0
-    cli(*command)
+    assert f"nothing was run: {file} has every result" in cli(*command).err
     assert len(jobs) == 2
     told = "--resume: the file is of another run (seed was 4 then, and is 5 now); name another file"
     assert told in cli(*command, "--seed", "5", code=2).err

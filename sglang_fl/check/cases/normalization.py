@@ -22,6 +22,7 @@ class Norm(Form):
         shape: the shape of x, instead of tokens, heads and hidden.
         scale, offset: applied to x.
         weights: their dtype. Empty: that of x.
+        residual_apart: the residual is contiguous, whatever x's layout.
         weights_apart: the weights are strided, with other numbers between them.
         biased: the layer has a bias.
     """
@@ -30,6 +31,7 @@ class Norm(Form):
     heads: int = 0
     shape: tuple[int, ...] = ()
     residual: bool = False
+    residual_apart: bool = False
     eps: float = 1e-6
     scale: float = 3.0
     offset: float = 0.0
@@ -39,19 +41,20 @@ class Norm(Form):
 
     def call(self, draw: Draw) -> Call:
         shape = self.shape or (self.tokens, max(1, self.heads) * self.hidden)
-        x = self._laid_out(draw, draw.normal(*shape, scale=self.scale, offset=self.offset))
+        x = self._laid_out(draw, draw.normal(*shape, scale=self.scale, offset=self.offset), self.layout)
         dtype = getattr(torch, self.weights) if self.weights else draw.dtype
         weight, bias = (draw.normal(x.shape[-1], 2 if self.weights_apart else 1, dtype=dtype)[:, 0] for _ in range(2))
         layer = Layer(weight, self.eps, bias if self.biased else None)
         if not self.residual:
             return Call(layer, {"x": x})
-        residual = self._laid_out(draw, draw.normal(*shape, scale=10), sign=-1)
+        layout = "" if self.residual_apart else self.layout
+        residual = self._laid_out(draw, draw.normal(*shape, scale=self.scale * 10 / 3), layout, sign=-1)
         return Call(layer, {"x": x, "residual": residual}, frozenset({"x", "residual"}))
 
-    def _laid_out(self, draw: Draw, x: torch.Tensor, sign: int = 1) -> torch.Tensor:
+    def _laid_out(self, draw: Draw, x: torch.Tensor, layout: str, sign: int = 1) -> torch.Tensor:
         if self.values:
             x = draw.place(sign * draw.extreme(self.values, *x.shape, largest=_LARGEST))
-        x = draw.laid_out(x, self.layout)
+        x = draw.laid_out(x, layout)
         return x.unflatten(1, (self.heads, self.hidden)) if self.heads else x
 
 
@@ -68,6 +71,8 @@ tokens=3 hidden={{{numbers("hidden", "q_lora", "kv_lora")}}} | tokens=3 heads={{
 """
 _MANY = "tokens={4097,65537} hidden=16 | tokens=2048 heads=33 hidden=16 layout=view"
 _VAST = "tokens=8192 heads=32 hidden=128 | tokens=2097153 hidden=1024"
+#: For operators that take a residual.
+_APART, _VAST_RESIDUAL = "tokens=9 hidden=64 layout={view,every-other} residual residual_apart", "tokens=65537 hidden=1024 residual"
 
 
 def _operator(exactly: Callable[..., tuple[Exact, ...]], form: Norm, residual: str) -> Operator:
@@ -78,8 +83,8 @@ def _operator(exactly: Callable[..., tuple[Exact, ...]], form: Norm, residual: s
         exactly,
         sizes=each(_SIZES, residual),
         many=each(_MANY, residual),
-        vast=_VAST,
-        unusual=f"{each(_UNUSUAL, residual)} | {_CONSTANTS}",
+        vast=f"{_VAST} | {_VAST_RESIDUAL}" if residual else _VAST,
+        unusual=each(f"{_UNUSUAL} | {_CONSTANTS}", residual) + (f" | {_APART}" if residual else ""),
         special=each("tokens=6 hidden=64 values={nan,largest,zeros,denormals}", residual),
         tokens_in={"x": 0, "residual": 0},
     )

@@ -132,24 +132,26 @@ tokens=3 heads={9,17,32} kv_heads={1,9,17,32} | tokens=3 heads=128 kv_heads={1,8
 | tokens=3 heads=64 kv_heads=32 | tokens=3 heads=8 kv_heads=5
 """
 _MODELS = f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim', 'rotary_dim')}}}"
-_MANY = "tokens=4097 | tokens=65537 heads=1 kv_heads=1 head_dim=16"
+_MANY = "tokens=4097 | tokens=65537 heads=1 kv_heads=1 head_dim=16 {,rotary_dim=8}"
 _LONGEST = f"positions={max(model.get('positions', 0) for model in MODELS)} lowest=262144 head_dim=16"
 _VAST = "tokens=8192 heads=32 kv_heads=8 head_dim=128"
 _POSITIONS = "positions=262144 lowest=262000 | position_dtype=int32 | positions=70000 lowest=65530 position_dtype=int32"
 _UNUSUAL = """
 tokens=0 | head_dim=80 | head_dim=128 rotary_dim=64 | head_dim=96 rotary_dim=24 | head_dim=34 rotary_dim=6 | head_dim=256
 """
-_RARE = f"{_POSITIONS} | heads=7 kv_heads=1 | heads=3 kv_heads=3 | layout=contiguous | tables={{bfloat16,float16}} | scale=1.25"
+_RARE = f"{_POSITIONS} | heads=7 kv_heads=1 | heads=3 kv_heads=3 | layout=contiguous | tables={{bfloat16,float16}}"
+_SCALED = "scale=1.25 {,interleaved}"
 
 OPERATORS = {
     "rotary_embedding": Operator(
         Rotary(),
         "heads=8 head_dim=128 {,interleaved,copy}",
         exact.rotary_embedding,
-        sizes=f"{each(_HEADS, '{,interleaved}')} | {_MODELS} | tokens=3 layout=far {{,copy}} | positions=40 tables_far | {_LONGEST}",
-        many=each(_MANY, "{,copy}"),
+        sizes=f"{each(_HEADS, '{,interleaved,copy}')} | {_MODELS} | tokens=3 layout=far {{,copy}} | positions=40 tables_far | {_LONGEST}",
+        many=each(_MANY, "{,copy,interleaved}"),
         vast=f"{_VAST} | tokens=1048577 heads=8 kv_heads=1 head_dim=256",
-        unusual=f"{each(_UNUSUAL, '{,interleaved} {,copy}')} | {_RARE} | tables_apart | layout={{view,every-other,turned}}",
+        unusual=f"{each(_UNUSUAL, '{,interleaved} {,copy}')} | {_RARE} | {_SCALED} | scale=1.25 copy | tables_apart"
+        " | layout={view,every-other,turned}",
         special="tokens=6 copy values={nan,largest,zeros,denormals}",
         tokens_in={"query": 0, "key": 0, "position_ids": 0},
     ),
@@ -158,9 +160,9 @@ OPERATORS = {
         "heads=8 head_dim=128 {,turns,rows=1}",
         exact.mrotary_embedding,
         sizes=f"{each(_HEADS, '{,turns}')} | {_MODELS} | tokens=3 layout=far by_head | {_LONGEST}",
-        many=each(_MANY, "{,turns}"),
+        many=each(_MANY, "{,turns,interleaved}"),
         vast=_VAST,
-        unusual=f"{each(_UNUSUAL, '{,interleaved} {,turns} {,by_head}')} | {_RARE} | positions_apart | sections=32,0,0",
+        unusual=f"{each(_UNUSUAL, '{,interleaved} {,turns} {,by_head}')} | {_RARE} | {_SCALED} | positions_apart | sections=32,0,0",
         special="tokens=6 values={nan,largest,zeros,denormals}",
         tokens_in={"query": 0, "key": 0, "positions": -1},
     ),
