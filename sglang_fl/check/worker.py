@@ -77,7 +77,7 @@ class Worker:
                     impl,
                     Implementation(
                         op,
-                        impl.function,
+                        _function_of(impl),
                         None if reference is None or impl_id == _REFERENCE else reference.function,
                         self.device,
                         writes_inputs=impl.writes_inputs,
@@ -159,6 +159,19 @@ class Worker:
             return write_archive(self.job.archives.absolute(), impl, case, _seed(self.job.seed, case), self.device)
         except Exception as error:  # a layer may hold any object
             return f"not written: {type(error).__name__}: {error}"
+
+
+def _function_of(impl: OpImpl) -> Callable[..., Any]:
+    """An implementation's function. One that cannot be loaded fails each of its cases; what else is checked goes on."""
+    try:
+        return impl.function
+    except Exception as error:
+        why = error
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise why
+
+    return fails
 
 
 def _name(case: Case) -> str:

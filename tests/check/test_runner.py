@@ -45,6 +45,7 @@ TIMEOUT = 8.0
 _BACKEND = """
     import os, sys, time
     from sglang_fl.dispatch import BackendImplKind, OpImpl
+    from sglang_fl.dispatch.types import LazyFunction
     from sglang_fl.dispatch.backends.reference.impl.activation import silu_and_mul as right
 
     def once(x, what):
@@ -108,11 +109,12 @@ _BACKEND = """
         for fn in (aborts_once, hangs_once, compiles_too_long, always_exits, closes_its_results, leaves_a_child, wrong, for_another_chip):
             register("silu_and_mul", fn.__name__, fn, {"bfloat16"})
         register("silu_and_mul", "float64", right, {"float64"})
+        register("silu_and_mul", "not_loaded", LazyFunction("kernels_that_are_not_there", "silu_and_mul"), {"bfloat16"})
         register("sort", "sort", right, None)
 """
 _IMPLS = (
     *("aborts_once", "hangs_once", "compiles_too_long", "always_exits", "closes_its_results", "leaves_a_child", "wrong"),
-    *("for_another_chip", "float64"),
+    *("for_another_chip", "float64", "not_loaded"),
 )
 
 #: Compiling takes longer than the limit.
@@ -200,6 +202,13 @@ def test_what_cannot_run_is_named_with_the_reason(report: Report) -> None:
 def test_a_changed_kernel_is_another_version(report: Report) -> None:
     """A run goes on only with the same versions."""
     assert len(report.versions["source of backend_that_kills"]) == 12
+
+
+def test_one_that_cannot_be_loaded_fails_its_cases_only(report: Report) -> None:
+    found = of(report, "not_loaded")
+    assert {case.status for case in found} <= {FAILED, SKIPPED}
+    messages = {case.message for case in found if case.status == FAILED}
+    assert messages and all("No module named 'kernels_that_are_not_there'" in message for message in messages)
 
 
 def test_the_verdict(report: Report) -> None:
