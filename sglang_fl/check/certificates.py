@@ -40,8 +40,9 @@ def _in_words(report: Report, row: Row, impl: OpImpl) -> str:
     scope = " with --quick" if report.quick else ""
     when = f"on {report.date[:10]}{scope}, on {report.machine['device']}"
     if row.failed or row.refused == row.done:
-        return f"FAILED {when}: {row.result}"
-    words = f"PASSED {when}" if row.done == row.cases else f"INCOMPLETE {when}: {row.done} of {row.cases} cases"
+        words = f"FAILED {when}: {row.result}"
+    else:
+        words = f"PASSED {when}" if row.done == row.cases else f"INCOMPLETE {when}: {row.done} of {row.cases} cases"
     others = [f"{name} {then}, now {now}" for name, then in report.versions.items() if (now := installed_version(name)) and now != then]
     changed = _last_change(impl)
     if changed > datetime.fromisoformat(report.date).timestamp():

@@ -55,7 +55,7 @@ class Record:
         except OSError as error:
             raise SettingsError([f"{path} cannot be written: {error.strerror}"]) from None
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise SettingsError([f"{path} is not a result file of this version of sglang-fl check"]) from None
+            raise SettingsError([f"{path} is not a result file of this version of sglang-fl check, or a line of it is damaged"]) from None
 
     def _load(self, lines: Iterable[dict[str, Any]]) -> None:
         """Load a file's results."""

@@ -84,10 +84,11 @@ def test_what_else_there_may_be(keep: Callable[..., None], cases: list[CaseResul
     assert said() == words
 
 
-def test_older_than_its_kernel(keep: Callable[..., None], tmp_path: Path) -> None:
-    keep(CASE, SECOND)
+@pytest.mark.parametrize(("status", "words"), [(OK, "PASSED on 2026-01-02, on X100 (cuda)"), (FAILED, "failed: 1 of 2")])
+def test_older_than_its_kernel(keep: Callable[..., None], tmp_path: Path, status: str, words: str) -> None:
+    keep(CASE, replace(SECOND, status=status))
     os.utime(tmp_path / "chip_of_a_test/norm.py")
-    assert str(said()).startswith("PASSED on 2026-01-02, on X100 (cuda); older than its kernel's source, of 20")
+    assert f"{words}; older than its kernel's source, of 20" in str(said())
 
 
 def test_a_file_that_is_no_result_costs_nothing(keep: Callable[..., None]) -> None:

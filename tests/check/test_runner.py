@@ -328,9 +328,10 @@ def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
     Record(tmp_path / "run.jsonl").close()
 
 
-def test_a_file_that_is_no_result(tmp_path: Path) -> None:
-    (tmp_path / "other.jsonl").write_text('{"format": 99}\n')
-    with pytest.raises(SettingsError, match="is not a result file of this version of sglang-fl check"):
+@pytest.mark.parametrize("line", ['{"format": 99}', '{"format": 1, "seed"'])
+def test_a_file_that_is_no_result(tmp_path: Path, line: str) -> None:
+    (tmp_path / "other.jsonl").write_text(f"{line}\n")
+    with pytest.raises(SettingsError, match="is not a result file of this version of sglang-fl check, or a line of it is damaged"):
         Record(tmp_path / "other.jsonl")
 
 
