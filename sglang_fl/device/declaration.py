@@ -334,7 +334,8 @@ def name_problem(name: Any) -> str | None:
     # A distribution's name ends with a letter or a digit.
     if not usable or name != name.lower() or name != name.strip("_"):
         near = "".join(c if c.isalnum() and c.isascii() else "_" for c in str(name).strip().lower()).strip("_")
-        hint = f"; did you mean {near!r}?" if near.isidentifier() and not keyword.iskeyword(near) else ""
+        taken = keyword.iskeyword(near) or near in _RESERVED_NAMES or near in ALIASES
+        hint = f"; did you mean {near!r}?" if near.isidentifier() and not taken else ""
         ends = " that begins and ends with a letter or digit" if usable and name != name.strip("_") else ""
         return f"a vendor's name must be a Python identifier in lower case{ends}, not {name!r}{hint}"
     if name in _RESERVED_NAMES:

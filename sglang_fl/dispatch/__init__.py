@@ -32,4 +32,4 @@ from .policy import (
     with_strict_mode,
 )
 from .registry import OpRegistry, OpRegistrySnapshot
-from .types import SGLANG, BackendImplKind, BackendPriority, OpImpl, Refusal, match_token
+from .types import SGLANG, BackendImplKind, BackendPriority, LazyFunction, OpImpl, Refusal, match_token

@@ -99,9 +99,11 @@ def _readable(function: Function) -> tuple[Parameter, ...] | None:
 
 
 def _with_layer_first(op: str, expected: tuple[Parameter, ...], found: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
-    """The same with a first parameter ``obj``: the layer goes first whatever a function calls it."""
+    """The same with a first parameter ``obj``: the layer goes first whatever a function calls it, unless it has an ``obj``."""
     known = {parameter.name for parameter in expected} | set(CONSTANTS.get(op, ()))
     if expected[0].name != "obj" or not found or found[0].kind not in _BY_POSITION or found[0].name in known:
+        return found
+    if any(parameter.name == "obj" for parameter in found):  # a method of a class, not of an instance
         return found
     return (found[0].replace(name="obj"), *found[1:])
 

@@ -97,6 +97,7 @@ def nearest(error: BaseException) -> str:
 def _is_ours_or_pythons(filename: str) -> bool:
     """Whether a file belongs to Python or to sglang-fl, and not to the package that was called."""
     file = Path(filename)
-    if filename.startswith("<") or file.parent in (_OURS / "utils", _OURS / "device", _OURS / "dispatch", _OURS / "platform"):
+    ours = [_OURS / name for name in ("check", "cli/doctor", "device", "dispatch", "platform", "utils")]
+    if filename.startswith("<") or file.parent in ours:
         return True
     return _STANDARD_LIBRARY in file.parents and not _INSTALLED & set(file.parents)

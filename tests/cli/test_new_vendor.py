@@ -62,7 +62,9 @@ def test_it_writes_a_package_and_says_what_is_next(tmp_path: Path, monkeypatch: 
     [
         ("Fast-Chip", "not 'Fast-Chip'; did you mean 'fast_chip'?"),
         ("2fast", "a vendor's name must be a Python identifier in lower case, not '2fast'"),
-        ("class", "not 'class'"),
+        ("class", "not 'class'\n"),
+        ("None", "not 'None'\n"),
+        ("CUDA", "not 'CUDA'\n"),
         ("x_", "begins and ends with a letter or digit, not 'x_'; did you mean 'x'?"),
         ("_x", "begins and ends with a letter or digit, not '_x'; did you mean 'x'?"),
         ("__", "begins and ends with a letter or digit, not '__'"),

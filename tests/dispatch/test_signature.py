@@ -92,6 +92,7 @@ def test_parameters_that_cannot_be_read_are_given_by_name() -> None:
         ("rms_norm", lambda obj, x, residual, eps: x, "nothing is passed for its parameter 'eps'"),
         ("silu_and_mul", lambda x: x, "it has no parameter 'obj'"),
         ("silu_and_mul", lambda x, *more: x, "it has no parameter 'obj'"),
+        ("silu_and_mul", lambda self, obj, x: x, "nothing is passed for its parameter 'self'"),
     ],
 )
 def test_a_function_that_does_not_fit_is_refused_when_it_is_registered(op: str, function: Callable[..., Any], problem: str) -> None:

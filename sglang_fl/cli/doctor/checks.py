@@ -13,13 +13,14 @@ from ...config import Settings, ignored_variables
 from ...device import Device, declared, known_vendors
 from ...dispatch.backends.flaggems.library import TESTED, changed_signatures
 from ...dispatch.catalog import classes_of
+from ...dispatch.kernel_implementations import is_kernel
 from ...dispatch.manager import OpManager
 from ...dispatch.ops import OPERATORS
 from ...dispatch.policy import SelectionPolicy
-from ...dispatch.types import CHECK_RAISED
+from ...dispatch.types import CHECK_RAISED, LazyFunction, OpImpl
 from ...distributed.device_communicators.flagcx_files import FlagCXError, find_library, header_of
 from ...platform.absent_packages import stands_in_for
-from ...utils.packages import installed_version
+from ...utils.packages import installed_version, last_line, nearest
 from ..ops import OpRow
 
 INSTALL_TESTED_SGLANG = f"pip install 'sglang{compat.TESTED}'"
@@ -163,6 +164,28 @@ def raising_checks(machine: Machine, settings: Settings) -> Iterator[Problem]:
         yield Problem(f"{what}, for {', '.join(ops)}", "have _is_available return False where the chip or a library is not there")
 
 
+def functions_of_packages(machine: Machine) -> list[OpImpl]:
+    """Those in the orders in force that are imported at their first use. The functions for SGLang's kernels are looked at elsewhere."""
+    found = [
+        machine.manager.registry.get_implementation(row.op, i["impl"])
+        for row in machine.operators
+        for i in row.implementations
+        if not i["why"]
+    ]
+    lazy = [impl for impl in found if impl is not None and isinstance(impl.fn, LazyFunction) and not is_kernel(impl.op_name)]
+    return [impl for impl in lazy if not impl.module.startswith("sglang_fl.")]
+
+
+def importable_functions(machine: Machine, settings: Settings) -> Iterator[Problem]:
+    for impl in functions_of_packages(machine) if machine.deep else ():
+        try:
+            impl.function  # noqa: B018  # imports it
+        except Exception as error:
+            what = f"{impl.impl_id} cannot run {impl.op_name}: {last_line(error)}{nearest(error)}"
+            then = "a server stops, as strict is set" if settings.strict else "the next in the order runs instead"
+            yield Problem(what, f"fix or uninstall that package; {then}", fatal=settings.strict)
+
+
 def flaggems(machine: Machine, settings: Settings) -> Iterator[Problem]:
     policy = SelectionPolicy.from_settings(settings)
     ordered = [op for op in OPERATORS if "flagos" in policy.order_for(op)]
@@ -242,4 +265,4 @@ _CHECKS = (
     meaningless_variables,
     broken_backends,
 )
-_CHECKS_OF_SETTINGS = (orders, raising_checks, flaggems, flagcx)
+_CHECKS_OF_SETTINGS = (orders, raising_checks, importable_functions, flaggems, flagcx)

@@ -21,7 +21,7 @@ from ...startup import check_settings
 from ...startup.words import flaggems_functions, used_functions
 from ...trial import record_path, settled_record
 from ..ops import OpRow, kernels_in_words, operator_rows
-from .checks import Machine, Problem, problems_of, why_not_importable
+from .checks import Machine, Problem, functions_of_packages, problems_of, why_not_importable
 
 
 @dataclass
@@ -55,8 +55,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
     found.start = start_command(device, stood_in)
     found.changes = _changes_to_sglang(deep, found.problems)
-    if not deep and device.vendor in declared().platforms:
-        found.not_looked_at = f"the classes, names and values that {declared().origins[device.vendor]} declares; --deep looks at them"
+    found.not_looked_at = "" if deep else _not_looked_at(machine)
     if machine.settings is not None:
         found.operators = machine.operators
         found.layers = _layer_states(machine.settings, device, environ, machine.operators)
@@ -66,6 +65,13 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     if machine.manager.discovery is not None:
         found.backends = list(machine.manager.discovery.loaded)
     return found
+
+
+def _not_looked_at(machine: Machine) -> str:
+    vendor = machine.device.vendor
+    what = [f"the classes, names and values that {declared().origins[vendor]} declares"] if vendor in declared().platforms else []
+    what += [f"the functions of {impl_id}" for impl_id in sorted({impl.impl_id for impl in functions_of_packages(machine)})]
+    return f"{', '.join(what)}; --deep looks at them" if what else ""
 
 
 def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:

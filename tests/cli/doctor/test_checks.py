@@ -17,6 +17,7 @@ from sglang_fl import __version__
 from sglang_fl.cli.doctor import checks
 from sglang_fl.cli.doctor.checks import Machine, Problem
 from sglang_fl.cli.doctor.diagnosis import Diagnosis, diagnose
+from sglang_fl.cli.ops import operator_rows
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch import OpManager
@@ -253,6 +254,33 @@ def test_a_check_of_availability_that_raises(packages: Packages) -> None:
     problem = only_problem(diagnose({}))
     assert not problem.fatal and problem.what.startswith("vendor.fastchip: its availability check raised OSError: libfast.so: cannot open")
     assert problem.what.endswith(", for gemma_rms_norm, rms_norm")
+
+
+LAZY = """
+from sglang_fl.dispatch import BackendImplKind, LazyFunction, OpImpl
+
+def register(registry):
+    for op, function in (("rms_norm", LazyFunction("textwrap", "indnt")), ("relu2", LazyFunction("textwrap", "indent"))):
+        registry.register_impl(OpImpl(op, "vendor.fastchip", BackendImplKind.VENDOR, function, vendor="fastchip"))
+"""
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_function_that_is_imported_at_its_first_use(packages: Packages, strict: bool) -> None:
+    packages.install(LAZY, {BACKENDS: "{module}:register"})
+    found = diagnose({})
+    assert found.problems == [] and found.not_looked_at == "the functions of vendor.fastchip; --deep looks at them"
+    device, settings = Device("cpu", "cpu", None, "a test"), Settings(prefer="vendor", strict=strict)
+    manager = OpManager()
+    manager.ensure_initialized()
+    machine = Machine({}, device, manager, True, settings, operators=operator_rows(manager, settings, device))
+    problems = list(checks.importable_functions(machine, settings))
+    assert [problem.what for problem in problems] == [
+        "vendor.fastchip cannot run relu2: TypeError: relu2: vendor.fastchip: its parameters do not fit relu2(obj, x): it has no parameter "
+        "'x'; nothing is passed for its parameter 'prefix'",
+        "vendor.fastchip cannot run rms_norm: AttributeError: module 'textwrap' has no attribute 'indnt'; did you mean 'indent'?",
+    ]
+    assert {problem.fatal for problem in problems} == {strict}
 
 
 def test_a_package_that_registers_nothing(packages: Packages) -> None:
