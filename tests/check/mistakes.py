@@ -181,6 +181,21 @@ def top_k_beyond_8(op: str) -> Function:
     return topk if op == "topk" else fused_moe
 
 
+def padding_of_a_long_batch(op: str) -> Function:
+    """It is taken for tokens."""
+
+    def fn(obj: Any, x: Any, logits: Any, *, num_token_non_padded: Any, **named: Any) -> Any:
+        real = num_token_non_padded if len(logits) <= 64 else None
+        return reference.topk(obj, x, logits, num_token_non_padded=real, **named)
+
+    return fn
+
+
+def odd_and_many(op: str, args: tuple[Any, ...]) -> bool:
+    """More rows than a block has, of a width that is no multiple of 8."""
+    return args[1].dim() == 2 and len(args[1]) > 64 and args[1].shape[1] % 8 != 0
+
+
 def experts_behind_one_without_tokens(op: str) -> Function:
     """They are taken for the one before."""
 
@@ -296,6 +311,8 @@ KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
         ("gemma_rms_norm", *ALL),
     ),
     "top-k of 9 and more": (top_k_beyond_8, ("topk", "fused_moe")),
+    "padding of a long batch": (padding_of_a_long_batch, ("topk",)),
+    "an odd width of many rows": (where(odd_and_many), ("silu_and_mul", "rms_norm", "gemma_rms_norm", "layer_norm")),
     "an expert without tokens": (experts_behind_one_without_tokens, ("fused_moe",)),
     "epsilon in another dtype": (eps_in_bf16, ("rms_norm", "gemma_rms_norm", "layer_norm")),
     "epsilon with a residual": (eps_of_the_layer_forgotten, ("rms_norm", "gemma_rms_norm")),

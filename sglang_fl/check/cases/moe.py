@@ -237,7 +237,8 @@ OPERATORS = {
         f"experts=128 {{,real=13}} | experts=256 {_SIGMOID} groups=8 topk_group=4 factor=2.5 on_output",
         exact.topk,
         sizes=_TOPK_SIZES,
-        many=f"tokens={{4097,65537}} experts=16 top_k=2 {{,{_SIGMOID}}}",
+        many=f"tokens={{4097,65537}} experts=16 top_k=2 {{,{_SIGMOID}}} | tokens=4097 experts=16 top_k=2 real=4000"
+        f" | tokens=4097 experts=16 top_k=2 {_SIGMOID} groups=4 topk_group=2",
         vast=f"tokens=8192 experts=256 {_SIGMOID} groups=8 topk_group=4",
         unusual=_TOPK_UNUSUAL,
         special=f"{{,{_SIGMOID}}} values={{nan,far-apart}} | values=alike | {_SIGMOID} values={{small,none}}",
