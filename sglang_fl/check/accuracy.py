@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from .cases import OPERATORS_CHECKED, Call, Case
+from .constants import SERVING
 from .implementation import Function, Implementation, results
 from .results import Outcome
 
@@ -20,13 +21,19 @@ _ROUNDS, _LEAST = 5, 2e-3
 
 
 def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
+    """Compare with float64. The sizes of serving are called as SGLang does, in PyTorch's inference mode, the others outside of it."""
     call = case.draw(seed, impl.device)
+    mode = torch.inference_mode(case.check == SERVING)
     tokens_in = OPERATORS_CHECKED[impl.op].tokens_in
     if (some := _some_tokens(call, tokens_in)) is not None:
         expected = impl.exact(call.of_tokens(some, tokens_in))
-        return impl.compare(tuple(result[some] for result in impl.run(call)), expected, case)
+        with mode:
+            got = impl.run(call)
+        return impl.compare(tuple(result[some] for result in got), expected, case)
     expected = impl.exact(call)
-    outcome = impl.compare(impl.run(call), expected, case)
+    with mode:
+        got = impl.run(call)
+    outcome = impl.compare(got, expected, case)
     if impl.reference is None:
         return replace(outcome, reference_ulp=outcome.error_ulp)
     reference = impl.verdict(results(impl.reference, case.draw(seed, impl.device)), expected, case)

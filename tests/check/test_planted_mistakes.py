@@ -226,6 +226,13 @@ def a_list_of_one(layer: Any, x: Any) -> Any:
     return [reference.silu_and_mul(layer, x)]
 
 
+def written_as_if_it_counted_versions(layer: Any, x: Any) -> Any:
+    result = reference.silu_and_mul(layer, x)
+    if result._version:  # in inference mode a tensor has no version
+        raise RuntimeError("it was written")
+    return result
+
+
 def exits_from_threads(layer: Any, x: Any) -> Any:
     if threading.current_thread() is not threading.main_thread():
         sys.exit("no licence")
@@ -396,6 +403,7 @@ def sections_never_interleaved(layer: Any, positions: Any, query: Any, key: Any)
         ("silu_and_mul", wrong_dtype, SERVING, "result is torch.float32, not torch.bfloat16"),
         ("silu_and_mul", none_for_a_result, UNUSUAL, ""),
         ("silu_and_mul", a_list_of_one, SERVING, "result is list, not a tensor"),
+        ("silu_and_mul", written_as_if_it_counted_versions, SERVING, "Inference tensors do not track version counter"),
         ("silu_and_mul", exits_from_threads, THREADS, "in 4 threads at once: SystemExit"),
         ("silu_and_mul", nan_swallowed, SPECIAL, "out of bounds"),
         ("silu_and_mul", infinity_clamped, SPECIAL, "e+38, exact"),
