@@ -13,6 +13,7 @@ from installed_packages import Packages
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_fl.cli.doctor.checks import why_not_importable
+from sglang_fl.cli.doctor.diagnosis import diagnose
 from sglang_fl.dispatch.backends import vendor
 from sglang_fl.platform.changes import changes_made, load_changes, load_vendor_folder, packages_with_changes
 
@@ -59,6 +60,8 @@ def test_a_vendors_folder_is_loaded_for_that_vendor_only(tmp_path: Path, monkeyp
 def test_the_packages_that_may_change_sglang_are_known_without_it(packages: Packages) -> None:
     module = packages.install("def register(): pass", {"sglang.srt.plugins": "{module}:register"})
     assert packages_with_changes() == [f"{module} (entry point {module})"]
+    assert diagnose({}).changes == [f"{module} (entry point {module})"]
+    assert diagnose({"SGLANG_FL_PATCHES": "0"}).changes == [f"{module} (entry point {module}), not loaded (SGLANG_FL_PATCHES=0)"]
 
 
 @pytest.mark.usefixtures("registry")

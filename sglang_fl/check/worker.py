@@ -166,10 +166,10 @@ def _function_of(impl: OpImpl) -> Callable[..., Any]:
     try:
         return impl.function
     except Exception as error:
-        why = error
+        message = f"its function cannot be used: {type(error).__name__}: {error}"
 
     def fails(*args: object, **kwargs: object) -> None:
-        raise why
+        raise RuntimeError(message)  # a TypeError would be a refusal
 
     return fails
 

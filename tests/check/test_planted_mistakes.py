@@ -470,7 +470,7 @@ def stops_recording_gradients(layer: Any, x: Any) -> Any:
     ],
 )
 def test_what_the_process_shares_is_set_back(mistake: Callable[..., Any], change: str) -> None:
-    outcomes = found("silu_and_mul", mistake, SERVING)[SERVING]
+    outcomes = found("silu_and_mul", mistake, UNUSUAL)[UNUSUAL]
     assert {(outcome.status, outcome.message) for outcome in outcomes} == {(FAILED, f"it changed process-wide state of PyTorch: {change}")}
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 

@@ -54,7 +54,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     machine = _look_at(environ, device, deep)
     found = Diagnosis(_device_facts(device, deep), versions(), platforms=describe_platforms(), problems=problems_of(machine))
     found.start = start_command(device, stood_in)
-    found.changes = _changes_to_sglang(deep, found.problems)
+    found.changes = _changes_to_sglang(machine, found.problems)
     found.not_looked_at = "" if deep else _not_looked_at(machine)
     if machine.settings is not None:
         found.operators = machine.operators
@@ -83,9 +83,11 @@ def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
     return Machine(environ, device, manager, deep, settings, operators=operator_rows(manager, settings, device))
 
 
-def _changes_to_sglang(deep: bool, problems: list[Problem]) -> list[str]:
-    """Packages that change SGLang; ``deep`` applies the changes in this process, and lists the functions."""
-    if not deep or why_not_importable() or "sglang" not in sys.modules:  # the deep checks have imported it, if that can be done
+def _changes_to_sglang(machine: Machine, problems: list[Problem]) -> list[str]:
+    """Packages that change SGLang; looked at deeply the changes are applied in this process, and the functions listed."""
+    if machine.settings is not None and not machine.settings.patches:
+        return [f"{package}, not loaded (SGLANG_FL_PATCHES=0)" for package in packages_with_changes()]
+    if not machine.deep or why_not_importable() or "sglang" not in sys.modules:  # the deep checks have imported it, if that can be done
         return packages_with_changes()
     problems += [Problem(what, "fix or uninstall that package; a server starts without the change") for what in load_changes()]
     return changes_made()
