@@ -4,6 +4,7 @@
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ _ROUNDS, _LEAST = 5, 2e-3
 def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
     """Compare with float64. The sizes of serving are called as SGLang does, in PyTorch's inference mode, the others outside of it."""
     call = case.draw(seed, impl.device)
-    mode = torch.inference_mode(case.check == SERVING)
+    mode = torch.inference_mode() if case.check == SERVING else nullcontext()
     tokens_in = OPERATORS_CHECKED[impl.op].tokens_in
     if (some := _some_tokens(call, tokens_in)) is not None:
         expected = impl.exact(call.of_tokens(some, tokens_in))
