@@ -24,16 +24,13 @@ _ROUNDS, _LEAST = 5, 2e-3
 def accuracy(impl: Implementation, case: Case, seed: int) -> Outcome:
     """Compare with float64. The sizes of serving are called as SGLang does, in PyTorch's inference mode, the others outside of it."""
     call = case.draw(seed, impl.device)
-    mode = torch.inference_mode() if case.check == SERVING else nullcontext()
     tokens_in = OPERATORS_CHECKED[impl.op].tokens_in
-    if (some := _some_tokens(call, tokens_in)) is not None:
-        expected = impl.exact(call.of_tokens(some, tokens_in))
-        with mode:
-            got = impl.run(call)
-        return impl.compare(tuple(result[some] for result in got), expected, case)
-    expected = impl.exact(call)
-    with mode:
+    some = _some_tokens(call, tokens_in)
+    expected = impl.exact(call if some is None else call.of_tokens(some, tokens_in))
+    with torch.inference_mode() if case.check == SERVING else nullcontext():
         got = impl.run(call)
+    if some is not None:
+        return impl.compare(tuple(result[some] for result in got), expected, case)
     outcome = impl.compare(got, expected, case)
     if impl.reference is None:
         return replace(outcome, reference_ulp=outcome.error_ulp)

@@ -28,7 +28,7 @@ from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
 from ..platform.absent_packages import stand_in_for_absent_packages
 from ..utils.child import connection_to_parent, receive, send
-from ..utils.packages import installed_version, package_of, source_hash
+from ..utils.packages import installed_version, sources_of
 from .archive import write_archive
 from .cases import OPERATORS_CHECKED, Case, cases_of
 from .check_case import check_case
@@ -125,8 +125,7 @@ class Worker:
     def _versions(self) -> dict[str, str]:
         found = {"sglang-fl": __version__, "Python": platform.python_version()}
         found |= {package: version for package in _PACKAGES if (version := installed_version(package)) is not None}
-        sources = dict.fromkeys(package_of(impl.module) for impl, _ in self._implementations.values())
-        return found | {f"source of {package}": source_hash(package) for package in sources if package}
+        return found | sources_of(impl.module for impl, _ in self._implementations.values())
 
     def run(self, key: tuple[str, str]) -> CaseResult:
         """Run a case."""

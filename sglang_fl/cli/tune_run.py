@@ -34,7 +34,7 @@ from ..tune.served import Lengths
 from ..tune.traffic import read
 from ..tune.tuning import Job, Tuning
 from ..utils.files import write_whole
-from ..utils.packages import package_of, source_hash
+from ..utils.packages import sources_of
 from ..utils.suggest import suggest
 from .tune_plan import print_plan
 
@@ -124,12 +124,11 @@ def _conditions(args: argparse.Namespace, baseline: Path | None) -> dict[str, An
 
     device, manager = probe(), get_default_manager()
     manager.ensure_initialized()
-    packages = {"flag_gems"} | {package_of(impl.module) for impl in manager.registry.implementations()}
     return {
         "traffic": content(args.traffic),
         "model's configuration": content(Path(args.model) / "config.json"),
         "versions": versions(),
-        **{f"source of {package}": source_hash(package) for package in sorted(packages) if package},
+        **sources_of(["flag_gems", *(impl.module for impl in manager.registry.implementations())]),
         "chip": chip_name(device) if torch.accelerator.is_available() else device.device_type,
         "driver": driver(),
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_FL_") or name == "USE_FLAGGEMS"},

@@ -8,7 +8,7 @@ import logging
 import sysconfig
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 
@@ -52,6 +52,11 @@ def source_hash(package: str) -> str:
             f"{file.relative_to(files[0].parent) if files[0].parent in file.parents else file.name}\n".encode() + file.read_bytes()
         )
     return found.hexdigest()[:12]
+
+
+def sources_of(modules: Iterable[str]) -> dict[str, str]:
+    """``source of PACKAGE`` -> its :func:`source_hash`, for the packages of functions' modules."""
+    return {f"source of {package}": source_hash(package) for package in sorted(set(map(package_of, modules))) if package}
 
 
 def entries(group: str) -> list[EntryPoint]:

@@ -44,8 +44,7 @@ from sglang_fl.config import SettingsError
 TIMEOUT = 8.0
 _BACKEND = """
     import os, sys, time
-    from sglang_fl.dispatch import BackendImplKind, OpImpl
-    from sglang_fl.dispatch.types import LazyFunction
+    from sglang_fl.dispatch import BackendImplKind, LazyFunction, OpImpl
     from sglang_fl.dispatch.backends.reference.impl.activation import silu_and_mul as right
 
     def once(x, what):
