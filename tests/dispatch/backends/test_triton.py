@@ -43,7 +43,7 @@ def test_they_do_not_need_flaggems() -> None:
 
 
 def test_the_kernels_in_the_interpreter() -> None:
-    """All unusual and special cases of a quick check; rows too long for registers are every row here the second time."""
+    """All unusual and special cases of a quick check; norms and activations a second time, as for long rows and large batches."""
     command = [sys.executable, "-W", "ignore", __file__]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     found = subprocess.run(command, capture_output=True, text=True, env=environ)
@@ -58,6 +58,7 @@ def test_the_kernels_in_the_interpreter() -> None:
     ("kernel", "pointers", "given"),
     [
         ("activation:activation_kernel", "x out", {"NAME": "silu", "GATED": True, "SIZE": 512, "ROWS": 1, "BLOCK": 512}),
+        ("activation:activation_kernel", "x out", {"NAME": "silu", "GATED": True, "SIZE": 768, "ROWS": 4, "BLOCK": 256}),
         ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 2, "BLOCK": 512}),
         ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 1, "BLOCK": 256}),
         (
@@ -72,8 +73,8 @@ def test_the_kernels_in_the_interpreter() -> None:
             {"HEADS": 2, "VALUE_HEADS": 4, "KEY_DIM": 64, "VALUE_DIM": 64, "NORMED": True, "ROWS": 16, "BLOCK": 64},
         ),
         ("moe:count_kernel", "", {**EXPERTS, "CHUNK": 256}),
-        ("moe:align_kernel", "", {**EXPERTS, "CHUNK": 256, "BLOCK": 16, "counts": None}),
-        ("moe:align_kernel", "", {**EXPERTS, "CHUNK": 4096, "BLOCK": 128}),
+        ("moe:align_kernel", "", {**EXPERTS, "CHUNK": 256, "BLOCK": 16, "PARTS": 16, "counts": None}),
+        ("moe:align_kernel", "", {**EXPERTS, "CHUNK": 4096, "BLOCK": 128, "PARTS": 16}),
         (
             "moe:product_kernel",
             "x weight bias out",
@@ -107,7 +108,7 @@ def main() -> None:
     from triton_on_cpu import interpret
 
     interpret()
-    from sglang_fl.dispatch.backends.triton.impl import moe, normalization
+    from sglang_fl.dispatch.backends.triton.impl import activation, moe, normalization
 
     counts: dict[str, int] = {}
     wrong = []
@@ -126,6 +127,8 @@ def main() -> None:
     normalization._LONGEST, normalization._NUMBERS = 64, 1
     normalization.tile.cache_clear()
     run("rms_norm")
+    activation._MANY = 0  # several rows in a program, as of a large batch
+    run("silu_and_mul")
     # More routes than are looked at at once, and blocks higher than so few need.
     moe._LEAST_CHUNK = moe._CHUNK = 16
     for moe._height in (lambda routes, experts: 16), (lambda routes, experts: 128):

@@ -7,13 +7,15 @@ import triton
 
 from ...moe import Experts, fused_moe_by
 from ..kernels.moe import align_kernel, count_kernel, product_kernel, sum_kernel
-from .activation import activate, tile
+from .activation import activate, row_tile
 from .launch import launch
 
 #: A batch with fewer routes than a quarter of the experts is not ordered: few of its tokens share an expert.
 _SPARSE = 4
 #: How many routes a program looks at at once, at least and at most. With more, another kernel counts them first.
 _LEAST_CHUNK, _CHUNK = 256, 4096
+#: Of how many chunks a program reads the counts at once, and how many counts at most.
+_PARTS, _NUMBERS = 16, 4096
 #: How many blocks of rows are next to each other in the order in which programs start.
 _GROUP = 16
 #: Rows of a block -> its columns, how many numbers of each are multiplied at once, warps, and stages.
@@ -69,12 +71,12 @@ def _aligned(ids: torch.Tensor, experts: int, height: int) -> _Blocks:
     # One tensor, its parts 64 bytes apart at any number of routes: Triton compiles other programs for other alignments.
     total, order, numbers = ids.new_empty(16 + count * (height + 1), dtype=torch.int32).split((16, count * height, count))
     chunk = min(_CHUNK, max(_LEAST_CHUNK, triton.next_power_of_2(routes)))
-    bins, warps, counts = triton.next_power_of_2(experts + 1), 4 if chunk <= 1024 else 8, None
-    if routes > chunk:
-        parts = triton.cdiv(routes, chunk)
+    bins, warps, counts, parts = triton.next_power_of_2(experts + 1), 4 if chunk <= 1024 else 8, None, triton.cdiv(routes, chunk)
+    if parts > 1:
         counts = ids.new_empty((parts, bins), dtype=torch.int32)
         launch(count_kernel, (parts,), ids, counts, routes, experts, bins, chunk, warps=warps)
-    launch(align_kernel, (experts,), ids, counts, total, order, numbers, routes, experts, bins, height, chunk, warps=warps)
+    at_once = max(1, min(_PARTS, _NUMBERS // bins))
+    launch(align_kernel, (experts, parts), ids, counts, total, order, numbers, routes, experts, bins, height, chunk, at_once, warps=warps)
     return _Blocks(total, order, numbers, count)
 
 
@@ -150,7 +152,7 @@ def compute(
     inner = activate(experts.activation, experts.is_gated, _product(x, w13, w13_bias, first, blocks, routes, height))
     routed = _product(inner, w2, w2_bias, last, blocks, routes, height)
     out = x.new_empty((tokens, hidden))
-    _, block, warps = tile(hidden)
+    block, warps = row_tile(hidden)
     launch(sum_kernel, (tokens, triton.cdiv(hidden, block)), routed, ids, out, count, top_k, hidden, block, warps=warps)
     return out
 

@@ -39,38 +39,45 @@ def align_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """A program an expert: ``order``, its routes and then ``routes`` up to whole blocks, and ``experts``, a number for each block.
+    """A program an expert and CHUNK routes: its part of ``order``, which has each expert's routes and then ``routes`` up to whole blocks.
 
-    ``total``: the rows of all blocks. ``counts`` are of :func:`count_kernel`, or None: each program counts all routes itself.
+    The programs of the first chunk write ``experts`` too, a number for each block, and ``total``, the rows of all blocks. ``counts`` are of
+    :func:`count_kernel`, or None where there is one chunk.
     """
-    expert = tl.program_id(0)
+    expert, part = tl.program_id(0), tl.program_id(1)
     bins, lane, within = tl.arange(0, BINS), tl.arange(0, CHUNK), tl.arange(0, BLOCK)
+    route = part * CHUNK + lane
     wait_for_the_last(OVERLAPS)
-    number = tl.zeros([BINS], tl.int32)
-    for start in range(0, routes, CHUNK):
-        if counts is None:
-            number += tl.histogram(_experts_of(ids, start + lane, routes, EXPERTS), BINS)
-        else:
-            number += tl.load(counts + start // CHUNK * BINS + bins)
+    expert_of = _experts_of(ids, route, routes, EXPERTS)
+    before = 0
+    if counts is None:
+        number = tl.histogram(expert_of, BINS)
+    else:
+        number = tl.zeros([BINS], tl.int32)
+        parts = tl.num_programs(1)
+        for start in range(0, parts, PARTS):
+            other = start + tl.arange(0, PARTS)[:, None]
+            found = tl.load(counts + other * BINS + bins[None, :], other < parts, other=0)
+            number += tl.sum(found, 0)
+            before += tl.sum(tl.where((other < part) & (bins == expert)[None, :], found, 0))
     blocks = tl.where(bins < EXPERTS, (number + (BLOCK - 1)) // BLOCK, 0)
     first = tl.sum(tl.where(bins < expert, blocks, 0), 0)
-    own_blocks = tl.sum(tl.where(bins == expert, blocks, 0), 0)
     own = tl.sum(tl.where(bins == expert, number, 0), 0)
-    if expert == 0:
-        tl.store(total, tl.sum(blocks, 0) * BLOCK)
-    for start in range(0, own_blocks, BLOCK):
-        block = start + within
-        tl.store(experts + first + block, expert, block < own_blocks)
     order += first * BLOCK
-    tl.store(order + own + within, routes, own + within < own_blocks * BLOCK)
+    if part == 0:
+        own_blocks = (own + (BLOCK - 1)) // BLOCK
+        if expert == 0:
+            tl.store(total, tl.sum(blocks, 0) * BLOCK)
+        for start in range(0, own_blocks, BLOCK):
+            block = start + within
+            tl.store(experts + first + block, expert, block < own_blocks)
+        tl.store(order + own + within, routes, own + within < own_blocks * BLOCK)
     if own > 0:
-        for start in range(0, routes, CHUNK):
-            route = start + lane
-            hit = (_experts_of(ids, route, routes, EXPERTS) == expert).to(tl.int32)
-            tl.store(order + tl.cumsum(hit, 0) - 1, route, hit > 0)
-            order += tl.sum(hit, 0)
+        hit = (expert_of == expert).to(tl.int32)
+        tl.store(order + before + tl.cumsum(hit, 0) - 1, route, hit > 0)
 
 
 @triton.jit(do_not_specialize=["routes", "blocks"])
