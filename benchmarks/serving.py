@@ -6,7 +6,8 @@ An engine for each variant is started, all of them stay up on the same device, a
 between them; so a ratio is of neighbours in time. While one is measured, the processes of the others are stopped
 (SIGSTOP): idle engines poll, and would take cores from it. All have the same PYTHONHASHSEED. Of each variant: prefill
 and decode at some batch sizes, start-up and memory, and whether its greedy tokens and (with --profile) the kernels that
-it runs and the Python functions that its scheduler calls in a step are the baseline's, which is the first variant.
+it runs and the Python functions that its scheduler calls in a step are the baseline's, which is the first variant. With
+--profile also the GPU time of a step: the time in which at least one kernel ran.
 
     python benchmarks/serving.py qwen3-0.6b                        # a built-in shape, random weights
     python benchmarks/serving.py qwen3-8b:12 --profile             # its first 12 layers
@@ -93,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"begin no further round this long after the program's start, once there are {LEAST_ROUNDS}; tokens and kernels come after",
     )
     parser.add_argument("--tokens", type=not_negative, default=256, metavar="N", help="greedy tokens to compare; 0: none (default: 256)")
-    parser.add_argument("--profile", action="store_true", help="compare the kernels and the Python calls of a step, by name and count")
+    parser.add_argument("--profile", action="store_true", help="compare the kernels and Python calls of a step, and its GPU time")
     parser.add_argument("--start", choices=("together", "apart"), default="together", help="apart: one after the other, for start-up times")
     parser.add_argument("--start-timeout", type=seconds, default=900, metavar="SECONDS", help="how long starting may take (default: 900)")
     parser.add_argument("--max-total-tokens", type=positive, metavar="N", help="KV cache of each engine (default: what the run needs)")

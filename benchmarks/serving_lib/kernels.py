@@ -3,9 +3,10 @@
 
 import gzip
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 STRIPPED = r"0x[0-9a-f]+|(?<![0-9A-Za-z])(?=[a-f]*[0-9])(?=[0-9]*[a-f])[0-9a-f]{8,64}(?![0-9A-Za-z])"
 #: The trace's categories that are work of the device; on a CPU, operators take their place.
 _KERNELS, _COPIES, _OPERATORS = ("kernel",), ("gpu_memcpy", "gpu_memset"), ("cpu_op",)
-_TOP = 15
+_TOP = 25
 
 
 def strip(name: str) -> str:
@@ -25,11 +26,25 @@ def strip(name: str) -> str:
 
 @dataclass
 class Window:
-    """How often each kernel ran between two moments, for how many microseconds, and copies, which are not compared."""
+    """What ran on the device between two moments.
+
+    Kernels that are launched with programmatic dependent launch begin while the kernel before them runs, and wait for it.
+    So the sum of ``microseconds`` may count a time twice; ``busy_microseconds`` does not.
+    Copies and memsets count in neither. They are few, and most are the host's, on engines of their own beside kernels.
+    Without them the two measures are equal where no kernels overlap. ``compare`` tells if engines differ in ``copies``.
+
+    Attributes:
+        kind: ``kernels``, or ``operators`` on a CPU.
+        kernels: name -> how often it ran.
+        microseconds: name -> the sum of its durations.
+        busy_microseconds: the time in which at least one kernel ran.
+        copies: name -> how often it ran.
+    """
 
     kind: str
     kernels: Counter[str]
     microseconds: Counter[str]
+    busy_microseconds: float
     copies: Counter[str]
 
     def __sub__(self, other: "Window") -> "Window":
@@ -38,10 +53,14 @@ class Window:
         copies.subtract(other.copies)
         kernels.subtract(other.kernels)
         microseconds.subtract(other.microseconds)
-        return Window(self.kind, kernels, microseconds, copies)
+        return Window(self.kind, kernels, microseconds, self.busy_microseconds - other.busy_microseconds, copies)
 
     def per_step(self, steps: int) -> dict[str, Any]:
-        """``kernels`` and ``copies``: name -> count per step; ``top``: the kernels that took longest."""
+        """The window as JSON.
+
+        ``kernels`` and ``copies``: name -> count per step. ``microseconds_per_step``: the sum of the kernels' durations.
+        ``busy_microseconds_per_step``: the time in which at least one ran. ``top``: the kernels with the longest durations.
+        """
         kernels = {name: count / steps for name, count in sorted(self.kernels.items()) if count}
         slowest = sorted(kernels, key=lambda name: (-self.microseconds[name], name))[:_TOP]
         return {
@@ -50,6 +69,7 @@ class Window:
             "kernels": kernels,
             "copies": {name: count / steps for name, count in sorted(self.copies.items()) if count},
             "microseconds_per_step": sum(self.microseconds.values()) / steps,
+            "busy_microseconds_per_step": self.busy_microseconds / steps,
             "top": [
                 {"name": name, "count_per_step": kernels[name], "microseconds_per_step": self.microseconds[name] / steps}
                 for name in slowest
@@ -79,8 +99,18 @@ def read_window(trace: Path) -> Window:
     microseconds: Counter[str] = Counter()
     for event in kernels:
         microseconds[strip(event["name"])] += event.get("dur", 0.0)
+    busy = union((event["ts"], event.get("dur", 0.0)) for event in kernels)
     copies = Counter(strip(event["name"]) for event in events if event.get("cat") in _COPIES)
-    return Window(kind, Counter(strip(event["name"]) for event in kernels), microseconds, copies)
+    return Window(kind, Counter(strip(event["name"]) for event in kernels), microseconds, busy, copies)
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of the intervals lasted. They are pairs of start and duration, in any order."""
+    total, end = 0.0, -math.inf
+    for start, duration in sorted(intervals):
+        total += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    return total
 
 
 def compare(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,17 +36,22 @@ def _speed(phase: str, row: dict[str, Any] | None) -> str:
 
 
 def step_table(run: dict[str, Any]) -> Table | None:
-    """The GPU time of a step by engine, one row for each traced window. None if nothing was traced."""
+    """The GPU time of a step by engine, one row for each traced window. None if nothing was traced.
+
+    It is the time in which at least one kernel ran. Older records have only the sum of the kernels' durations.
+    """
     windows = (run.get("profile") or {}).get("windows", {})
     if run["baseline"] not in windows or any(window["kind"] != "kernels" for window in windows[run["baseline"]].values()):
         return None
-    table = Table(title=f"GPU time of a step, and as a multiple of {run['baseline']}'s", title_justify="left")
+    key, meaning = "busy_microseconds_per_step", "at least one kernel runs"
+    if any(key not in window for found in windows.values() for window in found.values()):
+        key, meaning = "microseconds_per_step", "sum of its kernels' durations, which may overlap"
+    table = Table(title=f"GPU time of a step ({meaning}), and as a multiple of {run['baseline']}'s", title_justify="left")
     for name in ("step", *windows):
         table.add_column(name, justify="right", no_wrap=True)
     for step, window in windows[run["baseline"]].items():
-        own = window["microseconds_per_step"]
-        times = [windows[name].get(step, {}).get("microseconds_per_step") for name in windows]
-        table.add_row(step, *("–" if us is None else f"{us:.0f} µs  {us / own:.3f}" for us in times))
+        times = [windows[name].get(step, {}).get(key) for name in windows]
+        table.add_row(step, *("–" if us is None else f"{us:.0f} µs  {us / window[key]:.3f}" for us in times))
     return table
 
 

@@ -2,17 +2,28 @@
 """What benchmarks read from a profiler's trace."""
 
 import gzip
+import io
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from serving_lib import kernels, python_calls
+from serving_lib.table import step_table
 
 
 class TestKernels:
     @staticmethod
-    def trace(path: Path, *events: tuple[str, str, float]) -> Path:
-        listed = [{"ph": "X", "cat": cat, "name": name, "dur": dur} for cat, name, dur in events]
+    def trace(path: Path, *events: tuple[str, str, float] | tuple[str, str, float, float]) -> Path:
+        """Events of category, name, duration and start; without a start an event begins where the one before it ends."""
+        listed: list[dict[str, Any]] = []
+        end = 1000.0
+        for cat, name, dur, *start in events:
+            ts = start[0] if start else end
+            listed.append({"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur})
+            end = ts + dur
         with gzip.open(path, "wt") as file:
             json.dump({"traceEvents": [*listed, {"ph": "M", "name": "process_name"}]}, file)
         return path
@@ -41,7 +52,7 @@ class TestKernels:
         ]
         found = kernels.read_window(self.trace(tmp_path / "t.gz", *events, ("cpu_op", "aten::add", 1.0))).per_step(2)
         assert found["kernels"] == {"a": 1.0, "b": 0.5} and found["copies"] == {"c": 0.5} and found["kind"] == "kernels"
-        assert found["microseconds_per_step"] == 4.5
+        assert found["microseconds_per_step"] == found["busy_microseconds_per_step"] == 4.5
         assert found["top"][0] == {"name": "a", "count_per_step": 1.0, "microseconds_per_step": 4.0}
 
     def test_the_steps_are_what_the_longer_window_has_more(self, tmp_path: Path) -> None:
@@ -49,10 +60,39 @@ class TestKernels:
         short, long = (kernels.read_window(self.trace(tmp_path / "t.gz", *prefill, *steps)) for steps in (step * 2, step * 6))
         found = (long - short).per_step(4)
         assert found["kernels"] == {"s": 2.0} and found["copies"] == {} and found["microseconds_per_step"] == 4.0
+        assert found["busy_microseconds_per_step"] == 4.0
+
+    @pytest.mark.parametrize(
+        ("intervals", "microseconds"),
+        [
+            ([], 0.0),
+            ([(0.0, 9.0), (5.0, 54.0)], 59.0),
+            ([(0.0, 9.0), (2.0, 3.0), (4.0, 1.0), (8.0, 2.0)], 10.0),
+            ([(0.0, 9.0), (9.0, 1.0)], 10.0),
+            ([(0.0, 9.0), (12.0, 1.0)], 10.0),
+            ([(3.0, 2.0), (3.0, 4.0), (3.0, 2.0)], 4.0),
+            ([(3.0, 0.0), (1.0, 1.0)], 1.0),
+        ],
+        ids=["none", "overlapping", "nested", "touching", "apart", "together", "of no length"],
+    )
+    def test_the_time_in_which_at_least_one_kernel_ran(self, intervals: list[tuple[float, float]], microseconds: float) -> None:
+        for ordered in itertools.permutations(intervals):
+            assert kernels.union(ordered) == microseconds
+
+    def test_a_kernel_that_waits_for_the_one_before_it_does_not_count_twice(self, tmp_path: Path) -> None:
+        """It waits while a matrix product runs. A copy beside and after them does not count."""
+        step = [("kernel", "act", 54.0, 5.0), ("kernel", "mm", 50.0, 0.0), ("gpu_memcpy", "c", 9.0, 55.0), ("cpu_op", "x", 90.0, 0.0)]
+        steps = [(cat, name, dur, 1e9 + 100 * number + ts) for number in range(6) for cat, name, dur, ts in step]
+        short, long = (kernels.read_window(self.trace(tmp_path / "t.gz", *steps[: len(step) * count])) for count in (2, 6))
+        found = (long - short).per_step(4)
+        assert found["busy_microseconds_per_step"] == 59.0 and found["microseconds_per_step"] == 104.0
+        assert [kernel["name"] for kernel in found["top"]] == ["act", "mm"]
 
     def test_on_a_cpu_operators_count(self, tmp_path: Path) -> None:
-        found = kernels.read_window(self.trace(tmp_path / "t.gz", ("cpu_op", "aten::add", 1.0)))
-        assert found.kernels == {"aten::add": 1} and found.kind == "operators"
+        """They nest: an operator's time has that of those that it calls."""
+        found = kernels.read_window(self.trace(tmp_path / "t.gz", ("cpu_op", "aten::mul", 2.0, 4.0), ("cpu_op", "aten::add", 9.0, 1.0)))
+        assert found.kernels == {"aten::add": 1, "aten::mul": 1} and found.kind == "operators"
+        assert found.busy_microseconds == 9.0 and found.microseconds == {"aten::add": 9.0, "aten::mul": 2.0}
 
     def test_an_empty_window_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="nothing"):
@@ -63,6 +103,31 @@ class TestKernels:
         assert kernels.compare(ours, ours) == {"identical": True, "differing": {}, "differing_copies": {}}
         found = kernels.compare(ours, theirs)
         assert found == {"identical": False, "differing": {"b": [2.0, 3.0], "c": [0.0, 1.0]}, "differing_copies": {"d": [0.0, 1.0]}}
+
+
+class TestStepTable:
+    """The times of two engines: sums of 100 and 104 µs, unions of 80 and 60."""
+
+    @staticmethod
+    def told(*unions: float | None) -> str:
+        windows = {}
+        for name, total, busy in zip(("native", "flagos"), (100.0, 104.0), unions, strict=True):
+            window = {"kind": "kernels", "microseconds_per_step": total}
+            windows[name] = {"decode/1": window if busy is None else {**window, "busy_microseconds_per_step": busy}}
+        table = step_table({"baseline": "native", "profile": {"windows": windows}})
+        assert table is not None
+        output = io.StringIO()
+        Console(file=output, width=200).print(table)
+        return f"{table.title}\n{output.getvalue()}"
+
+    def test_it_shows_the_time_in_which_a_kernel_ran(self) -> None:
+        told = self.told(80.0, 60.0)
+        assert "at least one kernel runs" in told and "80 µs  1.000" in told and "60 µs  0.750" in told
+
+    @pytest.mark.parametrize("unions", [(None, None), (80.0, None), (None, 60.0)])
+    def test_a_record_without_it_shows_the_sums(self, unions: tuple[float | None, float | None]) -> None:
+        told = self.told(*unions)
+        assert "sum of its kernels' durations" in told and "100 µs  1.000" in told and "104 µs  1.040" in told
 
 
 class TestPythonCalls:
