@@ -129,8 +129,8 @@ def main() -> None:
     run("rms_norm")
     activation._MANY = 0  # several rows in a program, as of a large batch
     run("silu_and_mul")
-    # More routes than are looked at at once, and blocks higher than so few need.
-    moe._LEAST_CHUNK = moe._CHUNK = 16
+    # More routes than are looked at at once, more counts than are read at once, and blocks higher than so few need.
+    moe._LEAST_CHUNK, moe._CHUNK, moe._PARTS = 16, 16, 2
     for moe._height in (lambda routes, experts: 16), (lambda routes, experts: 128):
         run("fused_moe", ("unchosen=2 tokens=40", "experts=60 hidden=72 size=40 top_k=6", "bias elsewhere=0.5"))
     # Compiled by Inductor, what is written in place to one of two views would be lost.
