@@ -14,25 +14,15 @@ _NUMBERS, _WARPS = 1024, 4
 #: A program takes fewer columns if a row's last one would otherwise have more than an eighth of them all to spare; no fewer than these,
 #: of which a program takes several rows where a row has less.
 _LEAST_COLUMNS = 256
-#: With more programs than this a program takes more rows, if it has room for them: a chip starts only so many programs in a microsecond.
-_MANY = 16384
 
 
 @lru_cache
-def row_tile(size: int) -> tuple[int, int]:
-    """(columns, warps) of a program that takes one row."""
+def tile(size: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program."""
     block = min(_NUMBERS, triton.next_power_of_2(size))
     while block > _LEAST_COLUMNS and -size % block * 8 > size:
         block //= 2
-    return block, max(1, _WARPS * block // _NUMBERS)
-
-
-def tile(rows: int, size: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program."""
-    block, warps = row_tile(size)
-    if rows * triton.cdiv(size, block) > _MANY:
-        return _NUMBERS // block, block, _WARPS
-    return max(1, _LEAST_COLUMNS // block), block, warps
+    return max(1, _LEAST_COLUMNS // block), block, max(1, _WARPS * block // _NUMBERS)
 
 
 def activate(activation: str, gated: bool, x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +35,7 @@ def activate(activation: str, gated: bool, x: torch.Tensor) -> torch.Tensor:
     if by_row.stride(1) != 1:
         by_row = by_row.contiguous()
     rows = by_row.shape[0]
-    rows_at_once, block, warps = tile(rows, size)
+    rows_at_once, block, warps = tile(size)
     grid = (triton.cdiv(rows, rows_at_once), triton.cdiv(size, block))
     launch(activation_kernel, grid, by_row, out, by_row.stride(0), rows, activation, gated, size, rows_at_once, block, warps=warps)
     return out

@@ -7,7 +7,7 @@ import triton
 
 from ...moe import Experts, fused_moe_by
 from ..kernels.moe import align_kernel, count_kernel, product_kernel, sum_kernel
-from .activation import activate, row_tile
+from .activation import tile
 from .launch import launch
 
 #: A batch with fewer routes than a quarter of the experts is not ordered: few of its tokens share an expert.
@@ -88,10 +88,12 @@ def _product(
     blocks: _Blocks,
     routes: int,
     height: int,
+    activation: str | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """``[routes, size]``; rows of x are tokens, or routes."""
+    """``[routes, size]``, or half as many columns if gated; rows of x are tokens, or routes."""
     experts, size, depth = weight.shape
-    out = x.new_empty((routes, size))
+    out = x.new_empty((routes, size // 2 if gated else size))
     if bias is not None and bias.stride(1) != 1:
         bias = bias.contiguous()
     columns, block_k, warps, stages = product_tile(height, size, depth)
@@ -120,6 +122,8 @@ def _product(
         columns,
         block_k,
         _GROUP,
+        activation,
+        gated,
         warps=warps,
         num_stages=stages,
     )
@@ -149,10 +153,10 @@ def compute(
     height = _height(routes, count)
     blocks = _aligned(ids, count, height)
     first, last = (factors, None) if experts.weight_on_input else (None, factors)
-    inner = activate(experts.activation, experts.is_gated, _product(x, w13, w13_bias, first, blocks, routes, height))
+    inner = _product(x, w13, w13_bias, first, blocks, routes, height, experts.activation, experts.is_gated)
     routed = _product(inner, w2, w2_bias, last, blocks, routes, height)
     out = x.new_empty((tokens, hidden))
-    block, warps = row_tile(hidden)
+    _, block, warps = tile(hidden)
     launch(sum_kernel, (tokens, triton.cdiv(hidden, block)), routed, ids, out, count, top_k, hidden, block, warps=warps)
     return out
 

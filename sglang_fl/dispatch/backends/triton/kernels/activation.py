@@ -15,17 +15,18 @@ def _times_sigmoid(v, exponent):
 
 
 @triton.jit
-def _activation(v, NAME: tl.constexpr):
+def activated(v, NAME: tl.constexpr):
+    """NAME is "silu", "gelu", "gelu_tanh" or "relu2"; v is fp32."""
     if NAME == "silu":
-        activated = _times_sigmoid(v, -1.4426950408889634 * v)  # -log2(e)
+        result = _times_sigmoid(v, -1.4426950408889634 * v)  # -log2(e)
     elif NAME == "gelu":
-        activated = 0.5 * v * (1 + tl.erf(v * 0.7071067811865476))
+        result = 0.5 * v * (1 + tl.erf(v * 0.7071067811865476))
     elif NAME == "relu2":
-        activated = tl.where(v < 0, 0.0, v * v)
+        result = tl.where(v < 0, 0.0, v * v)
     else:
         # (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 * u)), which needs no tanh and cancels nowhere; -2 * sqrt(2 / pi) * log2(e) is the first.
-        activated = _times_sigmoid(v, v * (-2.302208198144325 - 0.1029432395800235 * (v * v)))
-    return activated
+        result = _times_sigmoid(v, v * (-2.302208198144325 - 0.1029432395800235 * (v * v)))
+    return result
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -41,10 +42,7 @@ def activation_kernel(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``, the factor only if GATED; ROWS rows and BLOCK columns in a program.
-
-    NAME is "silu", "gelu", "gelu_tanh" or "relu2".
-    """
+    """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``, the factor only if GATED; ROWS rows and BLOCK columns in a program."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = column < SIZE
@@ -52,7 +50,7 @@ def activation_kernel(
         inside = inside & (row < rows)
     at = x + row * x_stride + column
     wait_for_the_last(OVERLAPS)
-    result = _activation(tl.load(at, inside).to(tl.float32), NAME)
+    result = activated(tl.load(at, inside).to(tl.float32), NAME)
     if GATED:
         result *= tl.load(at + SIZE, inside).to(tl.float32)
     tl.store(out + row * SIZE + column, result.to(out.dtype.element_ty), inside)

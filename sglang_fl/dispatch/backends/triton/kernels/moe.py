@@ -8,6 +8,7 @@ Routes are ordered by expert, each expert's filled up to whole blocks of rows of
 import triton
 import triton.language as tl
 
+from .activation import activated
 from .overlap import wait_for_the_last
 
 
@@ -104,14 +105,20 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """``out[route] = (x[route // TOP_K] @ weight[expert].T + bias[expert]) * factors[route]``, summed up in fp32.
 
+    With an ACTIVATION, that is taken of it, still in fp32: where GATED of the first half of the columns, times the second. N and BLOCK_N
+    count columns before it, and a program has BLOCK_N // 2 of each half, next to each other, so that a thread has a column and its factor.
     Without ``order`` each route is a block of its own, and ``experts`` are the routes' ids. Of up to GROUP blocks the same columns are next
     to each other, so that an expert's weights are read once.
     """
-    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    OUT_N: tl.constexpr = N // 2 if GATED else N
+    OUT_BLOCK: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    columns: tl.constexpr = (OUT_N + OUT_BLOCK - 1) // OUT_BLOCK
     group = tl.program_id(0) // (GROUP * columns)
     in_group = tl.program_id(0) % (GROUP * columns)
     height = tl.minimum(blocks - group * GROUP, GROUP)
@@ -132,10 +139,12 @@ def product_kernel(
         expert = tl.load(experts + block).to(tl.int64)
         route = tl.load(order + block * BLOCK_M + lane)
     here = (route < routes)[:, None]
-    column = in_group // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = in_group // height * OUT_BLOCK
+    lane_n = tl.arange(0, BLOCK_N)
+    column = (first + lane_n // 2) % OUT_N + (lane_n % 2) * OUT_N if GATED else (first + lane_n) % N
     depth = tl.arange(0, BLOCK_K)
     x_at = x + (route // TOP_K).to(tl.int64)[:, None] * x_stride + depth[None, :]
-    weight_at = weight + expert * expert_stride + (column % N).to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    weight_at = weight + expert * expert_stride + column.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
@@ -147,13 +156,18 @@ def product_kernel(
         result = tl.dot(left, right, result)
         x_at += BLOCK_K
         weight_at += BLOCK_K
-    inside = column < N
     if bias is not None:
-        result += tl.load(bias + expert * bias_stride + column, inside, other=0.0).to(tl.float32)[None, :]
+        result += tl.load(bias + expert * bias_stride + column).to(tl.float32)[None, :]
     if factors is not None:
         result *= tl.load(factors + route, route < routes, other=0.0)[:, None]
-    out_at = out + route.to(tl.int64)[:, None] * N + column[None, :]
-    tl.store(out_at, result.to(out.dtype.element_ty), here & inside[None, :])
+    if GATED:
+        gate, up = tl.split(tl.reshape(result, [BLOCK_M, OUT_BLOCK, 2]))
+        result = activated(gate, ACTIVATION) * up
+    elif ACTIVATION is not None:
+        result = activated(result, ACTIVATION)
+    out_column = first + tl.arange(0, OUT_BLOCK)
+    out_at = out + route.to(tl.int64)[:, None] * OUT_N + out_column[None, :]
+    tl.store(out_at, result.to(out.dtype.element_ty), here & (out_column < OUT_N)[None, :])
 
 
 @triton.jit
