@@ -46,7 +46,7 @@ import yaml
 from arguments import not_negative, positive, seconds
 from rich.console import Console
 from serving_lib import kernels, python_calls, tokens
-from serving_lib.results import Results, read
+from serving_lib.results import Results, partial_of, read
 from serving_lib.rounds import run_round
 from serving_lib.summary import LEAST_ROUNDS, against, summarize, tally
 from serving_lib.table import other_table, speed_table, step_table
@@ -229,13 +229,18 @@ class Run:
     def execute(self) -> None:
         """Everything, in an order in which what is worth most comes first."""
         with self.engines:
-            self._say(f"starting {', '.join(self.data['variants'])}")
-            self.engines.start(apart=self.args.start == "apart", seconds=self.args.start_timeout, on_ready=self._on_ready)
-            self.data["device_memory_used_gib"]["ready"] = machine.device_memory_used()
-            self._say_errors()
-            if self.engines.up:
-                self._measure_and_compare()
-        self.data["interrupted"] = False
+            try:
+                self._say(f"starting {', '.join(self.data['variants'])}")
+                self.engines.start(apart=self.args.start == "apart", seconds=self.args.start_timeout, on_ready=self._on_ready)
+                self.data["device_memory_used_gib"]["ready"] = machine.device_memory_used()
+                self._say_errors()
+                if self.engines.up:
+                    self._measure_and_compare()
+                self.data["interrupted"] = False
+            finally:
+                # Before the engines end: that takes a while, and SIGKILL may follow SIGTERM after some seconds.
+                self.keep()
+                self.results.finish(self.data)
 
     def _measure_and_compare(self) -> None:
         if self.data["baseline"] in self.engines.errors:
@@ -342,23 +347,22 @@ class Run:
             return self._trace(engine, [self._prompts(batch, length)], max_new_tokens, kernels.read_window)
 
         found = {"prefill/1": window(1, self.lengths.prefill, 1).per_step(1)}
-        for batch in self._profiled_batches:
+        for batch in dict.fromkeys((1, min(_PROFILED_BATCH, max(self.args.batch)))):
             short, long = (window(batch, self.lengths.decode, FIRST_TOKENS + more) for more in (0, _PROFILED_STEPS))
             found[f"decode/{batch}"] = (long - short).per_step(_PROFILED_STEPS)
         return found
 
     def _profile_python(self, engine: Engine) -> dict[str, Any]:
-        """What Python calls in the scheduler's process in the same steps."""
-        prefills = [[prompt] for prompt in self._prompts(_PROFILED_PREFILLS, self.lengths.prefill)]
-        found = {"prefill/1": self._trace(engine, prefills, 1, python_calls.prefill_step, python=True)}
-        for batch in self._profiled_batches:
-            prompts = self._prompts(batch, self.lengths.decode)
-            found[f"decode/{batch}"] = self._trace(engine, [prompts], FIRST_TOKENS + _PROFILED_STEPS, python_calls.decode_step, python=True)
-        return found
+        """What Python calls in the scheduler's process in a prefill and a decode step of one prompt.
 
-    @property
-    def _profiled_batches(self) -> list[int]:
-        return list(dict.fromkeys((1, min(_PROFILED_BATCH, max(self.args.batch)))))
+        Such traces take seconds, more for a batch, and at batch 1 most of a step's time is the host's.
+        """
+        prefills = [[prompt] for prompt in self._prompts(_PROFILED_PREFILLS, self.lengths.prefill)]
+        prompts = self._prompts(1, self.lengths.decode)
+        return {
+            "prefill/1": self._trace(engine, prefills, 1, python_calls.prefill_step, python=True),
+            "decode/1": self._trace(engine, [prompts], python_calls.DECODE_TOKENS, python_calls.decode_step, python=True),
+        }
 
     def _prompts(self, batch: int, length: int) -> list[list[int]]:
         return make_prompts(self.shape.config["vocab_size"], batch, length, (self.args.seed, batch, length))
@@ -411,6 +415,12 @@ def show(file: Path, baseline: str | None, console: Console) -> None:
         print_speeds(run, console)
     for variant, count in tally(shown).items():
         console.print(f"{variant}: {count}", markup=False, highlight=False)
+    if (partial := partial_of(file)).exists():
+        console.print(
+            f"{partial} has one more run, which goes on or was killed. If it was killed, the next run with --out {file} adds it.",
+            markup=False,
+            highlight=False,
+        )
 
 
 def main() -> int:
@@ -454,8 +464,6 @@ def main() -> int:
         except KeyboardInterrupt:
             console.print("Interrupted.")
         finally:
-            run.keep()
-            results.finish(run.data)
             results.close()
     if run.data["summary"]:
         print_speeds(run.data, console)

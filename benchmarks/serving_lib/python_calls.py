@@ -21,6 +21,8 @@ _STRIPPED = re.compile(r"0x[0-9a-f]+|^/.*/(?=sglang_fl/)")
 #: The first steps after a prefill differ from those that follow (results come one step later), the last one has no end.
 _SETTLING, _ENDING = 3, 2
 _LEAST_STEPS = 5
+#: New tokens of a batch whose trace has enough decode steps.
+DECODE_TOKENS = _SETTLING + _LEAST_STEPS + _ENDING
 
 
 def decode_step(trace: Path) -> dict[str, int]:

@@ -27,7 +27,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._partial = partial_of(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = JsonLines(path)
         self.recovered = self._partial.exists()
@@ -52,6 +52,11 @@ class Results:
         if self._file.error is not None:
             raise self._file.error
         self._partial.unlink()
+
+
+def partial_of(path: Path) -> Path:
+    """Where a run that writes to this file keeps what it has so far."""
+    return path.with_name(path.name + ".partial")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

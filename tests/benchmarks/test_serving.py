@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of benchmarks/serving.py that need no engine."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -305,6 +307,34 @@ class TestCommand:
             with pytest.raises(SystemExit, match="2"):
                 serving.main()
             assert told in capsys.readouterr().err
+
+    def test_a_run_that_is_ended_is_in_its_file_before_its_engines_end(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Their end may take longer than the time between SIGTERM and SIGKILL."""
+        out = tmp_path / "r.jsonl"
+        found: list[dict[str, Any]] = []
+
+        def ended(*_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Engines, "start", ended)
+        monkeypatch.setattr(Engines, "__exit__", lambda *_: found.extend(results.read(out)))
+        monkeypatch.setattr(sys, "argv", ["serving.py", "tiny", "--variants", "off", "--out", str(out)])
+        assert serving.main() == 130
+        assert [run["interrupted"] for run in found] == [True] and results.read(out) == found
+        assert not results.partial_of(out).exists()
+
+    def test_show_says_where_a_run_is_that_was_killed(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        out = tmp_path / "r.jsonl"
+        monkeypatch.setattr(sys, "argv", ["serving.py", "--show", str(out)])
+        for run, told in ((None, False), ({"variants": {}, "summary": []}, True)):
+            found = results.Results(out)
+            if run is not None:
+                found.save(run)
+            found.close()
+            assert serving.main() == 0
+            assert ("r.jsonl.partial has one more run" in capsys.readouterr().out.replace("\n", "")) == told
 
     def test_engine_arguments(self, tmp_path: Path) -> None:
         args = serving.parser().parse_args(["tiny", "--engine-arg", "chunked-prefill-size=512", "--engine-arg", "disable_radix_cache=true"])

@@ -152,6 +152,13 @@ class TestPythonCalls:
         steps = [first, *[usual] * 5, logging, *[usual] * 4, last]
         assert python_calls.decode_step(self.trace(tmp_path / "t.gz", steps)) == {self.STEP: 1, "f": 2, "g": 1, "poll": 1}
 
+    def test_so_many_tokens_make_enough_steps(self, tmp_path: Path) -> None:
+        """The prefill makes one, and so does each decode step."""
+        steps = [["prefill"], *[["f"]] * (python_calls.DECODE_TOKENS - 1)]
+        assert python_calls.decode_step(self.trace(tmp_path / "t.gz", steps))["f"] == 1
+        with pytest.raises(ValueError, match="4 whole steps"):
+            python_calls.decode_step(self.trace(tmp_path / "t.gz", steps[:-1]))
+
     def test_a_prefill_ends_where_the_engine_may_be_idle(self, tmp_path: Path) -> None:
         assert python_calls.prefill_step(self.trace(tmp_path / "t.gz", [["f"]] * 5)) == {self.STEP: 1, "f": 1}
 
