@@ -18,6 +18,7 @@ from typing import Any
 import platformdirs
 
 from ..config import SettingsError
+from ..utils.packages import sources_of
 from .constants import DEVICE_LOST, FAILED, LOST, NO_MEMORY, NOT_RUN, SKIPPED, SPEED, STARTING
 from .process import Lost, Process
 from .record import Record
@@ -173,7 +174,8 @@ class _Run:
         self._record.begin(
             {
                 "machine": hello["machine"],
-                "versions": hello["versions"],
+                # Hashed here, once: some packages have hundreds of MB of code.
+                "versions": hello["versions"] | sources_of(hello["modules"]),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seed": self._job.seed,
                 "quick": self._job.quick,

@@ -28,7 +28,7 @@ from ..dispatch.manager import get_default_manager
 from ..dispatch.types import OpImpl
 from ..platform.absent_packages import stand_in_for_absent_packages
 from ..utils.child import connection_to_parent, receive, send
-from ..utils.packages import installed_version, sources_of
+from ..utils.packages import installed_version
 from .archive import write_archive
 from .cases import OPERATORS_CHECKED, Case, cases_of
 from .check_case import check_case
@@ -110,8 +110,13 @@ class Worker:
         yield from (replace(case, check=SPEED) for case in cases if case.check == SERVING and case.dtype == cases[0].dtype)
 
     def hello(self) -> dict[str, Any]:
-        cases = [result for result, _ in self._cases.values()]
-        return {"machine": self._machine(), "versions": self._versions(), "why_not": self.why_not, "cases": cases}
+        return {
+            "machine": self._machine(),
+            "versions": self._versions(),
+            "modules": sorted({impl.module for impl, _ in self._implementations.values()}),
+            "why_not": self.why_not,
+            "cases": [result for result, _ in self._cases.values()],
+        }
 
     def _machine(self) -> dict[str, str]:
         module = self._module
@@ -124,8 +129,7 @@ class Worker:
 
     def _versions(self) -> dict[str, str]:
         found = {"sglang-fl": __version__, "Python": platform.python_version()}
-        found |= {package: version for package in _PACKAGES if (version := installed_version(package)) is not None}
-        return found | sources_of(impl.module for impl, _ in self._implementations.values())
+        return found | {package: version for package in _PACKAGES if (version := installed_version(package)) is not None}
 
     def run(self, key: tuple[str, str]) -> CaseResult:
         """Run a case."""

@@ -40,6 +40,7 @@ from sglang_fl.check.process import Lost
 from sglang_fl.check.record import Record
 from sglang_fl.check.results import CaseResult, Report
 from sglang_fl.config import SettingsError
+from sglang_fl.utils.packages import source_hash, sources_of
 
 TIMEOUT = 8.0
 _BACKEND = """
@@ -127,12 +128,21 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     folder = tmp_path_factory.mktemp("backend")
     (folder / "backend_that_kills.py").write_text(textwrap.dedent(_BACKEND))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        patch.syspath_prepend(folder)
+        patch.setattr(runner, "sources_of", hashed)
         patch.setenv("SGLANG_FL_PLUGIN_MODULES", "backend_that_kills")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(runner, "_GIVE_UP_AFTER", 2)
         targets = [*(("silu_and_mul", f"vendor.{name}") for name in _IMPLS), ("sort", "vendor.sort"), ("silu_and_mul", "reference.torch")]
         yield checked(runner.Job(targets, quick=True, seed=7, timeout=TIMEOUT, compile_timeout=TIMEOUT, only=_KINDS, workers=2))
+
+
+HASHED: list[list[str]] = []
+
+
+def hashed(modules: list[str]) -> dict[str, str]:
+    HASHED.append(modules)
+    return sources_of(modules)
 
 
 def checked(job: runner.Job, record: Record | None = None) -> Report:
@@ -199,8 +209,11 @@ def test_what_cannot_run_is_named_with_the_reason(report: Report) -> None:
 
 
 def test_a_changed_kernel_is_another_version(report: Report) -> None:
-    """A run goes on only with the same versions."""
+    """A run goes on only with the same versions. The sources are hashed once, though two processes have loaded them."""
     assert len(report.versions["source of backend_that_kills"]) == 12
+    assert report.versions["source of backend_that_kills"] != source_hash("a package that is not there")
+    (modules,) = HASHED
+    assert "backend_that_kills" in modules
 
 
 def test_one_that_cannot_be_loaded_fails_its_cases_only(report: Report) -> None:
@@ -260,7 +273,7 @@ class _Dies:
         type(self).started += 1
         self.connection = Connection(os.open(os.devnull, os.O_RDONLY), writable=False)
         cases = [CaseResult(op="relu2", impl="vendor.x", check=SERVING, name=str(number), dtype="bfloat16") for number in range(3)]
-        self.answers: list[Any] = [{"cases": cases, "why_not": [None], "machine": {}, "versions": {}}, cases[0]]
+        self.answers: list[Any] = [{"cases": cases, "why_not": [None], "machine": {}, "versions": {}, "modules": []}, cases[0]]
         if self.started > 1:
             self.answers = []
 
