@@ -293,9 +293,9 @@ class FLBackendBase(GatedDeltaRuleOps, CausalConv1dOps, ABC):
             expert_location_dispatch_info: None. (With it experts have several places; such a call stays with SGLang.)
 
         Returns:
-            ``(topk_weights, topk_ids)``, ``[num_tokens, top_k]``, fp32 and int32, new tensors. A token's ids are
-            distinct and, but for the shared column, in any order. Weights of padding mean nothing; where logits are
-            nan, ids are those of experts all the same.
+            ``(topk_weights, topk_ids)``, ``[num_tokens, top_k]``, fp32 and int32, new tensors, both contiguous: SGLang's
+            experts read them as such. A token's ids are distinct and, but for the shared column, in any order. Weights
+            of padding mean nothing; where logits are nan, ids are those of experts all the same.
         """
         raise NotImplementedError(f"{self.name} has no topk")
 

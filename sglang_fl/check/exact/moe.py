@@ -75,6 +75,8 @@ class Routed:
         shape = tokens, self.routing.top_k + (self.routing.shared_weight is not None)
         for name, x, wanted in (("topk_weights", weights, torch.float32), ("topk_ids", ids, torch.int32)):
             problem = misfit(name, x, shape, wanted, device)
+            if problem is None and not x.is_contiguous():
+                problem = f"{name} is not contiguous: SGLang's experts would read other numbers"
             if problem:
                 return Verdict(problem=problem)
         rows = ids.cpu().long()
