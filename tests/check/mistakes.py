@@ -279,6 +279,33 @@ def rotary_scale_forgotten_of_interleaved(op: str) -> Function:
     return fn
 
 
+def positions_read_as_if_contiguous(op: str) -> Function:
+    right, place = getattr(reference, op), 5 if op == "rotary_embedding" else 1
+
+    def fn(*args: Any) -> Any:
+        return right(*args[:place], as_if_contiguous(args[place]), *args[place + 1 :])
+
+    return fn
+
+
+def logits_of_sigmoids_read_as_if_contiguous(op: str) -> Function:
+    def topk(obj: Any, x: Any, logits: Any, **named: Any) -> Any:
+        read = as_if_contiguous(logits) if obj.topk_config.scoring_func == "sigmoid" else logits
+        return reference.topk(obj, x, read, **named)
+
+    return topk
+
+
+def as_if_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
+
+
+def _is_in_the_middle(op: str, args: tuple[Any, ...]) -> bool:
+    """More rows than a small batch has, and fewer than a large one."""
+    x = activations(op, args)[0]
+    return 1024 < (len(x) if op in ROTARY else x.numel() // x.shape[-1]) < 4096
+
+
 def _is_far(op: str, args: tuple[Any, ...]) -> bool:
     """The last row, or the last slot that a sequence has."""
     last = [(x, len(x) - 1) for x in activations(op, args)]
@@ -291,6 +318,7 @@ def _is_far(op: str, args: tuple[Any, ...]) -> bool:
 
 ALL = tuple(op for op in OPERATORS_CHECKED if not is_kernel(op))
 ROWS = tuple(op for op in ALL if op not in DELTA)
+DENSE = ("silu_and_mul", "gelu_and_mul", "new_gelu", "quick_gelu", "rms_norm", "gemma_rms_norm", "layer_norm", *ROTARY)
 #: kind -> (what plants it, the operators where it can occur, the first being the one of the everyday test)
 KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
     "key heads beyond 8 left alone": (key_heads_beyond(8), ROTARY),
@@ -320,6 +348,9 @@ KINDS: dict[str, tuple[Callable[[str], Function], tuple[str, ...]]] = {
     "bias": (bias_forgotten, ("fused_moe", "layer_norm", "topk", *BIASES)),
     "the rotary embedding's scale": (rotary_scale_forgotten, ROTARY),
     "the rotary embedding's scale, interleaved": (rotary_scale_forgotten_of_interleaved, ROTARY),
+    "positions that lie apart": (positions_read_as_if_contiguous, ROTARY),
+    "logits of sigmoids that are a view": (logits_of_sigmoids_read_as_if_contiguous, ("topk",)),
+    "more than 1024 rows, and fewer than 4096": (where(_is_in_the_middle), ("relu2", "fused_moe", *DENSE)),
     "a race of two blocks": (race, ("silu_and_mul", *ROWS)),
 }
 

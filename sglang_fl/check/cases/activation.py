@@ -61,7 +61,7 @@ def _operator(form: Activation, exactly: Callable[..., tuple[Exact, ...]], kinds
         f"width=3072 {kinds}",
         exactly,
         sizes=each(_SIZES, kinds),
-        many=f"tokens={{4097,65537}} width=8 {kinds} | tokens=4097 width=9 {kinds}" + ("" if kinds else " | shape=300,257,16"),
+        many=f"tokens={{1025,4097,65537}} width=8 {kinds} | tokens=4097 width=9 {kinds}" + ("" if kinds else " | shape=300,257,16"),
         vast=f"tokens=8192 width=14336 | tokens=1048577 width={1024 if form.gated else 2048}",
         unusual=each(_UNUSUAL, kinds),
         special=each("tokens=6 values={nan,largest,zeros,denormals}", kinds),

@@ -214,7 +214,8 @@ class Operator:
         forms: the calls of serving, except for the number of tokens.
         exactly: computes the results in float64. Its parameters are named as in :meth:`Call.values`. Inputs that are results come last.
         sizes: the sizes of models, and unusual numbers of rows, heads and offsets.
-        many: numbers of tokens or rows beyond 16 bits, the limit of a grid's second and third dimension.
+        many: more tokens or rows: past where kernels take another path, and beyond 16 bits, the limit of a grid's second and third
+            dimension.
         vast: rows that take too long on a CPU. In the largest ones only some tokens are judged.
         unusual: allowed but rare calls.
         special: calls with nan, infinity, the largest and the smallest numbers.

@@ -129,9 +129,10 @@ _CHANGES = {
 }
 
 _SIGMOID = "scoring=sigmoid bias=float32"
+#: The logits of a view are part of a wider product, as Kimi K3's are, which has sigmoids and a bias.
 _TOPK_UNUSUAL = f"""
 tokens=0 | top_k=1 | experts=16 top_k=16 | as_they_are | factor=2.5 {{,on_output}} | logits=float32 | layout={{view,odd-view}}
-| real=0 | real=9 | real={{4,40}} scalar | scoring=sigmoid | {_SIGMOID} {{as_they_are,offset=-8,real=5,experts=60 top_k=6}}
+| real=0 | real=9 | real={{4,40}} scalar | scoring=sigmoid | {_SIGMOID} {{as_they_are,offset=-8,real=5,experts=60 top_k=6,layout=view}}
 | scoring=sigmoid bias=bfloat16 | {_SIGMOID} shared factor=2.5 | {_SIGMOID} experts=256 groups=1 topk_group=1
 | {_SIGMOID} experts=256 groups=4 topk_group=4 | bias=float32 experts=256 groups=8 topk_group=4
 | {_SIGMOID} experts=256 groups=8 topk_group=4 {{real=3,offset=-8}}
@@ -250,7 +251,7 @@ OPERATORS = {
         "hidden=1024 size=32 {,experts=16 elsewhere=0.5}",
         exact.fused_moe,
         sizes=_EXPERTS_SIZES,
-        many="tokens={4097,65537} hidden=32",
+        many="tokens={1025,4097,65537} hidden=32",
         vast="tokens=8192 hidden=1024 size=32",
         unusual=_EXPERTS_UNUSUAL,
         special="elsewhere=0.3 values=nan | values={nan-in-padding,nan-in-an-expert-of-no-token,zeros}",

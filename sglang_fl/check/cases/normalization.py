@@ -69,7 +69,7 @@ _SIZES = f"""
 tokens=3 hidden={{{numbers("hidden", "q_lora", "kv_lora")}}} | tokens=3 heads={{1,2,5,8,16,40,128}} hidden=128
 | tokens=3 heads=7 hidden={{{numbers("head_dim")},72,112}} | tokens=3 layout=far
 """
-_MANY = "tokens={4097,65537} hidden=16 | tokens=4097 hidden=17 | tokens=2048 heads=33 hidden=16 layout=view"
+_MANY = "tokens={1025,4097,65537} hidden=16 | tokens=4097 hidden=17 | tokens=2048 heads=33 hidden=16 layout=view"
 _VAST = "tokens=8192 heads=32 hidden=128 | tokens=2097153 hidden=1024"
 #: For operators that take a residual.
 _APART, _VAST_RESIDUAL = "tokens=9 hidden=64 layout={view,every-other} residual residual_apart", "tokens=65537 hidden=1024 residual"

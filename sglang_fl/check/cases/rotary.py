@@ -18,6 +18,7 @@ class Rotary(Form):
         rotary_dim: 0: the whole head is rotated.
         copy: not in place.
         positions, lowest: positions are from ``lowest`` to ``positions``.
+        positions_apart: other positions lie between them, or between their rows. SGLang's drafts of one token (UNO, DSpark) have such ones.
         tables: the dtype of cos and sin.
         tables_apart: cos and sin are not halves of one table.
         tables_far: a position times their row stride does not fit into 32 bits.
@@ -33,6 +34,7 @@ class Rotary(Form):
     copy: bool = False
     positions: int = 4096
     lowest: int = 0
+    positions_apart: bool = False
     position_dtype: str = "int64"
     tables: str = "float32"
     tables_apart: bool = False
@@ -42,7 +44,7 @@ class Rotary(Form):
     def call(self, draw: Draw) -> Call:
         query, key = self._heads(draw)
         cos, sin = self._tables(draw)
-        position_ids = self._positions(draw, (query.shape[0],))
+        position_ids = self._positions(draw, query.shape[0])
         inputs: dict[str, Any] = {"query": query, "key": key, "cos": cos, "sin": sin, "position_ids": position_ids}
         inputs |= {"rotary_interleaved": self.interleaved, "inplace": not self.copy}
         return Call(Layer(), inputs, frozenset(() if self.copy else {"query", "key"}))
@@ -70,10 +72,11 @@ class Rotary(Form):
         cos, sin = draw.laid_out(table, "far" if self.tables_far else "").chunk(2, -1)
         return (cos.contiguous(), sin.contiguous()) if self.tables_apart else (cos, sin)
 
-    def _positions(self, draw: Draw, shape: tuple[int, ...]) -> torch.Tensor:
-        positions = torch.randint(self.lowest, self.positions, shape, generator=draw.rng)
+    def _positions(self, draw: Draw, count: int, *shape: int) -> torch.Tensor:
+        step = 2 if self.positions_apart else 1
+        positions = torch.randint(self.lowest, self.positions, (count * step, *shape), generator=draw.rng)
         positions[..., :1] = self.positions - 1
-        return draw.index(positions, self.position_dtype)
+        return draw.index(positions, self.position_dtype)[::step]
 
 
 class SectionsLayer(Layer):
@@ -100,14 +103,12 @@ class Sections(Rotary):
         sections: empty: a little less for height and width than for time, as in Qwen's models.
         turns: the sections' pairs are interleaved.
         by_head: query and key have a head dimension.
-        positions_apart: other rows lie between those of the positions.
     """
 
     sections: tuple[int, ...] = ()
     turns: bool = False
     rows: int = 3
     by_head: bool = False
-    positions_apart: bool = False
 
     def call(self, draw: Draw) -> Call:
         query, key = self._heads(draw)
@@ -116,8 +117,7 @@ class Sections(Rotary):
         side = 5 * pairs // 16 or pairs // 3
         sections = self.sections or (pairs - 2 * side, side, side)
         layer = SectionsLayer(cache, self.head_dim, self.interleaved, sections, self.turns)
-        step = 2 if self.positions_apart else 1
-        positions = self._positions(draw, (self.rows * step, self.tokens))[::step]
+        positions = self._positions(draw, self.rows, self.tokens)
         inputs = {
             "positions": positions if self.rows == 3 else positions[0],
             "query": query if self.by_head else query.flatten(1),
@@ -132,14 +132,14 @@ tokens=3 heads={9,17,32} kv_heads={1,9,17,32} | tokens=3 heads=128 kv_heads={1,8
 | tokens=3 heads=64 kv_heads=32 | tokens=3 heads=8 kv_heads=5
 """
 _MODELS = f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim', 'rotary_dim')}}}"
-_MANY = "tokens=4097 | tokens=65537 heads=1 kv_heads=1 head_dim=16 {,rotary_dim=8}"
+_MANY = "tokens={1025,4097} | tokens=65537 heads=1 kv_heads=1 head_dim=16 {,rotary_dim=8}"
 _LONGEST = f"positions={max(model.get('positions', 0) for model in MODELS)} lowest=262144 head_dim=16"
 _VAST = "tokens=8192 heads=32 kv_heads=8 head_dim=128"
 _POSITIONS = "positions=262144 lowest=262000 | position_dtype=int32 | positions=70000 lowest=65530 position_dtype=int32"
 _UNUSUAL = """
 tokens=0 | head_dim=80 | head_dim=128 rotary_dim=64 | head_dim=96 rotary_dim=24 | head_dim=34 rotary_dim=6 | head_dim=256
 """
-_RARE = f"{_POSITIONS} | heads=7 kv_heads=1 | heads=3 kv_heads=3 | layout=contiguous | tables={{bfloat16,float16}}"
+_RARE = f"{_POSITIONS} | heads=7 kv_heads=1 | heads=3 kv_heads=3 | layout=contiguous | tables={{bfloat16,float16}} | positions_apart"
 _SCALED = "scale=1.25 {,interleaved}"
 
 OPERATORS = {
@@ -162,7 +162,7 @@ OPERATORS = {
         sizes=f"{each(_HEADS, '{,turns}')} | {_MODELS} | tokens=3 layout=far by_head | {_LONGEST}",
         many=each(_MANY, "{,turns,interleaved}"),
         vast=_VAST,
-        unusual=f"{each(_UNUSUAL, '{,interleaved} {,turns} {,by_head}')} | {_RARE} | {_SCALED} | positions_apart | sections=32,0,0",
+        unusual=f"{each(_UNUSUAL, '{,interleaved} {,turns} {,by_head}')} | {_RARE} | {_SCALED} | sections=32,0,0",
         special="tokens=6 values={nan,largest,zeros,denormals}",
         tokens_in={"query": 0, "key": 0, "positions": -1},
     ),
