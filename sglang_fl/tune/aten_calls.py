@@ -246,4 +246,5 @@ def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return str(spec)
 
     named = [f"{name}={one(spec)}" for name, spec in kwargs.items() if name not in ("device", "layout", "pin_memory")]
-    return ", ".join([*map(one, args), *named])
+    to_host = kwargs.get("device") == {"device": "cpu"} and any(tensor["device"] != "cpu" for tensor in _tensors([args, kwargs]))
+    return ", ".join([*map(one, args), *named, *(["to the host"] if to_host else [])])

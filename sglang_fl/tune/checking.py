@@ -47,9 +47,10 @@ class Checker:
                 self._answer()
             self._process.ask(number)
             answer = self._answer()
-            if answer["status"] == DEVICE_LOST:  # the next case gets a new process
+            if answer["status"] == DEVICE_LOST:
+                answer |= {"status": FAILED, "lost": True}
+            if answer.pop("lost", False):  # the next case gets a new process
                 self._end()
-                answer["status"] = FAILED
             return answer
         except Lost as lost:
             self._end()

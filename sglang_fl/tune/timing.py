@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,13 +52,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in microseconds per call, and (median, low, high) of the ratio to the first candidate."""
+    """Medians in microseconds per call, and (median, low, high) of the ratio to the first candidate.
+
+    ``uncaptured``: why the call cannot be captured in a graph; then only the host's time was measured.
+    """
 
     us: float | None = None
     ratio: Ratio | None = None
     host_us: float | None = None
     host_ratio: Ratio | None = None
     error: str | None = None
+    uncaptured: str | None = None
 
 
 def input_sets(set_bytes: int, device: torch.device) -> int:
@@ -72,6 +76,8 @@ def input_sets(set_bytes: int, device: torch.device) -> int:
 def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: int = ROUNDS, *, graphs: bool = True) -> dict[str, Timing]:
     """Time candidates against the first one. One that fails is returned with its error.
 
+    Where the first cannot be captured, no graph holds such a call: none is captured, and the first one's ``uncaptured`` says why.
+
     Args:
         graphs: False for calls that cannot be captured: only the host's time is measured.
 
@@ -79,6 +85,8 @@ def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: i
         CaptureStateLost: a failed capture cannot be cleaned up.
     """
     errors: dict[str, str] = {}
+    baseline = next(iter(candidates))
+    uncaptured: str | None = None
     on_device: dict[str, Callable[[], float]] = {}
     on_host: dict[str, Callable[[], float]] = {}
     synchronize = torch.get_device_module(device).synchronize
@@ -89,19 +97,25 @@ def compare(candidates: Mapping[str, Candidate], device: torch.device, rounds: i
                 on_device[name] = partial(_host_us, candidate, math.ceil(_LEAST_US / max(1.0, us)), synchronize)
                 continue
             us = warm_up(candidate)
-            if graphs:
+            if graphs and uncaptured is None:
                 # At least once around all sets; short of that, no more calls than fit the time.
                 count = max(min(len(candidate.calls), CALLS), min(CALLS, math.ceil(10 * _LEAST_US / us)))
-                graph, _ = capture(candidate, count)
-                on_device[name] = partial(_replay, graph, _replays(graph), count)
+                try:
+                    graph, _ = capture(candidate, count)
+                except RuntimeError as error:
+                    if name != baseline or isinstance(error, CaptureStateLost | torch.OutOfMemoryError):
+                        raise
+                    uncaptured = first_error(error)
+                else:
+                    on_device[name] = partial(_replay, graph, _replays(graph), count)
             on_host[name] = partial(_host_us, candidate, max(5, min(CALLS, math.ceil(5 * _LEAST_US / us))), synchronize)
         except CaptureStateLost:
             raise
         except Exception as error:
             errors[name] = first_error(error)
     device_us, host_us = rounds_of(on_device, rounds), rounds_of(on_host, rounds)
-    baseline = next(iter(candidates))
-    return {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, device_us, host_us) for name in candidates}
+    found = {name: Timing(error=errors[name]) if name in errors else _timing(name, baseline, device_us, host_us) for name in candidates}
+    return {**found, baseline: replace(found[baseline], uncaptured=uncaptured)}
 
 
 def _timing(name: str, baseline: str, device_us: Mapping[str, np.ndarray[Any, Any]], host_us: Mapping[str, np.ndarray[Any, Any]]) -> Timing:

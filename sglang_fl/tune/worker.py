@@ -41,7 +41,7 @@ class Worker:
         return {}
 
     def run(self, number: int) -> dict[str, Any]:
-        """Return ``status``, and ``message`` if it is not ok."""
+        """Return ``status``, ``message`` if it is not ok, and ``lost`` if this process cannot continue."""
         case = self._cases[number]
         return self._layer(case) if case["kind"] == "layer" else self._function(case)
 
@@ -79,12 +79,13 @@ class Worker:
             found = {"error": first_error(error)}
         finally:
             self._send(RUNNING)
+        lost = {"lost": True} if found.get("lost") else {}
         if found.get("error"):
             return {"status": SKIPPED, "message": found["error"]}
         if found["right"] is None:
-            return {"status": SKIPPED, "message": found["why"]}
+            return {"status": SKIPPED, "message": found["why"], **lost}
         why = found["why"] if found["right"] is False else found.get("graph_why") if found.get("graph_safe") is False else None
-        return {"status": OK if why is None else FAILED, "message": why or ""}
+        return {"status": OK if why is None else FAILED, "message": why or "", **lost}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_fl.tune import aten_case
 from sglang_fl.tune.aten_calls import Recorder, describe, telling
 from sglang_fl.tune.aten_case import Case, NotMeasurable, check, time
 
@@ -110,6 +111,26 @@ def test_places_are_in_bounds_and_not_twice_the_same() -> None:
 def test_random_results_cannot_be_compared() -> None:
     with torch.inference_mode():
         assert check(case("exponential_", [tensor(5)], lambda x: x.fill_(1.0)), CPU)["right"] is None
+
+
+@pytest.mark.parametrize("error", ["not permitted", aten_case.CaptureStateLost("the process captures no more")])
+def test_what_pytorch_cannot_capture_either_is_no_fault_of_flaggems(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    def replay_error(case: Case, active: Any, **_: Any) -> str:
+        assert active is aten_case.nullcontext, "only PyTorch's own call is captured"
+        if isinstance(error, Exception):
+            raise error
+        return str(error)
+
+    monkeypatch.setattr(aten_case, "graphs_of", lambda device: object())
+    monkeypatch.setattr(aten_case, "_replay_error", replay_error)
+    found = check(case("add.Tensor", [tensor(4, 8), 2.0], lambda a, b, alpha=1: torch.sub(a, b, alpha=-alpha)), CPU)
+    assert found["right"] is True and "graph_safe" not in found and found.get("lost", False) is isinstance(error, Exception)
+
+
+def test_a_copy_to_the_host_is_told_from_one_that_stays() -> None:
+    x = {**tensor(4), "device": "cuda"}
+    assert [describe([x], {"device": {"device": name}}) for name in ("cpu", "cuda")] == ["4 fp32, to the host", "4 fp32"]
+    assert describe([tensor(4)], {"device": {"device": "cpu"}}) == "4 fp32 on the host"
 
 
 def test_what_cannot_be_made_again_says_so() -> None:

@@ -16,7 +16,7 @@ from sglang_fl.check.cases import Case
 from sglang_fl.check.check_case import check_case
 from sglang_fl.check.constants import FAILED, OK, REPEATS, UNUSUAL
 from sglang_fl.check.implementation import Implementation
-from sglang_fl.tune import recorded
+from sglang_fl.tune import checking, recorded, worker
 from sglang_fl.tune.checking import Checker, is_crash
 from sglang_fl.tune.layer_calls import RecordedCall, TensorSpec
 
@@ -90,6 +90,44 @@ def test_what_ends_the_process_is_named_and_the_others_are_checked(found: dict[s
     assert is_crash(found["vendor.crashing"]["status"]) and "SIGSEGV" in found["vendor.crashing"]["message"]
     assert found["silu"]["status"] == FAILED and "is off by" in found["silu"]["message"]
     assert found["mul"] == {"status": OK, "message": ""}
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ({"right": True, "graph_why": "PyTorch's own cannot be captured either", "lost": True}, OK),
+        ({"right": True, "graph_safe": False, "graph_why": "no", "lost": True}, FAILED),
+    ],
+)
+def test_after_a_capture_that_cannot_be_undone_the_next_case_has_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], status: str
+) -> None:
+    x = {"shape": [4], "stride": [1], "dtype": "float32", "device": "cpu"}
+    row = {"kind": "function", "function": "neg", "key": "neg", "args": [x], "kwargs": {}}
+    (tmp_path / "cases.json").write_text("[]")
+    monkeypatch.setattr(worker, "check_function", lambda case, device: found)
+    one = worker.Worker(str(tmp_path / "cases.json"), lambda sent: None)
+    one._cases, one._functions, one._dispatch_key = [row], {"neg": [("neg", torch.neg)]}, "CPU"
+    processes: list[Any] = []
+
+    class InThisProcess:
+        def __init__(self, *_: Any):
+            processes.append(self)
+            self.answers: list[dict[str, Any]] = [{}]
+
+        def ask(self, number: int) -> None:
+            self.answers.append(one.run(number))
+
+        def answer(self, seconds: float) -> dict[str, Any]:
+            return self.answers.pop()
+
+        def kill(self) -> None: ...
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(checking, "Process", InThisProcess)
+    with Checker([row], tmp_path / "cases.json") as checker:
+        answers = [checker.run(0), checker.run(0)]
+    assert [answer["status"] for answer in answers] == [status, status] and "lost" not in answers[0] and len(processes) == 2
 
 
 def test_a_norms_weights_and_constants_are_those_of_the_model() -> None:
