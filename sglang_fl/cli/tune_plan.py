@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 
@@ -47,7 +48,7 @@ def _print_times(console: Console, counts: dict[str, int], record: Path | None, 
     """Print the number and the time of each kind of measurement, and the source of the time."""
     total, times = 0.0, Budget(None, earlier)
     for kind, count in counts.items():
-        seconds, measured = times.typical(kind)
+        seconds, measured = times.typical(kind, fmean)
         made = len(earlier.get(kind, ()))
         count = made if record is not None and record.stem == "finished" and made else max(count, made)
         total += count * seconds

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..tune.baseline import Baseline, read_baseline
 from ..tune.bench import NATIVE, Bench, StartFailed, with_profile
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
-from ..tune.judge import UNAVAILABLE, UNDECIDED, USED, Candidate
+from ..tune.judge import CRASHED, OUTSIDE, SLOWER_SERVED, UNAVAILABLE, UNDECIDED, USED, WRONG, Candidate
 from ..tune.merge import merge
 from ..tune.outcome import Outcome
 from ..tune.page import as_html
@@ -37,6 +37,9 @@ from ..utils.files import write_whole
 from ..utils.packages import sources_of
 from ..utils.suggest import suggest
 from .tune_plan import print_plan
+
+#: Statuses that are printed with their reasons.
+_EXPLAINED = (WRONG, CRASHED, SLOWER_SERVED, OUTSIDE, UNDECIDED)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -170,8 +173,9 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _left(tuning: Tuning) -> str:
-    left = tuning.budget.left()
-    return f" (about {left / 60:.0f} min left)" if left >= 90 else f" (about {left:.0f} s left)"
+    left, budget_ends = tuning.budget.left()
+    words = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+    return f" (the budget ends in {words})" if budget_ends else f" (about {words} left)"
 
 
 def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, baseline: Baseline, journal: Journal) -> int:
@@ -181,10 +185,11 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, baseli
     if outcome.about:
         write(args.out, outcome, baseline)
     if outcome.incomplete:
-        undecided = sum(candidate.status == UNDECIDED for candidate in outcome.candidates)
-        unconfirmed = "; the choice was not confirmed on fresh starts" if outcome.used != NATIVE and not outcome.confirmed else ""
+        if any(candidate.status == UNDECIDED for candidate in outcome.candidates):
+            console.print("What is undecided stays with SGLang")
+        if outcome.used != NATIVE and not outcome.confirmed:
+            console.print("The choice was not confirmed on fresh starts")
         console.print(f"{outcome.incomplete}. Continue with --resume", markup=False)
-        console.print(f"{undecided} candidates are undecided and stay with SGLang{unconfirmed}", markup=False)
     else:
         journal.path.replace(journal.path.with_name("finished.jsonl"))
         journal.path.with_name("baseline.yaml").unlink(missing_ok=True)
@@ -200,20 +205,44 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, baseli
 
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:
-    """Print the used candidates with the time that each saves in a step, and the others by status."""
+    """Print the used candidates with the time that each saves in a step, the others by status, and what serving shows."""
     shown: dict[str, list[Candidate]] = {}
     for candidate in sorted(outcome.candidates, key=lambda one: (one.impl is None, one.key)):
         shown.setdefault(candidate.status, []).append(candidate)
     if used := shown.pop(USED, []):
-        table = Table(title="Used: time divided by native's, and µs saved in a step", title_justify="left", box=None)
+        table = Table(title="Used: time alone divided by native's, and the µs of a step that this saves", title_justify="left", box=None)
         for column in ("", "time", *outcome.step_us):
             table.add_column(column, no_wrap=True, justify="right" if column else "left")
         for candidate in used:
             gains = [f"{candidate.gains[case]:.1f}" if case in candidate.gains else "" for case in outcome.step_us]
             table.add_row(candidate.key, f"{candidate.ratio[1]:.2f}" if candidate.ratio else "", *gains)
+        sums = [sum(candidate.gains.get(case, 0.0) for candidate in used) for case in outcome.step_us]
+        table.add_row("together", "", *(f"{us:.1f}" for us in sums))
+        table.add_row("native's step", "", *(f"{us:.0f}" for us in outcome.step_us.values()))
         console.print(table)
     for status, candidates in shown.items():
-        if status != UNAVAILABLE:
-            console.print(f"{status}: {', '.join(candidate.key for candidate in candidates)}", markup=False)
+        if status in _EXPLAINED:
+            reasons: dict[str, list[Candidate]] = {}
+            for candidate in candidates:
+                reasons.setdefault(candidate.reason, []).append(candidate)
+            for reason, alike in reasons.items():
+                console.print(f"{status}: {_names(alike)}\n    {reason}", markup=False)
+        elif status != UNAVAILABLE:
+            console.print(f"{status}: {_names(candidates)}", markup=False)
+    if outcome.served:
+        console.print("Served, with all that is used:")
     for case, found in outcome.served.items():
-        console.print(f"{case}: {found} of native's speed", markup=False)
+        console.print(f"  {case}: {found.in_words(outcome.noise[case])}", markup=False)
+    if outcome.confirmed:
+        console.print("On fresh starts:")
+        for case in outcome.confirmed.speeds:
+            console.print(f"  {case}: {outcome.confirmed.in_words(case)}", markup=False)
+
+
+def _names(candidates: Sequence[Candidate]) -> str:
+    """Implementations by operator, then FlagGems functions."""
+    names: dict[str, list[str]] = {}
+    for candidate in candidates:
+        group, name = ("flag_gems", candidate.name) if candidate.impl is None else (candidate.name, candidate.impl)
+        names.setdefault(group, []).append(name)
+    return "; ".join(f"{group}: {', '.join(found)}" for group, found in names.items())

@@ -3,7 +3,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ KINDS = {
     "about": Kind("first start of an engine", 120.0),
     "noise": Kind("pairs of native and itself", 5.0),
     "record": Kind("recording of all calls", 60.0),
-    "check": Kind("checks of a recorded call", 10.0),
-    "time": Kind("timings of a recorded call", 3.0),
+    "check": Kind("checks of a recorded call", 1.0),
+    "time": Kind("timings of a recorded call", 0.3),
     "pair": Kind("pairs of native and candidates", 30.0),
     "start": Kind("fresh starts", 120.0),
 }
@@ -49,8 +49,8 @@ class Budget:
     """
 
     def __init__(self, deadline: float | None, seconds: Mapping[str, Sequence[float]]):
-        self._deadline, self._seconds = deadline, seconds
-        self.to_come = {"start": 4, "pair": LOOKS[-1], "noise": LOOKS[-1]}
+        self._deadline, self._end, self._seconds = deadline, deadline, seconds
+        self.to_come = {"about": 1, "noise": LOOKS[-1], "record": 1, "pair": LOOKS[-1], "start": 4}
 
     def check(self, kind: str) -> None:
         """Raise BudgetOver if another measurement of a kind would exceed the budget.
@@ -78,11 +78,16 @@ class Budget:
         """Seconds until the deadline. None: no limit."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def typical(self, kind: str) -> tuple[float, bool]:
-        """The typical seconds of a measurement of this kind, and whether one was made. A fresh start takes about as long as the first."""
-        known = self._seconds.get(kind) or (self._seconds.get("about") if kind == "start" else None)
-        return (statistics.median(known), True) if known else (KINDS[kind].seconds, False)
+    def typical(self, kind: str, average: Callable[[Sequence[float]], float] = statistics.median) -> tuple[float, bool]:
+        """The typical seconds of a measurement of this kind, and whether one was made. A fresh start takes about as long as the first.
 
-    def left(self) -> float:
-        """The approximate remaining seconds of the run."""
-        return sum(count * self.typical(kind)[0] for kind, count in self.to_come.items())
+        For the time of many, use the mean: a few that compile take most of it.
+        """
+        known = self._seconds.get(kind) or (self._seconds.get("about") if kind == "start" else None)
+        return (average(known), True) if known else (KINDS[kind].seconds, False)
+
+    def left(self) -> tuple[float, bool]:
+        """The approximate remaining seconds of the run, and whether it is the budget that ends it then."""
+        needed = sum(count * self.typical(kind, statistics.fmean)[0] for kind, count in self.to_come.items())
+        budget = None if self._end is None else max(0.0, self._end - time.monotonic())
+        return (needed, False) if budget is None or needed <= budget else (budget, True)

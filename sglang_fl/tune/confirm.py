@@ -21,15 +21,21 @@ class Confirmed:
 
     Attributes:
         speeds: case -> the tuned starts' speed divided by the native ones'.
-        apart: case -> the smallest effect that can be shown between two starts.
+        apart: case -> the smallest effect that can be shown between two starts: those of the same kind differ by it.
     """
 
     speeds: Mapping[str, float]
     apart: Mapping[str, float]
 
     def slower(self) -> dict[str, float]:
-        """The cases in which tuned is slower than native by more than the two native starts differ."""
+        """The cases in which tuned is slower than native by more than two starts of the same kind differ."""
         return {case: ratio for case, ratio in self.speeds.items() if ratio < 1 - self.apart[case]}
+
+    def in_words(self, case: str) -> str:
+        ratio, apart = self.speeds[case], self.apart[case]
+        found = "slower" if case in self.slower() else "faster" if ratio > 1 + apart else "no difference can be shown"
+        differ = f"by up to {100 * apart:.1f} %" if apart < 1 else "more than twofold"
+        return f"{ratio:.3f} of native's speed: {found} (two starts of the same kind differ {differ})"
 
 
 def confirm(bench: Bench, measured: Callable[..., Any], profile: Path, choice: str, noise: Mapping[str, float]) -> Confirmed | str:
@@ -68,5 +74,5 @@ def confirm(bench: Bench, measured: Callable[..., Any], profile: Path, choice: s
         natives = [statistics.median([*pair]) for pair in zip(first[case], last[case], strict=True)]
         both = [statistics.median([*pair]) for pair in zip(one[case], two[case], strict=True)]
         speeds[case] = speed(natives, both).ratio
-        apart[case] = max(noise[case], smallest_effect(speed(first[case], last[case])))
+        apart[case] = max(noise[case], *(smallest_effect(speed(a[case], b[case])) for a, b in ((first, last), (one, two))))
     return Confirmed(speeds, apart)

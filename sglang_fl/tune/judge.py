@@ -14,14 +14,18 @@ import numpy as np
 #: Above the first ratio to native's time a call counts as slower. Below the second a median counts as faster.
 MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
 
+#: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
+_CALL_US, _BYTE_US = 2.0, 1e-6
+
 #: Statuses of a candidate.
-USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, UNAVAILABLE, SLOWER_SERVED, NOT_BEST, UNDECIDED, NOT_MEASURED = (
+USED, TIE, SLOWER, WRONG, CRASHED, NOT_CALLED, OUTSIDE, UNAVAILABLE, SLOWER_SERVED, NOT_BEST, UNDECIDED, NOT_MEASURED = (
     "used",
     "tie",
     "slower",
     "wrong",
     "crashed",
     "not exercised",
+    "only outside of graphs",
     "not available",
     "slower served",
     "another is faster",
@@ -75,6 +79,15 @@ class Candidate:
         """µs saved per step, summed over the cases."""
         return sum(self.gains.values())
 
+    def share_of(self, step_us: Mapping[str, float]) -> float:
+        """Its calls' part of a step, roughly, in all cases together. ``step_us``: case -> native's time."""
+        return sum(
+            count * (_CALL_US + _BYTE_US * call["bytes"]) / step_us[case]
+            for call in self.calls
+            for case, count in call["per_pass"].items()
+            if case in step_us
+        )
+
     def settle(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
 
@@ -102,7 +115,7 @@ def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, 
         return UNDECIDED, f"timing native failed: {own['error']}"
     if theirs.get("error"):
         return UNDECIDED if "out of memory" in theirs["error"] else WRONG, f"timing it failed: {theirs['error']}"
-    on_host = own.get("host_us") is not None and not in_graph
+    on_host = own.get("host_us") is not None and (own.get("uncaptured") or not in_graph)
     us, ratio = ("host_us", "host_ratio") if on_host else ("us", "ratio")
     if own.get(us) is None or not theirs.get(ratio):
         return UNDECIDED, "it could not be timed"

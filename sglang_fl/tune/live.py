@@ -175,11 +175,11 @@ class Live:
         finally:
             self._recorder.label = f"{label} outside"
 
-    def recorded(self, directory: str, labels: Sequence[str]) -> dict[str, Any]:
+    def recorded(self, directory: str | None, labels: Sequence[str]) -> dict[str, Any]:
         """End recording.
 
         Args:
-            directory: where calls of layers are saved for the checking process.
+            directory: where calls of layers are saved for the checking process. None: they are not.
             labels: the measured cases; their calls come first.
 
         Returns:
@@ -194,23 +194,25 @@ class Live:
         _forget_seeds()
         bind_model(self._runner.model, self._device)  # the recording forwards are removed
         self._layers = list(self._layer_recorder.calls.values())
-        layers = [self._layer_row(number, Path(directory)) for number in range(len(self._layers))]
+        layers = [self._layer_row(number, directory) for number in range(len(self._layers))]
         return {"passes": self._passes, "layers": layers, "functions": self._function_rows(frozenset(labels))}
 
-    def _layer_row(self, number: int, directory: Path) -> dict[str, Any]:
+    def _layer_row(self, number: int, directory: str | None) -> dict[str, Any]:
         call = self._layers[number]
-        file: str | None = str(directory / f"{call.socket.op}-{number}.call")
+        file = None if directory is None else self._saved(call, Path(directory) / f"{call.socket.op}-{number}.call")
+        dtype = str(call.socket.dtype).removeprefix("torch.")
+        row = {"number": number, "op": call.socket.op, "class": call.socket.name, "call": call.describe(), "dtype": dtype}
+        return {**row, "per_pass": self._per_pass(call.counts), "bytes": call.nbytes, "file": file}
+
+    def _saved(self, call: RecordedCall, file: Path) -> str | None:
         try:
             written = call.pickled()
         except Exception as error:  # whatever a layer keeps
             logger.info("a call of %s cannot be saved: %s: %s", call.socket.op, type(error).__name__, error)
-            file = None
-        else:
-            if self.rank == 0:
-                Path(str(file)).write_bytes(written)
-        dtype = str(call.socket.dtype).removeprefix("torch.")
-        row = {"number": number, "op": call.socket.op, "class": call.socket.name, "call": call.describe(), "dtype": dtype}
-        return {**row, "per_pass": self._per_pass(call.counts), "bytes": call.nbytes, "file": file}
+            return None
+        if self.rank == 0:
+            file.write_bytes(written)
+        return str(file)
 
     def _per_pass(self, counts: Mapping[str, int]) -> dict[str, float]:
         """The number of calls per pass. Calls between passes count for the previous one."""

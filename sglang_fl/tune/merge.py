@@ -8,7 +8,7 @@ from typing import Any
 from ..config import SettingsError
 from .baseline import Baseline, read_baseline
 from .bench import NATIVE, Choice
-from .judge import BROKEN, FUNCTION, NOT_CALLED, SLOWER_SERVED, UNAVAILABLE, USED
+from .judge import BROKEN, FUNCTION, NOT_CALLED, OUTSIDE, SLOWER_SERVED, UNAVAILABLE, USED
 from .profile import values
 
 #: A function with one of these statuses in a model has it on the chip.
@@ -59,7 +59,8 @@ def _implementation(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _worst(statuses: Sequence[str]) -> str:
-    return min(statuses, key=lambda status: (status == USED, status not in _WORSE, status))
+    """What holds on the chip. A model that calls a function only outside of graphs does not use it there, whatever it is."""
+    return min(statuses, key=lambda status: (status == OUTSIDE, status == USED, status not in _WORSE, status))
 
 
 def _with(parts: Mapping[str, Baseline]) -> dict[str, dict[str, str]]:

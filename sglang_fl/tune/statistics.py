@@ -32,6 +32,16 @@ class Speed:
     def is_faster(self, noise: float) -> bool:
         return self.low > 1 and self.ratio > 1 + noise
 
+    def in_words(self, noise: float) -> str:
+        """The speed, and what it shows beyond the smallest effect of this machine."""
+        if self.is_faster(noise) or self.is_slower(noise):
+            found = "faster" if self.ratio > 1 else "slower"
+        elif self.low <= 1 <= self.high:
+            found = "no difference can be shown"
+        else:
+            found = f"below the smallest effect, {100 * noise:.1f} %"
+        return f"{self} of native's speed: {found}"
+
 
 def speed(native: Sequence[float], other: Sequence[float]) -> Speed:
     """The speed from pairs of times.

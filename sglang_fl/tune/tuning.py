@@ -2,7 +2,7 @@
 """The steps of ``sglang-fl tune``: noise, recording, checking, timing alone, serving, fresh starts."""
 
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +28,7 @@ from .judge import (
     NOT_BEST,
     NOT_CALLED,
     NOT_MEASURED,
+    OUTSIDE,
     SLOWER_SERVED,
     UNAVAILABLE,
     UNDECIDED,
@@ -46,11 +47,8 @@ from .timing import ROUNDS
 
 #: Parts of a limited budget: for native against native beyond the first look, and for candidates alone.
 _NOISE_SHARE, _ALONE_SHARE = 0.1, 0.6
-#: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
-_CALL_US, _BYTE_US = 2.0, 1e-6
 
-#: A step that takes longer reports its progress.
-_SAY_SECONDS = 20.0
+_SAY_SECONDS = 20.0  # a step that takes longer reports its progress
 Say = Callable[[str], None]
 
 
@@ -86,7 +84,8 @@ class Tuning:
         #: recorded call -> its number in the engine that recorded last; and which start that was
         self._numbers: dict[str, int] = {}
         self._recorded_by = 0
-        self._said = time.monotonic()
+        self._calls = job.directory / "calls"  # recorded, for the checking process
+        self._said, self._step = time.monotonic(), ""  # _step: what has begun, until something of it is measured
 
     def run(self) -> Outcome:
         """All steps, as far as the time goes. What it does not suffice for stays with SGLang."""
@@ -114,30 +113,36 @@ class Tuning:
             candidate.settle(UNDECIDED, str(over))
 
     def _show(self, text: str) -> None:
-        self._said = time.monotonic()
+        self._said, self._step = time.monotonic(), ""
         self._say(text)
 
     def _measured(self, kind: str, name: str, measure: Callable[[], Any]) -> Any:
         """From the journal, or made now. Raises BudgetOver if it would not end in time; shows how far the run is now and then."""
-        self.budget.to_come[kind] = max(0, self.budget.to_come.get(kind, 0) - 1)
         if f"{kind}: {name}" not in self._journal:
-            if time.monotonic() - self._said > _SAY_SECONDS:
-                self._show(f"{len(self._journal.seconds.get(kind, ()))} {KINDS[kind].words} done")
+            if self._step:
+                self._show(self._step)
+            elif time.monotonic() - self._said > _SAY_SECONDS:
+                self._show(f"{KINDS[kind].words} done: {len(self._journal.seconds.get(kind, ()))}")
             self.budget.check(kind)
-        return self._journal.measured(kind, name, measure)
+        found = self._journal.measured(kind, name, measure)
+        self.budget.to_come[kind] = max(0, self.budget.to_come.get(kind, 0) - 1)
+        return found
 
     def _about(self) -> None:
-        self._show("starting the engine")
+        self._step = "starting the engine"
         self.outcome.about = self._measured("about", "the engine", self._bench.about)
         self._bench.know(self.outcome.about)
 
     def _measure_noise(self) -> None:
         """Measure native against native, in pairs like those of a candidate."""
-        self._show("native against native")
+        self._step = "native against native"
         pairs = [self._noise(number) for number in range(LOOKS[0])]
         with self.budget.part(_NOISE_SHARE), suppress(BudgetOver):
             for number in range(LOOKS[0], LOOKS[-1]):
+                if f"noise: {number}" not in self._journal and "record: calls" in self._journal:
+                    break  # an earlier slice went on with what it had
                 pairs.append(self._noise(number))
+        self.budget.to_come["noise"] = 0
         for case in map(str, self._bench.cases):
             one, two = ([pair[side][case] for pair in pairs] for side in (0, 1))
             self.outcome.noise[case] = smallest_effect(speed(one, two))
@@ -155,8 +160,8 @@ class Tuning:
         found: list[dict[str, float]] = self._measured("noise", str(number), pair)
         return found
 
-    def _recording(self) -> dict[str, Any]:
-        """Serve the traffic and the measured cases while recording."""
+    def _recording(self, directory: Path | None = None) -> dict[str, Any]:
+        """Serve the traffic and the measured cases while recording. Calls of layers are saved in the directory."""
         bench, about = self._bench, self.outcome.about
         bench.use(NATIVE)
         longest = min(about["longest"] // 2, 4000) if not about["plain_cpu"] else min(about["longest"] // 2, 256)
@@ -167,17 +172,19 @@ class Tuning:
         bench.ask("record")
         bench.send(requests)
         bench.show()
-        directory = Path(tempfile.mkdtemp(prefix="calls-", dir=self._job.directory))
-        found: dict[str, Any] = bench.ask("recorded", directory=str(directory), labels=[str(case) for case in bench.cases])
+        if directory is not None:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(directory)  # of a recording that was killed
+            directory.mkdir()
+        where, labels = directory and str(directory), [str(case) for case in bench.cases]
+        found: dict[str, Any] = bench.ask("recorded", directory=where, labels=labels)
         self._recorded_by = bench.starts
         self._numbers = {_name(row): row["number"] for row in [*found["layers"], *found["functions"]]}
         return found
 
     def _record(self) -> None:
-        self._show("recording which layers and ATen functions are called")
-        found = self._measured("record", "calls", self._recording)
-        if lost := [row["file"] for row in found["layers"] if row["file"] and not Path(row["file"]).is_file()]:
-            raise SettingsError(f"{lost[0]} is missing, which {self._journal.path} needs: delete the latter to start again")
+        self._step = "recording which layers and ATen functions are called"
+        found = self._measured("record", "calls", partial(self._recording, self._calls))
         about, cases = self.outcome.about, {str(case) for case in self._bench.cases}
         layers: dict[str, list[dict[str, Any]]] = {}
         for row in sorted(found["layers"], key=lambda row: -row["bytes"]):
@@ -212,38 +219,36 @@ class Tuning:
 
     def _try(self) -> None:
         """Each candidate on the recorded calls, what weighs most first: checked in a process that may die, then timed in the engine."""
-        queue = sorted(self._open, key=self._weight, reverse=True)
+        queue = sorted(self._open, key=lambda candidate: candidate.share_of(self.outcome.step_us), reverse=True)
         rows = [(candidate, call) for candidate in queue for call in candidate.calls]
         self.budget.to_come |= {"check": len(rows), "time": len(rows)}
-        self._show(f"checking and timing {len(queue)} candidates on recorded calls")
+        self._step = f"checking and timing {len(queue)} candidates on recorded calls"
         numbers = {f"{candidate.key}: {_name(call)}": number for number, (candidate, call) in enumerate(rows)}
         with self.budget.part(_ALONE_SHARE):
             cases = [case_of(candidate, call) for candidate, call in rows]
             with Checker(cases, self._job.directory / "cases.json", self.budget.remaining) as checker:
                 try:
-                    for candidate in queue:
+                    for place, candidate in enumerate(queue):
+                        self.budget.to_come |= dict.fromkeys(("check", "time"), sum(len(other.calls) for other in queue[place:]))
                         self._check(candidate, checker, numbers)
                         if candidate.status == NOT_MEASURED:
                             self._time(candidate)
+                    with suppress(FileNotFoundError):
+                        shutil.rmtree(self._calls)
                 except BudgetOver as over:
                     self.outcome.incomplete = str(over)
+        self.budget.to_come |= {"check": 0, "time": 0}
         for candidate in self._open:
             if candidate.ratio is None:
                 candidate.settle(UNDECIDED, self.outcome.incomplete)
-
-    def _weight(self, candidate: Candidate) -> float:
-        """Its calls' part of a step, roughly, in all cases together."""
-        return sum(
-            count * (_CALL_US + _BYTE_US * call["bytes"]) / self.outcome.step_us[case]
-            for call in candidate.calls
-            for case, count in call["per_pass"].items()
-            if case in self.outcome.step_us
-        )
 
     def _check(self, candidate: Candidate, checker: Checker, numbers: Mapping[str, int]) -> None:
         """Its status says why not, if it is not right on a call."""
         for call in list(candidate.calls):
             name = f"{candidate.key}: {_name(call)}"
+            file = call.get("file")
+            if file and f"check: {name}" not in self._journal and not Path(file).is_file():
+                raise SettingsError(f"{file} is missing, which {self._journal.path} needs: delete the latter to start again")
             found = self._measured("check", name, partial(checker.run, numbers[name]))
             status, message = found["status"], f"{found['message']} ({call['call']})"
             if status == TOO_LONG:
@@ -260,19 +265,31 @@ class Tuning:
                 return
 
     def _time(self, candidate: Candidate) -> None:
-        """Alone: the device in a replayed graph, and the host."""
+        """Alone: the device in a replayed graph, and the host.
+
+        While recording, graphs are set aside, so a call that SGLang makes between two graphs looks as if it were in one.
+        Native's own cannot be captured then. A function that is in force only in graphs is never called there.
+        """
         times: list[Timed] = []
-        for call in candidate.calls:
+        outside = ""
+        for call in list(candidate.calls):
             found = self._measured("time", f"{candidate.key}: {_name(call)}", partial(self._timing, candidate, call))
             if "crashed" in found:
                 candidate.settle(CRASHED, f"{found['crashed']} ({call['call']})")
                 return
+            if candidate.impl is None and self.outcome.about["scope"] == "graphs" and (why := found.get("own", {}).get("uncaptured")):
+                outside = f"PyTorch's own call cannot be captured in a graph: {why} ({call['call']})"
+                candidate.calls = [other for other in candidate.calls if other is not call]
+                continue
             row = timed(call, found["own"], found["theirs"], self._in_graph(call)) if "own" in found else (UNDECIDED, found["error"])
             if isinstance(row, tuple):
                 candidate.settle(row[0], f"{row[1]} ({call['call']})")
                 return
             times.append(row)
-        judge_alone(candidate, times, [str(case) for case in self._bench.cases])
+        if times:
+            judge_alone(candidate, times, [str(case) for case in self._bench.cases])
+        else:
+            candidate.settle(OUTSIDE, outside)
 
     def _timing(self, candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
         """Time one call in the running engine. A new engine records the calls first."""
@@ -295,7 +312,7 @@ class Tuning:
         queues: dict[str, list[Candidate]] = {}
         for candidate in sorted(self._open, key=lambda candidate: -candidate.gain):
             queues.setdefault(candidate.entry, []).append(candidate)
-        self._show(f"serving with {sum(map(len, queues.values()))} candidates that are faster alone")
+        self._step = f"serving with the candidates that are right and faster alone: {len(self._open)}"
         accepted: list[Candidate] = []
         try:
             while front := [queue.pop(0) for name, queue in queues.items() if queue and name not in {other.entry for other in accepted}]:
@@ -361,7 +378,8 @@ class Tuning:
         if outcome.used == NATIVE:
             outcome.why_native = "" if outcome.incomplete else "nothing was right, faster alone and not slower served"
             return
-        self._show("fresh starts: native, tuned, tuned, native")
+        self.budget.to_come["pair"] = 0
+        self._step = "fresh starts: native, tuned, tuned, native"
         profile = self._job.directory / "candidate.yaml"
         self._write(profile, outcome)
         found = confirm(self._bench, self._measured, profile, str(outcome.used), outcome.noise)

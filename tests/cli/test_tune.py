@@ -16,7 +16,7 @@ from sglang_fl.tune.bench import NATIVE, Choice, StartFailed
 from sglang_fl.tune.budget import Budget, BudgetOver
 from sglang_fl.tune.engine import EngineFailed
 from sglang_fl.tune.journal import Journal
-from sglang_fl.tune.judge import Candidate
+from sglang_fl.tune.judge import OUTSIDE, SLOWER, Candidate
 from sglang_fl.tune.served import cases
 
 WITH = {"chip": "cpu", "driver": "none", "versions": {"sglang": "2"}, "model": "M hidden_size=8", "tp": 1}
@@ -278,6 +278,110 @@ def test_what_the_journal_has_is_not_to_come(stand_in: Any, tmp_path: Path) -> N
     assert run._measured("check", "x", lambda: 2) == 1 and run.budget.to_come["check"] == 1
 
 
+@pytest.mark.parametrize("kind", ["check", "time", "pair"])
+def test_recorded_calls_are_kept_until_all_candidates_are_checked_and_timed(
+    stand_in: Any, tmp_path: Path, over_before: Any, monkeypatch: Any, kind: str
+) -> None:
+    calls, ask = tmp_path / "profile.tune" / "calls", StandIn.ask
+
+    def saving(bench: Any, do: str, **values: Any) -> Any:
+        answer = ask(bench, do, **values)
+        if do == "recorded":
+            for row in answer["layers"]:
+                row["file"] = f"{values['directory']}/{row['op']}.call"
+                Path(row["file"]).write_text("")
+        return answer
+
+    monkeypatch.setattr(stand_in, "ask", saving)
+    calls.mkdir(parents=True)
+    (calls / "of a killed run").write_text("")
+    over_before(kind)
+    assert main(["tune", "m"]) == 3
+    assert sorted(path.name for path in calls.glob("*")) == ([] if kind == "pair" else ["rms_norm.call", "silu_and_mul.call"])
+    monkeypatch.setattr(stand_in, "ask", ask)  # a new engine records again, and saves nothing
+    over_before(None)
+    assert main(["tune", "m", "--resume"]) == 0 and not calls.exists()
+
+
+def test_only_the_first_recording_is_saved(stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    run, saved, ask = resumed(tmp_path, stand_in), [], StandIn.ask
+    run.outcome.about = stand_in().about()
+
+    def asked(bench: Any, do: str, **values: Any) -> Any:
+        if do == "recorded":
+            saved.append(values["directory"])
+        return ask(bench, do, **values)
+
+    monkeypatch.setattr(stand_in, "ask", asked)
+    run._timing(Candidate("rms_norm", "vendor.new", "json"), {**CALL, "class": "rms_norm"})
+    run._record()
+    assert saved == [None, str(tmp_path / "calls")]
+
+
+OUTSIDE_OF_GRAPHS = {
+    "own": {"us": None, "host_us": 10.0, "uncaptured": "RuntimeError: Cannot copy"},
+    "theirs": {"us": None, "host_ratio": (6.0, 5.9, 6.1)},
+}
+IN_A_GRAPH = {
+    "own": {"us": 2.0, "host_us": 10.0, "uncaptured": None},
+    "theirs": {"us": 1.0, "ratio": (0.5, 0.5, 0.5), "host_ratio": (6.0, 5.9, 6.1)},
+}
+
+
+@pytest.mark.parametrize(
+    ("impl", "scope", "found", "status", "reason"),
+    [
+        (None, "graphs", [IN_A_GRAPH, OUTSIDE_OF_GRAPHS], "not measured", "0.5 times native's time in the median (0.5 to 0.5)"),
+        (
+            None,
+            "graphs",
+            [OUTSIDE_OF_GRAPHS],
+            OUTSIDE,
+            "PyTorch's own call cannot be captured in a graph: RuntimeError: Cannot copy (call 0)",
+        ),
+        (None, "everywhere", [IN_A_GRAPH, OUTSIDE_OF_GRAPHS], SLOWER, "6 times native's time (call 1)"),
+        ("vendor.new", "graphs", [IN_A_GRAPH, OUTSIDE_OF_GRAPHS], SLOWER, "6 times native's time (call 1)"),
+    ],
+)
+def test_what_native_cannot_be_captured_with_is_called_outside_of_graphs(
+    stand_in: Any, tmp_path: Path, monkeypatch: Any, impl: str | None, scope: str, found: list[Any], status: str, reason: str
+) -> None:
+    run = resumed(tmp_path, stand_in)
+    run.outcome.about = {"scope": scope, "graphs": {"prefill": True, "decode": True}}
+    calls = [{**CALL, "key": "to_copy", "call": f"call {number}", "number": number} for number in range(len(found))]
+    candidate = Candidate("to_copy", impl, "json", calls)
+    monkeypatch.setattr(run, "_timing", lambda candidate, call: found[call["number"]])
+    run._time(candidate)
+    assert (candidate.status, candidate.reason) == (status, reason)
+
+
+def test_the_table_says_what_was_measured_alone_and_what_served(
+    stand_in: Any, tmp_path: Path, monkeypatch: Any, over_before: Any, capsys: Any
+) -> None:
+    """Candidates that save half of 0.2 s alone, and nothing when served."""
+    monkeypatch.setattr(f"{__name__}.GAIN", 0.0)
+    monkeypatch.setattr(RightChecker, "run", lambda self, number: {"status": "failed" if number else "ok", "message": "it is off by 1"})
+    over_before("start")
+    assert main(["tune", "m", "--budget", "5m"]) == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Used: time alone divided by native's, and the µs of a step that this saves" in shown
+    assert "rms_norm: vendor.new 0.50 100000.0 100000.0 together 100000.0 100000.0 native's step" in shown
+    assert "wrong: silu_and_mul: vendor.new it is off by 1 (1x8)" in shown
+    assert "(the budget ends in 5 min)" in shown
+    assert ": no difference can be shown" in shown or "below the smallest effect" in shown
+    assert "The choice was not confirmed on fresh starts" in shown and "undecided" not in shown
+
+
+def test_what_is_being_measured_is_to_come(stand_in: Any, tmp_path: Path) -> None:
+    run, shown = resumed(tmp_path, stand_in), []
+    run.budget.to_come = {"start": 4}
+    run._say, run._step = lambda text: shown.append((text, run.budget.to_come["start"])), "fresh starts"
+    for number in range(4):
+        run._measured("start", str(number), lambda: None)
+        run._said = float("-inf")
+    assert shown == [("fresh starts", 4), *((f"fresh starts done: {number}", 4 - number) for number in (1, 2, 3))]
+
+
 def test_a_lost_file_of_a_call_is_told(stand_in: Any, tmp_path: Path, over_before: Any, capsys: Any) -> None:
     over_before("check")
     assert main(["tune", "m"]) == 3
@@ -287,8 +391,9 @@ def test_a_lost_file_of_a_call_is_told(stand_in: Any, tmp_path: Path, over_befor
     assert "/no/such.call is missing" in capsys.readouterr().err
 
 
-def test_each_slice_of_a_budget_makes_some_fresh_starts(stand_in: Any, monkeypatch: Any) -> None:
-    left = {"start": 1}
+def test_each_slice_of_a_budget_makes_some_fresh_starts(stand_in: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Once all is decided, a slice starts no engine for anything else, and shows the table."""
+    left, started = {"start": 1}, []
 
     def check(self: Budget, kind: str) -> None:
         if kind == "start":
@@ -297,11 +402,37 @@ def test_each_slice_of_a_budget_makes_some_fresh_starts(stand_in: Any, monkeypat
                 raise BudgetOver("before more fresh starts")
 
     monkeypatch.setattr(Budget, "check", check)
+    monkeypatch.setattr(stand_in, "start", lambda bench, environ: started.append(environ))
     codes = [main(["tune", "m"])]
+    decided = capsys.readouterr().out.partition("Used: ")[2].partition("The choice")[0]
+
+    def used(*_: Any, **values: Any) -> Any:
+        raise AssertionError(values)
+
+    for name in ("about", "use", "ask", "send", "show"):
+        monkeypatch.setattr(stand_in, name, used)
     while codes[-1] == 3:
         left["start"] = 1
         codes.append(main(["tune", "m", "--resume"]))
-    assert codes == [3, 3, 3, 0]
+        shown = capsys.readouterr().out
+        assert decided in shown and "fresh starts: native" in shown and "starting the engine" not in shown and "serving" not in shown
+    assert codes == [3, 3, 3, 0] and len(started) == 4 and "rms_norm: vendor.new" in decided
+
+
+def test_the_noise_stays_what_it_was_when_calls_were_recorded(stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """What follows was decided by it, and more of it would cost a start of an engine."""
+    pairs = iter(range(10))
+
+    def check(self: Budget, kind: str) -> None:
+        if kind == "start" or (kind == "noise" and next(pairs, None) is None):
+            raise BudgetOver(f"before more {kind}")
+
+    monkeypatch.setattr(Budget, "check", check)
+    assert main(["tune", "m"]) == 3
+    monkeypatch.setattr(Budget, "check", lambda self, kind: None)
+    assert main(["tune", "m", "--resume"]) == 0
+    lines = (tmp_path / "profile.tune" / "finished.jsonl").read_text().splitlines()
+    assert sum(line.get("kind") == "noise" for line in map(json.loads, lines)) == 10
 
 
 def test_a_run_that_has_ended_is_not_resumed(stand_in: Any, capsys: Any) -> None:

@@ -64,6 +64,19 @@ def test_what_is_smaller_than_the_machine_can_show_is_not_claimed() -> None:
     assert smallest_effect(Speed(1.0, 1.0, 1.0, 18)) == 0.01
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Speed(1.1, 1.06, 1.2, 8), "1.100 [1.060, 1.200] of native's speed: faster"),
+        (Speed(0.9, 0.8, 0.94, 8), "0.900 [0.800, 0.940] of native's speed: slower"),
+        (Speed(1.1, 0.98, 1.2, 8), "1.100 [0.980, 1.200] of native's speed: no difference can be shown"),
+        (Speed(1.03, 1.01, 1.05, 8), "1.030 [1.010, 1.050] of native's speed: below the smallest effect, 5.0 %"),
+    ],
+)
+def test_a_speed_says_what_it_shows(found: Speed, words: str) -> None:
+    assert found.in_words(0.05) == words
+
+
 def test_more_pairs_are_taken_until_the_interval_decides() -> None:
     assert is_decided({"a": Speed(1.2, 1.1, 1.3, 8)}, {"a": 0.05}) and is_decided({"a": Speed(1.0, 0.98, 1.02, 8)}, {"a": 0.05})
     assert not is_decided({"a": Speed(1.03, 0.9, 1.2, 8)}, {"a": 0.05})
@@ -490,6 +503,30 @@ def test_fresh_starts_are_native_tuned_tuned_native(tmp_path: Path, saves: float
     assert found.speeds["decode/1"] == pytest.approx(speed_of_tuned, rel=0.02) and bool(found.slower()) is slower
 
 
+def test_one_disturbed_start_does_not_make_a_choice_slower(tmp_path: Path) -> None:
+    """Of the two tuned starts one was slower than native, and the other was not."""
+    seconds = {f"{number} {name}": 1.0 for number, name in enumerate(("native ", "tuned a", "tuned a", "native "))} | {"1 tuned a": 1.4}
+    bench: Any = PlantedBench({})
+    bench.environ_of = lambda path: {}
+
+    def measured(kind: str, name: str, measure: Any) -> dict[str, list[float]]:
+        return {"decode/1": [seconds[name] * (1 + 0.001 * index) for index in range(8)]}
+
+    found = confirm(bench, measured, tmp_path, "a", NOISE)
+    assert isinstance(found, Confirmed) and found.speeds["decode/1"] == pytest.approx(1 / 1.2) and found.slower() == {}
+    assert found.in_words("decode/1") == (
+        "0.833 of native's speed: no difference can be shown (two starts of the same kind differ by up to 40.0 %)"
+    )
+    seconds["1 tuned a"] = 3.0
+    found = confirm(bench, measured, tmp_path, "a", NOISE)
+    assert isinstance(found, Confirmed) and "no difference can be shown (two starts of the same kind differ more than twofold)" in (
+        found.in_words("decode/1")
+    )
+    seconds |= {"1 tuned a": 1.4, "2 tuned a": 1.4}
+    found = confirm(bench, measured, tmp_path, "a", NOISE)
+    assert isinstance(found, Confirmed) and "0.714 of native's speed: slower (" in found.in_words("decode/1")
+
+
 def test_a_profile_that_is_slower_on_fresh_starts_is_none() -> None:
     assert Confirmed({"decode/1": 0.9, "prefill/1": 0.99}, {"decode/1": 0.05, "prefill/1": 0.05}).slower() == {"decode/1": 0.9}
 
@@ -521,6 +558,15 @@ class TestBudget:
         Budget(time.monotonic() + 5, {}).check("about")
         with pytest.raises(BudgetOver):
             Budget(time.monotonic() - 1, {}).check("about")
+
+    def test_the_time_left_is_never_above_what_the_budget_leaves(self) -> None:
+        """It is that of the whole budget, also within a part of it. Many take their mean: a few that compile take most of the time."""
+        seconds = {"check": [0.1, 0.1, 0.1, 9.7]}
+        for deadline, expected in ((None, 250), (time.monotonic() + 1000, 250), (time.monotonic() + 60, 60)):
+            budget = Budget(deadline, seconds)
+            budget.to_come = {"check": 100}
+            with budget.part(0.1):
+                assert budget.left() == (pytest.approx(expected, abs=1), expected == 60)
 
     def test_a_fresh_start_takes_what_the_first_took(self) -> None:
         assert Budget(None, {"about": [7.0]}).typical("start") == (7.0, True) and Budget(None, {}).typical("start") == (120.0, False)
