@@ -9,6 +9,7 @@ from typing import Any
 
 from .bench import Bench
 from .engine import EngineFailed
+from .judge import SLOWER_SERVED, UNDECIDED, USED
 from .statistics import smallest_effect, speed
 
 _ORDER = ("native", "tuned", "tuned", "native")
@@ -17,25 +18,40 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Confirmed:
-    """The speed of the tuned starts, and the difference between the native ones.
+    """The speed of the tuned starts, and how far the starts of either kind are apart.
 
     Attributes:
         speeds: case -> the tuned starts' speed divided by the native ones'.
-        apart: case -> the smallest effect that can be shown between two starts: those of the same kind differ by it.
+        apart: case -> the smallest effect that can be shown between two native starts.
+        tuned_apart: case -> likewise between the two tuned starts.
     """
 
     speeds: Mapping[str, float]
     apart: Mapping[str, float]
+    tuned_apart: Mapping[str, float]
 
     def slower(self) -> dict[str, float]:
-        """The cases in which tuned is slower than native by more than two starts of the same kind differ."""
+        """The cases in which tuned is slower than native by more than two native starts differ."""
         return {case: ratio for case, ratio in self.speeds.items() if ratio < 1 - self.apart[case]}
+
+    def verdict(self) -> tuple[str, str]:
+        """The candidates' status, and why nothing is used: empty if the profile is confirmed."""
+        slower = self.slower()
+        if not slower:
+            return USED, ""
+        shown = "on fresh starts it had " + ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in slower.items())
+        if any(ratio < 1 - self.tuned_apart[case] for case, ratio in slower.items()):
+            return SLOWER_SERVED, shown
+        return UNDECIDED, f"{shown}, but its own two starts differ by more. Tune again without --resume, with nothing else on this machine"
 
     def in_words(self, case: str) -> str:
         ratio, apart = self.speeds[case], self.apart[case]
         found = "slower" if case in self.slower() else "faster" if ratio > 1 + apart else "no difference can be shown"
-        differ = f"by up to {100 * apart:.1f} %" if apart < 1 else "more than twofold"
-        return f"{ratio:.3f} of native's speed: {found} (two starts of the same kind differ {differ})"
+        return f"{ratio:.3f} of native's speed: {found} (two starts differ {_by(apart)}, with the profile {_by(self.tuned_apart[case])})"
+
+
+def _by(effect: float) -> str:
+    return f"by up to {100 * effect:.1f} %" if effect < 1 else "more than twofold"
 
 
 def confirm(bench: Bench, measured: Callable[..., Any], profile: Path, choice: str, noise: Mapping[str, float]) -> Confirmed | str:
@@ -69,10 +85,11 @@ def confirm(bench: Bench, measured: Callable[..., Any], profile: Path, choice: s
             return one
         found.append(one)
     first, one, two, last = found
-    speeds, apart = {}, {}
+    speeds, apart, tuned_apart = {}, {}, {}
     for case in first:
         natives = [statistics.median([*pair]) for pair in zip(first[case], last[case], strict=True)]
         both = [statistics.median([*pair]) for pair in zip(one[case], two[case], strict=True)]
         speeds[case] = speed(natives, both).ratio
-        apart[case] = max(noise[case], *(smallest_effect(speed(a[case], b[case])) for a, b in ((first, last), (one, two))))
-    return Confirmed(speeds, apart)
+        apart[case] = max(noise[case], smallest_effect(speed(first[case], last[case])))
+        tuned_apart[case] = max(noise[case], smallest_effect(speed(one[case], two[case])))
+    return Confirmed(speeds, apart, tuned_apart)

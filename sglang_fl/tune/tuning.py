@@ -29,7 +29,6 @@ from .judge import (
     NOT_CALLED,
     NOT_MEASURED,
     OUTSIDE,
-    SLOWER_SERVED,
     UNAVAILABLE,
     UNDECIDED,
     USED,
@@ -387,8 +386,7 @@ class Tuning:
             status, outcome.why_native = UNDECIDED, f"on a fresh start the engine failed with it: {found}"
         else:
             outcome.confirmed = found
-            shown = ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in found.slower().items())
-            status, outcome.why_native = SLOWER_SERVED, shown and f"on fresh starts it had {shown}"
+            status, outcome.why_native = found.verdict()
         if outcome.why_native:
             for candidate in outcome.candidates:
                 if candidate.status == USED:
