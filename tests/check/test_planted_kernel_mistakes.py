@@ -92,6 +92,15 @@ def changed(**to: Any) -> Callable[[Right], Function]:
     return plant
 
 
+def ten_times_epsilon(right: Right) -> Function:
+    """Of the numbers that are given, epsilon is the only float."""
+
+    def fn(*args: Any) -> Any:
+        return right(*(10 * arg if isinstance(arg, float) else arg for arg in args))
+
+    return fn
+
+
 def heads_taken_for_others(right: Right) -> Function:
     """Value heads of the same key head do not lie side by side."""
 
@@ -154,6 +163,7 @@ MISTAKES: list[tuple[str, Callable[[Right], Function]]] = [
     ("get_last_loc_triton_safe", offset_in_32_bits),
     ("alloc_extend_kernel", page_in_32_bits),
     ("layernorm_gated:rms_norm_gated", changed(group_size=None)),
+    ("layernorm_gated:rms_norm_gated", changed(eps=1e-5)),
     ("fused_norm_gate:rms_norm_gated", changed(eps=1e-5)),
     ("fused_qkvzba_split_reshape_cat", heads_taken_for_others),
     ("murmur_hash32", half_of_the_seed),
@@ -161,6 +171,7 @@ MISTAKES: list[tuple[str, Callable[[Right], Function]]] = [
     ("fused_qk_gemma_rmsnorm", wrong_from_row(65535)),
     ("fused_gdn_gating", rounded_on_the_way),
     ("fused_qk_gemma_rmsnorm_with_gate", rounded_on_the_way),
+    ("fused_qk_gemma_rmsnorm", ten_times_epsilon),
     ("fused_gate_sigmoid_mul", one_buffer_for_all),
 ]
 

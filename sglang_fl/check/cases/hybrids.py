@@ -38,6 +38,7 @@ class GatedNorm(Form):
         fused: the call is of the fused kernel.
         summed: with a residual; the sum is also a result. Only with ``fused``.
         ungated: no gate.
+        scale: of x. The squares of numbers around 1e-3 are about epsilon.
     """
 
     hidden: int = 128
@@ -49,10 +50,11 @@ class GatedNorm(Form):
     summed: bool = False
     fused: bool = False
     ungated: bool = False
+    scale: float = 3.0
 
     def call(self, draw: Draw) -> Call:
         shape = (self.tokens * self.rows, self.hidden)
-        x, z = self.drawn(draw, *shape, scale=3, largest=1e15), draw.normal(*shape, scale=2)
+        x, z = self.drawn(draw, *shape, scale=self.scale, largest=1e15), draw.normal(*shape, scale=2)
         weight, bias = draw.normal(self.hidden), draw.normal(self.hidden) if self.centred else None
         if self.fused:
             inputs: dict[str, Any] = {"x": x, "z": z, "weight": weight, "bias": bias, "activation": self.activation}
@@ -67,16 +69,17 @@ class GatedNorm(Form):
 
 @dataclass(frozen=True)
 class HeadNorms(Form):
-    """q and k as views of one projection. ``gated``: each head of q is followed by its gate."""
+    """q and k as views of one projection. ``gated``: each head of q is followed by its gate. ``scale``: of all."""
 
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
     gated: bool = False
+    scale: float = 2.0
 
     def call(self, draw: Draw) -> Call:
         widths = [self.heads * self.head_dim * (1 + self.gated), self.kv_heads * self.head_dim]
-        q, k, draw.guarded["the numbers after k"] = draw.normal(self.tokens, sum(widths) + 8, scale=2).split([*widths, 8], -1)
+        q, k, draw.guarded["the numbers after k"] = draw.normal(self.tokens, sum(widths) + 8, scale=self.scale).split([*widths, 8], -1)
         inputs = {"q": q, "k": k, "q_weight": draw.normal(self.head_dim), "k_weight": draw.normal(self.head_dim), "eps": 1e-6}
         inputs |= {"head_dim": self.head_dim} | ({"num_heads": self.heads} if self.gated else {})
         return _call(inputs)
@@ -180,7 +183,7 @@ def _head_norms(gated: bool) -> Operator:
         hybrids.qk_gemma_norms,
         f"tokens=3 {{{sizes('heads', 'kv_heads', 'head_dim')}}}",
         "tokens={4097,65537} heads=1 kv_heads=1 head_dim=8",
-        "heads=1 kv_heads=1 | heads=7 kv_heads=7 | head_dim=96 | heads=1 kv_heads=4",
+        "heads=1 kv_heads=1 | heads=7 kv_heads=7 | head_dim=96 | heads=1 kv_heads=4 | scale=1e-3",
     )
 
 
@@ -210,7 +213,8 @@ OPERATORS = {
         hybrids.gated_norm,
         f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}} | tokens=2 hidden=8192 group=1024 gate_first",
         f"{_ROWS} {{,gate_first}}",
-        "group=32 | gate_first | gate_first group=64 activation=sigmoid | centred | hidden={1,96} | ungated | layout={view,every-other}",
+        "group=32 | gate_first | gate_first group=64 activation=sigmoid | centred | hidden={1,96} | ungated | scale=1e-3"
+        " | layout={view,every-other}",
         special=_SPECIAL,
     ),
     f"{_FLA}.fused_norm_gate:rms_norm_gated": _operator(
@@ -219,7 +223,7 @@ OPERATORS = {
         hybrids.gated_norm,
         f"tokens=3 hidden={{{numbers('value_dim')},4096,8192}}",
         _ROWS,
-        "summed | hidden=96 | hidden=1 | centred",
+        "summed | hidden=96 | hidden=1 | scale=1e-3 | centred",
         special=_SPECIAL,
     ),
     f"{_UTILS}:fused_qk_gemma_rmsnorm": _head_norms(gated=False),
