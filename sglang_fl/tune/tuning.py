@@ -220,7 +220,6 @@ class Tuning:
         """Each candidate on the recorded calls, what weighs most first: checked in a process that may die, then timed in the engine."""
         queue = sorted(self._open, key=lambda candidate: candidate.share_of(self.outcome.step_us), reverse=True)
         rows = [(candidate, call) for candidate in queue for call in candidate.calls]
-        self.budget.to_come |= {"check": len(rows), "time": len(rows)}
         self._step = f"checking and timing {len(queue)} candidates on recorded calls"
         numbers = {f"{candidate.key}: {_name(call)}": number for number, (candidate, call) in enumerate(rows)}
         with self.budget.part(_ALONE_SHARE):

@@ -57,7 +57,7 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("kernel", "pointers", "given"),
     [
-        ("activation:activation_kernel", "x out", {"NAME": "silu", "GATED": True, "SIZE": 512, "ROWS": 1, "BLOCK": 512}),
+        ("activation:activation_kernel", "x out", {"NAME": "silu", "SIZE": 512, "ROWS": 1, "BLOCK": 512}),
         ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 2, "BLOCK": 512}),
         ("normalization:norm_kernel", "x residual weight out", {"SIZE": 512, "PLUS_ONE": False, "ROWS": 1, "BLOCK": 256}),
         (

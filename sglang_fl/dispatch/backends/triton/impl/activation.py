@@ -25,9 +25,9 @@ def tile(size: int) -> tuple[int, int, int]:
     return max(1, _LEAST_COLUMNS // block), block, max(1, _WARPS * block // _NUMBERS)
 
 
-def activate(activation: str, gated: bool, x: torch.Tensor) -> torch.Tensor:
-    """Of the last dimension; of its halves where gated."""
-    size = x.shape[-1] // 2 if gated else x.shape[-1]
+def activate_and_mul(activation: str, x: torch.Tensor) -> torch.Tensor:
+    """The activation of the first half of the last dimension, times the second."""
+    size = x.shape[-1] // 2
     out = x.new_empty((*x.shape[:-1], size))
     if not out.numel():
         return out
@@ -37,15 +37,15 @@ def activate(activation: str, gated: bool, x: torch.Tensor) -> torch.Tensor:
     rows = by_row.shape[0]
     rows_at_once, block, warps = tile(size)
     grid = (triton.cdiv(rows, rows_at_once), triton.cdiv(size, block))
-    launch(activation_kernel, grid, by_row, out, by_row.stride(0), rows, activation, gated, size, rows_at_once, block, warps=warps)
+    launch(activation_kernel, grid, by_row, out, by_row.stride(0), rows, activation, size, rows_at_once, block, warps=warps)
     return out
 
 
 def gelu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     half_of("gelu_and_mul", x)
-    return activate("gelu_tanh" if obj.approximate == "tanh" else "gelu", True, x)
+    return activate_and_mul("gelu_tanh" if obj.approximate == "tanh" else "gelu", x)
 
 
 def silu_and_mul(obj: Any, x: torch.Tensor) -> torch.Tensor:
     half_of("silu_and_mul", x)
-    return activate("silu", True, x)
+    return activate_and_mul("silu", x)

@@ -71,7 +71,8 @@ def _aligned(ids: torch.Tensor, experts: int, height: int) -> _Blocks:
     # One tensor, its parts 64 bytes apart at any number of routes: Triton compiles other programs for other alignments.
     total, order, numbers = ids.new_empty(16 + count * (height + 1), dtype=torch.int32).split((16, count * height, count))
     chunk = min(_CHUNK, max(_LEAST_CHUNK, triton.next_power_of_2(routes)))
-    bins, warps, counts, parts = triton.next_power_of_2(experts + 1), 4 if chunk <= 1024 else 8, None, triton.cdiv(routes, chunk)
+    bins, parts = triton.next_power_of_2(experts + 1), triton.cdiv(routes, chunk)
+    warps, counts = 4 if chunk <= 1024 else 8, None
     if parts > 1:
         counts = ids.new_empty((parts, bins), dtype=torch.int32)
         launch(count_kernel, (parts,), ids, counts, routes, experts, bins, chunk, warps=warps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations, gated and plain: each number of the input is read once; between, all is in fp32."""
+"""Activations, and a kernel of gated ones: each number of the input is read once; between, all is in fp32."""
 
 import triton
 import triton.language as tl
@@ -36,13 +36,12 @@ def activation_kernel(
     x_stride,
     rows,
     NAME: tl.constexpr,
-    GATED: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``, the factor only if GATED; ROWS rows and BLOCK columns in a program."""
+    """``out[row] = activation(x[row, :SIZE]) * x[row, SIZE:]``; ROWS rows and BLOCK columns in a program."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = column < SIZE
@@ -50,7 +49,5 @@ def activation_kernel(
         inside = inside & (row < rows)
     at = x + row * x_stride + column
     wait_for_the_last(OVERLAPS)
-    result = activated(tl.load(at, inside).to(tl.float32), NAME)
-    if GATED:
-        result *= tl.load(at + SIZE, inside).to(tl.float32)
+    result = activated(tl.load(at, inside).to(tl.float32), NAME) * tl.load(at + SIZE, inside).to(tl.float32)
     tl.store(out + row * SIZE + column, result.to(out.dtype.element_ty), inside)
