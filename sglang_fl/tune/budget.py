@@ -76,7 +76,7 @@ class Budget:
     @property
     def remaining(self) -> float | None:
         """Seconds until the deadline. None: no limit."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return _until(self._deadline)
 
     def typical(self, kind: str, average: Callable[[Sequence[float]], float] = statistics.median) -> tuple[float, bool]:
         """The typical seconds of a measurement of this kind, and whether one was made. A fresh start takes about as long as the first.
@@ -89,5 +89,10 @@ class Budget:
     def left(self) -> tuple[float, bool]:
         """The approximate remaining seconds of the run, and whether it is the budget that ends it then."""
         needed = sum(count * self.typical(kind, statistics.fmean)[0] for kind, count in self.to_come.items())
-        budget = None if self._end is None else max(0.0, self._end - time.monotonic())
+        budget = _until(self._end)
         return (needed, False) if budget is None or needed <= budget else (budget, True)
+
+
+def _until(moment: float | None) -> float | None:
+    """Seconds until then, at least 0. None: no limit."""
+    return None if moment is None else max(0.0, moment - time.monotonic())
