@@ -10,7 +10,7 @@ result, plus 2 units in the last place; others must be equal.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -87,33 +87,10 @@ class Case:
             NotMeasurable: an argument was not recorded fully.
         """
         call = Call()
-        generators: dict[str, torch.Generator] = {}
-
-        def make(name: str, spec: Any, position: int | None = None) -> Any:
-            if isinstance(spec, list):
-                return [make(name, item, i) for i, item in enumerate(spec)]
-            if not isinstance(spec, dict):
-                return spec
-            if "shape" in spec:
-                device = spec["device"]
-                if device not in generators:
-                    generators[device] = torch.Generator(device)
-                    generators[device].manual_seed(seed)
-                return self._tensor(call, name, spec, position, generators[device])
-            (kind, value), *_ = spec.items()
-            if kind == "float":
-                return float(value)
-            if kind in ("dtype", "layout", "memory_format"):
-                return getattr(torch, value)
-            if kind == "device":
-                return torch.device(value)
-            if value == "Generator":
-                return None
-            raise NotMeasurable(f"{name} was a {value}")
-
+        generator_on = cache(lambda device: torch.Generator(device).manual_seed(seed))
         schema = self.overload._schema.arguments
-        call.args = [make(a.name, spec) for a, spec in zip(schema, self.args, strict=False)]
-        call.kwargs = {name: make(name, spec) for name, spec in self.kwargs.items()}
+        call.args = [self._made(call, generator_on, a.name, spec) for a, spec in zip(schema, self.args, strict=False)]
+        call.kwargs = {name: self._made(call, generator_on, name, spec) for name, spec in self.kwargs.items()}
         for argument, value in [
             *zip(schema, call.args, strict=False),
             *((a, call.kwargs[a.name]) for a in schema if a.name in call.kwargs),
@@ -121,6 +98,25 @@ class Case:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 call.written += [x for x in _leaves(value) if isinstance(x, torch.Tensor)]
         return call
+
+    # A method: a closure that calls itself would keep the tensors until Python next looks for cycles.
+    def _made(self, call: Call, generator_on: Callable[[str], torch.Generator], name: str, spec: Any, position: int | None = None) -> Any:
+        if isinstance(spec, list):
+            return [self._made(call, generator_on, name, item, i) for i, item in enumerate(spec)]
+        if not isinstance(spec, dict):
+            return spec
+        if "shape" in spec:
+            return self._tensor(call, name, spec, position, generator_on(spec["device"]))
+        (kind, value), *_ = spec.items()
+        if kind == "float":
+            return float(value)
+        if kind in ("dtype", "layout", "memory_format"):
+            return getattr(torch, value)
+        if kind == "device":
+            return torch.device(value)
+        if value == "Generator":
+            return None
+        raise NotMeasurable(f"{name} was a {value}")
 
     def _tensor(self, call: Call, name: str, spec: Mapping[str, Any], position: int | None, generator: torch.Generator) -> torch.Tensor:
         shape, stride = spec["shape"], spec["stride"]

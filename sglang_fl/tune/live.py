@@ -9,7 +9,7 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -247,20 +247,30 @@ class Live:
         call, binder = self._layers[number], process_binder()
         implementation = get_default_manager().registry.get_implementation(call.socket.op, impl)
         assert implementation is not None
-        sets = input_sets(call.nbytes, self._on)
-        own, theirs = (
-            call.calls(forward, sets, self._on) for forward in (call.socket.own, binder.direct_forward(call.socket, implementation))
-        )
-        with torch.inference_mode():
-            timings = compare({"own": Candidate(own), "theirs": Candidate(theirs)}, self._on, rounds)
-        return {name: asdict(timing) for name, timing in timings.items()}
+        forwards = {"own": call.socket.own, "theirs": binder.direct_forward(call.socket, implementation)}
+
+        def times() -> dict[str, Any]:
+            sets = input_sets(call.nbytes, self._on)
+            candidates = {name: Candidate(call.calls(forward, sets, self._on)) for name, forward in forwards.items()}
+            return {name: asdict(timing) for name, timing in compare(candidates, self._on, rounds).items()}
+
+        return if_memory_suffices(times)
 
     def time_function(self, number: int, rounds: int) -> dict[str, Any]:
         """Time PyTorch's own kernel and FlagGems's function on a recorded call."""
         row = self._functions[number]
         case = aten_case.Case(row["key"], row["args"], row["kwargs"], self._pairs[row["function"]], self._dispatch_key)
+        return if_memory_suffices(functools.partial(aten_case.time, case, self._on, graphs=True, rounds=rounds))
+
+
+def if_memory_suffices(times: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The times, or an ``error`` if the inputs are too large for the memory that the server leaves free. The engine can go on."""
+    try:
         with torch.inference_mode():
-            return aten_case.time(case, self._on, graphs=True, rounds=rounds)
+            return times()
+    except torch.OutOfMemoryError as error:
+        logger.info("tune: %s", error)
+        return {"error": "its inputs need more device memory than the server leaves free; lower --mem-fraction-static"}
 
 
 def _sockets() -> list[Socket]:

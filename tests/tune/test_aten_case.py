@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ATen calls that are recorded, checked and timed, with functions of PyTorch's in FlagGems's place."""
 
+import gc
 import itertools
 import subprocess
 import sys
@@ -71,6 +72,28 @@ def test_right_results_pass_and_are_timed() -> None:
         assert check(added, CPU)["right"] is True
         timing = time(added, CPU, graphs=False, rounds=2)
     assert timing["own"]["us"] and timing["theirs"]["ratio"] and timing["theirs"]["error"] is None
+
+
+def test_no_tensor_stays_after_a_call() -> None:
+    added = case("add_.Tensor", [tensor(4, 8), tensor(4, 8)], lambda a, b: a.copy_(a + b))
+
+    def tensors() -> int:
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    def measure() -> None:
+        with torch.inference_mode():
+            assert check(added, CPU)["right"] is True
+            time(added, CPU, graphs=False, rounds=2)
+
+    measure()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        measure()
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
