@@ -2,7 +2,7 @@
 """Candidates, their measurements, and the decision about each.
 
 The rule: a candidate replaces native code (SGLang's or PyTorch's own) if it is right and capturable on every recorded call, alone
-nowhere slower and faster in the median, and not slower in the served model. Ties stay with SGLang.
+nowhere slower and faster in the median, saves enough of a step to matter, and is not slower in the served model. Ties stay with SGLang.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,8 @@ import numpy as np
 
 #: Above the first ratio to native's time a call counts as slower. Below the second a median counts as faster.
 MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
+#: The least part of a step that a candidate must save in one of the cases: a tenth of the smallest effect that any machine shows.
+LEAST_SHARE = 0.001
 
 #: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
 _CALL_US, _BYTE_US = 2.0, 1e-6
@@ -122,13 +124,17 @@ def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, 
     return Timed(call, float(own[us]), tuple(theirs[ratio]))
 
 
-def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str]) -> bool:
-    """Whether a candidate alone is nowhere slower and faster in the median. Otherwise its status says why not."""
+def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[str, float]) -> bool:
+    """Whether a candidate alone is nowhere slower, faster in the median, and saves enough of a step. Otherwise its status says why not.
+
+    Args:
+        step_us: case -> native's time of a step.
+    """
     ratios = [row.ratio for row in rows]
     medians = [ratio[0] for ratio in ratios]
     candidate.ratio = (min(medians), float(np.median(medians)), max(medians))
     lost = []
-    for case in cases:
+    for case in step_us:
         own = [row.own_us * row.call["per_pass"].get(case, 0.0) for row in rows]
         saved = sum((1 - row.ratio[0]) * us for row, us in zip(rows, own, strict=True))
         if saved:
@@ -143,6 +149,8 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], cases: Sequence[str
         candidate.settle(TIE, f"{figures}: no measurable gain")
     elif lost:
         candidate.settle(TIE, f"{figures}, and {' and '.join(lost)}")
+    elif (most := max(candidate.gains.get(case, 0.0) / us for case, us in step_us.items())) < LEAST_SHARE:
+        candidate.settle(TIE, f"{figures}, but that saves only {100 * max(most, 0.0):.2g} % of a step")
     else:
         candidate.reason = figures
         return True

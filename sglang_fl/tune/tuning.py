@@ -285,7 +285,7 @@ class Tuning:
                 return
             times.append(row)
         if times:
-            judge_alone(candidate, times, [str(case) for case in self._bench.cases])
+            judge_alone(candidate, times, self.outcome.step_us)
         else:
             candidate.settle(OUTSIDE, outside)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sglang_fl.aten.operators import unlisted
 from sglang_fl.cli import main
@@ -30,6 +31,7 @@ from sglang_fl.tune.engine import Engine, EngineFailed
 from sglang_fl.tune.journal import Journal
 from sglang_fl.tune.judge import CRASHED, SLOWER, SLOWER_SERVED, TIE, UNDECIDED, USED, WRONG, Candidate, judge_alone, timed
 from sglang_fl.tune.layer_calls import calls_to_try
+from sglang_fl.tune.live import if_memory_suffices
 from sglang_fl.tune.outcome import Outcome
 from sglang_fl.tune.page import as_html
 from sglang_fl.tune.serve import Served, choice_of
@@ -191,7 +193,7 @@ def row(ratio: float, spread: float = 0.01, per_pass: float = 10.0) -> Any:
 class TestAlone:
     def judged(self, *rows: Any) -> Candidate:
         candidate = Candidate("silu_and_mul", "vendor.a", "a")
-        judge_alone(candidate, rows, ["decode/1"])
+        judge_alone(candidate, rows, {"decode/1": 1e5})
         return candidate
 
     def test_what_is_faster_goes_on_with_what_it_saves(self) -> None:
@@ -211,6 +213,11 @@ class TestAlone:
     def test_ties_stay_with_sglang(self, rows: list[Any]) -> None:
         assert self.judged(*rows).status == TIE
 
+    @pytest.mark.parametrize(("per_pass", "shown"), [(0.15, "0.0075 %"), (0.0, "0 %")])
+    def test_what_saves_next_to_nothing_of_a_step_is_a_tie(self, per_pass: float, shown: str) -> None:
+        found = self.judged(row(0.5, per_pass=per_pass))
+        assert found.status == TIE and found.reason.endswith(f"but that saves only {shown} of a step")
+
     def test_what_no_graph_holds_is_judged_by_the_host(self) -> None:
         own, theirs = (
             {"us": 1.0, "host_us": 10.0, "error": None},
@@ -225,6 +232,14 @@ class TestAlone:
         failed = {"us": None, "ratio": None, "error": "OutOfMemoryError: CUDA out of memory"}
         for own, theirs in ((failed, fine), (failed, {**failed, "error": "no"}), (fine, failed)):
             assert timed({}, own, theirs, in_graph=True)[0] == UNDECIDED  # type: ignore[index]
+
+
+def test_inputs_that_do_not_fit_leave_the_engine_as_it_is() -> None:
+    def times() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB")
+
+    assert "lower --mem-fraction-static" in if_memory_suffices(times)["error"]
+    assert if_memory_suffices(lambda: {"own": torch.is_inference_mode_enabled()}) == {"own": True}
 
 
 class PlantedBench:
