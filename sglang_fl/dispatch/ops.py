@@ -316,7 +316,7 @@ class FLBackendBase(GatedDeltaRuleOps, CausalConv1dOps, ABC):
                 ``num_experts``, ``num_local_experts`` (fewer where other ranks have the rest), and
                 ``apply_router_weight_on_input``: ``weight`` multiplies ``w13[e] @ x[t]`` instead (never with a bias).
             dispatch_output: ``dispatch_output.hidden_states``, x, ``[num_tokens, hidden_size]``, and
-                ``dispatch_output.topk_output`` with ``topk_weights``, fp32, and ``topk_ids``, int32 or int64,
+                ``dispatch_output.topk_output`` with ``topk_weights``, fp32 or x's dtype, and ``topk_ids``, int32 or int64,
                 ``[num_tokens, top_k]``. An id counts this rank's experts. A negative one is an expert of another
                 rank, or a padded token's: it adds nothing. The model's ``routed_scaling_factor`` is in the weights
                 where this operator is to apply it.

@@ -160,6 +160,10 @@ def weights_dropped(layer: Any, output: Any) -> tuple[Any, Any]:
     return layer, output
 
 
+def weights_of_fp32_only(layer: Any, output: Any) -> tuple[Any, Any]:
+    return (layer, output) if output.topk_output.topk_weights.dtype is torch.float32 else weights_dropped(layer, output)
+
+
 def weights_made_to_add_up_to_one(layer: Any, output: Any) -> tuple[Any, Any]:
     weights = output.topk_output.topk_weights
     output.topk_output.topk_weights = weights / weights.sum(-1, keepdim=True)
@@ -198,6 +202,7 @@ def config_with(**changes: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
         (halves_swapped, (SERVING,), "result (torch.bfloat16)"),
         (weights_dropped, (SERVING,), "result (torch.bfloat16)"),
         (weights_made_to_add_up_to_one, (UNUSUAL,), "total=2.5"),
+        (weights_of_fp32_only, (UNUSUAL,), "own_weights"),
         (negative_ids_from_the_end, (SERVING,), "elsewhere=0.5"),
         (negative_ids_of_weight_zero, (SPECIAL,), "nan-in-padding"),
         (bias_dropped, (UNUSUAL,), "bias: "),

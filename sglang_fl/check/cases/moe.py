@@ -156,6 +156,7 @@ class ExpertsForm(Form):
         unchosen: the first of every this many experts has no token.
         busy: only so many experts have tokens. 0: all.
         total: the sum of a token's weights.
+        own_weights: the weights are of the model's dtype, as Llama 4's.
     """
 
     tokens: int = 9
@@ -171,6 +172,7 @@ class ExpertsForm(Form):
     unchosen: int = 0
     busy: int = 0
     total: float = 1.0
+    own_weights: bool = False
     ids: str = "int32"
 
     def call(self, draw: Draw) -> Call:
@@ -209,7 +211,7 @@ class ExpertsForm(Form):
             layer.w13_weight.data[0] = torch.nan
         inputs = {
             "hidden_states": draw.laid_out(x, self.layout),
-            "topk_weights": draw.place(weights, torch.float32),
+            "topk_weights": draw.place(weights, draw.dtype if self.own_weights else torch.float32),
             "topk_ids": draw.index(ids, self.ids),
         }
         return ExpertsCall(layer, inputs, meaning={"experts": Experts(self.activation, not self.not_gated, self.weight_on_input)})
@@ -221,7 +223,7 @@ def _parameter(x: torch.Tensor) -> nn.Parameter:
 
 _EXPERTS_UNUSUAL = """
 tokens=0 | tokens=1 | experts=1 top_k=1 | top_k=8 | elsewhere=1.0 | experts=60 hidden=72 size=40 top_k=6 | total=2.5
-| ids=int64 elsewhere=0.3 | bias {,elsewhere=0.5} | weight_on_input {,top_k=1}
+| ids=int64 elsewhere=0.3 | bias {,elsewhere=0.5} | weight_on_input {,top_k=1} | own_weights {,weight_on_input top_k=1}
 | activation={gelu,gelu_tanh,relu2} | activation={silu,gelu,gelu_tanh,relu2} not_gated
 | unchosen={2,3} tokens=40 | busy=2 tokens=80 | layout={view,every-other}
 """
