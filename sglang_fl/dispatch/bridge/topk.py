@@ -58,6 +58,9 @@ class TopKBridge(LayerBridge):
             check_result("its topk_ids", result[1], wanted.to(torch.int32))
             if result[0].shape != wanted.shape:
                 raise ValueError(f"its topk_weights has shape {tuple(result[0].shape)}, not {tuple(wanted.shape)}")
+            for name, x in zip(("topk_weights", "topk_ids"), result, strict=False):
+                if not x.is_contiguous():
+                    raise ValueError(f"its {name} is not contiguous, and SGLang's experts would read other numbers")
             _check_ids(result[1], experts + config.num_shared_topk_slots, padded=num_tokens is not None)
 
     def forward(self, routes: Routes) -> Forward:

@@ -484,6 +484,10 @@ def test_without_tokens() -> None:
             "its topk_ids is torch.int64",
         ),
         (
+            lambda obj, hidden_states, router_logits, **_: (torch.zeros(2, 2), torch.tensor([[0, 1], [1, 2]]).int().t()),
+            "its topk_ids is not contiguous",
+        ),
+        (
             lambda obj, hidden_states, router_logits, **_: (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32)),
             "[0, 0] are not 2 of 8 experts",
         ),
