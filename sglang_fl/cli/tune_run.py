@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             if args.update:
                 about = journal.measured("about", "the engine", bench.about)
                 baseline = _to_measure(console, baseline, about)
-                if not (baseline.only or baseline.new_functions):
+                if baseline.is_confirmed and not (baseline.only or baseline.new_functions):
                     console.print(f"{args.update} is up to date: nothing that it was measured with has changed", markup=False)
                     _forget(journal, saved)
                     return 0
@@ -146,7 +146,7 @@ def _to_measure(console: Console, baseline: Baseline, about: Mapping[str, Any]) 
     found = baseline.changes(about)
     for change in found:
         console.print(f"{change}", markup=False)
-    only = frozenset([*(name for change in found for name in change.entries), *baseline.with_new(about)])
+    only = frozenset([*(name for change in found for name in change.entries), *baseline.not_measured(about)])
     every = any(len(change.entries) == len(baseline.entries) for change in found)
     return replace(baseline, only=only, new_functions=every or any(change.what.endswith("flag_gems") for change in found))
 

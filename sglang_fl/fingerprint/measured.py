@@ -45,7 +45,7 @@ class Change:
 
     def __str__(self) -> str:
         shown = ", ".join(self.entries[:_SHOWN]) + (f", … ({len(self.entries)} in all)" if len(self.entries) > _SHOWN else "")
-        return f"{self.what} was {self.then} and is {self.now}: {shown}"
+        return f"{self.what} was {self.then} and is {self.now}{': ' if shown else ''}{shown}"
 
 
 def conditions_of(model: Any, chip: str, ranks: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def conditions_of(model: Any, chip: str, ranks: int) -> dict[str, Any]:
 
 
 def changes(measured: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The conditions in a profile's ``measured`` that have changed."""
+    """The conditions in a profile's ``measured`` that have changed, also those that affect none of its entries."""
     then, entries = measured.get("with", {}), measured.get("entries", {})
     every = tuple(entries)
     found = [
@@ -84,7 +84,7 @@ def changes(measured: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]
         is_now = source_hash(package)
         if was != is_now and package not in {change.what for change in found}:
             found.append(Change(f"the source of {package}", was, is_now, tuple(_of_package(entries, package))))
-    return [change for change in found if change.entries]
+    return found
 
 
 def _of_package(entries: Mapping[str, Any], package: str) -> Iterator[str]:
@@ -107,11 +107,11 @@ def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) ->
         measured = measured_in(path) if path else None
         if measured and name == settings.profile_file:
             measured = {**measured, "entries": {name: entry for name, entry in measured.get("entries", {}).items() if _is_used(entry)}}
-        found = changes(measured, now()) if measured else []
-        if found:
+        found = [change for change in changes(measured, now()) if change.entries] if measured else []
+        if measured and found:
             lines = "".join(f"\n  {change}" for change in found)
-            message = "sglang-fl: %s was measured under other conditions; these entries may not hold (sglang-fl tune --update %s):%s"
-            logger.warning(message, path, path, lines)
+            again = "tune its models again, and sglang-fl tune --merge" if "models" in measured else f"sglang-fl tune --update {path} MODEL"
+            logger.warning("sglang-fl: %s was measured under other conditions; these entries may not hold (%s):%s", path, again, lines)
 
 
 def _is_used(entry: Mapping[str, Any]) -> bool:

@@ -11,7 +11,10 @@ from ..config.loader import MEASURED
 from ..config.yaml_file import read_mapping
 from ..fingerprint.measured import Change, changes
 from .bench import NATIVE, Choice
-from .judge import FUNCTION
+from .judge import FUNCTION, NOT_MEASURED, UNAVAILABLE, UNDECIDED
+
+#: Statuses of what has no decision.
+_OPEN = frozenset({UNDECIDED, NOT_MEASURED})
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,24 @@ class Baseline:
         here = {(op, row["impl"]) for op, rows in about["implementations"].items() for row in rows}
         return {op: f"the model has no {op} with {impl} any more" for op, impl in self.choice.impls if (op, impl) not in here}
 
-    def with_new(self, about: Mapping[str, Any]) -> list[str]:
-        """The operators with implementations that it does not mention."""
-        return [
-            op
-            for op, rows in about["implementations"].items()
-            if any(row["impl"] not in self.entries.get(op, {}).get("candidates", {}) and row["why_not"] is None for row in rows)
-        ]
+    def not_measured(self, about: Mapping[str, Any]) -> list[str]:
+        """The entries that are undecided, and the operators with implementations that were not available."""
+        found = {name for name, entry in self.entries.items() if _OPEN & {one.get("status") for one in _verdicts(entry)}}
+        for op, rows in about["implementations"].items():
+            of = self.entries.get(op, {}).get("candidates", {})
+            if any(row["why_not"] is None and of.get(row["impl"], {}).get("status", UNAVAILABLE) == UNAVAILABLE for row in rows):
+                found.add(op)
+        return sorted(found)
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether its choice was measured on fresh starts."""
+        return self.choice == NATIVE or "confirmed" in self.measured
+
+
+def _verdicts(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A function's, or those of an operator's candidates."""
+    return [*entry["candidates"].values()] if "candidates" in entry else [entry]
 
 
 def read_baseline(path: Path, option: str) -> Baseline:

@@ -14,6 +14,7 @@ import numpy as np
 #: Above the first ratio to native's time a call counts as slower. Below the second a median counts as faster.
 MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
 #: The least part of a step that a candidate must save in one of the cases: a tenth of the smallest effect that any machine shows.
+#: One that only other requests call cannot be weighed so.
 LEAST_SHARE = 0.001
 
 #: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
@@ -49,21 +50,23 @@ class Candidate:
     Attributes:
         name: the operator, or the function.
         impl: the implementation's id. None: it is a function.
-        package: the package of its source.
+        packages: those of its source.
         calls: the recorded calls that it would serve: rows of ``Live.recorded``.
         status, reason: the decision, and why.
         ratio: its time divided by native's: the smallest, median and largest of all calls.
+        own_us: case -> native's µs of its calls in a step.
         gains: case -> µs that it saves per step.
         served: case -> (ratio, low, high) of the speed to native's, for the last choice with it.
     """
 
     name: str
     impl: str | None
-    package: str
+    packages: Sequence[str]
     calls: list[dict[str, Any]] = field(default_factory=list)
     status: str = NOT_MEASURED
     reason: str = ""
     ratio: tuple[float, float, float] | None = None
+    own_us: dict[str, float] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
     served: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
@@ -124,21 +127,23 @@ def timed(call: Mapping[str, Any], own: Mapping[str, Any], theirs: Mapping[str, 
     return Timed(call, float(own[us]), tuple(theirs[ratio]))
 
 
-def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[str, float]) -> bool:
+def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[str, float], outside: bool = False) -> bool:
     """Whether a candidate alone is nowhere slower, faster in the median, and saves enough of a step. Otherwise its status says why not.
 
     Args:
         step_us: case -> native's time of a step.
+        outside: whether it is in force outside of the model's forward, too, as in sampling.
     """
     ratios = [row.ratio for row in rows]
     medians = [ratio[0] for ratio in ratios]
     candidate.ratio = (min(medians), float(np.median(medians)), max(medians))
     lost = []
     for case in step_us:
-        own = [row.own_us * row.call["per_pass"].get(case, 0.0) for row in rows]
+        labels = (case, f"{case} outside") if outside else (case,)
+        own = [row.own_us * sum(row.call["per_pass"].get(label, 0.0) for label in labels) for row in rows]
         saved = sum((1 - row.ratio[0]) * us for row, us in zip(rows, own, strict=True))
-        if saved:
-            candidate.gains[case] = saved
+        if any(own):
+            candidate.own_us[case], candidate.gains[case] = sum(own), saved
         if saved < (1 - MAX_RATIO) * sum(own):
             lost.append(f"{-saved:.3g} µs slower in a step of {case}")
     worst = max(rows, key=lambda row: row.ratio[0])
@@ -149,7 +154,7 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[st
         candidate.settle(TIE, f"{figures}: no measurable gain")
     elif lost:
         candidate.settle(TIE, f"{figures}, and {' and '.join(lost)}")
-    elif (most := max(candidate.gains.get(case, 0.0) / us for case, us in step_us.items())) < LEAST_SHARE:
+    elif candidate.gains and (most := max(saved / step_us[case] for case, saved in candidate.gains.items())) < LEAST_SHARE:
         candidate.settle(TIE, f"{figures}, but that saves only {100 * max(most, 0.0):.2g} % of a step")
     else:
         candidate.reason = figures

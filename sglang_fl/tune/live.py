@@ -28,7 +28,7 @@ from ..dispatch.bridge.report import BindReport
 from ..dispatch.bridge.socket import Socket
 from ..dispatch.manager import get_default_manager
 from ..dispatch.registry import OpRegistry
-from ..dispatch.types import OpImpl
+from ..dispatch.types import BackendImplKind, OpImpl
 from ..distributed.ranks import tensor_parallel_ranks
 from ..fingerprint.measured import chip_name, conditions_of
 from ..utils.packages import package_of
@@ -288,7 +288,12 @@ def _forget_seeds() -> None:
 def _implementations(op: str) -> list[dict[str, Any]]:
     """An operator's implementations, with the reason for those that cannot run here."""
     found: list[OpImpl] = sorted(get_default_manager().registry.get_implementations(op), key=lambda impl: (-impl.priority, impl.impl_id))
-    return [{"impl": impl.impl_id, "package": package_of(impl.module), "why_not": impl.why_unavailable()} for impl in found]
+    return [{"impl": impl.impl_id, "packages": _packages(impl), "why_not": impl.why_unavailable()} for impl in found]
+
+
+def _packages(impl: OpImpl) -> list[str]:
+    """The packages whose source decides what an implementation computes."""
+    return [package_of(impl.module), *(["flag_gems"] if impl.kind is BackendImplKind.DEFAULT else [])]
 
 
 def _found(destinations: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -20,21 +20,24 @@ def _place(ratio: float) -> float:
 
 
 def _shares(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
-    """case -> the parts of native's step, from left to right."""
-    used = [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.ratio]
+    """case -> the parts of native's step, from left to right: the time of each backend that is used, what is saved, and the rest."""
+    used = [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.own_us]
     found = {}
     for case, step in outcome.step_us.items():
-        saved = sum(candidate.gains.get(case, 0.0) for candidate in used)
-        # A gain of 1 - r leaves r of the native time.
-        left = sum(
-            gain * one.ratio[1] / (1 - one.ratio[1])
-            for one in used
-            if one.ratio and (gain := one.gains.get(case, 0.0)) and one.ratio[1] < 1
-        )
+        backends: dict[str, float] = {}
+        for one in used:
+            backend = one.impl or "FlagGems's functions"
+            backends[backend] = backends.get(backend, 0.0) + one.own_us.get(case, 0.0) - one.gains.get(case, 0.0)
+        saved = sum(one.gains.get(case, 0.0) for one in used)
+        rest = step - sum(one.own_us.get(case, 0.0) for one in used)
         parts, start = [], 0.0
-        for kind, what, us in (("ours", "used", left), ("saved", "saved", saved), ("own", "SGLang's own", step - left - saved)):
+        for kind, what, us in (
+            *(("ours", name, us) for name, us in backends.items()),
+            ("saved", "saved", saved),
+            ("own", "SGLang's own", rest),
+        ):
             width = max(0.0, 100 * us / step)
-            parts.append({"kind": kind, "start": round(start, 2), "width": round(width, 2), "words": f"{what} {width:.1f} %"})
+            parts.append({"kind": kind, "start": round(start, 2), "width": round(width, 2), "words": f"{what} {100 * us / step:.1f} %"})
             start += width
         found[case] = parts
     return found if used else {}

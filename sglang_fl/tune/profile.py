@@ -42,10 +42,15 @@ def write(path: Path, outcome: Outcome, baseline: Baseline) -> None:
         "date": datetime.date.today().isoformat(),
         "with": {**with_, "sources": sources},
         "smallest_effect": rounded(outcome.noise),
+        "us_of_a_step": rounded(outcome.step_us),
         "served": {case: rounded([found.ratio, found.low, found.high]) for case, found in outcome.served.items()},
     }
     if outcome.confirmed is not None:
         measured["confirmed"] = rounded(outcome.confirmed.speeds)
+        measured["starts_differ_by"] = {
+            "native": rounded(outcome.confirmed.apart),
+            "tuned": rounded(outcome.confirmed.tuned_apart),
+        }
     if outcome.incomplete:
         measured["incomplete"] = outcome.incomplete
     if outcome.why_native:
@@ -74,11 +79,11 @@ def _entries(outcome: Outcome) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for candidate in outcome.candidates:
         if candidate.impl is None:
-            found[candidate.entry] = {**_verdict(candidate), "packages": [candidate.package]}
+            found[candidate.entry] = {**_verdict(candidate), "packages": [*candidate.packages]}
             continue
         entry = found.setdefault(candidate.entry, {"impl": "sglang", "packages": [], "candidates": {}})
         entry["candidates"][candidate.impl] = _verdict(candidate)
-        entry["packages"] = sorted({*entry["packages"], candidate.package})
+        entry["packages"] = sorted({*entry["packages"], *candidate.packages})
         if candidate.status == USED:
             entry["impl"] = candidate.impl
     return found

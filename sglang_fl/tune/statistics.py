@@ -27,7 +27,7 @@ class Speed:
 
     def is_slower(self, noise: float) -> bool:
         """Whether it is slower, by its interval and by more than the smallest effect of this machine."""
-        return self.high < 1 and self.ratio < 1 - noise
+        return self.high < 1 and self.ratio < 1 / (1 + noise)
 
     def is_faster(self, noise: float) -> bool:
         return self.low > 1 and self.ratio > 1 + noise
@@ -68,8 +68,8 @@ def _order(count: int) -> int:
 
 
 def smallest_effect(same: Speed) -> float:
-    """The smallest difference from 1 that can be distinguished from noise, from native against native."""
-    return max(_LEAST, same.high - 1, 1 - same.low)
+    """The smallest effect that can be distinguished from noise, from native against native: 0.05 is 1.05 times as fast, or as slow."""
+    return max(_LEAST, same.high - 1, 1 / same.low - 1 if same.low else math.inf)
 
 
 def is_decided(speeds: Mapping[str, Speed], noise: Mapping[str, float]) -> bool:
@@ -77,5 +77,6 @@ def is_decided(speeds: Mapping[str, Speed], noise: Mapping[str, float]) -> bool:
     if any(speed.is_slower(noise[case]) for case, speed in speeds.items()):
         return True
     return all(
-        speed.is_faster(noise[case]) or (speed.high <= 1 + noise[case] and speed.low >= 1 - noise[case]) for case, speed in speeds.items()
+        speed.is_faster(noise[case]) or (speed.high <= 1 + noise[case] and speed.low >= 1 / (1 + noise[case]))
+        for case, speed in speeds.items()
     )

@@ -190,7 +190,7 @@ class Tuning:
             layers.setdefault(row["op"], []).append(row)
         for op, implementations in about["implementations"].items():
             for row in implementations:
-                candidate = Candidate(op, row["impl"], row["package"], calls_to_try(layers.get(op, []), cases))
+                candidate = Candidate(op, row["impl"], row["packages"], calls_to_try(layers.get(op, []), cases))
                 if row["why_not"]:
                     candidate.settle(UNAVAILABLE, row["why_not"])
                 elif not candidate.calls:
@@ -201,7 +201,7 @@ class Tuning:
             if row["function"] is not None and (about["scope"] == "everywhere" or self._in_graph(row)):
                 functions.setdefault(row["function"], []).append(row)
         off = os.environ.get("USE_FLAGGEMS", "").strip() == "0"
-        self.outcome.candidates += [Candidate(name, None, "flag_gems", rows) for name, rows in functions.items() if not off]
+        self.outcome.candidates += [Candidate(name, None, ["flag_gems"], rows) for name, rows in functions.items() if not off]
         self.outcome.not_exercised = sorted({*OPERATORS, *about["implementations"]} - layers.keys())
         measures = self._job.baseline.measures
         self.outcome.candidates = [candidate for candidate in self.outcome.candidates if measures(candidate.entry)]
@@ -269,14 +269,14 @@ class Tuning:
         Native's own cannot be captured then. A function that is in force only in graphs is never called there.
         """
         times: list[Timed] = []
-        outside = ""
+        uncaptured = ""
         for call in list(candidate.calls):
             found = self._measured("time", f"{candidate.key}: {_name(call)}", partial(self._timing, candidate, call))
             if "crashed" in found:
                 candidate.settle(CRASHED, f"{found['crashed']} ({call['call']})")
                 return
             if candidate.impl is None and self.outcome.about["scope"] == "graphs" and (why := found.get("own", {}).get("uncaptured")):
-                outside = f"PyTorch's own call cannot be captured in a graph: {why} ({call['call']})"
+                uncaptured = f"PyTorch's own call cannot be captured in a graph: {why} ({call['call']})"
                 candidate.calls = [other for other in candidate.calls if other is not call]
                 continue
             row = timed(call, found["own"], found["theirs"], self._in_graph(call)) if "own" in found else (UNDECIDED, found["error"])
@@ -285,9 +285,10 @@ class Tuning:
                 return
             times.append(row)
         if times:
-            judge_alone(candidate, times, self.outcome.step_us)
+            outside = candidate.impl is not None or self.outcome.about["scope"] == "everywhere"
+            judge_alone(candidate, times, self.outcome.step_us, outside)
         else:
-            candidate.settle(OUTSIDE, outside)
+            candidate.settle(OUTSIDE, uncaptured)
 
     def _timing(self, candidate: Candidate, call: Mapping[str, Any]) -> dict[str, Any]:
         """Time one call in the running engine. A new engine records the calls first."""

@@ -42,7 +42,7 @@ class StandIn:
     def __exit__(self, *error: object) -> None: ...
 
     def about(self) -> dict[str, Any]:
-        rows = [{"impl": "vendor.new", "package": "json", "why_not": None}]
+        rows = [{"impl": "vendor.new", "packages": ["json"], "why_not": None}]
         about = {"longest": 64, "vocabulary": 64, "plain_cpu": True, "scope": "everywhere", "graphs": {"prefill": False, "decode": False}}
         return {**about, "conditions": {**WITH, "model": self.model}, "implementations": dict.fromkeys(self.ops, rows)}
 

@@ -57,7 +57,7 @@ def test_what_each_model_that_calls_it_uses_is_used_on_the_chip(tmp_path: Path, 
     assert measured["models"]["two"]["with"]["chip"] == "Chip 2" and measured["models"]["one"]["confirmed"] == {"decode/1": 1.1}
     # It holds for any model, number of ranks and chip of this kind, but for these versions and sources.
     now = {**WITH, "chip": "Chip 3", "driver": "2", "model": "L", "tp": 2}
-    assert {change.what for change in changes(measured, now)} == {"the source of a"}
+    assert {change.what for change in changes(measured, now) if change.entries} == {"the source of a"}
     assert {change.what for change in changes({**measured, "with": {"versions": {"torch": "0"}}}, now)} == {"torch"}
 
 
