@@ -33,7 +33,7 @@ from ..distributed.ranks import tensor_parallel_ranks
 from ..fingerprint.measured import chip_name, conditions_of
 from ..utils.packages import package_of
 from . import aten_case
-from .aten_calls import Recorder, describe, nbytes, telling
+from .aten_calls import Recorder, describe, heaviest, nbytes, telling
 from .layer_calls import LayerRecorder, RecordedCall
 from .timing import Candidate, compare, input_sets
 
@@ -41,8 +41,8 @@ logger = logging.getLogger("sglang_fl")
 
 #: The method's name.
 METHOD = "sglang_fl_tune"
-#: At most this many calls of one operator or function are tried.
-_MOST_CALLS = 6
+#: At most this many calls of an ATen operator are tried: of those in the measured cases, and of the others.
+_MOST_CALLS, _MOST_OTHERS = 8, 2
 _SOURCE = Source(FILE, "sglang-fl tune")
 
 
@@ -195,7 +195,7 @@ class Live:
         bind_model(self._runner.model, self._device)  # the recording forwards are removed
         self._layers = list(self._layer_recorder.calls.values())
         layers = [self._layer_row(number, directory) for number in range(len(self._layers))]
-        return {"passes": self._passes, "layers": layers, "functions": self._function_rows(frozenset(labels))}
+        return {"passes": self._passes, "layers": layers, "functions": self._function_rows(labels)}
 
     def _layer_row(self, number: int, directory: str | None) -> dict[str, Any]:
         call = self._layers[number]
@@ -219,7 +219,7 @@ class Live:
         passes = {label: self._passes.get(label.removesuffix(" outside")) for label in counts}
         return {label: count / of for label, count in counts.items() if (of := passes[label])}
 
-    def _function_rows(self, labels: frozenset[str]) -> list[dict[str, Any]]:
+    def _function_rows(self, labels: Sequence[str]) -> list[dict[str, Any]]:
         """The calls of ATen operators with a FlagGems function."""
         self._pairs: dict[str, list[tuple[str, Any]]] = {}
         self._dispatch_key = ""
@@ -234,8 +234,8 @@ class Live:
             by_key.setdefault(call["key"], []).append(call)
         found: list[dict[str, Any]] = []
         for key, calls in sorted(by_key.items()):
-            measured = sorted((call for call in calls if labels & call["counts"].keys()), key=lambda call: -sum(call["counts"].values()))
-            for each in [*measured[:_MOST_CALLS], *telling([call for call in calls if call not in measured], 2)]:
+            others = [call for call in calls if not call["counts"].keys() & set(labels)]
+            for each in [*heaviest(calls, labels, _MOST_CALLS), *telling(others, _MOST_OTHERS)]:
                 row = {"key": key, "args": each["args"], "kwargs": each["kwargs"], "call": describe(each["args"], each["kwargs"])}
                 row["bytes"] = nbytes([each["args"], each["kwargs"]])
                 found.append({**row, "number": len(found), "function": function_of.get(key), "per_pass": self._per_pass(each["counts"])})

@@ -175,16 +175,21 @@ class Tuning:
             with suppress(FileNotFoundError):
                 shutil.rmtree(directory)  # of a recording that was killed
             directory.mkdir()
-        where, labels = directory and str(directory), [str(case) for case in bench.cases]
-        found: dict[str, Any] = bench.ask("recorded", directory=where, labels=labels)
+        found: dict[str, Any] = bench.ask(
+            "recorded", directory=directory and str(directory), labels=self._labels(about["scope"] == "everywhere")
+        )
         self._recorded_by = bench.starts
         self._numbers = {_name(row): row["number"] for row in [*found["layers"], *found["functions"]]}
         return found
 
+    def _labels(self, outside: bool) -> list[str]:
+        """The measured cases; with ``outside`` also what they call outside of the model's forward."""
+        return [label for case in map(str, self._bench.cases) for label in ((case, f"{case} outside") if outside else (case,))]
+
     def _record(self) -> None:
         self._step = "recording which layers and ATen functions are called"
         found = self._measured("record", "calls", partial(self._recording, self._calls))
-        about, cases = self.outcome.about, {str(case) for case in self._bench.cases}
+        about, cases = self.outcome.about, set(self._labels(outside=True))
         layers: dict[str, list[dict[str, Any]]] = {}
         for row in sorted(found["layers"], key=lambda row: -row["bytes"]):
             layers.setdefault(row["op"], []).append(row)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_fl.tune import aten_case
-from sglang_fl.tune.aten_calls import Recorder, describe, telling
+from sglang_fl.tune.aten_calls import Recorder, describe, heaviest, telling
 from sglang_fl.tune.aten_case import Case, NotMeasurable, check, time
 
 CPU = torch.device("cpu")
@@ -159,6 +159,17 @@ def test_a_copy_to_the_host_is_told_from_one_that_stays() -> None:
 def test_what_cannot_be_made_again_says_so() -> None:
     with pytest.raises(NotMeasurable, match="self was a Sparse"):
         case("add.Tensor", [{"other": "Sparse"}, 1], torch.mul).build(0)
+
+
+def test_of_each_step_the_calls_are_tried_that_take_longest() -> None:
+    def call(size: int, **counts: int) -> dict[str, Any]:
+        return {"args": [tensor(size)], "kwargs": {}, "counts": counts}
+
+    small, large, wide, rare = call(8, decode=400), call(8_000_000, prefill=2, decode=2), call(4_000_000, prefill=3), call(4, other=9)
+    calls = [rare, small, wide, large]
+    assert heaviest(calls, ["decode", "prefill"], 8) == [small, large, wide]
+    assert heaviest(calls, ["prefill", "decode"], 1) == [large]
+    assert heaviest(calls, [], 8) == []
 
 
 def test_the_most_telling_calls_are_tried() -> None:
