@@ -9,6 +9,10 @@ from typing import Any
 from ..config import SettingsError
 from ..utils.json_lines import JsonLines, read_lines
 
+#: The fields of a journal's first line, and of each other one.
+_FIRST: Mapping[str, type | tuple[type, ...]] = {"for": dict}
+_OTHERS: Mapping[str, type | tuple[type, ...]] = {"kind": str, "key": str, "value": object, "seconds": (int, float)}
+
 
 class Journal:
     """The measurements of a run, by key. The first line has their conditions.
@@ -25,13 +29,15 @@ class Journal:
         self.path, self._head = path, dict(head)
         self.seconds: dict[str, list[float]] = {}
         self._found: dict[str, Any] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = JsonLines(path)
         except BlockingIOError:
             raise SettingsError(f"{path} is in use by another run") from None
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"{path} cannot be read: {error}. Delete it to start again") from None
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be written: {error.strerror}. Give another --out") from None
+        except ValueError as error:
+            raise SettingsError(_broken(path, error)) from None
         try:
             if self._file.found and not resume:
                 raise SettingsError(f"{path} has the measurements of an earlier run: continue it with --resume, or delete the file")
@@ -42,16 +48,8 @@ class Journal:
 
     def _read(self) -> None:
         lines = self._file.found
-        if not lines:
-            return
-        keys = ({"for"}, *[{"kind", "key", "value", "seconds"}] * (len(lines) - 1))
-        for number, (line, needed) in enumerate(zip(lines, keys, strict=True), 1):
-            if not isinstance(line, dict) or needed - line.keys():
-                raise SettingsError(f"{self.path}:{number}: not a line of a journal. Delete the file to start again")
-        there, here = lines[0]["for"], self._head
-        other = [f"{name} was {there.get(name)} and is {here.get(name)}" for name in {**here, **there} if there.get(name) != here.get(name)]
-        if other:
-            raise SettingsError(f"{self.path} holds for something else: {'; '.join(other)}. Delete it, or give another --out")
+        _check(self.path, lines)
+        _compare(self.path, lines, self._head)
         for line in lines[1:]:
             self._found[line["key"]] = line["value"]
             self.seconds.setdefault(line["kind"], []).append(line["seconds"])
@@ -85,9 +83,46 @@ class Journal:
 
 def seconds_in(path: Path, arguments: Sequence[str]) -> dict[str, list[float]]:
     """Kind of measurement -> the seconds of each in a journal. Empty if the journal is of a server with other arguments."""
-    lines = read_lines(path.read_bytes())
+    lines = _read(path)
     found: dict[str, list[float]] = {}
     if lines and lines[0]["for"].get("arguments") == list(arguments):
         for line in lines[1:]:
             found.setdefault(line["kind"], []).append(line["seconds"])
     return found
+
+
+def check_conditions(path: Path, head: Mapping[str, Any]) -> None:
+    """Raises SettingsError if a journal has other conditions, so that no run can continue it."""
+    _compare(path, _read(path), head)
+
+
+def _read(path: Path) -> list[Any]:
+    """The lines of a journal that may be in use. Raises SettingsError."""
+    try:
+        lines = read_lines(path.read_bytes())
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}. Give another --out") from None
+    except ValueError as error:
+        raise SettingsError(_broken(path, error)) from None
+    _check(path, lines)
+    return lines
+
+
+def _broken(path: Path, error: ValueError) -> str:
+    return f"{path} cannot be read: {error}. Delete it to start again"
+
+
+def _check(path: Path, lines: Sequence[Any]) -> None:
+    for number, line in enumerate(lines, 1):
+        fields = _FIRST if number == 1 else _OTHERS
+        if not isinstance(line, dict) or not all(name in line and isinstance(line[name], kind) for name, kind in fields.items()):
+            raise SettingsError(f"{path}:{number}: not a line of a journal. Delete the file to start again")
+
+
+def _compare(path: Path, lines: Sequence[Any], here: Mapping[str, Any]) -> None:
+    if not lines:
+        return
+    there = lines[0]["for"]
+    other = [f"{name} was {there.get(name)} and is {here.get(name)}" for name in {**here, **there} if there.get(name) != here.get(name)]
+    if other:
+        raise SettingsError(f"{path} holds for something else: {'; '.join(other)}. Delete it, or give another --out")
