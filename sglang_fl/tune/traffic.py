@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The requests for recording a model: from a user's file, or a mix of typical serving."""
 
+import inspect
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
+from ..device import probe
+from ..platform.absent_packages import stand_in_for_absent_packages
 from ..utils.suggest import suggest
 
 #: Batches: the arguments of ``sglang.Engine.generate`` for each.
@@ -67,7 +70,10 @@ def read(path: Path, vocabulary: int) -> Requests:
             raise SettingsError(f"{path}:{number}: not valid JSON: {error}") from None
         if problem := _problem(asked, vocabulary):
             raise SettingsError(f"{path}:{number}: {problem}")
-        sampling = {"ignore_eos": True, "max_new_tokens": asked.get("output_len", 16), **asked.get("sampling_params", {})}
+        given = asked.get("sampling_params", {})
+        sampling = {"ignore_eos": True, "max_new_tokens": asked.get("output_len", 16), **given}
+        if given and (problem := _sampling_problem(sampling, vocabulary)):
+            raise SettingsError(f"{path}:{number}: sampling_params: {problem}")
         if "prompt" in asked:
             found.append({"prompt": [asked["prompt"]], "sampling_params": sampling})
         else:
@@ -101,4 +107,20 @@ def _problem(asked: Any, vocabulary: int) -> str | None:
             return f"{name}: expected {expected}, found {value!r}"
     if len(asked.keys() & {*_SOURCES}) != 1:
         return f"expected one of {', '.join(_SOURCES)}, found {', '.join(asked) or 'nothing'}"
+    return None
+
+
+def _sampling_problem(sampling: dict[str, Any], vocabulary: int) -> str | None:
+    """Why SGLang would refuse sampling parameters."""
+    stand_in_for_absent_packages(probe())
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    names = list(inspect.signature(SamplingParams).parameters)
+    for name in sampling:
+        if name not in names:
+            return f"SGLang has no {name!r}{suggest(name, names)}"
+    try:
+        SamplingParams(**sampling).verify(vocabulary)
+    except (TypeError, ValueError) as error:
+        return f"SGLang refuses {sampling}: {error}"
     return None

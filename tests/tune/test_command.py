@@ -95,3 +95,22 @@ class TestJournal:
 
         monkeypatch.setattr("sglang_fl.tune.journal.Path.mkdir", mkdir)
         assert "journal.jsonl cannot be written: Read-only file system. Give another --out" in refused("./model")
+
+
+class TestTraffic:
+    @pytest.mark.parametrize("more", [[], ["--dry-run"]])
+    @pytest.mark.parametrize(
+        ("sampling", "told"),
+        [
+            ({"temperture": 1}, "SGLang has no 'temperture'; did you mean 'temperature'?"),
+            ({"temperature": -1}, "temperature must be a non-negative finite number, got -1"),
+            ({"temperature": "hot"}, "SGLang refuses {"),
+        ],
+    )
+    def test_sampling_parameters_are_checked_before_an_engine_starts(
+        self, refused: Refused, sampling: dict[str, Any], told: str, more: list[str]
+    ) -> None:
+        requests = [{"prompt": "a", "sampling_params": {"top_k": -1, "stop": ["b"]}}, {"input_len": 3, "sampling_params": sampling}]
+        Path("requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
+        said = refused("./model", "--traffic", "requests.jsonl", *more)
+        assert "requests.jsonl:2: sampling_params: " in said and told in said
