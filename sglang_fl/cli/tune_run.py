@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,15 +22,16 @@ from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..fingerprint.facts import versions
 from ..fingerprint.measured import chip_name, driver
-from ..tune.baseline import Baseline, read_baseline
+from ..tune.baseline import Baseline
 from ..tune.bench import NATIVE, Bench, StartFailed, with_profile
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal
 from ..tune.judge import CRASHED, OUTSIDE, SLOWER_SERVED, UNAVAILABLE, UNDECIDED, USED, WRONG, Candidate
-from ..tune.merge import merge
+from ..tune.merge import labels, merge
 from ..tune.outcome import Outcome
 from ..tune.page import as_html
 from ..tune.profile import as_text, write
+from ..tune.read_profile import read_profile
 from ..tune.served import Lengths
 from ..tune.traffic import read
 from ..tune.tuning import Job, Tuning
@@ -45,7 +47,7 @@ _EXPLAINED = (WRONG, CRASHED, SLOWER_SERVED, OUTSIDE, UNDECIDED)
 def run(args: argparse.Namespace) -> int:
     if args.merge:
         return _merge(args)
-    if args.model is None:
+    if not args.model:
         raise SettingsError("name the MODEL to tune (sglang-fl tune --help)")
     argv = ["--model-path", args.model, *args.server_arguments]
     on_cpu = probe().device_type == "cpu"
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     saved = directory / "baseline.yaml"
     beginning = saved if args.resume and saved.is_file() else args.update
-    baseline = read_baseline(beginning, "--update") if args.update else Baseline()
+    baseline = read_profile(beginning, "--update") if args.update else Baseline()
     head = {"arguments": argv, "lengths": vars(lengths), "batches": batches, **_conditions(args, beginning)}
     journal = Journal(directory / "journal.jsonl", json.loads(json.dumps(head)), resume=args.resume)
     begun = time.monotonic()
@@ -98,11 +100,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    if args.model is not None or args.out is None or args.out in args.merge:
+    if args.out is None or os.path.realpath(args.out) in map(os.path.realpath, args.merge):
         raise SettingsError("--merge takes the profiles, and --out with another file for the sum")
+    if problem := _why_unwritable(args.out, beside=True):
+        raise SettingsError(f"--out: {problem}")
     found = merge(args.merge)
-    head = f"# The sum of profiles, by sglang-fl tune --merge {' '.join(path.name for path in args.merge)} --out {args.out.name}\n"
-    write_whole(args.out, as_text(head, found))
+    names = ", ".join(labels(args.merge))
+    write_whole(args.out, as_text(f"# The sum of the profiles {names}, by sglang-fl tune --merge\n", found))
     used = [op for op, order in found["op_backends"].items() if order != ["sglang"]] + found["flagos_faster"]
     print(f"{args.out} was written. In use: {', '.join(used) or 'nothing'}")
     return 0
@@ -159,17 +163,33 @@ def _forget(journal: Journal, saved: Path) -> None:
 def _check_files(args: argparse.Namespace) -> None:
     """Check files before the run, not after an hour. Raises SettingsError."""
     model = Path(args.model)
-    if args.model.startswith(("/", ".", "~")) and not model.expanduser().exists():
+    if args.model.startswith(("/", ".", "~")) and not os.path.exists(os.path.expanduser(args.model)):
         siblings = [path.name for path in model.parent.iterdir()] if model.parent.is_dir() else []
         raise SettingsError(f"there is no model {args.model!r}{suggest(model.name, siblings)}")
     if args.traffic:
         read(args.traffic, 1 << 31)
     if args.update:
-        read_baseline(args.update, "--update")
-    named = (("--out", args.out), ("--html", args.html))
-    problems = [f"{option}: {problem}" for option, path in named if path and (problem := why_unwritable(str(path)))]
+        read_profile(args.update, "--update")
+    named = (("--out", args.out, True), ("--html", args.html, False))
+    problems = [f"{option}: {why}" for option, path, beside in named if path and (why := _why_unwritable(path, beside=beside))]
     if problems:
         raise SettingsError(problems)
+
+
+def _why_unwritable(path: Path, *, beside: bool) -> str | None:
+    """Why a file cannot be written, or None. ``beside``: other files are written to its folder, and then take its place."""
+    shown, folder = f"{str(path)!r} cannot be written", path.absolute().parent
+    try:
+        if path.exists() and not path.is_file() and (beside or path.is_dir()):
+            return f"{shown}: it is a folder or a device: name a file"
+        if not folder.is_dir():
+            return f"{shown}: there is no folder {str(folder)!r}"
+        if beside or not path.exists():
+            with TemporaryDirectory(prefix=".sglang-fl-", dir=folder):  # permissions say nothing of a folder such as /proc
+                pass
+        return why_unwritable(str(path))
+    except OSError as error:
+        return f"{shown}: {error.strerror}"
 
 
 def _left(tuning: Tuning) -> str:

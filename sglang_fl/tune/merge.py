@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The profile of a chip: the sum of the profiles of several models that were tuned on it."""
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
-from .baseline import Baseline, read_baseline
+from .baseline import Baseline
 from .bench import NATIVE, Choice
 from .judge import BROKEN, FUNCTION, NOT_CALLED, OUTSIDE, SLOWER_SERVED, UNAVAILABLE, USED
 from .profile import values
+from .read_profile import read_profile
 
 #: A function with one of these statuses in a model has it on the chip.
 _WORSE = BROKEN | {SLOWER_SERVED}
@@ -21,9 +24,7 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     Raises:
         SettingsError: a file is no profile of one model, uses what was not confirmed, or was measured with other versions or sources.
     """
-    parts = {path.stem: _read(path) for path in paths}
-    if len(parts) < len(paths):
-        raise SettingsError("--merge: two of the profiles have the same name")
+    parts = dict(zip(labels(paths), map(_read, paths), strict=True))
     impls, functions, entries = {}, [], {}
     for name in sorted({name for part in parts.values() for name in part.entries}):
         mine = {label: part.entries[name] for label, part in parts.items() if name in part.entries}
@@ -44,8 +45,19 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     return values(Choice.of(impls, functions), scope, {"with": _with(parts), "models": models, "entries": entries})
 
 
+def labels(paths: Sequence[Path]) -> list[str]:
+    """A name for each profile: its file's, or its folder's where several files have the same name. Raises SettingsError."""
+    files = Counter(path.stem for path in paths)
+    found = [path.stem if files[path.stem] == 1 else Path(os.path.abspath(path)).parent.name for path in paths]
+    for label, count in Counter(found).items():
+        if count > 1:
+            same = ", ".join(str(path) for path, other in zip(paths, found, strict=True) if other == label)
+            raise SettingsError(f"--merge: two of the profiles have the same name: {same}: rename one")
+    return found
+
+
 def _read(path: Path) -> Baseline:
-    part = read_baseline(path, "--merge")
+    part = read_profile(path, "--merge")
     if part.choice != NATIVE and "confirmed" not in part.measured:
         raise SettingsError(f"--merge {path}: its choice was not confirmed on fresh starts: finish the run with --resume")
     return part

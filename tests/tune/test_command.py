@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sglang_fl.cli import main, tune_run
 from sglang_fl.tune.bench import StartFailed
@@ -114,3 +115,64 @@ class TestTraffic:
         Path("requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
         said = refused("./model", "--traffic", "requests.jsonl", *more)
         assert "requests.jsonl:2: sampling_params: " in said and told in said
+
+
+MERGED = {
+    "op_backends": {"rms_norm": ["impl:vendor.a", "sglang"], "topk": ["sglang"]},
+    "flagos_faster": ["mul"],
+    "measured": {
+        "with": {"model": "M", "versions": {"torch": "1"}, "sources": {}},
+        "confirmed": {"decode/1": 1.1},
+        "entries": {
+            "rms_norm": {"impl": "vendor.a", "packages": ["a"], "candidates": {"vendor.a": {"status": "used", "reason": ""}}},
+            "flag_gems.mul": {"status": "used", "reason": "", "packages": ["flag_gems"]},
+        },
+    },
+}
+
+
+def profile(path: Path, *keys: str, value: Any = None) -> str:
+    """A profile of tune's, with another value behind the keys, if there are any."""
+    whole = found = json.loads(json.dumps(MERGED))
+    for key in keys[:-1]:
+        found = found[key]
+    if keys:
+        found[keys[-1]] = value
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return str(path)
+
+
+class TestProfiles:
+    @pytest.mark.parametrize("update", [False, True])
+    @pytest.mark.parametrize(
+        ("keys", "value", "told"),
+        [
+            ("measured entries rms_norm", 5, "measured: entries: rms_norm: expected keys with a value each, found 5"),
+            ("measured entries rms_norm", {"imp": "x", "candidates": {}}, "entries: rms_norm: it has no 'impl' but 'imp'"),
+            ("measured entries rms_norm candidates", [], "entries: rms_norm: candidates: expected keys with a value each, found []"),
+            ("measured entries rms_norm candidates vendor.a", {"statsu": "used"}, "candidates: vendor.a: it has no 'status' but 'statsu'"),
+            ("measured entries rms_norm packages", 3, "entries: rms_norm: packages: expected a list of names, found 3"),
+            ("measured entries flag_gems.mul", {"status": 1}, "entries: flag_gems.mul: status: expected a text, found 1"),
+            ("measured with versions", 1, "measured: with: versions: expected names with a value each, found 1"),
+            ("op_backends topk", [], "edited.yaml:5: op_backends: topk: expected a list of names, such as [sglang], found []"),
+            ("op_backends", 7, "edited.yaml:1: op_backends: expected operators with a list of names each, found 7"),
+            ("flagos_faster", 7, "flagos_faster: expected a list of names, found 7"),
+            ("flagos_scope", "graph", "flagos_scope: expected graphs or everywhere, found 'graph'"),
+        ],
+    )
+    def test_what_was_edited_wrongly_is_named(
+        self, refused: Refused, tmp_path: Path, keys: str, value: Any, told: str, update: bool
+    ) -> None:
+        path = profile(tmp_path / "edited.yaml", *keys.split(), value=value)
+        said = refused(*(["./model", "--update", path, "--dry-run"] if update else ["--merge", path, "--out", "chip.yaml"]))
+        assert told in said and not Path("chip.yaml").exists()
+
+    def test_profiles_of_the_same_name_are_called_by_their_folders(self, refused: Refused, tmp_path: Path) -> None:
+        one, two, other = (profile(tmp_path / name) for name in ("d1/profile.yaml", "d2/profile.yaml", "other.yaml"))
+        assert main(["tune", "--merge", one, "d1/../d2/profile.yaml", other, "--out", "chip.yaml"]) == 0
+        text = Path("chip.yaml").read_text()
+        assert list(yaml.safe_load(text)["measured"]["models"]) == ["d1", "d2", "other"] and "profiles d1, d2, other, by" in text
+        profile(tmp_path / "d3" / "d1.yaml")
+        for paths in ([one, one], [one, two, "d3/d1.yaml"]):
+            assert "two of the profiles have the same name: " in refused("--merge", *paths, "--out", "sum.yaml")

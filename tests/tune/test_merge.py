@@ -64,15 +64,13 @@ def test_what_each_model_that_calls_it_uses_is_used_on_the_chip(tmp_path: Path, 
 def test_what_cannot_be_added_up_is_refused(tmp_path: Path, capsys: Any) -> None:
     one = tuned(tmp_path / "one.yaml", {}, rms_norm=("vendor.a", "used"))
     other = tuned(tmp_path / "other.yaml", {}, {**WITH, "versions": {"torch": "2"}}, rms_norm=("vendor.a", "used"))
-    (tmp_path / "more").mkdir()
-    again = tuned(tmp_path / "more" / "one.yaml", {}, rms_norm=("vendor.a", "used"))
     open_ = Path(tuned(tmp_path / "open.yaml", {}, rms_norm=("vendor.a", "used")))
     open_.write_text(open_.read_text().replace("confirmed", "incomplete"))
     chip = str(tmp_path / "chip.yaml")
     assert main(["tune", "--merge", one, "--out", chip]) == 0
     for arguments, told in [
         (["--merge", one, other, "--out", chip], "other was measured with torch 2, another with 1"),
-        (["--merge", one, again, "--out", chip], "two of the profiles have the same name"),
+        (["--merge", one, one, "--out", chip], "two of the profiles have the same name"),
         (["--merge", one, str(open_), "--out", chip], "was not confirmed on fresh starts"),
         (["--merge", one, chip, "--out", one + "2"], "it is the sum of several profiles (one): give one of these"),
         (["m", "--update", chip], "it is the sum of several profiles (one)"),

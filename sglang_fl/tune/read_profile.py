@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a profile that someone may have edited."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import SettingsError
+from ..config.loader import MEASURED
+from ..config.yaml_file import Entry, read_mapping
+from ..utils.suggest import suggest
+from .baseline import Baseline, read_baseline
+from .judge import FUNCTION
+
+
+def read_profile(path: Path, option: str) -> Baseline:
+    """A profile that was written by tune for a model. ``option`` is that which names it.
+
+    Raises:
+        SettingsError: what :func:`read_baseline` raises, and for values that tune does not write.
+    """
+    problems: list[str] = []
+    keys = read_mapping(path, what=option, problems=problems)
+    if problems := [*problems, *_wrong_settings(path, keys)]:
+        raise SettingsError(problems)
+    found = read_baseline(path, option)
+    if problems := [f"{option} {path}: {MEASURED}: {problem}" for problem in _problems(found.measured)]:
+        raise SettingsError(problems)
+    return found
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _wrong_settings(path: Path, keys: Mapping[Any, Entry]) -> Iterator[str]:
+    for name, (expected, fits) in _SETTINGS.items():
+        if name in keys and not fits(keys[name].value):
+            yield f"{path}:{keys[name].line}: {name}: expected {expected}, found {keys[name].value!r}"
+    if "op_backends" not in keys or not isinstance(keys["op_backends"].value, dict):
+        return
+    for op, order in keys["op_backends"].value.items():
+        if not (isinstance(op, str) and order and _are_names(order)):
+            line = keys["op_backends"].item_lines[op]
+            yield f"{path}:{line}: op_backends: {op}: expected a list of names, such as [sglang], found {order!r}"
+
+
+#: Key -> what it must be, and whether a value is so.
+_SETTINGS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "op_backends": ("operators with a list of names each", lambda value: isinstance(value, dict)),
+    "flagos_faster": ("a list of names", lambda value: value is None or _are_names(value)),
+    "flagos_scope": ("graphs or everywhere", lambda value: value in (None, "graphs", "everywhere")),
+}
+
+
+def _problems(measured: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("versions", "sources"):
+        if not isinstance(found := measured["with"].get(name, {}), dict):
+            yield f"with: {name}: expected names with a value each, found {found!r}"
+    for name, entry in measured["entries"].items():
+        where = f"entries: {name}"
+        if not isinstance(name, str) or not isinstance(entry, dict):
+            yield f"{where}: expected keys with a value each, found {entry!r}"
+            continue
+        if not _are_names(packages := entry.get("packages", [])):
+            yield f"{where}: packages: expected a list of names, found {packages!r}"
+        if name.startswith(FUNCTION):
+            yield from _missing(where, entry, "status", str)
+            continue
+        yield from _missing(where, entry, "impl", str)
+        yield from _missing(where, entry, "candidates", dict)
+        candidates = entry.get("candidates")
+        for impl, verdict in candidates.items() if isinstance(candidates, dict) else ():
+            yield from _missing(f"{where}: candidates: {impl}", verdict, "status", str)
+
+
+def _missing(where: str, found: Any, name: str, kind: type) -> Iterator[str]:
+    """What is wrong, if a mapping has no such value."""
+    if not isinstance(found, dict):
+        yield f"{where}: expected keys with a value each, found {found!r}"
+    elif name not in found:
+        yield f"{where}: it has no {name!r}{_misspelt(name, found)}"
+    elif not isinstance(found[name], kind):
+        yield f"{where}: {name}: expected {'a text' if kind is str else 'keys with a value each'}, found {found[name]!r}"
+
+
+def _misspelt(name: str, found: Mapping[Any, Any]) -> str:
+    """The key that is nearly this name."""
+    near = [key for key in found if isinstance(key, str) and suggest(key, [name]).startswith("; did")]
+    return f" but {near[0]!r}" if near else ""
