@@ -5,6 +5,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,10 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(words, namespace)
         split = words.index("--") if "--" in words else len(words)
         found, left = super().parse_known_args(words[:split], namespace)
+        if left:
+            near = [match for word in left for match in get_close_matches(word.partition("=")[0], self._option_string_actions, 1, 0.8)]
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            self.error(f"unrecognized arguments: {' '.join(left)} ({hint}arguments of sglang.launch_server go after --)")
         found.server_arguments = words[split + 1 :]
         return found, left
 

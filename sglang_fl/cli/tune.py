@@ -4,9 +4,12 @@
 import argparse
 from pathlib import Path
 
+from ..config import SettingsError
 from .arguments import Parser, duration, number
 
 _POSITIVE = number(int, lambda count: 0 < count < 1 << 20, "a number above 0")
+#: The server's names for what MODEL is.
+_MODEL_OPTIONS = ("--model-path", "--model")
 _EXIT_CODES = """exit codes: 0 the profile was written; 1 the engine failed; 2 wrong usage;
 3 the budget was used up: the profile has the decisions so far, --resume continues; 130 interrupted, --resume continues"""
 
@@ -44,6 +47,21 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_usage(args)
     from .tune_run import run as measure  # imports PyTorch
 
     return measure(args)
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    """Refuse what would be ignored. Raises SettingsError."""
+    if args.merge:
+        names = ("dry_run", "resume", "budget", "html", "update", "traffic", "batch", "input_len", "output_len")
+        given = ["a MODEL"] if args.model is not None else []
+        given += [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+        given += ["arguments of the server"] if args.server_arguments else []
+        if given:
+            raise SettingsError(f"--merge measures nothing, so it takes only profiles and --out: leave out {', '.join(given)}")
+    for word in args.server_arguments:
+        if word.partition("=")[0] in _MODEL_OPTIONS:
+            raise SettingsError(f"the model is given twice, as MODEL and after --: leave out {word.partition('=')[0]}")

@@ -176,3 +176,50 @@ class TestProfiles:
         profile(tmp_path / "d3" / "d1.yaml")
         for paths in ([one, one], [one, two, "d3/d1.yaml"]):
             assert "two of the profiles have the same name: " in refused("--merge", *paths, "--out", "sum.yaml")
+
+
+class TestFiles:
+    @pytest.mark.parametrize("option", ["--out", "--html"])
+    @pytest.mark.parametrize("more", [[], ["--dry-run"]])
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("/proc/x", "cannot be written: No such file or directory"),
+            ("model", "cannot be written: it is a folder or a device"),
+            ("no/x.yaml", "cannot be written: there is no folder "),
+            ("x" * 300, "cannot be written: File name too long"),
+        ],
+    )
+    def test_what_cannot_be_written_is_refused_at_once(
+        self, refused: Refused, tmp_path: Path, option: str, name: str, told: str, more: list[str]
+    ) -> None:
+        said = refused("./model", option, name, *more)
+        assert f"{option}: {name!r} {told}" in said
+        assert refused("--merge", profile(tmp_path / "one.yaml"), "--out", name) == said.replace("--html", "--out")
+        assert {path.name for path in tmp_path.iterdir()} == {"model", "one.yaml"}
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (["--dry-run", "--resume"], "takes only profiles and --out: leave out --dry-run, --resume"),
+            (["--budget", "5m", "--html", "x.html", "--batch", "1"], "leave out --budget, --html, --batch"),
+            (["--traffic", "x", "--input-len", "1", "--output-len", "1"], "leave out --traffic, --input-len, --output-len"),
+            (["--update", "x", "--", "--tp", "2"], "leave out --update, arguments of the server"),
+        ],
+    )
+    def test_what_a_sum_would_ignore_is_refused(self, refused: Refused, tmp_path: Path, arguments: list[str], told: str) -> None:
+        one = profile(tmp_path / "one.yaml")
+        assert told in refused("--merge", one, "--out", "chip.yaml", *arguments)
+        assert "leave out a MODEL" in refused("./model", "--merge", one, "--out", "chip.yaml")
+        assert "--out with another file" in refused("--merge", one, "--out", "model/../one.yaml")
+
+    def test_a_model_is_given_once(self, refused: Refused) -> None:
+        for word in ("--model-path", "--model=other"):
+            assert f"given twice, as MODEL and after --: leave out {word.partition('=')[0]}" in refused("./model", "--", word, "other")
+        assert "name the MODEL" in refused("")
+
+    def test_arguments_of_the_server_go_behind_two_dashes(self, refused: Refused) -> None:
+        assert "unrecognized arguments: --tp 2 (arguments of sglang.launch_server go after --)" in refused("./model", "--tp", "2")
+        assert "--bugdet 2m (did you mean '--budget'? arguments of" in refused("./model", "--bugdet", "2m")
