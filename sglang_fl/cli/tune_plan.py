@@ -19,13 +19,18 @@ from .model_layers import model_layers
 _CALLS_OF_AN_OPERATOR = 6
 
 
-def print_plan(console: Console, model: Path, argv: Sequence[str], directory: Path) -> None:
+def print_plan(console: Console, model: Path, argv: Sequence[str], directory: Path, *, resume: bool, update: Path | None) -> None:
     """Print what would be measured, and about how long it takes.
 
     Args:
         argv: the server's arguments.
         directory: the folder with the measurements of an earlier run with the same ``--out``.
+        resume: leave out the measurements that it has.
+        update: the profile whose entries are measured again.
     """
+    journal, finished = directory / "journal.jsonl", directory / "finished.jsonl"
+    begun = seconds_in(journal, argv) if journal.is_file() else {}
+    ended = seconds_in(finished, argv) if finished.is_file() else {}
     manager = get_default_manager()
     manager.ensure_initialized()
     operators = set(OPERATORS)
@@ -40,19 +45,44 @@ def print_plan(console: Console, model: Path, argv: Sequence[str], directory: Pa
     console.print("Also the FlagGems functions for the ATen operators that the model calls, if FlagGems supports this device.")
     checks = _CALLS_OF_AN_OPERATOR * sum(map(len, found.values()))
     counts = {"about": 1, "noise": LOOKS[-1], "record": 1, "check": checks, "time": checks, "pair": 2 * LOOKS[0], "start": 4}
-    record = next((path for name in ("finished", "journal") if (path := directory / f"{name}.jsonl").is_file()), None)
-    _print_times(console, counts, record, {} if record is None else seconds_in(record, argv))
+    if update:
+        console.print(
+            f"Of {update} only the entries whose conditions have changed are measured, so the plan is the most that it takes.", markup=False
+        )
+    if resume and begun:
+        made = {kind: len(seconds) for kind, seconds in begun.items() if kind in KINDS}
+        has = ", ".join(f"{count} {KINDS[kind].words}" for kind, count in made.items())
+        console.print(f"{journal} has {has}. Still to come:", markup=False)
+        left = _to_come(counts, made)
+        _print_times(console, left, journal, begun, whole=left.keys() == {"start"})
+        return
+    if begun:
+        console.print(f"{journal} has the measurements of an earlier run: continue it with --resume, or delete the file.", markup=False)
+    counts = {kind: max(count, len(begun.get(kind, ()))) for kind, count in counts.items()}
+    if not update:  # an earlier update measured other entries
+        counts |= {kind: len(seconds) for kind, seconds in ended.items() if kind in counts}
+    _print_times(console, counts, finished if ended else journal, ended or begun, whole=bool(ended))
 
 
-def _print_times(console: Console, counts: dict[str, int], record: Path | None, earlier: Mapping[str, Sequence[float]]) -> None:
-    """Print the number and the time of each kind of measurement, and the source of the time."""
+def _to_come(counts: Mapping[str, int], made: Mapping[str, int]) -> dict[str, int]:
+    """Without what was made. Once a fresh start was made, all else is decided."""
+    left = {kind: max(0, count - made.get(kind, 0)) for kind, count in counts.items()}
+    if "start" in made:
+        return {"start": left["start"]}
+    if "record" in made:
+        left["noise"] = 0
+    return {**left, "about": 1}  # an engine is started for the rest
+
+
+def _print_times(console: Console, counts: Mapping[str, int], record: Path, earlier: Mapping[str, Sequence[float]], *, whole: bool) -> None:
+    """Print the number and the time of each kind of measurement, and the source of the time. ``whole``: there can be no more."""
     total, times = 0.0, Budget(None, earlier)
     for kind, count in counts.items():
         seconds, measured = times.typical(kind, fmean)
-        made = len(earlier.get(kind, ()))
-        count = made if record is not None and record.stem == "finished" and made else max(count, made)
         total += count * seconds
         source = f"as in {record}" if measured else "assumed"
-        console.print(f"  {count:4} {KINDS[kind].words}, about {seconds:.3g} s each ({source})", markup=False)
-    and_more = "" if earlier.get("check") else " without FlagGems's functions, more if groups must be split"
+        if count:
+            words = "start of an engine" if kind == "about" else KINDS[kind].words
+            console.print(f"  {count:4} {words}, about {seconds:.3g} s each ({source})", markup=False)
+    and_more = "" if whole else " without FlagGems's functions, more if groups must be split"
     console.print(f"About {max(1, total / 60):.0f} min{and_more}. --budget limits the time of a run")

@@ -25,7 +25,7 @@ from ..fingerprint.measured import chip_name, driver
 from ..tune.baseline import Baseline
 from ..tune.bench import NATIVE, Bench, StartFailed, with_profile
 from ..tune.engine import EngineFailed
-from ..tune.journal import Journal
+from ..tune.journal import Journal, check_conditions
 from ..tune.judge import CRASHED, OUTSIDE, SLOWER_SERVED, UNAVAILABLE, UNDECIDED, USED, WRONG, Candidate
 from ..tune.merge import labels, merge
 from ..tune.outcome import Outcome
@@ -57,14 +57,17 @@ def run(args: argparse.Namespace) -> int:
     args.out = args.out or args.update or Path("profile.yaml")
     _check_files(args)
     directory = _directory(args)
-    if args.dry_run:
-        print_plan(console, Path(args.model), argv, directory)
-        return 0
     saved = directory / "baseline.yaml"
     beginning = saved if args.resume and saved.is_file() else args.update
     baseline = read_profile(beginning, "--update") if args.update else Baseline()
-    head = {"arguments": argv, "lengths": vars(lengths), "batches": batches, **_conditions(args, beginning)}
-    journal = Journal(directory / "journal.jsonl", json.loads(json.dumps(head)), resume=args.resume)
+    head = json.loads(json.dumps({"arguments": argv, "lengths": vars(lengths), "batches": batches, **_conditions(args, beginning)}))
+    record = directory / "journal.jsonl"
+    if args.dry_run:
+        if args.resume and record.is_file():
+            check_conditions(record, head)
+        print_plan(console, Path(args.model), argv, directory, resume=args.resume, update=args.update)
+        return 0
+    journal = Journal(record, head, resume=args.resume)
     begun = time.monotonic()
     deadline = begun + args.budget if args.budget else None
     try:

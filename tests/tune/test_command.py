@@ -223,3 +223,60 @@ class TestUsage:
     def test_arguments_of_the_server_go_behind_two_dashes(self, refused: Refused) -> None:
         assert "unrecognized arguments: --tp 2 (arguments of sglang.launch_server go after --)" in refused("./model", "--tp", "2")
         assert "--bugdet 2m (did you mean '--budget'? arguments of" in refused("./model", "--bugdet", "2m")
+
+
+class TestPlan:
+    @pytest.fixture
+    def planned(self, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+        def run(*options: str) -> str:
+            assert main(["tune", "./model", "--dry-run", *options]) == 0
+            return capsys.readouterr().out
+
+        return run
+
+    def measured(self, monkeypatch: pytest.MonkeyPatch, **counts: int) -> None:
+        """A journal with so many measurements of each kind."""
+        monkeypatch.setattr(tune_run, "_conditions", lambda *_: {})
+        lengths = {"prefill": 64, "decode": 16, "output": 16}
+        head = {"arguments": ["--model-path", "./model"], "lengths": lengths, "batches": [1, 4]}
+        rows = [
+            {"kind": kind, "key": f"{kind}: {number}", "value": 0, "seconds": 2.0}
+            for kind, count in counts.items()
+            for number in range(count)
+        ]
+        write_journal({"for": head}, *rows)
+
+    def test_what_the_journal_has_is_not_to_come(self, planned: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = planned()
+        self.measured(monkeypatch, about=1, noise=10, record=1, check=2)
+        assert "continue it with --resume, or delete the file" in planned()
+        shown = planned("--resume")
+        assert "journal.jsonl has 1 first start of an engine, 10 pairs of native and itself, 1 recording of all calls, 2 checks" in shown
+        checks = int(whole.split(" checks of")[0].split()[-1])
+        assert f"  {checks - 2:2} checks of a recorded call, about 2 s each (as in" in shown and " 4 fresh starts, about 2 s" in shown
+        assert (
+            " 1 start of an engine" in shown
+            and "pairs of native and itself, about" not in shown
+            and "recording of all calls, about" not in shown
+        )
+
+    def test_once_a_fresh_start_was_made_only_those_are_to_come(self, planned: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured(monkeypatch, about=1, noise=10, record=1, check=2, start=1)
+        shown = planned("--resume").partition("Still to come:\n")[2].splitlines()
+        assert len(shown) == 2 and shown[0].startswith("     3 fresh starts") and shown[1].startswith("About 1 min. ")
+
+    def test_a_journal_that_no_run_can_continue_is_refused(self, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured(monkeypatch, about=1)
+        assert "batches was [1, 4] and is [2]" in refused("./model", "--batch", "2", "--resume", "--dry-run")
+
+    def test_an_update_measures_at_most_what_is_planned(self, planned: Callable[..., str], tmp_path: Path) -> None:
+        path = profile(tmp_path / "mine.yaml")
+        assert f"Of {path} only the entries whose conditions have changed are measured, so the plan is the most" in planned(
+            "--update", path
+        )
+
+    def test_a_profile_that_cannot_be_updated_is_refused(self, refused: Refused, tmp_path: Path) -> None:
+        path = profile(tmp_path / "chip.yaml", "measured", "models", value={"one": {}})
+        assert "it is the sum of several profiles (one)" in refused("./model", "--dry-run", "--update", path)
+        (tmp_path / "broken.yaml").write_text("a: [")
+        assert "broken.yaml:1: not valid YAML" in refused("./model", "--dry-run", "--update", "broken.yaml")
