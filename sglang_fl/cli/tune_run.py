@@ -5,6 +5,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ from .tune_plan import print_plan
 #: Statuses that are printed with their reasons.
 _EXPLAINED = (WRONG, CRASHED, SLOWER_SERVED, OUTSIDE, UNDECIDED)
 
+_SAVED = "Measurements are saved; continue with --resume"
+
 
 def run(args: argparse.Namespace) -> int:
     if args.merge:
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
                 baseline = _to_measure(console, baseline, about)
                 if baseline.is_confirmed and not (baseline.only or baseline.new_functions):
                     console.print(f"{args.update} is up to date: nothing that it was measured with has changed", markup=False)
+                    if args.html:
+                        console.print(f"{args.html} was not written: nothing was measured", markup=False)
                     _forget(journal, saved)
                     return 0
             tuning = Tuning(
@@ -90,9 +95,13 @@ def run(args: argparse.Namespace) -> int:
             )
             outcome = tuning.run()
     except (EngineFailed, StartFailed) as error:
-        console.print(f"the engine failed: {error}", markup=False)
-        console.print(f"Its log is in {directory}. Measurements are saved; continue with --resume", markup=False)
+        console.print(f"the engine failed: {_without_usage(str(error))}", markup=False)
+        console.print(f"Its log is in {directory}{f'. {_SAVED}' if journal.seconds else ''}", markup=False)
         return 1
+    except KeyboardInterrupt:
+        if journal.seconds:
+            print(_SAVED, file=sys.stderr)
+        raise
     except SettingsError:
         if not journal.seconds.keys() - {"about"}:  # such as another model's profile: nothing to continue
             _forget(journal, saved)
@@ -158,6 +167,13 @@ def _to_measure(console: Console, baseline: Baseline, about: Mapping[str, Any]) 
     return replace(baseline, only=only, new_functions=every or any(change.what.endswith("flag_gems") for change in found))
 
 
+def _without_usage(error: str) -> str:
+    """What an engine says of its end. If it refused the server's arguments, without SGLang's usage text, which is pages long."""
+    first, *lines = error.splitlines()
+    told = [line for line in lines if ": error: " in line]
+    return "\n".join([f"{first}: it refused the server's arguments", *told]) if "SystemExit: 2" in first and told else error
+
+
 def _forget(journal: Journal, saved: Path) -> None:
     journal.path.unlink(missing_ok=True)
     saved.unlink(missing_ok=True)
@@ -212,7 +228,7 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, baseli
             console.print("What is undecided stays with SGLang")
         if outcome.used != NATIVE and not outcome.confirmed:
             console.print("The choice was not confirmed on fresh starts")
-        console.print(f"{outcome.incomplete}. Continue with --resume", markup=False)
+        console.print(f"{outcome.incomplete}. {'Continue with --resume' if journal.seconds else 'Give a longer --budget'}", markup=False)
     else:
         journal.path.replace(journal.path.with_name("finished.jsonl"))
         journal.path.with_name("baseline.yaml").unlink(missing_ok=True)
@@ -223,7 +239,10 @@ def _finish(args: argparse.Namespace, console: Console, outcome: Outcome, baseli
     if outcome.about.get("plain_cpu"):
         console.print("No accelerator: times are of the CPU, without graphs.")
     if args.html:
-        args.html.write_text(as_html(outcome), encoding="utf-8")
+        if outcome.about:
+            args.html.write_text(as_html(outcome), encoding="utf-8")
+        else:
+            console.print(f"{args.html} was not written: no engine was started, so there is nothing to report", markup=False)
     return 3 if outcome.incomplete else 0
 
 

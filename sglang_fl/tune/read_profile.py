@@ -37,6 +37,9 @@ def _wrong_settings(path: Path, keys: Mapping[Any, Entry]) -> Iterator[str]:
     for name, (expected, fits) in _SETTINGS.items():
         if name in keys and not fits(keys[name].value):
             yield f"{path}:{keys[name].line}: {name}: expected {expected}, found {keys[name].value!r}"
+    measured = keys[MEASURED].value if MEASURED in keys else None
+    if isinstance(measured, dict) and not isinstance(models := measured.get("models", {}), dict):
+        yield f"{path}:{keys[MEASURED].item_lines['models']}: {MEASURED}: models: expected names with a value each, found {models!r}"
     if "op_backends" not in keys or not isinstance(keys["op_backends"].value, dict):
         return
     for op, order in keys["op_backends"].value.items():

@@ -155,6 +155,7 @@ class TestProfiles:
             ("measured entries rms_norm packages", 3, "entries: rms_norm: packages: expected a list of names, found 3"),
             ("measured entries flag_gems.mul", {"status": 1}, "entries: flag_gems.mul: status: expected a text, found 1"),
             ("measured with versions", 1, "measured: with: versions: expected names with a value each, found 1"),
+            ("measured models", 1, "measured: models: expected names with a value each, found 1"),
             ("op_backends topk", [], "edited.yaml:5: op_backends: topk: expected a list of names, such as [sglang], found []"),
             ("op_backends", 7, "edited.yaml:1: op_backends: expected operators with a list of names each, found 7"),
             ("flagos_faster", 7, "flagos_faster: expected a list of names, found 7"),
@@ -280,3 +281,38 @@ class TestPlan:
         assert "it is the sum of several profiles (one)" in refused("./model", "--dry-run", "--update", path)
         (tmp_path / "broken.yaml").write_text("a: [")
         assert "broken.yaml:1: not valid YAML" in refused("./model", "--dry-run", "--update", "broken.yaml")
+
+
+class TestEarlyEnd:
+    """What is said of an engine that fails, an interrupt, and a budget that is too short."""
+
+    SAVED = "Measurements are saved; continue with --resume"
+
+    def test_an_engine_that_fails_at_once_leaves_nothing_to_continue(self, engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["tune", "./model"]) == 1
+        said = capsys.readouterr().out
+        assert "the engine failed: engine: it ended during the start" in said and "Its log is in" in said and "--resume" not in said
+        engine.describes = True  # and fails later
+        assert main(["tune", "./model"]) == 1
+        assert self.SAVED in capsys.readouterr().out
+
+    @pytest.mark.parametrize("describes", [False, True])
+    def test_an_interrupt_says_how_to_continue(self, engine: Any, capsys: pytest.CaptureFixture[str], describes: bool) -> None:
+        engine.error, engine.describes = KeyboardInterrupt(), describes
+        assert main(["tune", "./model"]) == 130
+        said = capsys.readouterr().err
+        assert "sglang-fl: interrupted" in said and (self.SAVED in said) == describes
+
+    def test_of_the_servers_usage_only_the_error_is_shown(self, engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        usage = "\n".join(f"                    [--option-{number} X]" for number in range(14))
+        engine.error = StartFailed(f"engine: SystemExit: 2\n{usage}\nsglang serve: error: unrecognized arguments: --foo 3")
+        assert main(["tune", "./model", "--", "--foo", "3"]) == 1
+        first, second, third = capsys.readouterr().out.splitlines()[-3:]
+        assert first == "the engine failed: engine: SystemExit: 2: it refused the server's arguments" and third.startswith("Its log")
+        assert second == "sglang serve: error: unrecognized arguments: --foo 3"
+
+    def test_before_the_engine_was_started_there_is_no_report(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["tune", "./model", "--budget", "0.0001s", "--html", "z.html"]) == 3
+        said = capsys.readouterr().out
+        assert "z.html was not written: no engine was started" in said and "Give a longer --budget" in said and "--resume" not in said
+        assert not Path("z.html").exists() and not Path("profile.yaml").exists()
