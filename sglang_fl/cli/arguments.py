@@ -22,6 +22,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     takes_server_arguments = False
+    _options: tuple[str, ...] = ()
+
+    def add_argument(self, *names: Any, **values: Any) -> argparse.Action:
+        self._options += names
+        return super().add_argument(*names, **values)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
@@ -30,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         split = words.index("--") if "--" in words else len(words)
         found, left = super().parse_known_args(words[:split], namespace)
         if left:
-            near = [match for word in left for match in get_close_matches(word.partition("=")[0], self._option_string_actions, 1, 0.8)]
+            near = [match for word in left for match in get_close_matches(word.partition("=")[0], self._options, 1, 0.8)]
             hint = f"did you mean {near[0]!r}? " if near else ""
             self.error(f"unrecognized arguments: {' '.join(left)} ({hint}arguments of sglang.launch_server go after --)")
         found.server_arguments = words[split + 1 :]

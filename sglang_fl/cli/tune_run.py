@@ -81,9 +81,8 @@ def run(args: argparse.Namespace) -> int:
                 about = journal.measured("about", "the engine", bench.about)
                 baseline = _to_measure(console, baseline, about)
                 if baseline.is_confirmed and not (baseline.only or baseline.new_functions):
-                    console.print(f"{args.update} is up to date: nothing that it was measured with has changed", markup=False)
-                    if args.html:
-                        console.print(f"{args.html} was not written: nothing was measured", markup=False)
+                    more = f", so {args.html} was not written" if args.html else ""
+                    console.print(f"{args.update} is up to date: nothing that it was measured with has changed{more}", markup=False)
                     _forget(journal, saved)
                     return 0
             tuning = Tuning(
