@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "about": Kind("first start of an engine", 120.0),
+    "about": Kind("starts of the engine", 120.0),
     "noise": Kind("pairs of native and itself", 5.0),
     "record": Kind("recording of all calls", 60.0),
     "check": Kind("checks of a recorded call", 1.0),
