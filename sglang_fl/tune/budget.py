@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "about": Kind("starts of the engine", 120.0),
+    "about": Kind("first start of an engine", 120.0),
     "noise": Kind("pairs of native and itself", 5.0),
     "record": Kind("recording of all calls", 60.0),
     "check": Kind("checks of a recorded call", 1.0),
@@ -59,7 +59,8 @@ class Budget:
         """
         seconds, measured = self.typical(kind)
         if self._deadline is not None and time.monotonic() + (seconds if measured else 0.0) > self._deadline:
-            raise BudgetOver(f"the budget was used up before more {KINDS[kind].words}")
+            before = "the engine was started" if kind == "about" else f"more {KINDS[kind].words}"
+            raise BudgetOver(f"the budget was used up before {before}")
 
     @contextmanager
     def part(self, share: float) -> Iterator[None]:
