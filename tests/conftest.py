@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ def pytest_configure() -> None:
     for variable in _settings_in_environment():
         del os.environ[variable]
 
+    # A shell starts what runs in the background with Ctrl-C ignored, and processes that tests start would ignore it too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # And a record of trials of their own.
     os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sglang-fl-tests-")
 

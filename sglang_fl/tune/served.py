@@ -70,6 +70,11 @@ class Case:
         _generate(engine, prompts[: self.batch], 1 if self.phase == "prefill" else FIRST_TOKENS)
 
 
+def labels_of(cases: Sequence[Case], outside: bool) -> list[str]:
+    """The steps in which calls are recorded; with ``outside`` also what is called there outside of the model's forward."""
+    return [label for case in map(str, cases) for label in ((case, f"{case} outside") if outside else (case,))]
+
+
 def _generate(
     engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: Sequence[Sequence[int]] | None = None
 ) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from .judge import (
 from .layer_calls import calls_to_try
 from .outcome import Outcome
 from .serve import NotInForce, Served, choice_of
+from .served import labels_of
 from .statistics import LOOKS, smallest_effect, speed
 from .timing import ROUNDS
 
@@ -176,20 +177,16 @@ class Tuning:
                 shutil.rmtree(directory)  # of a recording that was killed
             directory.mkdir()
         found: dict[str, Any] = bench.ask(
-            "recorded", directory=directory and str(directory), labels=self._labels(about["scope"] == "everywhere")
+            "recorded", directory=directory and str(directory), labels=labels_of(bench.cases, about["scope"] == "everywhere")
         )
         self._recorded_by = bench.starts
         self._numbers = {_name(row): row["number"] for row in [*found["layers"], *found["functions"]]}
         return found
 
-    def _labels(self, outside: bool) -> list[str]:
-        """The measured cases; with ``outside`` also what they call outside of the model's forward."""
-        return [label for case in map(str, self._bench.cases) for label in ((case, f"{case} outside") if outside else (case,))]
-
     def _record(self) -> None:
         self._step = "recording which layers and ATen functions are called"
         found = self._measured("record", "calls", partial(self._recording, self._calls))
-        about, cases = self.outcome.about, set(self._labels(outside=True))
+        about, cases = self.outcome.about, set(labels_of(self._bench.cases, outside=True))
         layers: dict[str, list[dict[str, Any]]] = {}
         for row in sorted(found["layers"], key=lambda row: -row["bytes"]):
             layers.setdefault(row["op"], []).append(row)
