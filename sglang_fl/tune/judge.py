@@ -56,6 +56,7 @@ class Candidate:
         ratio: its time divided by native's: the smallest, median and largest of all calls.
         own_us: case -> native's µs of its calls in a step.
         gains: case -> µs that it saves per step.
+        gain_bounds: case -> the sums of the ends of its calls' intervals, so an interval that is rather too wide.
         served: case -> (ratio, low, high) of the speed to native's, for the last choice with it.
     """
 
@@ -68,6 +69,7 @@ class Candidate:
     ratio: tuple[float, float, float] | None = None
     own_us: dict[str, float] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
+    gain_bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     served: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
@@ -141,9 +143,9 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[st
     for case in step_us:
         labels = (case, f"{case} outside") if outside else (case,)
         own = [row.own_us * sum(row.call["per_pass"].get(label, 0.0) for label in labels) for row in rows]
-        saved = sum((1 - row.ratio[0]) * us for row, us in zip(rows, own, strict=True))
+        saved, most, least = (sum((1 - row.ratio[i]) * us for row, us in zip(rows, own, strict=True)) for i in range(3))
         if any(own):
-            candidate.own_us[case], candidate.gains[case] = sum(own), saved
+            candidate.own_us[case], candidate.gains[case], candidate.gain_bounds[case] = sum(own), saved, (least, most)
         if saved < (1 - MAX_RATIO) * sum(own):
             lost.append(f"{-saved:.3g} µs slower in a step of {case}")
     worst = max(rows, key=lambda row: row.ratio[0])

@@ -199,6 +199,7 @@ class TestAlone:
     def test_what_is_faster_goes_on_with_what_it_saves(self) -> None:
         found = self.judged(row(0.5), row(0.7, per_pass=0))
         assert found.status == "not measured" and found.gains == {"decode/1": pytest.approx(500)}
+        assert found.gain_bounds == {"decode/1": pytest.approx((490, 510))}
 
     def test_what_loses_in_a_step_is_none(self) -> None:
         """Faster in most calls. In the most frequent one it is slower by less than the noise."""
@@ -393,7 +394,7 @@ def test_engines_have_the_users_files_and_the_profile_overrides_them(tmp_path: P
 
 def outcome(**more: Any) -> Outcome:
     used = Candidate("silu_and_mul", "vendor.a", ["json"], status=USED, reason="0.5 times", ratio=(0.4, 0.5, 0.6))
-    used.own_us, used.gains = {"decode/1": 24.0}, {"decode/1": 12.0}
+    used.own_us, used.gains, used.gain_bounds = {"decode/1": 24.0}, {"decode/1": 12.0}, {"decode/1": (11.0, 13.0)}
     wrong = Candidate("silu", None, ["email"], status=WRONG, reason="it is off by 1")
     conditions = {
         "chip": "cpu",
@@ -524,7 +525,7 @@ class TestProfile:
     def test_the_page_shows_what_is_used_and_why_the_rest_is_not(self) -> None:
         page = as_html(outcome())
         assert "Replacements used: 1" in page and "it is off by 1" in page and "<svg" in page
-        assert "vendor.a 12.0 %, saved 12.0 %, SGLang&#39;s own 76.0 %" in page
+        assert "vendor.a 12.0 %, saved 12.0 %, SGLang&#39;s own 76.0 %" in page and "decode/1 12.0 [11.0, 13.0]" in page
         assert "http" not in page.replace("http-equiv", "")
         native = as_html(outcome(used=NATIVE, why_native="on fresh starts it had 0.9 of native's speed", served={}, confirmed=None))
         assert "SGLang's own everywhere" in native.replace("&#39;", "'") and "on fresh starts" in native
