@@ -107,8 +107,10 @@ def warn_of_changes(settings: Settings, now: Callable[[], Mapping[str, Any]]) ->
         measured = measured_in(path) if path else None
         if measured and name == settings.profile_file:
             measured = {**measured, "entries": {name: entry for name, entry in measured.get("entries", {}).items() if _is_used(entry)}}
-        found = [change for change in changes(measured, now()) if change.entries] if measured else []
-        if measured and found:
+        if not measured or not measured.get("entries"):
+            continue  # nothing that a change could touch
+        found = [change for change in changes(measured, now()) if change.entries]
+        if found:
             lines = "".join(f"\n  {change}" for change in found)
             again = "tune its models again, and sglang-fl tune --merge" if "models" in measured else f"sglang-fl tune --update {path} MODEL"
             logger.warning("sglang-fl: %s was measured under other conditions; these entries may not hold (%s):%s", path, again, lines)

@@ -497,6 +497,14 @@ class TestProfile:
         warn_of_changes(load_settings(), lambda: {**now, "tp": 2})
         assert "tune its models again, and sglang-fl tune --merge" in caplog.text
 
+    def test_a_platforms_profile_that_uses_nothing_costs_a_server_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "profile.yaml"
+        left = Candidate("silu_and_mul", "vendor.a", ["json"], status=SLOWER)
+        profile.write(path, outcome(candidates=[left], used=NATIVE), Baseline())
+        asked: list[str] = []
+        warn_of_changes(replace(load_settings(), profile_file=str(path)), lambda: {"asked": asked.append("conditions")})
+        assert not asked
+
     def test_what_has_no_decision_yet_is_measured_by_an_update(self) -> None:
         about = {"implementations": {"topk": [{"impl": "vendor.a", "packages": ["json"], "why_not": None}], "rms_norm": []}}
 
