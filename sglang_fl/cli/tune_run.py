@@ -23,7 +23,7 @@ from ..dispatch.logger_manager import why_unwritable
 from ..dispatch.manager import get_default_manager
 from ..fingerprint.facts import versions
 from ..fingerprint.measured import chip_name, driver
-from ..tune.baseline import Baseline
+from ..tune.baseline import Baseline, read_baseline
 from ..tune.bench import NATIVE, Bench, StartFailed, with_profile
 from ..tune.engine import EngineFailed
 from ..tune.journal import Journal, check_conditions
@@ -32,7 +32,6 @@ from ..tune.merge import labels, merge
 from ..tune.outcome import Outcome
 from ..tune.page import as_html
 from ..tune.profile import as_text, write
-from ..tune.read_profile import read_profile
 from ..tune.served import Lengths
 from ..tune.traffic import read
 from ..tune.tuning import Job, Tuning
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     directory = _directory(args)
     saved = directory / "baseline.yaml"
     beginning = saved if args.resume and saved.is_file() else args.update
-    baseline = read_profile(beginning, "--update") if args.update else Baseline()
+    baseline = read_baseline(beginning, "--update") if args.update else Baseline()
     head = json.loads(json.dumps({"arguments": argv, "lengths": vars(lengths), "batches": batches, **_conditions(args, beginning)}))
     record = directory / "journal.jsonl"
     if args.dry_run:
@@ -187,7 +186,7 @@ def _check_files(args: argparse.Namespace) -> None:
     if args.traffic:
         read(args.traffic, 1 << 31)
     if args.update:
-        read_profile(args.update, "--update")
+        read_baseline(args.update, "--update")
     named = (("--out", args.out, True), ("--html", args.html, False))
     problems = [f"{option}: {why}" for option, path, beside in named if path and (why := _why_unwritable(path, beside=beside))]
     if problems:

@@ -14,10 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..startup.words import flaggems_table
+from .judge import rough_us
 
 DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
-#: The host's and the device's time for any call are about that for so many bytes more.
-_CALL_BYTES = 2_000_000
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int32": "i32", "int64": "i64"}
 
@@ -186,8 +185,8 @@ def as_json(found: Any) -> Any:
 def heaviest(calls: Sequence[Mapping[str, Any]], labels: Iterable[str], at_most: int) -> list[Mapping[str, Any]]:
     """The calls of an operator in labelled steps to try: in turn each step's next, those that take longest in it first."""
 
-    def weight(call: Mapping[str, Any], label: str) -> int:
-        return -int(call["counts"][label] * (_CALL_BYTES + nbytes([call["args"], call["kwargs"]])))
+    def weight(call: Mapping[str, Any], label: str) -> float:
+        return -float(call["counts"][label]) * rough_us(nbytes([call["args"], call["kwargs"]]))
 
     queues = [sorted((call for call in calls if label in call["counts"]), key=lambda call: weight(call, label)) for label in labels]
     chosen = {id(call): call for turn in zip_longest(*queues) for call in turn if call is not None}

@@ -12,6 +12,7 @@ from ..config.yaml_file import read_mapping
 from ..fingerprint.measured import Change, changes
 from .bench import NATIVE, Choice
 from .judge import FUNCTION, NOT_MEASURED, UNAVAILABLE, UNDECIDED
+from .profile_errors import wrong_entries, wrong_settings
 
 #: Statuses of what has no decision.
 _OPEN = frozenset({UNDECIDED, NOT_MEASURED})
@@ -82,13 +83,19 @@ def read_baseline(path: Path, option: str) -> Baseline:
     """A profile that was written by tune for a model. ``option`` is that which names it.
 
     Raises:
-        SettingsError: it cannot be read, has no entries that were measured, or is the sum of several.
+        SettingsError: it cannot be read, has no entries that were measured or values that tune does not write, or is the sum of several.
     """
-    values = {key: entry.value for key, entry in read_mapping(path, what=option, problems=[]).items()}
+    problems: list[str] = []
+    keys = read_mapping(path, what=option, problems=problems)
+    if problems := [*problems, *wrong_settings(path, keys)]:
+        raise SettingsError(problems)
+    values = {key: entry.value for key, entry in keys.items()}
     measured = values.get(MEASURED)
     if not isinstance(measured, dict) or not all(isinstance(measured.get(key), dict) for key in ("with", "entries")):
         raise SettingsError(f"{option} {path}: it has no '{MEASURED}' with conditions and entries, so it was not written by sglang-fl tune")
     if "models" in measured:
         raise SettingsError(f"{option} {path}: it is the sum of several profiles ({', '.join(measured['models'])}): give one of these")
+    if problems := [f"{option} {path}: {MEASURED}: {problem}" for problem in wrong_entries(measured)]:
+        raise SettingsError(problems)
     impls = {op: order[0].removeprefix("impl:") for op, order in values.get("op_backends", {}).items() if order[0].startswith("impl:")}
     return Baseline(Choice.of(impls, values.get("flagos_faster") or []), measured, scope=values.get("flagos_scope") or "everywhere")

@@ -10,7 +10,7 @@ from typing import Any
 from .bench import Bench
 from .engine import EngineFailed
 from .judge import SLOWER_SERVED, UNDECIDED, USED
-from .statistics import smallest_effect, speed
+from .statistics import slowed, smallest_effect, speed
 
 _ORDER = ("native", "tuned", "tuned", "native")
 _ROUNDS = 8
@@ -32,7 +32,7 @@ class Confirmed:
 
     def slower(self) -> dict[str, float]:
         """The cases in which tuned is slower than native by more than two native starts differ."""
-        return {case: ratio for case, ratio in self.speeds.items() if _is_slower(ratio, self.apart[case])}
+        return {case: ratio for case, ratio in self.speeds.items() if ratio < slowed(self.apart[case])}
 
     def verdict(self) -> tuple[str, str]:
         """The candidates' status, and why nothing is used: empty if the profile is confirmed."""
@@ -40,7 +40,7 @@ class Confirmed:
         if not slower:
             return USED, ""
         shown = "on fresh starts it had " + ", ".join(f"{ratio:.3f} of native's speed in {case}" for case, ratio in slower.items())
-        if any(_is_slower(ratio, self.tuned_apart[case]) for case, ratio in slower.items()):
+        if any(ratio < slowed(self.tuned_apart[case]) for case, ratio in slower.items()):
             return SLOWER_SERVED, shown
         return UNDECIDED, f"{shown}, but its own two starts differ by more. Tune again without --resume, with nothing else on this machine"
 
@@ -48,11 +48,6 @@ class Confirmed:
         ratio, apart = self.speeds[case], self.apart[case]
         found = "slower" if case in self.slower() else "faster" if ratio > 1 + apart else "no difference can be shown"
         return f"{ratio:.3f} of native's speed: {found} (two starts differ {_by(apart)}, with the profile {_by(self.tuned_apart[case])})"
-
-
-def _is_slower(ratio: float, apart: float) -> bool:
-    """Whether a speed is below native's by more than starts are apart."""
-    return ratio < 1 / (1 + apart)
 
 
 def _by(effect: float) -> str:

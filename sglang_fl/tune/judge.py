@@ -17,7 +17,7 @@ MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
 #: One that only other requests call cannot be weighed so.
 LEAST_SHARE = 0.001
 
-#: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates.
+#: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates, and which calls are tried.
 _CALL_US, _BYTE_US = 2.0, 1e-6
 
 #: Statuses of a candidate.
@@ -41,6 +41,11 @@ BROKEN = frozenset({WRONG, CRASHED})
 
 #: A profile's entry of a FlagGems function begins with this: operators of the same name have entries, too.
 FUNCTION = "flag_gems."
+
+
+def rough_us(size: int) -> float:
+    """The approximate time of a call with so many bytes."""
+    return _CALL_US + _BYTE_US * size
 
 
 @dataclass
@@ -89,7 +94,7 @@ class Candidate:
     def share_of(self, step_us: Mapping[str, float]) -> float:
         """Its calls' part of a step, roughly, in all cases together. ``step_us``: case -> native's time."""
         return sum(
-            count * (_CALL_US + _BYTE_US * call["bytes"]) / step_us[case]
+            count * rough_us(call["bytes"]) / step_us[case]
             for call in self.calls
             for case, count in call["per_pass"].items()
             if case in step_us

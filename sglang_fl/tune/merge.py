@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
-from .baseline import Baseline
-from .bench import NATIVE, Choice
+from .baseline import Baseline, read_baseline
+from .bench import Choice
 from .judge import BROKEN, FUNCTION, NOT_CALLED, OUTSIDE, SLOWER_SERVED, UNAVAILABLE, USED
 from .profile import values
-from .read_profile import read_profile
 
 #: A function with one of these statuses in a model has it on the chip.
 _WORSE = BROKEN | {SLOWER_SERVED}
@@ -57,8 +56,8 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path) -> Baseline:
-    part = read_profile(path, "--merge")
-    if part.choice != NATIVE and "confirmed" not in part.measured:
+    part = read_baseline(path, "--merge")
+    if not part.is_confirmed:
         raise SettingsError(f"--merge {path}: its choice was not confirmed on fresh starts: finish the run with --resume")
     return part
 

@@ -7,6 +7,7 @@ from typing import Any
 from ..utils.pages import page
 from .judge import USED
 from .outcome import Outcome
+from .statistics import slowed
 
 #: The axis of plots: from half to twice native's speed.
 _ENDS = 0.5, 2.0
@@ -49,6 +50,7 @@ def as_html(outcome: Outcome) -> str:
         "tune",
         {"figure": "{:.3f}".format},
         place=_place,
+        slowed=slowed,
         outcome=outcome,
         conditions=outcome.about["conditions"],
         headline=f"Replacements used: {used}" if used else "SGLang's own everywhere",

@@ -1,39 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a profile that someone may have edited."""
+"""What is wrong with a profile that someone has edited."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import SettingsError
 from ..config.loader import MEASURED
-from ..config.yaml_file import Entry, read_mapping
+from ..config.yaml_file import Entry
 from ..utils.suggest import suggest
-from .baseline import Baseline, read_baseline
 from .judge import FUNCTION
-
-
-def read_profile(path: Path, option: str) -> Baseline:
-    """A profile that was written by tune for a model. ``option`` is that which names it.
-
-    Raises:
-        SettingsError: what :func:`read_baseline` raises, and for values that tune does not write.
-    """
-    problems: list[str] = []
-    keys = read_mapping(path, what=option, problems=problems)
-    if problems := [*problems, *_wrong_settings(path, keys)]:
-        raise SettingsError(problems)
-    found = read_baseline(path, option)
-    if problems := [f"{option} {path}: {MEASURED}: {problem}" for problem in _problems(found.measured)]:
-        raise SettingsError(problems)
-    return found
 
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _wrong_settings(path: Path, keys: Mapping[Any, Entry]) -> Iterator[str]:
+def wrong_settings(path: Path, keys: Mapping[Any, Entry]) -> Iterator[str]:
+    """The keys of settings whose values tune does not write, and ``models`` of ``measured``, with their lines."""
     for name, (expected, fits) in _SETTINGS.items():
         if name in keys and not fits(keys[name].value):
             yield f"{path}:{keys[name].line}: {name}: expected {expected}, found {keys[name].value!r}"
@@ -56,7 +39,8 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _problems(measured: Mapping[str, Any]) -> Iterator[str]:
+def wrong_entries(measured: Mapping[str, Any]) -> Iterator[str]:
+    """The values of ``measured`` that tune does not write. It has the mappings ``with`` and ``entries``."""
     for name in ("versions", "sources"):
         if not isinstance(found := measured["with"].get(name, {}), dict):
             yield f"with: {name}: expected names with a value each, found {found!r}"

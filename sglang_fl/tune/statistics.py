@@ -27,7 +27,7 @@ class Speed:
 
     def is_slower(self, noise: float) -> bool:
         """Whether it is slower, by its interval and by more than the smallest effect of this machine."""
-        return self.high < 1 and self.ratio < 1 / (1 + noise)
+        return self.high < 1 and self.ratio < slowed(noise)
 
     def is_faster(self, noise: float) -> bool:
         return self.low > 1 and self.ratio > 1 + noise
@@ -67,6 +67,11 @@ def _order(count: int) -> int:
     return k
 
 
+def slowed(effect: float) -> float:
+    """The speed that is as far below native's as ``1 + effect`` is above it."""
+    return 1 / (1 + effect)
+
+
 def smallest_effect(same: Speed) -> float:
     """The smallest effect that can be distinguished from noise, from native against native: 0.05 is 1.05 times as fast, or as slow."""
     return max(_LEAST, same.high - 1, 1 / same.low - 1 if same.low else math.inf)
@@ -77,6 +82,6 @@ def is_decided(speeds: Mapping[str, Speed], noise: Mapping[str, float]) -> bool:
     if any(speed.is_slower(noise[case]) for case, speed in speeds.items()):
         return True
     return all(
-        speed.is_faster(noise[case]) or (speed.high <= 1 + noise[case] and speed.low >= 1 / (1 + noise[case]))
+        speed.is_faster(noise[case]) or (speed.high <= 1 + noise[case] and speed.low >= slowed(noise[case]))
         for case, speed in speeds.items()
     )
