@@ -347,7 +347,7 @@ class Run:
             return self._trace(engine, [self._prompts(batch, length)], max_new_tokens, kernels.read_window)
 
         found = {"prefill/1": window(1, self.lengths.prefill, 1).per_step(1)}
-        for batch in dict.fromkeys((1, min(_PROFILED_BATCH, max(self.args.batch)))):
+        for batch in sorted({1, min(_PROFILED_BATCH, max(self.args.batch)), max(self.args.batch)}):
             short, long = (window(batch, self.lengths.decode, FIRST_TOKENS + more) for more in (0, _PROFILED_STEPS))
             found[f"decode/{batch}"] = (long - short).per_step(_PROFILED_STEPS)
         return found

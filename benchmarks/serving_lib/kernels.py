@@ -16,6 +16,8 @@ from typing import Any
 STRIPPED = r"0x[0-9a-f]+|(?<![0-9A-Za-z])(?=[a-f]*[0-9])(?=[0-9]*[a-f])[0-9a-f]{8,64}(?![0-9A-Za-z])"
 #: The trace's categories that are work of the device; on a CPU, operators take their place.
 _KERNELS, _COPIES, _OPERATORS = ("kernel",), ("gpu_memcpy", "gpu_memset"), ("cpu_op",)
+#: The host's calls of CUDA, launches and waits.
+_HOST_CALLS = ("cuda_runtime", "cuda_driver")
 _TOP = 25
 
 
@@ -39,6 +41,7 @@ class Window:
         microseconds: name -> the sum of its durations.
         busy_microseconds: the time in which at least one kernel ran.
         copies: name -> how often it ran.
+        host_microseconds: name of a call of CUDA -> the time that the host spent in it, waits included.
     """
 
     kind: str
@@ -46,20 +49,25 @@ class Window:
     microseconds: Counter[str]
     busy_microseconds: float
     copies: Counter[str]
+    host_microseconds: Counter[str]
 
     def __sub__(self, other: "Window") -> "Window":
         """What this window has more than another, which is its beginning."""
-        copies, kernels, microseconds = Counter(self.copies), Counter(self.kernels), Counter(self.microseconds)
-        copies.subtract(other.copies)
-        kernels.subtract(other.kernels)
-        microseconds.subtract(other.microseconds)
-        return Window(self.kind, kernels, microseconds, self.busy_microseconds - other.busy_microseconds, copies)
+        return Window(
+            self.kind,
+            _difference(self.kernels, other.kernels),
+            _difference(self.microseconds, other.microseconds),
+            self.busy_microseconds - other.busy_microseconds,
+            _difference(self.copies, other.copies),
+            _difference(self.host_microseconds, other.host_microseconds),
+        )
 
     def per_step(self, steps: int) -> dict[str, Any]:
         """The window as JSON.
 
         ``kernels`` and ``copies``: name -> count per step. ``microseconds_per_step``: the sum of the kernels' durations.
         ``busy_microseconds_per_step``: the time in which at least one ran. ``top``: the kernels with the longest durations.
+        ``host_microseconds_per_step``: name of a call of CUDA -> the host's time in it, under the profiler.
         """
         kernels = {name: count / steps for name, count in sorted(self.kernels.items()) if count}
         slowest = sorted(kernels, key=lambda name: (-self.microseconds[name], name))[:_TOP]
@@ -70,11 +78,19 @@ class Window:
             "copies": {name: count / steps for name, count in sorted(self.copies.items()) if count},
             "microseconds_per_step": sum(self.microseconds.values()) / steps,
             "busy_microseconds_per_step": self.busy_microseconds / steps,
+            "host_microseconds_per_step": {name: us / steps for name, us in sorted(self.host_microseconds.items()) if us},
             "top": [
                 {"name": name, "count_per_step": kernels[name], "microseconds_per_step": self.microseconds[name] / steps}
                 for name in slowest
             ],
         }
+
+
+def _difference(ours: Counter[str], theirs: Counter[str]) -> Counter[str]:
+    """Also what is zero or below, which ``-`` would drop."""
+    found = Counter(ours)
+    found.subtract(theirs)
+    return found
 
 
 def trace_events(trace: Path) -> list[dict[str, Any]]:
@@ -96,12 +112,18 @@ def read_window(trace: Path) -> Window:
         kernels, kind = [event for event in events if event.get("cat") in _OPERATORS], "operators"
     if not kernels:
         raise ValueError("nothing that ran is in the trace")
-    microseconds: Counter[str] = Counter()
-    for event in kernels:
-        microseconds[strip(event["name"])] += event.get("dur", 0.0)
     busy = union((event["ts"], event.get("dur", 0.0)) for event in kernels)
+    host = _durations(event for event in events if event.get("cat") in _HOST_CALLS)
     copies = Counter(strip(event["name"]) for event in events if event.get("cat") in _COPIES)
-    return Window(kind, Counter(strip(event["name"]) for event in kernels), microseconds, busy, copies)
+    return Window(kind, Counter(strip(event["name"]) for event in kernels), _durations(kernels), busy, copies, host)
+
+
+def _durations(events: Iterable[dict[str, Any]]) -> Counter[str]:
+    """The sum of the durations by name."""
+    microseconds: Counter[str] = Counter()
+    for event in events:
+        microseconds[strip(event["name"])] += event.get("dur", 0.0)
+    return microseconds
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> float:

@@ -54,13 +54,15 @@ class TestKernels:
         assert found["kernels"] == {"a": 1.0, "b": 0.5} and found["copies"] == {"c": 0.5} and found["kind"] == "kernels"
         assert found["microseconds_per_step"] == found["busy_microseconds_per_step"] == 4.5
         assert found["top"][0] == {"name": "a", "count_per_step": 1.0, "microseconds_per_step": 4.0}
+        assert found["host_microseconds_per_step"] == {"launch": 4.5}
 
     def test_the_steps_are_what_the_longer_window_has_more(self, tmp_path: Path) -> None:
-        prefill, step = [("kernel", "p", 9.0), ("gpu_memcpy", "c", 1.0)], [("kernel", "s", 2.0), ("kernel", "s", 2.0)]
+        prefill = [("kernel", "p", 9.0), ("gpu_memcpy", "c", 1.0), ("cuda_driver", "wait", 7.0)]
+        step = [("kernel", "s", 2.0), ("cuda_runtime", "launch", 1.5), ("kernel", "s", 2.0)]
         short, long = (kernels.read_window(self.trace(tmp_path / "t.gz", *prefill, *steps)) for steps in (step * 2, step * 6))
         found = (long - short).per_step(4)
         assert found["kernels"] == {"s": 2.0} and found["copies"] == {} and found["microseconds_per_step"] == 4.0
-        assert found["busy_microseconds_per_step"] == 4.0
+        assert found["busy_microseconds_per_step"] == 4.0 and found["host_microseconds_per_step"] == {"launch": 1.5}
 
     @pytest.mark.parametrize(
         ("intervals", "microseconds"),
