@@ -516,6 +516,12 @@ def test_too_little_memory_for_a_capture_is_no_mistake() -> None:
     assert (outcome.status, outcome.message) == (NO_MEMORY, "no memory")
 
 
+def test_what_torch_compile_shall_leave_alone_is_not_traced() -> None:
+    """In a model. Given such a function itself, ``torch.compile`` traces it."""
+    outcomes = found("silu_and_mul", torch.compiler.disable(wrong_when_compiled), COMPILE)[COMPILE]
+    assert {outcome.status for outcome in outcomes} == {OK}
+
+
 @pytest.mark.parametrize("refusal", [ValueError, TypeError, NotImplementedError])
 def test_refusing_unusual_calls_is_no_failure(refusal: type[Exception]) -> None:
     def contiguous_only(layer: Any, x: Any) -> Any:
