@@ -20,6 +20,8 @@ def where() -> dict[str, object]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the process that has started the workers gets the same report
     if report.failed:
         print(f"\n{report.nodeid} failed:\n{report.longreprtext[-2000:]}", flush=True)  # a run that is ended prints no summary
     file = os.environ.get("TEST_GPU_RECORD")
