@@ -24,7 +24,7 @@ from .distributed.ranks import Ranks, tensor_parallel_ranks
 from .fingerprint.announce import announce, server_facts
 from .fingerprint.measured import chip_name, conditions_of, warn_of_changes
 from .startup import settings_in_worker
-from .trial import open_guard
+from .trial import TO_TRY_AGAIN, open_guard
 
 logger = logging.getLogger("sglang_fl")
 
@@ -46,7 +46,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     execution = get_exec()
     deterministic = bool(execution.deterministic.enable_deterministic_inference)
     # A prefill server that may become a decode server captures decode graphs then.
-    captures_graphs = _captures_graphs(execution) or bool(get_disagg().enable_pd_role_switch)
+    captures_graphs = _captures(execution, "decode", "prefill") or bool(get_disagg().enable_pd_role_switch)
     dispatch_log().begin(type(model).__name__)
     ranks = tensor_parallel_ranks()
     excluded = _excluded(settings, device, ranks)
@@ -65,7 +65,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         restore_operators()
         raise
     logger.log(level, report.summary())
-    if report.bound and execution.graph.enable_torch_compile:
+    if report.bound and execution.graph.enable_torch_compile and _captures(execution, "decode"):
         logger.log(
             level,
             "sglang-fl: with --enable-torch-compile SGLang compiles its own plain-PyTorch forward of each layer into the graphs of "
@@ -73,9 +73,9 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         )
     logger.log(level, replaced.summary())
     name = type(model).__name__
-    announce(server_facts(name, settings, device, report, replaced, kernels), level)
+    announce(server_facts(name, settings, device, report, replaced, kernels, excluded), level)
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
-        _announcements[name] = lambda: announce(server_facts(name, settings, device, report, operators.report, kernels), level)
+        _announcements[name] = lambda: announce(server_facts(name, settings, device, report, operators.report, kernels, excluded), level)
         operators.changed = _announce_again
     if level == logging.INFO:  # on one rank
         warn_of_changes(settings, lambda: conditions_of(getattr(model, "config", None), chip_name(device), ranks.count))
@@ -100,11 +100,7 @@ def bind_kernels(device: Device, *, deterministic: bool = False) -> dict[str, li
 
 
 def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str]:
-    """What ended an earlier start, on any rank's host: name -> what happened.
-
-    Raises:
-        RuntimeError: there is something, and ``strict`` is set.
-    """
+    """What ended an earlier start, on any rank's host: name -> what happened. Under ``strict``, what would use it raises."""
     guard = open_guard(settings, f"{device.vendor} {chip_name(device)}")
     excluded: dict[str, str] = {}
     for found in ranks.exchange(dict(guard.excluded)):
@@ -112,10 +108,12 @@ def _excluded(settings: Settings, device: Device, ranks: Ranks) -> dict[str, str
     if not excluded:
         return excluded
     listed = "; ".join(f"{name} ({reason})" for name, reason in sorted(excluded.items()))
-    message = f"sglang-fl: excluded, since an earlier start crashed or hung in its first run: {listed}"
-    if settings.strict:
-        raise RuntimeError(f"{message}. strict is set, so there is no fallback. To try it again, run 'sglang-fl doctor --forget'")
-    logger.log(ranks.level(logging.WARNING), "%s. To try it again, run 'sglang-fl doctor --forget'", message)
+    logger.log(
+        ranks.level(logging.WARNING),
+        "sglang-fl: excluded, since an earlier start crashed or hung in its first run: %s. %s",
+        listed,
+        TO_TRY_AGAIN,
+    )
     return excluded
 
 
@@ -135,10 +133,10 @@ def process_binder() -> Binder:
     return _binder
 
 
-def _captures_graphs(execution: Any) -> bool:
-    """Whether SGLang will capture graphs of the model, in decode or in prefill."""
+def _captures(execution: Any, *phases: str) -> bool:
+    """Whether SGLang will capture graphs of the model in one of these phases, ``decode`` and ``prefill``."""
     config = getattr(execution.graph, "cuda_graph_config", None)
-    return config is not None and any(phase.backend != "disabled" for phase in (config.decode, config.prefill))
+    return config is not None and any(getattr(config, phase).backend != "disabled" for phase in phases)
 
 
 def _log_level() -> int:

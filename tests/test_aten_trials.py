@@ -298,6 +298,111 @@ def test_first_passes_end_when_nothing_new_comes() -> None:
         assert not is_watched(found)
 
 
+def served(function: Callable[..., Any], **settings: Any) -> AtenOperators:
+    """On, with a first pass behind them in which ``silu`` was called with three rows."""
+    found = operators(graphs=False, **settings)
+    with planted_gems.in_place_of_flaggems(planted_gems.gems(function)):
+        found.enable()
+    silu()
+    scope.FirstPasses(found, Ranks()).passed()
+    assert not is_watched(found)
+    return found
+
+
+def test_a_later_call_that_fails_goes_to_pytorch_and_so_do_all_after_it(caplog: pytest.LogCaptureFixture) -> None:
+    shapes: list[int] = []
+
+    def one_row_fails(x: torch.Tensor) -> torch.Tensor:
+        shapes.append(len(x))
+        if len(x) == 1:
+            raise ValueError("no configuration\nfor one row")
+        return planted_gems.silu(x)
+
+    with served(one_row_fails):
+        for rows in (3, 1, 3, 1):
+            result = torch.nn.functional.silu(X[:rows])
+            assert result.flatten().tolist() == pytest.approx(EXPECTED[: rows * 4], abs=1e-6)
+        assert shapes[-2:] == [3, 1], "the third and the fourth are PyTorch's"
+        with pytest.raises(NotImplementedError):
+            torch.nn.functional.silu(torch.ones(2, dtype=torch.long))
+    told = "silu failed in a later call of aten::silu: ValueError: no configuration; using PyTorch's own kernel"
+    assert [record.getMessage() for record in caplog.records].count(f"ATen operators: {told}") == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), NotImplementedError("no integers")])
+def test_an_error_that_pytorch_has_too_goes_up(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    def no_integers(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():
+            raise error
+        return planted_gems.silu(x)
+
+    with served(no_integers):
+        with pytest.raises(type(error)):
+            torch.nn.functional.silu(torch.ones(2, dtype=torch.long))
+        silu()
+    assert "failed in a later call" not in caplog.text
+
+
+def test_under_strict_a_later_error_goes_up() -> None:
+    def one_row_fails(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            raise ValueError("no configuration")
+        return planted_gems.silu(x)
+
+    with served(one_row_fails, strict=True), pytest.raises(ValueError, match="no configuration"):
+        torch.nn.functional.silu(X[:1])
+
+
+def test_a_later_call_that_cannot_be_repeated_is_on_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An operator that writes its argument may have written a part of it."""
+    record = TrialRecord(tmp_path / "trials.json", "here")
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard(record))
+
+    def one_row_fails(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            raise ValueError("no configuration")
+        return x.copy_(x.clamp(min=0))
+
+    found = operators(graphs=False)
+    with planted(relu_=("relu_", one_row_fails)), found:
+        torch.ones(3).relu_()
+        scope.FirstPasses(found, Ranks()).passed()
+        with pytest.raises(ValueError, match="no configuration"):
+            torch.ones(1).relu_()
+    assert record.excluded()["relu_"].startswith("failed in a later call of aten::relu_: ValueError: no configuration")
+    record.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"flagos_blacklist": ("silu",)}])
+def test_a_strict_start_stops_if_it_would_use_what_ended_an_earlier_one(settings: dict[str, Any]) -> None:
+    found = AtenOperators(Settings(strict=True, **settings), Trials(), excluded={"silu": "its process ended with 'Aborted'"})
+    with planted():
+        if settings:
+            with found:
+                assert list(found.functions) == ["mul"]
+            return
+        with pytest.raises(RuntimeError, match=r"silu ended an earlier start: its process .*strict is set.* 'sglang-fl doctor --forget'"):
+            found.enable()
+
+
+def test_a_switch_that_is_interrupted_can_be_made_again() -> None:
+    found = operators(graphs=False)
+    with planted(), found:
+        found.switch("mul", False)
+        register, found._registrar.register = found._registrar.register, interrupted
+        with pytest.raises(KeyboardInterrupt):
+            found.switch("mul", True)
+        found._registrar.register = register
+        found.switch("mul", True)
+        planted_gems.calls.clear()
+        torch.ones(2) * 3
+        assert planted_gems.calls["mul"]
+
+
+def interrupted(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_fails_on_one_rank_is_left_out_on_all(tmp_path: Path) -> None:
     """Between segments the ranks wait for each other: the one that gives up is heard there."""
     command = [sys.executable, str(Path(__file__).with_name("aten_ranks.py"))]

@@ -117,6 +117,8 @@ def why_off(settings: Settings, device: Device, *, deterministic: bool = False, 
         return f"{key} is empty ({settings.source(key)}){takes}"
     if deterministic:
         return "deterministic mode"
+    if (reason := why_not_here(device)) is not None:
+        return reason
     if settings.flagos_scope == "graphs" and not captures_graphs:
         return f"flagos_scope is graphs ({settings.source('flagos_scope')}), and this server captures none; everywhere works, but slower"
-    return why_not_here(device)
+    return None

@@ -17,6 +17,7 @@ import torch
 
 from ..config import Settings
 from ..dispatch.backends.flaggems.library import load
+from ..trial import TO_TRY_AGAIN
 from ..utils.suggest import suggest
 from .native import native_kernel
 from .recorder import Recorder
@@ -91,11 +92,13 @@ class AtenOperators:
         self._functions: dict[str, list[tuple[str, Function]]] = {}
         #: ATen operator -> the wrapper registered for it during trials.
         self._tried: dict[str, Function] = {}
+        #: ATen operator -> what is registered for it once its first call went well.
+        self._served: dict[str, Function] = {}
         #: ATen operator -> PyTorch's own kernel, where it can be kept callable.
         self._kernels: dict[str, Function | None] = {}
         self._around: Around | None = None
-        #: Operators whose function is registered itself.
-        self._as_they_are: frozenset[str] = frozenset()
+        #: Operators whose first call went well.
+        self._passed: frozenset[str] = frozenset()
         self._libraries: dict[str, torch.library.Library] = {}
 
     def enable(self) -> AtenReport:
@@ -137,7 +140,7 @@ class AtenOperators:
         """Switch a single FlagGems function, with all ATen operators that it replaces, while this set is on.
 
         Raises:
-            RuntimeError: the set is off.
+            RuntimeError: the set is off, or PyTorch does not take the function.
             ValueError: the set has no such function.
         """
         if AtenOperators._on is not self:
@@ -145,7 +148,8 @@ class AtenOperators:
         if function not in self._functions:
             raise ValueError(f"FlagGems replaces nothing with {function!r} here{suggest(function, list(self._functions))}")
         if on and function not in self._libraries:
-            self._register(function)
+            if failed := self._register(function):
+                raise RuntimeError("; ".join(f"aten::{key}: {reason}" for key, reason in failed.items()))
         elif not on and function in self._libraries:
             self._libraries.pop(function)._destroy()
 
@@ -176,9 +180,9 @@ class AtenOperators:
         self.report = replace(self.report, replaced=replaced, left=(*self.report.left, *rows))
 
     def register_passed(self) -> None:
-        """Register FlagGems's functions themselves where their first call went well. Not to be called while one of them runs."""
+        """Register FlagGems's functions as they serve where their first call went well. Not to be called while one of them runs."""
         if self.trials is not None:
-            self._register_as_they_are(frozenset(self.trials.passed))
+            self._register_as_passed(frozenset(self.trials.passed))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -187,16 +191,16 @@ class AtenOperators:
             with self:
                 yield
             return
-        before = self._as_they_are
-        self._register_as_they_are(frozenset())
+        before = self._passed
+        self._register_as_passed(frozenset())
         try:
             yield
         finally:
-            self._register_as_they_are(before)
+            self._register_as_passed(before)
 
-    def _register_as_they_are(self, keys: frozenset[str]) -> None:
+    def _register_as_passed(self, keys: frozenset[str]) -> None:
         """Without the wrapper used during trials, for these operators alone."""
-        changed, self._as_they_are = keys ^ self._as_they_are, keys
+        changed, self._passed = keys ^ self._passed, keys
         for function, rows in self._functions.items():
             if function in self._libraries and any(key in changed for key, _ in rows):
                 self._libraries.pop(function)._destroy()
@@ -228,6 +232,7 @@ class AtenOperators:
                 for key, fn in rows:
                     kernel = self._kernels[key] = native_kernel(key, self._registrar.reg_key)
                     self._tried[key] = self.trials.tried(function, key, fn, kernel)
+                    self._served[key] = fn if self.settings.strict else self.trials.served(function, key, fn, kernel)
         for function in list(self._functions):
             failed |= self._register(function)
         replaced = {key: name for name, rows in self._functions.items() for key, _ in rows}
@@ -243,18 +248,23 @@ class AtenOperators:
     def _register(self, function: str) -> dict[str, str]:
         """Register a function; its operators that cannot be are dropped, and returned with the reason."""
         registrar, failed = self._registrar, {}
-        registrar.lib = self._libraries[function] = torch.library.Library("aten", "IMPL")
-        for key, fn in self._functions[function]:
-            try:
-                registrar.register(key, self._registered(function, key, fn))
-            except Exception as error:
-                failed[key] = f"it could not be registered: {error}"
+        registrar.lib = library = torch.library.Library("aten", "IMPL")
+        try:
+            for key, fn in self._functions[function]:
+                try:
+                    registrar.register(key, self._registered(function, key, fn))
+                except Exception as error:
+                    failed[key] = f"it could not be registered: {error}"
+        except BaseException:
+            library._destroy()
+            raise
+        self._libraries[function] = library
         if failed:
             self._functions[function] = [(key, fn) for key, fn in self._functions[function] if key not in failed]
         return failed
 
     def _registered(self, function: str, key: str, fn: Function) -> Function:
-        registered = fn if key in self._as_they_are else self._tried.get(key, fn)
+        registered = (self._served if key in self._passed else self._tried).get(key, fn)
         return registered if self._around is None else self._around(function, key, fn, registered, self._kernels.get(key))
 
     def _check_left(self, left: list[tuple[str, str, str]], failed: dict[str, str]) -> None:
@@ -263,6 +273,9 @@ class AtenOperators:
         listed = settings.flagos_functions or ()
         for key, function, reason in left:
             if function in self._excluded:
+                if settings.strict and key in failed:
+                    why = f"{function} ended an earlier start: {reason} (strict is set, so there is no fallback)"
+                    raise RuntimeError(f"sglang-fl: aten::{key}: {why}. {TO_TRY_AGAIN}")
                 continue  # whoever excluded it has said so
             if function in listed or (key in failed and reason != _UNKNOWN_OPERATOR):
                 by = f" ({settings.source(settings.flagos_key)} names {function})" if function in listed else ""

@@ -8,6 +8,7 @@ taken before anything was replaced. Some of these kernels call other operators; 
 
 import contextlib
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,8 @@ from ..trial import current_guard
 from ..trial.graph import capture_and_discard
 from ..utils.dispatcher import has_handles
 from .native import is_written, schema_of
+
+logger = logging.getLogger("sglang_fl.aten")
 
 Function = Callable[..., Any]
 
@@ -62,14 +65,8 @@ class Trials:
         Args:
             kernel: PyTorch's own; None where this PyTorch cannot keep it callable. Then what fails raises.
         """
-
-        def native(*args: Any, **kwargs: Any) -> Any:
-            if kernel is None:
-                return fn(*args, **kwargs)
-            with self.native():
-                return kernel(*args, **kwargs)
-
-        writes = any(is_written(argument) for argument in schema_of(key).arguments)
+        native = fn if kernel is None else self._natively(kernel)
+        writes = _writes(key)
 
         @functools.wraps(fn)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -92,6 +89,42 @@ class Trials:
                 return result
 
         return call
+
+    def served(self, function: str, key: str, fn: Function, kernel: Function | None) -> Function:
+        """What is called from Python once the first call went well.
+
+        A call that fails goes to PyTorch's own kernel, and so do all after it. A call that writes its arguments cannot be repeated, nor
+        one that PyTorch has no kernel for: the next start excludes the function.
+        """
+        native = None if kernel is None or _writes(key) else self._natively(kernel)
+        called = fn
+
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            try:
+                return called(*args, **kwargs)
+            except Exception as error:
+                if called is native or isinstance(error, torch.OutOfMemoryError) or is_capturing() or hasattr(error, "_accuses"):
+                    raise
+                what = f"failed in a later call of aten::{key}: {_first_line(error)}"
+                if native is None or _is_lost():
+                    error._accuses = function  # type: ignore[attr-defined]
+                    current_guard().ends_the_process(function, what)
+                    raise
+                result = native(*args, **kwargs)  # raises where the call itself is wrong
+                called = native
+            logger.warning("ATen operators: %s %s; using PyTorch's own kernel", function, what)
+            return result
+
+        return call
+
+    def _natively(self, kernel: Function) -> Function:
+        def native(*args: Any, **kwargs: Any) -> Any:
+            with self.native():
+                return kernel(*args, **kwargs)
+
+        return native
 
     def _try(self, key: str, fn: Function, kernel: Function | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Try a function on copies of what it writes; raises what is wrong with it."""
@@ -132,8 +165,7 @@ class Trials:
             return
         error._accuses = function  # type: ignore[attr-defined]
         where = "could not be captured" if is_capturing() else "failed its trial"
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        self.failures[function] = f"{where} on aten::{key}: {type(error).__name__}: {first_line}"
+        self.failures[function] = f"{where} on aten::{key}: {_first_line(error)}"
         if _is_lost():
             current_guard().ends_the_process(function, f"{self.failures[function]}; the device is unusable after it")
         elif not takes_its_place and not is_capturing():
@@ -150,6 +182,14 @@ def _compare(result: Any, expected: Any) -> None:
             raise TypeError(f"its result is {type(found).__name__}, not a tensor")
         if isinstance(wanted, torch.Tensor) and _about(found) != _about(wanted):
             raise TypeError(f"its result is {_about(found)}, not {_about(wanted)}")
+
+
+def _writes(key: str) -> bool:
+    return any(is_written(argument) for argument in schema_of(key).arguments)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _why_no_kernel() -> str:

@@ -5,8 +5,8 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..dispatch.kernel_implementations import exclusion_reason as kernel_exclusi
 from ..dispatch.kernel_implementations import is_kernel
 from ..dispatch.manager import OpManager, Plan, get_default_manager
 from ..dispatch.policy import SelectionPolicy
-from ..dispatch.types import OpImpl, match_token
+from ..dispatch.types import OpImpl, match_token, trial_name
 from ..fingerprint import compare, machine_facts, read
 from ..fingerprint.compare import ABSENT
 from ..startup import check_settings
@@ -92,11 +92,26 @@ def operator_rows(manager: OpManager, settings: Settings, device: Device) -> lis
     impls = {op: manager.registry.get_implementations(op) for op in manager.registry.list_operators()}
     operators = [op for op in impls if not is_kernel(op) or any(impl.is_available(settings, device) for impl in impls[op])]
     checked = certificates(device.vendor, (impl for op in operators for impl in impls[op]))
-    return [_row(manager, settings, device, policy, op, checked) for op in operators]
+    excluded = _left_out(settings, device)
+    return [_row(manager, settings, device, policy, op, checked, excluded) for op in operators]
 
 
-def _row(manager: OpManager, settings: Settings, device: Device, policy: SelectionPolicy, op: str, checked: Certificates) -> OpRow:
+def _row(
+    manager: OpManager,
+    settings: Settings,
+    device: Device,
+    policy: SelectionPolicy,
+    op: str,
+    checked: Certificates,
+    excluded: Mapping[str, str],
+) -> OpRow:
     plan = manager.plan(op, policy)
+    ended = {
+        impl.impl_id: f"it ended an earlier start: {excluded[name]}" for impl in plan.candidates if (name := trial_name(impl)) in excluded
+    }
+    if ended:
+        candidates = tuple(impl for impl in plan.candidates if impl.impl_id not in ended)
+        plan = replace(plan, candidates=candidates, passed_over=(*plan.passed_over, *ended.items()))
     ordered = list(plan.candidates)
     rest = sorted((i for i in manager.registry.get_implementations(op) if i not in ordered), key=lambda i: i.impl_id)
     not_used = dict(plan.passed_over)
@@ -185,7 +200,7 @@ def _left_out(settings: Settings, device: Device) -> dict[str, str]:
         for bound_to, names in settled_record(record_path(settings)).items()
         if bound_to.startswith(f"{environment(device.vendor)} ")
         for name, death in names.items()
-        if death.excludes
+        if death.excludes and (":" in name or (settings.use_flaggems and settings.flagos_exclusion_reason(name) is None))
     }
 
 

@@ -54,7 +54,8 @@ def load_settings(environ: Mapping[str, str] | None = None, *, device: Device | 
         _read_environment(environ, words, problems),
     )
     chosen = _merge(layers)
-    if "flagos_scope" not in chosen and not in_tree and "graph_capture" in known_vendors()[platform].capabilities:
+    is_default = "flagos_scope" not in chosen or chosen["flagos_scope"].source.precedence == DEFAULT
+    if is_default and not in_tree and "graph_capture" in known_vendors()[platform].capabilities:
         chosen["flagos_scope"] = _Given("graphs", Source(DEFAULT, f"default where graphs are captured, as on {platform}"), "flagos_scope")
     problems += _contradictions(chosen)
     if problems:

@@ -81,7 +81,8 @@ class Settings(Options):
             orders = {known: "|".join(order) for known, order in self.op_backends} | {op: "sglang"}
             return f"SGLANG_FL_PER_OP='{';'.join(f'{known}={order}' for known, order in orders.items())}'"
         if self.flagos_whitelist is not None:
-            return f"SGLANG_FL_FLAGOS_WHITELIST={','.join(other for other in self.flagos_whitelist if other != name)}"
+            others = ",".join(other for other in self.flagos_whitelist if other != name)
+            return f"SGLANG_FL_FLAGOS_WHITELIST={others}" if others else "USE_FLAGGEMS=0"  # an empty variable is as one not set
         return f"SGLANG_FL_FLAGOS_BLACKLIST={','.join((*(self.flagos_blacklist or ()), name))}"
 
     def exclusion_reason(self, class_names: set[str]) -> str | None:

@@ -259,6 +259,11 @@ def device_capability() -> tuple[int, int] | None:
     return major, minor
 
 
+def trial_name(impl: OpImpl) -> str:
+    """The name of an implementation in the record of trials."""
+    return f"{impl.op_name}: {impl.impl_id}"
+
+
 def match_token(impl: OpImpl, token: str) -> bool:
     """Whether a word of an order selects this implementation.
 

@@ -50,12 +50,14 @@ def server_facts(
     bound: BindReport,
     replaced: AtenReport,
     kernels: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    excluded: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What a server runs, in the shape of ``sglang-fl ops --json``.
 
     Args:
         model: the name of its class.
         kernels: implementation -> the kernels outside of SGLang's layers that run on it.
+        excluded: what ended an earlier start -> what happened.
     """
     destinations: dict[str, set[str]] = {}
     for op, _, destination in bound.layers:
@@ -63,6 +65,8 @@ def server_facts(
     for (op, _), destination in bound.functions.items():
         destinations.setdefault(op, set()).add(destination)
     destinations |= {kernel: {destination} for destination, names in kernels.items() for kernel in names}
+    left_out = {function: reason for _, function, reason in replaced.left if settings.flagos_exclusion_reason(function) is None}
+    left_out |= {name: reason for name, reason in excluded.items() if name.partition(": ")[0] in destinations}
     return {
         "model": model,
         **machine_facts(settings, device),
@@ -70,7 +74,7 @@ def server_facts(
         "aten_functions": sorted({function for _, function in replaced.replaced}),
         "aten_scope": "graphs" if replaced.in_graphs else "everywhere",
         # What the settings select, and what is nevertheless left to PyTorch.
-        "left_out": {function: reason for _, function, reason in replaced.left if settings.flagos_exclusion_reason(function) is None},
+        "left_out": left_out,
     }
 
 

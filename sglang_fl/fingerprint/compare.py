@@ -11,7 +11,8 @@ from ..config import SettingsError
 
 #: The text before a fingerprint and its facts in a server's log.
 MARK = "sglang-fl: fingerprint "
-_KEYS = frozenset({"device", "evidence", "profile", "versions", "settings", "operators", "aten_functions", "aten_scope", "left_out"})
+_TYPES = {"device": str, "evidence": str, "profile": str, "versions": dict, "settings": dict, "operators": list, "aten_functions": list}
+_TYPES |= {"aten_scope": str, "left_out": dict}
 #: What is compared, causes first, and the text for a side that does not have it.
 ABSENT = {
     "model": "not served",
@@ -42,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         SettingsError: the file cannot be read, or has none.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8", errors="replace")
+        text = path.expanduser().read_text(encoding="utf-8-sig", errors="replace")
     except (OSError, RuntimeError) as error:
         raise SettingsError(f"--diff: {str(path)!r} cannot be read: {error}") from None
     found: dict[str, dict[str, Any]] = {}
@@ -51,12 +52,21 @@ def read(path: Path) -> list[dict[str, Any]]:
             facts = json.loads(line)
         except ValueError:
             continue  # a truncated line
-        if isinstance(facts, dict) and facts.keys() >= _KEYS:
-            found[facts.get("model", "")] = facts  # the last start in the log
+        if _is_facts(facts):
+            found.pop(facts.get("model", ""), None)
+            found[facts.get("model", "")] = facts  # the last start in the log, and last
     if not found:
         message = f"--diff: {str(path)!r} is neither what 'sglang-fl ops --json' prints nor a server's log with a line {MARK.strip()!r}"
         raise SettingsError(message)
     return list(found.values())
+
+
+def _is_facts(data: Any) -> bool:
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in _TYPES.items()):
+        return False
+    rows = [*data["settings"].values(), *data["operators"]]
+    wanted = [("value", "source")] * len(data["settings"]) + [("op", "picked")] * len(data["operators"])
+    return all(isinstance(row, dict) and set(keys) <= row.keys() for row, keys in zip(rows, wanted, strict=True))
 
 
 def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[Difference]:
@@ -96,4 +106,4 @@ def _rows(models: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, str], tuple
         for name in facts["aten_functions"]:
             yield ("FlagGems function", name), (where, where)
         for name, reason in facts["left_out"].items():
-            yield ("left out", name), (reason, reason)
+            yield ("left out", name), (True, reason)  # the reason has a date

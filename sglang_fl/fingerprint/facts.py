@@ -39,7 +39,10 @@ def setting_facts(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
-    """A hash that is equal for servers that run the same. Sources of settings and log settings are not part of it."""
+    """A hash that is equal for servers that run the same.
+
+    Sources of settings, settings of logs, and the reasons why something is left out are not part of it.
+    """
     settings = {name: row["value"] for name, row in facts["settings"].items() if name not in _WRITTEN_DOWN}
-    text = json.dumps({**facts, "settings": settings}, sort_keys=True)
+    text = json.dumps({**facts, "settings": settings, "left_out": sorted(facts["left_out"])}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -8,7 +8,18 @@ Callers handle a trial that raises. This package handles one that hangs or kills
 ``graph.py``   a run inside a graph that is discarded
 """
 
-from .guard import Guard, current_guard, open_guard, record_path
+from .guard import TO_TRY_AGAIN, Guard, current_guard, open_guard, record_path
 from .record import Death, TrialRecord, environment, forget, settled_record
 
-__all__ = ["Death", "Guard", "TrialRecord", "current_guard", "environment", "forget", "open_guard", "record_path", "settled_record"]
+__all__ = [
+    "TO_TRY_AGAIN",
+    "Death",
+    "Guard",
+    "TrialRecord",
+    "current_guard",
+    "environment",
+    "forget",
+    "open_guard",
+    "record_path",
+    "settled_record",
+]

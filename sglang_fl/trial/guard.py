@@ -25,6 +25,7 @@ from .record import TrialRecord, default_path, environment
 
 logger = logging.getLogger("sglang_fl.trial")
 
+TO_TRY_AGAIN = "To try it again, run 'sglang-fl doctor --forget'"
 #: Seconds after the limit until faulthandler ends the process: code that hangs may hold Python's lock.
 _GRACE = 5.0
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
@@ -44,25 +45,29 @@ class Guard:
         self._limit = limit
         self._remedy = remedy
         self._names: list[str] = []
+        self._timer: threading.Timer | None = None
         #: Name -> why it is left out, from this host's record.
         self.excluded: Mapping[str, str] = record.excluded() if record is not None else {}
 
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Guard a first run. First runs may be nested; the innermost is blamed."""
+        """Guard a first run. First runs may be nested: the innermost is blamed, and the limit is its own.
+
+        When it has ended, the one around it has the whole limit again.
+        """
         if (self._record is None and not self._limit) or threading.current_thread() is not threading.main_thread():
             yield
             return
         with self._watched() if not self._names else contextlib.nullcontext():
             self._names.append(name)
             if self._record is None:
-                logger.info("first run of %s; if the process ends here, %s excludes it", name, self._remedy(name))
+                logger.warning("first run of %s; if the process ends here, %s excludes it", name, self._remedy(name))
             try:
-                with self._limited(name):
-                    yield
+                self._begin_limit()
+                yield
             finally:
                 self._names.pop()
-                self._note()
+                self._begin_limit()
 
     def ends_the_process(self, name: str, reason: str) -> None:
         """Record a name that leaves the process unusable."""
@@ -82,22 +87,21 @@ class Guard:
             logger.warning("sglang-fl: the record of trials %s cannot be written any more: %s", self._record and self._record.path, error)
             self._record = None
 
-    @contextlib.contextmanager
-    def _limited(self, name: str) -> Iterator[None]:
+    def _begin_limit(self) -> None:
+        """Write down the innermost run and begin its limit, in place of that of another. None runs: there is no limit."""
         self._note()
         if not self._limit:
-            yield
             return
-        timer = threading.Timer(self._limit, self._end, [name])
-        timer.daemon = True
-        timer.start()
-        file = self._record.file if self._record is not None else 2
-        faulthandler.dump_traceback_later(self._limit + _GRACE, exit=True, file=file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._names:
+            self._timer = threading.Timer(self._limit, self._end, [self._names[-1]])
+            self._timer.daemon = True
+            self._timer.start()
+            file = self._record.file if self._record is not None else 2
+            faulthandler.dump_traceback_later(self._limit + _GRACE, exit=True, file=file)
 
     def _end(self, name: str) -> None:
         reason = f"its first run did not end within {self._limit:g} s"

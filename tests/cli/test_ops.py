@@ -171,8 +171,17 @@ def test_what_ended_an_earlier_start_here_is_left_out(ops: Ops, tmp_path: Path) 
         record = TrialRecord(tmp_path / "trials.json", environment(chip))
         record.exclude(name, "it hung")
         record.close()
-    left_out = ops(SGLANG_FL_TRIAL_RECORD=str(tmp_path / "trials.json"))["left_out"]
-    assert list(left_out) == ["silu"] and left_out["silu"].startswith("it hung, last on ")
+    record = TrialRecord(tmp_path / "trials.json", environment("cpu cpu"))
+    record.exclude("rms_norm: reference.torch", "it crashed")
+    record.close()
+    environ = {"SGLANG_FL_TRIAL_RECORD": str(tmp_path / "trials.json"), "SGLANG_FL_PREFER": "reference"}
+    found = ops(**environ)
+    left_out = found["left_out"]
+    assert list(left_out) == ["silu", "rms_norm: reference.torch"] and left_out["silu"].startswith("it hung, last on ")
+    assert "reference.torch" in found["layer_norm"]["picked"] and found["rms_norm"]["picked"].startswith("sglang")
+    whys = [implementation["why"] for implementation in found["rms_norm"]["implementations"]]
+    assert [why for why in whys if why.startswith("it ended an earlier start: it crashed, last on ")]
+    assert "silu" not in ops(**environ, USE_FLAGGEMS="0")["left_out"]
 
 
 def test_a_kernel_of_sglangs_that_a_package_replaces(

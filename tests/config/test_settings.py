@@ -211,6 +211,12 @@ def test_null_resets_to_the_default(load: Loader, profile: Profile, name: str) -
     assert str(settings.source(name)) == f"{load.file}:2"
 
 
+def test_null_for_the_scope_goes_by_the_chip(load: Loader) -> None:
+    assert (
+        load("flagos_scope: null\n", SGLANG_FL_PLATFORM="metax").flagos_scope == load(SGLANG_FL_PLATFORM="metax").flagos_scope == "graphs"
+    )
+
+
 def test_a_value_over_null(load: Loader) -> None:
     assert load("oot_whitelist: null\n", SGLANG_FL_OOT_WHITELIST="RMSNorm").oot_whitelist == ("RMSNorm",)
 

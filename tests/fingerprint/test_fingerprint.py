@@ -78,6 +78,7 @@ CHANGES: list[tuple[str, Change, tuple[str, str] | None]] = [
     ("something left out", lambda found: found["left_out"].update(mm="it hung"), ("left out", "mm")),
     ("the model", lambda found: found.update(model="LlamaForCausalLM"), ("model", "LlamaForCausalLM")),
     ("where a setting is from", lambda found: found["settings"]["strict"].update(source="b.yaml:3"), None),
+    ("when something failed", lambda found: found["left_out"].update(pad="it raised in a capture, last on 2026-11-28"), None),
 ]
 
 
@@ -113,6 +114,36 @@ def test_the_last_start_in_a_log_counts_and_a_cut_line_does_not(tmp_path: Path) 
         ("model", "LlamaForCausalLMEagle3"),
         *(("operator", f"{op} of LlamaForCausalLMEagle3") for op in ("chunk_gated_delta_rule", "rms_norm", "topk")),
     }
+
+
+def test_a_model_that_is_served_again_is_the_last(tmp_path: Path) -> None:
+    other, again = {**facts(), "model": "LlamaForCausalLM"}, facts(SGLANG_FL_STRICT="1")
+    assert read(log_of(tmp_path / "log", facts(), other, again)) == [other, again]
+
+
+def test_an_implementation_that_ended_an_earlier_start_is_left_out() -> None:
+    excluded = {
+        "rms_norm: default.flagos": "it hung",
+        "gelu_and_mul: default.flagos": "no layer of this model",
+        "mm": "in the other report",
+    }
+    found = server_facts("Qwen3ForCausalLM", load_settings(ENVIRON, device=NVIDIA), NVIDIA, BOUND, REPLACED, excluded=excluded)
+    assert found["left_out"] == {**facts()["left_out"], "rms_norm: default.flagos": "it hung"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("versions", None), ("device", ["x"]), ("settings", {"strict": True}), ("operators", ["topk"]), ("operators", [{"op": "topk"}])],
+)
+def test_facts_of_other_types_are_none(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(json.dumps({**facts(), key: value}))
+    with pytest.raises(SettingsError, match="is neither what"):
+        read(tmp_path / "file")
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(json.dumps(facts()), encoding="utf-8-sig")
+    assert read(tmp_path / "file") == [facts()]
 
 
 @pytest.mark.parametrize("text", ["", "a log without a fingerprint", "[]", "{}", '{"device": "cpu", "operators": []}'])

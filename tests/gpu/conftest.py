@@ -11,6 +11,9 @@ import pytest
 import torch
 from result_file import source_hash
 
+#: Whether this is a process of pytest-xdist that runs tests for another.
+_is_worker = False
+
 
 @functools.cache
 def where() -> dict[str, object]:
@@ -19,8 +22,13 @@ def where() -> dict[str, object]:
     return {"devices": devices, "torch": torch.__version__, "source": source_hash()}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if _is_worker:
         return  # the process that has started the workers gets the same report
     if report.failed:
         print(f"\n{report.nodeid} failed:\n{report.longreprtext[-2000:]}", flush=True)  # a run that is ended prints no summary

@@ -21,14 +21,26 @@ def hang_without_python() -> None:
 
 
 def main() -> None:
-    record, limit, name, what = sys.argv[1:]
+    record, seconds, name, what = sys.argv[1:]
+    limit = float(seconds)
     logging.basicConfig(level=logging.INFO)
-    guard = open_guard(Settings(trial_record=record, trial_limit=float(limit)), "a chip")
+    guard = open_guard(Settings(trial_record=record, trial_limit=limit), "a chip")
     with guard.running(name):
         print("running", flush=True)
         if what == "hangs":
             time.sleep(3600)
         elif what == "hangs without python":
+            hang_without_python()
+        elif what == "hangs in an inner run":
+            with guard.running("inner"):
+                time.sleep(3600)
+        elif what == "has inner runs":
+            for _ in range(4):
+                with guard.running("inner"):
+                    time.sleep(limit / 3)
+        elif what == "hangs without python after an inner run":
+            with guard.running("inner"):
+                pass
             hang_without_python()
         elif what == "parent":
             os.kill(os.getppid(), signal.SIGKILL)

@@ -88,8 +88,9 @@ def test_the_limit_ends_the_process_with_a_line_that_says_so(path: Path) -> None
     assert left_out(path)["mul"].startswith("its first run did not end within 0.3 s")
 
 
-def test_the_limit_holds_where_python_cannot_run(path: Path) -> None:
-    code, _ = run(path, "hangs without python", limit=0.2)
+@pytest.mark.parametrize("what", ["hangs without python", "hangs without python after an inner run"])
+def test_the_limit_holds_where_python_cannot_run(path: Path, what: str) -> None:
+    code, _ = run(path, what, limit=0.2)
     assert code == 1
     assert left_out(path)["mul"].startswith("it did not end within 0:00:05.2")
 
@@ -163,11 +164,22 @@ def test_inner_runs_are_the_ones_that_count(path: Path) -> None:
     record.close()
 
 
+def test_the_limit_is_the_innermost_runs_own(path: Path) -> None:
+    code, errors = run(path, "hangs in an inner run", limit=0.3)
+    assert code == 1 and "sglang-fl: inner: its first run did not end within 0.3 s, so this process ends" in errors
+    assert left_out(path).keys() == {"inner"}
+
+
+def test_inner_runs_do_not_use_up_the_limit(path: Path) -> None:
+    code, errors = run(path, "has inner runs", limit=1.5)
+    assert (code, errors) == (0, "") and left_out(path) == {}
+
+
 def test_a_read_only_home(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log has the setting that leaves it out. (Root may write anywhere, so a file stands where the folder would be.)"""
     (tmp_path / "home").write_text("")
     monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard())
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")
     at = str(tmp_path / "home" / "trials.json")
     opened = open_guard(Settings(trial_record=at, flagos_blacklist=("add",), sources={"flagos_blacklist": Source(3, "a test")}), "a chip")
     assert f"the record of trials {at} cannot be written (File exists)" in caplog.text and current_guard() is opened
@@ -182,6 +194,7 @@ def test_a_read_only_home(tmp_path: Path, caplog: pytest.LogCaptureFixture, monk
     [
         ({}, "mul", "SGLANG_FL_FLAGOS_BLACKLIST=mul"),
         ({"flagos_whitelist": ("mul", "mm")}, "mul", "SGLANG_FL_FLAGOS_WHITELIST=mm"),
+        ({"flagos_whitelist": ("mul",)}, "mul", "USE_FLAGGEMS=0"),
         (
             {"op_backends": (("topk", ("vendor", "sglang")),)},
             "rms_norm: default.flagos",

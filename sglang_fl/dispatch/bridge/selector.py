@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ...trial import current_guard
+from ...trial import TO_TRY_AGAIN, current_guard
 from ...trial.graph import capture_and_discard
 from ..logger_manager import get_logger
 from ..manager import OpManager, is_capturing
 from ..policy import SelectionPolicy
-from ..types import OpImpl
+from ..types import OpImpl, trial_name
 from .socket import Socket
 
 logger = get_logger()
@@ -50,13 +50,15 @@ class Selector:
         """The first implementation in order that passes its trial.
 
         Raises:
-            RuntimeError: under ``strict``, one failed its trial, or there is none.
+            RuntimeError: under ``strict``, one failed its trial or ended an earlier start, or there is none.
         """
         plan = self.manager.plan(socket.op, policy)
         refused, failed = dict[str, str](), dict[str, str]()
         for index, impl in enumerate(plan.candidates):
             reason = _unfit(impl, socket)
             if reason is not None:
+                if policy.strict and trial_name(impl) in socket.load.excluded:
+                    raise RuntimeError(f"sglang-fl: {trial_name(impl)}: {reason} (strict is set, so there is no fallback). {TO_TRY_AGAIN}")
                 refused[impl.impl_id] = reason
                 continue
             error = self._try(impl, socket)
@@ -118,11 +120,6 @@ class Selector:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
-
-
-def trial_name(impl: OpImpl) -> str:
-    """The name of an implementation in the record of trials."""
-    return f"{impl.op_name}: {impl.impl_id}"
 
 
 def _key(impl: OpImpl, socket: Socket) -> tuple[Any, ...]:

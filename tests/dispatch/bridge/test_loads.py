@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import planted_gems
 import pytest
 import torch
 from implementations import manager_of, unchanged
 from torch import nn
 
 from sglang_fl import bind, startup
+from sglang_fl.aten import restore_operators
 from sglang_fl.config import Settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch import BackendImplKind, OpImpl, PolicyManager, SelectionPolicy, set_global_policy
@@ -113,13 +115,27 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.mark.parametrize("switches", [False, True])
 def test_a_prefill_server_that_may_switch_its_role_captures_graphs_later(
-    mode: SimpleNamespace, switches: bool, caplog: pytest.LogCaptureFixture
+    mode: SimpleNamespace, switches: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode.enable_pd_role_switch = switches
     startup.apply(Settings(prefer="flagos", flagos_scope="graphs"), CPU)
+    monkeypatch.setattr("sglang_fl.aten.layer.why_not_here", lambda device: None)
+    with caplog.at_level("INFO", "sglang_fl"), planted_gems.in_place_of_flaggems(planted_gems.gems()):
+        bind.bind_model(Model(norm()), CPU)
+        restore_operators()
+    assert ("this server captures none" in caplog.text) is not switches
+
+
+@pytest.mark.parametrize(("decode", "prefill", "compiles"), [("full", "disabled", True), ("disabled", "breakable", False)])
+def test_what_torch_compile_means_is_told_where_decode_is_captured(
+    mode: SimpleNamespace, decode: str, prefill: str, compiles: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    phases = {phase: SimpleNamespace(backend=backend) for phase, backend in (("decode", decode), ("prefill", prefill))}
+    mode.graph = SimpleNamespace(enable_torch_compile=True, cuda_graph_config=SimpleNamespace(**phases))
+    startup.apply(Settings(prefer="reference"), CPU)
     with caplog.at_level("INFO", "sglang_fl"):
         bind.bind_model(Model(norm()), CPU)
-    assert ("this server captures none" in caplog.text) is not switches
+    assert ("with --enable-torch-compile SGLang compiles its own" in caplog.text) is compiles
 
 
 def test_bind_model_takes_the_settings_in_force(mode: SimpleNamespace) -> None:

@@ -124,6 +124,18 @@ def test_what_ended_an_earlier_start_is_passed_over() -> None:
     assert not [name for name in calls if name]
 
 
+@pytest.mark.parametrize("first", ["flagos", "reference"])
+def test_a_strict_start_stops_if_it_would_use_it(first: str) -> None:
+    load = Load(excluded={"rms_norm: default.flagos": "its process ended with 'Aborted'"})
+    process = binder()
+    set_global_policy(SelectionPolicy(strict=True, per_op_order={"rms_norm": f"{first}|sglang"}))
+    if first == "reference":
+        assert "reference(reference.torch)" in process.bind(model(), load).summary()
+        return
+    with pytest.raises(RuntimeError, match=r"rms_norm: default.flagos: it crashed .*strict is set.* 'sglang-fl doctor --forget'"):
+        process.bind(model(), load)
+
+
 def test_its_name_is_written_down_before_its_first_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     record = TrialRecord(tmp_path / "trials.json", "a chip")
     monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard(record))
