@@ -72,6 +72,8 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
             "small batches (--torch-compile-max-bs); bound layers run in all other batches",
         )
     logger.log(level, replaced.summary())
+    if replaced.in_graphs:
+        logger.log(level, "sglang-fl: %s. All else runs PyTorch's own operators", _what_is_captured(execution))
     name = type(model).__name__
     announce(server_facts(name, settings, device, report, replaced, kernels, excluded), level)
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
@@ -137,6 +139,19 @@ def _captures(execution: Any, *phases: str) -> bool:
     """Whether SGLang will capture graphs of the model in one of these phases, ``decode`` and ``prefill``."""
     config = getattr(execution.graph, "cuda_graph_config", None)
     return config is not None and any(getattr(config, phase).backend != "disabled" for phase in phases)
+
+
+def _what_is_captured(execution: Any) -> str:
+    """The sizes of graphs, as text. SGLang counts a decode graph's requests and a prefill graph's tokens."""
+    found = []
+    for phase, unit in (("decode", "requests"), ("prefill", "tokens")):
+        if _captures(execution, phase):
+            config = getattr(execution.graph.cuda_graph_config, phase)
+            largest = max(config.bs) if config.bs else config.max_bs
+            found.append(f"{phase} of up to {largest} {unit}" if largest else phase)
+        else:
+            found.append(f"no {phase}")
+    return f"SGLang captures graphs of {' and of '.join(found)}"
 
 
 def _log_level() -> int:

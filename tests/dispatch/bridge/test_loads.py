@@ -126,6 +126,30 @@ def test_a_prefill_server_that_may_switch_its_role_captures_graphs_later(
     assert ("this server captures none" in caplog.text) is not switches
 
 
+@pytest.mark.parametrize(
+    ("decode", "prefill", "told"),
+    [
+        (("full", [1, 2, 8], 8), ("breakable", None, 4096), "decode of up to 8 requests and of prefill of up to 4096 tokens"),
+        (("full", None, None), ("disabled", None, None), "decode and of no prefill"),
+    ],
+)
+def test_up_to_which_size_functions_are_in_force_is_told_once(
+    mode: SimpleNamespace, decode: Any, prefill: Any, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = {
+        phase: SimpleNamespace(backend=backend, bs=bs, max_bs=max_bs)
+        for phase, (backend, bs, max_bs) in (("decode", decode), ("prefill", prefill))
+    }
+    mode.graph = SimpleNamespace(enable_torch_compile=False, cuda_graph_config=SimpleNamespace(**phases))
+    startup.apply(Settings(prefer="flagos", flagos_scope="graphs"), CPU)
+    monkeypatch.setattr("sglang_fl.aten.layer.why_not_here", lambda device: None)
+    with caplog.at_level("INFO", "sglang_fl"), planted_gems.in_place_of_flaggems(planted_gems.gems()):
+        bind.bind_model(Model(norm()), CPU)
+        restore_operators()
+    message = f"sglang-fl: SGLang captures graphs of {told}. All else runs PyTorch's own operators"
+    assert caplog.messages.count(message) == 1
+
+
 @pytest.mark.parametrize(("decode", "prefill", "compiles"), [("full", "disabled", True), ("disabled", "breakable", False)])
 def test_what_torch_compile_means_is_told_where_decode_is_captured(
     mode: SimpleNamespace, decode: str, prefill: str, compiles: bool, caplog: pytest.LogCaptureFixture
