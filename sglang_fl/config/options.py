@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """All settings in one table: name, variable, YAML key, type and meaning."""
 
+import errno
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from ..device import declared
@@ -58,6 +61,39 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidValue(f"expected text, found {value!r}")
     return value.strip()
+
+
+def file_at(text: str) -> Path:
+    """The file that a setting names. It need not exist.
+
+    Raises:
+        InvalidValue: no file can be there.
+    """
+    try:
+        path = Path(text).expanduser()
+        mode = path.stat().st_mode
+    except RuntimeError:
+        raise InvalidValue(f"expected a file, found {text!r}, a home directory of nobody") from None
+    except ValueError as error:
+        raise InvalidValue(f"expected a file, found {text!r} ({error})") from None
+    except OSError as error:
+        if error.errno == errno.ENOTDIR:
+            raise InvalidValue(f"expected a file, found {text!r}, in what is no directory") from None
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise InvalidValue(f"expected a file, found {text!r} ({error.strerror})") from None
+        return path
+    if stat.S_ISDIR(mode):
+        raise InvalidValue(f"expected a file, found the directory {text!r}")
+    if not stat.S_ISREG(mode):
+        raise InvalidValue(f"expected a file, found {text!r}, which is no regular file")
+    return path
+
+
+def _file(value: Any) -> str:
+    text = _text(value)
+    if text:
+        file_at(text)
+    return text
 
 
 def _seconds(value: Any) -> float:
@@ -175,7 +211,7 @@ class Options:
     flagos_slower: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions that make a served model's step slower, by GPU time.", "flaggems", "flagos_blacklist")
     triton_faster: tuple[str, ...] | None = _option(None, False, None, _names, "The operators whose Triton kernel of this package goes before FlagGems's where flagos is preferred.", "operators", "op_backends")
     flagos_scope: str = _option("SGLANG_FL_FLAGOS_SCOPE", True, "everywhere", _choice(("graphs", "everywhere"), str.lower), "Where FlagGems functions replace ATen operators: graphs (only while SGLang captures graphs) or everywhere.")
-    trial_record: str | None = _option("SGLANG_FL_TRIAL_RECORD", True, None, _text, "The file that remembers what ended a start; unset: in the user's state folder.")
+    trial_record: str | None = _option("SGLANG_FL_TRIAL_RECORD", True, None, _file, "The file that remembers what ended a start; unset: in the user's state folder.")
     trial_limit: float = _option("SGLANG_FL_TRIAL_LIMIT", True, 600.0, _seconds, "How long a first run may take, in seconds, before the process is ended; 0: no limit.")
     flaggems_record: bool = _option("SGLANG_FLAGGEMS_RECORD", False, False, _boolean, "1 logs the ATen operators that FlagGems replaced, as they run.")
     flaggems_log_path: str | None = _option("SGLANG_FLAGGEMS_LOG_PATH", False, None, _text, "The file for that log.")

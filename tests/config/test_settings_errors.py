@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever a setting cannot be: a SettingsError that says where it stands and which word was meant."""
 
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,6 +227,34 @@ def test_directory_instead_of_file(load: Loader, tmp_path: Path) -> None:
 def test_home_directory_of_nobody(load: Loader) -> None:
     (problem,) = load.problems(SGLANG_FL_CONFIG="~nobody-of-this-name/x.yaml")
     assert place_of(problem) == "SGLANG_FL_CONFIG" and "home directory" in problem
+
+
+@pytest.mark.parametrize(
+    ("at", "why"),
+    [
+        ("{}", "found the directory"),
+        ("{}/file/x.json", "in what is no directory"),
+        ("{}/file/more/x.json", "in what is no directory"),
+        ("{}/loop", "(Too many levels of symbolic links)"),
+        ("{}/" + "x" * 256, "(File name too long)"),
+        ("{}/socket", "which is no regular file"),
+        ("~nobody-of-this-name/x.json", "a home directory of nobody"),
+    ],
+)
+def test_a_record_where_no_file_can_be(load: Loader, tmp_path: Path, at: str, why: str) -> None:
+    (tmp_path / "file").touch()
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    path = at.format(tmp_path)
+    for problem in (*load.problems(f"strict: 1\ntrial_record: {path}\n"), *load.problems(SGLANG_FL_TRIAL_RECORD=path)):
+        assert place_of(problem) in (f"{load.file}:2", "SGLANG_FL_TRIAL_RECORD")
+        assert "expected a file, found" in problem and why in problem and repr(path) in problem
+
+
+def test_a_record_where_a_file_can_be(load: Loader, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "new", tmp_path / "no" / "such" / "folder" / "new"):
+        assert load(SGLANG_FL_TRIAL_RECORD=str(path)).trial_record == str(path)
 
 
 def test_file_that_is_nested_too_deeply(load: Loader) -> None:
