@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..config import Settings
-from .record import TrialRecord, default_path, environment
+from ..config import Settings, SettingsError
+from ..config.options import InvalidValue, file_at
+from .record import TrialRecord, default_path, environment, excluded_by
 
 logger = logging.getLogger("sglang_fl.trial")
 
@@ -29,6 +30,7 @@ TO_TRY_AGAIN = "To try it again, run 'sglang-fl doctor --forget'"
 #: Seconds after the limit until faulthandler ends the process: code that hangs may hold Python's lock.
 _GRACE = 5.0
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
+_NOT_RECORDED = "New crashes cannot be recorded: a start after a crash cannot exclude its cause"
 
 
 class Guard:
@@ -38,16 +40,23 @@ class Guard:
         record: receives the names. None: they are not written.
         limit: the time limit of a first run in seconds. 0: no limit.
         remedy: a name -> the setting that leaves it out.
+        excluded: name -> why it is left out. None: what the record excludes.
     """
 
-    def __init__(self, record: TrialRecord | None = None, limit: float = 0, remedy: Callable[[str], str] = str):
+    def __init__(
+        self,
+        record: TrialRecord | None = None,
+        limit: float = 0,
+        remedy: Callable[[str], str] = str,
+        excluded: Mapping[str, str] | None = None,
+    ):
         self._record = record
         self._limit = limit
         self._remedy = remedy
         self._names: list[str] = []
         self._timer: threading.Timer | None = None
         #: Name -> why it is left out, from this host's record.
-        self.excluded: Mapping[str, str] = record.excluded() if record is not None else {}
+        self.excluded: Mapping[str, str] = (record.excluded() if record is not None else {}) if excluded is None else excluded
 
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
@@ -172,29 +181,41 @@ def current_guard() -> Guard:
 
 
 def record_path(settings: Settings) -> Path:
-    return Path(settings.trial_record).expanduser() if settings.trial_record else default_path()
+    """The file of the record.
+
+    Raises:
+        SettingsError: no file can be there.
+    """
+    try:
+        return file_at(settings.trial_record) if settings.trial_record else default_path()
+    except InvalidValue as error:
+        raise SettingsError(f"trial_record ({settings.source('trial_record')}): {error}") from None
 
 
 def open_guard(settings: Settings, chip: str) -> Guard:
     """Create the guard of a process that runs a model, from its settings."""
     global _guard
-    path = record_path(settings)
     bound_to = environment(chip)
-    record = _guard._record
-    if record is not None and (record.path, record.environment) == (path, bound_to):
-        return _guard
-    if record is not None:
-        record.close()
+    before, record = _guard._record, None
+    excluded: Mapping[str, str] | None = None
     try:
+        path = record_path(settings)
+        if before is not None and (before.path, before.environment) == (path, bound_to):
+            return _guard
+        if before is not None:
+            before.close()
         record = TrialRecord(path, bound_to)
         atexit.register(record.close)
+    except SettingsError as error:  # the settings were checked; the folder may have changed since, or there is no home
+        logger.warning("%s. %s", error, _NOT_RECORDED)
     except OSError as error:
-        record = None
+        excluded = excluded_by(path, bound_to)
         logger.warning(
-            "sglang-fl: the record of trials %s cannot be written (%s): a start after a crash cannot exclude its cause. "
+            "sglang-fl: the record of trials %s cannot be written (%s). What it excludes stays excluded. %s. "
             "Set SGLANG_FL_TRIAL_RECORD to a writable file",
             path,
             error.strerror or error,
+            _NOT_RECORDED,
         )
-    _guard = Guard(record, settings.trial_limit, settings.exclusion_of)
+    _guard = Guard(record, settings.trial_limit, settings.exclusion_of, excluded)
     return _guard

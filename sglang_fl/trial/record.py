@@ -5,6 +5,8 @@ The record is a JSON file: environment (versions and chip) -> name -> :class:`De
 Each process that runs trials also has its own file, ``<file>.<process>``, locked while the process lives. It holds the name of the
 current trial, followed by how the process ended: faulthandler's output, a signal number as a byte, or a line from the guard. The
 next process that finds such a file unlocked evaluates and removes it.
+
+A damaged record stops nothing: each entry is checked by itself, and the good ones stay in force.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import platformdirs
 
 from .. import __version__
+from ..config import SettingsError
 from ..utils.packages import installed_version
 
 logger = logging.getLogger("sglang_fl.trial")
@@ -34,6 +37,10 @@ FROM_OUTSIDE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OUTSIDE_BYTES = re.compile(b"[%s]" % bytes(FROM_OUTSIDE))
 #: Output of faulthandler, and of the guard.
 _FATAL, _TIMEOUT, SAID = re.compile(r"Fatal Python error: (.+)"), re.compile(r"Timeout \((.+)\)!"), "ended: "
+#: The fields of an entry in the file. The first two must be there.
+_FIELDS = {"reason": str, "date": str, "count": int, "decisive": bool}
+#: So many damaged entries are named in a warning.
+_NAMED = 5
 #: SIGKILL may come from anywhere. Twice at the same name is not chance.
 _DEATHS_WITHOUT_REASON = 2
 
@@ -70,8 +77,15 @@ def environment(chip: str) -> str:
 
 
 def default_path() -> Path:
-    """The file in the user's state folder."""
-    return Path(platformdirs.user_state_path("sglang-fl")) / "trials.json"
+    """The file in the user's state folder.
+
+    Raises:
+        SettingsError: the user has none.
+    """
+    try:
+        return Path(platformdirs.user_state_path("sglang-fl")) / "trials.json"
+    except RuntimeError as error:  # no HOME, and no entry in the list of users
+        raise SettingsError(f"no place for the record of trials: {error}. Set SGLANG_FL_TRIAL_RECORD to a file") from None
 
 
 class TrialRecord:
@@ -98,7 +112,7 @@ class TrialRecord:
 
     def excluded(self) -> dict[str, str]:
         """Name -> why a start in this environment leaves it out."""
-        return {name: str(death) for name, death in read_record(self.path).get(self.environment, {}).items() if death.excludes}
+        return excluded_by(self.path, self.environment)
 
     def note(self, name: str) -> None:
         """Write the name of the current trial. Empty: none."""
@@ -131,7 +145,8 @@ class TrialRecord:
     def _judge_ended_processes(self) -> None:
         """Add the results of ended processes to the record, and remove their files."""
         found: list[tuple[Any, str, str, str, bool]] = []
-        for path in sorted(self.path.parent.glob(f"{self.path.name}.*-*")):
+        name_of_one = re.compile(re.escape(self.path.name) + r"\.[0-9]+-[0-9a-f]{8}")
+        for path in sorted(path for path in self.path.parent.iterdir() if name_of_one.fullmatch(path.name)):
             with contextlib.suppress(OSError), path.open("r+b") as file:  # OSError: its process lives, or another process removed it
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 text = file.read()
@@ -145,7 +160,7 @@ class TrialRecord:
     def _add(self, deaths: list[tuple[str, str, str, bool]]) -> None:
         if not deaths:
             return
-        record = read_record(self.path)
+        record = _read(self.path)
         today = datetime.date.today().isoformat()
         for bound_to, name, reason, decisive in deaths:
             names = record.setdefault(bound_to, {})
@@ -158,30 +173,88 @@ class TrialRecord:
 
 
 def read_record(path: Path) -> dict[str, dict[str, Death]]:
-    """Read a record. Empty if it is missing or damaged."""
+    """Read a record: what is not damaged. Empty if it is missing or cannot be read."""
     try:
-        data: Mapping[str, Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return {bound_to: {name: Death(**death) for name, death in names.items()} for bound_to, names in data.items()}
-    except FileNotFoundError:
+        return _read(path)
+    except OSError as error:
+        logger.warning("sglang-fl: the record of trials %s cannot be read: %s", path, error.strerror or error)
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
-        logger.warning("the record of trials %s is damaged and was reset: %s", path, error)
-        return {}
+
+
+def excluded_by(path: Path, environment: str) -> dict[str, str]:
+    """Name -> why a start in an environment leaves it out."""
+    return {name: str(death) for name, death in read_record(path).get(environment, {}).items() if death.excludes}
 
 
 def settled_record(path: Path) -> dict[str, dict[str, Death]]:
     """Read a record, after adding the processes that have ended since, if it is writable."""
-    if path.parent.is_dir():
-        with contextlib.suppress(OSError):
-            TrialRecord(path, "").close()
+    _settle(path)
     return read_record(path)
 
 
 def forget(path: Path) -> bool:
-    """Remove a record. Returns whether it held anything. Files of running processes stay."""
-    held = bool(settled_record(path))
-    path.unlink(missing_ok=True)
-    return held
+    """Remove a record, damaged or not. Returns whether there was one. Files of running processes stay.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    _settle(path)
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _settle(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.parent.is_dir():
+            TrialRecord(path, "").close()
+
+
+def _read(path: Path) -> dict[str, dict[str, Death]]:
+    """The entries that are not damaged; a warning names the others.
+
+    Raises:
+        OSError: the file is there, and cannot be read.
+    """
+    damage: list[str] = []
+    record: dict[str, dict[str, Death]] = {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError) as error:
+        data = {}
+        damage.append(f"it is no JSON: {error}")
+    if not isinstance(data, dict):
+        damage.append("it is no table of environments")
+        data = {}
+    for bound_to, names in data.items():
+        if not isinstance(names, dict):
+            damage.append(f"ignored: all of {bound_to!r}")
+            continue
+        deaths = {name: _death(entry) for name, entry in names.items()}
+        record[bound_to] = {name: death for name, death in deaths.items() if death is not None}
+        damage += [f"ignored: {name!r} of {bound_to!r}" for name, death in deaths.items() if death is None]
+    if damage:
+        more = [f"{len(damage) - _NAMED} more"] if len(damage) > _NAMED else []
+        logger.warning(
+            "sglang-fl: the record of trials %s is damaged (%s). 'sglang-fl doctor --forget' removes it",
+            path,
+            "; ".join(damage[:_NAMED] + more),
+        )
+    return record
+
+
+def _death(entry: Any) -> Death | None:
+    """An entry of the file. None: it is damaged. Fields of another version are ignored."""
+    if not isinstance(entry, dict) or not {"reason", "date"} <= entry.keys():
+        return None
+    values = {name: entry[name] for name in _FIELDS if name in entry}
+    if any(type(value) is not _FIELDS[name] for name, value in values.items()) or values.get("count", 1) < 1:
+        return None
+    return Death(**values)
 
 
 def _judge(text: bytes) -> tuple[Any, str, str, str, bool] | None:

@@ -4,14 +4,16 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from no_home import without_home
 
-from sglang_fl.config import Settings, Source
-from sglang_fl.trial import Guard, TrialRecord, current_guard, environment, open_guard
+from sglang_fl.config import Settings, SettingsError, Source
+from sglang_fl.trial import Guard, TrialRecord, current_guard, environment, open_guard, record_path
 from sglang_fl.trial.record import forget, read_record
 
 FIRST_RUN = Path(__file__).with_name("first_run.py")
@@ -130,20 +132,70 @@ def test_it_is_bound_to_versions_and_chip(path: Path) -> None:
     assert forget(path) and not forget(path) and left_out(path) == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"mul": {"what": 1}}}'])
-def test_a_damaged_file_begins_anew(path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 200000, b"1" * 10000, b'{"a": 1}', b'{"a": {"mul": {"what": 1}}}']
+)
+def test_a_damaged_file_stops_nothing(path: Path, text: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path.parent.mkdir()
-    path.write_text(text)
-    assert left_out(path) == {} and "is damaged and was reset" in caplog.text
+    path.write_bytes(text)
+    assert left_out(path) == {} and path.read_bytes() == text
+    assert f"the record of trials {path} is damaged (" in caplog.text and "'sglang-fl doctor --forget' removes it" in caplog.text
     run(path, "SIGSEGV")
     assert "mul" in left_out(path)
     json.loads(path.read_text())
+    path.write_bytes(text)
+    assert forget(path) and not path.exists() and not forget(path)
+
+
+GOOD = {"reason": "it hung", "date": "2026-01-01", "count": 2, "decisive": False}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        "it hung",
+        {"reason": "it hung"},
+        {**GOOD, "count": None},
+        {**GOOD, "count": "2"},
+        {**GOOD, "count": True},
+        {**GOOD, "count": 0},
+        {**GOOD, "decisive": 1},
+        {**GOOD, "reason": None},
+        {**GOOD, "date": 2026},
+    ],
+)
+def test_a_damaged_entry_leaves_the_others_in_force(path: Path, bad: object, caplog: pytest.LogCaptureFixture) -> None:
+    here = environment("a chip")
+    path.parent.mkdir()
+    path.write_text(json.dumps({"another": None, here: {"mul": bad, "mm": GOOD, "of_a_newer_version": {**GOOD, "rank": 1}}}))
+    assert left_out(path) == dict.fromkeys(("mm", "of_a_newer_version"), "it hung 2 times, last on 2026-01-01")
+    (warning,) = caplog.messages
+    assert f"ignored: all of 'another'; ignored: 'mul' of {here!r}" in warning
+    run(path, "SIGSEGV")
+    assert set(left_out(path)) == {"mul", "mm", "of_a_newer_version"}
+
+
+def test_a_warning_names_some_of_many_damaged_entries(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.parent.mkdir()
+    path.write_text(json.dumps({"here": {f"function_{number}": None for number in range(1000)}}))
+    assert read_record(path) == {"here": {}} and "'function_4' of 'here'; 995 more)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["trials.json", "trials[1].json", "tr?als*.json"])
+def test_only_files_of_processes_are_removed(path: Path, name: str) -> None:
+    path = path.with_name(name)
+    run(path, "SIGSEGV")
+    others = [path.with_name(f"{name}.{end}") for end in ("bak-1", "1-deadbeef.bak", "1-dead", "2026-01-01", "1-DEADBEEF")]
+    for other in others:
+        other.write_text("mine")
+    assert "mul" in left_out(path) and set(path.parent.iterdir()) == {path, path.with_name(f"{name}.lock"), *others}
 
 
 @pytest.mark.parametrize("text", [b"", b'{"environ', b"{}\nmul\n", b'{"environment": "x", "start": 1}\n'])
 def test_a_torn_file_of_a_process_tells_nothing(path: Path, text: bytes) -> None:
     path.parent.mkdir()
-    torn = path.with_name(f"{path.name}.1-0a")
+    torn = path.with_name(f"{path.name}.1-0a0b0c0d")
     torn.write_bytes(text)
     assert left_out(path) == {} and read_record(path) == {} and not torn.exists()
 
@@ -182,11 +234,47 @@ def test_a_read_only_home(tmp_path: Path, caplog: pytest.LogCaptureFixture, monk
     caplog.set_level("WARNING")
     at = str(tmp_path / "home" / "trials.json")
     opened = open_guard(Settings(trial_record=at, flagos_blacklist=("add",), sources={"flagos_blacklist": Source(3, "a test")}), "a chip")
-    assert f"the record of trials {at} cannot be written (File exists)" in caplog.text and current_guard() is opened
+    assert "New crashes cannot be recorded" in caplog.text and at in caplog.text and current_guard() is opened
     with opened.running("mul"):
         assert "first run of mul; if the process ends here, SGLANG_FL_FLAGOS_BLACKLIST=add,mul excludes it" in caplog.text
     code, errors = run(Path(at), "hangs", limit=0.3)
     assert code == 1 and "did not end within 0.3 s, so this process ends; SGLANG_FL_FLAGOS_BLACKLIST=mul excludes it" in errors
+
+
+def test_a_record_that_can_only_be_read_is_in_force(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so its name leaves no room for the names of the files beside it."""
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard())
+    path = tmp_path / ("x" * 250)
+    path.write_text(json.dumps({environment("a chip"): {"mul": GOOD}}))
+    opened = open_guard(Settings(trial_record=str(path)), "a chip")
+    assert dict(opened.excluded) == {"mul": "it hung 2 times, last on 2026-01-01"}
+    (warning,) = caplog.messages
+    assert "cannot be written (File name too long). What it excludes stays excluded. New crashes cannot be recorded" in warning
+    with opened.running("mm"):
+        pass
+
+
+@pytest.mark.parametrize("at", ["~nobody-of-this-name/x", "{}", "{}/socket", "{}/a\0b"])
+def test_a_wrong_path_is_left_alone(tmp_path: Path, at: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings are checked before; what is there may have changed since. A socket stands for a device."""
+    at = at.format(tmp_path)
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard())
+    settings = Settings(trial_record=at, sources={"trial_record": Source(3, "a test")})
+    assert open_guard(settings, "a chip").excluded == {}
+    assert "trial_record (a test): expected a file, found" in caplog.text and "New crashes cannot be recorded" in caplog.text
+    with pytest.raises(SettingsError, match="expected a file, found"):
+        record_path(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["socket"]
+
+
+def test_a_user_without_a_home(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard())
+    without_home(monkeypatch)
+    assert open_guard(Settings(), "a chip").excluded == {}
+    assert "no place for the record of trials: " in caplog.text and "Set SGLANG_FL_TRIAL_RECORD to a file" in caplog.text
 
 
 @pytest.mark.parametrize(

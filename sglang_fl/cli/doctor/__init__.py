@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -37,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.forget:
         path = record_path(check_names(os.environ, probe(), get_default_manager()))
-        print(f"{path}: removed" if forget(path) else f"{path}: nothing to remove")
+        try:
+            removed = forget(path)
+        except OSError as error:
+            print(f"sglang-fl: the record of trials {path} cannot be removed: {error.strerror or error}", file=sys.stderr)
+            return 1
+        print(f"{path}: {'removed' if removed else 'nothing to remove'}")
         return 0
     found = diagnose(os.environ, deep=args.deep)
     if args.json:

@@ -59,7 +59,7 @@ def diagnose(environ: Mapping[str, str], *, deep: bool = False) -> Diagnosis:
     if machine.settings is not None:
         found.operators = machine.operators
         found.layers = _layer_states(machine.settings, device, environ, machine.operators)
-        found.trials = _trials(machine.settings)
+        found.trials = _trials(machine.settings, found.problems)
         if deep:
             found.aten = _replaced_operators(machine.settings, device, found.problems)
     if machine.manager.discovery is not None:
@@ -162,8 +162,12 @@ def _collectives(settings: Settings, device: Device, environ: Mapping[str, str])
     return f"flagcx {release} ({library}); if the ranks do not agree, {otherwise}", str(settings.source(chosen_by))
 
 
-def _trials(settings: Settings) -> dict[str, Any]:
-    path = record_path(settings)
+def _trials(settings: Settings, problems: list[Problem]) -> dict[str, Any]:
+    try:
+        path = record_path(settings)
+    except SettingsError as error:
+        problems += [Problem(what, "a server starts without the record, and excludes nothing") for what in error.problems]
+        return {}
     deaths = {
         bound_to: {name: f"{death}{'' if death.excludes else '; excluded after the next time'}" for name, death in names.items()}
         for bound_to, names in settled_record(path).items()

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from no_home import without_home
 
 from sglang_fl import __version__
 from sglang_fl.cli.doctor.diagnosis import diagnose
@@ -184,12 +186,50 @@ def test_what_ended_earlier_starts(tmp_path: Path, cli: Cli, monkeypatch: pytest
     record = TrialRecord(path, "torch 2, a chip")
     record.exclude("mul", "its process ended with 'Aborted'")
     record.close()
-    path.with_name("trials.json.9-f").write_text('{"environment": "torch 2, a chip", "start": 1}\nmm\n')  # of a process that was killed
+    killed = path.with_name("trials.json.9-0a0b0c0d")
+    killed.write_text('{"environment": "torch 2, a chip", "start": 1}\nmm\n')
     printed = cli("doctor").out.replace("\n", " ")
     assert "Excluded from starts with torch 2, a chip" in printed and "its process ended with 'Aborted', last on" in printed
     assert "its process was killed, last on" in printed and "; excluded after the next time" in printed
     assert [cli("doctor", "--forget").out for _ in range(2)] == [f"{path}: removed\n", f"{path}: nothing to remove\n"]
     assert diagnose(os.environ).trials["deaths"] == {}
+
+
+def test_a_damaged_record(tmp_path: Path, cli: Cli, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "trials.json"
+    monkeypatch.setenv("SGLANG_FL_TRIAL_RECORD", str(path))
+    path.write_text('{"a chip": {"mul": {"reason": "x", "date": "d", "count": "2"}, "mm": {"reason": "it hung", "date": "d"}}}')
+    assert "it hung, last on d" in cli("doctor").out
+    assert "ignored: 'mul' of 'a chip'" in caplog.text
+    assert cli("doctor", "--forget").out == f"{path}: removed\n" and not path.exists()
+
+
+def test_a_record_that_cannot_be_removed(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = tmp_path / "sglang-fl" / "trials.json"
+    path.mkdir(parents=True)
+    assert "No problems found." in cli("doctor").out
+    out, err = cli("doctor", "--forget", code=1)
+    assert (out, err.startswith(f"sglang-fl: the record of trials {path} cannot be removed: ")) == ("", True) and path.exists()
+
+
+@pytest.mark.parametrize("argv", [["doctor", "--forget"], ["ops", "--json"]])
+@pytest.mark.parametrize("at", ["~nobody-of-this-name/x", "{}/socket", "{}"])
+def test_a_record_where_no_file_can_be(tmp_path: Path, cli: Cli, argv: list[str], at: str) -> None:
+    """A socket stands for a device: a mistake must not remove the machine's own."""
+    socket, at = tmp_path / "socket", at.format(tmp_path)
+    os.mknod(socket, stat.S_IFSOCK | 0o600)
+    out, err = cli(*argv, code=2, SGLANG_FL_TRIAL_RECORD=at)
+    assert out == "" and err.startswith("sglang-fl: SGLANG_FL_TRIAL_RECORD: expected a file, found ") and repr(at) in err
+    assert "ERROR: SGLANG_FL_TRIAL_RECORD: expected a file, found" in cli("doctor", code=1).out and socket.is_socket()
+
+
+def test_a_user_without_a_home(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_home(monkeypatch)
+    told = "no place for the record of trials: could not determine the home directory"
+    assert f"warning: {told}" in cli("doctor").out
+    for argv in (["doctor", "--forget"], ["ops", "--json"]):
+        assert cli(*argv, code=2).err.startswith(f"sglang-fl: {told}")
 
 
 @pytest.mark.parametrize(
