@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 
 from ..check.certificates import NEVER, Certificates, certificates
-from ..config import Settings
+from ..config import Settings, SettingsError
 from ..device import Device, detect, probe
 from ..dispatch.catalog import FUNCTIONS, LAYERS, classes_of, names_in_lists
 from ..dispatch.kernel_implementations import exclusion_reason as kernel_exclusion
@@ -195,9 +195,13 @@ def _facts(settings: Settings, device: Device) -> dict[str, Any]:
 
 def _left_out(settings: Settings, device: Device) -> dict[str, str]:
     """What a start on this chip leaves out, since it ended an earlier one: name -> what happened."""
+    try:
+        record = settled_record(record_path(settings))
+    except SettingsError:  # there is no place for it, as doctor says: a server starts without
+        return {}
     return {
         name: str(death)
-        for bound_to, names in settled_record(record_path(settings)).items()
+        for bound_to, names in record.items()
         if bound_to.startswith(f"{environment(device.vendor)} ")
         for name, death in names.items()
         if death.excludes and (":" in name or (settings.use_flaggems and settings.flagos_exclusion_reason(name) is None))

@@ -85,8 +85,11 @@ class Guard:
 
     def exclude(self, name: str, reason: str) -> None:
         """Exclude a name from the next start."""
-        if self._record is not None:
-            self._record.exclude(name, reason)
+        try:
+            if self._record is not None:
+                self._record.exclude(name, reason)
+        except OSError as error:
+            logger.warning("sglang-fl: the record of trials cannot be written (%s); %s excludes %s", error, self._remedy(name), name)
 
     def _note(self) -> None:
         try:
