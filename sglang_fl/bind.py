@@ -73,7 +73,7 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         )
     logger.log(level, replaced.summary())
     if replaced.in_graphs:
-        logger.log(level, "sglang-fl: %s. All else runs PyTorch's own operators", _what_is_captured(execution))
+        logger.log(level, "sglang-fl: %s; all other calls run PyTorch's own ATen operators", _what_is_captured(execution))
     name = type(model).__name__
     announce(server_facts(name, settings, device, report, replaced, kernels, excluded), level)
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
@@ -151,7 +151,7 @@ def _what_is_captured(execution: Any) -> str:
             found.append(f"{phase} of up to {largest} {unit}" if largest else phase)
         else:
             found.append(f"no {phase}")
-    return f"SGLang captures graphs of {' and of '.join(found)}"
+    return f"FlagGems's functions run in graphs of {' and of '.join(found)}"
 
 
 def _log_level() -> int:

@@ -31,8 +31,9 @@ CPU = Device("cpu", "cpu", None, "a test")
 def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(startup, "_current", None)
     monkeypatch.setattr(bind, "_binder", None)
-    # Its hooks in SGLang's modules would outlive the test.
+    # Hooks in SGLang's modules would outlive the test.
     monkeypatch.setattr(bind, "bind_kernels", lambda device, *, deterministic: {})
+    monkeypatch.setattr("sglang_fl.aten.scope._hook", lambda target, function: None)
     monkeypatch.setattr(PolicyManager, "_instance", PolicyManager())
     yield
 
@@ -146,7 +147,7 @@ def test_up_to_which_size_functions_are_in_force_is_told_once(
     with caplog.at_level("INFO", "sglang_fl"), planted_gems.in_place_of_flaggems(planted_gems.gems()):
         bind.bind_model(Model(norm()), CPU)
         restore_operators()
-    message = f"sglang-fl: SGLang captures graphs of {told}. All else runs PyTorch's own operators"
+    message = f"sglang-fl: FlagGems's functions run in graphs of {told}; all other calls run PyTorch's own ATen operators"
     assert caplog.messages.count(message) == 1
 
 
