@@ -97,7 +97,7 @@ class AtenOperators:
         #: ATen operator -> PyTorch's own kernel, where it can be kept callable.
         self._kernels: dict[str, Function | None] = {}
         self._around: Around | None = None
-        #: Operators whose first call went well.
+        #: Operators that are registered as they serve, after their first call went well.
         self._passed: frozenset[str] = frozenset()
         self._libraries: dict[str, torch.library.Library] = {}
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich import box
@@ -85,14 +86,19 @@ class OpRow:
         return "; ".join([self.picked, *(f"{', '.join(names)}: sglang ({why})" for why, names in _by_reason([self.left]).items())])
 
 
-def operator_rows(manager: OpManager, settings: Settings, device: Device) -> list[OpRow]:
-    """A row for each operator, and for each kernel of SGLang's that something else can run, under these settings and on this device."""
+def operator_rows(
+    manager: OpManager, settings: Settings, device: Device, excluded: Mapping[str, str] = MappingProxyType({})
+) -> list[OpRow]:
+    """A row for each operator, and for each kernel of SGLang's that something else can run, under these settings and on this device.
+
+    Args:
+        excluded: what ended an earlier start, see :func:`left_out_here`.
+    """
     manager.use(settings, device)
     policy = SelectionPolicy.from_settings(settings)
     impls = {op: manager.registry.get_implementations(op) for op in manager.registry.list_operators()}
     operators = [op for op in impls if not is_kernel(op) or any(impl.is_available(settings, device) for impl in impls[op])]
     checked = certificates(device.vendor, (impl for op in operators for impl in impls[op]))
-    excluded = _left_out(settings, device)
     return [_row(manager, settings, device, policy, op, checked, excluded) for op in operators]
 
 
@@ -162,10 +168,11 @@ def run(args: argparse.Namespace) -> int:
     device = detect() if args.deep else probe()
     manager = get_default_manager()
     settings = check_settings(os.environ, device, manager)
-    rows = operator_rows(manager, settings, device)
+    left_out = left_out_here(settings, device)
+    rows = operator_rows(manager, settings, device, left_out)
     layers = model_layers(args.model, {row.op: row.picked for row in rows}, settings) if args.model else None
     if args.json:
-        data = {**_facts(settings, device), "operators": [asdict(row) for row in rows]}
+        data = {**_facts(settings, device, left_out), "operators": [asdict(row) for row in rows]}
         if layers is not None:
             data["layers"] = [asdict(layer) for layer in layers]
         print(json.dumps(data, indent=2, ensure_ascii=False))
@@ -183,17 +190,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(settings: Settings, device: Device) -> dict[str, Any]:
+def _facts(settings: Settings, device: Device, left_out: dict[str, str]) -> dict[str, Any]:
     """The facts of this machine without a model, in the form of a server's own."""
     return {
         **machine_facts(settings, device),
         "aten_functions": used_functions(settings, device),
         "aten_scope": settings.flagos_scope,
-        "left_out": _left_out(settings, device),
+        "left_out": left_out,
     }
 
 
-def _left_out(settings: Settings, device: Device) -> dict[str, str]:
+def left_out_here(settings: Settings, device: Device) -> dict[str, str]:
     """What a start on this chip leaves out, since it ended an earlier one: name -> what happened."""
     try:
         record = settled_record(record_path(settings))

@@ -64,9 +64,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _is_facts(data: Any) -> bool:
     if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in _TYPES.items()):
         return False
-    rows = [*data["settings"].values(), *data["operators"]]
-    wanted = [("value", "source")] * len(data["settings"]) + [("op", "picked")] * len(data["operators"])
-    return all(isinstance(row, dict) and set(keys) <= row.keys() for row, keys in zip(rows, wanted, strict=True))
+    kinds_of_rows = ((data["settings"].values(), {"value", "source"}), (data["operators"], {"op", "picked"}))
+    return all(isinstance(row, dict) and keys <= row.keys() for rows, keys in kinds_of_rows for row in rows)
 
 
 def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[Difference]:

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from ..config import Settings, SettingsError
@@ -40,7 +40,7 @@ class Guard:
         record: receives the names. None: they are not written.
         limit: the time limit of a first run in seconds. 0: no limit.
         remedy: a name -> the setting that leaves it out.
-        excluded: name -> why it is left out. None: what the record excludes.
+        excluded: name -> why it is left out, from this host's record.
     """
 
     def __init__(
@@ -48,15 +48,14 @@ class Guard:
         record: TrialRecord | None = None,
         limit: float = 0,
         remedy: Callable[[str], str] = str,
-        excluded: Mapping[str, str] | None = None,
+        excluded: Mapping[str, str] = MappingProxyType({}),
     ):
         self._record = record
         self._limit = limit
         self._remedy = remedy
         self._names: list[str] = []
         self._timer: threading.Timer | None = None
-        #: Name -> why it is left out, from this host's record.
-        self.excluded: Mapping[str, str] = (record.excluded() if record is not None else {}) if excluded is None else excluded
+        self.excluded = excluded
 
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
@@ -200,7 +199,7 @@ def open_guard(settings: Settings, chip: str) -> Guard:
     global _guard
     bound_to = environment(chip)
     before, record = _guard._record, None
-    excluded: Mapping[str, str] | None = None
+    excluded: Mapping[str, str] = {}
     try:
         path = record_path(settings)
         if before is not None and (before.path, before.environment) == (path, bound_to):
@@ -208,6 +207,7 @@ def open_guard(settings: Settings, chip: str) -> Guard:
         if before is not None:
             before.close()
         record = TrialRecord(path, bound_to)
+        excluded = record.excluded()
         atexit.register(record.close)
     except SettingsError as error:  # the settings were checked; the folder may have changed since, or there is no home
         logger.warning("%s. %s", error, _NOT_RECORDED)

@@ -20,7 +20,7 @@ from ...platform.changes import changes_made, load_changes, packages_with_change
 from ...startup import check_settings
 from ...startup.words import flaggems_functions, used_functions
 from ...trial import record_path, settled_record
-from ..ops import OpRow, kernels_in_words, operator_rows
+from ..ops import OpRow, kernels_in_words, left_out_here, operator_rows
 from .checks import Machine, Problem, functions_of_packages, problems_of, why_not_importable
 
 
@@ -80,7 +80,9 @@ def _look_at(environ: Mapping[str, str], device: Device, deep: bool) -> Machine:
         settings = check_settings(environ, device, manager)
     except SettingsError as error:
         return Machine(environ, device, manager, deep, settings_errors=tuple(error.problems))
-    return Machine(environ, device, manager, deep, settings, operators=operator_rows(manager, settings, device))
+    return Machine(
+        environ, device, manager, deep, settings, operators=operator_rows(manager, settings, device, left_out_here(settings, device))
+    )
 
 
 def _changes_to_sglang(machine: Machine, problems: list[Problem]) -> list[str]:
