@@ -4,6 +4,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What pytest-xdist keeps in one process: all end-to-end tests, and each other file.
 
     Engines that ran beside each other would take each other's time and memory; a file's tests share what was costly to make.
+    On a GPU kernels share nothing costly, so each function of those files is by itself, and a quarter of the kinds of models.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "e2e" if nodeid.startswith("tests/e2e/") else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            if file.startswith("tests/e2e/"):
+                return "e2e"
+            if file.startswith("tests/gpu/") and file.endswith("kernels.py"):
+                return nodeid.partition("[")[0]
+            if file.endswith("test_model_classes_on_gpu.py"):
+                return f"{file}, quarter {zlib.crc32(nodeid.encode()) % 4}"
+            return file
 
     return Scheduling(config, log)
 

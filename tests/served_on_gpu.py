@@ -14,6 +14,9 @@ from sglang_fl.cli.demo_model import RECITAL
 
 #: Of one of several on the same GPU.
 SHARE = ("--max-total-tokens", "16384", "--mem-fraction-static", "0.9")
+#: Of one on two GPUs: other tests hold memory on one of them, which SGLang takes for a mistake; and NVLink multicast stays off, as
+#: some machines need it.
+TWO_GPUS = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0", "NCCL_NVLS_ENABLE": "0"}
 #: FlagOS for everything that is right here, but for matrix products: FlagGems tunes mm for each size of a prefill graph, which
 #: lets a first start take five minutes more. mul is what the profile keeps from FlagGems.
 FLAGOS = {"SGLANG_FL_PREFER": "flagos", "SGLANG_FL_FLAGOS_BLACKLIST": "mm,mul"}

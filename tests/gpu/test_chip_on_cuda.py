@@ -23,7 +23,7 @@ from e2e.eagle_draft import eagle_draft
 from e2e.hybrid_model import hybrid_model
 from hide_packages import hide
 from installed_packages import write_package
-from served_on_gpu import FLAGOS, SHARE, Way, check_the_recital, side_by_side
+from served_on_gpu import FLAGOS, SHARE, TWO_GPUS, Way, check_the_recital, side_by_side
 
 from sglang_fl.cli.demo_model import QUESTION, RECITAL, demo_model
 
@@ -244,8 +244,7 @@ def test_flagos_kernels_run_in_the_graphs(servers: dict[str, Future[Running]], w
 @pytest.fixture(scope="module")
 def two_ranks(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Running]]]:
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    # NVLink multicast stays off, as some machines need it.
-    imitator = {**FLAGOS, "PYTHONPATH": path, "IMITATOR_OF_A_TEST": "supports_pynccl", "NCCL_NVLS_ENABLE": "0"}
+    imitator = {**FLAGOS, **TWO_GPUS, "PYTHONPATH": path, "IMITATOR_OF_A_TEST": "supports_pynccl"}
     ways = {"tensor": Way("", imitator, ("--tp", "2")), "pipeline": Way("", imitator, ("--pp-size", "2"))}
     with side_by_side(demo_model(), ways, "bfloat16", tmp_path_factory) as found:
         yield found

@@ -18,7 +18,7 @@ from flagcx_collectives import OPS, Case
 from flagcx_on_gpu import asynchronous_work, graphs, make_host_group
 from flagcx_ranks import Ranks, join_world, make_groups, ranks
 from flagcx_stand_in import REAL_FLAGCX
-from served_on_gpu import Way, recited, side_by_side
+from served_on_gpu import TWO_GPUS, Way, recited, side_by_side
 
 from sglang_fl.cli.demo_model import RECITAL, demo_model
 
@@ -46,8 +46,8 @@ SIZES = ((8, 8), (5, 0), (0, 0), (1, 9))
 
 @pytest.fixture(scope="module")
 def flagcx() -> dict[str, str]:
-    """The environment of every process here. NVLink multicast stays off, as some machines need it."""
-    return {"FLAGCX_PATH": os.environ[REAL_FLAGCX], "NCCL_NVLS_ENABLE": "0", "SGLANG_FL_STRICT": "1"}
+    """The environment of every process here."""
+    return {**TWO_GPUS, "FLAGCX_PATH": os.environ[REAL_FLAGCX], "SGLANG_FL_STRICT": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def servers(
     ways = {
         name: Way(
             "flagcx" if over_flagcx else "nccl",
-            flagcx if over_flagcx else {"NCCL_NVLS_ENABLE": "0"},
+            flagcx if over_flagcx else TWO_GPUS,
             ("--disable-custom-all-reduce",) if alone else (),
         )
         for name, (over_flagcx, alone) in WAYS.items()
