@@ -21,7 +21,8 @@ chunk_gated_delta_rule. Three of its engines fit in 80 GB.
 Variants: native (SGLang without plugins), off (sglang-fl with every operator left to SGLang), default (sglang-fl
 as it comes), flagos, vendor, reference (SGLANG_FL_PREFER), flagcx (collectives over the FlagCX of FLAGCX_PATH), and your
 own with --variant. NAME-no-custom-ar is a variant with --disable-custom-all-reduce; NAME-again is a variant a second time:
-native,native-again,off says how far apart two engines are that do not differ. Runs are lines of JSON in --out; the
+native,native-again,off says how far apart two engines are that do not differ. Where its interval is wider than ±0.05,
+ratios whose interval overlaps it are printed as "not resolved". Runs are lines of JSON in --out; the
 engines' logs lie beside it.
 
     python benchmarks/serving.py qwen3-8b --variants native,flagcx,native-no-custom-ar,flagcx-no-custom-ar --engine-arg tp_size=2

@@ -10,12 +10,25 @@ from sglang_fl.tune.timing import paired_ratio
 
 #: With fewer the bootstrap's 95 % intervals are far from holding 95 %.
 LEAST_ROUNDS = 6
+#: Half the width that the interval of a second engine of the baseline may have. Beyond, only what lies outside of it is resolved.
+WIDEST = 0.05
 
 
 def against(run: Mapping[str, Any], baseline: str) -> dict[str, Any]:
     """A run's data with another of its variants as the baseline of the speeds."""
     tokens = {row["case"]: round(row["tokens_per_second"] * row["seconds"]) for row in run["summary"] if row["tokens_per_second"]}
     return {**run, "baseline": baseline, "summary": summarize(run["rounds"], list(run["variants"]), baseline, tokens)}
+
+
+def resolved(row: Mapping[str, Any], again: Mapping[str, Any] | None) -> bool:
+    """Whether a ratio says something: two engines of the baseline differ by little, or by less than this.
+
+    Args:
+        again: the same case's row of the second engine of the baseline, if one ran.
+    """
+    if again is None or again is row or "ratio" not in again or again["high"] - again["low"] <= 2 * WIDEST:
+        return True
+    return bool(row["high"] < again["low"] or row["low"] > again["high"])
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,18 @@ from typing import Any
 
 from rich.table import Table
 
+from serving_lib.summary import resolved
+
 
 def speed_table(run: dict[str, Any]) -> Table:
-    """A row for each phase and batch, a column for each variant."""
+    """A row for each phase and batch, a column for each variant.
+
+    Where the noise is too large for a ratio, there is the interval alone, and that it is not resolved.
+    """
     up = [name for name in run["variants"] if any(row["variant"] == name for row in run["summary"])]
     rows = {(row["case"], row["variant"]): row for row in run["summary"]}
     device = run["machine"]["device"] or f"{run['machine']['cpu_count']}-core {run['machine']['cpu']}"
+    again = f"{run['baseline']}-again"
     table = Table(
         title=f"{run['model']} on {device}, {len(run['rounds'])} rounds; speed as a multiple of {run['baseline']}'s [95 %]",
         title_justify="left",
@@ -22,16 +28,17 @@ def speed_table(run: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for case in dict.fromkeys(row["case"] for row in run["summary"]):
         phase, batch = case.split("/")
-        table.add_row(phase, batch, *(_speed(phase, rows.get((case, name))) for name in up))
+        table.add_row(phase, batch, *(_speed(phase, rows.get((case, name)), rows.get((case, again))) for name in up))
     return table
 
 
-def _speed(phase: str, row: dict[str, Any] | None) -> str:
+def _speed(phase: str, row: dict[str, Any] | None, again: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
     value = f"{row['seconds'] * 1e3:.3f} ms/step" if phase == "decode" else f"{row['tokens_per_second']:,.0f} tok/s"
     if "ratio" in row:
-        value += f"  {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        ratio = f"{row['ratio']:.3f}" if resolved(row, again) else "not resolved"
+        value += f"  {ratio} [{row['low']:.3f}, {row['high']:.3f}]"
     return value
 
 

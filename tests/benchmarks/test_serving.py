@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import serving
 import shapes
-from serving_lib import results, rounds, summary, tokens, variants
+from serving_lib import results, rounds, summary, table, tokens, variants
 
 from sglang_fl.config import load_settings
 from sglang_fl.dispatch.ops import OPERATORS
@@ -131,6 +131,22 @@ class TestSummary:
         found = summary.against(run, "b")
         assert found["baseline"] == "b" and [row.get("ratio") for row in found["summary"]] == [0.5, None, 0.25]
         assert [row["tokens_per_second"] for row in found["summary"]] == [30, 60, 15]
+
+    def test_where_two_engines_of_the_baseline_differ_much_only_more_than_that_is_resolved(self) -> None:
+        def of(low: float, high: float) -> dict[str, Any]:
+            return {"case": "decode/1", "seconds": 0.002, "ratio": 0.9, "low": low, "high": high}
+
+        def cells(again: str, noise: tuple[float, float], interval: tuple[float, float]) -> list[str]:
+            rows = [{"case": "decode/1", "seconds": 0.002, "variant": "native"}]
+            rows += [{**of(*noise), "variant": again}, {**of(*interval), "variant": "flagos"}]
+            run = {"summary": rows, "variants": ["native", again, "flagos"], "baseline": "native", "rounds": [{}], "model": "m"}
+            columns = table.speed_table(run | {"machine": {"device": "a device"}}).columns
+            return [next(iter(column.cells)).partition("  ")[2] for column in columns][3:]
+
+        assert cells("native-again", (0.85, 0.96), (0.7, 0.86)) == ["0.900 [0.850, 0.960]", "not resolved [0.700, 0.860]"]
+        assert cells("native-again", (0.85, 0.96), (0.7, 0.84)) == ["0.900 [0.850, 0.960]", "0.900 [0.700, 0.840]"]
+        assert cells("native-again", (0.86, 0.955), (0.7, 0.9))[1] == "0.900 [0.700, 0.900]"
+        assert cells("off", (0.5, 1.5), (0.7, 0.9))[1] == "0.900 [0.700, 0.900]"
 
 
 class TestTokens:
