@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guards a first run: writes its name to the record before the run, and ends the process if the run exceeds its limit.
 
-During the run faulthandler writes fatal signals to the record, and ends the process at the limit without needing Python's lock.
-Python's own C handler records signals from outside. SGLang has its workers killed when their parent dies; during a first run they
-get SIGTERM instead of SIGKILL, so that this differs from a kill.
+During the run faulthandler writes fatal signals to the record, and those from outside that would end the process. It does so, and ends
+the process at the limit, without needing Python's lock. Python's own C handler records signals that have a handler. SGLang has its
+workers killed when their parent dies; during a first run they get SIGTERM instead of SIGKILL, so that this differs from a kill.
 """
 
 import atexit
@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 from ..config import Settings, SettingsError
@@ -135,26 +135,21 @@ class Guard:
             return
         file, was_enabled = self._record.file, faulthandler.is_enabled()
         before = signal.set_wakeup_fd(file, warn_on_full_buffer=False)
-        replaced = [signum for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) == signal.SIG_DFL]
-        for signum in replaced:
-            signal.signal(signum, _end_by)
+        ends = [signum for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) == signal.SIG_DFL]
+        for signum in ends:
+            faulthandler.register(signum, file=file, all_threads=False, chain=True)
         faulthandler.enable(file=file)
         try:
             with _parents_death_as(signal.SIGTERM):
                 yield
         finally:
-            for signum in replaced:
-                signal.signal(signum, signal.SIG_DFL)
+            for signum in ends:
+                faulthandler.unregister(signum)
             signal.set_wakeup_fd(before)
             if was_enabled:
                 faulthandler.enable(file=2)
             else:
                 faulthandler.disable()
-
-
-def _end_by(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
 
 
 @contextlib.contextmanager

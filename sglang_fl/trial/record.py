@@ -3,7 +3,7 @@
 
 The record is a JSON file: environment (versions and chip) -> name -> :class:`Death`. It is written under a lock and replaced whole.
 Each process that runs trials also has its own file, ``<file>.<process>``, locked while the process lives. It holds the name of the
-current trial, followed by how the process ended: faulthandler's output, a signal number as a byte, or a line from the guard. The
+current trial, followed by how the process ended: faulthandler's output, a signal's number as a byte, or a line from the guard. The
 next process that finds such a file unlocked evaluates and removes it.
 
 A damaged record stops nothing: each entry is checked by itself, and the good ones stay in force.
@@ -35,7 +35,8 @@ _PACKAGES = ("torch", "triton", "flag_gems", "sglang")
 #: Signals from outside, which say nothing about the running function.
 FROM_OUTSIDE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OUTSIDE_BYTES = re.compile(b"[%s]" % bytes(FROM_OUTSIDE))
-#: Output of faulthandler, and of the guard.
+#: Output of faulthandler, and of the guard. A traceback alone is of a signal from outside.
+_TRACEBACK = "(most recent call first)"
 _FATAL, _TIMEOUT, SAID = re.compile(r"Fatal Python error: (.+)"), re.compile(r"Timeout \((.+)\)!"), "ended: "
 #: The fields of an entry in the file. The first two must be there.
 _FIELDS = {"reason": str, "date": str, "count": int, "decisive": bool}
@@ -277,4 +278,6 @@ def _judge(text: bytes) -> tuple[Any, str, str, str, bool] | None:
         reason, decisive = f"its process ended with {fatal[1]!r}{f' at {frame[1]}' if frame else ''}", True
     elif timeout := _TIMEOUT.search(said):
         reason, decisive = f"it did not end within {timeout[1]}", True
+    elif _TRACEBACK in said:
+        return None
     return start, bound_to, name.decode("utf-8", "replace"), reason, decisive

@@ -16,8 +16,11 @@ from sglang_fl.trial import open_guard
 
 
 def hang_without_python() -> None:
-    """As a kernel's compiler may: Python's lock is held."""
-    ctypes.PyDLL(None).sleep(3600)
+    """As a kernel's compiler may: Python's lock is held, and a signal does not end the call, as it would end sleep()."""
+    lock = ctypes.PyDLL(None).pthread_mutex_lock
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        lock(mutex)
 
 
 def main() -> None:
@@ -42,8 +45,10 @@ def main() -> None:
             with guard.running("inner"):
                 pass
             hang_without_python()
-        elif what == "parent":
+        elif what in ("parent", "parent without python"):
             os.kill(os.getppid(), signal.SIGKILL)
+            if what == "parent without python":
+                hang_without_python()
             time.sleep(3600)
         elif what == "raises":
             raise ArithmeticError("an error is no death")

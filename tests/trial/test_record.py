@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,15 +72,27 @@ def test_what_comes_from_outside_never_counts(path: Path, what: str) -> None:
     assert left_out(path) == {} and read_record(path) == {}
 
 
-def test_the_death_of_a_parent_never_counts(path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_what_hangs_and_keeps_pythons_lock_ends_when_it_is_asked_to(path: Path, signum: signal.Signals) -> None:
+    for _ in range(2):
+        process = start(path, "hangs without python", limit=3600)
+        assert process.stdout is not None and process.stdout.readline() == "running\n"
+        time.sleep(0.3)  # until it hangs
+        process.send_signal(signum)
+        process.communicate(timeout=20)
+        assert process.returncode == -signum
+    assert left_out(path) == {} and read_record(path) == {}
+
+
+@pytest.mark.parametrize("what", ["parent", "parent without python"])
+def test_the_death_of_a_parent_never_counts(path: Path, what: str) -> None:
     """SGLang has its workers killed with SIGKILL then."""
-    worker = f"[sys.executable, {str(FIRST_RUN)!r}, {str(path)!r}, '60', 'mul', 'parent']"
+    worker = f"[sys.executable, {str(FIRST_RUN)!r}, {str(path)!r}, '3600', 'mul', {what!r}]"
     ask = "import ctypes; ctypes.CDLL(None).prctl(1, 9)"
     code = f"import subprocess, sys; subprocess.run({worker}, preexec_fn=lambda: exec({ask!r}))"
     for _ in range(2):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
-            assert parent.stdout is not None
-            parent.stdout.read()  # until the worker has ended, too
+            parent.communicate(timeout=30)  # until the worker has ended, too
         assert left_out(path) == {} and read_record(path) == {}
 
 
