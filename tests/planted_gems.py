@@ -4,6 +4,7 @@
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,10 @@ def _raises(*args: Any, **kwargs: Any) -> Any:
     raise TypeError("CompilationError at 12:8: no such type")
 
 
+def _exits(*args: Any, **kwargs: Any) -> Any:
+    sys.exit("no licence")
+
+
 def _is_missing(*args: Any) -> Any:
     raise AttributeError("module 'triton.language' has no attribute 'silu'")
 
@@ -88,6 +93,7 @@ def _is_killed(*args: Any) -> Any:
 KINDS: Mapping[str, Function] = {
     "right": silu,
     "raises at compile": _raises,
+    "exits": _exits,
     "missing": _is_missing,
     "synchronises in capture": _in_capture("cudaStreamSynchronize"),
     "allocates on the host": _in_capture("cudaHostAlloc"),

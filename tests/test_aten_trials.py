@@ -91,6 +91,7 @@ def test_what_passes_serves_and_is_registered_itself_afterwards() -> None:
 
 FAILURES = {
     "raises at compile": "failed its trial on aten::silu: TypeError: CompilationError at 12:8: no such type",
+    "exits": "failed its trial on aten::silu: RuntimeError: it called sys.exit('no licence')",
     "missing": "failed its trial on aten::silu: AttributeError: module 'triton.language' has no attribute 'silu'",
     "another dtype": "failed its trial on aten::silu: TypeError: its result is torch.float64 of shape (3, 4) on cpu, "
     "not torch.float32 of shape (3, 4) on cpu",
@@ -103,7 +104,10 @@ FAILURES = {
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", FAILURES)
-def test_what_fails_in_its_trial_gives_way_to_pytorch(kind: str, strict: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_in_its_trial_gives_way_to_pytorch(
+    kind: str, strict: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sglang_fl.trial.guard._guard", Guard(TrialRecord(tmp_path / "trials.json", "")))
     found = operators(strict=strict)
     with planted(kind), found:
         silu()

@@ -25,15 +25,15 @@ def capture_and_discard(function: Callable[[], Any], device: torch.device) -> No
     module.synchronize()
     new_pool = getattr(module, "graph_pool_handle", None)
     pool = new_pool() if new_pool is not None else None
-    raised: Exception | None = None
+    raised: BaseException | None = None
     try:
         with _same_stream(module), capture(new_graph(), **({} if pool is None else {"pool": pool})):
             try:
                 function()
-            except Exception as error:
+            except BaseException as error:  # sys.exit, too
                 raised = error  # the end of the capture raises a second, irrelevant one
                 raise
-    except Exception as error:
+    except BaseException as error:
         recover(device, pool)
         raise (raised or error) from None
 

@@ -62,6 +62,9 @@ class Guard:
         """Guard a first run. First runs may be nested: the innermost is blamed, and the limit is its own.
 
         When it has ended, the one around it has the whole limit again.
+
+        Raises:
+            RuntimeError: it called ``sys.exit``. Only a handler of a signal may end a server.
         """
         if (self._record is None and not self._limit) or threading.current_thread() is not threading.main_thread():
             yield
@@ -73,6 +76,10 @@ class Guard:
             try:
                 self._begin_limit()
                 yield
+            except SystemExit as error:
+                if self._record is None or self._record.was_signalled():
+                    raise
+                raise RuntimeError(f"it called sys.exit({'' if error.code is None else repr(error.code)})") from error
             finally:
                 self._names.pop()
                 self._begin_limit()

@@ -125,6 +125,10 @@ class TrialRecord:
         """Write how the process ends."""
         os.write(self.file, f"{SAID}{reason}\n".encode())
 
+    def was_signalled(self) -> bool:
+        """Whether a signal from outside came in the current trial."""
+        return _OUTSIDE_BYTES.search(os.pread(self.file, os.fstat(self.file).st_size, self._header)) is not None
+
     def exclude(self, name: str, reason: str) -> None:
         """Exclude a name from the next start, although the process did not end."""
         with self._locked():

@@ -52,6 +52,10 @@ def main() -> None:
             time.sleep(3600)
         elif what == "raises":
             raise ArithmeticError("an error is no death")
+        elif what == "exits when it gets SIGTERM":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3600)
         elif what == "waits":
             sys.stdin.read()
         else:

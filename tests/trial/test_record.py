@@ -72,6 +72,18 @@ def test_what_comes_from_outside_never_counts(path: Path, what: str) -> None:
     assert left_out(path) == {} and read_record(path) == {}
 
 
+def test_what_calls_exit_raises_an_error_but_for_the_handler_of_a_signal(path: Path) -> None:
+    record = TrialRecord(path, environment("a chip"))
+    with pytest.raises(RuntimeError, match=r"^it called sys\.exit\('no licence'\)$"), Guard(record, 60).running("mul"):
+        sys.exit("no licence")
+    with pytest.raises(RuntimeError, match=r"^it called sys\.exit\(\)$"), Guard(record, 60).running("mul"):
+        sys.exit()
+    record.close()
+    code, _ = run(path, "exits when it gets SIGTERM")
+    assert code == 3
+    assert left_out(path) == {} and read_record(path) == {}
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_what_hangs_and_keeps_pythons_lock_ends_when_it_is_asked_to(path: Path, signum: signal.Signals) -> None:
     for _ in range(2):
