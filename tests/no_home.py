@@ -12,6 +12,6 @@ def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_entry(uid: int) -> pwd.struct_passwd:
         raise KeyError(uid)
 
-    for variable in ("HOME", "XDG_STATE_HOME"):
+    for variable in ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", no_entry)

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
-import platformdirs
-
 from ..dispatch.types import OpImpl
+from ..utils.folders import NoHomeDirectory, user_folder
 from ..utils.packages import installed_version, package_of, source_files
 from .record import reports_in
 from .results import Report, Row
@@ -19,15 +18,23 @@ Certificates = Mapping[tuple[str, str], str]
 
 
 def directory() -> Path:
-    """The folder where ``check --out`` writes, and ``doctor`` and ``ops`` read."""
-    return Path(platformdirs.user_data_dir("sglang-fl")) / "checks"
+    """The folder where ``check`` writes, and ``doctor`` and ``ops`` read.
+
+    Raises:
+        NoHomeDirectory
+    """
+    return user_folder("data", "the results of checks", "--out") / "checks"
 
 
 def certificates(vendor: str, implementations: Iterable[OpImpl]) -> Certificates:
     """The newest result of each implementation on this vendor's chips, as text, by operator and implementation."""
     known = {(impl.op_name, impl.impl_id): impl for impl in implementations}
-    found = {}
-    for _, report in reports_in(directory()) if directory().is_dir() else ():
+    found: dict[tuple[str, str], str] = {}
+    try:
+        saved = directory()
+    except NoHomeDirectory:
+        return found
+    for _, report in reports_in(saved) if saved.is_dir() else ():
         if report.machine["vendor"].split()[0] != vendor or report.only:
             continue
         for row in report.rows():

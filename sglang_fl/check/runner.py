@@ -15,9 +15,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from ..config import SettingsError
+from ..utils.folders import user_folder
 from ..utils.packages import sources_of
 from .constants import DEVICE_LOST, FAILED, LOST, NO_MEMORY, NOT_RUN, SKIPPED, SPEED, STARTING
 from .process import Lost, Process
@@ -124,7 +123,7 @@ class _Run:
             # One compile process is enough for a case's few kernels, and pools outlive their parent.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             # Tuning results are distorted by other workers, so servers must not use them.
-            "FLAGGEMS_CACHE_DIR": str(Path(platformdirs.user_cache_dir("sglang-fl")) / "check-flaggems"),
+            "FLAGGEMS_CACHE_DIR": str(user_folder("cache", "what FlagGems tunes in a check") / "check-flaggems"),
         }
 
     def to_its_end(self) -> None:

@@ -10,6 +10,7 @@ from io import TextIOWrapper
 
 from .. import __version__
 from ..config import SettingsError
+from ..utils.folders import NoHomeDirectory
 from ..utils.signals import interrupt_on_termination
 from . import bisect, check, config, demo, doctor, kernels, new_vendor, ops, serve, tune
 from .arguments import Parser
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except SettingsError as error:
         print(error, file=sys.stderr)
+        return 2
+    except NoHomeDirectory as error:
+        print(f"sglang-fl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sglang-fl: interrupted", file=sys.stderr)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
+from ..utils.folders import user_folder
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +59,13 @@ _SEED, _MAX_STEPS, _LEARNING_RATE, _MIN_MARGIN = 20, 400, 3e-3, 0.98
 
 
 def cache_directory(name: str = "demo-model", build: Callable[[int], PreTrainedModel] | None = None) -> Path:
-    """Where a trained model is kept; the name changes with the recipe."""
+    """Where a trained model is kept; the name changes with the recipe.
+
+    Raises:
+        NoHomeDirectory
+    """
     recipe = inspect.getsource(sys.modules[__name__]) + (inspect.getsource(build) if build else "")
-    return Path(platformdirs.user_cache_dir("sglang-fl")) / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    return user_folder("cache", "the demo model") / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def demo_model(progress: Callable[[int, int, float], None] | None = None) -> Path:

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import requests
 from rich.console import Console
 
@@ -22,6 +21,7 @@ from ..config import SettingsError
 from ..device import probe
 from ..kernels import trace
 from ..platform.absent_packages import server_module
+from ..utils.folders import user_folder
 from ..utils.server import Server, ServerFailed, free_port
 from .model_layers import read_config
 
@@ -119,4 +119,4 @@ def _ask(server: Server, vocabulary: int) -> None:
 def _file(model: Path) -> Path:
     path = model.resolve()
     name = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}.json"
-    return Path(platformdirs.user_state_path("sglang-fl")) / "kernels" / name
+    return user_folder("state", "the counts of kernels") / "kernels" / name

@@ -164,6 +164,8 @@ def _picked(plan: Plan, left: dict[str, str]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     if args.diff:
+        if ignored := [f"--{name}" for name in ("all", "model", "deep") if getattr(args, name)]:
+            raise SettingsError(f"ops --diff compares two files; {' and '.join(ignored)} do{'' if ignored[1:] else 'es'} not go with it")
         return _diff(*args.diff, as_json=args.json)
     device = detect() if args.deep else probe()
     manager = get_default_manager()

@@ -20,9 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from ..utils.files import write_whole
+from ..utils.folders import NoHomeDirectory, user_folder
 from .source import SourceFile
 
 ROOM, RUNTIME = "sglang.kernels", "sglang.srt"
@@ -226,8 +225,10 @@ def remembered_kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]
     facts = [(str(path), (stat := path.stat()).st_mtime_ns, stat.st_size) for path in sorted(root.rglob("*.py"))]
     code = [inspect.getsource(sys.modules[name]) for name in (__name__, SourceFile.__module__)]
     key = hashlib.sha256(repr((facts, sorted(operators.items()), code)).encode()).hexdigest()
-    file = Path(platformdirs.user_cache_dir("sglang-fl")) / f"kernels-{key[:16]}.json"
-    if file.exists():
+    file = None
+    with contextlib.suppress(NoHomeDirectory):
+        file = user_folder("cache", "the list of kernels") / f"kernels-{key[:16]}.json"
+    if file is not None and file.exists():
         return list(map(_from_data, json.loads(file.read_text())))
     was_enabled = gc.isenabled()
     gc.disable()  # the garbage collector would scan the growing trees for half of the time
@@ -237,7 +238,8 @@ def remembered_kernels(root: Path, operators: Mapping[str, str]) -> list[Kernel]
         if was_enabled:
             gc.enable()
     with contextlib.suppress(OSError):  # without a writable cache the list is built each time
-        write_whole(file, json.dumps([asdict(kernel) for kernel in found]))
+        if file is not None:
+            write_whole(file, json.dumps([asdict(kernel) for kernel in found]))
     return found
 
 

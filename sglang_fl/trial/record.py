@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from .. import __version__
 from ..config import SettingsError
+from ..utils.folders import NoHomeDirectory, user_folder
 from ..utils.packages import installed_version
 
 logger = logging.getLogger("sglang_fl.trial")
@@ -81,12 +80,12 @@ def default_path() -> Path:
     """The file in the user's state folder.
 
     Raises:
-        SettingsError: the user has none.
+        SettingsError: the user has no home directory.
     """
     try:
-        return Path(platformdirs.user_state_path("sglang-fl")) / "trials.json"
-    except RuntimeError as error:  # no HOME, and no entry in the list of users
-        raise SettingsError(f"no place for the record of trials: {error}. Set SGLANG_FL_TRIAL_RECORD to a file") from None
+        return user_folder("state", "the record of trials", "SGLANG_FL_TRIAL_RECORD") / "trials.json"
+    except NoHomeDirectory as error:
+        raise SettingsError(str(error)) from None
 
 
 class TrialRecord:

@@ -210,3 +210,8 @@ def test_a_kernel_that_this_sglang_does_not_have_is_not_listed_as_replaced(cli: 
 def test_a_kernels_function_that_its_package_does_not_have_is_told_without_deep(cli: Cli, fastchip: Callable[[str], None]) -> None:
     fastchip("sglang_kernels={'sglang.kernels.ops.memory.common:get_last_loc_triton': 'textwrap:indnt'}")
     assert "textwrap has no 'indnt'; did you mean 'indent'?" in cli("doctor", code=1).out
+
+
+def test_a_comparison_of_files_takes_no_model(cli: Cli, tmp_path: Path) -> None:
+    err = cli("ops", "--diff", "a.json", "b.json", "--model", str(tmp_path), "--all", code=2).err
+    assert err == "sglang-fl: ops --diff compares two files; --all and --model do not go with it\n"

@@ -226,10 +226,12 @@ def test_a_record_where_no_file_can_be(tmp_path: Path, cli: Cli, argv: list[str]
 
 def test_a_user_without_a_home(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     without_home(monkeypatch)
-    told = "no place for the record of trials: could not determine the home directory"
+    told = "no place for the record of trials: this user has no home directory. Set HOME or XDG_STATE_HOME or SGLANG_FL_TRIAL_RECORD"
     assert f"warning: {told}" in cli("doctor").out
     assert cli("doctor", "--forget", code=2).err.startswith(f"sglang-fl: {told}")
     assert json.loads(cli("ops", "--json").out)["left_out"] == {}
+    told = "sglang-fl: no place for what FlagGems tunes in a check: this user has no home directory. Set HOME or XDG_CACHE_HOME\n"
+    assert cli("check", "--op", "relu2", code=2).err == told
 
 
 @pytest.mark.parametrize(
