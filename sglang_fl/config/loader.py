@@ -125,8 +125,8 @@ class _Given:
         return self.item_where.get(item, self.where)
 
 
-#: Where FlagOS is preferred and this package's own kernel is faster than FlagGems's.
-_TRITON_FIRST = ("triton", "flagos", "vendor", "reference")
+#: Preference -> the order where this package's own kernel is faster than FlagGems's.
+_TRITON_FIRST = {"flagos": ("triton", "flagos", "vendor", "reference"), "vendor": ("vendor", "triton", "flagos", "reference")}
 #: The values of one source, by the setting's name.
 _Layer = dict[str, _Given]
 
@@ -141,8 +141,9 @@ def _merge(layers: Sequence[_Layer]) -> _Layer:
             chosen[black] = replace(chosen[black], value=None, source=chosen[white].source)
     if "op_backends" in chosen:
         chosen["op_backends"] = _merge_orders(layers, chosen["op_backends"].where)
-    if _are_given(chosen, "triton_faster") and ("prefer" not in chosen or chosen["prefer"].value == "flagos"):
-        chosen["op_backends"] = _with_triton_first(chosen["triton_faster"], chosen.get("op_backends"))
+    order = _TRITON_FIRST.get(chosen["prefer"].value if "prefer" in chosen else "flagos")
+    if _are_given(chosen, "triton_faster") and order is not None:
+        chosen["op_backends"] = _with_triton_first(order, chosen["triton_faster"], chosen.get("op_backends"))
     return chosen
 
 
@@ -164,10 +165,10 @@ def _merge_orders(layers: Sequence[_Layer], where: str) -> _Given:
     return _Given(tuple(orders.items()), _joined(sources.values()) if sources else source, where, item_sources=sources)
 
 
-def _with_triton_first(faster: _Given, orders: _Given | None) -> _Given:
+def _with_triton_first(order: tuple[str, ...], faster: _Given, orders: _Given | None) -> _Given:
     """The orders, and one for each operator without that a profile says this package's own kernels are faster for than FlagGems's."""
     given = orders or _Given((), faster.source, faster.where)
-    added = {op: _TRITON_FIRST for op in faster.value if op not in dict(given.value)}
+    added = {op: order for op in faster.value if op not in dict(given.value)}
     sources = {**given.item_sources, **dict.fromkeys(added, faster.source)}
     return replace(given, value=(*given.value, *added.items()), source=_joined([given.source, *sources.values()]), item_sources=sources)
 

@@ -209,7 +209,7 @@ class Options:
     flagos_faster: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions measured as not slower: those in use by default.", "flaggems", "flagos_whitelist")
     flagos_broken: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions measured or reported as wrong.", "flaggems", "flagos_blacklist")
     flagos_slower: tuple[str, ...] | None = _option(None, False, None, _names, "The FlagGems functions that make a served model's step slower, by GPU time.", "flaggems", "flagos_blacklist")
-    triton_faster: tuple[str, ...] | None = _option(None, False, None, _names, "The operators whose Triton kernel of this package goes before FlagGems's where flagos is preferred.", "operators", "op_backends")
+    triton_faster: tuple[str, ...] | None = _option(None, False, None, _names, "The operators whose Triton kernel of this package goes before FlagGems's where flagos or vendor is preferred.", "operators", "op_backends")
     flagos_scope: str = _option("SGLANG_FL_FLAGOS_SCOPE", True, "everywhere", _choice(("graphs", "everywhere"), str.lower), "Where FlagGems functions replace ATen operators: graphs (only while SGLang captures graphs) or everywhere.")
     trial_record: str | None = _option("SGLANG_FL_TRIAL_RECORD", True, None, _file, "The file that remembers what ended a start; unset: in the user's state folder.")
     trial_limit: float = _option("SGLANG_FL_TRIAL_LIMIT", True, 600.0, _seconds, "How long a first run may take, in seconds, before the process is ended; 0: no limit.")

@@ -324,12 +324,14 @@ def test_prefer_overrides_the_orders_of_a_real_profile(on_nvidia: Loader) -> Non
     assert on_nvidia().op_backends != ()
     preferred = on_nvidia(SGLANG_FL_PREFER="flagos")
     assert {op: order[:2] for op, order in preferred.op_backends} == dict.fromkeys(preferred.triton_faster or (), ("triton", "flagos"))
-    assert on_nvidia(SGLANG_FL_PREFER="vendor").op_backends == ()
+    orders = on_nvidia(SGLANG_FL_PREFER="vendor").op_backends
+    assert {op: order[:3] for op, order in orders} == dict.fromkeys(preferred.triton_faster or (), ("vendor", "triton", "flagos"))
+    assert on_nvidia(SGLANG_FL_PREFER="reference").op_backends == ()
 
 
 def test_prefer_overrides_no_orders_where_there_are_none(on_nvidia: Loader) -> None:
-    assert str(on_nvidia("op_backends: null\n", SGLANG_FL_PREFER="vendor").source("op_backends")) == f"{on_nvidia.file}:1"
-    assert "profile nvidia" in str(on_nvidia(SGLANG_FL_PREFER="vendor").source("op_backends"))
+    assert str(on_nvidia("op_backends: null\n", SGLANG_FL_PREFER="reference").source("op_backends")) == f"{on_nvidia.file}:1"
+    assert "profile nvidia" in str(on_nvidia(SGLANG_FL_PREFER="reference").source("op_backends"))
 
 
 def test_prefer_null_is_no_preference(on_nvidia: Loader) -> None:
@@ -389,7 +391,8 @@ KNOWN = ("add", "mm", "mul")
     ("more", "environ", "orders", "source"),
     [
         ("", {"SGLANG_FL_PREFER": "flagos"}, {"rms_norm": "triton|flagos|vendor|reference"}, "profile cpu:2"),
-        ("", {"SGLANG_FL_PREFER": "vendor"}, {}, "SGLANG_FL_PREFER"),
+        ("", {"SGLANG_FL_PREFER": "vendor"}, {"rms_norm": "vendor|triton|flagos|reference"}, "profile cpu:2"),
+        ("", {"SGLANG_FL_PREFER": "reference"}, {}, "SGLANG_FL_PREFER"),
         (
             "",
             {"SGLANG_FL_PREFER": "flagos", "SGLANG_FL_PER_OP": "rms_norm=flagos;topk=sglang"},

@@ -133,10 +133,10 @@ def test_more_tokens_than_flaggems_takes_at_once(manager: OpManager, kind: str) 
 WAYS = {
     "sglang": Way("sglang(policy)", {"SGLANG_FL_PER_OP": "topk=sglang;fused_moe=sglang", "USE_FLAGGEMS": "0"}),
     "flagos": Way("flagos(default.flagos)", FLAGOS),
-    "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor"}),
+    "vendor": Way("vendor(vendor.cuda)", {"SGLANG_FL_PREFER": "vendor", "SGLANG_FL_PER_OP": "fused_moe=flagos"}),
     "reference": Way("reference(reference.torch)", {"SGLANG_FL_PREFER": "reference"}),
 }
-#: Where experts run, if not where routing does: nvidia.yaml has this package's kernel before FlagGems's, and vendor.cuda has none.
+#: Where experts run, if not where routing does: nvidia.yaml has this package's kernel before FlagGems's.
 EXPERTS = {"flagos": "triton(triton.sglang_fl)", "vendor": "flagos(default.flagos)"}
 
 
