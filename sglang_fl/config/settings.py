@@ -64,12 +64,15 @@ class Settings(Options):
     def flagos_exclusion_reason(self, function: str) -> str | None:
         """Why a FlagGems function does not replace ATen operators: a setting and its source. None: it does.
 
-        A whitelist is used as it is, with functions that are known to be broken or slower too.
+        A whitelist is used as it is, with functions that are known to be broken or slower too. A name that excludes stands for the
+        variants that write in place or to ``out`` as well: ``mul`` for ``mul_``, and ``mm`` for ``mm_out``. They are the same kernel.
         """
         selecting = self.flagos_key
+        names = {function, function.removesuffix("_out"), function.removesuffix("_")}
         for key in () if selecting == "flagos_whitelist" else FLAGOS_EXCLUDING:
-            if function in (getattr(self, key) or ()):
-                return f"{key} ({self.source(key)})"
+            if found := names.intersection(getattr(self, key) or ()):
+                of = "" if function in found else f": {found.pop()}"
+                return f"{key}{of} ({self.source(key)})"
         if selecting != "prefer" and function not in getattr(self, selecting):
             return f"not in {selecting} ({self.source(selecting)})"
         return None

@@ -25,6 +25,7 @@ from sglang_fl.config import (
 )
 from sglang_fl.device import VENDORS, Device
 from sglang_fl.dispatch import config as config_of_dispatch
+from sglang_fl.startup.words import flaggems_table
 
 Profile = Callable[[str], None]
 
@@ -468,6 +469,40 @@ def test_the_reason_for_a_flaggems_function_that_is_not_in_use(load: Loader, pro
     assert settings.flagos_exclusion_reason("mm") == "not in flagos_faster (profile cpu:1)"
     settings = load(SGLANG_FL_FLAGOS_WHITELIST="add")
     assert settings.flagos_exclusion_reason("mul") == "not in flagos_whitelist (SGLANG_FL_FLAGOS_WHITELIST)"
+
+
+def test_what_is_excluded_is_so_with_its_variants(load: Loader, profile: Profile) -> None:
+    """They are the same kernel. A whitelist, and the name of a variant, are exact."""
+    profile("flagos_broken: [mul]\nflagos_slower: [mm, tanh_]")
+    settings = load(SGLANG_FL_PREFER="flagos", SGLANG_FL_FLAGOS_BLACKLIST="fill_scalar")
+    reasons = {
+        name: settings.flagos_exclusion_reason(name) for name in ("mul_", "mm_out", "fill_scalar_", "fill_scalar_out", "tanh", "addmm")
+    }
+    assert reasons == {
+        "mul_": "flagos_broken: mul (profile cpu:1)",
+        "mm_out": "flagos_slower: mm (profile cpu:2)",
+        "fill_scalar_": "flagos_blacklist: fill_scalar (SGLANG_FL_FLAGOS_BLACKLIST)",
+        "fill_scalar_out": "flagos_blacklist: fill_scalar (SGLANG_FL_FLAGOS_BLACKLIST)",
+        "tanh": None,
+        "addmm": None,
+    }
+    whitelist = load(SGLANG_FL_FLAGOS_WHITELIST="mul_")
+    assert whitelist.flagos_exclusion_reason("mul_") is None and whitelist.flagos_exclusion_reason("mul") is not None
+
+
+#: Of numbers to a tensor's power and of tensors to tensors' power: other kernels than those of a tensor to a number's power.
+POWERS = [("pow.Scalar", "pow_scalar"), ("pow.Tensor_Tensor", "pow_tensor_tensor"), ("pow_.Tensor", "pow_tensor_tensor_")]
+
+
+def test_no_form_of_what_is_wrong_or_slow_on_nvidia_is_left(on_nvidia: Loader) -> None:
+    """By the ATen operators that FlagGems registers: ``bmm.out`` is as slow as ``bmm``."""
+    settings = on_nvidia(SGLANG_FL_PREFER="flagos")
+    listed = {*(settings.flagos_broken or ()), *(settings.flagos_slower or ())}
+    rows = flaggems_table()
+    assert rows and listed <= {function for _, function in rows}
+    operators = {key.partition(".")[0] for key, function in rows if function in listed}
+    variants = [(key, function) for key, function in rows if key.partition(".")[0].removesuffix("_") in operators]
+    assert [row for row in variants if settings.flagos_exclusion_reason(row[1]) is None] == POWERS
 
 
 def test_lists_of_different_kinds_may_stand_together(load: Loader) -> None:
