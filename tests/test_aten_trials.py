@@ -302,6 +302,31 @@ def test_first_passes_end_when_nothing_new_comes() -> None:
         assert not is_watched(found)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_native_reference_calls_no_function_that_has_passed(strict: bool) -> None:
+    """PyTorch's pad is made of constant_pad_nd."""
+    called: list[str] = []
+
+    def constant_pad_nd(self: torch.Tensor, pad: Any, value: Any = 0) -> torch.Tensor:
+        called.append("constant_pad_nd")
+        return torch.cat([torch.full((pad[0],), float(value)), self])
+
+    def pad(self: torch.Tensor, pad: Any, mode: str = "constant", value: Any = None) -> torch.Tensor:
+        called.append("pad")
+        return torch.cat([torch.zeros(pad[0]), self])
+
+    found = operators(graphs=False, strict=strict)
+    with planted(pad=("pad", pad), constant_pad_nd=("constant_pad_nd", constant_pad_nd)), found:
+        x = torch.ones(2)
+        torch.constant_pad_nd(x, (1, 0))
+        scope.FirstPasses(found, Ranks()).passed()
+        assert found._passed == {"constant_pad_nd"}
+        called.clear()
+        assert torch.nn.functional.pad(x, (1, 0)).tolist() == [0, 1, 1] and set(called) == {"pad"}
+        torch.constant_pad_nd(x, (1, 0))
+        assert called[-1] == "constant_pad_nd"
+
+
 def served(function: Callable[..., Any], **settings: Any) -> AtenOperators:
     """On, with a first pass behind them in which ``silu`` was called with three rows."""
     found = operators(graphs=False, **settings)
@@ -322,14 +347,18 @@ def test_a_later_call_that_fails_goes_to_pytorch_and_so_do_all_after_it(caplog: 
             raise ValueError("no configuration\nfor one row")
         return planted_gems.silu(x)
 
-    with served(one_row_fails):
+    on, announced = served(one_row_fails), list[tuple[str, ...]]()
+    on.changed = lambda: announced.append(tuple(key for key, _ in on.report.replaced))
+    with on:
         for rows in (3, 1, 3, 1):
             result = torch.nn.functional.silu(X[:rows])
             assert result.flatten().tolist() == pytest.approx(EXPECTED[: rows * 4], abs=1e-6)
         assert shapes[-2:] == [3, 1], "the third and the fourth are PyTorch's"
+        assert announced == [("mul.Tensor",)], "the server says that it runs silu no more, once"
         with pytest.raises(NotImplementedError):
             torch.nn.functional.silu(torch.ones(2, dtype=torch.long))
     told = "silu failed in a later call of aten::silu: ValueError: no configuration; using PyTorch's own kernel"
+    assert ("silu", "silu", told.removeprefix("silu ").partition(";")[0]) in on.report.left
     assert [record.getMessage() for record in caplog.records].count(f"ATen operators: {told}") == 1
 
 

@@ -86,6 +86,8 @@ class AtenOperators:
         self.trials = trials
         #: Called when functions were given back to PyTorch after they had been in force.
         self.changed: Callable[[], object] = lambda: None
+        if trials is not None:
+            trials.gave_way = self._gave_way
         self._excluded = dict(excluded or {})
         self._registrar: Any = None
         #: FlagGems function -> the ATen operators that it replaces, each with the function itself.
@@ -179,6 +181,12 @@ class AtenOperators:
         replaced = tuple(row for row in self.report.replaced if row[1] != function)
         self.report = replace(self.report, replaced=replaced, left=(*self.report.left, *rows))
 
+    def _gave_way(self, function: str, key: str, reason: str) -> None:
+        """PyTorch's kernel takes an operator's calls from now on."""
+        replaced = tuple(row for row in self.report.replaced if row[0] != key)
+        self.report = replace(self.report, replaced=replaced, left=(*self.report.left, (key, function, reason)))
+        self.changed()
+
     def register_passed(self) -> None:
         """Register FlagGems's functions as they serve where their first call went well. Not to be called while one of them runs."""
         if self.trials is not None:
@@ -232,7 +240,7 @@ class AtenOperators:
                 for key, fn in rows:
                     kernel = self._kernels[key] = native_kernel(key, self._registrar.reg_key)
                     self._tried[key] = self.trials.tried(function, key, fn, kernel)
-                    self._served[key] = fn if self.settings.strict else self.trials.served(function, key, fn, kernel)
+                    self._served[key] = self.trials.served(function, key, fn, kernel, strict=self.settings.strict)
         for function in list(self._functions):
             failed |= self._register(function)
         replaced = {key: name for name, rows in self._functions.items() for key, _ in rows}

@@ -48,6 +48,8 @@ class Trials:
         self.in_capture = False
         #: Whether the model runs on dummy data, so that a half-finished call may be repeated.
         self.on_scratch_data = False
+        #: Told of an operator that PyTorch's kernel has taken over in a later call: function, operator, what happened.
+        self.gave_way: Callable[[str, str, str], object] = lambda *_: None
         self._thread = _Thread()
 
     @contextlib.contextmanager
@@ -90,22 +92,25 @@ class Trials:
 
         return call
 
-    def served(self, function: str, key: str, fn: Function, kernel: Function | None) -> Function:
+    def served(self, function: str, key: str, fn: Function, kernel: Function | None, *, strict: bool = False) -> Function:
         """What is called from Python once the first call went well.
 
         A call that fails goes to PyTorch's own kernel, and so do all after it. A call that writes its arguments cannot be repeated, nor
-        one that PyTorch has no kernel for: the next start excludes the function.
+        one that PyTorch has no kernel for: the next start excludes the function. Under ``strict`` an error goes up.
         """
-        native = None if kernel is None or _writes(key) else self._natively(kernel)
+        own = None if kernel is None else self._natively(kernel)
+        native = None if _writes(key) else own
         called = fn
 
         @functools.wraps(fn)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal called
+            if self._thread.native and own is not None:
+                return own(*args, **kwargs)
             try:
                 return called(*args, **kwargs)
             except Exception as error:
-                if called is native or isinstance(error, torch.OutOfMemoryError) or is_capturing() or hasattr(error, "_accuses"):
+                if strict or called is native or isinstance(error, torch.OutOfMemoryError) or is_capturing() or hasattr(error, "_accuses"):
                     raise
                 what = f"failed in a later call of aten::{key}: {_first_line(error)}"
                 if native is None or _is_lost():
@@ -115,6 +120,7 @@ class Trials:
                 result = native(*args, **kwargs)  # raises where the call itself is wrong
                 called = native
             logger.warning("ATen operators: %s %s; using PyTorch's own kernel", function, what)
+            self.gave_way(function, key, what)
             return result
 
         return call
