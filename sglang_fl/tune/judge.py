@@ -16,6 +16,9 @@ MAX_RATIO, MAX_MEDIAN = 1.02, 0.98
 #: The least part of a step that a candidate must save in one of the cases: a tenth of the smallest effect that any machine shows.
 #: One that only other requests call cannot be weighed so.
 LEAST_SHARE = 0.001
+#: From this part of a step on, what a slower FlagGems function costs makes a served model slower. (The smallest effect that any machine
+#: shows.)
+MOST_LOST = 0.01
 
 #: The approximate µs of any call on a device, and of each byte. They decide only the order of candidates, and which calls are tried.
 _CALL_US, _BYTE_US = 2.0, 1e-6
@@ -156,7 +159,12 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[st
     worst = max(rows, key=lambda row: row.ratio[0])
     figures = f"{candidate.ratio[1]:.3g} times native's time in the median ({min(medians):.3g} to {max(medians):.3g})"
     if worst.ratio[0] > MAX_RATIO and worst.ratio[1] > 1:
-        candidate.settle(SLOWER, f"{worst.ratio[0]:.3g} times native's time ({worst.call['call']})")
+        slower = f"{worst.ratio[0]:.3g} times native's time ({worst.call['call']})"
+        most, case = max(((-saved / step_us[case], case) for case, saved in candidate.gains.items()), default=(0.0, ""))
+        if candidate.impl is None and most >= MOST_LOST:
+            candidate.settle(SLOWER_SERVED, f"{slower}, which costs {100 * most:.2g} % of a step of {case}")
+        else:
+            candidate.settle(SLOWER, slower)
     elif candidate.ratio[1] > MAX_MEDIAN or not any(ratio[2] < 1 for ratio in ratios):
         candidate.settle(TIE, f"{figures}: no measurable gain")
     elif lost:

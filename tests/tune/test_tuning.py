@@ -191,8 +191,8 @@ def row(ratio: float, spread: float = 0.01, per_pass: float = 10.0) -> Any:
 
 
 class TestAlone:
-    def judged(self, *rows: Any, outside: bool = False) -> Candidate:
-        candidate = Candidate("silu_and_mul", "vendor.a", ["a"])
+    def judged(self, *rows: Any, outside: bool = False, impl: str | None = "vendor.a") -> Candidate:
+        candidate = Candidate("silu_and_mul", impl, ["a"])
         judge_alone(candidate, rows, {"decode/1": 1e5}, outside)
         return candidate
 
@@ -209,6 +209,12 @@ class TestAlone:
     def test_slower_at_one_call_is_slower(self) -> None:
         found = self.judged(row(0.5), row(0.5), row(1.1))
         assert found.status == SLOWER and "1.1 times native's time (1x64)" in found.reason
+
+    def test_a_function_that_costs_much_of_a_step_is_slower_where_it_serves(self) -> None:
+        """So that ``prefer: flagos`` leaves it to PyTorch; an implementation has an order of its own."""
+        found = self.judged(row(2.1), impl=None)
+        assert found.status == SLOWER_SERVED and found.reason == "2.1 times native's time (1x64), which costs 1.1 % of a step of decode/1"
+        assert self.judged(row(1.9), impl=None).status == SLOWER == self.judged(row(2.1)).status
 
     @pytest.mark.parametrize("rows", [[row(1.0)], [row(0.99)], [row(0.95, spread=0.2)]])
     def test_ties_stay_with_sglang(self, rows: list[Any]) -> None:
