@@ -29,6 +29,8 @@ from .trial import TO_TRY_AGAIN, open_guard
 logger = logging.getLogger("sglang_fl")
 
 _binder: Binder | None = None
+#: What the log said last of what holds for all models of a process, a draft too.
+_told: dict[str, str] = {}
 #: A model's class -> what says anew what it runs on.
 _announcements: dict[str, Callable[[], object]] = {}
 
@@ -47,6 +49,8 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     deterministic = bool(execution.deterministic.enable_deterministic_inference)
     # A prefill server that may become a decode server captures decode graphs then.
     captures_graphs = _captures(execution, "decode", "prefill") or bool(get_disagg().enable_pd_role_switch)
+    if getattr(execution.graph, "debug_cuda_graph", False):  # each graph is empty, and the model runs eagerly at each replay
+        captures_graphs = False
     dispatch_log().begin(type(model).__name__)
     ranks = tensor_parallel_ranks()
     excluded = _excluded(settings, device, ranks)
@@ -66,14 +70,13 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
         raise
     logger.log(level, report.summary())
     if report.bound and execution.graph.enable_torch_compile and _captures(execution, "decode"):
-        logger.log(
+        _tell(
             level,
+            "compiles",
             "sglang-fl: with --enable-torch-compile SGLang compiles its own plain-PyTorch forward of each layer into the graphs of "
             "small batches (--torch-compile-max-bs); bound layers run in all other batches",
         )
-    logger.log(level, replaced.summary())
-    if replaced.in_graphs:
-        logger.log(level, "sglang-fl: %s; all other calls run PyTorch's own ATen operators", _what_is_captured(execution))
+    _tell(level, "replaced", replaced.summary())
     name = type(model).__name__
     announce(server_facts(name, settings, device, report, replaced, kernels, excluded), level)
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
@@ -82,6 +85,12 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     if level == logging.INFO:  # on one rank
         warn_of_changes(settings, lambda: conditions_of(getattr(model, "config", None), chip_name(device), ranks.count))
     return report
+
+
+def _tell(level: int, what: str, line: str) -> None:
+    if _told.get(what) != line:
+        _told[what] = line
+        logger.log(level, line)
 
 
 def _announce_again() -> None:
@@ -139,19 +148,6 @@ def _captures(execution: Any, *phases: str) -> bool:
     """Whether SGLang will capture graphs of the model in one of these phases, ``decode`` and ``prefill``."""
     config = getattr(execution.graph, "cuda_graph_config", None)
     return config is not None and any(getattr(config, phase).backend != "disabled" for phase in phases)
-
-
-def _what_is_captured(execution: Any) -> str:
-    """The sizes of graphs, as text. SGLang counts a decode graph's requests and a prefill graph's tokens."""
-    found = []
-    for phase, unit in (("decode", "requests"), ("prefill", "tokens")):
-        if _captures(execution, phase):
-            config = getattr(execution.graph.cuda_graph_config, phase)
-            largest = max(config.bs) if config.bs else config.max_bs
-            found.append(f"{phase} of up to {largest} {unit}" if largest else phase)
-        else:
-            found.append(f"no {phase}")
-    return f"FlagGems's functions run in graphs of {' and of '.join(found)}"
 
 
 def _log_level() -> int:

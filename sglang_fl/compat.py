@@ -109,6 +109,8 @@ GRAPHS: Shapes = {
         "self forward_batch skip_attn_backend_init pp_proxy_tensors reinit_attn_backend split_forward_count"
     ),
 }
+#: What the line relies on that says which graphs were captured.
+START: Shapes = {"sglang.srt.managers.scheduler:Scheduler.init_all_cuda_graphs": "self"}
 #: What ``sglang-fl tune`` relies on, in the processes of its engine.
 TUNE: Shapes = {
     "sglang.srt.managers.scheduler:Scheduler.handle_rpc_request": "self recv_req",
@@ -179,6 +181,7 @@ hybrid_problems = differences_from(ARGUMENTS, HYBRIDS)
 gated_delta_rule_problems = differences_from(GATED_DELTA_RULE)
 graph_problems = differences_from(GRAPHS)
 metrics_problems = differences_from(METRICS)
+start_problems = differences_from(START)
 tune_problems = differences_from(TUNE)
 
 

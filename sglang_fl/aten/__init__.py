@@ -6,6 +6,7 @@
 ``scope.py``      in force everywhere, or in graphs only; where SGLang's captures and the model's first passes are met
 ``trials.py``     first calls: what fails goes to PyTorch
 ``capture.py``    one graph, captured again without what failed
+``captured.py``   which graphs that were, for the log
 ``agreement.py``  what failed on one rank is left out on all
 ``recorder.py``   the log of replaced operators
 """

@@ -9,24 +9,24 @@ A function is tried at its first call: in a warm-up before a capture, or, with `
 passes. At the end of a pass the ranks tell each other what failed, and all leave it to PyTorch.
 """
 
-import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..compat import graph_problems, hook, refuse
+from ..compat import graph_problems, hook, refuse, start_problems
 from ..distributed.ranks import Ranks
 from .agreement import agree
 from .capture import Capture
+from .captured import Captured
 from .operators import AtenOperators
 
 logger = logging.getLogger("sglang_fl.aten")
 
-#: Of SGLang; each takes a graph runner and returns its graph backend.
-RESOLVERS = (
-    "sglang.srt.model_executor.runner_backend.utils.resolve_decode_backend",
-    "sglang.srt.model_executor.runner_backend.utils.resolve_prefill_backend",
-)
+_UTILS = "sglang.srt.model_executor.runner_backend.utils"
+_SCHEDULER = "sglang.srt.managers.scheduler"
+#: SGLang's capture of all graphs at the start, of the model and then of its draft.
+_START = f"{_SCHEDULER}.Scheduler.init_all_cuda_graphs"
 _BARRIER = "sglang.srt.distributed.parallel_state.GroupCoordinator.barrier"
 _FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 #: After this many passes without a first call, a model counts as tried.
@@ -38,6 +38,7 @@ _capture: Capture | None = None
 #: What is tried in the model's first passes.
 _first_passes: "FirstPasses | None" = None
 _hooked: list[str] = []
+_captured = Captured()
 
 
 def use_in_graphs(operators: AtenOperators | None, ranks: Ranks | None = None) -> None:
@@ -46,11 +47,13 @@ def use_in_graphs(operators: AtenOperators | None, ranks: Ranks | None = None) -
     Raises:
         RuntimeError: SGLang did not take a hook, or captures graphs in another way.
     """
-    global _in_graphs
+    global _in_graphs, _captured
     ranks = ranks or Ranks()
+    _captured = Captured()
     if operators is not None:
-        for target in RESOLVERS:
-            _hook(target, _resolve)
+        for target, function in RESOLVERS.items():
+            _hook(target, function)
+        _tell_when_captured()
         if ranks.group is not None:
             _hook(_BARRIER, _barrier)
     _in_graphs = None if operators is None else (operators, ranks)
@@ -93,9 +96,41 @@ def _hook(target: str, function: Callable[..., Any]) -> None:
     _hooked.append(target)
 
 
-def _resolve(own: Callable[[Any], Any], runner: Any) -> Any:
-    backend = own(runner)
-    backend.capture_one = functools.partial(_capture_one, backend, backend.capture_one)
+def _tell_when_captured() -> None:
+    """Without a server, as in ``sglang-fl bisect``, there is no such line; nor where another plugin has the hook."""
+    if _SCHEDULER in sys.modules and _START not in _hooked and not start_problems() and hook(_START, _all_captured, "after"):
+        _hooked.append(_START)
+
+
+def _all_captured(result: Any, scheduler: Any) -> None:
+    if _in_graphs is None or not _in_graphs[0].report.in_graphs:
+        return
+    level = _in_graphs[1].level(logging.INFO if _captured else logging.WARNING)
+    logger.log(level, _captured.describe(has_draft=getattr(scheduler, "draft_worker", None) is not None))
+
+
+def _resolve_decode(own: Callable[[Any], Any], runner: Any) -> Any:
+    return _covered("decode", runner, own(runner))
+
+
+def _resolve_prefill(own: Callable[[Any], Any], runner: Any) -> Any:
+    return _covered("prefill", runner, own(runner))
+
+
+#: Of SGLang; each takes a graph runner and returns its graph backend.
+RESOLVERS = {f"{_UTILS}.resolve_decode_backend": _resolve_decode, f"{_UTILS}.resolve_prefill_backend": _resolve_prefill}
+
+
+def _covered(phase: str, runner: Any, backend: Any) -> Any:
+    own = backend.capture_one
+
+    def capture_one(shape_key: Any, forward_fn: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        result = _capture_one(backend, own, shape_key, forward_fn, *args, **kwargs)
+        if _in_graphs is not None:
+            _captured.add(phase, runner, shape_key)
+        return result
+
+    backend.capture_one = capture_one
     return backend
 
 

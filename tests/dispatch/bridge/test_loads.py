@@ -31,6 +31,7 @@ CPU = Device("cpu", "cpu", None, "a test")
 def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(startup, "_current", None)
     monkeypatch.setattr(bind, "_binder", None)
+    monkeypatch.setattr(bind, "_told", {})
     # Hooks in SGLang's modules would outlive the test.
     monkeypatch.setattr(bind, "bind_kernels", lambda device, *, deterministic: {})
     monkeypatch.setattr("sglang_fl.aten.scope._hook", lambda target, function: None)
@@ -127,28 +128,23 @@ def test_a_prefill_server_that_may_switch_its_role_captures_graphs_later(
     assert ("this server captures none" in caplog.text) is not switches
 
 
-@pytest.mark.parametrize(
-    ("decode", "prefill", "told"),
-    [
-        (("full", [1, 2, 8], 8), ("breakable", None, 4096), "decode of up to 8 requests and of prefill of up to 4096 tokens"),
-        (("full", None, None), ("disabled", None, None), "decode and of no prefill"),
-    ],
-)
-def test_up_to_which_size_functions_are_in_force_is_told_once(
-    mode: SimpleNamespace, decode: Any, prefill: Any, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_holds_for_a_draft_too_is_told_once(
+    mode: SimpleNamespace, debug: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    phases = {
-        phase: SimpleNamespace(backend=backend, bs=bs, max_bs=max_bs)
-        for phase, (backend, bs, max_bs) in (("decode", decode), ("prefill", prefill))
-    }
-    mode.graph = SimpleNamespace(enable_torch_compile=False, cuda_graph_config=SimpleNamespace(**phases))
+    """With --debug-cuda-graph SGLang's graphs are empty, and the model runs eagerly at each replay."""
+    full = SimpleNamespace(backend="full")
+    config = SimpleNamespace(decode=full, prefill=full)
+    mode.graph = SimpleNamespace(enable_torch_compile=True, cuda_graph_config=config, debug_cuda_graph=debug)
     startup.apply(Settings(prefer="flagos", flagos_scope="graphs"), CPU)
     monkeypatch.setattr("sglang_fl.aten.layer.why_not_here", lambda device: None)
     with caplog.at_level("INFO", "sglang_fl"), planted_gems.in_place_of_flaggems(planted_gems.gems()):
-        bind.bind_model(Model(norm()), CPU)
+        for _ in ("the model", "its draft"):
+            bind.bind_model(Model(norm()), CPU)
         restore_operators()
-    message = f"sglang-fl: FlagGems's functions run in graphs of {told}; all other calls run PyTorch's own ATen operators"
-    assert caplog.messages.count(message) == 1
+    told = "sglang-fl: no ATen operator is replaced: flagos_scope is graphs" if debug else "sglang-fl: FlagGems replaces "
+    assert len([message for message in caplog.messages if message.startswith(told)]) == 1
+    assert ("and this server captures none" in caplog.text) is debug
 
 
 @pytest.mark.parametrize(("decode", "prefill", "compiles"), [("full", "disabled", True), ("disabled", "breakable", False)])
