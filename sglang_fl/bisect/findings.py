@@ -14,6 +14,8 @@ _LEAST_ULP = 0.5
 _WRONG, _ROUNDED = 10.0, 4.0
 #: The suspicion of a replacement with a call out of bounds.
 OUT_OF_BOUNDS = 50.0
+#: That of one whose calls could not be judged: as if it rounded otherwise.
+_NOT_JUDGED = 1.0
 
 
 @dataclass
@@ -86,9 +88,9 @@ class Finding:
         self.used = max(self.used, math.inf if ours.unbounded else ours.used)
 
 
-def suspicion(findings: Iterable[Finding]) -> dict[Replacement, float]:
+def suspicion(findings: Iterable[Finding], not_judged: Iterable[Replacement] = ()) -> dict[Replacement, float]:
     """A weight for each replacement: high if out of bounds, low if it only differs, lowest if always equal to native."""
-    found: dict[Replacement, float] = {}
+    found = dict.fromkeys(not_judged, _NOT_JUDGED)
     for finding in findings:
         weight = OUT_OF_BOUNDS if finding.problem is not None else 1.0 + finding.used if finding.differ else 0.1
         found[finding.replacement] = max(found.get(finding.replacement, 0.0), weight)

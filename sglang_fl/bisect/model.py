@@ -15,6 +15,7 @@ from ..trial import record_path
 from . import passes
 from .findings import Finding, rounding, suspicion
 from .in_graphs import differences
+from .not_judged import off_in, said_of
 from .side_by_side import side_by_side
 from .trials import MOST_TRIALS, Cause, Effect, Trial, effect, largest, listed, search
 
@@ -62,6 +63,8 @@ class Report:
         in_graphs: the change by the settings in force in graph replays. None: no graphs, or a difference was found without them.
         findings: one for each layer, batch and phase.
         not_used: implementations and FlagGems functions that the settings prefer and that are not used -> why.
+        not_judged: replacements that the settings select, and whose calls could not be judged -> why. Those that are none of
+            ``replacements`` were off.
         trials: the trials that were run.
         loads: how often the model was loaded.
     """
@@ -79,8 +82,14 @@ class Report:
     in_graphs: Effect | None = None
     findings: list[Finding] = field(default_factory=list)
     not_used: dict[str, str] = field(default_factory=dict)
+    not_judged: dict[Replacement, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     loads: int = 0
+
+    @property
+    def off(self) -> list[Replacement]:
+        """What the settings select and was off, since it cannot be judged."""
+        return [one for one in self.not_judged if one not in self.replacements]
 
     @property
     def archives(self) -> list[str]:
@@ -147,21 +156,34 @@ class _Bisection:
         return LoadedModel(self._job.model, [*ARGUMENTS, *self._job.arguments, *more], environ)
 
     def measure(self, model: LoadedModel, directory: str) -> None:
+        self._measure(model, directory)
+        report = self.report
+        if report.off:
+            if report.verdict == NO_DIFFERENCE or not report.replacements:
+                report.verdict = UNDECIDED
+            report.message = f"{report.message} {said_of(len(report.off))}"
+
+    def _measure(self, model: LoadedModel, directory: str) -> None:
         report, job = self.report, self._job
-        report.replacements, report.facts, self._batches = self._call(model, about, list(job.prompts))
+        selected, report.facts, self._batches = self._call(model, about, list(job.prompts))
+        report.not_judged = self._call(model, off_in)
+        report.replacements = tuple(one for one in selected if one not in report.not_judged)
         report.not_used = self._call(model, not_used)
         self._show("pass 1 of 3: everything left to SGLang")
         native = self._run(model, ())
         if not report.replacements:
-            report.verdict, report.message = NO_OPERATOR, "With these settings sglang-fl replaces nothing in this model."
+            nothing = "no operator of a layer" if report.off else "nothing"
+            report.verdict, report.message = NO_OPERATOR, f"With these settings sglang-fl replaces {nothing} in this model."
             return
-        self._show("pass 2 of 3: the settings in force")
-        in_force = self._call(model, passes.with_only, self._batches, None, directory)
+        self._show(f"pass 2 of 3: the settings in force{', without FlagGems functions' if report.off else ''}")
+        in_force = self._call(model, passes.with_only, self._batches, report.replacements, directory)
         report.not_used = self._call(model, not_used)  # first calls of FlagGems functions may have failed
         self._show("pass 3 of 3: each replacement compared with SGLang's own and float64")
         archives = str(job.archives) if job.archives else None
-        by_rank = model.call(side_by_side, self._batches, archives, limit=4 * job.limit)
-        report.findings = [finding for _, findings in by_rank for finding in findings]
+        by_rank = model.call(side_by_side, self._batches, report.replacements, archives, limit=4 * job.limit)
+        report.findings = [finding for _, findings, _ in by_rank for finding in findings]
+        for _, _, not_judged in by_rank:
+            report.not_judged |= not_judged
         again = by_rank[0][0]
         report.whole = effect(native, in_force)
         self._judge(model, native, effect(native, again))
@@ -205,7 +227,7 @@ class _Bisection:
             if not replayed:
                 return
             self._show("graphs: the settings in force")
-            _, in_force = self._call(model, passes.in_graphs, self._batches, None, directory)
+            _, in_force = self._call(model, passes.in_graphs, self._batches, report.replacements, directory)
         except CallFailed as error:  # a server captures again without what failed
             report.message += f" Graphs could not be captured: {str(error).splitlines()[0]}"
             return

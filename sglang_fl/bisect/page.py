@@ -11,7 +11,7 @@ from ..fingerprint import versions
 from ..utils.pages import page
 from .findings import Finding
 from .model import Report
-from .report import avoids, effects, not_used, place, setting
+from .report import avoids, effects, not_judged, not_used, place, setting
 
 _LEFT, _RIGHT, _ROW = 440.0, 840.0, 16.0
 #: The longest name that fits on the left.
@@ -27,6 +27,7 @@ def as_html(report: Report) -> str:
         avoids=avoids(report),
         place=place(setting(report.culprits, report.settings)),
         not_used=not_used(report),
+        not_judged=not_judged(report),
         pictures=[_picture(name, found) for name, found in grouped(report.findings, lambda one: str(one.replacement)).items()],
         facts={**report.facts, **versions()},
         effects=list(effects(report)),

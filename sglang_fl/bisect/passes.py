@@ -15,6 +15,7 @@ from ..dispatch.manager import is_capturing
 from ..model_run import Batch, ModelRun, Replacement
 from ..model_run.switches import AtenCall, LayerCall
 from .exactly import float64_place
+from .not_judged import refuse
 
 Function = Callable[..., Any]
 
@@ -161,6 +162,7 @@ def read_trace(directory: Path, rank: int = 0) -> tuple[str, str] | None:
 
 def rounded_otherwise(run: ModelRun, given: list[Batch], ulps: Mapping[Replacement, float], seed: int) -> dict[str, Any]:
     """Log-probabilities on SGLang's and PyTorch's own functions. Up to ``ulps`` are added at random to the results of those replaced."""
+    refuse(ulps)
     place = float64_place(torch.device(run.runner.device))
     generator = torch.Generator(place).manual_seed(seed)
 

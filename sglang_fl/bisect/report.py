@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils import _pytree as pytree
 
 from ..check.report import number
+from ..check.results import grouped
 from ..config import Settings
 from ..dispatch.catalog import FUNCTIONS, LAYERS, classes_of
 from ..fingerprint import versions
@@ -69,8 +70,9 @@ def _data(report: Report) -> dict[str, Any]:
             for trial in report.trials
         ],
         "not_used": report.not_used,
+        "not_judged": {str(one): why for one, why in report.not_judged.items()},
         "findings": [_row(finding) for finding in report.findings],
-        "suspicion": _by_switch(suspicion(report.findings)),
+        "suspicion": _by_switch(suspicion(report.findings, report.not_judged)),
     }
 
 
@@ -113,6 +115,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"{report.verdict.upper()}: {report.message}", soft_wrap=True)
     if report.not_used:
         console.print("\nNot compared, because it is not used:", *not_used(report), sep="\n  ", soft_wrap=True)
+    if report.not_judged:
+        console.print("\nNot judged:", *not_judged(report), sep="\n  ", soft_wrap=True)
     if report.culprits:
         lines = setting(report.culprits, report.settings)
         console.print(f"\nThe setting that {avoids(report)}, {place(lines)}:\n\n{lines}\n", soft_wrap=True)
@@ -122,14 +126,15 @@ def print_report(report: Report, console: Console) -> None:
 
 def effects(report: Report) -> Iterator[tuple[str, Effect, str]]:
     """The rows of the table: what was on, the change of log-probabilities, and the result."""
+    off = ", without FlagGems functions" if report.off else ""
     if report.noise is not None:
         yield "nothing; SGLang's own results rounded differently", report.noise, "noise"
     if report.whole is not None:
-        yield "all that the settings select", report.whole, ""
+        yield f"all that the settings select{off}", report.whole, ""
     where = ""
     if report.in_graphs is not None:
         where = ", in graphs"
-        yield f"all that the settings select{where}", report.in_graphs, ""
+        yield f"all that the settings select{off}{where}", report.in_graphs, ""
     for trial in report.trials:
         if trial.effect is None or report.noise is None:
             continue
@@ -169,6 +174,12 @@ def avoids(report: Report) -> str:
 
 def not_used(report: Report) -> list[str]:
     return [f"{name}: {why}" for name, why in report.not_used.items()]
+
+
+def not_judged(report: Report) -> list[str]:
+    """By reason, since it may be that of all functions."""
+    found = grouped(report.not_judged.items(), lambda row: row[1])
+    return [f"{why}: {', '.join(one.name for one, _ in rows)}" for why, rows in found.items()]
 
 
 def shown(report: Report) -> list[Finding]:

@@ -5,7 +5,7 @@ So errors do not accumulate, and no two runs need to be aligned. The pass is eag
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -24,24 +24,29 @@ from ..check.implementation import results, worst
 from ..check.tensors import same_bits
 from ..dispatch.ops import FLBackendBase
 from ..dispatch.types import OpImpl
-from ..model_run import Batch, ModelRun
+from ..model_run import Batch, ModelRun, Replacement
 from ..model_run.switches import AtenCall, LayerCall
 from .exactly import AtenJudge, alike, is_judged
 from .findings import Finding
+from .not_judged import refuse
 
 Function = Callable[..., Any]
 
 
-def side_by_side(run: ModelRun, batches: list[Batch], archives: str | None = None) -> tuple[dict[str, Any], list[Finding]]:
-    """Run the pass in this rank. Returns (SGLang's own log-probabilities by batch, findings).
+def side_by_side(
+    run: ModelRun, batches: list[Batch], on: Collection[Replacement], archives: str | None = None
+) -> tuple[dict[str, Any], list[Finding], dict[Replacement, str]]:
+    """Run the pass in this rank. Returns (SGLang's own log-probabilities by batch, findings, what was called and not judged -> why).
 
     Args:
+        on: what to judge. All else is off, so that it takes no part in what these are compared with.
         archives: a directory for the inputs of the first wrong call of each replacement.
     """
     observer = Observer(run, Path(archives) if archives else None)
-    with run.switches.observed(observer.layer, observer.aten):
+    refuse(on)
+    with run.switches.only(on), run.switches.observed(observer.layer, observer.aten):
         logprobs = {batch.name: run.logprobs(batch) for batch in batches}
-    return logprobs, list(observer.findings.values())
+    return logprobs, list(observer.findings.values()), observer.not_judged
 
 
 class Observer:
@@ -49,11 +54,13 @@ class Observer:
 
     Attributes:
         findings: by replacement, layer, batch and phase.
+        not_judged: replacements with calls that PyTorch has no kernel for -> which. FlagGems's result is used there.
     """
 
     def __init__(self, run: ModelRun, archives: Path | None = None):
         self._run, self._archives = run, archives
         self.findings: dict[Any, Finding] = {}
+        self.not_judged: dict[Replacement, str] = {}
         #: While set, PyTorch's own kernels run, and nothing is judged.
         self._native = False
 
@@ -84,8 +91,11 @@ class Observer:
         return forward
 
     def aten(self, call: AtenCall) -> Function:
-        if call.kernel is None or not is_judged(call.key):
-            return call.kernel or call.fn
+        refuse([call.replacement])
+        if call.kernel is None:
+            return self._without_native(call)
+        if not is_judged(call.key):
+            return call.kernel
         judge, kernel = AtenJudge(call.key), call.kernel
 
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -96,6 +106,13 @@ class Observer:
                 native = kernel(*args, **kwargs)
                 self._judge(call, judge, before, copies, judge.of_native(native, args, kwargs))
             return native
+
+        return function
+
+    def _without_native(self, call: AtenCall) -> Function:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            self.not_judged[call.replacement] = f"PyTorch has no kernel of its own for aten::{call.key} on this device"
+            return call.fn(*args, **kwargs)
 
         return function
 

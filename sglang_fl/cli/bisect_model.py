@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..bisect.model import EXIT_CODES, Job, Report, Show, bisect
+from ..bisect.not_judged import functions_off, said_of
 from ..bisect.page import as_html
 from ..bisect.report import as_data, print_report, write_bug_reports
 from ..config import SettingsError
@@ -31,11 +32,14 @@ _LIMIT = 600.0
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = check_settings(os.environ, probe(), get_default_manager())
+    device, manager = probe(), get_default_manager()
+    settings = check_settings(os.environ, device, manager)
     if is_missing_directory(args.model):
         raise SettingsError(f"bisect: there is no model in {args.model}")
     if unwritable := why_unwritable(args.html and str(args.html)):
         raise SettingsError(f"--html: {unwritable}")
+    if off := functions_off(settings, device, manager):
+        print(f"sglang-fl: {said_of(len(off))}", file=sys.stderr)
     new = args.archive is not None and not args.archive.expanduser().exists()
     archives = make_directory("--archive", args.archive).resolve() if args.archive else None
     job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives)

@@ -13,6 +13,11 @@ def has_handles() -> bool:
     return hasattr(torch.library, "get_kernel")
 
 
+def why_no_handles() -> str | None:
+    """Why this PyTorch cannot keep a kernel callable that is overridden. None: it can."""
+    return None if has_handles() else f"PyTorch {torch.__version__} has no torch.library.get_kernel"
+
+
 def kernel_of(operator: str, dispatch_key: str) -> Callable[..., Any] | None:
     """What is registered for an operator, callable whatever is registered for it later. None: nothing is, or this PyTorch has no handles.
 
