@@ -38,6 +38,7 @@ class Job:
         prompts: empty: a default set.
         limit: the time limit of a pass, in seconds.
         archives: a directory for archives with the inputs of wrong calls.
+        off: FlagGems functions that the settings select and that cannot be judged. The model is loaded without any.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Job:
     prompts: Sequence[str] = ()
     limit: float = 600.0
     archives: Path | None = None
+    off: tuple[Replacement, ...] = ()
 
 
 @dataclass
@@ -153,6 +155,8 @@ class _Bisection:
         if kept.exists():
             shutil.copyfile(kept, record)
         environ = {"SGLANG_FL_TRIAL_RECORD": str(record), "SGLANG_FL_FLAGOS_SCOPE": "everywhere", **_KEEP_MEMORY}
+        if self._job.off:
+            environ["USE_FLAGGEMS"] = "0"
         return LoadedModel(self._job.model, [*ARGUMENTS, *self._job.arguments, *more], environ)
 
     def measure(self, model: LoadedModel, directory: str) -> None:
@@ -166,7 +170,7 @@ class _Bisection:
     def _measure(self, model: LoadedModel, directory: str) -> None:
         report, job = self.report, self._job
         selected, report.facts, self._batches = self._call(model, about, list(job.prompts))
-        report.not_judged = self._call(model, off_in)
+        report.not_judged = self._call(model, off_in, job.off)
         report.replacements = tuple(one for one in selected if one not in report.not_judged)
         report.not_used = self._call(model, not_used)
         self._show("pass 1 of 3: everything left to SGLang")

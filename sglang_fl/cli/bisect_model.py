@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"sglang-fl: {said_of(len(off))}", file=sys.stderr)
     new = args.archive is not None and not args.archive.expanduser().exists()
     archives = make_directory("--archive", args.archive).resolve() if args.archive else None
-    job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives)
+    job = Job(args.model, settings, tuple(args.server_arguments), _prompts(args), args.limit or _LIMIT, archives, off)
     begun, steps = time.monotonic(), list[tuple[str, float]]()
     try:
         with _showing(Console(stderr=True)) as show:

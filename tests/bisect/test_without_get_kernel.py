@@ -8,7 +8,8 @@ own layer calls it, too.
 import io
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from sglang_fl.aten import Trials
 from sglang_fl.aten.operators import AtenOperators
 from sglang_fl.bisect.findings import Finding
-from sglang_fl.bisect.model import EXIT_CODES, FOUND, NO_DIFFERENCE, UNDECIDED, Job, Report, bisect_loaded
+from sglang_fl.bisect.model import EXIT_CODES, FOUND, NO_DIFFERENCE, UNDECIDED, Job, Report, bisect, bisect_loaded
 from sglang_fl.bisect.not_judged import functions_off
 from sglang_fl.bisect.page import as_html
 from sglang_fl.bisect.passes import rounded_otherwise
@@ -143,7 +144,7 @@ def test_with_it_a_wrong_function_is_found_and_nothing_is_left_out() -> None:
 def test_without_it_no_verdict_on_a_function_is_made_up() -> None:
     report = bisected(right)
     assert (report.verdict, EXIT_CODES[report.verdict], report.culprits) == (UNDECIDED, 4, ()), report.message
-    assert report.message.endswith(f"1 FlagGems function cannot be compared with PyTorch's own: {WHY}; it was off. To judge it, {INSTEAD}.")
+    assert report.message.endswith(f"1 FlagGems function cannot be compared with PyTorch's own: {WHY}; it is off. To judge it, {INSTEAD}.")
     assert {finding.replacement.name for finding in report.findings} == {"SiluAndMul"}
 
 
@@ -218,6 +219,24 @@ def test_what_is_on_and_was_not_judged_changes_no_verdict() -> None:
     assert report.off == [] and "Not judged:\n  no kernel: silu\n" in printed(report)
 
 
+@pytest.mark.usefixtures("without_get_kernel")
+@pytest.mark.parametrize("off", [(), (Replacement(ATEN, "mul", "mul.Tensor"),)])
+def test_a_model_is_loaded_without_functions_that_cannot_be_judged(
+    off: tuple[Replacement, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A function that fails while a layer is tried would look like a failure of the layer's implementation."""
+    with model(right, doubled) as run:
+
+        def load(name: str, arguments: Any, environ: dict[str, str]) -> Any:
+            assert environ.get("USE_FLAGGEMS") == ("0" if off else None)
+            return nullcontext(run)
+
+        monkeypatch.setattr("sglang_fl.bisect.model.LoadedModel", load)
+        settings = Settings(trial_record=str(tmp_path / "trials.json"))
+        report = bisect(Job("a model", settings, off=off), lambda line: None)
+    assert list(report.not_judged) == [*off, Replacement(ATEN, "silu", "silu")] and report.verdict == UNDECIDED
+
+
 def settings_of(environ: dict[str, str]) -> tuple[Settings, Device, OpManager]:
     manager = OpManager()
     return check_settings(environ, NVIDIA, manager), NVIDIA, manager
@@ -230,8 +249,9 @@ LAYERS_ALONE = {"SGLANG_FL_PREFER": "flagos", "USE_FLAGGEMS": "0"}
 
 @pytest.mark.usefixtures("without_get_kernel")
 def test_what_settings_leave_to_judge_is_known_before_a_model_is_loaded() -> None:
-    assert len(functions_off(*settings_of(LAYERS_TOO))) > 100
-    assert functions_off(*settings_of(LAYERS_ALONE)) == []
+    off = functions_off(*settings_of(LAYERS_TOO))
+    assert len(off) > 100 and "silu (FlagGems, silu)" in map(str, off)
+    assert functions_off(*settings_of(LAYERS_ALONE)) == ()
     with pytest.raises(SettingsError) as error:
         functions_off(*settings_of(FUNCTIONS_ALONE))
     assert f"bisect: 2 FlagGems functions cannot be compared with PyTorch's own: {WHY}, and no operator" in str(error.value)
@@ -239,7 +259,7 @@ def test_what_settings_leave_to_judge_is_known_before_a_model_is_loaded() -> Non
 
 
 def test_with_it_nothing_is_refused() -> None:
-    assert [functions_off(*settings_of(environ)) for environ in (LAYERS_TOO, FUNCTIONS_ALONE)] == [[], []]
+    assert [functions_off(*settings_of(environ)) for environ in (LAYERS_TOO, FUNCTIONS_ALONE)] == [(), ()]
 
 
 @pytest.mark.usefixtures("without_get_kernel")
@@ -251,6 +271,7 @@ def test_the_command_says_so_before_it_loads_a_model(
 
     def load(job: Job, show: Any) -> Report:
         assert WHY in capsys.readouterr().err, "it was said before"
+        assert "silu (FlagGems, silu)" in map(str, job.off)
         loaded.append(job.model)
         return Report(job.model, NO_DIFFERENCE)
 
