@@ -47,7 +47,13 @@ def left_out(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("signum", "words"),
-    [("SIGSEGV", "Segmentation fault"), ("SIGABRT", "Aborted"), ("SIGBUS", "Bus error"), ("SIGILL", "Illegal instruction")],
+    [
+        ("SIGSEGV", "Segmentation fault"),
+        ("SIGABRT", "Aborted"),
+        ("SIGBUS", "Bus error"),
+        ("SIGILL", "Illegal instruction"),
+        ("SIGFPE", "Floating point exception"),
+    ],
 )
 def test_a_crash_counts_at_once(path: Path, signum: str, words: str) -> None:
     code, _ = run(path, signum)
