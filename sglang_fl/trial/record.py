@@ -158,8 +158,9 @@ class TrialRecord:
                 if (death := _judge(text)) is not None:
                     found.append(death)
         explained = {start for start, *_, decisive in found if decisive}
-        # SGLang kills the other ranks when one has ended.
-        self._add([death for start, *death in found if death[-1] or start not in explained])  # type: ignore[misc]
+        # SGLang kills the other ranks when one has ended. Ranks that ended at the same name count once: a container may be torn down.
+        counted = {death[:3]: death[1:] for death in found if death[-1] or death[0] not in explained}
+        self._add(list(counted.values()))
 
     def _add(self, deaths: list[tuple[str, str, str, bool]]) -> None:
         if not deaths:

@@ -139,6 +139,19 @@ def test_sglang_kills_the_other_ranks_where_one_has_ended(path: Path) -> None:
         assert set(left_out(path)) == {"mul"} and "add" not in read_record(path)[environment("a chip")]
 
 
+def test_ranks_that_are_killed_together_count_once(path: Path) -> None:
+    """A container is torn down while they run the same function for the first time."""
+    for times in range(1, 3):
+        ranks = [start(path, "waits") for _ in range(2)]
+        for rank in ranks:
+            assert rank.stdout is not None and rank.stdout.readline() == "running\n"
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+        assert ("mul" in left_out(path)) == (times == 2)
+        assert read_record(path)[environment("a chip")]["mul"].count == times
+
+
 def test_a_living_process_is_not_judged(path: Path) -> None:
     process = start(path, "waits")
     assert process.stdout is not None and process.stdout.readline() == "running\n"
