@@ -22,7 +22,7 @@ from typing import Any
 
 from ..config import Settings, SettingsError
 from ..config.options import InvalidValue, file_at
-from .record import TrialRecord, default_path, environment, excluded_by
+from .record import FROM_OUTSIDE, TrialRecord, default_path, environment, excluded_by
 
 logger = logging.getLogger("sglang_fl.trial")
 
@@ -117,9 +117,10 @@ class Guard:
         if self._names:
             self._timer = threading.Timer(self._limit, self._end, [self._names[-1]])
             self._timer.daemon = True
-            self._timer.start()
             file = self._record.file if self._record is not None else 2
-            faulthandler.dump_traceback_later(self._limit + _GRACE, exit=True, file=file)
+            with _signals_kept():
+                self._timer.start()
+                faulthandler.dump_traceback_later(self._limit + _GRACE, exit=True, file=file)
 
     def _end(self, name: str) -> None:
         reason = f"its first run did not end within {self._limit:g} s"
@@ -157,6 +158,16 @@ class Guard:
                 faulthandler.enable(file=2)
             else:
                 faulthandler.disable()
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Threads that start meanwhile leave signals from outside to this one. In a thread that has just begun faulthandler writes nothing."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_OUTSIDE)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -102,6 +102,18 @@ def test_what_hangs_and_keeps_pythons_lock_ends_when_it_is_asked_to(path: Path, 
     assert left_out(path) == {} and read_record(path) == {}
 
 
+def test_the_guards_threads_take_no_signals_from_outside(path: Path) -> None:
+    """A thread that has just begun would write nothing, and the process would count as killed."""
+    record, threads = TrialRecord(path, environment("a chip")), Path("/proc/self/task")
+    before = set(threads.iterdir())
+    with Guard(record, 60).running("mul"):
+        masks = [int((thread / "status").read_text().split("SigBlk:")[1].split()[0], 16) for thread in set(threads.iterdir()) - before]
+    record.close()
+    outside = {1 << signum - 1 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    assert len(masks) == 2 and all(mask & bit for mask in masks for bit in outside)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 @pytest.mark.parametrize("what", ["parent", "parent without python"])
 def test_the_death_of_a_parent_never_counts(path: Path, what: str) -> None:
     """SGLang has its workers killed with SIGKILL then."""
