@@ -29,7 +29,7 @@ from sglang_fl.distributed.ranks import Ranks
 
 X = torch.linspace(-3, 3, 12).reshape(3, 4)
 #: A rank that waits for ever ends.
-DEADLINE = 60
+DEADLINE = 30
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def ends(start: Starter, kind: str, records: list[str], **values: Any) -> str:
     """Start until the next start leaves silu out; returns how its reason begins."""
     code, times, reason = DEATHS[kind]
     for _ in range(times):
-        started = start(kind, records, limit=1 if kind == "hangs" else 60, **values)
+        started = start(kind, records, limit=1 if kind == "hangs" else 30, **values)
         assert started.codes[-1] == code and 0 not in started.codes, started.logs
         assert not any(started.warnings("sglang-fl: excluded"))
         if kind == "hangs":
