@@ -130,6 +130,8 @@ def test_graphs_are_captured_with_default_flags(servers: dict[str, Future[Runnin
         ends = [line for line in printed.splitlines() if f"Capture {what} CUDA graph end" in line]
         assert ends, f"no graphs of {what} were captured"
         print(f"{way}: {ends[-1].partition('Capture ')[2]}")
+    said = [line for line in printed.splitlines() if "FlagGems's functions run in graphs of decode of up to" in line]
+    assert len(said) == (way != "native") and all((" and of a draft model;" in line) is (way == "drafting") for line in said)
 
 
 @pytest.mark.parametrize("way", WAYS[1:])

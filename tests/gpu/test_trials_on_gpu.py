@@ -186,5 +186,5 @@ def test_a_server_with_all_of_flaggems_starts(named: set[str], environ: Callable
         (served,) = read(running.server.log)
     for line in re.findall(r".*(?:ATen operators:|the graph of|FlagGems replaces).*", log):
         print(line)
-    assert "functions in graphs" in log
+    assert "functions in graphs" in log and log.count("FlagGems's functions run in graphs of decode of up to") == 1
     assert named <= {*served["aten_functions"], *served["left_out"]}
