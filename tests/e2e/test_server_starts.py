@@ -14,6 +14,7 @@ from .conftest import serving
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
 def test_the_second_start_leaves_out_what_ended_the_first(model: Path, tmp_path: Path) -> None:
     record = tmp_path / "state" / "trials.json"
     environ = {
