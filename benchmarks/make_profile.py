@@ -11,7 +11,8 @@ at every shape, at least 2 % faster than FlagGems's in the median, from 64 token
 nowhere more than 1 µs slower, in every sitting that measured both: ``triton-*.json``, of ``ops.py``, on any GPU of the platform.
 
 ``flagos_slower`` also has the functions that cost one of these models more than 100 µs in a step of decode, or in prefill of one prompt.
-They are not used by default in any case; ``prefer: flagos`` leaves them to PyTorch too.
+They are not used by default in any case; ``prefer: flagos`` leaves them to PyTorch too. ``sglang-fl tune`` lists them by itself since it
+weighs them by the step's time, which these files do not have: with files measured anew that rule alone will do.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..dispatch.manager import is_capturing
 from ..trial import current_guard
 from ..trial.graph import capture_and_discard
-from ..utils.dispatcher import has_handles
+from ..utils.dispatcher import why_no_handles
 from .native import is_written, schema_of
 
 logger = logging.getLogger("sglang_fl.aten")
@@ -199,9 +199,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _why_no_kernel() -> str:
-    if has_handles():
+    if (why := why_no_handles()) is None:
         return "PyTorch has no kernel of its own for it on this device"
-    return f"PyTorch {torch.__version__} has no torch.library.get_kernel, so its own kernel cannot take the call"
+    return f"{why}, so its own kernel cannot take the call"
 
 
 def _about(tensor: torch.Tensor) -> str:

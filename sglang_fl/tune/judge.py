@@ -156,20 +156,21 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[st
             candidate.own_us[case], candidate.gains[case], candidate.gain_bounds[case] = sum(own), saved, (least, most)
         if saved < (1 - MAX_RATIO) * sum(own):
             lost.append(f"{-saved:.3g} µs slower in a step of {case}")
+    shares = {case: saved / step_us[case] for case, saved in candidate.gains.items()}
     worst = max(rows, key=lambda row: row.ratio[0])
     figures = f"{candidate.ratio[1]:.3g} times native's time in the median ({min(medians):.3g} to {max(medians):.3g})"
     if worst.ratio[0] > MAX_RATIO and worst.ratio[1] > 1:
         slower = f"{worst.ratio[0]:.3g} times native's time ({worst.call['call']})"
-        most, case = max(((-saved / step_us[case], case) for case, saved in candidate.gains.items()), default=(0.0, ""))
-        if candidate.impl is None and most >= MOST_LOST:
-            candidate.settle(SLOWER_SERVED, f"{slower}, which costs {100 * most:.2g} % of a step of {case}")
+        least, case = min(((share, case) for case, share in shares.items()), default=(0.0, ""))
+        if candidate.impl is None and least <= -MOST_LOST:
+            candidate.settle(SLOWER_SERVED, f"{slower}, which costs {-100 * least:.2g} % of a step of {case}")
         else:
             candidate.settle(SLOWER, slower)
     elif candidate.ratio[1] > MAX_MEDIAN or not any(ratio[2] < 1 for ratio in ratios):
         candidate.settle(TIE, f"{figures}: no measurable gain")
     elif lost:
         candidate.settle(TIE, f"{figures}, and {' and '.join(lost)}")
-    elif candidate.gains and (most := max(saved / step_us[case] for case, saved in candidate.gains.items())) < LEAST_SHARE:
+    elif shares and (most := max(shares.values())) < LEAST_SHARE:
         candidate.settle(TIE, f"{figures}, but that saves only {100 * max(most, 0.0):.2g} % of a step")
     else:
         candidate.reason = figures

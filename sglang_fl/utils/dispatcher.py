@@ -8,14 +8,9 @@ from typing import Any
 import torch
 
 
-def has_handles() -> bool:
-    """Whether this PyTorch can keep a kernel callable that is overridden."""
-    return hasattr(torch.library, "get_kernel")
-
-
 def why_no_handles() -> str | None:
     """Why this PyTorch cannot keep a kernel callable that is overridden. None: it can."""
-    return None if has_handles() else f"PyTorch {torch.__version__} has no torch.library.get_kernel"
+    return None if hasattr(torch.library, "get_kernel") else f"PyTorch {torch.__version__} has no torch.library.get_kernel"
 
 
 def kernel_of(operator: str, dispatch_key: str) -> Callable[..., Any] | None:
@@ -25,7 +20,7 @@ def kernel_of(operator: str, dispatch_key: str) -> Callable[..., Any] | None:
         operator: ``aten::mul.Tensor``.
         dispatch_key: ``CUDA``, ``PrivateUse1``, ….
     """
-    if not has_handles():
+    if why_no_handles() is not None:
         return None
     try:
         handle = torch.library.get_kernel(operator, dispatch_key)
