@@ -12,9 +12,10 @@ from typing import Any
 
 from sglang_fl.config.errors import suggest
 
-#: As published on the Hugging Face hub, but for ``tiny``, which is there to try things on a CPU. qwen3-next-80b-a3b is a hybrid (three
-#: layers of linear attention by the gated delta rule, then one of full attention); deepseek-v3 has latent attention, and its matrices
-#: in fp8; gpt2-xl has NewGELU, and a short context: --input-len 512.
+#: As published on the Hugging Face hub, but for ``tiny``, which is there to try things on a CPU, and qwen3.5-35b-a3b: its sizes are the
+#: defaults of transformers' Qwen3_5MoeTextConfig, which are that model's; without the images' part. qwen3-next-80b-a3b and it are
+#: hybrids (three layers of linear attention by the gated delta rule, then one of full attention); deepseek-v3 has latent attention, and
+#: its matrices in fp8; gpt2-xl has NewGELU, and a short context: --input-len 512.
 SHAPES: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(__file__).with_name("models").glob("*.json"))
 }

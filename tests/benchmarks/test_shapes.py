@@ -17,6 +17,7 @@ class TestShapes:
             ("llama-3-8b", 8.03),
             ("qwen3-30b-a3b", 30.5),
             ("qwen3-next-80b-a3b", 79.7),
+            ("qwen3.5-35b-a3b", 34.7),
             ("gpt2-xl", 1.557),
             ("deepseek-v3", 671),
         ],
