@@ -9,26 +9,22 @@ It is the sum of ``profile-*.yaml`` in benchmarks/results, each of ``sglang-fl t
 ``triton_faster``: the operators whose Triton kernel of this package goes before FlagGems's where FlagOS is preferred. That is right
 at every shape, at least 2 % faster than FlagGems's in the median, from 64 tokens on nowhere above 1.10 of its time, and with fewer
 nowhere more than 1 µs slower, in every sitting that measured both: ``triton-*.json``, of ``ops.py``, on any GPU of the platform.
-
-``flagos_slower`` also has the functions that cost one of these models more than 100 µs in a step of decode, or in prefill of one prompt.
-They are not used by default in any case; ``prefer: flagos`` leaves them to PyTorch too. ``sglang-fl tune`` lists them by itself since it
-weighs them by the step's time, which these files do not have: with files measured anew that rule alone will do.
 """
 
 import argparse
 import difflib
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import result_file
 
 from sglang_fl.config import SettingsError, suggest
 from sglang_fl.dispatch.ops import OPERATORS
-from sglang_fl.tune.judge import FUNCTION, MAX_MEDIAN
+from sglang_fl.tune.judge import MAX_MEDIAN
 from sglang_fl.tune.merge import merge
 from sglang_fl.tune.profile import as_text
 from sglang_fl.utils.files import write_whole
@@ -38,10 +34,6 @@ RESULTS, PROFILE = ROOT / "benchmarks" / "results", ROOT / "sglang_fl" / "config
 #: What this package's Triton kernels may take of FlagGems's time from so many tokens on, and how many µs more with fewer.
 MAX_OF_FLAGGEMS, FROM_TOKENS, MAX_MORE_US = 1.1, 64, 1.0
 LEAST_SHAPES = 6
-#: What a function may cost in a step, in µs. Steps of decode take 1 to 5 ms.
-MAX_COST_US = 100.0
-#: The steps that are small enough for that.
-SMALL_STEPS = ("prefill/1", "decode/1", "decode/32")
 _HEAD = """\
 # NVIDIA GPUs. Written by benchmarks/make_profile.py from benchmarks/results; do not edit, run it again:
 #     python benchmarks/make_profile.py
@@ -113,22 +105,10 @@ def _range(ratios: Sequence[float], digits: int) -> str:
     return f"{statistics.median(ratios):.{digits}f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def costly(entries: Mapping[str, Any]) -> set[str]:
-    """The FlagGems functions that cost a model too much in a step, of a merged profile's entries."""
-    found = set()
-    for name, entry in entries.items():
-        saved = [model.get("us_saved_in_a_step") or {} for model in entry.get("models", {}).values()]
-        if name.startswith(FUNCTION) and any(us.get(step, 0.0) < -MAX_COST_US for us in saved for step in SMALL_STEPS):
-            found.add(name.removeprefix(FUNCTION))
-    return found
-
-
 def profile(results: Path) -> str:
     """The profile's text. Raises ValueError or SettingsError if a file is not as it should be."""
     found = merge(sorted(results.glob("profile-*.yaml")))
     measured = found.pop("measured")
-    slower = costly(measured["entries"]) - set(found.get("flagos_broken", ()))
-    found["flagos_slower"] = sorted(slower.union(found.get("flagos_slower", ())))
     sittings = {path.name: read_rows(path) for path in sorted(results.glob("triton-*.json"))}
     verdicts = {op: {name: one for name, rows in sittings.items() if (one := judge_triton(op, rows))} for op in sorted(OPERATORS)}
     faster = [op for op, of in verdicts.items() if of and all(accepted for accepted, _ in of.values())]

@@ -13,9 +13,6 @@ from .bench import Choice
 from .judge import BROKEN, FUNCTION, NOT_CALLED, OUTSIDE, SLOWER_SERVED, UNAVAILABLE, USED
 from .profile import values
 
-#: A function with one of these statuses in a model has it on the chip.
-_WORSE = BROKEN | {SLOWER_SERVED}
-
 
 def merge(paths: Sequence[Path]) -> dict[str, Any]:
     """The keys of the sum. An implementation or function is used if each model that calls it uses it. All else is left to SGLang.
@@ -70,8 +67,11 @@ def _implementation(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _worst(statuses: Sequence[str]) -> str:
-    """What holds on the chip. A model that calls a function only outside of graphs does not use it there, whatever it is."""
-    return min(statuses, key=lambda status: (status == OUTSIDE, status == USED, status not in _WORSE, status))
+    """What holds on the chip: the first of wrong, slower when served, all else, used.
+
+    A model that calls a function only outside of graphs does not use it there, whatever it is.
+    """
+    return min(statuses, key=lambda status: (status == OUTSIDE, status == USED, status not in BROKEN, status != SLOWER_SERVED, status))
 
 
 def _with(parts: Mapping[str, Baseline]) -> dict[str, dict[str, str]]:

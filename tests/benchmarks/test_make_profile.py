@@ -84,26 +84,6 @@ def test_all_sittings_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "slower"),
-    [
-        ({"decode/1": -101.0}, ["mul"]),
-        ({"decode/1": -99.0, "prefill/1": 500.0}, []),
-        ({"prefill/32": -5000.0}, []),
-        ({"prefill/1": -101.0}, ["mul"]),
-    ],
-)
-def test_what_costs_a_step_much_is_left_to_pytorch_where_flagos_is_preferred(
-    saved: dict[str, float], slower: list[str], tmp_path: Path
-) -> None:
-    source = yaml.safe_load((make_profile.RESULTS / "profile-nvidia-h200-qwen3-8b.yaml").read_text())
-    source["measured"]["entries"] = {
-        "flag_gems.mul": {"status": "slower", "reason": "r", "packages": ["flag_gems"], "us_saved_in_a_step": saved}
-    }
-    (tmp_path / "profile-a.yaml").write_text(yaml.safe_dump(source | {"flagos_faster": []}))
-    assert yaml.safe_load(make_profile.profile(tmp_path))["flagos_slower"] == slower
-
-
-@pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"op": None}, "Expected `str`"),

@@ -174,7 +174,7 @@ def everything() -> str:
 
 @pytest.mark.parametrize(
     ("named", "environ"),
-    [((), lambda: {"SGLANG_FL_PREFER": "flagos"}), (OFFENDERS.keys() - {"mul"}, lambda: {"SGLANG_FL_FLAGOS_WHITELIST": everything()})],
+    [(set(), lambda: {"SGLANG_FL_PREFER": "flagos"}), (OFFENDERS.keys() - {"mul"}, lambda: {"SGLANG_FL_FLAGOS_WHITELIST": everything()})],
     ids=["what the profile knows as right", "everything"],
 )
 def test_a_server_with_all_of_flaggems_starts(named: set[str], environ: Callable[[], dict[str, str]], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def tuned(path: Path, functions: dict[str, str], with_: dict[str, Any] = WITH, *
 def test_what_each_model_that_calls_it_uses_is_used_on_the_chip(tmp_path: Path, capsys: Any) -> None:
     one = tuned(
         tmp_path / "one.yaml",
-        {"mul": "used", "add": "used", "mm": "slower served", "cos": "tie", "copy_": "used"},
+        {"mul": "used", "add": "used", "mm": "slower served", "cos": "tie", "copy_": "used", "sub": "slower served"},
         rms_norm=("vendor.a", "used"),
         silu_and_mul=("vendor.a", "used"),
         new_gelu=("vendor.a", "not exercised"),
@@ -38,7 +38,7 @@ def test_what_each_model_that_calls_it_uses_is_used_on_the_chip(tmp_path: Path, 
     )
     two = tuned(
         tmp_path / "two.yaml",
-        {"mul": "used", "add": "wrong", "mm": "slower", "copy_": "only outside of graphs"},
+        {"mul": "used", "add": "wrong", "mm": "slower", "copy_": "only outside of graphs", "sub": "wrong"},
         {**WITH, "model": "N", "chip": "Chip 2", "sources": {"b": "1"}},
         rms_norm=("vendor.a", "used"),
         silu_and_mul=("vendor.a", "slower"),
@@ -51,7 +51,7 @@ def test_what_each_model_that_calls_it_uses_is_used_on_the_chip(tmp_path: Path, 
     settings = load_settings({"SGLANG_FL_CONFIG": str(chip)})
     used = {op: order[0] for op, order in settings.op_backends if order != ("sglang",)}
     assert used == {"rms_norm": "impl:vendor.a", "new_gelu": "impl:vendor.b"} and settings.flagos_functions == ("copy_", "mul")
-    assert settings.flagos_broken == ("add",) and settings.flagos_slower == ("mm",)
+    assert settings.flagos_broken == ("add", "sub") and settings.flagos_slower == ("mm",)
     measured = yaml.safe_load(chip.read_text())["measured"]
     assert measured["entries"]["silu_and_mul"]["models"]["two"]["candidates"]["vendor.a"]["status"] == "slower"
     assert measured["models"]["two"]["with"]["chip"] == "Chip 2" and measured["models"]["one"]["confirmed"] == {"decode/1": 1.1}
