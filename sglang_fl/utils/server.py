@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from .processes import end_family
 
 _STARTUP_SECONDS = 600
 _STOP_SECONDS = 15
+_PORTS = range(20000, 32768)
 
 
 class ServerFailed(RuntimeError):
@@ -24,10 +26,15 @@ class ServerFailed(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on.
+
+    A server listens on it a minute later. Until then the kernel may not give it to another program, so it is none of those that the
+    kernel gives to who asks for any: Linux takes these from 32768 on.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        if port_is_free(port):
+            return port
+    raise OSError(f"all ports from {_PORTS.start} to {_PORTS.stop - 1} are in use")
 
 
 def port_is_free(port: int) -> bool:
