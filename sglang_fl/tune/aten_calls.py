@@ -212,7 +212,7 @@ def _kind(spec: Any) -> Any:
         # A list of numbers is a shape. For a list of tensors the length matters.
         return [_kind(item) for item in spec] if any(isinstance(item, dict | list) for item in spec) else ["values"]
     if isinstance(spec, dict) and "shape" in spec:
-        return [len(spec["shape"]), spec["dtype"], spec["device"], _contiguous(spec)]
+        return [len(spec["shape"]), spec["dtype"], spec["device"], is_contiguous(spec["shape"], spec["stride"])]
     if isinstance(spec, dict):
         return {name: _kind(item) for name, item in spec.items()}
     return spec if isinstance(spec, str) else type(spec).__name__
@@ -235,9 +235,9 @@ def nbytes(spec: Any) -> int:
     return sum(math.prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize for tensor in _tensors(spec))
 
 
-def _contiguous(tensor: Mapping[str, Any]) -> bool:
+def is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
     expected = 1
-    for size, step in reversed(list(zip(tensor["shape"], tensor["stride"], strict=True))):
+    for size, step in reversed(list(zip(shape, stride, strict=True))):
         if size != 1 and step != expected:
             return False
         expected *= size
@@ -252,8 +252,9 @@ def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
             return f"[{', '.join(map(one, spec))}]"
         if isinstance(spec, dict) and "shape" in spec:
             shape = "x".join(map(str, spec["shape"])) or "scalar"
+            layout = "" if is_contiguous(spec["shape"], spec["stride"]) else " strided"
             where = " on the host" if spec["device"] == "cpu" else ""
-            return f"{shape} {_SHORT.get(spec['dtype'], spec['dtype'])}{'' if _contiguous(spec) else ' strided'}{where}"
+            return f"{shape} {_SHORT.get(spec['dtype'], spec['dtype'])}{layout}{where}"
         if isinstance(spec, dict):
             return next(iter(map(str, spec.values())))
         return str(spec)

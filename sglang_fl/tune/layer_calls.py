@@ -18,7 +18,7 @@ from ..dispatch.bridge.base import Forward, Routes
 from ..dispatch.bridge.socket import Socket, mark_as_ours
 from ..dispatch.manager import is_capturing
 from ..dispatch.policy import Overrides
-from .aten_calls import signature
+from .aten_calls import is_contiguous, signature
 
 #: The most recorded calls of an operator that are tried: of those in the measured cases, and of the others.
 _MOST_CALLS, _MOST_OTHERS = 12, 4
@@ -183,7 +183,10 @@ def _is_small(value: Any) -> bool:
 
 def _in_words(value: Any) -> str:
     if isinstance(value, TensorSpec):
-        return f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}"
+        layout = "" if is_contiguous(value.shape, value.stride) else " strided"
+        return f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}{layout}"
+    if isinstance(value, (list, tuple)):  # what a router or a dispatcher returns has names
+        return f"({', '.join(map(_in_words, value))})"
     return str(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 

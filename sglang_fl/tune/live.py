@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,6 +45,16 @@ METHOD = "sglang_fl_tune"
 #: At most this many calls of an ATen operator are tried: of those in the measured cases, and of the others.
 _MOST_CALLS, _MOST_OTHERS = 8, 2
 _SOURCE = Source(FILE, "sglang-fl tune")
+
+
+def tell_apart(rows: Sequence[dict[str, Any]], what: str) -> None:
+    """Number calls of the same text. What is measured is kept under a call's text, and each call has its own times."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        name = row[what], row["call"]
+        seen[name] += 1
+        if seen[name] > 1:
+            row["call"] += f" ({seen[name]})"
 
 
 def register_builtins(registry: OpRegistry) -> None:
@@ -194,8 +205,10 @@ class Live:
         _forget_seeds()
         bind_model(self._runner.model, self._device)  # the recording forwards are removed
         self._layers = list(self._layer_recorder.calls.values())
-        layers = [self._layer_row(number, directory) for number in range(len(self._layers))]
-        return {"passes": self._passes, "layers": layers, "functions": self._function_rows(labels)}
+        layers, functions = [self._layer_row(number, directory) for number in range(len(self._layers))], self._function_rows(labels)
+        tell_apart(layers, "class")
+        tell_apart(functions, "key")
+        return {"passes": self._passes, "layers": layers, "functions": functions}
 
     def _layer_row(self, number: int, directory: str | None) -> dict[str, Any]:
         call = self._layers[number]
