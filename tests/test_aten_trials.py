@@ -358,6 +358,8 @@ def test_a_later_call_that_fails_goes_to_pytorch_and_so_do_all_after_it(caplog: 
     told = "silu failed in a later call of aten::silu: ValueError: no configuration; using PyTorch's own kernel"
     assert ("silu", "silu", told.removeprefix("silu ").partition(";")[0]) in on.report.left
     assert [record.getMessage() for record in caplog.records].count(f"ATen operators: {told}") == 1
+    on.exclude("silu", "the other rank cannot")
+    assert [function for _, function, _ in on.report.left].count("silu") == 1, "what had given way is left out once"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), NotImplementedError("no integers")])

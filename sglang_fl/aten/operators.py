@@ -7,7 +7,7 @@ switched alone.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
@@ -177,15 +177,18 @@ class AtenOperators:
         if (library := self._libraries.pop(function, None)) is not None:
             library._destroy()
         self._excluded[function] = reason
-        rows = [(key, function, reason) for key, _ in self._functions.pop(function, ())]
-        replaced = tuple(row for row in self.report.replaced if row[1] != function)
-        self.report = replace(self.report, replaced=replaced, left=(*self.report.left, *rows))
+        self._left({key for key, _ in self._functions.pop(function, ())}, reason)
 
-    def _gave_way(self, function: str, key: str, reason: str) -> None:
+    def _gave_way(self, _: str, key: str, reason: str) -> None:
         """PyTorch's kernel takes an operator's calls from now on."""
-        replaced = tuple(row for row in self.report.replaced if row[0] != key)
-        self.report = replace(self.report, replaced=replaced, left=(*self.report.left, (key, function, reason)))
+        self._left({key}, reason)
         self.changed()
+
+    def _left(self, keys: Set[str], reason: str) -> None:
+        """Report that PyTorch has these operators again, those of them that it did not have already."""
+        kept = tuple(row for row in self.report.replaced if row[0] not in keys)
+        rows = [(key, function, reason) for key, function in self.report.replaced if key in keys]
+        self.report = replace(self.report, replaced=kept, left=(*self.report.left, *rows))
 
     def register_passed(self) -> None:
         """Register FlagGems's functions as they serve where their first call went well. Not to be called while one of them runs."""
