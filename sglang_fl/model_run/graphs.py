@@ -8,6 +8,16 @@ from typing import Any
 PREFILL, DECODE = "prefill", "decode"
 
 
+def captured_of(runner: Any) -> dict[str, Any]:
+    """The phases that SGLang has graphs of, each with what replays them. It drops prefill graphs for some models, GPT-2's for one.
+
+    Args:
+        runner: SGLang's ModelRunner.
+    """
+    found = {PREFILL: runner.prefill_cuda_graph_runner, DECODE: runner.decode_cuda_graph_runner}
+    return {name: graphs for name, graphs in found.items() if graphs is not None and graphs is not runner.eager_runner}
+
+
 class Graphs:
     """The graphs that the server's arguments ask for. Create it after SGLang has published them, and before it loads the model.
 
@@ -56,8 +66,7 @@ class Graphs:
         runner.init_prefill_cuda_graph()
         if current_platform.capabilities.graph_capture:
             runner.init_decode_cuda_graph()
-        found = {PREFILL: runner.prefill_cuda_graph_runner, DECODE: runner.decode_cuda_graph_runner}
-        captured = {name: graphs for name, graphs in found.items() if graphs is not None and graphs is not runner.eager_runner}
+        captured = captured_of(runner)
         for name, graphs in captured.items():
             graphs.execute = self._noted(name, graphs.execute)
         return bool(captured)

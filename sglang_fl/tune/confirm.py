@@ -46,7 +46,8 @@ class Confirmed:
 
     def in_words(self, case: str) -> str:
         ratio, apart = self.speeds[case], self.apart[case]
-        found = "slower" if case in self.slower() else "faster" if ratio > 1 + apart else "no difference can be shown"
+        is_faster = ratio > 1 + max(apart, self.tuned_apart[case])
+        found = "slower" if case in self.slower() else "faster" if is_faster else "no difference can be shown"
         return f"{ratio:.3f} of native's speed: {found} (two starts differ {_by(apart)}, with the profile {_by(self.tuned_apart[case])})"
 
 

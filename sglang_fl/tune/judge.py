@@ -157,10 +157,10 @@ def judge_alone(candidate: Candidate, rows: Sequence[Timed], step_us: Mapping[st
         if saved < (1 - MAX_RATIO) * sum(own):
             lost.append(f"{-saved:.3g} µs slower in a step of {case}")
     shares = {case: saved / step_us[case] for case, saved in candidate.gains.items()}
-    worst = max(rows, key=lambda row: row.ratio[0])
+    slowest = max((row for row in rows if row.ratio[0] > MAX_RATIO and row.ratio[1] > 1), key=lambda row: row.ratio[0], default=None)
     figures = f"{candidate.ratio[1]:.3g} times native's time in the median ({min(medians):.3g} to {max(medians):.3g})"
-    if worst.ratio[0] > MAX_RATIO and worst.ratio[1] > 1:
-        slower = f"{worst.ratio[0]:.3g} times native's time ({worst.call['call']})"
+    if slowest is not None:
+        slower = f"{slowest.ratio[0]:.3g} times native's time ({slowest.call['call']})"
         least, case = min(((share, case) for case, share in shares.items()), default=(0.0, ""))
         if candidate.impl is None and least <= -MOST_LOST:
             candidate.settle(SLOWER_SERVED, f"{slower}, which costs {-100 * least:.2g} % of a step of {case}")

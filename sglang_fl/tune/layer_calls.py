@@ -6,6 +6,7 @@ function in place of an implementation. That refuses the call, and the fallback 
 """
 
 import pickle
+import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -188,6 +189,11 @@ def _in_words(value: Any) -> str:
     if isinstance(value, (list, tuple)):  # what a router or a dispatcher returns has names
         return f"({', '.join(map(_in_words, value))})"
     return str(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def identity_of(key: tuple[Any, ...]) -> str:
+    """All that makes a recorded call another one, as text that is the same in another process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(key))
 
 
 def calls_to_try(calls: list[dict[str, Any]], cases: Set[str]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ It is named in SGLANG_FL_PLUGIN_MODULES and adds a method to SGLang's scheduler,
 
 import functools
 import gc
+import hashlib
 import json
 import logging
 import sys
@@ -32,10 +33,11 @@ from ..dispatch.registry import OpRegistry
 from ..dispatch.types import BackendImplKind, OpImpl
 from ..distributed.ranks import tensor_parallel_ranks
 from ..fingerprint.measured import chip_name, conditions_of
+from ..model_run.graphs import DECODE, PREFILL, captured_of
 from ..utils.packages import package_of
 from . import aten_case
 from .aten_calls import Recorder, describe, heaviest, nbytes, telling
-from .layer_calls import LayerRecorder, RecordedCall
+from .layer_calls import LayerRecorder, RecordedCall, identity_of
 from .timing import Candidate, compare, input_sets
 
 logger = logging.getLogger("sglang_fl")
@@ -47,14 +49,17 @@ _MOST_CALLS, _MOST_OTHERS = 8, 2
 _SOURCE = Source(FILE, "sglang-fl tune")
 
 
-def tell_apart(rows: Sequence[dict[str, Any]], what: str) -> None:
-    """Number calls of the same text. What is measured is kept under a call's text, and each call has its own times."""
-    seen: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        name = row[what], row["call"]
-        seen[name] += 1
-        if seen[name] > 1:
-            row["call"] += f" ({seen[name]})"
+def tell_apart(rows: Sequence[tuple[dict[str, Any], str]], what: str) -> None:
+    """Mark calls of the same text. What is measured is kept under a call's text, also for later engines, and each call has its own times.
+
+    Args:
+        rows: of each call also all that makes it another call, such as strides.
+        what: the key of a row that names what is called.
+    """
+    texts = Counter((row[what], row["call"]) for row, _ in rows)
+    for row, identity in rows:
+        if texts[row[what], row["call"]] > 1:
+            row["call"] += f" #{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
 
 
 def register_builtins(registry: OpRegistry) -> None:
@@ -80,7 +85,6 @@ class Live:
 
     def __init__(self, scheduler: Any):
         from sglang.srt.platforms import current_platform
-        from sglang.srt.runtime_context import get_exec
 
         refuse(tune_problems())
         # On a CPU SGLang collects garbage whenever it flushes its cache, in half a second with all that was imported.
@@ -93,9 +97,8 @@ class Live:
         self._settings = startup.settings_in_worker(self._device)
         self._ranks = tensor_parallel_ranks()
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        graphs = getattr(get_exec().graph, "cuda_graph_config", None)
         #: phase -> whether SGLang replays graphs in it
-        self._graphs = {phase: graphs is not None and getattr(graphs, phase).backend != "disabled" for phase in ("prefill", "decode")}
+        self._graphs = {phase: phase in captured_of(self._runner) for phase in (PREFILL, DECODE)}
         self._layers: list[RecordedCall] = []
         self._functions: list[dict[str, Any]] = []
 
@@ -206,8 +209,8 @@ class Live:
         bind_model(self._runner.model, self._device)  # the recording forwards are removed
         self._layers = list(self._layer_recorder.calls.values())
         layers, functions = [self._layer_row(number, directory) for number in range(len(self._layers))], self._function_rows(labels)
-        tell_apart(layers, "class")
-        tell_apart(functions, "key")
+        tell_apart(list(zip(layers, map(identity_of, self._layer_recorder.calls), strict=True)), "class")
+        tell_apart([(row, json.dumps([row["args"], row["kwargs"]])) for row in functions], "key")
         return {"passes": self._passes, "layers": layers, "functions": functions}
 
     def _layer_row(self, number: int, directory: str | None) -> dict[str, Any]:

@@ -200,18 +200,18 @@ class Tuning:
                 self.outcome.candidates.append(candidate)
         functions: dict[str, list[dict[str, Any]]] = {}
         for row in found["functions"]:
-            if row["function"] is not None and (about["scope"] == "everywhere" or self._in_graph(row)):
-                functions.setdefault(row["function"], []).append(row)
+            per_pass = {label: n for label, n in row["per_pass"].items() if about["scope"] == "everywhere" or self._is_in_graph(label)}
+            if row["function"] is not None and per_pass:
+                functions.setdefault(row["function"], []).append({**row, "per_pass": per_pass})
         off = os.environ.get("USE_FLAGGEMS", "").strip() == "0"
         self.outcome.candidates += [Candidate(name, None, ["flag_gems"], rows) for name, rows in functions.items() if not off]
         self.outcome.not_exercised = sorted({*OPERATORS, *about["implementations"]} - layers.keys())
         measures = self._job.baseline.measures
         self.outcome.candidates = [candidate for candidate in self.outcome.candidates if measures(candidate.entry)]
 
-    def _in_graph(self, row: Mapping[str, Any]) -> bool:
-        """Whether a call is made in a graph that SGLang replays."""
-        graphs = self.outcome.about["graphs"]
-        return any(graphs[label.partition("/")[0]] for label in row["per_pass"] if not label.endswith(" outside"))
+    def _is_in_graph(self, label: str) -> bool:
+        """Whether the calls of a step are in a graph that SGLang replays."""
+        return not label.endswith(" outside") and bool(self.outcome.about["graphs"][label.partition("/")[0]])
 
     @property
     def _open(self) -> list[Candidate]:
@@ -281,7 +281,8 @@ class Tuning:
                 uncaptured = f"PyTorch's own call cannot be captured in a graph: {why} ({call['call']})"
                 candidate.calls = [other for other in candidate.calls if other is not call]
                 continue
-            row = timed(call, found["own"], found["theirs"], self._in_graph(call)) if "own" in found else (UNDECIDED, found["error"])
+            in_graph = any(map(self._is_in_graph, call["per_pass"]))
+            row = timed(call, found["own"], found["theirs"], in_graph) if "own" in found else (UNDECIDED, found["error"])
             if isinstance(row, tuple):
                 candidate.settle(row[0], f"{row[1]} ({call['call']})")
                 return
@@ -361,9 +362,7 @@ class Tuning:
             gone = baseline.entries.keys() & replaced - decided - undecided
             outcome.dropped |= {name: "the model does not call it any more" for name in gone if name not in outcome.dropped}
         outcome.left = frozenset(baseline.entries.keys() - replaced - outcome.dropped.keys())
-        chosen = choice_of(
-            [candidate for candidate in outcome.candidates if candidate.status == USED and candidate.entry not in outcome.left]
-        )
+        chosen = choice_of([one for one in outcome.candidates if one.status == USED and one.entry not in outcome.left])
         kept = self._kept()
         outcome.used = Choice.of({**dict(kept.impls), **dict(chosen.impls)}, [*kept.functions, *chosen.functions])
 

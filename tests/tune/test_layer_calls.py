@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How recorded calls are told apart: what is measured is kept under their text."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,15 @@ def test_a_part_of_a_wider_tensor_is_another_call() -> None:
     assert (whole, part) == ("4x8 float32", "4x8 float32 strided")
 
 
-def test_calls_of_the_same_text_are_numbered() -> None:
-    rows = [{"class": "A", "call": "4x8"}, {"class": "A", "call": "4x8"}, {"class": "B", "call": "4x8"}, {"class": "A", "call": "4x8"}]
-    tell_apart(rows, "class")
-    assert [row["call"] for row in rows] == ["4x8", "4x8 (2)", "4x8", "4x8 (3)"]
+def test_calls_of_the_same_text_are_marked_in_any_order() -> None:
+    """An engine that starts later may meet them in another order."""
+
+    def texts(*strides: int) -> dict[int, str]:
+        rows = [({"class": "A", "call": "4x8 strided"}, f"({stride}, 1)") for stride in strides]
+        tell_apart([*rows, ({"class": "B", "call": "4x8 strided"}, "(16, 1)")], "class")
+        return {stride: row["call"] for stride, (row, _) in zip(strides, rows, strict=True)}
+
+    found = texts(16, 32)
+    assert found == texts(32, 16) and len(set(found.values())) == 2
+    assert all(re.fullmatch("4x8 strided #[0-9a-f]{6}", text) for text in found.values())
+    assert texts(16) == {16: "4x8 strided"}

@@ -210,6 +210,10 @@ class TestAlone:
         found = self.judged(row(0.5), row(0.5), row(1.1))
         assert found.status == SLOWER and "1.1 times native's time (1x64)" in found.reason
 
+    def test_a_call_of_which_nothing_is_known_hides_no_slow_one(self) -> None:
+        found = self.judged(*[row(0.5)] * 6, row(1.5, spread=0.05), row(1.6, spread=0.8))
+        assert found.status == SLOWER and "1.5 times native's time" in found.reason
+
     def test_a_function_that_costs_much_of_a_step_is_slower_where_it_serves(self) -> None:
         """So that ``prefer: flagos`` leaves it to PyTorch; an implementation has an order of its own."""
         found = self.judged(row(2.1), impl=None)
@@ -602,6 +606,12 @@ def test_starts_that_differ_more_than_twofold_still_show_what_is_far_slower() ->
     assert Speed(0.2, 0.1, 0.3, 8).is_slower(1.5) and not Speed(0.5, 0.4, 0.6, 8).is_slower(1.5)
 
 
+def test_what_its_own_starts_do_not_repeat_is_not_called_faster() -> None:
+    speeds, apart = {"decode/1": 1.15}, {"decode/1": 0.07}
+    assert "faster (two" in Confirmed(speeds, apart, {"decode/1": 0.1}).in_words("decode/1")
+    assert "no difference can be shown" in Confirmed(speeds, apart, {"decode/1": 0.18}).in_words("decode/1")
+
+
 def test_a_profile_that_is_slower_on_fresh_starts_is_none() -> None:
     apart = {"decode/1": 0.05, "prefill/1": 0.05}
     assert Confirmed({"decode/1": 0.9, "prefill/1": 0.99}, apart, apart).slower() == {"decode/1": 0.9}
@@ -701,3 +711,23 @@ def test_what_the_time_does_not_suffice_for_stays_with_sglang(tmp_path: Path, ki
         assert (candidate.status, candidate.reason, found.used) == (UNDECIDED, found.incomplete, NATIVE)
     profile.write(tmp_path / "profile.yaml", found, Baseline())
     assert (measured_in(tmp_path / "profile.yaml") or {})["incomplete"] == found.incomplete
+
+
+def test_a_function_is_judged_by_the_phases_that_have_graphs(tmp_path: Path) -> None:
+    """With ``flagos_scope: graphs`` it runs nowhere else. SGLang has no prefill graphs of GPT-2."""
+
+    def row_of(function: str, **per_pass: int) -> dict[str, Any]:
+        of_steps = {f"{phase}/1": count for phase, count in per_pass.items()}
+        return {"function": function, "key": function, "args": [], "kwargs": {}, "call": "8", "bytes": 8, "number": 0, "per_pass": of_steps}
+
+    journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
+    functions = [row_of("mul", prefill=48, decode=2), row_of("tanh", prefill=48)]
+    journal.measured("record", "calls", lambda: {"layers": [], "functions": functions})
+    bench: Any = PlantedBench({})
+    about = {**outcome().about, "implementations": {}, "scope": "graphs", "graphs": {"prefill": False, "decode": True}}
+    bench.about, bench.know = lambda: about, lambda about: None
+    tuning = Tuning(Job(tmp_path), bench, journal, lambda text: None, lambda path, outcome: None)
+    tuning.budget = OverBefore("check")
+    (candidate,) = tuning.run().candidates
+    journal.close()
+    assert candidate.name == "mul" and [call["per_pass"] for call in candidate.calls] == [{"decode/1": 2}]
