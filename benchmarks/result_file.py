@@ -46,12 +46,12 @@ def command() -> str:
 
 
 def source_hash() -> str:
-    """What was measured, and by what: changes with any line of sglang_fl or of the benchmarks."""
+    """What was measured, and by what: changes with any line of sglang_fl, its profiles included, or of the benchmarks."""
     import sglang_fl
 
     found = hashlib.sha256()
-    for root in (Path(sglang_fl.__file__).parent, Path(__file__).parent):
-        for path in sorted(root.rglob("*.py")):
+    for root, kinds in ((Path(sglang_fl.__file__).parent, ("*.py", "*.yaml")), (Path(__file__).parent, ("*.py",))):
+        for path in sorted(path for kind in kinds for path in root.rglob(kind)):
             found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
