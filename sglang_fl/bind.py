@@ -31,7 +31,7 @@ logger = logging.getLogger("sglang_fl")
 _binder: Binder | None = None
 #: What the log said last of what holds for all models of a process, a draft too.
 _told: dict[str, str] = {}
-#: A model's class -> what says anew what it runs on.
+#: A model's name, see _name_of -> what says anew what it runs on.
 _announcements: dict[str, Callable[[], object]] = {}
 
 
@@ -51,7 +51,8 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     captures_graphs = _captures(execution, "decode", "prefill") or bool(get_disagg().enable_pd_role_switch)
     if getattr(execution.graph, "debug_cuda_graph", False):  # each graph is empty, and the model runs eagerly at each replay
         captures_graphs = False
-    dispatch_log().begin(type(model).__name__)
+    name = _name_of(model)
+    dispatch_log().begin(name)
     ranks = tensor_parallel_ranks()
     excluded = _excluded(settings, device, ranks)
     replaced = replace_operators(
@@ -77,7 +78,6 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
             "small batches (--torch-compile-max-bs); bound layers run in all other batches",
         )
     _tell(level, "replaced", replaced.summary())
-    name = type(model).__name__
     announce(server_facts(name, settings, device, report, replaced, kernels, excluded), level)
     if operators is not None:  # a capture, or a first pass, may give functions back to PyTorch
         _announcements[name] = lambda: announce(server_facts(name, settings, device, report, operators.report, kernels, excluded), level)
@@ -85,6 +85,15 @@ def bind_model(model: torch.nn.Module, device: Device) -> BindReport:
     if level == logging.INFO:  # on one rank
         warn_of_changes(settings, lambda: conditions_of(getattr(model, "config", None), chip_name(device), ranks.count))
     return report
+
+
+def _name_of(model: torch.nn.Module) -> str:
+    """Its class, and whether it is a draft model: that may be of its target's class."""
+    from sglang.srt.runtime_context import get_flags
+
+    # It is among SGLang's flags of experts, and set while any draft model is loaded.
+    is_draft = getattr(get_flags().moe, "in_speculative_scope", False)
+    return f"{type(model).__name__} (draft)" if is_draft else type(model).__name__
 
 
 def _tell(level: int, what: str, line: str) -> None:

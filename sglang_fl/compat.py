@@ -74,6 +74,7 @@ LAYERS: Shapes = {
     "sglang.srt.layers.rotary_embedding.mrope:MRotaryEmbedding.forward_native": "self positions query key fused_set_kv_buffer_arg",
     "sglang.srt.runtime_context:get_disagg": "",
     "sglang.srt.runtime_context:get_exec": "",
+    "sglang.srt.runtime_context:get_flags": "",
     "sglang.srt.layers.moe.topk:TopK.forward_native": (
         "self hidden_states router_logits num_token_non_padded expert_location_dispatch_info dynamic_expert_bias router_logits_partials"
     ),

@@ -32,6 +32,20 @@ def tree(module: str) -> ast.Module:
     return ast.parse(_texts()[module])
 
 
+def trees_below(package: str) -> dict[str, ast.Module]:
+    """Of each module of a package, by its name."""
+    files = (_folder() / package.replace(".", "/")).rglob("*.py")
+    return {
+        str(file.relative_to(_folder()).with_suffix("")).replace("/", "."): ast.parse(file.read_text(encoding="utf-8")) for file in files
+    }
+
+
+def calls_with(node: ast.AST, argument: str) -> list[ast.Call]:
+    """Calls that pass True by this name."""
+    calls = [found for found in ast.walk(node) if isinstance(found, ast.Call)]
+    return [call for call in calls if any(word.arg == argument and text(word.value) == "True" for word in call.keywords)]
+
+
 def text(node: ast.AST) -> str:
     return ast.unparse(node)
 

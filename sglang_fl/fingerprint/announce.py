@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server says what it runs: one line in its log, and one metric in SGLang's own Prometheus output."""
 
+import datetime
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from ..config import Settings
 from ..device import Device
 from ..dispatch.bridge.report import BindReport
 from ..dispatch.kernel_implementations import is_kernel
-from .compare import MARK
+from .compare import MARK, STARTED
 from .facts import fingerprint, machine_facts
 
 logger = logging.getLogger("sglang_fl")
@@ -21,7 +22,9 @@ logger = logging.getLogger("sglang_fl")
 METRIC = "sglang_fl_info"
 _LABELS = ("fingerprint", "model", "sglang_fl", "sglang", "chip", "profile", "bindings", "aten_functions", "left_out")
 _gauge: Any = None
-#: A model's class -> the labels of its current sample.
+#: When this process loaded sglang-fl. In a log, it tells one start's lines from another's.
+_started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+#: A model's name -> the labels of its current sample.
 _samples: dict[str, Any] = {}
 
 
@@ -37,7 +40,7 @@ def announce(facts: dict[str, Any], log_level: int) -> str:
         the fingerprint.
     """
     mark = fingerprint(facts)
-    logger.log(log_level, "%s%s of %s: %s", MARK, mark, facts["model"], json.dumps(facts))
+    logger.log(log_level, "%s%s of %s: %s", MARK, mark, facts["model"], json.dumps({STARTED: _started, **facts}))
     if _metrics_are_on():
         _set_metric(mark, facts)
     return mark
@@ -55,7 +58,7 @@ def server_facts(
     """What a server runs, in the shape of ``sglang-fl ops --json``.
 
     Args:
-        model: the name of its class.
+        model: the name of its class; of a draft model with `` (draft)`` after it.
         kernels: implementation -> the kernels outside of SGLang's layers that run on it.
         excluded: what ended an earlier start -> what happened.
     """

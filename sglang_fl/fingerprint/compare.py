@@ -11,6 +11,8 @@ from ..config import SettingsError
 
 #: The text before a fingerprint and its facts in a server's log.
 MARK = "sglang-fl: fingerprint "
+#: In a log, the key of the time when the process started. Logs of earlier versions do not have it.
+STARTED = "started"
 _TYPES = {"device": str, "evidence": str, "profile": str, "versions": dict, "settings": dict, "operators": list, "aten_functions": list}
 _TYPES |= {"aten_scope": str, "left_out": dict}
 #: What is compared, causes first, and the text for a side that does not have it.
@@ -39,6 +41,9 @@ class Difference:
 def read(path: Path) -> list[dict[str, Any]]:
     """The facts in a file: the output of ``sglang-fl ops --json``, or a server's log, which has them for each model.
 
+    Of a log that has several starts, those of the last. A start's models are in the order in which they were loaded, so a draft comes
+    after its target.
+
     Raises:
         SettingsError: the file cannot be read, or has none.
     """
@@ -46,19 +51,19 @@ def read(path: Path) -> list[dict[str, Any]]:
         text = path.expanduser().read_text(encoding="utf-8-sig", errors="replace")
     except (OSError, RuntimeError) as error:
         raise SettingsError(f"--diff: {str(path)!r} cannot be read: {error}") from None
-    found: dict[str, dict[str, Any]] = {}
+    found: list[tuple[str | None, dict[str, Any]]] = []
     for line in [text] if MARK not in text else [line.partition(MARK)[2].partition(": ")[2] for line in text.splitlines() if MARK in line]:
         try:
             facts = json.loads(line)
         except ValueError:
             continue  # a truncated line
         if _is_facts(facts):
-            found.pop(facts.get("model", ""), None)
-            found[facts.get("model", "")] = facts  # the last start in the log, and last
+            found.append((facts.pop(STARTED, None), facts))
     if not found:
         message = f"--diff: {str(path)!r} is neither what 'sglang-fl ops --json' prints nor a server's log with a line {MARK.strip()!r}"
         raise SettingsError(message)
-    return list(found.values())
+    last_start, _ = found[-1]
+    return list({facts.get("model", ""): facts for started, facts in found if started == last_start}.values())
 
 
 def _is_facts(data: Any) -> bool:

@@ -17,7 +17,8 @@ from sglang_fl.config import SettingsError, load_settings
 from sglang_fl.device import Device
 from sglang_fl.dispatch.bridge.report import BindReport
 from sglang_fl.fingerprint import compare, fingerprint, read, versions
-from sglang_fl.fingerprint.announce import METRIC, _set_metric, announce, server_facts
+from sglang_fl.fingerprint.announce import METRIC, _set_metric, _started, announce, server_facts
+from sglang_fl.fingerprint.compare import Difference
 
 NVIDIA = Device("nvidia", "cuda", "cuda", "card 'NVIDIA H100'")
 CUDA, REFERENCE = "vendor(vendor.cuda)", "reference(reference.torch)"
@@ -35,9 +36,15 @@ def facts(**environ: str) -> dict[str, Any]:
     return server_facts("Qwen3ForCausalLM", settings, NVIDIA, BOUND, REPLACED)
 
 
-def log_of(path: Path, *models: dict[str, Any]) -> Path:
+def runs(model: str, destination: str) -> dict[str, Any]:
+    """The facts of a model that has one operator."""
+    return {**facts(), "model": model, "operators": [{"op": "rms_norm", "picked": destination, "runs_on": [destination]}]}
+
+
+def log_of(path: Path, *models: dict[str, Any], started: str | None = None) -> Path:
+    start = {} if started is None else {"started": started}
     lines = [
-        f"[2026-11-28 11:50:00 TP0] sglang-fl: fingerprint {fingerprint(found)} of {found['model']}: {json.dumps(found)}"
+        f"[2026-11-28 11:50:00 TP0] sglang-fl: fingerprint {fingerprint(found)} of {found['model']}: {json.dumps({**start, **found})}"
         for found in models
     ]
     path.write_text("\n".join(["[2026-11-28 11:49:59] INFO: loading", *lines, "ready"]))
@@ -103,7 +110,7 @@ def test_why_an_operator_stays_with_sglang_is_shown_and_is_no_difference(tmp_pat
     assert compare(read(log_of(tmp_path / "a", facts())), read(log_of(tmp_path / "b", other))) == []
 
 
-def test_the_last_start_in_a_log_counts_and_a_cut_line_does_not(tmp_path: Path) -> None:
+def test_what_was_announced_last_counts_and_a_cut_line_does_not(tmp_path: Path) -> None:
     earlier, draft = facts(SGLANG_FL_STRICT="1"), {**facts(), "model": "LlamaForCausalLMEagle3"}
     log = log_of(tmp_path / "log", earlier, facts(), draft)
     log.write_text(log.read_text() + '\nsglang-fl: fingerprint 0123456789ab of Qwen3ForCausalLM: {"model": "Qwen3For')
@@ -116,9 +123,37 @@ def test_the_last_start_in_a_log_counts_and_a_cut_line_does_not(tmp_path: Path) 
     }
 
 
-def test_a_model_that_is_served_again_is_the_last(tmp_path: Path) -> None:
-    other, again = {**facts(), "model": "LlamaForCausalLM"}, facts(SGLANG_FL_STRICT="1")
-    assert read(log_of(tmp_path / "log", facts(), other, again)) == [other, again]
+def test_a_target_and_a_draft_of_the_same_class_are_compared_each(tmp_path: Path) -> None:
+    draft = runs("Qwen3ForCausalLM (draft)", "sglang")
+    logs = [log_of(tmp_path / to, runs("Qwen3ForCausalLM", to), draft, started="11:50") for to in (REFERENCE, CUDA)]
+    assert compare(*map(read, logs)) == [Difference("operator", "rms_norm", REFERENCE, CUDA)]
+
+
+def test_the_last_start_in_a_log_counts(tmp_path: Path) -> None:
+    served, draft = facts(), runs("LlamaForCausalLMEagle3 (draft)", CUDA)
+    earlier = [runs("LlamaForCausalLM", REFERENCE), facts(SGLANG_FL_STRICT="1"), draft]
+    texts = [
+        log_of(tmp_path / "log", *found, started=started).read_text()
+        for started, found in ((None, earlier), ("2026-11-28T11:50:00+00:00", earlier), ("2026-11-28T11:55:00+00:00", [served]))
+    ]
+    (tmp_path / "log").write_text("\n".join(texts))
+    assert read(tmp_path / "log") == [served]
+
+
+def test_replicas_that_start_together_are_read_apart(tmp_path: Path) -> None:
+    target, draft = runs("Qwen3ForCausalLM", REFERENCE), runs("Qwen3ForCausalLM (draft)", CUDA)
+    turns = [(target, "11:50:00"), (target, "11:50:01"), (draft, "11:50:00"), (draft, "11:50:01")]
+    (tmp_path / "log").write_text("\n".join(log_of(tmp_path / "line", found, started=started).read_text() for found, started in turns))
+    assert read(tmp_path / "log") == [target, draft]
+
+
+@pytest.mark.parametrize("started", ["2026-11-28T11:50:00+00:00", None])
+def test_a_target_that_is_announced_again_stays_the_target(started: str | None, tmp_path: Path) -> None:
+    target, draft = runs("Qwen3ForCausalLM", REFERENCE), runs("LlamaForCausalLMEagle3 (draft)", CUDA)
+    again = {**target, "left_out": {"mm": "it raised in a capture"}}
+    twice = read(log_of(tmp_path / "twice", target, draft, again, started=started))
+    assert twice == [again, draft]
+    assert compare(twice, read(log_of(tmp_path / "once", again, draft, started=started))) == []
 
 
 def test_an_implementation_that_ended_an_earlier_start_is_left_out() -> None:
@@ -181,13 +216,27 @@ def test_without_a_server_there_is_a_log_line_and_no_metric(caplog: pytest.LogCa
     assert line.startswith(f"sglang-fl: fingerprint {mark} of Qwen3ForCausalLM: ")
     (tmp_path / "log").write_text(line)
     assert read(tmp_path / "log") == [facts()] and mark == fingerprint(facts())
+    assert json.loads(line.partition(" of Qwen3ForCausalLM: ")[2])["started"] == _started
+
+
+def samples(model: str) -> list[Any]:
+    from prometheus_client import REGISTRY
+
+    found = [sample for family in REGISTRY.collect() for sample in family.samples if sample.name == METRIC]
+    return [sample for sample in found if sample.labels["model"].startswith(model)]
 
 
 def test_the_metric_shows_what_runs_now() -> None:
-    from prometheus_client import REGISTRY
-
     earlier, now = facts(), {**facts(), "left_out": {"mm": "it raised in a capture"}}
     for found in (earlier, now):
         _set_metric(fingerprint(found), found)
-    samples = [sample for family in REGISTRY.collect() for sample in family.samples if sample.name == METRIC]
-    assert {(sample.labels["left_out"], sample.value) for sample in samples} == {("pad", 0), ("mm", 1)}
+    assert {(sample.labels["left_out"], sample.value) for sample in samples("Qwen3")} == {("pad", 0), ("mm", 1)}
+
+
+def test_a_target_and_a_draft_of_the_same_class_have_a_sample_each() -> None:
+    for found in (runs("LlamaForCausalLM", REFERENCE), runs("LlamaForCausalLM (draft)", "sglang")):
+        _set_metric(fingerprint(found), found)
+    assert {(sample.labels["model"], sample.labels["bindings"], sample.value) for sample in samples("Llama")} == {
+        ("LlamaForCausalLM", f"rms_norm={REFERENCE}", 1),
+        ("LlamaForCausalLM (draft)", "rms_norm=sglang", 1),
+    }

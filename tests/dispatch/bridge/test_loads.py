@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each load of a model is bound by its own settings and mode; what is recorded is what ran."""
 
+import ast
 import gc
+import inspect
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import Any
 
 import planted_gems
 import pytest
+import sglang_source as source
 import torch
 from implementations import manager_of, unchanged
 from torch import nn
@@ -21,6 +24,7 @@ from sglang_fl.dispatch import BackendImplKind, OpImpl, PolicyManager, Selection
 from sglang_fl.dispatch.bridge.binder import Binder
 from sglang_fl.dispatch.bridge.recording import RecordingFunction
 from sglang_fl.dispatch.bridge.socket import Load
+from sglang_fl.fingerprint.compare import MARK
 
 from .sglang_layers import HIDDEN, Model, sglang_class
 
@@ -32,6 +36,7 @@ def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(startup, "_current", None)
     monkeypatch.setattr(bind, "_binder", None)
     monkeypatch.setattr(bind, "_told", {})
+    monkeypatch.setattr(bind, "_announcements", {})
     # Hooks in SGLang's modules would outlive the test.
     monkeypatch.setattr(bind, "bind_kernels", lambda device, *, deterministic: {})
     monkeypatch.setattr("sglang_fl.aten.scope._hook", lambda target, function: None)
@@ -145,6 +150,39 @@ def test_what_holds_for_a_draft_too_is_told_once(
     told = "sglang-fl: no ATen operator is replaced: flagos_scope is graphs" if debug else "sglang-fl: FlagGems replaces "
     assert len([message for message in caplog.messages if message.startswith(told)]) == 1
     assert ("and this server captures none" in caplog.text) is debug
+
+
+def test_a_draft_of_its_targets_class_is_announced_beside_it(
+    mode: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.runtime_context import get_flags
+
+    startup.apply(Settings(prefer="flagos", flagos_scope="everywhere"), CPU)
+    monkeypatch.setattr("sglang_fl.aten.layer.why_not_here", lambda device: None)
+    with caplog.at_level("INFO", "sglang_fl"), planted_gems.in_place_of_flaggems(planted_gems.gems()):
+        bind.bind_model(Model(norm()), CPU)
+        with monkeypatch.context() as while_it_drafts:
+            while_it_drafts.setattr(get_flags().moe, "in_speculative_scope", True)
+            bind.bind_model(Model(norm()), CPU)
+        bind._announce_again()  # as when a function is given back to PyTorch
+        restore_operators()
+    announced = [message.partition(": {")[0].partition(" of ")[2] for message in caplog.messages if message.startswith(MARK)]
+    assert announced == ["Model", "Model (draft)"] * 2
+
+
+def test_sglang_loads_each_draft_in_the_scope_that_tells_it_from_its_target() -> None:
+    """And only drafts."""
+    from sglang.srt.layers.moe.utils import draft_model_build_scope
+
+    drafts, in_scope = [], []
+    for module, tree in source.trees_below("speculative").items():
+        scopes = [
+            node for node in ast.walk(tree) if isinstance(node, ast.With) and "draft_model_build_scope()" in map(source.text, node.items)
+        ]
+        in_scope += [(module, source.text(call)) for scope in scopes for call in source.calls_with(scope, "is_draft_worker")]
+        drafts += [(module, source.text(call)) for call in source.calls_with(tree, "is_draft_worker")]
+    assert len(drafts) >= 5 and drafts == in_scope
+    assert "moe.in_speculative_scope = True" in inspect.getsource(draft_model_build_scope)
 
 
 @pytest.mark.parametrize(("decode", "prefill", "compiles"), [("full", "disabled", True), ("disabled", "breakable", False)])
