@@ -418,22 +418,24 @@ def test_a_strict_start_stops_if_it_would_use_what_ended_an_earlier_one(settings
             found.enable()
 
 
-def test_a_switch_that_is_interrupted_can_be_made_again() -> None:
+@pytest.mark.parametrize(("raised", "goes_up"), [(KeyboardInterrupt(), KeyboardInterrupt), (ValueError("no room for it"), RuntimeError)])
+def test_a_switch_that_fails_leaves_it_off_and_can_be_made_again(raised: BaseException, goes_up: type[BaseException]) -> None:
+    def fails(*args: Any) -> None:
+        raise raised
+
     found = operators(graphs=False)
     with planted(), found:
         found.switch("mul", False)
-        register, found._registrar.register = found._registrar.register, interrupted
-        with pytest.raises(KeyboardInterrupt):
+        register, found._registrar.register = found._registrar.register, fails
+        with pytest.raises(goes_up):
             found.switch("mul", True)
         found._registrar.register = register
-        found.switch("mul", True)
         planted_gems.calls.clear()
         torch.ones(2) * 3
+        assert not planted_gems.calls.get("mul")
+        found.switch("mul", True)
+        torch.ones(2) * 3
         assert planted_gems.calls["mul"]
-
-
-def interrupted(*args: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_what_torch_compile_leaves_to_aten_is_flaggems() -> None:

@@ -150,7 +150,10 @@ class AtenOperators:
         if function not in self._functions:
             raise ValueError(f"FlagGems replaces nothing with {function!r} here{suggest(function, list(self._functions))}")
         if on and function not in self._libraries:
+            rows = self._functions[function]
             if failed := self._register(function):
+                self._libraries.pop(function)._destroy()
+                self._functions[function] = rows
                 raise RuntimeError("; ".join(f"aten::{key}: {reason}" for key, reason in failed.items()))
         elif not on and function in self._libraries:
             self._libraries.pop(function)._destroy()
