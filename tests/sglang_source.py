@@ -15,16 +15,18 @@ def _folder() -> Path:
     return Path(found.submodule_search_locations[0]) / "srt"
 
 
+def _modules(package: str = "") -> Iterator[tuple[str, str]]:
+    """The name and the text of each module of a package."""
+    folder = _folder()
+    for file in (folder / package.replace(".", "/")).rglob("*.py"):
+        name = str(file.relative_to(folder).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        yield name, file.read_text(encoding="utf-8")
+
+
 @cache
 def _texts() -> dict[str, str]:
     """Of each module that has to do with graphs, by its name."""
-    folder = _folder()
-    texts = ((file, file.read_text(encoding="utf-8")) for file in folder.rglob("*.py"))
-    return {
-        str(file.relative_to(folder).with_suffix("")).replace("/", ".").removesuffix(".__init__"): text
-        for file, text in texts
-        if re.search(r"[Gg]raph", text)
-    }
+    return {name: text for name, text in _modules() if re.search(r"[Gg]raph", text)}
 
 
 @cache
@@ -34,10 +36,7 @@ def tree(module: str) -> ast.Module:
 
 def trees_below(package: str) -> dict[str, ast.Module]:
     """Of each module of a package, by its name."""
-    files = (_folder() / package.replace(".", "/")).rglob("*.py")
-    return {
-        str(file.relative_to(_folder()).with_suffix("")).replace("/", "."): ast.parse(file.read_text(encoding="utf-8")) for file in files
-    }
+    return {name: ast.parse(text) for name, text in _modules(package)}
 
 
 def calls_with(node: ast.AST, argument: str) -> list[ast.Call]:

@@ -150,10 +150,8 @@ class AtenOperators:
         if function not in self._functions:
             raise ValueError(f"FlagGems replaces nothing with {function!r} here{suggest(function, list(self._functions))}")
         if on and function not in self._libraries:
-            rows = self._functions[function]
             if failed := self._register(function):
                 self._libraries.pop(function)._destroy()
-                self._functions[function] = rows
                 raise RuntimeError("; ".join(f"aten::{key}: {reason}" for key, reason in failed.items()))
         elif not on and function in self._libraries:
             self._libraries.pop(function)._destroy()
@@ -182,7 +180,7 @@ class AtenOperators:
         self._excluded[function] = reason
         self._left({key for key, _ in self._functions.pop(function, ())}, reason)
 
-    def _gave_way(self, _: str, key: str, reason: str) -> None:
+    def _gave_way(self, key: str, reason: str) -> None:
         """PyTorch's kernel takes an operator's calls from now on."""
         self._left({key}, reason)
         self.changed()
@@ -247,8 +245,9 @@ class AtenOperators:
                     kernel = self._kernels[key] = native_kernel(key, self._registrar.reg_key)
                     self._tried[key] = self.trials.tried(function, key, fn, kernel)
                     self._served[key] = self.trials.served(function, key, fn, kernel, strict=self.settings.strict)
-        for function in list(self._functions):
-            failed |= self._register(function)
+        for function, rows in self._functions.items():
+            failed |= (refused := self._register(function))
+            self._functions[function] = [(key, fn) for key, fn in rows if key not in refused]
         replaced = {key: name for name, rows in self._functions.items() for key, _ in rows}
         left = [
             (key, function, failed.get(key) or _exclusion_reason(gems, self.settings, key, function))
@@ -260,7 +259,7 @@ class AtenOperators:
         self.report = AtenReport(tuple(replaced.items()), tuple(left))
 
     def _register(self, function: str) -> dict[str, str]:
-        """Register a function; its operators that cannot be are dropped, and returned with the reason."""
+        """Register a function. Returns those of its operators that PyTorch does not take, with the reason."""
         registrar, failed = self._registrar, {}
         registrar.lib = library = torch.library.Library("aten", "IMPL")
         try:
@@ -273,8 +272,6 @@ class AtenOperators:
             library._destroy()
             raise
         self._libraries[function] = library
-        if failed:
-            self._functions[function] = [(key, fn) for key, fn in self._functions[function] if key not in failed]
         return failed
 
     def _registered(self, function: str, key: str, fn: Function) -> Function:

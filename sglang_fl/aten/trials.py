@@ -48,8 +48,8 @@ class Trials:
         self.in_capture = False
         #: Whether the model runs on dummy data, so that a half-finished call may be repeated.
         self.on_scratch_data = False
-        #: Told of an operator that PyTorch's kernel has taken over in a later call: function, operator, what happened.
-        self.gave_way: Callable[[str, str, str], object] = lambda *_: None
+        #: Told of an operator that PyTorch's kernel has taken over in a later call, and what happened.
+        self.gave_way: Callable[[str, str], object] = lambda *_: None
         self._thread = _Thread()
 
     @contextlib.contextmanager
@@ -120,7 +120,7 @@ class Trials:
                 result = native(*args, **kwargs)  # raises where the call itself is wrong
                 called = native
             logger.warning("ATen operators: %s %s; using PyTorch's own kernel", function, what)
-            self.gave_way(function, key, what)
+            self.gave_way(key, what)
             return result
 
         return call
